@@ -1,0 +1,30 @@
+# make demo   install into .venv, then forget, add and infer a task on this machine, offline
+# make test   install, lint, run every check;  make quick: the unit tests alone
+PYTHON ?= python3
+SEEDS ?= 0
+BIN := .venv/bin
+
+.PHONY: demo test quick lint install clean
+
+demo: install
+	$(BIN)/python -m tva.demo --seeds $(SEEDS)
+
+test: install lint
+	$(BIN)/python -m pytest
+
+quick: install
+	$(BIN)/python -m pytest -m "not slow"
+
+lint: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+install: .venv/installed
+
+.venv/installed: pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --editable ".[test]"
+	touch $@
+
+clean:
+	rm -rf build runs .pytest_cache .ruff_cache

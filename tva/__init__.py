@@ -1,0 +1,49 @@
+"""Edit trained networks by arithmetic on their weights, and prove what the edit did.
+
+    τ_t   = θ_finetuned − θ_base            a task vector: what fine-tuning on task t learned
+    θ_new = θ_base + λ · recipe(τ_1 … τ_k)   negate to forget, add to combine, C + (B − A) to infer a task
+
+What is named here loads when first used: torch with the arithmetic, Lightning and open_clip only with models.
+"""
+
+import importlib
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from tva.state_dict import MismatchError, NoEffectError
+    from tva.task_vector import Origin, TaskVector
+    from tva.weights import Fingerprint, fingerprint, open_weights, save_weights
+
+__version__ = "0.1.0"
+
+_MODULES = {
+    "tva.state_dict": ["MismatchError", "NoEffectError"],
+    "tva.task_vector": ["Origin", "TaskVector"],
+    "tva.weights": ["Fingerprint", "fingerprint", "open_weights", "save_weights"],
+}
+__all__ = [
+    "Fingerprint",
+    "MismatchError",
+    "NoEffectError",
+    "Origin",
+    "TaskVector",
+    "fingerprint",
+    "open_weights",
+    "save_weights",
+]
+
+_here = Path(__file__).parent
+if not (_here / "callbacks").is_dir():  # a checkout: the callbacks lie in a folder of their own beside this one
+    __path__.append(str(_here.parent))
+
+
+def __getattr__(name: str) -> Any:
+    for module, names in _MODULES.items():
+        if name in names:
+            return getattr(importlib.import_module(module), name)
+    raise AttributeError(f"module 'tva' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return [*globals(), *__all__]

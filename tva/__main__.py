@@ -1,0 +1,5 @@
+"""Run the command line as ``python -m tva``."""
+
+from tva.cli import main
+
+main()

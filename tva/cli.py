@@ -1,0 +1,179 @@
+"""The command line ``tva``: the only door to jsonargparse."""
+
+from __future__ import annotations
+
+import difflib
+import logging
+import os
+import sys
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+COMMANDS = {
+    "fit": "fine-tune a model; with TaskVectorCallback it writes task vectors beside its checkpoints",
+    "edit": "combine task vectors, choose the coefficient, edit the model and prove it on control tasks",
+}
+HELP = """usage: tva COMMAND [options]
+
+Edit trained networks by arithmetic on their weights, and prove what the edit did.
+
+commands:
+{commands}
+
+tva COMMAND --help lists a command's options; every option can also stand in a YAML file given with --config.
+exit status: 0 done; 1 an edit whose constraints do not hold; 2 something in the command or its inputs is wrong.
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run one command.
+
+    Args:
+        argv: The command and its options; by default those of the process.
+
+    Raises:
+        SystemExit: Status 1 if the constraints of an edit do not hold, 2 if something is wrong with what was given.
+    """
+    argv = list(sys.argv[1:] if argv is None else argv)
+    if not argv or argv[0] in ("-h", "--help"):
+        width = max(map(len, COMMANDS))
+        print(HELP.format(commands="\n".join(f"  {name:<{width}}  {text}" for name, text in COMMANDS.items())))
+        return
+    if argv[0] == "--version":
+        from tva import __version__
+
+        print(f"tva {__version__}")
+        return
+    if argv[0] not in COMMANDS:
+        near = difflib.get_close_matches(argv[0], COMMANDS, n=1)
+        _fail(f"there is no command {argv[0]!r}; commands are {', '.join(COMMANDS)}." + _did_you_mean(near))
+    try:
+        with _arguments(argv):
+            holds = _run(argv[0])
+    except (ValueError, FileNotFoundError) as error:
+        if os.environ.get("TVA_DEBUG"):
+            raise
+        _fail(f"{error}\n(TVA_DEBUG=1 shows where this comes from.)")
+    if not holds:
+        sys.exit(1)
+
+
+def _did_you_mean(near: Sequence[str]) -> str:
+    return f" Did you mean {near[0]!r}?" if near else ""
+
+
+def _fail(message: str) -> None:
+    print(f"tva: error: {message}", file=sys.stderr)
+    sys.exit(2)
+
+
+@contextmanager
+def _arguments(argv: Sequence[str]) -> Iterator[None]:
+    """Let LightningCLI, and the processes that DDP starts, read the arguments from where they expect them."""
+    before = sys.argv
+    sys.argv = [before[0], *argv]
+    try:
+        yield
+    finally:
+        sys.argv = before
+
+
+def _run(command: str) -> bool:
+    """Run ``fit`` or ``edit``; these imports take seconds."""
+    import lightning as L
+    from lightning.pytorch.cli import LightningCLI, SaveConfigCallback
+    from lightning.pytorch.utilities.exceptions import MisconfigurationException
+
+    from tva.edit import Statistics, run_edit
+    from tva.report import EditReport, print_report
+    from tva.search import Rule, Search
+
+    class Trainer(L.Trainer):
+        """Lightning's Trainer with one more verb."""
+
+        report: EditReport | None = None
+
+        def edit(
+            self,
+            model: L.LightningModule,
+            vectors: dict[str, str],
+            recipe: str,
+            output: str,
+            targets: dict[str, L.LightningDataModule] = {},  # noqa: B006 (never changed; a type for --help)
+            controls: dict[str, L.LightningDataModule] = {},  # noqa: B006
+            base: str | None = None,
+            coefs: dict[str, float] = {},  # noqa: B006
+            scaling_coef: float | None = None,
+            search: Search | None = None,
+            rule: Rule = "best",
+            minimize: str | None = None,
+            maximize: str | None = None,
+            subject_to: list[str] = [],  # noqa: B006
+            statistics: Statistics = "keep",
+            random_seed: int | None = 0,
+            allow_other_base: bool = False,
+            datamodule: L.LightningDataModule | None = None,
+        ) -> None:
+            self.report = run_edit(
+                self,
+                model,
+                vectors=vectors,
+                recipe=recipe,
+                output=output,
+                targets=targets,
+                controls=controls,
+                base=base,
+                coefs=coefs,
+                scaling_coef=scaling_coef,
+                search=search,
+                rule=rule,
+                minimize=minimize,
+                maximize=maximize,
+                subject_to=subject_to,
+                statistics=statistics,
+                random_seed=random_seed,
+                allow_other_base=allow_other_base,
+            )
+            if self.is_global_zero:
+                print_report(self.report)
+
+        edit.__doc__ = run_edit.__doc__
+
+    class TvaCLI(LightningCLI):
+        @staticmethod
+        def subcommands() -> dict[str, set[str]]:
+            return {"fit": LightningCLI.subcommands()["fit"], "edit": {"model", "datamodule"}}
+
+    interactive = sys.stderr.isatty()
+    defaults: dict[str, Any] = {
+        "fit": {"gradient_clip_val": 1.0, "enable_progress_bar": interactive},
+        "edit": {
+            "logger": False,
+            "enable_checkpointing": False,
+            "enable_model_summary": False,
+            "enable_progress_bar": False,
+        },
+    }[command]
+    quiet = logging.WARNING if command == "edit" else logging.INFO
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(quiet)
+    # torch 2.15 and jsonargparse 4.49 deprecate calls that lightning 2.6.6 makes; its master no longer makes them
+    warnings.filterwarnings("ignore", message=r".*isinstance\(treespec, LeafSpec\).*")
+    warnings.filterwarnings("ignore", category=DeprecationWarning, module="lightning.*")
+    try:
+        cli = TvaCLI(
+            trainer_class=Trainer,
+            trainer_defaults=defaults,
+            seed_everything_default=0,
+            auto_configure_optimizers=False,
+            save_config_kwargs={"overwrite": True},
+            save_config_callback=None if command == "edit" else SaveConfigCallback,
+            # With it on, every data module in the config but the first gets the first one's hyperparameters.
+            load_from_checkpoint_support=False,
+            parser_kwargs={name: {"usage": f"tva {name} [options]"} for name in COMMANDS},
+        )
+    except MisconfigurationException as error:
+        raise ValueError(str(error)) from error
+    return cli.trainer.report is None or cli.trainer.report.holds

@@ -1,0 +1,6 @@
+"""LightningModules to fine-tune and edit: an encoder whose weights are the task's, under a head that is frozen."""
+
+from tva.models.classifier import FrozenHeadClassifier
+from tva.models.clip import ClipClassifier
+
+__all__ = ["ClipClassifier", "FrozenHeadClassifier"]

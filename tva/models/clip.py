@@ -1,0 +1,150 @@
+"""An open_clip image encoder under a zero-shot head; the one door to open_clip."""
+
+from __future__ import annotations
+
+import functools
+import json
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from tva.models.classifier import FrozenHeadClassifier
+from tva.weights import fingerprint
+
+TINY = "tva-tiny"
+
+
+class ClipClassifier(FrozenHeadClassifier):
+    """Fine-tune the image encoder of a CLIP model under the zero-shot head of its text encoder.
+
+    The head is the text tower's embedding of each class name in each prompt template, averaged and normalized, times
+    the model's logit scale. It is computed once for a list of classes and kept in ``~/.cache/tva`` (``TVA_CACHE``).
+    Only the image encoder is trained, edited and saved.
+
+    Args:
+        name: ``tva-tiny``, which ships with this package; an open_clip architecture such as ``ViT-B-32-quickgelu``;
+            ``hf-hub:OWNER/NAME``; ``local-dir:FOLDER`` with ``open_clip_config.json``; or a model config's ``.json``.
+        pretrained: open_clip's tag, such as ``openai`` (downloaded when first used), or a local file of weights.
+            ``tva-tiny``, ``hf-hub:`` and ``local-dir:`` bring their own.
+        weights: Checkpoint of this module to start from, such as the output of ``tva edit``; the head stays that of
+            ``pretrained``.
+        learning_rate: Peak learning rate of AdamW.
+        weight_decay: AdamW's.
+        warmup_steps: Optimizer steps of linear warm-up, before cosine decay to 0.
+
+    Raises:
+        ValueError: The architecture is unknown, or it has no weights: an untrained network has no zero-shot head.
+
+    Example:
+        >>> model = ClipClassifier()
+        >>> sorted(model.state_dict())[0]
+        'encoder.class_embedding'
+    """
+
+    def __init__(
+        self,
+        name: str = TINY,
+        pretrained: str | None = None,
+        weights: str | None = None,
+        learning_rate: float = 1e-5,
+        weight_decay: float = 0.1,
+        warmup_steps: int = 200,
+    ) -> None:
+        super().__init__(weights, learning_rate, weight_decay, warmup_steps)
+        self.save_hyperparameters()
+        clip, self.image_transform, self._tokenizer = load_clip(name, pretrained)
+        self.encoder = clip.visual.train()
+        self._clip = (clip,)  # a tuple hides the text tower from the state dict and the optimizer
+        self._load_weights()
+
+    @functools.cached_property
+    def _text_digest(self) -> str:
+        clip = self._clip[0]
+        return fingerprint({n: t for n, t in clip.state_dict().items() if not n.startswith("visual.")}).digest
+
+    def head_key(self, datamodule: L.LightningDataModule) -> dict[str, Any]:
+        return {
+            "text": self._text_digest,
+            "class_names": list(datamodule.class_names),
+            "templates": _templates(datamodule),
+        }
+
+    def build_head(self, datamodule: L.LightningDataModule) -> Tensor:
+        clip = self._clip[0]
+        device = self.trainer.strategy.root_device
+        training, home = clip.training, next(clip.parameters()).device
+        clip.eval().to(device)
+        rows = []
+        for class_name in datamodule.class_names:
+            texts = [template.format(class_name) for template in _templates(datamodule)]
+            features = F.normalize(clip.encode_text(self._tokenizer(texts).to(device)), dim=-1)  # (templates, features)
+            rows.append(F.normalize(features.mean(dim=0), dim=0))
+        head = torch.stack(rows) * clip.logit_scale.exp()  # (classes, features)
+        clip.train(training).to(home)
+        return head
+
+
+def _templates(datamodule: L.LightningDataModule) -> list[str]:
+    templates = list(getattr(datamodule, "templates", ["a photo of a {}."]))
+    odd = [template for template in templates if "{}" not in template]
+    if odd or not templates:
+        raise ValueError(f"Prompt templates must hold {{}} where the class name goes; found {odd or 'none at all'}.")
+    return templates
+
+
+def load_clip(name: str, pretrained: str | None = None) -> tuple[nn.Module, Any, Any]:
+    """Load a CLIP model with weights; an untrained one is refused.
+
+    Args:
+        name: As for `ClipClassifier`.
+        pretrained: As for `ClipClassifier`.
+
+    Returns:
+        The model in float32 on the CPU; the transform from a PIL image to its input; its tokenizer.
+    """
+    if name == TINY and pretrained is None:
+        from tva.models import tiny
+
+        return tiny.load()
+    import open_clip
+
+    if name.endswith(".json"):
+        name = _register(Path(name))
+    elif ":" not in name and name not in open_clip.list_models():
+        raise ValueError(
+            f"open_clip has no architecture {name!r}. Use {TINY!r}, one of open_clip.list_models() (such as "
+            f"'ViT-B-32-quickgelu'), a model config file that ends in .json, or local-dir:FOLDER."
+        )
+    if ":" not in name and pretrained is None:
+        tags = open_clip.list_pretrained_tags_by_model(name)
+        raise ValueError(
+            f"{name} needs weights: pass pretrained=, a local file or one of open_clip's tags for it "
+            f"({', '.join(tags) or 'none'})."
+        )
+    try:
+        model, _, transform = open_clip.create_model_and_transforms(
+            name, pretrained=pretrained, require_pretrained=True
+        )
+    except (RuntimeError, OSError) as error:
+        raise ValueError(
+            f"The weights {pretrained or name!r} of {name} could not be loaded: {error} Pass pretrained= a tag of "
+            f"open_clip.list_pretrained_tags_by_model({name!r}) while online, or a local file."
+        ) from error
+    return model.eval(), transform, open_clip.get_tokenizer(name)
+
+
+def _register(config: Path) -> str:
+    import open_clip
+
+    if not config.is_file():
+        raise FileNotFoundError(f"A model config was expected at {config}, but nothing is there.")
+    found = json.loads(config.read_text())
+    missing = [key for key in ("embed_dim", "vision_cfg", "text_cfg") if key not in found]
+    if missing:
+        raise ValueError(f"{config} is no open_clip model config: it lacks {', '.join(missing)}.")
+    open_clip.add_model_config(config)
+    return config.stem

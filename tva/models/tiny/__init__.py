@@ -1,0 +1,61 @@
+"""``tva-tiny``: a CLIP of a million parameters that ships with the package, so that every example runs offline.
+
+Its architecture is open_clip's, its vocabulary a byte-pair encoding of the words of its captions, and its weights come
+from ``python -m tva.models.tiny.pretrain``; docs/tva-tiny.md says how well it does.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from open_clip import CLIP
+    from open_clip.tokenizer import SimpleTokenizer
+
+_FOLDER = Path(__file__).parent
+
+
+def load(folder: str | Path = _FOLDER) -> tuple[CLIP, Callable, SimpleTokenizer]:
+    """Load tva-tiny and what its inputs need.
+
+    Args:
+        folder: Folder that holds ``tva-tiny.json``, ``tva-tiny.safetensors`` and ``bpe.txt.gz``, as pretrain.py
+            writes them; the package's own by default.
+
+    Returns:
+        The model in eval mode, float32, on the CPU; the function from a PIL image to a float tensor of shape
+        (3, 32, 32); and the tokenizer, from a list of texts to int64 token ids of shape (texts, 16).
+
+    Raises:
+        FileNotFoundError: One of the three files is missing.
+        RuntimeError: The weights do not fit the architecture.
+    """
+    from safetensors.torch import load_file
+
+    folder = Path(folder)
+    weights = folder / "tva-tiny.safetensors"
+    if not weights.is_file():
+        raise FileNotFoundError(
+            f"{weights} is missing. Reinstall tva, or make it: python -m tva.models.tiny.pretrain --output {folder}"
+        )
+    model, preprocess, tokenizer = create(folder)
+    model.load_state_dict({name: tensor.float() for name, tensor in load_file(weights).items()}, strict=True)
+    return model.eval(), preprocess, tokenizer
+
+
+def create(folder: str | Path = _FOLDER) -> tuple[CLIP, Callable, SimpleTokenizer]:
+    """Make tva-tiny with random weights; otherwise as :func:`load`, but needing only architecture and vocabulary."""
+    import open_clip
+    from open_clip.tokenizer import SimpleTokenizer
+
+    config_path, vocabulary = Path(folder) / "tva-tiny.json", Path(folder) / "bpe.txt.gz"
+    for path in (config_path, vocabulary):
+        if not path.is_file():
+            raise FileNotFoundError(f"{path} is missing. Reinstall tva, or pass a folder that pretrain.py wrote.")
+    config = json.loads(config_path.read_text())
+    preprocess = open_clip.image_transform(config["vision_cfg"]["image_size"], is_train=False)
+    tokenizer = SimpleTokenizer(bpe_path=str(vocabulary), context_length=config["text_cfg"]["context_length"])
+    return open_clip.CLIP(**config), preprocess, tokenizer

@@ -1,0 +1,121 @@
+"""Strict arithmetic on state dicts: the one place where keys, shapes and dtypes are checked and tensors are added.
+
+A state dict is any mapping of names to tensors, in memory or lazily read from a file. Sums are taken in float32
+(float64 where an input is float64) and rounded once to the output's dtype. Product and sum are rounded one after the
+other, never fused, so that a result depends on no chunk size and no instruction set.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Mapping
+
+import torch
+from torch import Tensor
+
+StateDict = Mapping[str, Tensor]
+
+
+class MismatchError(ValueError):
+    """Two state dicts or task vectors that must have the same keys, shapes or base do not."""
+
+
+class NoEffectError(ValueError):
+    """An edit changed no element: its task vector is zero, or vanishes in rounding to the base's dtype."""
+
+
+def some(items: Iterable[object], limit: int = 3) -> str:
+    """List at most ``limit`` items for an error message, with a count of the rest.
+
+    Example:
+        >>> some(["a", "b", "c", "d", "e"])
+        "'a', 'b', 'c' and 2 more"
+    """
+    items = list(items)
+    rest = f" and {len(items) - limit} more" if len(items) > limit else ""
+    return ", ".join(repr(item) if isinstance(item, str) else str(item) for item in items[:limit]) + rest
+
+
+def check_same(
+    left: StateDict, right: StateDict, left_name: str, right_name: str, ignore: Collection[str] = ()
+) -> None:
+    """Check that two state dicts have the same keys and shapes.
+
+    Args:
+        left: Any state dict.
+        right: Any state dict.
+        left_name: What to call ``left`` in the error, such as ``"the base"``.
+        right_name: What to call ``right``.
+        ignore: Keys that may be on either side.
+
+    Raises:
+        MismatchError: All differences in one message, at most three of a kind by name.
+    """
+    ignore = set(ignore)
+    missing = [name for name in left if name not in right and name not in ignore]
+    extra = [name for name in right if name not in left and name not in ignore]
+    shapes = [
+        f"{name!r} is {list(left[name].shape)} in {left_name} but {list(right[name].shape)} in {right_name}"
+        for name in left
+        if name in right and name not in ignore and left[name].shape != right[name].shape
+    ]
+    problems = []
+    if missing:
+        problems.append(f"{right_name} lacks {some(missing)}")
+    if extra:
+        problems.append(f"{right_name} has {some(extra)}, which {left_name} lacks")
+    if shapes:
+        problems.append("; ".join(shapes[:3]) + (f" and {len(shapes) - 3} more shapes" if len(shapes) > 3 else ""))
+    if problems:
+        raise MismatchError(
+            f"{left_name} and {right_name} must have the same keys and shapes, but "
+            + "; ".join(problems)
+            + ". Take both from the same architecture, or name the prefix under which the weights lie."
+        )
+
+
+def is_edited(tensor: Tensor) -> bool:
+    """Whether arithmetic applies to this tensor: floating point only, never integer or boolean buffers."""
+    return tensor.is_floating_point()
+
+
+def _sum_dtype(*tensors: Tensor) -> torch.dtype:
+    return torch.float64 if any(tensor.dtype == torch.float64 for tensor in tensors) else torch.float32
+
+
+def subtract(finetuned: Tensor, base: Tensor) -> Tensor:
+    """Take the delta of one tensor.
+
+    Args:
+        finetuned: Any floating dtype and shape.
+        base: The same shape.
+
+    Returns:
+        ``finetuned - base`` in float32, or float64 if either is float64; a new tensor that shares no memory.
+    """
+    dtype = _sum_dtype(finetuned, base)
+    return finetuned.to(dtype) - base.to(dtype)
+
+
+def add_scaled(base: Tensor, delta: Tensor, scaling_coef: float, out: Tensor | None = None) -> Tensor:
+    r"""Compute :math:`\theta = \theta_0 + \lambda \delta` for one tensor, rounded once to the dtype of ``base``.
+
+    Args:
+        base: Tensor of the base model, any floating dtype; left unchanged.
+        delta: Delta of the same shape; left unchanged.
+        scaling_coef: :math:`\lambda`, unitless. 0 copies ``base`` bit for bit.
+        out: Where to write, with the shape of ``base``; may not share memory with ``base`` or ``delta``.
+
+    Returns:
+        ``out``, or a new tensor with the dtype and device of ``base``.
+
+    Example:
+        >>> add_scaled(torch.tensor([1.0, 2.0]), torch.tensor([0.5, 0.0]), -1.0)
+        tensor([0.5000, 2.0000])
+    """
+    if scaling_coef == 0:
+        return base.clone() if out is None else out.copy_(base)
+    dtype = _sum_dtype(base, delta)
+    if out is not None and out.dtype == dtype:
+        return torch.mul(delta.to(dtype), scaling_coef, out=out).add_(base.to(dtype))
+    moved = torch.mul(delta.to(dtype), scaling_coef).add_(base.to(dtype)).to(base.dtype)
+    return moved if out is None else out.copy_(moved)

@@ -1,0 +1,23 @@
+"""Checkpoints as lazy, read-only mappings of names to tensors, their fingerprints, and atomic writing."""
+
+from tva.weights.files import (
+    atomic_path,
+    canonical_names,
+    canonical_state_dict,
+    open_weights,
+    read_metadata,
+    save_weights,
+)
+from tva.weights.fingerprint import Fingerprint, fingerprint, tensor_digest
+
+__all__ = [
+    "Fingerprint",
+    "atomic_path",
+    "canonical_names",
+    "canonical_state_dict",
+    "fingerprint",
+    "open_weights",
+    "read_metadata",
+    "save_weights",
+    "tensor_digest",
+]

@@ -1,0 +1,69 @@
+"""Fingerprints: one short name for the contents of a state dict, the same whatever file format holds it.
+
+A fingerprint is a tree of XXH3-128 hashes: one over each tensor's dtype, shape and bytes, and one over the sorted names
+with their hashes. It guards against accidents (another base, a changed file), not against an adversary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+import xxhash
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Fingerprint:
+    """The hash of a state dict and of each of its tensors.
+
+    Attributes:
+        digest: 32 hexadecimal digits over all names and tensor hashes.
+        tensors: For each name the 32 hexadecimal digits of its tensor.
+    """
+
+    digest: str
+    tensors: Mapping[str, str]
+
+    @classmethod
+    def from_tensors(cls, tensors: Mapping[str, str]) -> Fingerprint:
+        """Build the tree from the hash of each tensor, given in any order."""
+        tree = "".join(f"{name}\0{tensors[name]}\n" for name in sorted(tensors))
+        return cls(xxhash.xxh3_128_hexdigest(tree.encode()), dict(tensors))
+
+    def num_different(self, other: Mapping[str, str]) -> int:
+        """Count the names whose tensors differ, or that only one side has.
+
+        Args:
+            other: The ``tensors`` of another fingerprint.
+        """
+        names = self.tensors.keys() | other.keys()
+        return sum(self.tensors.get(name) != other.get(name) for name in names)
+
+
+def tensor_digest(tensor: Tensor) -> str:
+    """Hash one tensor's dtype, shape and bytes; device and memory layout do not matter."""
+    tensor = tensor.detach().cpu().contiguous()
+    digest = xxhash.xxh3_128(f"{tensor.dtype}{list(tensor.shape)}".encode())
+    digest.update(tensor.reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def fingerprint(weights: Mapping[str, Tensor]) -> Fingerprint:
+    """Fingerprint a state dict.
+
+    Args:
+        weights: Names to tensors, any dtypes; read one tensor at a time and left unchanged.
+
+    Returns:
+        The same fingerprint for the same names, dtypes, shapes and bytes, in any order and from any format.
+
+    Example:
+        >>> a, b = torch.zeros(2), torch.ones(3)
+        >>> fingerprint({"a": a, "b": b}) == fingerprint({"b": b, "a": a})
+        True
+        >>> fingerprint({"a": a}).num_different(fingerprint({"a": a + 1}).tensors)
+        1
+    """
+    return Fingerprint.from_tensors({name: tensor_digest(weights[name]) for name in weights})
