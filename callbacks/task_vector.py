@@ -145,8 +145,6 @@ class TaskVectorCallback(L.Callback):
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         if stage != "fit":
             return
-        if sum(isinstance(callback, TaskVectorCallback) for callback in trainer.callbacks) > 1:
-            raise ValueError("A Trainer can have one TaskVectorCallback: two would write the same files. Remove one.")
         strategy = trainer.strategy
         save, remove = strategy.save_checkpoint, strategy.remove_checkpoint
 

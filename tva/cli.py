@@ -82,69 +82,25 @@ def _arguments(argv: Sequence[str]) -> Iterator[None]:
 
 def _run(command: str) -> bool:
     """Run ``fit`` or ``edit``; these imports take seconds."""
-    import lightning as L
     from lightning.pytorch.cli import LightningCLI, SaveConfigCallback
     from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-    from tva.edit import Statistics, run_edit
-    from tva.report import EditReport, print_report
-    from tva.search import Rule, Search
-
-    class Trainer(L.Trainer):
-        """Lightning's Trainer with one more verb."""
-
-        report: EditReport | None = None
-
-        def edit(
-            self,
-            model: L.LightningModule,
-            vectors: dict[str, str],
-            recipe: str,
-            output: str,
-            targets: dict[str, L.LightningDataModule] = {},  # noqa: B006 (never changed; a type for --help)
-            controls: dict[str, L.LightningDataModule] = {},  # noqa: B006
-            base: str | None = None,
-            coefs: dict[str, float] = {},  # noqa: B006
-            scaling_coef: float | None = None,
-            search: Search | None = None,
-            rule: Rule = "best",
-            minimize: str | None = None,
-            maximize: str | None = None,
-            subject_to: list[str] = [],  # noqa: B006
-            statistics: Statistics = "keep",
-            random_seed: int | None = 0,
-            allow_other_base: bool = False,
-            datamodule: L.LightningDataModule | None = None,
-        ) -> None:
-            self.report = run_edit(
-                self,
-                model,
-                vectors=vectors,
-                recipe=recipe,
-                output=output,
-                targets=targets,
-                controls=controls,
-                base=base,
-                coefs=coefs,
-                scaling_coef=scaling_coef,
-                search=search,
-                rule=rule,
-                minimize=minimize,
-                maximize=maximize,
-                subject_to=subject_to,
-                statistics=statistics,
-                random_seed=random_seed,
-                allow_other_base=allow_other_base,
-            )
-            if self.is_global_zero:
-                print_report(self.report)
-
-        edit.__doc__ = run_edit.__doc__
+    import tva.callbacks  # these three so that their classes can be named without a module path
+    import tva.data
+    import tva.models  # noqa: F401
+    from tva.trainer import Trainer
 
     class TvaCLI(LightningCLI):
         @staticmethod
         def subcommands() -> dict[str, set[str]]:
             return {"fit": LightningCLI.subcommands()["fit"], "edit": {"model", "datamodule"}}
+
+        def _parse_ckpt_path(self) -> None:
+            """Resume with the model that the command describes.
+
+            Lightning 2.6 lets hyperparameters in the checkpoint override the command line, and takes those of a module
+            that saves its own for arguments of the abstract LightningModule.
+            """
 
     interactive = sys.stderr.isatty()
     defaults: dict[str, Any] = {

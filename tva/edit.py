@@ -17,7 +17,7 @@ from torch import Tensor
 
 from tva.recipe import Recipe
 from tva.report import ConstraintReport, EditReport, Score, TaskReport, progress, write_report
-from tva.search import NORMALIZED, Choice, Constraint, Grid, Objective, Rule, Scores, Search, choose
+from tva.search import NORMALIZED, Choice, Constraint, Grid, Objective, Rule, Scores, Search, choose, score
 from tva.state_dict import check_same, some
 from tva.task_vector import TaskVector
 from tva.validate import Evaluation, Split, evaluate
@@ -151,19 +151,19 @@ def run_edit(
     trainer: L.Trainer,
     model: L.LightningModule,
     *,
-    vectors: Mapping[str, str],
+    vectors: dict[str, str],
     recipe: str,
     output: str,
-    targets: Mapping[str, L.LightningDataModule] | None = None,
-    controls: Mapping[str, L.LightningDataModule] | None = None,
+    targets: dict[str, L.LightningDataModule] | None = None,
+    controls: dict[str, L.LightningDataModule] | None = None,
     base: str | None = None,
-    coefs: Mapping[str, float] | None = None,
+    coefs: dict[str, float] | None = None,
     scaling_coef: float | None = None,
     search: Search | None = None,
     rule: Rule = "best",
     minimize: str | None = None,
     maximize: str | None = None,
-    subject_to: Iterable[str] = (),
+    subject_to: list[str] | None = None,
     statistics: Statistics = "keep",
     random_seed: int | None = 0,
     allow_other_base: bool = False,
@@ -211,7 +211,7 @@ def run_edit(
     if not tasks:
         raise ValueError("An edit must be shown to do something: give at least one data module under targets.")
     checked = Recipe(recipe, vectors, coefs)
-    constraints = [Constraint.parse(text, tasks) for text in subject_to]
+    constraints = [Constraint.parse(text, tasks) for text in subject_to or []]
     objective = _objective(minimize, maximize, targets, tasks)
     if scaling_coef is None and rule == "best" and objective is None:
         raise ValueError(
@@ -251,7 +251,7 @@ def run_edit(
         scored("random", random, choice.scaling_coef, tasks, split)
     before, after = _metrics(base_scores), _metrics(edited_scores)
     verdicts = [
-        ConstraintReport(c.text, c.task, after[c.task][c.metric], c.bound(before), c.holds(after, before))
+        ConstraintReport(c.text, c.task, score(after, c.task, c.metric), c.bound(before), c.holds(after, before))
         for c in constraints
     ]
     mentioned = {c.task: c.metric for c in constraints}

@@ -85,17 +85,17 @@ class Constraint:
 
     def bound(self, base: Scores) -> float:
         """Compute the right side from the base model's scores."""
-        return _evaluate_bound(self._bound, _score(base, self.task, self.metric))
+        return _evaluate_bound(self._bound, score(base, self.task, self.metric))
 
     def holds(self, scores: Scores, base: Scores) -> bool:
         """Whether scores meet this constraint; NaN never does."""
-        return _COMPARE[self._compare](_score(scores, self.task, self.metric), self.bound(base))
+        return _COMPARE[self._compare](score(scores, self.task, self.metric), self.bound(base))
 
     def shortfall(self, scores: Scores, base: Scores) -> float:
         """How far scores are from meeting this constraint, in the metric's unit; 0 when it holds."""
         if self.holds(scores, base):
             return 0.0
-        gap = abs(_score(scores, self.task, self.metric) - self.bound(base))
+        gap = abs(score(scores, self.task, self.metric) - self.bound(base))
         return gap if math.isfinite(gap) else math.inf
 
 
@@ -112,7 +112,12 @@ def _evaluate_bound(node: ast.expr, base: float) -> float:
     raise ValueError(ast.dump(node))
 
 
-def _score(scores: Scores, task: str, metric: str) -> float:
+def score(scores: Scores, task: str, metric: str) -> float:
+    """Look up one number.
+
+    Raises:
+        ValueError: The task has no such metric.
+    """
     if metric not in scores[task]:
         raise ValueError(f"{task} has no metric {metric!r}; it has {some(scores[task], 8)}.")
     return scores[task][metric]
@@ -166,7 +171,7 @@ class Objective:
 
     def value(self, scores: Scores) -> float:
         """Compute the objective."""
-        return sum(_score(scores, task, self.metric) for task in self.tasks) / len(self.tasks)
+        return sum(score(scores, task, self.metric) for task in self.tasks) / len(self.tasks)
 
 
 class Search:

@@ -61,7 +61,8 @@ def wilson_interval(proportion: float, num_examples: int, z: float = 1.959963984
     center = proportion + z * z / (2 * num_examples)
     spread = z * math.sqrt(proportion * (1 - proportion) / num_examples + z * z / (4 * num_examples**2))
     scale = 1 + z * z / num_examples
-    return max(0.0, (center - spread) / scale), min(1.0, (center + spread) / scale)
+    # exactly 0 and 1 are ends of the interval at those proportions, but for rounding
+    return max(0.0, min(proportion, (center - spread) / scale)), min(1.0, max(proportion, (center + spread) / scale))
 
 
 class _Scores(L.Callback):

@@ -244,30 +244,35 @@ class BuiltinSet:
 
 
 _PLAIN_TEMPLATES = ("a {}", "a picture of a {}", "a drawing of a {}")
-_ROUGH = Look(turn=25, wobble=0.05, noise=0.2, contrast=(0.5, 1.0))
-_PENCIL = {"inks": ("black", "gray"), "papers": ("white",)}
-
 BUILTIN_SETS: dict[str, BuiltinSet] = {
     "digits": BuiltinSet(("a digit {}", "a picture of a digit {}", "a drawing of a digit {}"), 1297, 500),
     "letters": BuiltinSet(
         ("a letter {}", "a picture of a letter {}", "a drawing of a letter {}"),
         2000,
         1000,
-        {"scrawled": replace(_ROUGH, wobble=0.08, turn=30, shear=0.4)},
+        {"distant": replace(PLAIN, scale=(0.3, 0.5), inks=("white",), papers=("blue",))},
     ),
-    "shapes": BuiltinSet(_PLAIN_TEMPLATES, 2000, 1000, {"rotated": replace(_ROUGH, turn=180, scale=(0.4, 0.9))}),
+    "shapes": BuiltinSet(
+        _PLAIN_TEMPLATES,
+        2000,
+        1000,
+        {"blurred": replace(PLAIN, pixels=8, turn=25, inks=("yellow", "green"), papers=("black",))},
+    ),
     "textures": BuiltinSet(
         ("a {} texture", "a picture of a {} texture", "a drawing of a {} texture"),
         2000,
         1000,
-        {"worn": replace(_ROUGH, turn=90, noise=0.3, contrast=(0.3, 0.8))},
+        {"faded": replace(PLAIN, contrast=(0.25, 0.35), inks=("white",), papers=("gray",))},
     ),
     "objects": BuiltinSet(_PLAIN_TEMPLATES, 2000, 2000, {"plain": PLAIN}),
     "symbols": BuiltinSet(
         _PLAIN_TEMPLATES,
         4000,
         2000,
-        {"solid": _ROUGH, "sketch": replace(_ROUGH, outline=True, **_PENCIL)},
+        {
+            "solid": PLAIN,
+            "sketch": replace(PLAIN, outline=True, pixels=9, wobble=0.04, inks=("white",), papers=("black",)),
+        },
         {"A": ("cloud", "heart", "king", "music", "pawn"), "B": ("club", "flower", "knight", "sun", "umbrella")},
     ),
 }

@@ -2,5 +2,6 @@
 
 from tva.models.classifier import FrozenHeadClassifier
 from tva.models.clip import ClipClassifier
+from tva.models.vision import VisionClassifier
 
-__all__ = ["ClipClassifier", "FrozenHeadClassifier"]
+__all__ = ["ClipClassifier", "FrozenHeadClassifier", "VisionClassifier"]

@@ -176,7 +176,7 @@ def _open_torch(path: Path) -> LazyWeights:
             f"run code when loaded ({str(error).splitlines()[0]}). If you trust it, load it yourself and write its "
             f"state_dict() with tva.weights.save_weights."
         ) from error
-    except (RuntimeError, EOFError, OSError) as error:
+    except (RuntimeError, EOFError, OSError, LookupError, ValueError, TypeError) as error:  # damaged: any of these
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ValueError(f"{path} is no PyTorch checkpoint, or is damaged ({reason}).") from error
     state = content.get("state_dict", content) if isinstance(content, Mapping) else None

@@ -1,0 +1,275 @@
+"""TaskVectorCallback in Trainers as people have them: one device, DDP, EMA, weights only, resumed."""
+
+import os
+import socket
+
+import lightning as L
+import pytest
+import torch
+import torch.multiprocessing as mp
+from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+from tva.callbacks import TaskVectorCallback
+
+from tva import MismatchError, TaskVector, fingerprint, open_weights, save_weights
+
+
+class Net(L.LightningModule):
+    """A network with all kinds of tensors: trained, frozen, BatchNorm statistics, an integer buffer."""
+
+    def __init__(self, width: int = 4) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.body = nn.Sequential(nn.Linear(3, width), nn.BatchNorm1d(width), nn.Linear(width, 1))
+        self.frozen = nn.Linear(2, 2).requires_grad_(False)
+
+    def training_step(self, batch, batch_idx):
+        (inputs,) = batch
+        loss = self.body(inputs).pow(2).mean()
+        self.log("loss", loss)
+        return loss
+
+    def configure_optimizers(self):
+        return torch.optim.AdamW(self.parameters(), lr=0.05)
+
+    def train_dataloader(self):
+        torch.manual_seed(1)
+        return DataLoader(TensorDataset(torch.randn(16, 3)), batch_size=4)
+
+
+def fit(folder, callback=None, *, epochs=2, model=None, ckpt_path=None, callbacks=(), checkpoint=None, **options):
+    checkpoint = checkpoint or ModelCheckpoint(dirpath=folder, save_top_k=-1)
+    trainer = L.Trainer(
+        max_epochs=epochs,
+        accelerator="cpu",
+        devices=options.pop("devices", 1),
+        callbacks=[callback or TaskVectorCallback(), *callbacks, checkpoint],
+        logger=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        default_root_dir=folder,
+        **options,
+    )
+    model = model or Net()
+    trainer.fit(model, ckpt_path=ckpt_path)
+    return trainer, model
+
+
+def names(folder, pattern="*"):
+    return sorted(file.name for file in folder.glob(pattern))
+
+
+def assert_vector_is_checkpoint_minus_base(folder, name):
+    (base_file,) = folder.glob("base-*.safetensors")
+    base, tuned = open_weights(base_file), open_weights(folder / f"{name}.ckpt")
+    vector = TaskVector.load(folder / f"{name}.tv.safetensors")
+    for key, delta in {**vector.deltas, **vector.buffers}.items():
+        assert torch.equal(delta, tuned[key] - base[key]), key
+    assert vector.origin.base.digest == fingerprint(base).digest
+    assert vector.origin.finetuned == fingerprint(tuned).digest
+    return vector
+
+
+def test_a_vector_lies_beside_every_checkpoint(tmp_path):
+    fit(tmp_path)
+    assert names(tmp_path, "*.ckpt") == ["epoch=0-step=4.ckpt", "epoch=1-step=8.ckpt"]
+    assert names(tmp_path, "*.tv.safetensors") == ["epoch=0-step=4.tv.safetensors", "epoch=1-step=8.tv.safetensors"]
+    assert fingerprint(open_weights(next(tmp_path.glob("base-*")))) == fingerprint(Net().state_dict())
+    vector = assert_vector_is_checkpoint_minus_base(tmp_path, "epoch=1-step=8")
+    assert set(vector.buffers) == {"body.1.running_mean", "body.1.running_var"}
+    assert vector.untouched == {
+        "body.1.num_batches_tracked": "integer",
+        "frozen.weight": "frozen",
+        "frozen.bias": "frozen",
+    }
+    assert (vector.origin.step, vector.origin.epoch, vector.origin.averaged) == (8, 1, False)
+    assert vector.origin.metrics["loss"] > 0
+
+
+def test_a_vector_goes_when_save_top_k_drops_its_checkpoint(tmp_path):
+    fit(tmp_path, epochs=4, checkpoint=ModelCheckpoint(dirpath=tmp_path, save_top_k=1, save_last=True))
+    assert names(tmp_path, "*.ckpt") == ["epoch=3-step=16.ckpt", "last.ckpt"]
+    assert names(tmp_path, "*.tv.safetensors") == ["epoch=3-step=16.tv.safetensors", "last.tv.safetensors"]
+    assert_vector_is_checkpoint_minus_base(tmp_path, "last")
+
+
+def test_resuming_keeps_the_original_base(tmp_path):
+    fit(tmp_path / "first", epochs=1)
+    fit(tmp_path / "second", epochs=2, ckpt_path=tmp_path / "first/epoch=0-step=4.ckpt")
+    vector = TaskVector.load(tmp_path / "second/epoch=1-step=8.tv.safetensors")
+    assert vector.origin.base == fingerprint(Net().state_dict())
+    assert names(tmp_path / "second", "base-*") == []  # written once, in the first run
+    fit(tmp_path / "whole", epochs=2)
+    whole = TaskVector.load(tmp_path / "whole/epoch=1-step=8.tv.safetensors")
+    assert vector.origin.finetuned == whole.origin.finetuned
+
+
+def test_resuming_without_the_base_is_an_error_that_asks_for_it(tmp_path):
+    fit(tmp_path / "first", epochs=1)
+    for file in (tmp_path / "first").glob("base-*"):
+        file.rename(tmp_path / "moved.safetensors")
+    checkpoint = tmp_path / "first/epoch=0-step=4.ckpt"
+    with pytest.raises(FileNotFoundError, match=r"base=PATH"):
+        fit(tmp_path / "second", ckpt_path=checkpoint)
+    fit(tmp_path / "third", TaskVectorCallback(base=tmp_path / "moved.safetensors"), ckpt_path=checkpoint)
+    vector = TaskVector.load(tmp_path / "third/epoch=1-step=8.tv.safetensors")
+    assert vector.origin.base == fingerprint(Net().state_dict())
+    save_weights({name: value + 1 for name, value in Net().state_dict().items()}, tmp_path / "other.safetensors")
+    with pytest.raises(ValueError, match="was trained from the base"):
+        fit(tmp_path / "fourth", TaskVectorCallback(base=tmp_path / "other.safetensors"), ckpt_path=checkpoint)
+
+
+def test_a_checkpoint_written_without_the_callback_needs_a_base_to_resume(tmp_path):
+    fit(tmp_path / "first", L.Callback(), epochs=1)
+    with pytest.raises(ValueError, match="resumes at step 4 from a checkpoint that names no base"):
+        fit(tmp_path / "second", ckpt_path=tmp_path / "first/epoch=0-step=4.ckpt")
+
+
+def test_a_second_fit_on_the_same_objects_keeps_the_base_of_the_first(tmp_path):
+    callback = TaskVectorCallback()
+    _, model = fit(tmp_path / "first", callback, epochs=1)
+    fit(tmp_path / "second", callback, epochs=1, model=model)
+    vector = TaskVector.load(tmp_path / "second/epoch=0-step=4.tv.safetensors")
+    assert vector.origin.base == fingerprint(Net().state_dict())
+
+
+@pytest.mark.parametrize("order", ["ours first", "ours last"])
+@pytest.mark.parametrize("weights_only", [False, True])
+def test_the_weights_are_those_of_the_checkpoint_with_averaging_too(tmp_path, order, weights_only):
+    checkpoint = ModelCheckpoint(dirpath=tmp_path, filename="last", save_weights_only=weights_only)
+    ours, averaging = TaskVectorCallback(), EMAWeightAveraging(decay=0.5)
+    first, second = (ours, averaging) if order == "ours first" else (averaging, ours)
+    fit(tmp_path, first, callbacks=[second], checkpoint=checkpoint)
+    vector = assert_vector_is_checkpoint_minus_base(tmp_path, "last")
+    # Lightning stores the raw weights when it stores weights only: its averaging hook is skipped then.
+    assert vector.origin.averaged is (not weights_only)
+
+
+def test_include_exclude_and_dtype(tmp_path):
+    fit(tmp_path, TaskVectorCallback(include=[r"body\..*"], exclude=[r".*\.bias"], dtype="bfloat16", task="zeros"))
+    vector = TaskVector.load(tmp_path / "epoch=1-step=8.tv.safetensors")
+    assert set(vector.deltas) == {"body.0.weight", "body.1.weight", "body.2.weight"}
+    assert vector.untouched["body.0.bias"] == vector.untouched["frozen.weight"] == "excluded"
+    assert open_weights(tmp_path / "epoch=1-step=8.tv.safetensors")["body.0.weight"].dtype == torch.bfloat16
+    assert vector.origin.task == "zeros"
+    base = open_weights(next(tmp_path.glob("base-*")))
+    assert torch.equal(vector.apply_to(base)["body.0.bias"], base["body.0.bias"])
+
+
+def test_base_given_as_a_path(tmp_path):
+    base = {name: value + 1 if value.is_floating_point() else value for name, value in Net().state_dict().items()}
+    torch.save({"state_dict": base}, tmp_path / "base.ckpt")
+    fit(tmp_path / "run", TaskVectorCallback(base=tmp_path / "base.ckpt"), epochs=1)
+    assert names(tmp_path / "run", "base-*") == []
+    vector = TaskVector.load(tmp_path / "run/epoch=0-step=4.tv.safetensors")
+    assert torch.equal(vector.deltas["frozen.weight"], Net().frozen.weight.detach() - base["frozen.weight"])
+
+
+def test_compiled_submodules_have_the_names_of_plain_ones(tmp_path):
+    class Wrapped(nn.Module):  # names as torch.compile gives them, without compiling
+        def __init__(self, module):
+            super().__init__()
+            self._orig_mod = module
+
+        def forward(self, inputs):
+            return self._orig_mod(inputs)
+
+    model = Net()
+    model.body = Wrapped(model.body)
+    fit(tmp_path, model=model, epochs=1)
+    assert assert_vector_is_checkpoint_minus_base(tmp_path, "epoch=0-step=4").names == set(Net().state_dict())
+
+
+def test_a_module_that_leaves_frozen_parts_out_of_its_checkpoint(tmp_path):
+    class Partial(Net):
+        def on_save_checkpoint(self, checkpoint):
+            checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k.startswith("body")}
+
+    fit(tmp_path, model=Partial(), epochs=1)
+    vector = TaskVector.load(tmp_path / "epoch=0-step=4.tv.safetensors")
+    assert vector.untouched["frozen.weight"] == "frozen"
+    assert "body.0.weight" in vector.deltas
+
+
+# --- mistakes
+
+
+def test_a_base_of_another_architecture_is_refused_before_training(tmp_path):
+    torch.save(Net(width=5).state_dict(), tmp_path / "wide.pt")
+    with pytest.raises(MismatchError, match=r"'body.0.weight' is \[4, 3\] in the model but \[5, 3\]"):
+        fit(tmp_path / "run", TaskVectorCallback(base=tmp_path / "wide.pt"))
+    assert not list((tmp_path / "run").glob("*.ckpt"))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"include": "body"}, r"must be a list of regular expressions.*\['body'\]"),
+        ({"exclude": ["("]}, "no regular expression"),
+        ({"dtype": "int8"}, "one of float32, bfloat16, float16"),
+    ],
+)
+def test_options_that_cannot_be_understood(options, message):
+    with pytest.raises(ValueError, match=message):
+        TaskVectorCallback(**options)
+
+
+def test_two_callbacks_in_one_trainer_are_refused(tmp_path):  # by Lightning: they would write the same files
+    with pytest.raises(RuntimeError, match="more than one stateful callback of type `TaskVectorCallback`"):
+        fit(tmp_path, callbacks=[TaskVectorCallback(dtype="float16")])
+
+
+def test_the_strategy_is_left_as_it_was(tmp_path):
+    trainer, _ = fit(tmp_path, epochs=1)
+    assert trainer.strategy.save_checkpoint.__qualname__ == "Strategy.save_checkpoint"
+
+
+# --- two processes
+
+
+def run_ranks(function, *args):
+    """Run ``function(*args)`` on two gloo ranks that Lightning believes were launched from outside."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    mp.start_processes(_rank, (port, function, args), nprocs=2, start_method="fork")
+
+
+def _rank(rank, port, function, args):
+    os.environ.update(
+        LOCAL_RANK=str(rank), NODE_RANK="0", WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
+    )
+    torch.set_num_threads(1)
+    function(*args)
+
+
+def _fit_ddp(folder, ckpt_path=None, epochs=2):
+    fit(folder, devices=2, strategy="ddp", ckpt_path=ckpt_path, epochs=epochs)
+
+
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
+def test_ddp_writes_one_right_vector_fresh_and_resumed(tmp_path):
+    run_ranks(_fit_ddp, tmp_path / "first")
+    assert names(tmp_path / "first", "*.ckpt") == ["epoch=0-step=2.ckpt", "epoch=1-step=4.ckpt"]
+    assert_vector_is_checkpoint_minus_base(tmp_path / "first", "epoch=0-step=2")
+    whole = assert_vector_is_checkpoint_minus_base(tmp_path / "first", "epoch=1-step=4")
+    run_ranks(_fit_ddp, tmp_path / "second", tmp_path / "first/epoch=0-step=2.ckpt")
+    resumed = TaskVector.load(tmp_path / "second/epoch=1-step=4.tv.safetensors")
+    assert resumed.origin.base == fingerprint(Net().state_dict())
+    assert resumed.origin.finetuned == whole.origin.finetuned
+
+
+def _fail_on_rank_zero(folder):
+    callback = TaskVectorCallback()
+    callback._write = lambda *_: (_ for _ in ()).throw(OSError("disk full"))
+    expected = OSError if os.environ["LOCAL_RANK"] == "0" else RuntimeError
+    with pytest.raises(expected, match="disk full"):
+        fit(folder, callback, devices=2, strategy="ddp")
+    (folder / f"failed-{os.environ['LOCAL_RANK']}").touch()
+
+
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
+def test_a_failure_on_rank_zero_reaches_the_other_rank(tmp_path):
+    run_ranks(_fail_on_rank_zero, tmp_path)
+    assert names(tmp_path, "failed-*") == ["failed-0", "failed-1"]

@@ -1,0 +1,243 @@
+"""ImageTask: every source gives the same examples, the paper's splits, and the mistakes of a newcomer."""
+
+from types import SimpleNamespace
+
+import datasets
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from tva.data import ImageTask
+from tva.data.builtin import BUILTIN_SETS, load_builtin
+
+
+def to_tensor(image: Image.Image) -> torch.Tensor:
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1).float()
+
+
+def ready(path, transform=to_tensor, **options) -> ImageTask:
+    """Set up a task as a Trainer would."""
+    task = ImageTask(path, **options)
+    task.trainer = SimpleNamespace(lightning_module=SimpleNamespace(image_transform=transform))
+    task.setup("fit")
+    return task
+
+
+def everything(loader):
+    batches = list(loader)
+    return torch.cat([images for images, _ in batches]), torch.cat([labels for _, labels in batches])
+
+
+def pictures(count, seed=0):
+    return np.random.default_rng(seed).integers(0, 256, (count, 4, 4, 3), dtype=np.uint8)
+
+
+def table(count, seed=0, **columns):
+    labels = [index % 3 for index in range(count)]
+    features = {"image": datasets.Image(), "label": datasets.ClassLabel(names=["ant", "bee", "cat"])}
+    features |= {name: datasets.Value("string") for name in columns}
+    rows = {"image": [Image.fromarray(picture) for picture in pictures(count, seed)], "label": labels, **columns}
+    return datasets.Dataset.from_dict(rows, features=datasets.Features(features))
+
+
+@pytest.fixture
+def parquet(tmp_path):
+    table(40, style=["ink", "oil"] * 20).to_parquet(tmp_path / "pets-train.parquet")
+    table(12, seed=1, style=["ink", "oil"] * 6).to_parquet(tmp_path / "pets-test.parquet")
+    return str(tmp_path / "pets-{split}.parquet")
+
+
+def test_split_by_the_papers_rule_holds_out_a_tenth_and_shares_nothing(parquet):
+    task = ready(parquet)
+    train, val, test = (
+        everything(loader())[0] for loader in (task.train_dataloader, task.val_dataloader, task.test_dataloader)
+    )
+    assert (len(train), len(val), len(test)) == (36, 4, 12)
+    seen = {image.numpy().tobytes() for image in train}
+    assert not seen & {image.numpy().tobytes() for image in val}
+    assert seen | {image.numpy().tobytes() for image in val} == {
+        to_tensor(Image.fromarray(picture)).numpy().tobytes() for picture in pictures(40)
+    }
+
+
+def test_held_out_part_depends_on_the_seed_alone(parquet):
+    first, same, other = (everything(ready(parquet, seed=seed).val_dataloader())[0] for seed in (0, 0, 1))
+    assert torch.equal(first, same)
+    assert not torch.equal(first, other)
+
+
+def test_at_most_5000_examples_are_held_out(tmp_path):
+    count = 50_010
+    dot = {"bytes": load_builtin("digits")["test"].with_format("arrow")[0]["image"][0].as_py()["bytes"], "path": None}
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=["a"])})
+    dots = datasets.Dataset.from_dict({"image": [dot] * count, "label": [0] * count}, features=features)
+    dots.to_parquet(tmp_path / "dots.parquet")
+    task = ready({"train": str(tmp_path / "dots.parquet"), "test": str(tmp_path / "dots.parquet")})
+    assert (len(task.train_dataloader().dataset), len(task.val_dataloader().dataset)) == (count - 5000, 5000)
+
+
+def test_every_source_gives_the_same_examples(parquet, tmp_path):
+    expected = everything(ready(parquet).test_dataloader())
+    both = datasets.DatasetDict({"train": table(40), "test": table(12, seed=1)})
+    both.save_to_disk(tmp_path / "arrow")
+    for split, seed, count in (("train", 0, 40), ("test", 1, 12)):
+        labels = np.arange(count) % 3
+        np.savez(tmp_path / f"{split}.npz", images=pictures(count, seed), labels=labels)
+        for index, (picture, label) in enumerate(zip(pictures(count, seed), labels, strict=True)):
+            folder = tmp_path / "folder" / split / "abc"[label]
+            folder.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(picture).save(folder / f"{index:03}.png")
+    np.savez(
+        tmp_path / "one.npz",
+        train_images=pictures(40),
+        train_labels=np.arange(40) % 3,
+        test_images=pictures(12, 1),
+        test_labels=np.arange(12) % 3,
+    )
+    names = ["ant", "bee", "cat"]
+    files = {split: str(tmp_path / f"pets-{split}.parquet") for split in ("train", "test")}
+    for path, options in (
+        (files, {}),
+        (str(tmp_path / "arrow"), {}),
+        (str(tmp_path / "{split}.npz"), {"class_names": names}),
+        (str(tmp_path / "one.npz"), {"class_names": names}),
+    ):
+        images, labels = everything(ready(path, **options).test_dataloader())
+        assert torch.equal(images, expected[0]), path
+        assert torch.equal(labels, expected[1]), path
+    by_folder = ready(str(tmp_path / "folder"), class_names=names)  # sorted by class
+    assert sorted(everything(by_folder.test_dataloader())[1].tolist()) == sorted(expected[1].tolist())
+
+
+def test_where_keeps_the_named_rows_in_every_split_and_the_full_class_list(parquet):
+    task = ready(parquet, where={"style": "ink", "label": ["ant", "cat"]})
+    assert task.class_names == ["ant", "bee", "cat"]
+    for loader in (task.train_dataloader(), task.val_dataloader(), task.test_dataloader()):
+        assert set(everything(loader)[1].tolist()) <= {0, 2}
+    ink = {to_tensor(Image.fromarray(p)).numpy().tobytes() for p in pictures(12, 1)[::2]}
+    assert {image.numpy().tobytes() for image in everything(task.test_dataloader())[0]} <= ink
+
+
+def test_prototypes_come_from_their_own_rows_and_never_from_the_held_out_part(parquet):
+    task = ready(parquet, where={"style": "ink"}, prototype_where={"style": ["oil"]})
+    prototypes = {image.numpy().tobytes() for image in everything(task.prototype_dataloader())[0]}
+    assert prototypes == {to_tensor(Image.fromarray(p)).numpy().tobytes() for p in pictures(40)[1::2]}
+    plain = ready(parquet)
+    assert len(everything(plain.prototype_dataloader())[1]) == 36
+    everywhere = ready(parquet, prototype_where={})
+    held_out = {image.numpy().tobytes() for image in everything(everywhere.val_dataloader())[0]}
+    assert not held_out & {i.numpy().tobytes() for i in everything(everywhere.prototype_dataloader())[0]}
+
+
+def test_limits_are_a_seeded_choice(parquet):
+    task = ready(parquet, limit_train=10, limit_test=5)
+    assert len(task.train_dataloader().dataset) == 10
+    first, again = (everything(ready(parquet, limit_test=5).test_dataloader())[0] for _ in range(2))
+    assert torch.equal(first, again)
+    assert len(first) == 5
+
+
+def test_examples_are_decoded_once_and_again_for_another_model(parquet):
+    calls = []
+
+    def counted(image):
+        calls.append(1)
+        return to_tensor(image)
+
+    task = ready(parquet, transform=counted)
+    for _ in range(3):
+        everything(task.test_dataloader())
+    assert len(calls) == 12
+    task.trainer.lightning_module.image_transform = lambda image: to_tensor(image) + 1
+    task.setup("test")
+    assert everything(task.test_dataloader())[0].min() >= 1
+
+
+def test_labels_that_are_text_become_indices(tmp_path):
+    rows = {"image": table(9)["image"][:], "label": ["bee", "ant", "cat"] * 3}
+    data = datasets.Dataset.from_dict(
+        rows, features=datasets.Features({"image": datasets.Image(), "label": datasets.Value("string")})
+    )
+    data.to_parquet(tmp_path / "t.parquet")
+    files = {"train": str(tmp_path / "t.parquet"), "test": str(tmp_path / "t.parquet")}
+    task = ready(files)
+    assert task.class_names == ["ant", "bee", "cat"]
+    assert everything(task.test_dataloader())[1].tolist() == [1, 0, 2] * 3
+    with pytest.raises(ValueError, match="labels 'cat' are not in class_names"):
+        ready(files, class_names=["ant", "bee", "cow"])
+
+
+# --- mistakes
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"label_column": "class"}, r"no column 'class'; its columns are 'image', 'label', 'style'. Set label_column"),
+        ({"image_column": "img"}, r"no column 'img'.*Set image_column"),
+        ({"test_split": "tset"}, r"no split 'tset'; its splits are 'train', 'test'|'test', 'train'"),
+        ({"val_split": "validation"}, r"no split 'validation'.*Set val_split"),
+        ({"class_names": ["ant", "bee"]}, r"has 3 classes, but class_names has 2"),
+        ({"class_names": ["ant", "bee", "cat", "dog"]}, r"has 3 classes, but class_names has 4"),
+        ({"where": {"label": ["dog"]}}, r"where asks label for 'dog'; it holds 'ant', 'bee', 'cat'"),
+        ({"where": {"styel": "ink"}}, r"where names the column 'styel', not one of"),
+        ({"where": {"style": "chalk"}}, r"where asks style for 'chalk'; it holds 'ink', 'oil'"),
+    ],
+)
+def test_mistakes_name_what_is_there(parquet, options, message):
+    with pytest.raises(ValueError, match=message):
+        ready(parquet, **options)
+
+
+def test_missing_files_and_variables(parquet, tmp_path, monkeypatch):
+    with pytest.raises(FileNotFoundError, match="but none is there"):
+        ready(parquet.replace("pets", "pest"))
+    with pytest.raises(FileNotFoundError, match=r"Did you mean .*pets-train\.parquet"):
+        ready({"train": parquet.format(split="trian"), "test": parquet.format(split="test")})
+    with pytest.raises(FileNotFoundError, match="does not exist"):
+        ready("./nowhere/pets.parquet")
+    with pytest.raises(ValueError, match="environment variable that is not set"):
+        ImageTask("$TVA_NO_SUCH_FOLDER/x.parquet")
+    monkeypatch.setenv("PETS", str(tmp_path))
+    assert len(ready("$PETS/pets-{split}.parquet").test_dataloader().dataset) == 12
+    with pytest.raises(ValueError, match="files of one format"):
+        (tmp_path / "x.tar").touch()
+        ready({"train": str(tmp_path / "x.tar")})
+
+
+def test_classes_must_be_named_when_the_data_does_not(tmp_path):
+    np.savez(tmp_path / "n.npz", images=pictures(6), labels=np.arange(6) % 3)
+    with pytest.raises(ValueError, match="does not name its classes; pass class_names, 3 names"):
+        ready({"train": str(tmp_path / "n.npz"), "test": str(tmp_path / "n.npz")})
+    np.savez(tmp_path / "bad.npz", images=pictures(6))
+    with pytest.raises(ValueError, match="'labels' must hold one label for each"):
+        ready({"train": str(tmp_path / "bad.npz"), "test": str(tmp_path / "bad.npz")}, class_names=["a"])
+
+
+def test_a_model_must_say_how_images_reach_it(parquet):
+    task = ImageTask(parquet)
+    task.trainer = SimpleNamespace(lightning_module=SimpleNamespace())
+    with pytest.raises(TypeError, match="image_transform"):
+        task.setup("fit")
+
+
+# --- what ships with the package
+
+
+@pytest.mark.parametrize("name", sorted(BUILTIN_SETS))
+def test_builtin_sets_are_the_same_each_time_and_their_splits_share_nothing(name):
+    first, again = load_builtin(name), load_builtin(name)
+    for split in ("train", "test"):
+        labels = np.array(first[split]["label"])
+        assert len(np.unique(labels)) == len(first[split].features["label"].names)
+        assert np.bincount(labels).min() >= 0.7 * len(labels) / len(np.unique(labels))
+        assert first[split][0]["image"].size == (32, 32)
+    images = {split: [np.array(image).tobytes() for image in first[split]["image"]] for split in ("train", "test")}
+    assert images["test"] == [np.array(image).tobytes() for image in again["test"]["image"]]
+    assert not set(images["train"]) & set(images["test"])
+
+
+def test_an_unknown_builtin_set_names_the_known_ones():
+    with pytest.raises(ValueError, match="digits"):
+        ready("builtin:digitz")
