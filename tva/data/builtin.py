@@ -1,11 +1,11 @@
 """The image sets that tva brings itself, so that its demo and tests need no network.
 
-``digits`` is real handwriting, shipped inside scikit-learn. All other sets are drawn: a picture is a *mark* (a glyph of
-a font that ships with matplotlib, or a texture formula) seen through a *look* (rotation, waviness, colors, noise). Marks
-are functions of the plane, so every look is a change of coordinates, then of color.
+``digits`` is real handwriting, shipped inside scikit-learn. All other sets are drawn: a picture is a *mark* (a glyph
+of a font that ships with matplotlib, or a texture formula) seen through a *look* (rotation, waviness, colors, noise).
+Marks are functions of the plane, so every look is a change of coordinates, then of color.
 
-The model ``tva-tiny`` was pre-trained on the same marks in the plain look ``PLAIN``; each set's own look is the domain
-shift that fine-tuning learns. No picture of a set was seen in pre-training, and no real handwriting at all.
+The model ``tva-tiny`` was pre-trained on the same marks in the plain look; each set's own look is the domain shift that
+fine-tuning learns. No picture of a set was seen in pre-training, and no real handwriting at all.
 """
 
 from __future__ import annotations
@@ -218,7 +218,8 @@ MARKS: dict[str, dict[str, Mark]] = {
     },
     "objects": _glyphs(
         "✈⚓🐱☕✉⚑⚙⚒⌂⌨🐵✎⚖✂☠☎",
-        "airplane anchor cat cup envelope flag gear hammer house keyboard monkey pencil scales scissors skull telephone",
+        "airplane anchor cat cup envelope flag gear hammer house keyboard monkey pencil scales scissors skull "
+        "telephone",
     ),
     "symbols": _glyphs("☁♥♚♫♟♣✿♞☀☂", "cloud heart king music pawn club flower knight sun umbrella"),
 }
@@ -264,10 +265,10 @@ BUILTIN_SETS: dict[str, BuiltinSet] = {
         1000,
         {"faded": replace(PLAIN, contrast=(0.25, 0.35), inks=("white",), papers=("gray",))},
     ),
-    "objects": BuiltinSet(_PLAIN_TEMPLATES, 2000, 2000, {"plain": PLAIN}),
+    "objects": BuiltinSet(_PLAIN_TEMPLATES, 2000, 2000, {"neat": replace(PLAIN, turn=6, shift=0.1, noise=0.04)}),
     "symbols": BuiltinSet(
         _PLAIN_TEMPLATES,
-        4000,
+        2400,
         2000,
         {
             "solid": PLAIN,

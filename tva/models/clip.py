@@ -58,13 +58,13 @@ class ClipClassifier(FrozenHeadClassifier):
         self.save_hyperparameters()
         clip, self.image_transform, self._tokenizer = load_clip(name, pretrained)
         self.encoder = clip.visual.train()
-        self._clip = (clip,)  # a tuple hides the text tower from the state dict and the optimizer
+        clip.visual = nn.Identity()
+        self._text = (clip,)  # the text tower, in a tuple that hides it from the state dict and the optimizer
         self._load_weights()
 
     @functools.cached_property
     def _text_digest(self) -> str:
-        clip = self._clip[0]
-        return fingerprint({n: t for n, t in clip.state_dict().items() if not n.startswith("visual.")}).digest
+        return fingerprint(self._text[0].state_dict()).digest
 
     def head_key(self, datamodule: L.LightningDataModule) -> dict[str, Any]:
         return {
@@ -74,17 +74,15 @@ class ClipClassifier(FrozenHeadClassifier):
         }
 
     def build_head(self, datamodule: L.LightningDataModule) -> Tensor:
-        clip = self._clip[0]
         device = self.trainer.strategy.root_device
-        training, home = clip.training, next(clip.parameters()).device
-        clip.eval().to(device)
+        text = self._text[0].to(device)
         rows = []
         for class_name in datamodule.class_names:
-            texts = [template.format(class_name) for template in _templates(datamodule)]
-            features = F.normalize(clip.encode_text(self._tokenizer(texts).to(device)), dim=-1)  # (templates, features)
+            prompts = [template.format(class_name) for template in _templates(datamodule)]
+            features = F.normalize(text.encode_text(self._tokenizer(prompts).to(device)), dim=-1)  # (prompts, features)
             rows.append(F.normalize(features.mean(dim=0), dim=0))
-        head = torch.stack(rows) * clip.logit_scale.exp()  # (classes, features)
-        clip.train(training).to(home)
+        head = torch.stack(rows) * text.logit_scale.exp()  # (classes, features)
+        text.cpu()
         return head
 
 

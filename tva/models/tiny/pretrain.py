@@ -10,8 +10,8 @@ from __future__ import annotations
 import argparse
 import gzip
 import json
-import sys
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -78,19 +78,18 @@ def write_architecture(folder: Path) -> None:
     (folder / "tva-tiny.json").write_text(json.dumps(config, indent=4) + "\n")
 
 
-def draw_pool(num_pictures: int, rng: np.random.Generator, quiet: bool) -> tuple[Tensor, list[list[list[str]]]]:
+def draw_pool(num_pictures: int, rng: np.random.Generator) -> tuple[Tensor, list[list[list[str]]]]:
     """Draw the pre-training pictures and write their captions.
 
     Args:
         num_pictures: Number of pictures of each noun.
         rng: Source of all randomness.
-        quiet: Whether to hide the progress bar.
 
     Returns:
         Pictures, uint8 of shape (nouns, num_pictures, 3, 32, 32), and for each of them the captions that fit.
     """
     pictures, captions = [], []
-    for noun, mark in tqdm(NOUNS.items(), desc="drawing", disable=quiet):
+    for noun, mark in tqdm(NOUNS.items(), desc="drawing", disable=None):
         captions.append([])
         for _ in range(num_pictures):
             style = "outlined " if rng.random() < OUTLINED_SHARE and "texture" not in noun else ""
@@ -103,7 +102,7 @@ def draw_pool(num_pictures: int, rng: np.random.Generator, quiet: bool) -> tuple
     return torch.stack(pictures).unflatten(0, (len(NOUNS), num_pictures)), captions
 
 
-def pretrain(folder: Path, steps: int, num_pictures: int, seed: int, quiet: bool) -> None:
+def pretrain(folder: Path, steps: int, num_pictures: int, seed: int) -> None:
     """Train the model and write it to a folder, with its vocabulary and configuration.
 
     Args:
@@ -111,14 +110,13 @@ def pretrain(folder: Path, steps: int, num_pictures: int, seed: int, quiet: bool
         steps: Number of batches; each holds one picture of every noun.
         num_pictures: Number of pictures drawn of each noun.
         seed: Seed of the pictures, the batches and the initial weights.
-        quiet: Whether to hide the progress bars.
     """
     write_architecture(folder)
     torch.manual_seed(seed)
     rng = np.random.default_rng(seed)
     model, preprocess, tokenizer = create(folder)
     normalize = preprocess.transforms[-1]
-    pictures, captions = draw_pool(num_pictures, rng, quiet)
+    pictures, captions = draw_pool(num_pictures, rng)
     token_ids = {text: tokenizer(text)[0] for noun in captions for texts in noun for text in texts}
 
     decayed = [p for p in model.parameters() if p.ndim >= 2]
@@ -126,7 +124,7 @@ def pretrain(folder: Path, steps: int, num_pictures: int, seed: int, quiet: bool
     optimizer = torch.optim.AdamW([{"params": decayed, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}])
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=1e-3, total_steps=steps, pct_start=0.05)
     loss_function = ClipLoss()
-    progress = tqdm(range(steps), desc="training", disable=quiet)
+    progress = tqdm(range(steps), desc="training", disable=None)
     for _ in progress:
         choice = rng.integers(num_pictures, size=len(NOUNS))
         images = normalize(pictures[torch.arange(len(NOUNS)), torch.from_numpy(choice)].float() / 255)
@@ -144,7 +142,7 @@ def pretrain(folder: Path, steps: int, num_pictures: int, seed: int, quiet: bool
 
 
 @torch.no_grad()
-def zero_shot_accuracy(model: CLIP, preprocess, tokenizer, name: str) -> float:
+def zero_shot_accuracy(model: CLIP, preprocess: Callable, tokenizer: Callable, name: str) -> float:
     """Return the accuracy on the test split of a built-in set, in [0, 1]."""
     test = load_builtin(name)["test"]
     prompts = [[t.format(c) for t in BUILTIN_SETS[name].templates] for c in test.features["label"].names]
@@ -163,7 +161,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0, help="seed of pictures, batches and initial weights")
     args = parser.parse_args()
     args.output.mkdir(parents=True, exist_ok=True)
-    pretrain(args.output, args.steps, args.pictures, args.seed, quiet=not sys.stderr.isatty())
+    pretrain(args.output, args.steps, args.pictures, args.seed)
     model = load(args.output)
     for name in BUILTIN_SETS:
         print(f"{name:10} zero-shot accuracy {zero_shot_accuracy(*model, name):.3f}")

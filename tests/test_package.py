@@ -1,0 +1,149 @@
+"""The package as it is installed: from a wheel, from a checkout, and its imports, which run one way."""
+
+import ast
+import os
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+# Each module may import modules of its own layer's row or of rows above it, never below.
+LAYERS = [
+    {"tva.state_dict"},
+    {"tva.weights"},
+    {"tva.task_vector"},
+    {"tva.recipe", "tva.search"},
+    {"tva.callbacks", "tva.data"},
+    {"tva.models"},
+    {"tva.validate", "tva.report"},
+    {"tva.edit"},
+    {"tva.trainer"},
+    {"tva.cli"},
+    {"tva.demo", "tva.__main__"},
+]
+TORCH_ONLY = {"tva.state_dict", "tva.weights", "tva.task_vector", "tva.recipe", "tva.search"}
+DOORS = {
+    "jsonargparse": {"tva.cli"},
+    "open_clip": {"tva.models"},
+    "timm": {"tva.models"},
+    "datasets": {"tva.data"},
+    "matplotlib": {"tva.report", "tva.demo", "tva.data"},
+    "rich": {"tva.report", "tva.demo", "tva.models"},
+}
+
+
+def modules():
+    for folder, package in ((ROOT / "tva", "tva"), (ROOT / "callbacks", "tva.callbacks")):
+        for file in folder.rglob("*.py"):
+            parts = file.relative_to(folder).with_suffix("").parts
+            yield ".".join([package, *(part for part in parts if part != "__init__")]), file
+
+
+def imports(file):
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{file}: relative import"
+            yield node.module
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def layer_of(name):
+    for position, layer in enumerate(LAYERS):
+        for known in layer:
+            if name == known or name.startswith(known + "."):
+                return position, known
+    return None
+
+
+def test_imports_run_one_way():
+    for name, file in modules():
+        if name == "tva":
+            continue
+        own = layer_of(name)
+        assert own is not None, f"{name} has no layer; add it to LAYERS"
+        for imported in imports(file):
+            other = layer_of(imported)
+            if other is not None:
+                assert other[0] < own[0] or other[1] == own[1], f"{name} must not import {imported}"
+
+
+def test_each_heavy_dependency_has_one_door():
+    for name, file in modules():
+        own = layer_of(name)
+        for imported in imports(file):
+            top = imported.split(".")[0]
+            if top in DOORS:
+                assert own[1] in DOORS[top], f"{name} must not import {top}"
+            if own is not None and own[1] in TORCH_ONLY:
+                allowed = {"torch", "safetensors", "xxhash", "tva", "__future__"} | sys.stdlib_module_names
+                assert top in allowed, f"{name} must not import {top}"
+
+
+def run_python(code, *options, **environment):
+    environment = {**os.environ, **environment}
+    done = subprocess.run(
+        [sys.executable, *options, "-c", code], capture_output=True, text=True, env=environment, cwd=ROOT.parent
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout.split()
+
+
+def test_import_tva_loads_torch_and_no_more():
+    code = "import sys, tva; tva.TaskVector, tva.open_weights; print(*{m.split('.')[0] for m in sys.modules})"
+    assert not {"lightning", "open_clip", "datasets", "timm", "sklearn", "rich"} & set(run_python(code))
+
+
+def test_a_checkout_imports_without_installation():
+    code = "import tva, tva.callbacks; print(tva.__file__, tva.callbacks.__file__)"
+    path = os.pathsep.join([str(ROOT), sysconfig.get_path("purelib")])
+    files = run_python(code, "-S", PYTHONPATH=path)  # -S: no .pth file, so no editable install
+    assert files == [str(ROOT / "tva/__init__.py"), str(ROOT / "callbacks/__init__.py")]
+
+
+def test_the_installed_package_imports_here():
+    files = run_python("import tva, tva.callbacks.task_vector as t; print(tva.__file__, t.__file__)")
+    assert files[1].endswith("callbacks/task_vector.py")
+
+
+@pytest.mark.slow
+def test_wheel_installs_and_imports_in_a_fresh_environment(tmp_path):
+    build = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(tmp_path), str(ROOT)]
+    subprocess.run(build, check=True, capture_output=True)
+    (wheel,) = tmp_path.glob("tva-*.whl")
+    assert wheel.stat().st_size < 6 * 1024**2
+    venv = tmp_path / "venv"
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(venv)], check=True)
+    python = venv / "bin/python"
+    install = [sys.executable, "-m", "pip", "--python", str(python), "install", "--no-deps", "--no-index", str(wheel)]
+    subprocess.run(install, check=True, capture_output=True)
+    site = next((venv / "lib").glob("python*/site-packages"))
+    assert not (site / "callbacks").exists()
+    # the dependencies come from this environment, without its editable install
+    environment = {"PYTHONPATH": sysconfig.get_path("purelib"), "HOME": str(tmp_path), "PATH": os.environ["PATH"]}
+    code = (
+        "import tva, tva.callbacks; from tva.models.tiny import load; load();"
+        "print(tva.__file__, tva.callbacks.__file__)"
+    )
+    done = subprocess.run([python, "-c", code], env=environment, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == [str(site / "tva/__init__.py"), str(site / "tva/callbacks/__init__.py")]
+    done = subprocess.run(
+        [venv / "bin/tva", "--version"], env=environment, cwd=tmp_path, capture_output=True, text=True
+    )
+    assert done.stdout.startswith("tva "), done.stderr
+
+
+def test_callbacks_docstrings_run():
+    import doctest
+
+    import tva.callbacks.task_vector as module
+
+    results = doctest.testmod(module, extraglobs={"L": __import__("lightning")})
+    assert results.attempted > 0
+    assert results.failed == 0
