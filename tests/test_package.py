@@ -16,6 +16,7 @@ LAYERS = [
     {"tva.state_dict"},
     {"tva.weights"},
     {"tva.task_vector"},
+    {"tva.merge"},
     {"tva.recipe", "tva.search"},
     {"tva.callbacks", "tva.data"},
     {"tva.models"},
@@ -25,7 +26,7 @@ LAYERS = [
     {"tva.cli"},
     {"tva.demo", "tva.__main__"},
 ]
-TORCH_ONLY = {"tva.state_dict", "tva.weights", "tva.task_vector", "tva.recipe", "tva.search"}
+TORCH_ONLY = {"tva.state_dict", "tva.weights", "tva.task_vector", "tva.merge", "tva.recipe", "tva.search"}
 DOORS = {
     "jsonargparse": {"tva.cli"},
     "open_clip": {"tva.models"},

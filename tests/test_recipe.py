@@ -59,7 +59,7 @@ def test_a_recipe_names_what_it_uses():
         ("a + analogy(a, a)", "takes 3 task vectors and was given 2", "analogy"),
         ("mean(a, 2)", "This is a number, but mean takes task vectors", "2"),
         ("mean()", "takes at least one", "mean"),
-        ("mean(a, density=1)", "takes task vectors alone", "mean"),
+        ("mean(a, density=1)", "mean has no option 'density'; it has no options", "1"),
         ("a ** 2", "Only names, numbers", "a"),
         ("a.deltas", "Only names, numbers", "a"),
         ("__import__('os').system('true')", "Only names, numbers", "__import__"),

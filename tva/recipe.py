@@ -8,39 +8,31 @@ text where it stands.
 from __future__ import annotations
 
 import ast
+import dataclasses
 import difflib
 import operator
-from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from typing import Any, Literal
 
+import torch
+from torch import Tensor
+
+from tva.merge import METHODS, Method, Place
 from tva.state_dict import some
-from tva.task_vector import TaskVector
+from tva.task_vector import Origin, TaskVector
 
 Kind = Literal["vector", "number"]
-Value = TaskVector | float
+Piece = tuple[Place, Mapping[str, Tensor]]  # where it lies, and the flattened deltas of the vectors by name
 
 
 class RecipeError(ValueError):
     """A recipe cannot be read; the message shows it with a caret under the place."""
 
 
-def mean(*vectors: TaskVector) -> TaskVector:
-    """Average task vectors, which averages their fine-tuned models."""
-    return sum(vectors) / len(vectors)
+def _state_key(node: ast.Call, method: Method, place: Place) -> tuple[int, str]:
+    return id(node), "" if method.over_model else place.tensor
 
 
-@dataclass(frozen=True)
-class _Function:
-    call: Callable[..., TaskVector]
-    usage: str
-    num_vectors: int | None = None  # None: one or more
-
-
-FUNCTIONS = {
-    "analogy": _Function(TaskVector.analogy, "analogy(a, b, c), which is c + (b - a)", 3),
-    "mean": _Function(mean, "mean(a, b, …)"),
-}
 _OPERATORS: dict[type, tuple[str, Callable]] = {
     ast.Add: ("+", operator.add),
     ast.Sub: ("-", operator.sub),
@@ -91,22 +83,142 @@ class Recipe:
             self._tree = ast.parse(text.strip(), mode="eval").body
         except SyntaxError as error:
             raise self._error("This is not an expression", (error.offset or 1) - 1) from error
+        self._methods: dict[int, Method] = {}
+        self._observers: list[ast.Call] = []  # calls that must see the deltas first, inner before outer
         if self._check(self._tree) != "vector":
             raise self._error(f"A recipe must give a task vector, but this is a number; known {self._names()}", 0)
 
     def __repr__(self) -> str:
         return f"Recipe({self.text!r})"
 
+    @property
+    def is_linear(self) -> bool:
+        """Whether the recipe is a fixed linear combination of its vectors."""
+        return all(method.linear for method in self._methods.values())
+
     def evaluate(self, vectors: Mapping[str, TaskVector]) -> TaskVector:
-        """Compute the recipe.
+        """Compute the recipe in memory.
 
         Args:
             vectors: The task vectors by name, at least those in ``self.vectors``.
 
+        Returns:
+            A new task vector. Running statistics follow a linear recipe; under any other they do not move.
+
         Raises:
             MismatchError: The vectors come from different bases or architectures.
         """
-        return self._evaluate(self._tree, vectors)
+        used = {name: vectors[name] for name in self.vectors}
+        whole = sum(used.values())  # checks that they belong together
+        sources = {name: vector.origin.finetuned or name for name, vector in used.items()}
+
+        def pieces() -> Iterator[Piece]:
+            for name in sorted(whole.deltas):
+                yield (
+                    Place(name),
+                    {
+                        v: vector.deltas[name].reshape(-1)
+                        if name in vector.deltas
+                        else torch.zeros(whole.deltas[name].numel(), dtype=whole.deltas[name].dtype)
+                        for v, vector in used.items()
+                    },
+                )
+
+        observed = self.observe(pieces, sources)
+        deltas = {
+            place.tensor: self.merge(place, values, observed, sources).reshape(whole.deltas[place.tensor].shape)
+            for place, values in pieces()
+        }
+        buffers = {}
+        if self.is_linear:
+            zeros = {name: torch.zeros_like(delta) for name, delta in whole.buffers.items()}
+            for name in whole.buffers:
+                values = {v: vector.buffers.get(name, zeros[name]) for v, vector in used.items()}
+                buffers[name] = self.merge(Place(name), values, {}, sources)
+        untouched = {**dict.fromkeys(whole.buffers.keys() - buffers.keys(), "excluded"), **whole.untouched}
+        return TaskVector(deltas, buffers, untouched, Origin(base=whole.origin.base))
+
+    # --- computing, one piece of the model at a time
+
+    def observe(
+        self, pieces: Callable[[], Iterable[Piece]], sources: Mapping[str, str], *, over_model: bool | None = None
+    ) -> dict[tuple[int, str], Any]:
+        """Let the methods that need it look at the deltas before they merge.
+
+        Args:
+            pieces: Gives all pieces anew at each call.
+            sources: What identifies each vector.
+            over_model: Only the methods that collect over the whole model (True), or tensor by tensor (False).
+
+        Returns:
+            States for `merge`, by method and tensor.
+        """
+        states: dict[tuple[int, str], Any] = {}
+        for node in self._observers:  # inner calls come first: their states are ready for the outer ones
+            method = self._methods[id(node)]
+            if over_model is not None and method.over_model != over_model:
+                continue
+            for sweep in range(method.num_sweeps):
+                for place, deltas in pieces():
+                    key = _state_key(node, method, place)
+                    if key not in states:
+                        states[key] = method.start(len(node.args))
+                    arguments = [self._evaluate(argument, place, deltas, states, sources) for argument in node.args]
+                    method.observe(states[key], arguments, sweep)
+                for (owner, _), state in states.items():
+                    if owner == id(node):
+                        method.finish(state, sweep)
+        return states
+
+    def merge(
+        self,
+        place: Place,
+        deltas: Mapping[str, Tensor],
+        states: Mapping[tuple[int, str], Any],
+        sources: Mapping[str, str],
+    ) -> Tensor:
+        """Compute one piece of the result.
+
+        Args:
+            place: Where the piece lies.
+            deltas: For each vector its flattened piece, float32 or float64.
+            states: From `observe`.
+            sources: What identifies each vector.
+        """
+        return self._evaluate(self._tree, place, deltas, states, sources)
+
+    def _evaluate(
+        self,
+        node: ast.expr,
+        place: Place,
+        deltas: Mapping[str, Tensor],
+        states: Mapping[tuple[int, str], Any],
+        sources: Mapping[str, str],
+    ) -> Any:
+        match node:
+            case ast.Constant(value=value):
+                return float(value)
+            case ast.Name(id=name):
+                return deltas[name] if name in self._known else self.coefs[name]
+            case ast.UnaryOp(op=op, operand=operand):
+                value = self._evaluate(operand, place, deltas, states, sources)
+                return -value if isinstance(op, ast.USub) else value
+            case ast.BinOp(left=left, op=op, right=right):
+                function = _OPERATORS[type(op)][1]
+                divisor = self._evaluate(right, place, deltas, states, sources)
+                if isinstance(op, ast.Div) and divisor == 0:
+                    raise self._error("This divides by zero", right.col_offset)
+                return function(self._evaluate(left, place, deltas, states, sources), divisor)
+            case ast.Call(args=args):
+                method = self._methods[id(node)]
+                arguments = [self._evaluate(argument, place, deltas, states, sources) for argument in args]
+                named = tuple("+".join(sources[name] for name in self._names_in(argument)) for argument in args)
+                here = dataclasses.replace(place, sources=named)
+                return method.merge(arguments, states.get(_state_key(node, method, place)), here)
+        raise AssertionError(f"unchecked node {ast.dump(node)}")
+
+    def _names_in(self, node: ast.expr) -> Iterator[str]:
+        return (n.id for n in ast.walk(node) if isinstance(n, ast.Name) and n.id in self._known)
 
     # --- reading: what kind of value each part has
 
@@ -150,46 +262,48 @@ class Recipe:
         raise self._error("Two task vectors cannot be multiplied; multiply one by a number", place)
 
     def _check_call(self, node: ast.Call, name: str) -> Kind:
-        if name not in FUNCTIONS:
+        if name not in METHODS:
             raise self._error(
-                f"There is no function {name!r}; known are {', '.join(FUNCTIONS)}.{self._nearest(name, FUNCTIONS)}",
+                f"There is no function {name!r}; known are {', '.join(METHODS)}.{self._nearest(name, METHODS)}",
                 node.col_offset,
             )
-        function = FUNCTIONS[name]
-        if node.keywords:
-            raise self._error(f"{name} takes task vectors alone: {function.usage}", node.col_offset)
+        kind = METHODS[name]
         for argument in node.args:
             if self._check(argument) != "vector":
-                raise self._error(
-                    f"This is a number, but {name} takes task vectors: {function.usage}", argument.col_offset
-                )
-        if len(node.args) != function.num_vectors if function.num_vectors else not node.args:
-            wanted = function.num_vectors or "at least one"
+                raise self._error(f"This is a number, but {name} takes task vectors: {kind.usage}", argument.col_offset)
+        if len(node.args) != kind.num_vectors if kind.num_vectors else not node.args:
+            wanted = kind.num_vectors or "at least one"
             raise self._error(
-                f"{name} takes {wanted} task vectors and was given {len(node.args)}: {function.usage}", node.col_offset
+                f"{name} takes {wanted} task vectors and was given {len(node.args)}: {kind.usage}", node.col_offset
             )
+        options = {}
+        known = [field.name for field in dataclasses.fields(kind)]
+        for keyword in node.keywords:
+            if keyword.arg not in known:
+                options_text = f"its options are {', '.join(known)}" if known else "it has no options"
+                raise self._error(
+                    f"{name} has no option {keyword.arg!r}; {options_text}: {kind.usage}", keyword.value.col_offset
+                )
+            options[keyword.arg] = self._option(keyword.value)
+        try:
+            method = kind(**options)
+        except (TypeError, ValueError) as error:
+            raise self._error(f"{error} Written as {kind.usage}", node.col_offset) from error
+        self._methods[id(node)] = method
+        if method.num_sweeps:
+            self._observers.append(node)
         return "vector"
 
-    # --- computing
-
-    def _evaluate(self, node: ast.expr, vectors: Mapping[str, TaskVector]) -> Value:
-        match node:
-            case ast.Constant(value=value):
-                return float(value)
-            case ast.Name(id=name):
-                return vectors[name] if name in self._known else self._values[name]
-            case ast.UnaryOp(op=op, operand=operand):
-                value = self._evaluate(operand, vectors)
-                return -value if isinstance(op, ast.USub) else value
-            case ast.BinOp(left=left, op=op, right=right):
-                function = _OPERATORS[type(op)][1]
-                try:
-                    return function(self._evaluate(left, vectors), self._evaluate(right, vectors))
-                except ZeroDivisionError as error:
-                    raise self._error("This divides by zero", right.col_offset) from error
-            case ast.Call(func=ast.Name(id=name), args=args):
-                return FUNCTIONS[name].call(*(self._evaluate(argument, vectors) for argument in args))
-        raise AssertionError(f"unchecked node {ast.dump(node)}")
+    def _option(self, node: ast.expr) -> Any:
+        if isinstance(node, ast.Name) and node.id in self._values:
+            self.coefs[node.id] = float(self._values[node.id])
+            return self.coefs[node.id]
+        try:
+            return ast.literal_eval(node)
+        except ValueError as error:
+            raise self._error(
+                "An option must be a number, a text in quotes or a coefficient", node.col_offset
+            ) from error
 
     # --- errors
 

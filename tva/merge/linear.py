@@ -1,0 +1,42 @@
+"""Methods that are fixed linear combinations."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import reduce
+from typing import Any
+
+from torch import Tensor
+
+from tva.merge.method import Method, Place
+
+
+@dataclass(frozen=True)
+class Analogy(Method):
+    r"""Infer a fourth task: "A is to B as C is to the result", :math:`\tau_C + (\tau_B - \tau_A)`.
+
+    Source: Ilharco et al., "Editing models with task arithmetic", ICLR 2023, section 5.
+    """
+
+    usage = "analogy(a, b, c), which is c + (b - a)"
+    num_vectors = 3
+    linear = True
+
+    def merge(self, deltas: Sequence[Tensor], state: Any, place: Place) -> Tensor:
+        a, b, c = deltas
+        return c + (b - a)
+
+
+@dataclass(frozen=True)
+class Mean(Method):
+    r"""Average task vectors, :math:`\frac{1}{T} \sum_t \tau_t`, which averages their fine-tuned models.
+
+    Source: Wortsman et al., "Model soups", ICML 2022.
+    """
+
+    usage = "mean(a, b, …)"
+    linear = True
+
+    def merge(self, deltas: Sequence[Tensor], state: Any, place: Place) -> Tensor:
+        return reduce(Tensor.add, deltas) / len(deltas)

@@ -1,0 +1,63 @@
+"""What a merge method is: parameters, an optional look at the deltas, and a function of tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where the elements that a method sees lie, so that randomness depends on nothing else.
+
+    Attributes:
+        tensor: Name of the tensor.
+        start: Index of the first element in the flattened tensor.
+        sources: For each vector what identifies it: the fingerprint of its fine-tuned model, or its name.
+    """
+
+    tensor: str
+    start: int = 0
+    sources: tuple[str, ...] = ()
+
+
+class Method:
+    """Base class of merge methods; a subclass is a frozen dataclass whose fields are its parameters.
+
+    A method is applied to a model piece by piece: `merge` sees the same elements of every vector, flattened, in pieces
+    of any length, and must give the same values whatever the pieces. What it must know of a whole tensor or of the
+    whole model beforehand it collects in ``num_sweeps`` earlier passes over the same pieces.
+
+    Attributes:
+        usage: How it is written in a recipe.
+        num_vectors: How many vectors it takes; None for one or more.
+        linear: Whether it is a fixed linear combination, so that it also applies to running statistics.
+        num_sweeps: Passes over the deltas before the one that combines.
+    """
+
+    usage: ClassVar[str]
+    num_vectors: ClassVar[int | None] = None
+    linear: ClassVar[bool] = False
+    num_sweeps: ClassVar[int] = 0
+
+    @property
+    def over_model(self) -> bool:
+        """Whether what it collects is collected over the whole model rather than tensor by tensor."""
+        return False
+
+    def start(self, num_vectors: int) -> Any:
+        """Make the empty state that `observe` fills."""
+        return None
+
+    def observe(self, state: Any, deltas: Sequence[Tensor], sweep: int) -> None:
+        """Look at one piece of each delta in pass ``sweep`` (0 is the first)."""
+
+    def finish(self, state: Any, sweep: int) -> None:
+        """Close pass ``sweep``: all pieces have been seen."""
+
+    def merge(self, deltas: Sequence[Tensor], state: Any, place: Place) -> Tensor:
+        """Combine one piece of each delta, float32 or float64, shape (elements,); the inputs are left unchanged."""
+        raise NotImplementedError  # every subclass says how
