@@ -114,8 +114,8 @@ class Ties(Method):
 
     Each vector keeps its ``density`` largest magnitudes, :math:`\hat\tau_t`. The elected sign of an element is that of
     :math:`\sum_t \hat\tau_t`; the result is the mean (or sum) of the :math:`\hat\tau_t` that are not zero and have that
-    sign. An element whose sum is exactly zero has no elected sign and stays at the base. Vectors vote as they are given:
-    ``ties(2 * a, b)`` weights a's vote and its part of the mean.
+    sign. An element whose sum is exactly zero has no elected sign and stays at the base. Vectors vote as they are
+    given: ``ties(2 * a, b)`` weights a's vote and its part of the mean.
 
     Args:
         density: Fraction to keep, in (0, 1]; the paper's default is 0.2.
