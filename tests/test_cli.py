@@ -334,3 +334,37 @@ def test_fit_and_edit_under_ddp_with_two_processes(tmp_path):
     base, tuned = (open_weights(path) for path in (next((tmp_path / "run").glob("base-*")), tmp_path / "run/last.ckpt"))
     vector = TaskVector.load(tmp_path / "run/last.tv.safetensors")
     assert all(torch.equal(delta, tuned[name] - base[name]) for name, delta in vector.deltas.items())
+
+
+# --- compose
+
+
+def test_compose_on_the_command_line_and_from_yaml(runs, tmp_path, capsys):
+    base = next((runs / "blobs1").glob("base-*.safetensors"))
+    checkpoints = {name: str(runs / name / "last.ckpt") for name in ("blobs1", "blobs2")}
+    options = [f"--vectors.{name}={path}" for name, path in checkpoints.items()]
+    main(
+        ["compose", "--base", str(base), *options, "--recipe", "-0.5 * (blobs1 + blobs2)"]
+        + ["--output", str(tmp_path / "one.safetensors"), "--scaling_coef", "0.5"]
+    )
+    assert "lost in rounding" in capsys.readouterr().out
+    content = {"base": str(base), "vectors": checkpoints, "recipe": "-0.5 * (blobs1 + blobs2)", "scaling_coef": 0.5}
+    config = write_yaml(tmp_path / "c.yaml", {**content, "output": str(tmp_path / "two.safetensors")})
+    main(["compose", "--config", config])
+    a, b = (TaskVector.load(runs / name / "last.tv.safetensors") for name in ("blobs1", "blobs2"))
+    expected = fingerprint((-0.5 * (a + b)).apply_to(LinearNet().state_dict(), 0.5))
+    for name in ("one", "two"):
+        assert fingerprint(open_weights(tmp_path / f"{name}.safetensors")) == expected
+    status, text = status_and_message(capsys, "compose", "--config", config, "--recipe", "blobs1 + blobs3")
+    assert (status, "Did you mean 'blobs1'" in text or "Did you mean 'blobs2'" in text) == (2, True)
+
+
+def test_compose_loads_no_lightning():
+    code = (
+        "import sys; from tva.cli import main\n"
+        "try: main(['compose', '--help'])\n"
+        "except SystemExit: pass\n"
+        "assert not {'lightning', 'open_clip', 'datasets'} & set(sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "max_memory" in done.stdout

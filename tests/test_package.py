@@ -18,15 +18,25 @@ LAYERS = [
     {"tva.task_vector"},
     {"tva.merge"},
     {"tva.recipe", "tva.search"},
+    {"tva.compose"},
     {"tva.callbacks", "tva.data"},
     {"tva.models"},
-    {"tva.validate", "tva.report"},
+    {"tva.report"},
+    {"tva.validate"},
     {"tva.edit"},
     {"tva.trainer"},
     {"tva.cli"},
     {"tva.demo", "tva.__main__"},
 ]
-TORCH_ONLY = {"tva.state_dict", "tva.weights", "tva.task_vector", "tva.merge", "tva.recipe", "tva.search"}
+TORCH_ONLY = {
+    "tva.state_dict",
+    "tva.weights",
+    "tva.task_vector",
+    "tva.merge",
+    "tva.recipe",
+    "tva.compose",
+    "tva.search",
+}
 DOORS = {
     "jsonargparse": {"tva.cli"},
     "open_clip": {"tva.models"},

@@ -13,6 +13,7 @@ from typing import Any
 
 COMMANDS = {
     "fit": "fine-tune a model; with TaskVectorCallback it writes task vectors beside its checkpoints",
+    "compose": "apply a recipe to a checkpoint on disk, within a stated memory: no Trainer, no data, any architecture",
     "edit": "combine task vectors, choose the coefficient, edit the model and prove it on control tasks",
 }
 HELP = """usage: tva COMMAND [options]
@@ -51,8 +52,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         _fail(f"there is no command {argv[0]!r}; commands are {', '.join(COMMANDS)}." + _did_you_mean(near))
     try:
         with _arguments(argv):
-            holds = _run(argv[0])
-    except (ValueError, FileNotFoundError) as error:
+            holds = _compose() if argv[0] == "compose" else _run(argv[0])
+    except (ValueError, OSError) as error:
         if os.environ.get("TVA_DEBUG"):
             raise
         _fail(f"{error}\n(TVA_DEBUG=1 shows where this comes from.)")
@@ -78,6 +79,17 @@ def _arguments(argv: Sequence[str]) -> Iterator[None]:
         yield
     finally:
         sys.argv = before
+
+
+def _compose() -> bool:
+    """Run ``compose``, which needs no Lightning."""
+    from jsonargparse import auto_cli
+
+    from tva.compose import compose
+    from tva.report import print_composed
+
+    print_composed(auto_cli(compose, args=sys.argv[2:], prog="tva compose", as_positional=False))
+    return True
 
 
 def _run(command: str) -> bool:
@@ -128,7 +140,7 @@ def _run(command: str) -> bool:
             save_config_callback=None if command == "edit" else SaveConfigCallback,
             # With it on, every data module in the config but the first gets the first one's hyperparameters.
             load_from_checkpoint_support=False,
-            parser_kwargs={name: {"usage": f"tva {name} [options]"} for name in COMMANDS},
+            parser_kwargs={name: {"usage": f"tva {name} [options]"} for name in ("fit", "edit")},
         )
     except MisconfigurationException as error:
         raise ValueError(str(error)) from error

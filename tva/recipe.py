@@ -138,10 +138,25 @@ class Recipe:
         untouched = {**dict.fromkeys(whole.buffers.keys() - buffers.keys(), "excluded"), **whole.untouched}
         return TaskVector(deltas, buffers, untouched, Origin(base=whole.origin.base))
 
+    @property
+    def is_random(self) -> bool:
+        """Whether a method of the recipe draws random numbers."""
+        return any(method.random for method in self._methods.values())
+
+    @property
+    def observing(self) -> list[Method]:
+        """The methods that must look at the deltas before they merge."""
+        return [self._methods[id(node)] for node in self._observers]
+
     # --- computing, one piece of the model at a time
 
     def observe(
-        self, pieces: Callable[[], Iterable[Piece]], sources: Mapping[str, str], *, over_model: bool | None = None
+        self,
+        pieces: Callable[[], Iterable[Piece]],
+        sources: Mapping[str, str],
+        *,
+        over_model: bool | None = None,
+        known: Mapping[tuple[int, str], Any] | None = None,
     ) -> dict[tuple[int, str], Any]:
         """Let the methods that need it look at the deltas before they merge.
 
@@ -149,11 +164,13 @@ class Recipe:
             pieces: Gives all pieces anew at each call.
             sources: What identifies each vector.
             over_model: Only the methods that collect over the whole model (True), or tensor by tensor (False).
+            known: States of methods that have looked already.
 
         Returns:
             States for `merge`, by method and tensor.
         """
         states: dict[tuple[int, str], Any] = {}
+        seen = dict(known or {})
         for node in self._observers:  # inner calls come first: their states are ready for the outer ones
             method = self._methods[id(node)]
             if over_model is not None and method.over_model != over_model:
@@ -162,8 +179,8 @@ class Recipe:
                 for place, deltas in pieces():
                     key = _state_key(node, method, place)
                     if key not in states:
-                        states[key] = method.start(len(node.args))
-                    arguments = [self._evaluate(argument, place, deltas, states, sources) for argument in node.args]
+                        states[key] = seen[key] = method.start(len(node.args))
+                    arguments = [self._evaluate(argument, place, deltas, seen, sources) for argument in node.args]
                     method.observe(states[key], arguments, sweep)
                 for (owner, _), state in states.items():
                     if owner == id(node):

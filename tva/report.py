@@ -13,6 +13,7 @@ from rich.progress import track
 from rich.table import Table
 from torch import Tensor
 
+from tva.compose import ComposeReport
 from tva.weights import atomic_path, save_weights
 
 EDITED = "edited.safetensors"
@@ -183,6 +184,24 @@ def print_report(report: EditReport, console: Console | None = None) -> None:
     console.print(table)
     style = "bold green" if report.holds else "bold red"
     console.print(f"[{style}]{'holds' if report.holds else 'refused'}[/]: {report.verdict}", highlight=False)
+
+
+def print_composed(report: ComposeReport) -> None:
+    """Print what `tva.compose.compose` wrote, and its effect by group of tensors."""
+    console = make_console()
+    table = Table(box=None, header_style="bold", pad_edge=False)
+    table.add_column("tensors")
+    for heading in ("moved", "changed", "relative change", "deltas lost in rounding"):
+        table.add_column(heading, justify="right")
+    for group, effect in report.effects.items():
+        lost = effect.vanished / effect.elements if effect.elements else 0.0
+        table.add_row(group, f"{effect.tensors}", f"{effect.changed}", f"{effect.relative_change:.2e}", f"{lost:.1%}")
+    console.print(table)
+    console.print(
+        f"wrote {report.output}: {report.num_bytes / 1e6:.1f} MB in {report.seconds:.1f} s, {report.edited.digest}, "
+        f"from the base {report.base.digest}",
+        highlight=False,
+    )
 
 
 def _verdict(report: EditReport, name: str) -> str:

@@ -96,26 +96,29 @@ def subtract(finetuned: Tensor, base: Tensor) -> Tensor:
     return finetuned.to(dtype) - base.to(dtype)
 
 
-def add_scaled(base: Tensor, delta: Tensor, scaling_coef: float, out: Tensor | None = None) -> Tensor:
-    r"""Compute :math:`\theta = \theta_0 + \lambda \delta` for one tensor, rounded once to the dtype of ``base``.
+def add_scaled(
+    base: Tensor, delta: Tensor, scaling_coef: float, out: Tensor | None = None, dtype: torch.dtype | None = None
+) -> Tensor:
+    r"""Compute :math:`\theta = \theta_0 + \lambda \delta` for one tensor, rounded once.
 
     Args:
         base: Tensor of the base model, any floating dtype; left unchanged.
         delta: Delta of the same shape; left unchanged.
         scaling_coef: :math:`\lambda`, unitless. 0 copies ``base`` bit for bit.
         out: Where to write, with the shape of ``base``; may not share memory with ``base`` or ``delta``.
+        dtype: Of a new result; by default that of ``base``.
 
     Returns:
-        ``out``, or a new tensor with the dtype and device of ``base``.
+        ``out``, or a new tensor on the device of ``base``.
 
     Example:
         >>> add_scaled(torch.tensor([1.0, 2.0]), torch.tensor([0.5, 0.0]), -1.0)
         tensor([0.5000, 2.0000])
     """
     if scaling_coef == 0:
-        return base.clone() if out is None else out.copy_(base)
-    dtype = _sum_dtype(base, delta)
-    if out is not None and out.dtype == dtype:
-        return torch.mul(delta.to(dtype), scaling_coef, out=out).add_(base.to(dtype))
-    moved = torch.mul(delta.to(dtype), scaling_coef).add_(base.to(dtype)).to(base.dtype)
-    return moved if out is None else out.copy_(moved)
+        return base.to(dtype or base.dtype, copy=True) if out is None else out.copy_(base)
+    wide = _sum_dtype(base, delta)
+    if out is not None and out.dtype == wide:
+        return torch.mul(delta.to(wide), scaling_coef, out=out).add_(base.to(wide))
+    moved = torch.mul(delta.to(wide), scaling_coef).add_(base.to(wide))
+    return moved.to(dtype or base.dtype) if out is None else out.copy_(moved)

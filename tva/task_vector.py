@@ -28,7 +28,7 @@ from tva.state_dict import (
     some,
     subtract,
 )
-from tva.weights import Fingerprint, fingerprint, open_weights, save_weights, tensor_digest
+from tva.weights import Fingerprint, LazyWeights, fingerprint, open_weights, save_weights, tensor_digest
 
 FORMAT = "task_vector/1"
 SUFFIX = ".tv.safetensors"
@@ -492,40 +492,56 @@ class TaskVector:
             ValueError: It is no task vector file, or one of a later format.
         """
         weights = open_weights(path)
-        header = {key.removeprefix("tva."): value for key, value in weights.metadata.items() if key.startswith("tva.")}
-        if "format" not in header:
-            raise ValueError(
-                f"{path} is a checkpoint, not a task vector file: its header has no 'tva.format'. Take the difference "
-                f"to its base first: TaskVector.between(base, open_weights({str(path)!r}))."
-            )
-        if header["format"] != FORMAT or header.get("encoding") != "dense":
-            raise ValueError(
-                f"{path} has format {header['format']!r} with encoding {header.get('encoding')!r}, and this version of "
-                f"tva reads {FORMAT!r} with encoding 'dense'. Update tva."
-            )
-
-        def fact(key: str, default: Any = None) -> Any:
-            return json.loads(header[key]) if key in header else default
-
-        digest = header.get("base_fingerprint")
-        origin = Origin(
-            base=Fingerprint(digest, fact("base_tensors", {})) if digest else None,
-            finetuned=header.get("finetuned_fingerprint"),
-            task=header.get("task"),
-            step=fact("step"),
-            epoch=fact("epoch"),
-            averaged=fact("averaged"),
-            metrics=fact("metrics", {}),
-            hyperparameters=fact("hyperparameters", {}),
-        )
-        buffers = set(fact("buffers", []))
+        origin, buffers, untouched = read_origin(weights)
         tensors = {name: value if value.dtype == torch.float64 else value.float() for name, value in weights.items()}
         return cls(
             {name: value for name, value in tensors.items() if name not in buffers},
             {name: value for name, value in tensors.items() if name in buffers},
-            {name: reason for reason, names in fact("untouched", {}).items() for name in names},
+            untouched,
             origin,
         )
+
+
+def read_origin(weights: LazyWeights) -> tuple[Origin, set[str], dict[str, str]]:
+    """Read the header of a task vector file, and none of its tensors.
+
+    Args:
+        weights: The opened file.
+
+    Returns:
+        Where the vector comes from; the names of its buffers; and the names it does not move, each with the reason.
+
+    Raises:
+        ValueError: It is no task vector file, or one of a later format.
+    """
+    header = {key.removeprefix("tva."): value for key, value in weights.metadata.items() if key.startswith("tva.")}
+    if "format" not in header:
+        raise ValueError(
+            f"{weights.path} is a checkpoint, not a task vector file: its header has no 'tva.format'. Take the "
+            f"difference to its base first: TaskVector.between(base, open_weights({str(weights.path)!r}))."
+        )
+    if header["format"] != FORMAT or header.get("encoding") != "dense":
+        raise ValueError(
+            f"{weights.path} has format {header['format']!r} with encoding {header.get('encoding')!r}, and this "
+            f"version of tva reads {FORMAT!r} with encoding 'dense'. Update tva."
+        )
+
+    def fact(key: str, default: Any = None) -> Any:
+        return json.loads(header[key]) if key in header else default
+
+    digest = header.get("base_fingerprint")
+    origin = Origin(
+        base=Fingerprint(digest, fact("base_tensors", {})) if digest else None,
+        finetuned=header.get("finetuned_fingerprint"),
+        task=header.get("task"),
+        step=fact("step"),
+        epoch=fact("epoch"),
+        averaged=fact("averaged"),
+        metrics=fact("metrics", {}),
+        hyperparameters=fact("hyperparameters", {}),
+    )
+    untouched = {name: reason for reason, names in fact("untouched", {}).items() for name in names}
+    return origin, set(fact("buffers", [])), untouched
 
 
 def _merge(left: StateDict, right: StateDict, sign: float) -> dict[str, Tensor]:

@@ -34,6 +34,7 @@ class Dare(Method):
 
     usage = "dare(v, drop=0.9, seed=0)"
     num_vectors = 1
+    random = True
 
     def __post_init__(self) -> None:
         if not 0 <= self.drop < 1:

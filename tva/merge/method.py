@@ -35,12 +35,14 @@ class Method:
         usage: How it is written in a recipe.
         num_vectors: How many vectors it takes; None for one or more.
         linear: Whether it is a fixed linear combination, so that it also applies to running statistics.
+        random: Whether it draws random numbers, keyed by the vectors' identities.
         num_sweeps: Passes over the deltas before the one that combines.
     """
 
     usage: ClassVar[str]
     num_vectors: ClassVar[int | None] = None
     linear: ClassVar[bool] = False
+    random: ClassVar[bool] = False
     num_sweeps: ClassVar[int] = 0
 
     @property

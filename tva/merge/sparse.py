@@ -119,8 +119,8 @@ class Ties(Method):
 
     Args:
         density: Fraction to keep, in (0, 1]; the paper's default is 0.2.
-        trim: ``"model"``: over each vector's whole model, as in the paper; ``"tensor"``: tensor by tensor, as
-            mergekit does.
+        trim: ``"model"``: over each vector as a whole, as in the paper, that is all tensors that at least one of the
+            recipe's vectors moves; ``"tensor"``: tensor by tensor, as mergekit does.
         combine: ``"mean"`` of those that agree, as in the paper, or their ``"sum"``.
 
     Source: Yadav et al., "TIES-Merging: resolving interference when merging models", NeurIPS 2023.

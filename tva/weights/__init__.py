@@ -1,6 +1,7 @@
 """Checkpoints as lazy, read-only mappings of names to tensors, their fingerprints, and atomic writing."""
 
 from tva.weights.files import (
+    LazyWeights,
     atomic_path,
     canonical_names,
     canonical_state_dict,
@@ -8,10 +9,12 @@ from tva.weights.files import (
     read_metadata,
     save_weights,
 )
-from tva.weights.fingerprint import Fingerprint, fingerprint, tensor_digest
+from tva.weights.fingerprint import Fingerprint, TensorHash, fingerprint, tensor_digest
 
 __all__ = [
     "Fingerprint",
+    "LazyWeights",
+    "TensorHash",
     "atomic_path",
     "canonical_names",
     "canonical_state_dict",

@@ -42,11 +42,30 @@ class Fingerprint:
         return sum(self.tensors.get(name) != other.get(name) for name in names)
 
 
+class TensorHash:
+    """Hashes one tensor's dtype, shape and bytes as its pieces stream past.
+
+    Args:
+        like: A tensor of the shape.
+        dtype: Of the pieces; by default that of ``like``.
+    """
+
+    def __init__(self, like: Tensor, dtype: torch.dtype | None = None) -> None:
+        self._digest = xxhash.xxh3_128(f"{dtype or like.dtype}{list(like.shape)}".encode())
+
+    def update(self, piece: Tensor) -> None:
+        """Take the next elements, in the order of the flattened tensor."""
+        self._digest.update(piece.contiguous().view(-1).view(torch.uint8).numpy())
+
+    def hexdigest(self) -> str:
+        """Give 32 hexadecimal digits."""
+        return self._digest.hexdigest()
+
+
 def tensor_digest(tensor: Tensor) -> str:
     """Hash one tensor's dtype, shape and bytes; device and memory layout do not matter."""
-    tensor = tensor.detach().cpu().contiguous()
-    digest = xxhash.xxh3_128(f"{tensor.dtype}{list(tensor.shape)}".encode())
-    digest.update(tensor.reshape(-1).view(torch.uint8).numpy())
+    digest = TensorHash(tensor)
+    digest.update(tensor.detach().cpu())
     return digest.hexdigest()
 
 

@@ -1,0 +1,230 @@
+"""A checkpoint as a lazy, read-only mapping: names, what is known without reading, and bytes of files read on request.
+
+Every read goes to fresh memory by byte range, never through a memory map: a tensor that is edited in place changes no
+later read, a file that is replaced under its name cannot kill the process, and memory holds what was asked for alone.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Spec(NamedTuple):
+    """What a header says of a tensor, known without reading it."""
+
+    dtype: torch.dtype
+    shape: torch.Size
+
+
+class OpenFile:
+    """A file held open: when another file takes its name, reads still go to the one that was opened."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0))
+        self._lock = threading.Lock()
+        self.size = os.fstat(self._descriptor).st_size
+
+    def __del__(self) -> None:
+        if hasattr(self, "_descriptor"):
+            os.close(self._descriptor)
+
+    def read_into(self, buffer: memoryview, offset: int) -> None:
+        """Fill a buffer of bytes from ``offset`` on; threads and forked processes may read at once."""
+        while buffer.nbytes:
+            if hasattr(os, "preadv"):  # the file's position is shared with forked processes; this leaves it alone
+                count = os.preadv(self._descriptor, [buffer], offset)
+            else:
+                with self._lock:
+                    os.lseek(self._descriptor, offset, os.SEEK_SET)
+                    data = os.read(self._descriptor, buffer.nbytes)
+                count = len(data)
+                buffer[:count] = data
+            if count == 0:
+                raise ValueError(
+                    f"{self.path} ended at byte {offset} where {buffer.nbytes} more were expected; it is cut off, or "
+                    f"was changed while it was read. Write it again from its source."
+                )
+            buffer, offset = buffer[count:], offset + count
+
+    def read(self, offset: int, length: int) -> bytes:
+        """Read some bytes."""
+        data = bytearray(length)
+        self.read_into(memoryview(data), offset)
+        return bytes(data)
+
+
+class Entry:
+    """A tensor that can be read, whole or in part. Subclasses say how."""
+
+    dtype: torch.dtype
+    shape: torch.Size
+
+    def slice(self, start: int, stop: int) -> Tensor:
+        """Read the elements from ``start`` to ``stop`` of the flattened tensor, as fresh memory of one dimension."""
+        raise NotImplementedError
+
+    def read(self) -> Tensor:
+        """Read the whole tensor, as fresh memory."""
+        return self.slice(0, self.shape.numel()).reshape(self.shape)
+
+
+@dataclass(frozen=True)
+class Stored(Entry):
+    """A tensor as bytes of a file; ``stride`` in elements where it is not contiguous."""
+
+    file: OpenFile
+    offset: int
+    dtype: torch.dtype
+    shape: torch.Size
+    stride: tuple[int, ...] | None = None
+
+    def slice(self, start: int, stop: int) -> Tensor:
+        if self.stride is not None:  # the whole span is read: its elements lie in another order
+            span = 0 if self.shape.numel() == 0 else 1 + sum((n - 1) * s for n, s in zip(self.shape, self.stride))
+            flat = self._elements(0, span).as_strided(self.shape, self.stride).reshape(-1)
+            return flat[start:stop].clone()
+        return self._elements(start, stop)
+
+    def _elements(self, start: int, stop: int) -> Tensor:
+        out = torch.empty(stop - start, dtype=self.dtype)
+        self.file.read_into(memoryview(out.view(torch.uint8).numpy()), self.offset + start * self.dtype.itemsize)
+        return out
+
+
+@dataclass(frozen=True, eq=False)
+class InMemory(Entry):
+    """A tensor that is in memory already."""
+
+    tensor: Tensor
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.tensor.dtype
+
+    @property
+    def shape(self) -> torch.Size:
+        return self.tensor.shape
+
+    def slice(self, start: int, stop: int) -> Tensor:
+        return self.tensor.detach().reshape(-1)[start:stop].clone()
+
+
+@dataclass(frozen=True)
+class Joined(Entry):
+    """A tensor whose flattened elements are stretches ``(entry, start, stop)`` of others, one after the other."""
+
+    parts: tuple[tuple[Entry, int, int], ...]
+    dtype: torch.dtype
+    shape: torch.Size
+
+    def slice(self, start: int, stop: int) -> Tensor:
+        pieces = [torch.empty(0, dtype=self.dtype)]
+        position = 0
+        for entry, first, last in self.parts:
+            low, high = max(start, position), min(stop, position + last - first)
+            if low < high:
+                pieces.append(entry.slice(first + low - position, first + high - position))
+            position += last - first
+        return torch.cat(pieces)
+
+
+@dataclass(frozen=True)
+class Info:
+    """Where weights come from and everything that was decided in reading them.
+
+    Attributes:
+        path: The file or folder.
+        format: The format's name.
+        which: ``"averaged"`` or ``"raw"`` where a weight-averaging callback has stored both, else ``"as stored"``.
+        notes: One line for every choice: a part that was taken, names that were changed, contents that were left.
+    """
+
+    path: Path
+    format: str
+    which: str = "as stored"
+    notes: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        which = "" if self.which == "as stored" else f", {self.which} weights"
+        return "; ".join([f"{self.path} ({self.format}{which})", *self.notes])
+
+
+class LazyWeights(Mapping[str, Tensor]):
+    """A read-only mapping of names to tensors that are read when asked for.
+
+    Attributes:
+        info: Where the weights come from and what was decided in reading them.
+        metadata: Header metadata of a safetensors file, else empty.
+    """
+
+    def __init__(self, info: Info, entries: Mapping[str, Entry], metadata: Mapping[str, str] | None = None) -> None:
+        self.info = info
+        self.metadata = dict(metadata or {})
+        self._entries = dict(entries)
+
+    @property
+    def path(self) -> Path:
+        """The file or folder."""
+        return self.info.path
+
+    def spec(self, name: str) -> Spec:
+        """Give a tensor's dtype and shape without reading it."""
+        entry = self._entries[name]
+        return Spec(entry.dtype, entry.shape)
+
+    def slice(self, name: str, start: int, stop: int) -> Tensor:
+        """Read a part of a tensor and no more.
+
+        Args:
+            name: The tensor's name.
+            start: First element of the flattened (row-major) tensor.
+            stop: One past the last element.
+
+        Returns:
+            A fresh tensor of ``stop - start`` elements.
+
+        Raises:
+            ValueError: The tensor has no such elements.
+        """
+        entry = self._entries[name]
+        if not 0 <= start <= stop <= entry.shape.numel():
+            raise ValueError(f"{name!r} has elements 0 to {entry.shape.numel()}; {start} to {stop} were asked for.")
+        return entry.slice(start, stop)
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._entries[name].read()
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._entries
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._entries)
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def __repr__(self) -> str:
+        return f"LazyWeights({str(self.path)!r}, {self.info.format}, {len(self)} tensors)"
+
+    def entry(self, name: str) -> Entry:
+        """Give the tensor as something that can be read later."""
+        return self._entries[name]
+
+    def renamed(self, names: Mapping[str, str], *notes: str) -> LazyWeights:
+        """Give the same weights under other names.
+
+        Args:
+            names: New names to present ones; what it does not name is left out.
+            notes: What was done, for ``info.notes``.
+        """
+        info = replace(self.info, notes=(*self.info.notes, *notes))
+        return LazyWeights(info, {new: self._entries[old] for new, old in names.items()}, self.metadata)
