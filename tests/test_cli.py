@@ -313,9 +313,11 @@ def test_python_dash_m_tva_and_version():
 @pytest.mark.parametrize("config", CONFIGS, ids=[str(config.relative_to(ROOT)) for config in CONFIGS])
 def test_every_config_parses(config, capsys, monkeypatch):
     monkeypatch.setenv("TVA_DATA", "data")
-    command = "edit" if "edit" in config.parts else "fit"
+    common = config.parent / "common.yaml"  # what the configs of one folder share stands there
+    files = [common, config] if common.exists() and config != common else [config]
+    command = "edit" if any("edit" in part for part in (config.parent.name, config.read_text().split()[2])) else "fit"
     with pytest.raises(SystemExit) as stop:
-        main([command, "--config", str(config), "--print_config"])
+        main([command, *(word for file in files for word in ("--config", str(file))), "--print_config"])
     assert stop.value.code == 0
     assert yaml.safe_load(capsys.readouterr().out)["model"]
     assert config.read_text().startswith("# "), "a config begins with the command that uses it"
@@ -344,8 +346,10 @@ def test_compose_on_the_command_line_and_from_yaml(runs, tmp_path, capsys):
     checkpoints = {name: str(runs / name / "last.ckpt") for name in ("blobs1", "blobs2")}
     options = [f"--vectors.{name}={path}" for name, path in checkpoints.items()]
     main(
-        ["compose", "--base", str(base), *options, "--recipe", "-0.5 * (blobs1 + blobs2)"]
-        + ["--output", str(tmp_path / "one.safetensors"), "--scaling_coef", "0.5"]
+        [
+            *["compose", "--base", str(base), *options, "--recipe", "-0.5 * (blobs1 + blobs2)"],
+            *["--output", str(tmp_path / "one.safetensors"), "--scaling_coef", "0.5"],
+        ]
     )
     assert "lost in rounding" in capsys.readouterr().out
     content = {"base": str(base), "vectors": checkpoints, "recipe": "-0.5 * (blobs1 + blobs2)", "scaling_coef": 0.5}

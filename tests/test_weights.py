@@ -1,15 +1,22 @@
 """Opening checkpoints: every format gives the same mapping, and what is no checkpoint is refused with the reason."""
 
+import argparse
+import collections
 import json
 import os
+import re
 import stat
+import zipfile
+from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import save_file
+from torch import nn
 
 from tva import fingerprint, open_weights, save_weights
-from tva.weights import atomic_path, canonical_names
+from tva.weights import atomic_path, canonical_names, tensor_digest
+from tva.weights.lazy import OpenFile
 
 STATE = {"a.w": torch.arange(6.0).reshape(2, 3), "a.b": torch.ones(3, dtype=torch.bfloat16), "n": torch.tensor(3)}
 
@@ -46,6 +53,20 @@ def write(folder, kind):
 KINDS = ["safetensors", "pt", "pth", "bin", "ckpt", "old zip-less pt", "compiled", "ddp", "folder", "sharded"]
 
 
+ODD = {
+    "scalar": torch.tensor(2.5, dtype=torch.float64),
+    "empty": torch.empty(0, 3),
+    "bool": torch.tensor([True, False, True]),
+    "complex": torch.tensor([1 + 2j]),
+    "float8": torch.tensor([1.0, -2.0, 0.5]).to(torch.float8_e4m3fn),
+    "uint16": torch.tensor([1, 65535], dtype=torch.uint16),
+    "transposed": torch.arange(6.0).reshape(2, 3).T,
+    "every second": torch.arange(10)[1::2],
+    "expanded": torch.ones(1, dtype=torch.float16).expand(3, 2),
+    "parameter": nn.Parameter(torch.arange(3.0)),
+}
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_format_gives_the_same_mapping(tmp_path, kind):
     weights = open_weights(write(tmp_path, kind))
@@ -55,6 +76,152 @@ def test_every_format_gives_the_same_mapping(tmp_path, kind):
     assert "other" not in weights
     with pytest.raises(KeyError):
         weights["other"]
+
+
+@pytest.mark.parametrize("name", ["m.safetensors", "m.pt"])
+def test_odd_tensors_are_read_whole_and_in_part(tmp_path, name):
+    state = {**ODD, "tied": ODD["scalar"]}
+    save_weights(state, tmp_path / name) if name.endswith("safetensors") else torch.save(state, tmp_path / name)
+    weights = open_weights(tmp_path / name)
+    assert list(weights.keys() ^ state.keys()) == []
+    for key, tensor in state.items():
+        tensor = tensor.detach()
+        assert weights.spec(key) == (tensor.dtype, tensor.shape)
+        assert tensor_digest(weights[key]) == tensor_digest(tensor), key
+        for start in range(tensor.numel()):
+            part = weights.slice(key, start, tensor.numel())
+            assert tensor_digest(part) == tensor_digest(tensor.reshape(-1)[start:]), key
+    with pytest.raises(ValueError, match="has elements 0 to 3; 1 to 4 were asked for"):
+        weights.slice("bool", 1, 4)
+
+
+@pytest.mark.parametrize("name", ["m.safetensors", "m.pt"])
+def test_only_the_bytes_that_are_asked_for_are_read(tmp_path, name, monkeypatch):
+    state = {"large": torch.zeros(100_000), "small": torch.ones(8)}
+    save_weights(state, tmp_path / name) if name.endswith("safetensors") else torch.save(state, tmp_path / name)
+    read = []
+    real = OpenFile.read_into
+    monkeypatch.setattr(OpenFile, "read_into", lambda self, out, at: read.append(out.nbytes) or real(self, out, at))
+    weights = open_weights(tmp_path / name)
+    weights.spec("large")
+    assert sum(read) < 20_000
+    read.clear()
+    assert torch.equal(weights.slice("large", 7, 10), torch.zeros(3))
+    assert sum(read) == 12
+
+
+def test_editing_a_tensor_changes_no_later_read(tmp_path):
+    for kind in ("safetensors", "pt", "old zip-less pt"):
+        weights = open_weights(write(tmp_path, kind))
+        weights["a.w"].zero_()
+        weights.slice("a.w", 0, 6).zero_()
+        assert torch.equal(weights["a.w"], STATE["a.w"]), kind
+
+
+def test_a_file_that_is_replaced_is_still_read_as_it_was_opened(tmp_path):
+    path = write(tmp_path, "safetensors")
+    weights = open_weights(path)
+    save_weights({name: torch.zeros_like(tensor) for name, tensor in weights.items()}, path)
+    assert fingerprint(weights) == fingerprint(STATE)
+
+
+def test_what_is_cut_off_is_never_read_as_something_else(tmp_path):
+    for kind in ("safetensors", "pt"):
+        path = write(tmp_path, kind)
+        whole = path.read_bytes()
+        weights = open_weights(path)
+        os.truncate(path, 10)
+        with pytest.raises(ValueError, match=r"ended at byte \d+ where \d+ more were expected"):
+            weights["a.w"]
+        for size in range(0, len(whole), 61):
+            path.write_bytes(whole[:size])
+            with pytest.raises(ValueError, match="is damaged|no PyTorch checkpoint"):
+                open_weights(path)
+
+
+def averaged(folder, callback):
+    import lightning as L
+
+    class Module(L.LightningModule):
+        def __init__(self):
+            super().__init__()
+            self.net = nn.Linear(2, 1)
+
+        def training_step(self, batch):
+            return self.net(batch[0]).sum()
+
+        def configure_optimizers(self):
+            return torch.optim.SGD(self.parameters(), lr=0.5)
+
+        def train_dataloader(self):
+            return [torch.ones(1, 2)]
+
+    options = {"accelerator": "cpu", "logger": False, "enable_progress_bar": False, "enable_model_summary": False}
+    saver = L.pytorch.callbacks.ModelCheckpoint(dirpath=folder, filename="m", every_n_epochs=2)
+    trainer = L.Trainer(max_epochs=2, callbacks=[callback, saver] if callback else [saver], **options)
+    trainer.fit(Module())
+    return folder / "m.ckpt"
+
+
+def test_raw_and_averaged_weights_are_told_apart(tmp_path):
+    from lightning.pytorch.callbacks import EMAWeightAveraging
+
+    path = averaged(tmp_path, EMAWeightAveraging(decay=0.5))
+    stored = torch.load(path, weights_only=True)
+    default, mean, raw = (open_weights(path, which=which) for which in ("checkpoint", "averaged", "raw"))
+    assert default.info.format == "Lightning checkpoint"
+    assert (default.info.which, mean.info.which, raw.info.which) == ("averaged", "averaged", "raw")
+    assert fingerprint(default) == fingerprint(mean) == fingerprint(stored["state_dict"])
+    assert fingerprint(raw) == fingerprint(stored["current_model_state"])
+    assert not torch.equal(raw["net.bias"], mean["net.bias"])
+
+
+def test_asking_for_averaged_weights_that_are_not_there_says_what_is(tmp_path):
+    torch.save({"state_dict": STATE, "epoch": 1}, tmp_path / "m.ckpt")
+    with pytest.raises(ValueError, match="does not hold both raw and averaged.*it holds 'state_dict', 'epoch'"):
+        open_weights(tmp_path / "m.ckpt", which="averaged")
+    with pytest.raises(ValueError, match="is a safetensors file, which holds one set of weights"):
+        open_weights(write(tmp_path, "safetensors"), which="raw")
+
+
+def test_the_one_state_dict_in_a_file_is_found_and_several_are_refused(tmp_path):
+    torch.save({"model": STATE, "optimizer": {"state": {0: torch.ones(1)}}}, tmp_path / "m.pt")
+    weights = open_weights(tmp_path / "m.pt")
+    assert fingerprint(weights) == fingerprint(STATE)
+    assert weights.info.notes == ("the weights under 'model' were taken",)
+    torch.save({"model": STATE, "model_ema": STATE}, tmp_path / "m.pt")
+    with pytest.raises(ValueError, match="holds 2 state dicts, 'model', 'model_ema'"):
+        open_weights(tmp_path / "m.pt")
+
+
+def test_extra_state_is_left_out_and_said(tmp_path):
+    torch.save({**STATE, "a._extra_state": {"scale": 2}}, tmp_path / "m.pt")
+    weights = open_weights(tmp_path / "m.pt")
+    assert set(weights) == set(STATE)
+    assert weights.info.notes == ("left out as they are no tensors: 'a._extra_state'",)
+
+
+@pytest.mark.parametrize("tensor", [torch.eye(2).to_sparse(), torch.ones(2, device="meta")], ids=["sparse", "meta"])
+def test_tensors_that_are_not_plain_are_refused(tmp_path, tensor):
+    torch.save({"w": tensor, "b": torch.ones(1)}, tmp_path / "m.pt")
+    with pytest.raises(ValueError, match="holds no state dict"):
+        open_weights(tmp_path / "m.pt")
+
+
+def test_torchscript_is_refused_with_the_way_to_convert_it(tmp_path):
+    name = tmp_path / "m.pt"
+    with zipfile.ZipFile(name, "w") as archive:
+        archive.writestr("m/data.pkl", b"")
+        archive.writestr("m/constants.pkl", b"")
+    with pytest.raises(ValueError, match="TorchScript archive: load it with torch.jit.load"):
+        open_weights(name)
+
+
+def test_info_says_what_was_done_to_names(tmp_path):
+    weights = open_weights(write(tmp_path, "ddp"), prefix="a.", key_map={"^w$": "weight"})
+    assert set(weights) == {"weight", "b"}
+    assert "dropped what wrappers add ('module.', '_orig_mod') from 3 of 3 names" in str(weights.info)
+    assert "kept 2 of 3 names, those under 'a.', without it; key_map renamed 1 of 2 names" in str(weights.info)
 
 
 def test_prefix_keeps_and_strips(tmp_path):
@@ -85,6 +252,7 @@ def test_a_missing_file_names_its_neighbors(tmp_path):
         ("m.safetensors", b"hello", "no safetensors file, or is damaged"),
         ("m.pt", b"hello", "no PyTorch checkpoint"),
         ("m.ckpt", b"PK\x03\x04 cut off", "no PyTorch checkpoint, or is damaged"),
+        ("x.safetensors.index.json", b"[]", "no index of shards"),
     ],
 )
 def test_what_is_no_checkpoint_is_refused(tmp_path, name, content, message):
@@ -93,17 +261,48 @@ def test_what_is_no_checkpoint_is_refused(tmp_path, name, content, message):
         open_weights(tmp_path / name)
 
 
-def test_pickled_modules_are_refused_and_never_run(tmp_path):
-    marker = tmp_path / "executed"
+class Evil:
+    def __init__(self, marker):
+        self.marker = marker
 
-    class Local:
-        def __reduce__(self):
-            return os.mkdir, (str(marker),)
+    def __reduce__(self):
+        return os.mkdir, (str(self.marker),)
 
-    torch.save({"state_dict": {"w": torch.ones(1)}, "callbacks": Local()}, tmp_path / "m.ckpt")
-    with pytest.raises(ValueError, match=r"could run code when loaded"):
-        open_weights(tmp_path / "m.ckpt")
+
+@pytest.mark.parametrize("old_format", [False, True])
+def test_nothing_in_a_checkpoint_is_ever_executed(tmp_path, old_format):
+    marker, path = tmp_path / "executed", tmp_path / "m.ckpt"
+    for content in (Evil(marker), {"model": Evil(marker)}, {"w": torch.ones(1), "x": Evil(marker)}):
+        torch.save(content, path, _use_new_zipfile_serialization=not old_format)
+        with pytest.raises(ValueError, match=r"could run code when loaded|holds no state dict"):
+            open_weights(path)
+    torch.save({"state_dict": {"w": torch.ones(1)}, "callbacks": Evil(marker)}, path)
+    weights = open_weights(path)  # the weights are tensors; the rest is left as it is
+    assert torch.equal(weights["w"], torch.ones(1))
+    assert weights.info.notes == (f"classes not loaded: '{os.mkdir.__module__}.mkdir'",)
     assert not marker.exists()
+
+
+def test_a_pickled_module_is_refused_with_the_way_to_convert_it(tmp_path):
+    path = tmp_path / "m.pt"
+    for content, part in ((nn.Linear(2, 1), ""), ({"model": nn.Linear(2, 1), "epoch": 3}, r"\['model'\]")):
+        torch.save(content, path)
+        with pytest.raises(ValueError, match="class torch.nn.modules.linear.Linear") as refused:
+            open_weights(path)
+        assert re.search(rf"weights_only=False\){part}\n", str(refused.value))
+        lines = [line.strip() for line in str(refused.value).splitlines()[1:]]
+        exec("\n".join(lines), {})
+        assert set(open_weights(tmp_path / "m-state-dict.pt")) == {"weight", "bias"}
+
+
+def test_foreign_hyperparameters_do_not_keep_weights_from_being_read(tmp_path):
+    hyper_parameters = {"path": Path("x"), "dtype": torch.float16, "args": argparse.Namespace(lr=0.1)}
+    hyper_parameters["found"] = collections.defaultdict(list, {"a": [1]})
+    content = {"state_dict": nn.Linear(2, 1).state_dict(), "hyper_parameters": hyper_parameters, "epoch": 1}
+    torch.save(content, tmp_path / "m.ckpt")
+    weights = open_weights(tmp_path / "m.ckpt")
+    assert fingerprint(weights) == fingerprint(content["state_dict"])
+    assert "argparse.Namespace" in str(weights.info)
 
 
 def test_a_file_without_a_state_dict_says_what_it_holds(tmp_path):
@@ -115,10 +314,38 @@ def test_a_file_without_a_state_dict_says_what_it_holds(tmp_path):
         open_weights(tmp_path / "empty")
 
 
+def test_an_index_that_is_of_another_checkpoint_is_refused(tmp_path):
+    folder = write(tmp_path, "sharded")
+    save_file({"n": STATE["n"], "more": torch.ones(1)}, folder / "model-2.safetensors")
+    with pytest.raises(ValueError, match=r"says that 'a.b is in model-2.safetensors', but it is not there"):
+        open_weights(folder)
+    save_file({"n": STATE["n"], "a.b": STATE["a.b"], "more": torch.ones(1)}, folder / "model-2.safetensors")
+    weights = open_weights(folder / "model.safetensors.index.json")
+    assert set(weights) == set(STATE)
+    assert weights.info.format == "safetensors file, 2 shards"
+    assert weights.info.notes == ("left out 1 tensors that the index does not list: 'more'",)
+
+
+def test_sharded_bin_and_single_files_of_a_folder_are_found(tmp_path):
+    torch.save({"a.w": STATE["a.w"]}, tmp_path / "pytorch_model-1.bin")
+    torch.save({"a.b": STATE["a.b"], "n": STATE["n"]}, tmp_path / "pytorch_model-2.bin")
+    shards = {"a.w": "pytorch_model-1.bin", "a.b": "pytorch_model-2.bin", "n": "pytorch_model-2.bin"}
+    (tmp_path / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": shards}))
+    assert fingerprint(open_weights(tmp_path)) == fingerprint(STATE)
+    (tmp_path / "one").mkdir()
+    torch.save(STATE, tmp_path / "one" / "anything.pt")
+    assert fingerprint(open_weights(tmp_path / "one")) == fingerprint(STATE)
+    torch.save(STATE, tmp_path / "one" / "other.pt")
+    with pytest.raises(ValueError, match="one checkpoint and no other.*'anything.pt', 'other.pt'"):
+        open_weights(tmp_path / "one")
+
+
 def test_a_missing_shard_is_named(tmp_path):
     write(tmp_path, "sharded")
     (tmp_path / "model-2.safetensors").unlink()
-    with pytest.raises(FileNotFoundError, match=r"names the shard model-2\.safetensors"):
+    with pytest.raises(
+        FileNotFoundError, match=r"names 2 shards, and 1 of them are not beside it: 'model-2\.safetensors'"
+    ):
         open_weights(tmp_path)
 
 

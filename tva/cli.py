@@ -124,9 +124,9 @@ def _run(command: str) -> bool:
             "enable_progress_bar": False,
         },
     }[command]
-    quiet = logging.WARNING if command == "edit" else logging.INFO
-    for name in ("lightning.pytorch", "lightning.fabric"):
-        logging.getLogger(name).setLevel(quiet)
+    if command == "edit":
+        for name in ("lightning.pytorch", "lightning.fabric"):
+            logging.getLogger(name).setLevel(logging.WARNING)
     # torch 2.15 and jsonargparse 4.49 deprecate calls that lightning 2.6.6 makes; its master no longer makes them
     warnings.filterwarnings("ignore", message=r".*isinstance\(treespec, LeafSpec\).*")
     warnings.filterwarnings("ignore", category=DeprecationWarning, module="lightning.*")

@@ -48,9 +48,11 @@ def main(argv: Sequence[str] | None = None) -> None:
 def run_seed(seed: int, output: Path) -> bool:
     """Fine-tune every task and make every edit with one seed; say whether all constraints held."""
     vectors = {}
-    for config in sorted((CONFIGS / "fit").glob("*.yaml")):
+    common = CONFIGS / "fit" / "common.yaml"
+    for config in sorted(set((CONFIGS / "fit").glob("*.yaml")) - {common}):
         task, root = config.stem, output / config.stem / f"seed={seed}"
-        run("fit", "--config", config, "--seed_everything", seed, "--trainer.default_root_dir", root)
+        configs = ["--config", common, "--config", config]
+        run("fit", *configs, "--seed_everything", seed, "--trainer.default_root_dir", root)
         vectors[task] = root / "checkpoints" / "last.tv.safetensors"
         vector = TaskVector.load(vectors[task])
         print(f"  {vectors[task]}: {vector}, validation accuracy {vector.origin.metrics[f'val/{task}/accuracy']:.1%}\n")
@@ -146,12 +148,13 @@ def draw_curves(reports: Mapping[str, Sequence[Mapping[str, Any]]], path: Path) 
     colors = plt.get_cmap("tab10")
     for axis, (edit, runs) in zip(axes, reports.items(), strict=True):
         for number, (task, first) in enumerate(runs[0]["tasks"].items()):
-            color = "black" if first["role"] == "control" else colors(number)
+            control = first["role"] == "control"
+            color, style = (str(0.2 + 0.2 * (number % 4)), "--") if control else (colors(number), "-")
             curves = [list(curve(run, task)) for run in runs]
             if len(curves[0]) > 1:
                 coefs = [coef for coef, _ in curves[0]]
                 values = [[value for _, value in points] for points in zip(*curves, strict=True)]
-                axis.plot(coefs, [statistics.fmean(v) for v in values], color=color, lw=1.5)
+                axis.plot(coefs, [statistics.fmean(v) for v in values], color=color, ls=style, lw=1.5)
                 axis.fill_between(coefs, list(map(min, values)), list(map(max, values)), color=color, alpha=0.15, lw=0)
             chosen = [run["coefficients"]["scaling_coef"] for run in runs]
             edited = [run["tasks"][task]["edited"]["value"] for run in runs]

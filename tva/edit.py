@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import lightning as L
+import torch
 from torch import Tensor
 
 from tva.recipe import Recipe
@@ -20,7 +21,7 @@ from tva.report import ConstraintReport, EditReport, Score, TaskReport, progress
 from tva.search import NORMALIZED, Choice, Constraint, Grid, Objective, Rule, Scores, Search, choose, score
 from tva.state_dict import check_same, some
 from tva.task_vector import TaskVector
-from tva.validate import Evaluation, Split, evaluate
+from tva.validate import Evaluation, Split, evaluate, paired_slack
 from tva.weights import canonical_state_dict, open_weights, read_metadata
 
 Statistics = Literal["keep", "delta", "reestimate"]
@@ -70,10 +71,15 @@ class Editor:
 
         def images() -> Iterator[Tensor]:
             for datamodule in self.reestimate_with:
+                datamodule.trainer = self.trainer  # it may not have been evaluated yet, or on another stage alone
+                datamodule.prepare_data()
+                datamodule.setup("fit")
                 for batch_images, _ in itertools.islice(datamodule.train_dataloader(), num_batches):
                     yield batch_images
 
-        update_bn(images(), self.model)
+        with torch.random.fork_rng():
+            torch.manual_seed(0)  # the same images each time, so that what is written is what was evaluated
+            update_bn(images(), self.model)
 
     def evaluate(self, task: str, split: Split) -> Evaluation:
         """Evaluate the model as it is set."""
@@ -85,7 +91,7 @@ class _Scored:
 
     Args:
         editor: Sets and evaluates the model.
-        vectors: Task vectors of targets whose fine-tuned model is known.
+        vectors: Task vectors of tasks whose fine-tuned model is known.
     """
 
     def __init__(self, editor: Editor, vectors: Mapping[str, TaskVector]) -> None:
@@ -164,6 +170,7 @@ def run_edit(
     minimize: str | None = None,
     maximize: str | None = None,
     subject_to: list[str] | None = None,
+    confidence: float | None = None,
     statistics: Statistics = "keep",
     random_seed: int | None = 0,
     allow_other_base: bool = False,
@@ -176,8 +183,8 @@ def run_edit(
         trainer: Any Trainer.
         model: Any LightningModule with validation and test steps; its weights are the base unless ``base`` is given.
             Left with the edited weights.
-        vectors: Names to task vector files, or to fine-tuned checkpoints whose task vector is taken here. A target of
-            the same name is compared with the fine-tuned model.
+        vectors: Names to task vector files, or to fine-tuned checkpoints whose task vector is taken here. A task of the
+            same name is compared with its fine-tuned model.
         recipe: Expression of those names, such as ``-digits`` or ``analogy(a, b, c)``.
         output: Folder for ``edited.safetensors`` and ``edit.json``.
         targets: Data modules of the tasks that the edit means to change, by name.
@@ -187,9 +194,12 @@ def run_edit(
         scaling_coef: Coefficient of the whole recipe; by default it is searched.
         search: Which coefficients to try; by default the paper's 21 points from 0 to 1.
         rule: ``"largest"`` coefficient whose constraints hold, or the ``"best"`` objective among those.
-        minimize: Objective to make small: ``TASK/METRIC`` or ``mean(METRIC)``.
+        minimize: Objective to make small: ``TASK/METRIC``, ``mean(TASK/METRIC, …)`` or, over all targets,
+            ``mean(METRIC)``.
         maximize: Objective to make large.
         subject_to: Constraints such as ``imagenet/accuracy >= 0.95 * base``.
+        confidence: In the search a constraint must hold with this one-sided confidence, such as 0.95, on validation
+            data; by default its point estimate must. What decides on test data is the point estimate.
         statistics: BatchNorm statistics: ``"keep"`` the base's, add their ``"delta"``, or ``"reestimate"`` them on 20
             training batches of each target.
         random_seed: Seed of the baseline, a random vector of the same norm per tensor at the same coefficient; None
@@ -218,15 +228,19 @@ def run_edit(
             "To search a coefficient, say what is best (minimize= or maximize=), or set rule='largest' with a "
             "constraint in subject_to, or give a scaling_coef."
         )
+    if confidence is not None and not 0.5 <= confidence < 1:
+        raise ValueError(f"confidence must lie in [0.5, 1), where 0.5 is the point estimate; found {confidence}.")
+    odd = [c.text for c in constraints if confidence is not None and c.metric != "accuracy"]
+    if odd:
+        raise ValueError(f"confidence needs constraints on accuracy, whose examples can be paired; found {some(odd)}.")
     if scaling_coef is None and rule == "largest" and not constraints:
         raise ValueError("The rule 'largest' needs a constraint in subject_to: without one the largest is unlimited.")
-    if objective and objective.metric == NORMALIZED:
-        unknown = [task for task in objective.tasks if task not in vectors]
-        if unknown:
-            raise ValueError(
-                f"{objective.text} divides by each task's fine-tuned model, and {some(unknown)} has none: name its "
-                f"task vector like the task under vectors."
-            )
+    unknown = [task for task in objective.normalized if task not in vectors] if objective else []
+    if unknown:
+        raise ValueError(
+            f"{objective.text} divides by each task's fine-tuned model, and {some(unknown)} has none: name its task "
+            f"vector like the task under vectors."
+        )
 
     if base is not None:
         weights = open_weights(base)
@@ -237,10 +251,10 @@ def run_edit(
     loaded = {name: _load_vector(path, editor.base) for name, path in vectors.items()}
     vector = checked.evaluate(loaded)
     vector.check_base(editor.base, allow_other_base=allow_other_base)
-    scored = _Scored(editor, {task: loaded[task] for task in targets if task in loaded})
+    scored = _Scored(editor, {task: loaded[task] for task in tasks if task in loaded})
 
     if scaling_coef is None:
-        choice = _search(scored, vector, search or Grid(), constraints, objective, rule)
+        choice = _search(scored, vector, search or Grid(), constraints, objective, rule, confidence)
     else:
         choice = Choice(scaling_coef, True, "it was given")
     split: Split = "test" if choice.feasible else "val"
@@ -255,8 +269,8 @@ def run_edit(
         for c in constraints
     ]
     mentioned = {c.task: c.metric for c in constraints}
-    if objective and objective.metric != NORMALIZED:
-        mentioned |= dict.fromkeys(objective.tasks, objective.metric)
+    if objective:
+        mentioned |= {task: metric for task, metric in objective.terms if metric != NORMALIZED}
     origin = vector.origin.base
     report = EditReport(
         recipe=checked.text,
@@ -269,6 +283,7 @@ def run_edit(
         },
         rule="given" if scaling_coef is not None else rule,
         objective=objective.text if objective else None,
+        confidence=confidence,
         statistics=statistics,
         random_seed=random_seed,
         tasks={
@@ -302,21 +317,28 @@ def _search(
     constraints: list[Constraint],
     objective: Objective | None,
     rule: Rule,
+    confidence: float | None,
 ) -> Choice:
     """Evaluate every coefficient on validation data, on the tasks that objective and constraints name and no other."""
     needed = list(dict.fromkeys([*(objective.tasks if objective else ()), *(c.task for c in constraints)]))
-    base = _metrics(scored("base", None, 0.0, needed, "val"))
-    divisors = {}
-    if objective and objective.metric == NORMALIZED:
-        divisors = {task: scored.finetuned(task, "val").metrics["accuracy"] for task in objective.tasks}
+    base = scored("base", None, 0.0, needed, "val")
+    normalized = objective.normalized if objective else []
+    divisors = {task: scored.finetuned(task, "val").metrics["accuracy"] for task in normalized}
     tried: dict[float, Scores] = {}
+    slack: dict[tuple[float, str], float] = {}
     for coef in progress(search.coefficients(), "searching the coefficient"):
-        metrics = _metrics(scored("edited", vector, coef, needed, "val"))
+        evaluations = scored("edited", vector, coef, needed, "val")
+        if confidence is not None:
+            slack |= {
+                (coef, c.text): paired_slack(evaluations[c.task], base[c.task], c.slope, confidence)
+                for c in constraints
+            }
+        metrics = _metrics(evaluations)
         tried[coef] = {
             task: {**values, NORMALIZED: values["accuracy"] / divisors[task]} if task in divisors else values
             for task, values in metrics.items()
         }
-    return choose(tried, base, constraints, objective, rule)
+    return choose(tried, _metrics(base), constraints, objective, rule, slack)
 
 
 def _objective(

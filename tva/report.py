@@ -92,6 +92,7 @@ class EditReport:
     vectors: Mapping[str, Mapping[str, Any]]
     rule: str
     objective: str | None
+    confidence: float | None
     statistics: str
     random_seed: int | None
     tasks: Mapping[str, TaskReport]

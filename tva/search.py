@@ -87,15 +87,21 @@ class Constraint:
         """Compute the right side from the base model's scores."""
         return _evaluate_bound(self._bound, score(base, self.task, self.metric))
 
-    def holds(self, scores: Scores, base: Scores) -> bool:
-        """Whether scores meet this constraint; NaN never does."""
-        return _COMPARE[self._compare](score(scores, self.task, self.metric), self.bound(base))
+    @property
+    def slope(self) -> float:
+        """How much the bound moves with the base's metric: 0.95 for ``0.95 * base``."""
+        return _evaluate_bound(self._bound, 1.0) - _evaluate_bound(self._bound, 0.0)
 
-    def shortfall(self, scores: Scores, base: Scores) -> float:
+    def holds(self, scores: Scores, base: Scores, slack: float = 0.0) -> bool:
+        """Whether scores meet this constraint by ``slack`` or more, in the metric's unit; NaN never does."""
+        worse = -slack if self._compare.startswith(">") else slack
+        return _COMPARE[self._compare](score(scores, self.task, self.metric) + worse, self.bound(base))
+
+    def shortfall(self, scores: Scores, base: Scores, slack: float = 0.0) -> float:
         """How far scores are from meeting this constraint, in the metric's unit; 0 when it holds."""
-        if self.holds(scores, base):
+        if self.holds(scores, base, slack):
             return 0.0
-        gap = abs(score(scores, self.task, self.metric) - self.bound(base))
+        gap = slack + abs(score(scores, self.task, self.metric) - self.bound(base))
         return gap if math.isfinite(gap) else math.inf
 
 
@@ -125,18 +131,17 @@ def score(scores: Scores, task: str, metric: str) -> float:
 
 @dataclass(frozen=True)
 class Objective:
-    """What to make large or small: ``TASK/METRIC``, or ``mean(METRIC)`` over all targets.
+    """What to make large or small: ``TASK/METRIC``, ``mean(TASK/METRIC, …)``, or ``mean(METRIC)`` over all targets.
 
     Attributes:
         text: As written.
-        tasks: The tasks it is taken over.
-        metric: The metric; ``normalized_accuracy`` divides by the task's own fine-tuned model.
+        terms: (task, metric) pairs whose mean is taken; the metric ``normalized_accuracy`` divides by the task's own
+            fine-tuned model.
         maximize: Whether larger is better.
     """
 
     text: str
-    tasks: tuple[str, ...]
-    metric: str
+    terms: tuple[tuple[str, str], ...]
     maximize: bool
 
     @classmethod
@@ -144,34 +149,52 @@ class Objective:
         """Read an objective.
 
         Args:
-            text: ``TASK/METRIC`` or ``mean(METRIC)``.
+            text: ``TASK/METRIC``, ``mean(TASK/METRIC, …)`` or ``mean(METRIC)``.
             maximize: Whether larger is better.
-            targets: Tasks that ``mean`` is taken over.
+            targets: Tasks that ``mean(METRIC)`` is taken over.
             tasks: All tasks that will be evaluated.
 
         Raises:
-            ValueError: It is neither, or names a task that is not evaluated.
+            ValueError: It is none of these, or names a task that is not evaluated.
 
         Example:
             >>> objective = Objective.parse("mean(accuracy)", maximize=True, targets=["a", "b"], tasks=["a", "b", "c"])
             >>> objective.value({"a": {"accuracy": 0.5}, "b": {"accuracy": 1.0}})
             0.75
         """
-        if found := re.fullmatch(r"\s*mean\(\s*([\w.-]+)\s*\)\s*", text):
+        found = re.fullmatch(r"\s*mean\((.*)\)\s*", text)
+        parts = [part.strip() for part in (found[1].split(",") if found else [text])]
+        if found and len(parts) == 1 and re.fullmatch(r"[\w.-]+", parts[0]):
             if not targets:
                 raise ValueError(f"The objective {text!r} is a mean over the targets, but none is given.")
-            return cls(text.strip(), tuple(targets), found[1], maximize)
-        if found := re.fullmatch(r"\s*([\w.-]+)/([\w.-]+)\s*", text):
-            if found[1] not in tasks:
+            parts = [f"{target}/{parts[0]}" for target in targets]
+        terms = []
+        for part in parts:
+            pair = re.fullmatch(r"([\w.-]+)/([\w.-]+)", part)
+            if not pair:
                 raise ValueError(
-                    f"The objective {text!r} is on the task {found[1]!r}, not among {some(tasks, 8) or 'none'}."
+                    f"An objective must read 'TASK/METRIC', 'mean(TASK/METRIC, …)' or 'mean(METRIC)'; found {text!r}."
                 )
-            return cls(text.strip(), (found[1],), found[2], maximize)
-        raise ValueError(f"An objective must read 'TASK/METRIC' or 'mean(METRIC)'; found {text!r}.")
+            if pair[1] not in tasks:
+                raise ValueError(
+                    f"The objective {text!r} is on the task {pair[1]!r}, not among {some(tasks, 8) or 'none'}."
+                )
+            terms.append((pair[1], pair[2]))
+        return cls(text.strip(), tuple(terms), maximize)
+
+    @property
+    def tasks(self) -> list[str]:
+        """The tasks it is taken over."""
+        return [task for task, _ in self.terms]
+
+    @property
+    def normalized(self) -> list[str]:
+        """The tasks whose fine-tuned model it needs."""
+        return [task for task, metric in self.terms if metric == NORMALIZED]
 
     def value(self, scores: Scores) -> float:
         """Compute the objective."""
-        return sum(score(scores, task, self.metric) for task in self.tasks) / len(self.tasks)
+        return sum(score(scores, task, metric) for task, metric in self.terms) / len(self.terms)
 
 
 class Search:
@@ -226,6 +249,7 @@ def choose(
     constraints: Collection[Constraint],
     objective: Objective | None,
     rule: Rule,
+    slack: Mapping[tuple[float, str], float] | None = None,
 ) -> Choice:
     """Choose a coefficient from those tried.
 
@@ -236,6 +260,7 @@ def choose(
         objective: What the rule ``"best"`` makes large or small; ties go to the coefficient nearest 0.
         rule: ``"largest"``, the paper's for forgetting: the largest coefficient whose constraints hold. ``"best"``: the
             best objective among those.
+        slack: By how much a constraint must hold to be believed, by (coefficient, constraint's text); 0 where missing.
 
     Returns:
         The choice. Coefficient 0 edits nothing and is never feasible, unless nothing else was tried.
@@ -250,10 +275,14 @@ def choose(
         0.3
     """
     edits = [coef for coef in tried if coef != 0] or list(tried)
-    feasible = [coef for coef in edits if all(constraint.holds(tried[coef], base) for constraint in constraints)]
+
+    def needed(coef: float, constraint: Constraint) -> float:
+        return (slack or {}).get((coef, constraint.text), 0.0)
+
+    feasible = [coef for coef in edits if all(c.holds(tried[coef], base, needed(coef, c)) for c in constraints)]
     if not feasible:
-        closest = min(edits, key=lambda coef: sum(c.shortfall(tried[coef], base) for c in constraints))
-        failing = [c.text for c in constraints if not c.holds(tried[closest], base)]
+        closest = min(edits, key=lambda coef: sum(c.shortfall(tried[coef], base, needed(coef, c)) for c in constraints))
+        failing = [c.text for c in constraints if not c.holds(tried[closest], base, needed(closest, c))]
         return Choice(
             closest,
             False,

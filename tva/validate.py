@@ -9,6 +9,7 @@ import re
 import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from statistics import NormalDist
 from typing import Any, Literal
 
 import lightning as L
@@ -63,6 +64,35 @@ def wilson_interval(proportion: float, num_examples: int, z: float = 1.959963984
     scale = 1 + z * z / num_examples
     # exactly 0 and 1 are ends of the interval at those proportions, but for rounding
     return max(0.0, min(proportion, (center - spread) / scale)), min(1.0, max(proportion, (center + spread) / scale))
+
+
+def paired_slack(edited: Evaluation, base: Evaluation, slope: float, confidence: float) -> float:
+    r"""Give the half-width by which ``accuracy - slope * base accuracy`` must clear its bound to be believed.
+
+    The examples are the same, so their scores are compared pair by pair: a one-sided interval of the mean of
+    :math:`e_i - s b_i`, normal but for the skewness that few but costly losses bring, which would let too much pass.
+
+    Args:
+        edited: The edited model on some examples.
+        base: The base model on the same.
+        slope: What the base's accuracy is multiplied by in the bound.
+        confidence: One-sided, in (0.5, 1).
+
+    Raises:
+        ValueError: The model's step does not return per-example ``correct``.
+
+    Source: the first Edgeworth correction of Student's t; Hall, "Inverting an Edgeworth expansion", Annals of
+    Statistics 1983.
+    """
+    if edited.correct is None or base.correct is None:
+        raise ValueError("A confidence needs per-example scores: the model's validation_step must return 'correct'.")
+    differences = edited.correct.double() - slope * base.correct.double()
+    deviation, count = float(differences.std()), len(differences)
+    if deviation == 0:
+        return 0.0
+    z = NormalDist().inv_cdf(confidence)
+    skewness = float(((differences - differences.mean()) / deviation).pow(3).mean())
+    return max(z, z - skewness * (2 * z * z + 1) / (6 * math.sqrt(count))) * deviation / math.sqrt(count)
 
 
 class _Scores(L.Callback):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import functools
 import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -42,6 +43,7 @@ class ImageTask(L.LightningDataModule):
         train_split: Split to train on.
         val_split: Split to choose on. By default a part of the training split is held out: min(10 %, 5,000) examples,
             the paper's rule.
+        val_size: Hold out so many training examples instead, where there is no ``val_split``.
         test_split: Split to report on.
         where: Keep the rows whose column holds one of the given values, such as
             ``{style: [sketch], label: [cat, dog]}``.
@@ -75,6 +77,7 @@ class ImageTask(L.LightningDataModule):
         templates: list[str] | None = None,
         train_split: str = "train",
         val_split: str | None = None,
+        val_size: int | None = None,
         test_split: str = "test",
         where: dict[str, Any] | None = None,
         prototype_where: dict[str, Any] | None = None,
@@ -96,6 +99,7 @@ class ImageTask(L.LightningDataModule):
         self.class_names: list[str] = list(class_names or [])
         self.templates = list(templates) if templates is not None else _default_templates(self.path)
         self.splits = {"train": train_split, "val": val_split, "test": test_split}
+        self.val_size = val_size
         self.where = dict(where or {})
         self.prototype_where = None if prototype_where is None else dict(prototype_where)
         self.batch_size = batch_size
@@ -132,7 +136,9 @@ class ImageTask(L.LightningDataModule):
             )
         else:  # the paper's rule
             order = np.random.default_rng(self.seed).permutation(rows["train"])
-            num_val = max(1, min(len(order) // 10, 5000))
+            num_val = max(1, min(len(order) // 10, 5000)) if self.val_size is None else self.val_size
+            if not 0 < num_val < len(order):
+                raise ValueError(f"{self.name}: val_size must lie in 1 … {len(order) - 1}; found {num_val}.")
             rows["train"], rows["val"] = np.sort(order[num_val:]), np.sort(order[:num_val])
         tables = {"train": train_split, "val": train_split, "test": test_split}
         if self.splits["val"] is not None:
@@ -320,9 +326,7 @@ def load_images(
         Split names to `datasets.Dataset`.
     """
     if isinstance(path, str) and path.startswith("builtin:"):
-        from tva.data.builtin import load_builtin
-
-        return load_builtin(path.removeprefix("builtin:"))
+        return _builtin(path.removeprefix("builtin:"))
     import datasets
 
     if isinstance(path, str) and "{split}" in path:
@@ -359,6 +363,13 @@ def load_images(
     if suffix == ".npz":
         return {split: _read_npz(file)[split if len(files) == 1 else "train"] for split, file in files.items()}
     return datasets.load_dataset(_FORMATS[suffix], data_files={split: str(file) for split, file in files.items()})
+
+
+@functools.cache
+def _builtin(name: str) -> Mapping[str, Any]:
+    from tva.data.builtin import load_builtin
+
+    return load_builtin(name)
 
 
 def _nearby(path: Path) -> str:

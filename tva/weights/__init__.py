@@ -1,24 +1,26 @@
 """Checkpoints as lazy, read-only mappings of names to tensors, their fingerprints, and atomic writing."""
 
-from tva.weights.files import (
-    LazyWeights,
-    atomic_path,
-    canonical_names,
-    canonical_state_dict,
-    open_weights,
-    read_metadata,
-    save_weights,
-)
+from tva.weights.adapter import open_adapter
+from tva.weights.files import open_weights, read_metadata
 from tva.weights.fingerprint import Fingerprint, TensorHash, fingerprint, tensor_digest
+from tva.weights.lazy import Info, LazyWeights, Spec
+from tva.weights.names import NameMatch, canonical_names, canonical_state_dict, map_names, match_names
+from tva.weights.writing import atomic_path, save_weights
 
 __all__ = [
     "Fingerprint",
+    "Info",
     "LazyWeights",
+    "NameMatch",
+    "Spec",
     "TensorHash",
     "atomic_path",
     "canonical_names",
     "canonical_state_dict",
     "fingerprint",
+    "map_names",
+    "match_names",
+    "open_adapter",
     "open_weights",
     "read_metadata",
     "save_weights",

@@ -1,197 +1,215 @@
-"""Open checkpoints of several formats as one read-only mapping, and write safetensors files whole or not at all.
-
-Nothing in a checkpoint is ever executed: safetensors holds no code, and PyTorch files are read with
-``weights_only=True``, memory-mapped, so that only the tensors that are asked for are read from disk.
-"""
+"""The door to checkpoints: `open_weights` finds out the format and gives one read-only mapping, executing nothing."""
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
-import pickle
-from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
-from torch import Tensor
 
 from tva.state_dict import some
+from tva.weights.distributed import is_distributed, open_distributed
+from tva.weights.hub import fetch, is_hub
+from tva.weights.lazy import Entry, Info, LazyWeights, OpenFile, Stored
+from tva.weights.names import KeyMap, canonical_names, map_names
+from tva.weights.torch_files import Which, open_torch
+from tva.weights.zero import is_zero, open_zero
+
+SAFETENSORS_DTYPES = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "C64": torch.complex64,
+    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "BOOL": torch.bool,
+    "U64": torch.uint64, "U32": torch.uint32, "U16": torch.uint16, "U8": torch.uint8,
+    "F8_E4M3": torch.float8_e4m3fn, "F8_E4M3FNUZ": torch.float8_e4m3fnuz,
+    "F8_E5M2": torch.float8_e5m2, "F8_E5M2FNUZ": torch.float8_e5m2fnuz,
+}  # fmt: skip
 
 
-class LazyWeights(Mapping[str, Tensor]):
-    """A read-only mapping of names to tensors that are read when asked for.
-
-    Attributes:
-        path: The file or folder.
-        metadata: Header metadata of a safetensors file, else empty.
-    """
-
-    def __init__(
-        self, path: Path, readers: Mapping[str, Callable[[], Tensor]], metadata: Mapping[str, str] | None = None
-    ) -> None:
-        self.path = path
-        self.metadata = dict(metadata or {})
-        self._readers = dict(readers)
-
-    def __getitem__(self, name: str) -> Tensor:
-        return self._readers[name]()
-
-    def __contains__(self, name: object) -> bool:
-        return name in self._readers
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._readers)
-
-    def __len__(self) -> int:
-        return len(self._readers)
-
-    def __repr__(self) -> str:
-        return f"LazyWeights({str(self.path)!r}, {len(self)} tensors)"
-
-    def _renamed(self, names: Mapping[str, str]) -> LazyWeights:
-        return LazyWeights(self.path, {new: self._readers[old] for new, old in names.items()}, self.metadata)
-
-
-def canonical_names(names: list[str]) -> dict[str, str]:
-    """Map canonical names to the given ones, dropping what wrappers add.
-
-    ``torch.compile`` adds ``_orig_mod`` anywhere in a name; ``DistributedDataParallel`` adds ``module.`` in front of
-    every name.
-
-    Example:
-        >>> canonical_names(["module.net._orig_mod.weight"])
-        {'net.weight': 'module.net._orig_mod.weight'}
-    """
-    wrapped = bool(names) and all(name.startswith("module.") for name in names)
-    canonical = {}
-    for name in names:
-        short = name.removeprefix("module.") if wrapped else name
-        short = ".".join(part for part in short.split(".") if part != "_orig_mod")
-        if short in canonical:
-            raise ValueError(f"{canonical[short]!r} and {name!r} would both be called {short!r}; rename one of them.")
-        canonical[short] = name
-    return canonical
-
-
-def canonical_state_dict(state: Mapping[str, Any]) -> dict[str, Tensor]:
-    """Rename a module's state dict as `open_weights` would, and keep its tensors alone (no extra state)."""
-    state = {name: value for name, value in state.items() if isinstance(value, Tensor)}
-    return {new: state[old] for new, old in canonical_names(list(state)).items()}
-
-
-def open_weights(path: str | os.PathLike[str], prefix: str = "") -> LazyWeights:
+def open_weights(
+    path: str | os.PathLike[str], prefix: str = "", *, which: Which = "checkpoint", key_map: KeyMap = ()
+) -> LazyWeights:
     """Open a checkpoint as a read-only mapping, reading no tensor yet and executing nothing.
 
     Args:
-        path: A ``.safetensors`` file; a PyTorch ``.pt``, ``.pth`` or ``.bin`` state dict; a Lightning ``.ckpt`` (its
-            ``state_dict``, which holds the averaged weights when a weight-averaging callback ran); or a folder with
-            ``model.safetensors`` or ``pytorch_model.bin``, whole or sharded with an index.
+        path: A ``.safetensors`` file; a PyTorch ``.pt``, ``.pth`` or ``.bin`` state dict; a Lightning ``.ckpt``; an
+            ``.index.json`` of shards; a folder with any of these, of ``torch.distributed.checkpoint`` (FSDP, FSDP2) or
+            of DeepSpeed ZeRO; or ``hf://owner/name@revision/file`` on the hub (revision and file may be left out).
         prefix: Keep only the names under this prefix, and strip it.
+        which: Of a Lightning checkpoint that a weight-averaging callback has written, the ``"raw"`` or the
+            ``"averaged"`` weights; ``"checkpoint"`` is what Lightning loads, the averaged. ``info.which`` says which.
+        key_map: Regular expressions and replacements for names, applied last; see `tva.weights.map_names`.
 
     Returns:
-        Names to tensors on the CPU in their stored dtypes.
+        Names to tensors on the CPU in their stored dtypes. ``info`` says what was read and how names were changed;
+        ``spec(name)`` gives dtype and shape without reading, ``slice(name, start, stop)`` reads a part.
 
     Raises:
-        FileNotFoundError: Nothing is there.
-        ValueError: It is no checkpoint, is damaged, holds pickled code, or has nothing under ``prefix``.
+        FileNotFoundError: Nothing is there, or a shard is missing.
+        ValueError: It is no checkpoint, is damaged, is a pickled module, is an adapter (see `open_adapter`),
+            or has nothing under ``prefix``.
 
     Example:
         >>> import tempfile
+        >>> from tva.weights import save_weights
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     save_weights({"encoder.w": torch.ones(2)}, f"{folder}/m.safetensors")
         ...     dict(open_weights(f"{folder}/m.safetensors", prefix="encoder."))
         {'w': tensor([1., 1.])}
     """
+    weights = open_any(find(path), which)
+    if which != "checkpoint" and weights.info.which != which:
+        raise ValueError(f"{weights.path} is a {weights.info.format}, which holds one set of weights; leave out which.")
+    names = canonical_names(list(weights))
+    changed = sum(new != old for new, old in names.items())
+    note = [f"dropped what wrappers add ('module.', '_orig_mod') from {changed} of {len(names)} names"]
+    weights = weights.renamed(names, *(note if changed else []))
+    if prefix:
+        kept = {name[len(prefix) :]: name for name in weights if name.startswith(prefix)}
+        if not kept:
+            prefixes = sorted({name.split(".")[0] + "." for name in weights if "." in name})
+            raise ValueError(
+                f"{path} holds no weights under {prefix!r}; its prefixes are {some(prefixes) or 'none'}. Pass one of "
+                f"those."
+            )
+        weights = weights.renamed(kept, f"kept {len(kept)} of {len(weights)} names, those under {prefix!r}, without it")
+    if key_map:
+        names = map_names(weights, key_map)
+        changed = sum(new != old for new, old in names.items())
+        weights = weights.renamed(names, f"key_map renamed {changed} of {len(names)} names")
+    return weights
+
+
+def find(path: str | os.PathLike[str]) -> Path:
+    """Find a checkpoint on this machine, downloading it from the hub where it is on none.
+
+    Raises:
+        FileNotFoundError: Nothing is there.
+    """
+    if is_hub(path):
+        return fetch(path)
     path = Path(path)
     if not path.exists():
         near = sorted(p.name for p in path.parent.glob("*")) if path.parent.is_dir() else None
         found = f"{path.parent} does not exist" if near is None else f"{path.parent} holds {some(near) or 'nothing'}"
         raise FileNotFoundError(f"A checkpoint was expected at {path}, but nothing is there ({found}). Check the path.")
-    weights = _open_folder(path) if path.is_dir() else _open_file(path)
-    weights = weights._renamed(canonical_names(list(weights)))
-    if not prefix:
-        return weights
-    kept = {name[len(prefix) :]: name for name in weights if name.startswith(prefix)}
-    if not kept:
-        prefixes = sorted({name.split(".")[0] + "." for name in weights if "." in name})
-        raise ValueError(
-            f"{path} holds no weights under {prefix!r}; its prefixes are {some(prefixes) or 'none'}. Pass one of those."
-        )
-    return weights._renamed(kept)
+    return path
 
 
-def _open_file(path: Path) -> LazyWeights:
+def open_any(path: Path, which: Which = "checkpoint") -> LazyWeights:
+    """Open a file or folder as it is, with the names that are in it."""
+    if path.is_dir():
+        return _open_folder(path, which)
+    if path.name.endswith(".index.json"):
+        return _open_sharded(path)
     if path.suffix == ".safetensors":
-        return _open_safetensors(path)
-    if path.suffix in {".pt", ".pth", ".bin", ".ckpt"}:
-        return _open_torch(path)
-    raise ValueError(
-        f"{path} is no checkpoint that can be read: its name must end in .safetensors, .pt, .pth, .bin or .ckpt, "
-        f"or it must be a folder."
+        weights = open_safetensors(path)
+    elif path.suffix in {".pt", ".pth", ".bin", ".ckpt"}:
+        weights = open_torch(path, which)
+    else:
+        raise ValueError(
+            f"{path} is no checkpoint that can be read: its name must end in .safetensors, .pt, .pth, .bin or .ckpt, "
+            f"or it must be a folder."
+        )
+    if path.stem == "adapter_model":
+        raise ValueError(_is_adapter(path.parent))
+    return weights
+
+
+def _is_adapter(folder: Path) -> str:
+    return (
+        f"{folder} is a PEFT adapter, which is no model without its base. Open it with its base: "
+        f"tva.weights.open_adapter({str(folder)!r}, open_weights(BASE))."
     )
 
 
-def _open_folder(folder: Path) -> LazyWeights:
-    for name in ("model.safetensors", "pytorch_model.bin"):
-        if (folder / name).exists():
-            return _open_file(folder / name)
-        index = folder / f"{name}.index.json"
-        if index.exists():
-            shards: dict[str, LazyWeights] = {}
-            readers = {}
-            for tensor, shard in json.loads(index.read_text())["weight_map"].items():
-                if shard not in shards:
-                    if not (folder / shard).exists():
-                        raise FileNotFoundError(f"{index} names the shard {shard}, which is not in {folder}.")
-                    shards[shard] = _open_file(folder / shard)
-                readers[tensor] = shards[shard]._readers[tensor]
-            return LazyWeights(folder, readers)
+def _open_folder(folder: Path, which: Which) -> LazyWeights:
+    names = sorted(p.name for p in folder.iterdir())
+    if is_distributed(folder):
+        return open_distributed(folder)
+    for ending in (".safetensors", ".bin"):
+        known = "model" if ending == ".safetensors" else "pytorch_model"
+        for candidates in (
+            [known + ending],
+            [f"{known}{ending}.index.json"],
+            [name for name in names if name.endswith(f"{ending}.index.json")],
+        ):
+            found = [name for name in candidates if name in names]
+            if len(found) == 1:
+                return open_any(folder / found[0], which)
+    if is_zero(folder):
+        return open_zero(folder)
+    if "adapter_config.json" in names:
+        raise ValueError(_is_adapter(folder))
+    files = [name for name in names if Path(name).suffix in {".safetensors", ".bin", ".pt", ".pth", ".ckpt"}]
+    if len(files) == 1:
+        return open_any(folder / files[0], which)
     raise ValueError(
         f"{folder} is no checkpoint folder: it must hold model.safetensors or pytorch_model.bin, or an index of their "
-        f"shards; it holds {some(sorted(p.name for p in folder.iterdir())) or 'nothing'}."
+        f"shards, or one checkpoint and no other, or be written by torch.distributed.checkpoint or DeepSpeed; it holds "
+        f"{some(names) or 'nothing'}."
     )
 
 
-def _open_safetensors(path: Path) -> LazyWeights:
+def _open_sharded(index: Path) -> LazyWeights:
     try:
-        file = safe_open(path, framework="pt", device="cpu")
+        weight_map = json.loads(index.read_text())["weight_map"]
+        shards = sorted(set(weight_map.values()))
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
+        raise ValueError(
+            f"{index} is no index of shards: JSON with a 'weight_map' was expected ({error!r})."
+        ) from error
+    missing = [shard for shard in shards if Path(shard).name != shard or not (index.parent / shard).exists()]
+    if missing:
+        raise FileNotFoundError(
+            f"{index} names {len(shards)} shards, and {len(missing)} of them are not beside it: {some(missing)}. Copy "
+            f"them there."
+        )
+    opened = {shard: open_any(index.parent / shard) for shard in shards}
+    lacking = [name for name, shard in weight_map.items() if name not in opened[shard]]
+    if lacking:
+        raise ValueError(
+            f"{index} says that {some(f'{name} is in {weight_map[name]}' for name in lacking)}, but it is not there. "
+            f"The index and the shards are of different checkpoints; take both from one source."
+        )
+    unlisted = [name for weights in opened.values() for name in weights if name not in weight_map]
+    notes = [f"left out {len(unlisted)} tensors that the index does not list: {some(unlisted)}"] if unlisted else []
+    entries = {name: opened[shard].entry(name) for name, shard in weight_map.items()}
+    kinds = {weights.info.format for weights in opened.values()}
+    return LazyWeights(
+        Info(index.parent, f"{' and '.join(sorted(kinds))}, {len(shards)} shards", notes=tuple(notes)), entries
+    )
+
+
+def open_safetensors(path: Path) -> LazyWeights:
+    """Open a safetensors file; see `tva.open_weights`."""
+    try:
+        with safe_open(path, framework="pt", device="cpu") as checked:  # the library checks every offset in the header
+            metadata = checked.metadata()
     except (SafetensorError, OSError) as error:
         raise ValueError(
-            f"{path} is no safetensors file, or is damaged ({error}). Write it again from its source."
+            f"{path} is no safetensors file, or is damaged or cut off ({error}; it has {path.stat().st_size} bytes). "
+            f"Write it again from its source."
         ) from error
-    readers = {name: lambda name=name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no __iter__)
-    return LazyWeights(path, readers, file.metadata())
-
-
-def _open_torch(path: Path) -> LazyWeights:
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=_is_zip(path))
-    except pickle.UnpicklingError as error:
+    file = OpenFile(path)
+    length = int.from_bytes(file.read(0, 8), "little")
+    header = json.loads(file.read(8, length))
+    header.pop("__metadata__", None)
+    unknown = {fields["dtype"] for fields in header.values()} - SAFETENSORS_DTYPES.keys()
+    if unknown:
         raise ValueError(
-            f"{path} is refused: it is no PyTorch checkpoint, or holds pickled objects other than tensors, which could "
-            f"run code when loaded ({str(error).splitlines()[0]}). If you trust it, load it yourself and write its "
-            f"state_dict() with tva.weights.save_weights."
-        ) from error
-    except (RuntimeError, EOFError, OSError, LookupError, ValueError, TypeError) as error:  # damaged: any of these
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ValueError(f"{path} is no PyTorch checkpoint, or is damaged ({reason}).") from error
-    state = content.get("state_dict", content) if isinstance(content, Mapping) else None
-    if not isinstance(state, Mapping) or not state or not all(isinstance(value, Tensor) for value in state.values()):
-        found = some(content) if isinstance(content, Mapping) else f"a {type(content).__name__}"
-        raise ValueError(
-            f"{path} holds no state dict: a mapping of names to tensors was expected, alone or under 'state_dict', "
-            f"and it holds {found}."
+            f"{path} holds tensors of dtype {some(sorted(unknown))}, which no torch dtype here stands for."
         )
-    return LazyWeights(path, {name: lambda name=name: state[name] for name in state})
-
-
-def _is_zip(path: Path) -> bool:
-    with path.open("rb") as file:  # torch's format before 1.6 is no zip file and cannot be mapped
-        return file.read(4) == b"PK\x03\x04"
+    entries: dict[str, Entry] = {
+        name: Stored(
+            file,
+            8 + length + fields["data_offsets"][0],
+            SAFETENSORS_DTYPES[fields["dtype"]],
+            torch.Size(fields["shape"]),
+        )
+        for name, fields in header.items()
+    }
+    return LazyWeights(Info(path, "safetensors file"), entries, metadata)
 
 
 def read_metadata(path: str | os.PathLike[str]) -> dict[str, str]:
@@ -202,51 +220,3 @@ def read_metadata(path: str | os.PathLike[str]) -> dict[str, str]:
         ValueError: It is no safetensors file.
     """
     return open_weights(path).metadata
-
-
-@contextlib.contextmanager
-def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """Give a temporary path beside ``path`` that takes its name on success and is removed on failure.
-
-    Example:
-        >>> import tempfile
-        >>> with tempfile.TemporaryDirectory() as folder:
-        ...     with atomic_path(f"{folder}/a.txt") as temporary:
-        ...         _ = temporary.write_text("whole")
-        ...     [file.name for file in Path(folder).iterdir()]
-        ['a.txt']
-    """
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.touch()
-        mode = temporary.stat().st_mode  # as the umask has it; safetensors would leave files to their owner alone
-        yield temporary
-        temporary.chmod(mode)
-        with temporary.open("rb") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def save_weights(
-    weights: Mapping[str, Tensor], path: str | os.PathLike[str], metadata: Mapping[str, str] | None = None
-) -> None:
-    """Write a state dict as one safetensors file: whole under its name, or not at all.
-
-    Args:
-        weights: Names to tensors; tensors that share memory (tied weights) are written once a name.
-        path: Ends in ``.safetensors``; its folder is made if need be.
-        metadata: Text for the header.
-    """
-    seen: set[int] = set()
-    ready = {}
-    for name, tensor in weights.items():
-        tensor = tensor.detach().cpu().contiguous()
-        pointer = tensor.untyped_storage().data_ptr()
-        ready[name] = tensor.clone() if pointer in seen else tensor  # safetensors refuses shared memory
-        seen.add(pointer)
-    with atomic_path(path) as temporary:
-        save_file(ready, temporary, metadata=dict(metadata or {}))

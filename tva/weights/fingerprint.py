@@ -55,7 +55,8 @@ class TensorHash:
 
     def update(self, piece: Tensor) -> None:
         """Take the next elements, in the order of the flattened tensor."""
-        self._digest.update(piece.contiguous().view(-1).view(torch.uint8).numpy())
+        piece = piece.contiguous().as_strided((piece.numel(),), (1,))  # one element is contiguous with any stride
+        self._digest.update(piece.view(torch.uint8).numpy())
 
     def hexdigest(self) -> str:
         """Give 32 hexadecimal digits."""

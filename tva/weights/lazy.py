@@ -89,7 +89,11 @@ class Stored(Entry):
 
     def slice(self, start: int, stop: int) -> Tensor:
         if self.stride is not None:  # the whole span is read: its elements lie in another order
-            span = 0 if self.shape.numel() == 0 else 1 + sum((n - 1) * s for n, s in zip(self.shape, self.stride))
+            span = (
+                0
+                if self.shape.numel() == 0
+                else 1 + sum((n - 1) * s for n, s in zip(self.shape, self.stride, strict=True))
+            )
             flat = self._elements(0, span).as_strided(self.shape, self.stride).reshape(-1)
             return flat[start:stop].clone()
         return self._elements(start, stop)

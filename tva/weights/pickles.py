@@ -63,6 +63,23 @@ class Inert:
         return f"an object of class {self.name}"
 
 
+class _Dict(dict):
+    """A dict that takes the factory of a defaultdict and leaves it."""
+
+    def __init__(self, factory: Any = None, *args: Any) -> None:
+        super().__init__(*args)
+
+
+PLAIN = {
+    "collections.OrderedDict": collections.OrderedDict,
+    "collections.Counter": collections.OrderedDict,
+    "collections.defaultdict": _Dict,
+    "builtins.set": set,
+    "builtins.frozenset": frozenset,
+    "torch.Size": torch.Size,
+}
+
+
 class _Storage(NamedTuple):
     dtype: torch.dtype | None  # None: bytes without a type
     file: OpenFile
@@ -96,10 +113,8 @@ class InertUnpickler(pickle.Unpickler):
         return self._made[module, name]
 
     def _stand_in(self, module: str, name: str) -> Any:
-        plain = {"OrderedDict": dict, "Counter": dict, "set": set, "frozenset": frozenset, "Size": torch.Size}
-        if module in ("collections", "builtins", "torch") and name in plain:
-            # An OrderedDict may carry attributes (a state dict's _metadata), which a dict cannot; so a fresh subclass.
-            return type(name, (collections.OrderedDict,), {}) if plain[name] is dict else plain[name]
+        if (kind := PLAIN.get(f"{module}.{name}")) is not None:
+            return type(name, (kind,), {}) if issubclass(kind, dict) else kind  # fresh: it may be given attributes
         if module == "torch" and isinstance(found := getattr(torch, name, None), torch.dtype):
             return found
         if module in ("torch", "torch.cuda", "torch.storage") and name.endswith("Storage"):
@@ -142,7 +157,7 @@ def _rebuild(storage: Any, offset: int, size: Any, stride: Any, *rest: Any, dtyp
         return Inert()
     shape, stride = torch.Size(size), tuple(stride)
     contiguous = torch.empty(shape, device="meta").stride()
-    extent = 0 if 0 in shape else 1 + sum((n - 1) * s for n, s in zip(shape, stride))
+    extent = 0 if 0 in shape else 1 + sum((n - 1) * s for n, s in zip(shape, stride, strict=True))
     if len(stride) != len(shape) or min((offset, *stride)) < 0:
         raise pickle.UnpicklingError(f"a tensor of shape {list(shape)} has offset {offset} and strides {stride}")
     if (offset + extent) * dtype.itemsize > storage.num_bytes:
@@ -150,7 +165,9 @@ def _rebuild(storage: Any, offset: int, size: Any, stride: Any, *rest: Any, dtyp
             f"a tensor of shape {list(shape)} needs {(offset + extent) * dtype.itemsize} bytes of a storage of "
             f"{storage.num_bytes}"
         )
-    same = all(n == 1 or mine == theirs for n, mine, theirs in zip(shape, stride, contiguous)) or 0 in shape
+    same = (
+        all(n == 1 or mine == theirs for n, mine, theirs in zip(shape, stride, contiguous, strict=True)) or 0 in shape
+    )
     return Stored(storage.file, storage.offset + offset * dtype.itemsize, dtype, shape, None if same else stride)
 
 

@@ -1,0 +1,71 @@
+"""Every block of the README does what it says."""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from tva import TaskVector, fingerprint, open_weights, save_weights
+from tva.cli import COMMANDS, main
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+BLOCKS = re.findall(r"```(\w+)\n(.*?)```", README, flags=re.DOTALL)
+
+
+def blocks(language, containing=""):
+    return [text for kind, text in BLOCKS if kind == language and containing in text]
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """A folder with the files that the README names."""
+    monkeypatch.chdir(tmp_path)
+    states = [{"w": torch.full((3, 2), float(value)), "b": torch.full((2,), value / 2)} for value in (1, 2, 4)]
+    save_weights(states[0], "base.safetensors")
+    for name in ("mnist.ckpt", "a.ckpt"):
+        torch.save({"state_dict": states[1]}, name)
+    for name in ("svhn.tv.safetensors", "b.tv.safetensors"):
+        TaskVector.between(states[0], states[2]).save(name)
+    return tmp_path
+
+
+@pytest.mark.parametrize("text", blocks("python"))
+def test_python_blocks_run(folder, text, capsys):
+    exec(text, {})
+
+
+def test_the_library_block_computes_what_it_says(folder):
+    (text,) = blocks("python", "open_weights")
+    scope = {}
+    exec(text, scope)
+    assert scope["edited"]["w"][0, 0] == pytest.approx(1 + 0.4 * (1 + 3))
+    assert scope["inferred"].deltas["w"][0, 0] == pytest.approx(-0.5 + 3 - 1)
+
+
+def test_the_compose_block_runs(folder, capsys):
+    (text,) = blocks("bash", "tva compose")
+    main(shlex.split(text.replace("\\\n", " "))[1:])
+    assert fingerprint(open_weights("edited.safetensors")) != fingerprint(open_weights("base.safetensors"))
+
+
+def test_the_edit_block_is_the_demos_forget_config():
+    (text,) = blocks("yaml")
+    shown, real = yaml.safe_load(text), yaml.safe_load((ROOT / "configs/demo/edit/forget.yaml").read_text())
+    for key in ("recipe", "rule", "minimize", "subject_to"):
+        assert shown[key] == real[key]
+
+
+def test_every_command_and_file_named_is_there():
+    for text in blocks("bash"):
+        for line in text.splitlines():
+            words = line.split()
+            if words[:1] == ["tva"] and not words[1].startswith("-"):
+                assert words[1] in COMMANDS
+            if words[:1] == ["make"]:
+                assert re.search(rf"^{words[1]}:", (ROOT / "Makefile").read_text(), flags=re.MULTILINE)
+    for target in re.findall(r"\]\(([\w./-]+)\)", README):
+        assert (ROOT / target).exists(), target

@@ -1,0 +1,287 @@
+"""Folders that trainers write (torch.distributed.checkpoint, DeepSpeed ZeRO) and repositories on the hub."""
+
+import collections
+import enum
+import json
+import os
+import pickle
+import shutil
+import socket
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+import torch.multiprocessing as mp
+from torch import nn
+
+from tva import fingerprint, open_weights, save_weights
+
+STATE = {
+    "a.w": torch.arange(15.0).reshape(5, 3),
+    "a.b": torch.arange(5).to(torch.bfloat16),
+    "scalar": torch.tensor(7),
+    "empty": torch.empty(0, 2),
+}
+
+
+def same(weights, state):
+    assert fingerprint(weights) == fingerprint(state)
+    for name, tensor in state.items():
+        assert weights.spec(name) == (tensor.dtype, tensor.shape)
+        flat = tensor.reshape(-1)
+        for start in range(len(flat)):
+            stop = len(flat) - (len(flat) - start) // 3
+            assert torch.equal(weights.slice(name, start, stop), flat[start:stop])
+
+
+def save_distributed(content, folder):
+    dcp.save(content, checkpoint_id=folder, no_dist=True)
+    return folder
+
+
+# --- torch.distributed.checkpoint
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+@pytest.mark.parametrize("section", ["model", "state_dict", None])
+def test_distributed_folders_give_their_weights_without_the_section_in_front(tmp_path, section):
+    optimizer = {"state": {"a.w": torch.ones(2)}, "lr": 0.1}
+    content = {section: STATE, "optimizer_0": optimizer, "epoch": 3} if section else STATE
+    weights = open_weights(save_distributed(content, tmp_path))
+    same(weights, STATE)
+    assert weights.info.format == "torch.distributed checkpoint"
+    said = f"the weights under {section!r} were taken, of {section!r}, 'optimizer_0'"
+    assert weights.info.notes == ((said,) if section else ())
+
+
+def save_sharded(rank, folder, port):
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.tensor import Shard, distribute_tensor
+
+    os.environ.update(RANK=str(rank), WORLD_SIZE="2", LOCAL_RANK=str(rank))
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo")
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(3, 5), nn.BatchNorm1d(5), nn.Linear(5, 1))
+    mesh = init_device_mesh("cpu", (2,))
+    columns = distribute_tensor(torch.arange(12.0).reshape(3, 4), mesh, [Shard(1)])
+    if rank == 0:
+        torch.save({**net.state_dict(), "columns": torch.arange(12.0).reshape(3, 4)}, folder / "full.pt")
+    fully_shard(net, mesh=mesh)
+    dcp.save({"state_dict": {**net.state_dict(), "columns": columns}, "epoch": 3}, checkpoint_id=folder / "sharded")
+    dist.destroy_process_group()
+
+
+def test_fsdp2_shards_of_two_ranks_are_put_together(tmp_path):
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    mp.start_processes(save_sharded, (tmp_path, port), nprocs=2, start_method="fork")
+    weights = open_weights(tmp_path / "sharded")
+    assert len(weights.entry("0.weight").chunks) == 2
+    same(weights, torch.load(tmp_path / "full.pt", weights_only=True))
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+def test_damage_to_a_distributed_folder_is_named(tmp_path):
+    folder = save_distributed({"model": STATE}, tmp_path / "whole")
+    (shard,) = folder.glob("*.distcp")
+    for size in range(0, shard.stat().st_size, 997):
+        copy = shutil.copytree(folder, tmp_path / f"cut-{size}")
+        os.truncate(copy / shard.name, size)
+        weights = open_weights(copy)
+        with pytest.raises(ValueError, match="is damaged at bytes|ended at byte"):
+            fingerprint(weights)
+    shard.unlink()
+    with pytest.raises(FileNotFoundError, match=rf"names the shard {shard.name}, which is not in"):
+        open_weights(folder)
+    (folder / ".metadata").write_bytes(b"hello")
+    with pytest.raises(ValueError, match="is damaged, or not written by torch.distributed.checkpoint"):
+        open_weights(folder)
+
+
+class Evil:
+    def __init__(self, marker):
+        self.marker = marker
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.marker),)
+
+
+def test_distributed_metadata_is_never_executed(tmp_path):
+    (tmp_path / ".metadata").write_bytes(pickle.dumps({"state_dict_metadata": Evil(tmp_path / "executed")}))
+    with pytest.raises(ValueError, match="is refused: .*mkdir'.*which is no part of such a checkpoint"):
+        open_weights(tmp_path)
+    assert not (tmp_path / "executed").exists()
+
+
+# --- DeepSpeed: the layout that zero_to_fp32.py of DeepSpeed 0.19.8 reads; real folders gave the same bytes as it
+
+
+class Stage(enum.IntEnum):  # DeepSpeed stores an enum of its own
+    ONE, TWO, THREE = 1, 2, 3
+
+
+PARAMETERS = [  # two groups
+    {"a.w": torch.arange(15.0).reshape(5, 3), "c.w": torch.arange(7.0) + 50},
+    {"a.b": torch.arange(5.0) + 20, "one": torch.tensor(9.0)},
+]
+BUFFERS = {"bn.mean": torch.ones(2), "bn.n": torch.tensor(3)}
+FROZEN = {"frozen": torch.arange(3.0) + 70}
+FULL = {**PARAMETERS[0], **PARAMETERS[1], **BUFFERS, **FROZEN, "tied": PARAMETERS[0]["a.w"]}
+
+
+def padded(flat, multiple):
+    return torch.cat([flat, torch.zeros(-len(flat) % multiple)])
+
+
+def save_zero(folder, stage, world=2):
+    tagged = folder / "global_step3"
+    tagged.mkdir(parents=True)
+    (folder / "latest").write_text("global_step3")
+    shapes = [{name: tensor.shape for name, tensor in group.items()} for group in PARAMETERS]
+    for rank in range(world):
+        if stage == 3:
+
+            def part(tensor, rank=rank):
+                return padded(tensor.reshape(-1), world).chunk(world)[rank]
+
+            everything = torch.cat([part(tensor) for group in PARAMETERS for tensor in group.values()])
+            groups = {"fp32_flat_groups": list(everything.split(5))}  # sub-groups cut anywhere
+            frozen = {"frozen_param_fragments": {name: part(tensor) for name, tensor in FROZEN.items()}}
+        else:
+            flat = [padded(torch.cat([t.reshape(-1) for t in group.values()]), 2 * world) for group in PARAMETERS]
+            groups = {"single_partition_of_fp32_groups": [group.chunk(world)[rank] for group in flat]}
+            frozen = {"frozen_param_fragments": FROZEN if stage == 2 else None}
+        frozen["frozen_param_shapes"] = {name: t.shape for name, t in FROZEN.items()} if stage > 1 else None
+        optimizer = {"zero_stage": Stage(stage), "partition_count": world if stage == 3 else [world] * 2, **groups}
+        name = f"zero_pp_rank_{rank}_mp_rank_00_optim_states.pt"
+        torch.save({"optimizer_state_dict": optimizer}, tagged / name)
+        full = {
+            name: tensor.half() if name in FULL and name not in BUFFERS else tensor for name, tensor in FULL.items()
+        }
+        full |= FROZEN if stage < 3 else {}
+        model = {
+            "module": full,
+            "buffer_names": list(BUFFERS),
+            "param_shapes": shapes,
+            "shared_params": {"tied": "a.w"},
+        }
+        name = f"zero_pp_rank_{rank}_mp_rank_00_model_states.pt" if stage == 3 else "mp_rank_00_model_states.pt"
+        torch.save(collections.OrderedDict(model, **frozen), tagged / name)
+    return folder
+
+
+@pytest.mark.parametrize("world", [1, 2, 3])
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_zero_partitions_are_put_together_in_full_precision(tmp_path, stage, world):
+    folder = save_zero(tmp_path, stage, world)
+    for path in (folder, folder / "global_step3"):
+        weights = open_weights(path)
+        same(weights, FULL)
+        assert weights.info.format == f"DeepSpeed checkpoint, ZeRO stage {stage}"
+
+
+def test_a_deepspeed_folder_that_cannot_be_read_exactly_is_refused_with_the_command(tmp_path):
+    folder = save_zero(tmp_path / "split", 2)
+    (folder / "global_step3" / "mp_rank_01_model_states.pt").touch()
+    with pytest.raises(ValueError, match=r"tensor, pipeline or expert ranks.*\n?.*zero_to_fp32.py .* OUTPUT"):
+        open_weights(folder)
+    folder = save_zero(tmp_path / "lacking", 2)
+    (folder / "global_step3" / "zero_pp_rank_1_mp_rank_00_optim_states.pt").unlink()
+    with pytest.raises(FileNotFoundError, match=r"written by 2 ranks, and 1 '…_optim_states.pt' are there"):
+        open_weights(folder)
+    folder = save_zero(tmp_path / "gap", 2)
+    (folder / "global_step3" / "zero_pp_rank_0_mp_rank_00_optim_states.pt").unlink()
+    with pytest.raises(FileNotFoundError, match=r"lacks the '…_optim_states.pt' of ranks 0"):
+        open_weights(folder)
+    folder = save_zero(tmp_path / "other", 3)
+    path = folder / "global_step3" / "zero_pp_rank_1_mp_rank_00_optim_states.pt"
+    state = {"zero_stage": 3, "partition_count": 2, "fp32_flat_groups": [torch.ones(3)]}
+    torch.save({"optimizer_state_dict": state}, path)
+    with pytest.raises(ValueError, match=r"parameters of 16 elements a rank are stored as 3, 16"):
+        open_weights(folder)
+    (folder / "latest").write_text("global_step9")
+    with pytest.raises(FileNotFoundError, match="names 'global_step9', which is no folder"):
+        open_weights(folder)
+
+
+# --- the hub
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """Stand in for the hub: a folder of repositories, from which files are copied into a cache one by one."""
+    huggingface_hub = pytest.importorskip("huggingface_hub")
+    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+
+    commit = "0123456789abcdef0123456789abcdef01234567"
+    cache = tmp_path / "cache" / "snapshots" / commit
+    asked = []
+
+    def download(repository, name, *, revision=None):
+        asked.append((name, revision))
+        source = tmp_path / "hub" / repository
+        if not source.exists():
+            raise LocalEntryNotFoundError("Cannot find the requested files in the disk cache.")
+        if not (source / name).exists():
+            raise EntryNotFoundError(f"no {name}")
+        (cache / name).parent.mkdir(parents=True, exist_ok=True)
+        return shutil.copy(source / name, cache / name)
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
+    folder = tmp_path / "hub" / "owner" / "net"
+    folder.mkdir(parents=True)
+    return folder, cache, asked, commit
+
+
+def test_hub_repositories_are_downloaded_as_weights_alone(hub):
+    folder, cache, asked, _ = hub
+    save_weights(STATE, folder / "model.safetensors")
+    torch.save(STATE, folder / "pytorch_model.bin")
+    (folder / "README.md").touch()
+    for path in ("hf://owner/net@main", Path("hf://owner/net@main")):
+        same(open_weights(path), STATE)
+    assert [file.name for file in cache.iterdir()] == ["model.safetensors"]
+    assert set(asked) == {("model.safetensors", "main")}
+    same(open_weights("hf://owner/net/pytorch_model.bin"), STATE)
+
+
+def test_hub_shards_are_of_one_commit(hub):
+    folder, _, asked, commit = hub
+    save_weights({"a.w": STATE["a.w"]}, folder / "model-1.safetensors")
+    save_weights({n: t for n, t in STATE.items() if n != "a.w"}, folder / "model-2.safetensors")
+    shards = {name: "model-1.safetensors" if name == "a.w" else "model-2.safetensors" for name in STATE}
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": shards}))
+    same(open_weights("hf://owner/net"), STATE)
+    assert asked[-2:] == [("model-1.safetensors", commit), ("model-2.safetensors", commit)]
+
+
+def test_hub_adapters_need_their_base(hub):
+    folder, cache, *_ = hub
+    (folder / "adapter_config.json").write_text("{}")
+    save_weights(STATE, folder / "adapter_model.safetensors")
+    with pytest.raises(ValueError, match="is a PEFT adapter"):
+        open_weights("hf://owner/net")
+    assert (cache / "adapter_model.safetensors").exists()
+
+
+def test_what_the_hub_does_not_have_is_said(hub):
+    folder, *_ = hub
+    with pytest.raises(FileNotFoundError, match=r"repository owner/net holds none of .*hf://owner/net/FILE"):
+        open_weights("hf://owner/net")
+    with pytest.raises(FileNotFoundError, match="repository owner/net at v2 holds no file x.bin"):
+        open_weights("hf://owner/net@v2/x.bin")
+    with pytest.raises(FileNotFoundError, match="repository owner/other cannot be reached, .*hf download owner/other"):
+        open_weights("hf://owner/other")
+    with pytest.raises(FileNotFoundError, match="cannot be reached, and x.bin are not in the local cache"):
+        open_weights("hf://owner/other/x.bin")
+    with pytest.raises(ValueError, match="is no place on the hub; write hf://owner/name@revision/file"):
+        open_weights("hf://net")
+    (folder / "adapter_config.json").write_text("{}")
+    with pytest.raises(FileNotFoundError, match="holds no file adapter_model.bin"):
+        open_weights("hf://owner/net/adapter_config.json")

@@ -1,0 +1,120 @@
+"""Checkpoints on the Hugging Face hub, ``hf://owner/name@revision/file``: their weights are downloaded, and no more."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from pathlib import Path
+
+from tva.state_dict import some
+
+# In the order in which they are looked for; an index brings its shards.
+NAMES = (
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "adapter_config.json",
+    "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
+    "open_clip_model.safetensors",
+)
+ADAPTER_NAMES = ("adapter_model.safetensors", "adapter_model.bin")
+
+
+def is_hub(path: str | os.PathLike[str]) -> bool:
+    """Tell whether a path is on the hub; ``Path`` makes one slash of the two."""
+    return re.match(r"hf:/", os.fspath(path)) is not None
+
+
+def fetch(path: str | os.PathLike[str]) -> Path:
+    """Download the weights of a repository unless they are in the local cache.
+
+    Args:
+        path: ``hf://owner/name``, ``hf://owner/name@revision``, either with ``/file`` behind it. Without a file, the
+            first of ``model.safetensors``, its shards, an adapter, ``pytorch_model.bin`` and its shards.
+
+    Returns:
+        The local file, or the local folder of what was downloaded.
+
+    Raises:
+        FileNotFoundError: The repository, revision or file does not exist, or cannot be reached.
+        ValueError: The path cannot be understood.
+    """
+    found = re.fullmatch(r"hf:/+([\w.-]+/[\w.-]+)(?:@([^/]+))?(?:/(.+))?", os.fspath(path))
+    if found is None:
+        raise ValueError(f"{os.fspath(path)!r} is no place on the hub; write hf://owner/name@revision/file.")
+    repository, revision, file = found.groups()
+    if file is not None:
+        return _file_and_shards(repository, file, revision)
+    unreachable = None
+    for name in NAMES:
+        try:
+            return _file_and_shards(repository, name, revision).parent
+        except _Missing as missing:
+            unreachable = unreachable or (missing.__cause__ if missing.unreachable else None)
+    if unreachable is not None:
+        raise FileNotFoundError(_offline(repository, revision)) from unreachable
+    raise FileNotFoundError(
+        f"{_place(repository, revision)} holds none of {some(NAMES, limit=len(NAMES))}. Name the file: "
+        f"hf://{repository}{'@' + revision if revision else ''}/FILE."
+    )
+
+
+class _Missing(FileNotFoundError):
+    """A file is not in the repository, or is not in the cache and the hub is out of reach."""
+
+    unreachable = False
+
+
+def _file_and_shards(repository: str, name: str, revision: str | None) -> Path:
+    path = _download(repository, name, revision)
+    # The rest must be of the same commit, which is the name of the cache's folder, even if a branch moves meanwhile.
+    commit = path.parent.name if re.fullmatch("[0-9a-f]{40}", path.parent.name) else revision
+    if name.endswith(".index.json"):
+        for shard in sorted(set(json.loads(path.read_text())["weight_map"].values())):
+            _download(repository, str(Path(name).with_name(shard)), commit)
+    elif name == "adapter_config.json":
+        for number, weights in enumerate(ADAPTER_NAMES):
+            try:
+                _download(repository, weights, commit)
+                break
+            except _Missing:
+                if number == len(ADAPTER_NAMES) - 1:
+                    raise
+    return path
+
+
+def _download(repository: str, name: str, revision: str | None) -> Path:
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import (
+        EntryNotFoundError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
+
+    try:
+        return Path(hf_hub_download(repository, name, revision=revision))
+    except LocalEntryNotFoundError as error:
+        missing = _Missing(_offline(repository, revision, name))
+        missing.unreachable = True
+        raise missing from error
+    except EntryNotFoundError as error:
+        raise _Missing(f"{_place(repository, revision)} holds no file {name}. Check its name.") from error
+    except (RepositoryNotFoundError, RevisionNotFoundError, HFValidationError) as error:
+        raise FileNotFoundError(
+            f"{_place(repository, revision)} is not on the hub, or you have no access to it (then log in: hf auth "
+            f"login): {str(error).splitlines()[0]}"
+        ) from error
+
+
+def _place(repository: str, revision: str | None) -> str:
+    return f"The hub's repository {repository}" + (f" at {revision}" if revision else "")
+
+
+def _offline(repository: str, revision: str | None, name: str = "its weights") -> str:
+    return (
+        f"{_place(repository, revision)} cannot be reached, and {name} are not in the local cache. Connect to the "
+        f"network, or fetch it where there is one: hf download {repository}."
+    )

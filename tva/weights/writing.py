@@ -1,0 +1,59 @@
+"""Write files whole or not at all."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+from safetensors.torch import save_file
+from torch import Tensor
+
+
+@contextlib.contextmanager
+def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """Give a temporary path beside ``path`` that takes its name on success and is removed on failure.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     with atomic_path(f"{folder}/a.txt") as temporary:
+        ...         _ = temporary.write_text("whole")
+        ...     [file.name for file in Path(folder).iterdir()]
+        ['a.txt']
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        temporary.touch()
+        mode = temporary.stat().st_mode  # as the umask has it; safetensors would leave files to their owner alone
+        yield temporary
+        temporary.chmod(mode)
+        with temporary.open("rb") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def save_weights(
+    weights: Mapping[str, Tensor], path: str | os.PathLike[str], metadata: Mapping[str, str] | None = None
+) -> None:
+    """Write a state dict as one safetensors file: whole under its name, or not at all.
+
+    Args:
+        weights: Names to tensors; tensors that share memory (tied weights) are written once a name.
+        path: Ends in ``.safetensors``; its folder is made if need be.
+        metadata: Text for the header.
+    """
+    seen: set[int] = set()
+    ready = {}
+    for name, tensor in weights.items():
+        tensor = tensor.detach().cpu().contiguous()
+        pointer = tensor.untyped_storage().data_ptr()
+        ready[name] = tensor.clone() if pointer in seen else tensor  # safetensors refuses shared memory
+        seen.add(pointer)
+    with atomic_path(path) as temporary:
+        save_file(ready, temporary, metadata=dict(metadata or {}))
