@@ -16,7 +16,7 @@ from torch import nn
 
 from tva import fingerprint, open_weights, save_weights
 from tva.weights import atomic_path, canonical_names, tensor_digest
-from tva.weights.lazy import OpenFile
+from tva.weights.lazy import MAPPED_BYTES, OpenFile
 
 STATE = {"a.w": torch.arange(6.0).reshape(2, 3), "a.b": torch.ones(3, dtype=torch.bfloat16), "n": torch.tensor(3)}
 
@@ -110,12 +110,34 @@ def test_only_the_bytes_that_are_asked_for_are_read(tmp_path, name, monkeypatch)
     assert sum(read) == 12
 
 
-def test_editing_a_tensor_changes_no_later_read(tmp_path):
-    for kind in ("safetensors", "pt", "old zip-less pt"):
-        weights = open_weights(write(tmp_path, kind))
-        weights["a.w"].zero_()
-        weights.slice("a.w", 0, 6).zero_()
-        assert torch.equal(weights["a.w"], STATE["a.w"]), kind
+def test_editing_a_tensor_changes_neither_the_file_nor_a_later_read(tmp_path):
+    state = {"small": torch.arange(6.0), "large": torch.arange(MAPPED_BYTES // 4).float()}
+    for name in ("m.safetensors", "m.pt", "old.pt"):
+        if name == "m.safetensors":
+            save_weights(state, tmp_path / name)
+        else:
+            torch.save(state, tmp_path / name, _use_new_zipfile_serialization=name == "m.pt")
+        weights = open_weights(tmp_path / name)
+        for key, tensor in state.items():
+            first = weights[key]
+            first.zero_()
+            weights.slice(key, 0, 6).zero_()
+            assert torch.equal(weights[key], tensor), (name, key)
+            assert torch.equal(open_weights(tmp_path / name)[key], tensor), (name, key)
+            assert not first.any()
+
+
+def test_large_tensors_are_mapped_so_that_asking_for_one_reads_nothing(tmp_path, monkeypatch):
+    state = {"odd": torch.ones(1, dtype=torch.bool), "large": torch.arange(MAPPED_BYTES // 4).float()}
+    for name in ("m.safetensors", "m.pt"):
+        save_weights(state, tmp_path / name) if name.endswith("safetensors") else torch.save(state, tmp_path / name)
+        weights = open_weights(tmp_path / name)
+        with monkeypatch.context() as patch:
+            patch.setattr(OpenFile, "read_into", lambda *_: pytest.fail("read"))
+            assert torch.equal(weights["large"], state["large"])
+        os.truncate(tmp_path / name, MAPPED_BYTES // 2)
+        with pytest.raises(ValueError, match=rf"ended at byte {MAPPED_BYTES // 2} where \d+ more were expected"):
+            weights["large"]
 
 
 def test_a_file_that_is_replaced_is_still_read_as_it_was_opened(tmp_path):

@@ -223,10 +223,12 @@ def hub(tmp_path, monkeypatch):
     cache = tmp_path / "cache" / "snapshots" / commit
     asked = []
 
-    def download(repository, name, *, revision=None):
+    def download(repository, name, *, revision=None, local_files_only=False):
         asked.append((name, revision))
         source = tmp_path / "hub" / repository
-        if not source.exists():
+        if not source.exists() or (source / f"{name}.unreachable").exists():
+            if not local_files_only:
+                asked.append("the network")
             raise LocalEntryNotFoundError("Cannot find the requested files in the disk cache.")
         if not (source / name).exists():
             raise EntryNotFoundError(f"no {name}")
@@ -260,6 +262,18 @@ def test_hub_shards_are_of_one_commit(hub):
     same(open_weights("hf://owner/net"), STATE)
     assert asked[-2:] == [("model-1.safetensors", commit), ("model-2.safetensors", commit)]
 
+    (folder / "model-2.safetensors.unreachable").touch()  # then no other format may take the place of this one
+    torch.save(STATE, folder / "pytorch_model.bin")
+    with pytest.raises(FileNotFoundError, match="model-2.safetensors is not in the local cache"):
+        open_weights("hf://owner/net")
+
+
+def test_a_hub_out_of_reach_is_asked_once(hub):
+    _, _, asked, _ = hub
+    with pytest.raises(FileNotFoundError, match="repository owner/other cannot be reached"):
+        open_weights("hf://owner/other")
+    assert asked.count("the network") == 1
+
 
 def test_hub_adapters_need_their_base(hub):
     folder, cache, *_ = hub
@@ -278,7 +292,7 @@ def test_what_the_hub_does_not_have_is_said(hub):
         open_weights("hf://owner/net@v2/x.bin")
     with pytest.raises(FileNotFoundError, match="repository owner/other cannot be reached, .*hf download owner/other"):
         open_weights("hf://owner/other")
-    with pytest.raises(FileNotFoundError, match="cannot be reached, and x.bin are not in the local cache"):
+    with pytest.raises(FileNotFoundError, match="cannot be reached, and x.bin is not in the local cache"):
         open_weights("hf://owner/other/x.bin")
     with pytest.raises(ValueError, match="is no place on the hub; write hf://owner/name@revision/file"):
         open_weights("hf://net")

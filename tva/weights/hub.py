@@ -45,13 +45,18 @@ def fetch(path: str | os.PathLike[str]) -> Path:
         raise ValueError(f"{os.fspath(path)!r} is no place on the hub; write hf://owner/name@revision/file.")
     repository, revision, file = found.groups()
     if file is not None:
-        return _file_and_shards(repository, file, revision)
-    unreachable = None
+        return _with_rest(repository, _download(repository, file, revision), file, revision)
+    unreachable: _Unreachable | None = None
     for name in NAMES:
         try:
-            return _file_and_shards(repository, name, revision).parent
-        except _Missing as missing:
-            unreachable = unreachable or (missing.__cause__ if missing.unreachable else None)
+            # Once the hub is out of reach only the cache is asked: each further try would take half a minute.
+            path = _download(repository, name, revision, cache_only=unreachable is not None)
+        except _Unreachable as error:
+            unreachable = unreachable or error
+        except _Missing:
+            pass
+        else:
+            return _with_rest(repository, path, name, revision).parent
     if unreachable is not None:
         raise FileNotFoundError(_offline(repository, revision)) from unreachable
     raise FileNotFoundError(
@@ -61,30 +66,30 @@ def fetch(path: str | os.PathLike[str]) -> Path:
 
 
 class _Missing(FileNotFoundError):
-    """A file is not in the repository, or is not in the cache and the hub is out of reach."""
-
-    unreachable = False
+    """A file is not in the repository."""
 
 
-def _file_and_shards(repository: str, name: str, revision: str | None) -> Path:
-    path = _download(repository, name, revision)
+class _Unreachable(FileNotFoundError):
+    """The hub is out of reach, and a file is not in the cache."""
+
+
+def _with_rest(repository: str, path: Path, name: str, revision: str | None) -> Path:
+    """Download what belongs to an index or an adapter's configuration."""
     # The rest must be of the same commit, which is the name of the cache's folder, even if a branch moves meanwhile.
-    commit = path.parent.name if re.fullmatch("[0-9a-f]{40}", path.parent.name) else revision
+    commit = next((part for part in reversed(path.parts) if re.fullmatch("[0-9a-f]{40}", part)), revision)
     if name.endswith(".index.json"):
         for shard in sorted(set(json.loads(path.read_text())["weight_map"].values())):
-            _download(repository, str(Path(name).with_name(shard)), commit)
-    elif name == "adapter_config.json":
-        for number, weights in enumerate(ADAPTER_NAMES):
-            try:
-                _download(repository, weights, commit)
-                break
-            except _Missing:
-                if number == len(ADAPTER_NAMES) - 1:
-                    raise
+            _download(repository, Path(name).with_name(shard).as_posix(), commit)
+    elif Path(name).name == "adapter_config.json":
+        safe, pickled = (Path(name).with_name(weights).as_posix() for weights in ADAPTER_NAMES)
+        try:
+            _download(repository, safe, commit)
+        except _Missing:
+            _download(repository, pickled, commit)
     return path
 
 
-def _download(repository: str, name: str, revision: str | None) -> Path:
+def _download(repository: str, name: str, revision: str | None, cache_only: bool = False) -> Path:
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import (
         EntryNotFoundError,
@@ -95,11 +100,9 @@ def _download(repository: str, name: str, revision: str | None) -> Path:
     )
 
     try:
-        return Path(hf_hub_download(repository, name, revision=revision))
+        return Path(hf_hub_download(repository, name, revision=revision, local_files_only=cache_only))
     except LocalEntryNotFoundError as error:
-        missing = _Missing(_offline(repository, revision, name))
-        missing.unreachable = True
-        raise missing from error
+        raise _Unreachable(_offline(repository, revision, name)) from error
     except EntryNotFoundError as error:
         raise _Missing(f"{_place(repository, revision)} holds no file {name}. Check its name.") from error
     except (RepositoryNotFoundError, RevisionNotFoundError, HFValidationError) as error:
@@ -113,8 +116,8 @@ def _place(repository: str, revision: str | None) -> str:
     return f"The hub's repository {repository}" + (f" at {revision}" if revision else "")
 
 
-def _offline(repository: str, revision: str | None, name: str = "its weights") -> str:
+def _offline(repository: str, revision: str | None, name: str = "a file of weights") -> str:
     return (
-        f"{_place(repository, revision)} cannot be reached, and {name} are not in the local cache. Connect to the "
+        f"{_place(repository, revision)} cannot be reached, and {name} is not in the local cache. Connect to the "
         f"network, or fetch it where there is one: hf download {repository}."
     )

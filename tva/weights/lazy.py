@@ -1,11 +1,13 @@
 """A checkpoint as a lazy, read-only mapping: names, what is known without reading, and bytes of files read on request.
 
-Every read goes to fresh memory by byte range, never through a memory map: a tensor that is edited in place changes no
-later read, a file that is replaced under its name cannot kill the process, and memory holds what was asked for alone.
+A whole tensor of some size is a private mapping of its bytes, which are read as they are touched; all else is read to
+fresh memory by byte range. Either way a tensor that is edited in place changes neither the file nor a later read, and a
+file that gets another one under its name is still read as it was opened.
 """
 
 from __future__ import annotations
 
+import mmap
 import os
 import threading
 from collections.abc import Iterator, Mapping
@@ -15,6 +17,8 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+MAPPED_BYTES = 2**20  # from this size on a whole tensor is mapped; below, reading it costs less than a mapping
 
 
 class Spec(NamedTuple):
@@ -49,11 +53,22 @@ class OpenFile:
                 count = len(data)
                 buffer[:count] = data
             if count == 0:
-                raise ValueError(
-                    f"{self.path} ended at byte {offset} where {buffer.nbytes} more were expected; it is cut off, or "
-                    f"was changed while it was read. Write it again from its source."
-                )
+                raise self._ended(offset, buffer.nbytes)
             buffer, offset = buffer[count:], offset + count
+
+    def map(self, offset: int, length: int) -> tuple[mmap.mmap, int]:
+        """Map some bytes, copied when written to; gives the mapping and where in it they start."""
+        size = os.fstat(self._descriptor).st_size
+        if size < offset + length:  # touching a page behind the end would kill the process
+            raise self._ended(size, offset + length - size)
+        skip = offset % mmap.ALLOCATIONGRANULARITY
+        return mmap.mmap(self._descriptor, length + skip, access=mmap.ACCESS_COPY, offset=offset - skip), skip
+
+    def _ended(self, offset: int, lacking: int) -> ValueError:
+        return ValueError(
+            f"{self.path} ended at byte {offset} where {lacking} more were expected; it is cut off, or was changed "
+            f"while it was read. Write it again from its source."
+        )
 
     def read(self, offset: int, length: int) -> bytes:
         """Read some bytes."""
@@ -73,7 +88,7 @@ class Entry:
         raise NotImplementedError
 
     def read(self) -> Tensor:
-        """Read the whole tensor, as fresh memory."""
+        """Read the whole tensor."""
         return self.slice(0, self.shape.numel()).reshape(self.shape)
 
 
@@ -97,6 +112,13 @@ class Stored(Entry):
             flat = self._elements(0, span).as_strided(self.shape, self.stride).reshape(-1)
             return flat[start:stop].clone()
         return self._elements(start, stop)
+
+    def read(self) -> Tensor:
+        count, width = self.shape.numel(), self.dtype.itemsize
+        if self.stride is not None or count * width < MAPPED_BYTES or self.offset % width:
+            return super().read()
+        mapped, skip = self.file.map(self.offset, count * width)
+        return torch.frombuffer(mapped, dtype=self.dtype, count=count, offset=skip).view(self.shape)
 
     def _elements(self, start: int, stop: int) -> Tensor:
         out = torch.empty(stop - start, dtype=self.dtype)
