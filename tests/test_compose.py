@@ -1,5 +1,7 @@
 """Composing on disk: the bytes of the in-memory path whatever the pieces, whole files or none, and its account."""
 
+import json
+
 import pytest
 import torch
 
@@ -83,6 +85,40 @@ def test_output_dtype_rounds_once_and_leaves_integers(files, tmp_path, dtype):
     assert torch.equal(edited["bn.running_mean"], weights["bn.running_mean"].to(wanted))
 
 
+def test_prefixes_are_matched_and_said_and_the_rest_is_mapped(files, tmp_path):
+    base, vectors = files
+    wrapped = {f"model.{name}": tensor for name, tensor in open_weights(vectors["b"]).items()}
+    save_weights(wrapped, tmp_path / "wrapped.safetensors")
+    renamed = {name.replace("l.0", "first"): tensor for name, tensor in open_weights(vectors["b"]).items()}
+    save_weights(renamed, tmp_path / "renamed.safetensors")
+    plain = compose(base, {"b": vectors["b"]}, "b", str(tmp_path / "plain.safetensors"))
+    same = compose(base, {"b": str(tmp_path / "wrapped.safetensors")}, "b", str(tmp_path / "same.safetensors"))
+    assert same.edited == plain.edited
+    assert "stripped 'model.' from 8 of 8 names" in same.notes[0]
+    odd = {"b": str(tmp_path / "renamed.safetensors")}
+    with pytest.raises(MismatchError, match="Map the rest by key_map"):
+        compose(base, odd, "b", str(tmp_path / "odd.safetensors"))
+    mapped = compose(base, odd, "b", str(tmp_path / "mapped.safetensors"), key_map={"^first": "l.0"})
+    assert mapped.edited == plain.edited
+
+
+def test_a_lora_adapter_is_a_vector_like_any_other(tmp_path):
+    base = {"q.weight": torch.randn(6, 4, generator=torch.Generator().manual_seed(0)), "q.bias": torch.zeros(6)}
+    save_weights(base, tmp_path / "base.safetensors")
+    a, b = torch.randn(2, 4), torch.randn(6, 2)
+    factors = {"base_model.model.q.lora_A.weight": a, "base_model.model.q.lora_B.weight": b}
+    (tmp_path / "adapter").mkdir()
+    save_weights(factors, tmp_path / "adapter/adapter_model.safetensors")
+    config = {"peft_type": "LORA", "r": 2, "lora_alpha": 8, "target_modules": ["q"]}
+    (tmp_path / "adapter/adapter_config.json").write_text(json.dumps(config))
+    arguments = (str(tmp_path / "base.safetensors"), {"v": str(tmp_path / "adapter")}, "-0.5 * v")
+    compose(*arguments, str(tmp_path / "out.safetensors"))
+    expected = base["q.weight"].double() - 0.5 * 4 * b.double() @ a.double()
+    edited = open_weights(tmp_path / "out.safetensors")
+    torch.testing.assert_close(edited["q.weight"].double(), expected, rtol=0, atol=2e-6)
+    assert torch.equal(edited["q.bias"], base["q.bias"])
+
+
 def test_the_account_counts_what_rounding_swallowed(tmp_path):
     base = {"x.a.w": torch.ones(100, dtype=torch.bfloat16), "x.b.w": torch.ones(50, dtype=torch.bfloat16)}
     delta = {"x.a.w": torch.cat([torch.full((40,), 1e-4), torch.zeros(30), torch.full((30,), 0.5)])}
@@ -108,7 +144,7 @@ def test_what_does_not_fit_is_refused_and_leaves_no_file(files, tmp_path, damage
         message, error = "'bias' holds NaN or infinity", ValueError
     elif damage == "missing":
         del other["bias"]
-        message, error = r"lacks 'bias'", MismatchError
+        message, error = "1 of the base's 8 names are not there: 'bias'", MismatchError
     elif damage == "shape":
         other["bias"] = other["bias"][:-1]
         message, error = "shapes differ in 'bias'", MismatchError

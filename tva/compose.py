@@ -24,8 +24,16 @@ from torch import Tensor
 from tva.merge import Place
 from tva.recipe import Piece, Recipe
 from tva.state_dict import MismatchError, NoEffectError, add_scaled, is_edited, some, subtract
-from tva.task_vector import BATCH_NORM_STATISTICS, FORMAT, Origin, read_origin
-from tva.weights import Fingerprint, LazyWeights, TensorHash, atomic_path, fingerprint, open_weights
+from tva.task_vector import BATCH_NORM_STATISTICS, Origin, is_vector_file, read_origin
+from tva.weights import (
+    Fingerprint,
+    LazyWeights,
+    TensorHash,
+    atomic_path,
+    fingerprint,
+    open_finetuned,
+    open_weights,
+)
 
 PIECE = 2**18  # elements; a piece of a few vectors in float32 fits the cache of one core
 DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -80,6 +88,7 @@ class ComposeReport:
         effects: Effect by group of tensors.
         num_bytes: Size of the output's tensors.
         seconds: Wall time.
+        notes: What was decided in reading the inputs: prefixes stripped, parts left out.
     """
 
     output: Path
@@ -88,23 +97,27 @@ class ComposeReport:
     num_bytes: int
     seconds: float
     effects: dict[str, GroupEffect] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
 
 
 class _Source:
     """One vector: a task vector file, or a fine-tuned checkpoint whose delta is taken piece by piece."""
 
-    def __init__(self, name: str, path: str, base: LazyWeights, allow_other_base: bool) -> None:
+    def __init__(
+        self, name: str, path: str, base: LazyWeights, allow_other_base: bool, key_map: Mapping[str, str]
+    ) -> None:
         self.name = name
-        self.weights = open_weights(path)
         self.origin: Origin | None = None
-        if self.weights.metadata.get("tva.format") == FORMAT:
+        if is_vector_file(path):
+            self.weights = open_weights(path)
             self.origin, self.buffers, untouched = read_origin(self.weights)
             names = self.weights.keys() | untouched.keys()
         else:
+            self.weights = open_finetuned(path, base, key_map=key_map)
             names = self.weights.keys()
             self.buffers = {name for name in names if name.rpartition(".")[2] in BATCH_NORM_STATISTICS}
         missing, extra = base.keys() - names, names - base.keys()
-        shapes = [n for n in self.weights if n in base and self.weights[n].shape != base[n].shape]
+        shapes = [n for n in self.weights if n in base and self.weights.spec(n).shape != base.spec(n).shape]
         if missing or extra or shapes:
             raise MismatchError(
                 f"The base and {path} must have the same keys and shapes, but "
@@ -151,6 +164,7 @@ def compose(
     dtype: str | None = None,
     max_memory: str = "1GiB",
     allow_other_base: bool = False,
+    key_map: dict[str, str] | None = None,
 ) -> ComposeReport:
     """Write ``base + scaling_coef * recipe`` without loading any model whole.
 
@@ -165,6 +179,8 @@ def compose(
         max_memory: Anonymous memory that this process may take at most, such as ``512MiB``; the pages of mapped files
             do not count.
         allow_other_base: Apply task vector files to a base that they were not taken from.
+        key_map: Regular expressions to replacements, for fine-tuned checkpoints whose names differ from the base's by
+            more than one prefix.
 
     Returns:
         What was written, and what the edit did.
@@ -182,7 +198,7 @@ def compose(
     if dtype is not None and dtype not in DTYPES:
         raise ValueError(f"dtype must be one of {', '.join(DTYPES)}; found {dtype!r}.")
     weights = open_weights(base)
-    sources = {name: _Source(name, vectors[name], weights, allow_other_base) for name in checked.vectors}
+    sources = {name: _Source(name, vectors[name], weights, allow_other_base, key_map or {}) for name in checked.vectors}
     piece = _piece_size(parse_bytes(max_memory), len(sources))
     composer = _Composer(weights, sources, checked, scaling_coef, None if dtype is None else DTYPES[dtype], piece)
     metadata = {"format": "pt", "tva.recipe": checked.text, "tva.scaling_coef": repr(scaling_coef)}
@@ -201,6 +217,7 @@ def compose(
         num_bytes,
         time.monotonic() - started,
         composer.effects,
+        [str(opened.info) for opened in (weights, *(s.weights for s in sources.values())) if opened.info.notes],
     )
 
 
@@ -223,24 +240,31 @@ class _Composer:
         self.base_digests: dict[str, str] = {}
         self.edited_digests: dict[str, str] = {}
         self.effects: dict[str, GroupEffect] = {}
+        self._opened: tuple[str, Tensor, dict[str, Tensor | None]] | None = None
         over_model = any(method.over_model for method in recipe.observing)
         self.model_states = recipe.observe(self._all_pieces, self.identities, over_model=True) if over_model else {}
 
     def layout(self) -> dict[str, tuple[torch.dtype, torch.Size]]:
         """Give the dtype and shape of every output tensor, in the order written."""
-        return {name: (self._output_dtype(self.base[name]), self.base[name].shape) for name in self.base}
+        return {name: (self._output_dtype(name), self.base.spec(name).shape) for name in self.base}
 
-    def _output_dtype(self, tensor: Tensor) -> torch.dtype:
-        return self.dtype if self.dtype is not None and is_edited(tensor) else tensor.dtype
+    def _output_dtype(self, name: str) -> torch.dtype:
+        stored = self.base.spec(name).dtype
+        return self.dtype if self.dtype is not None and stored.is_floating_point else stored
 
-    def _moving(self, name: str) -> dict[str, Tensor | None]:
-        """Give each vector's stored tensor if the recipe moves this one, else nothing."""
-        # Running statistics are kept: their deltas mean something at coefficient 1 alone.
-        if name in self.statistics or not is_edited(self.base[name]):
-            return {}
-        flat = self.base[name].reshape(-1)
-        stored = {source: vector.flat(name, flat) for source, vector in self.sources.items()}
-        return stored if any(tensor is not None for tensor in stored.values()) else {}
+    def _open(self, name: str) -> tuple[Tensor, dict[str, Tensor | None]]:
+        """Give the base's flattened tensor, and each vector's stored one if the recipe moves this tensor, else nothing.
+
+        Kept until another tensor is asked for: formats that cannot be mapped into memory assemble it anew each time.
+        """
+        if self._opened is None or self._opened[0] != name:
+            flat = self.base[name].reshape(-1)
+            stored: dict[str, Tensor | None] = {}
+            # Running statistics are kept: their deltas mean something at coefficient 1 alone.
+            if name not in self.statistics and is_edited(flat):
+                stored = {source: vector.flat(name, flat) for source, vector in self.sources.items()}
+            self._opened = name, flat, stored if any(t is not None for t in stored.values()) else {}
+        return self._opened[1:]
 
     def _deltas(self, name: str, stored: Mapping[str, Tensor | None], base: Tensor, start: int) -> dict[str, Tensor]:
         stop = start + len(base)
@@ -250,7 +274,7 @@ class _Composer:
         }
 
     def _pieces(self, name: str) -> Iterator[Piece]:
-        flat, stored = self.base[name].reshape(-1), self._moving(name)
+        flat, stored = self._open(name)
         if stored:
             for start in range(0, max(1, len(flat)), self.piece):
                 yield Place(name, start), self._deltas(name, stored, flat[start : start + self.piece], start)
@@ -261,14 +285,15 @@ class _Composer:
 
     def pieces_of(self, name: str) -> Iterator[Tensor]:
         """Compute one output tensor, flattened, piece by piece."""
-        flat, stored = self.base[name].reshape(-1), self._moving(name)
-        dtype = self._output_dtype(flat)
+        flat, stored = self._open(name)
+        dtype = self._output_dtype(name)
         states = self.model_states
         if stored and len(self.recipe.observing) > 0:
             inner = self.recipe.observe(lambda: self._pieces(name), self.identities, over_model=False, known=states)
             states = {**states, **inner}
         effect = self.effects.setdefault(".".join(name.split(".")[:2]), GroupEffect()) if stored else GroupEffect()
-        before, after = TensorHash(self.base[name]), TensorHash(self.base[name], dtype)
+        spec = self.base.spec(name)
+        before, after = TensorHash(spec), TensorHash(spec, dtype)
         changed = False
         for start in range(0, len(flat), self.piece):
             base = flat[start : start + self.piece]

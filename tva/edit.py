@@ -20,9 +20,9 @@ from tva.recipe import Recipe
 from tva.report import ConstraintReport, EditReport, Score, TaskReport, progress, write_report
 from tva.search import NORMALIZED, Choice, Constraint, Grid, Objective, Rule, Scores, Search, choose, score
 from tva.state_dict import check_same, some
-from tva.task_vector import TaskVector
+from tva.task_vector import TaskVector, is_vector_file
 from tva.validate import Evaluation, Split, evaluate, paired_slack
-from tva.weights import canonical_state_dict, open_weights, read_metadata
+from tva.weights import canonical_state_dict, open_finetuned, open_weights
 
 Statistics = Literal["keep", "delta", "reestimate"]
 
@@ -353,6 +353,4 @@ def _objective(
 
 
 def _load_vector(path: str, base: Mapping[str, Tensor]) -> TaskVector:
-    if str(path).endswith(".safetensors") and "tva.format" in read_metadata(path):
-        return TaskVector.load(path)
-    return TaskVector.between(base, open_weights(path))
+    return TaskVector.load(path) if is_vector_file(path) else TaskVector.between(base, open_finetuned(path, base))

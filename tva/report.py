@@ -198,6 +198,8 @@ def print_composed(report: ComposeReport) -> None:
         lost = effect.vanished / effect.elements if effect.elements else 0.0
         table.add_row(group, f"{effect.tensors}", f"{effect.changed}", f"{effect.relative_change:.2e}", f"{lost:.1%}")
     console.print(table)
+    for note in report.notes:
+        console.print(f"read {note}", highlight=False)
     console.print(
         f"wrote {report.output}: {report.num_bytes / 1e6:.1f} MB in {report.seconds:.1f} s, {report.edited.digest}, "
         f"from the base {report.base.digest}",

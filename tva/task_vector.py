@@ -28,7 +28,7 @@ from tva.state_dict import (
     some,
     subtract,
 )
-from tva.weights import Fingerprint, LazyWeights, fingerprint, open_weights, save_weights, tensor_digest
+from tva.weights import Fingerprint, LazyWeights, fingerprint, open_weights, read_metadata, save_weights, tensor_digest
 
 FORMAT = "task_vector/1"
 SUFFIX = ".tv.safetensors"
@@ -500,6 +500,11 @@ class TaskVector:
             untouched,
             origin,
         )
+
+
+def is_vector_file(path: str | os.PathLike[str]) -> bool:
+    """Whether a path is a task vector file rather than a checkpoint, by its header."""
+    return str(path).endswith(".safetensors") and "tva.format" in read_metadata(path)
 
 
 def read_origin(weights: LazyWeights) -> tuple[Origin, set[str], dict[str, str]]:

@@ -1,6 +1,6 @@
 """Checkpoints as lazy, read-only mappings of names to tensors, their fingerprints, and atomic writing."""
 
-from tva.weights.adapter import open_adapter
+from tva.weights.adapter import open_adapter, open_finetuned
 from tva.weights.files import open_weights, read_metadata
 from tva.weights.fingerprint import Fingerprint, TensorHash, fingerprint, tensor_digest
 from tva.weights.lazy import Info, LazyWeights, Spec
@@ -21,6 +21,7 @@ __all__ = [
     "map_names",
     "match_names",
     "open_adapter",
+    "open_finetuned",
     "open_weights",
     "read_metadata",
     "save_weights",

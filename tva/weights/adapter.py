@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from tva.state_dict import MismatchError, add_scaled, some
-from tva.weights.files import find, open_safetensors
+from tva.weights.files import find, open_safetensors, open_weights
 from tva.weights.lazy import Entry, Info, InMemory, LazyWeights
 from tva.weights.names import KeyMap, match_names
 from tva.weights.torch_files import open_torch
@@ -36,6 +36,30 @@ KNOWN = {
 }  # fmt: skip
 # How A and B start; the others (PiSSA, OLoRA, CorDA, LoftQ, LoRA-GA) change the base's weights as well.
 HARMLESS_STARTS = (True, False, None, "gaussian", "eva", "orthogonal", "mica")
+
+
+def open_finetuned(path: str | os.PathLike[str], base: Mapping[str, Tensor], *, key_map: KeyMap = ()) -> LazyWeights:
+    """Open a fine-tuned checkpoint, or a LoRA adapter, under its base's names, reading no tensor yet.
+
+    Args:
+        path: What `tva.open_weights` reads, or an adapter's folder.
+        base: The base's weights.
+        key_map: Regular expressions and replacements for the checkpoint's names; see `tva.weights.map_names`.
+
+    Returns:
+        The base's names to the fine-tuned tensors; those of an adapter in float32. ``info.notes`` says how names
+        matched.
+
+    Raises:
+        MismatchError: The names cannot be matched.
+    """
+    found = find(path)
+    if (found / "adapter_config.json").exists():
+        return open_adapter(path, base, key_map=key_map, dtype=torch.float32)
+    weights = open_weights(path)
+    match = match_names(weights, base, key_map)
+    same = all(new == old for new, old in match.names.items())
+    return weights.renamed(match.names, *([] if same else [match.text]))
 
 
 def open_adapter(

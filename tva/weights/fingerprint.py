@@ -13,6 +13,8 @@ import torch
 import xxhash
 from torch import Tensor
 
+from tva.weights.lazy import Spec
+
 
 @dataclass(frozen=True)
 class Fingerprint:
@@ -46,11 +48,11 @@ class TensorHash:
     """Hashes one tensor's dtype, shape and bytes as its pieces stream past.
 
     Args:
-        like: A tensor of the shape.
+        like: What has the tensor's dtype and shape, such as itself or its `LazyWeights.spec`.
         dtype: Of the pieces; by default that of ``like``.
     """
 
-    def __init__(self, like: Tensor, dtype: torch.dtype | None = None) -> None:
+    def __init__(self, like: Tensor | Spec, dtype: torch.dtype | None = None) -> None:
         self._digest = xxhash.xxh3_128(f"{dtype or like.dtype}{list(like.shape)}".encode())
 
     def update(self, piece: Tensor) -> None:
