@@ -100,7 +100,7 @@ class TaskVectorCallback(L.Callback):
         self._resumed_from_step = checkpoint.get("global_step", 0)
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        if self._captured is not None:  # resumed, or fit() called again on the same objects
+        if self._captured is not None or trainer.fast_dev_run:  # resumed, or fit() called again on the same objects
             return
         if self.base is not None:
             weights = open_weights(self.base)

@@ -146,6 +146,11 @@ def test_the_weights_are_those_of_the_checkpoint_with_averaging_too(tmp_path, or
     assert vector.origin.averaged is (not weights_only)
 
 
+def test_a_fast_dev_run_writes_nothing(tmp_path):
+    fit(tmp_path, fast_dev_run=True)
+    assert names(tmp_path) == []
+
+
 def test_include_exclude_and_dtype(tmp_path):
     fit(tmp_path, TaskVectorCallback(include=[r"body\..*"], exclude=[r".*\.bias"], dtype="bfloat16", task="zeros"))
     vector = TaskVector.load(tmp_path / "epoch=1-step=8.tv.safetensors")

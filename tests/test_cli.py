@@ -315,12 +315,11 @@ def test_every_config_parses(config, capsys, monkeypatch):
     monkeypatch.setenv("TVA_DATA", "data")
     common = config.parent / "common.yaml"  # what the configs of one folder share stands there
     files = [common, config] if common.exists() and config != common else [config]
-    command = "edit" if any("edit" in part for part in (config.parent.name, config.read_text().split()[2])) else "fit"
+    command = re.search(r"# tva (fit|edit|compose) --config", config.read_text())[1]
     with pytest.raises(SystemExit) as stop:
         main([command, *(word for file in files for word in ("--config", str(file))), "--print_config"])
     assert stop.value.code == 0
-    assert yaml.safe_load(capsys.readouterr().out)["model"]
-    assert config.read_text().startswith("# "), "a config begins with the command that uses it"
+    assert yaml.safe_load(capsys.readouterr().out)
 
 
 def test_configs_exist():

@@ -168,6 +168,21 @@ def test_labels_that_are_text_become_indices(tmp_path):
         ready(files, class_names=["ant", "bee", "cow"])
 
 
+def test_a_hub_name_is_loaded_with_its_configuration_and_revision(monkeypatch, tmp_path):
+    asked = []
+
+    def load(*args, **kwargs):
+        asked.append((args, kwargs))
+        return {"train": table(20), "test": table(6, seed=1)}
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    task = ready("ylecun/mnist", config="plain", revision="abc123")
+    assert asked == [(("ylecun/mnist",), {"name": "plain", "revision": "abc123"})]
+    assert task.name == "mnist"
+    assert len(task.test_dataloader().dataset) == 6
+
+
 # --- mistakes
 
 

@@ -13,7 +13,7 @@ ROOT = Path(__file__).parent.parent
 
 # Each module may import modules of its own layer's row or of rows above it, never below.
 LAYERS = [
-    {"tva.state_dict"},
+    {"tva.state_dict", "tva.console"},
     {"tva.weights"},
     {"tva.task_vector"},
     {"tva.merge"},
@@ -44,7 +44,7 @@ DOORS = {
     "timm": {"tva.models"},
     "datasets": {"tva.data"},
     "matplotlib": {"tva.report", "tva.demo", "tva.data"},
-    "rich": {"tva.report", "tva.demo", "tva.models"},
+    "rich": {"tva.console", "tva.report", "tva.demo"},
 }
 
 

@@ -21,6 +21,7 @@ from typing import IO
 import torch
 from torch import Tensor
 
+from tva.console import progress
 from tva.merge import Place
 from tva.recipe import Piece, Recipe
 from tva.state_dict import MismatchError, NoEffectError, add_scaled, is_edited, some, subtract
@@ -206,7 +207,7 @@ def compose(
         tensors = composer.layout()
         num_bytes = _write_header(file, tensors, metadata)
         with _behind(file) as write:
-            for name in tensors:
+            for name in progress(list(tensors), "composing"):
                 for part in composer.pieces_of(name):
                     write(part)
         composer.check()

@@ -16,7 +16,8 @@ from rich.table import Table
 
 from tva import TaskVector
 from tva.cli import main as tva
-from tva.report import curve, make_console, read_report
+from tva.console import make_console
+from tva.report import curve, read_report
 
 CONFIGS = Path("configs/demo")
 EDITS = ("forget", "add", "analogy")

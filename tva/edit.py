@@ -16,8 +16,9 @@ import lightning as L
 import torch
 from torch import Tensor
 
+from tva.console import progress
 from tva.recipe import Recipe
-from tva.report import ConstraintReport, EditReport, Score, TaskReport, progress, write_report
+from tva.report import ConstraintReport, EditReport, Score, TaskReport, write_report
 from tva.search import NORMALIZED, Choice, Constraint, Grid, Objective, Rule, Scores, Search, choose, score
 from tva.state_dict import check_same, some
 from tva.task_vector import TaskVector, is_vector_file

@@ -3,23 +3,21 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 from rich.console import Console
-from rich.progress import track
 from rich.table import Table
 from torch import Tensor
 
 from tva.compose import ComposeReport
+from tva.console import make_console
 from tva.weights import atomic_path, save_weights
 
 EDITED = "edited.safetensors"
 EDIT_JSON = "edit.json"
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -218,20 +216,6 @@ def _verdict(report: EditReport, name: str) -> str:
 
 def _number(value: float, percent: bool) -> str:
     return f"{value:.1%}" if percent else f"{value:.4g}"
-
-
-def make_console() -> Console:
-    """Make a console that keeps a table's rows on one line when the output is not a terminal."""
-    console = Console()
-    return console if console.is_terminal else Console(width=200, soft_wrap=False)
-
-
-def progress(items: Sequence[T], description: str) -> Iterable[T]:
-    """Iterate with a progress bar; without one when the output is not a terminal."""
-    console = Console(stderr=True)
-    if not console.is_terminal:
-        return items
-    return track(items, description=description, console=console, transient=True)
 
 
 def read_report(path: Path) -> dict[str, Any]:

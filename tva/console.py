@@ -1,0 +1,30 @@
+"""The terminal: tables that keep their rows on one line when piped, progress bars that are quiet then."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, TypeVar
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+T = TypeVar("T")
+
+
+def make_console() -> Console:
+    """Make a console for tables."""
+    from rich.console import Console
+
+    console = Console()
+    return console if console.is_terminal else Console(width=200)
+
+
+def progress(items: Sequence[T], description: str) -> Iterable[T]:
+    """Iterate with a progress bar on the standard error; without one where that is no terminal."""
+    from rich.console import Console
+    from rich.progress import track
+
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        return items
+    return track(items, description=description, console=console, transient=True)
