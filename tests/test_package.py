@@ -13,7 +13,7 @@ ROOT = Path(__file__).parent.parent
 
 # Each module may import modules of its own layer's row or of rows above it, never below.
 LAYERS = [
-    {"tva.state_dict", "tva.console"},
+    {"tva.state_dict", "tva.console", "tva.version"},
     {"tva.weights"},
     {"tva.task_vector"},
     {"tva.merge"},

@@ -10,12 +10,12 @@ import importlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tva.version import __version__
+
 if TYPE_CHECKING:
     from tva.state_dict import MismatchError, NoEffectError
     from tva.task_vector import Origin, TaskVector
     from tva.weights import Fingerprint, fingerprint, open_weights, save_weights
-
-__version__ = "0.1.0"
 
 _MODULES = {
     "tva.state_dict": ["MismatchError", "NoEffectError"],
@@ -28,6 +28,7 @@ __all__ = [
     "NoEffectError",
     "Origin",
     "TaskVector",
+    "__version__",
     "fingerprint",
     "open_weights",
     "save_weights",

@@ -43,7 +43,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(HELP.format(commands="\n".join(f"  {name:<{width}}  {text}" for name, text in COMMANDS.items())))
         return
     if argv[0] == "--version":
-        from tva import __version__
+        from tva.version import __version__
 
         print(f"tva {__version__}")
         return

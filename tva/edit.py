@@ -23,6 +23,7 @@ from tva.search import NORMALIZED, Choice, Constraint, Grid, Objective, Rule, Sc
 from tva.state_dict import check_same, some
 from tva.task_vector import TaskVector, is_vector_file
 from tva.validate import Evaluation, Split, evaluate, paired_slack
+from tva.version import __version__
 from tva.weights import canonical_state_dict, open_finetuned, open_weights
 
 Statistics = Literal["keep", "delta", "reestimate"]
@@ -294,8 +295,11 @@ def run_edit(
         constraints=verdicts,
         holds=choice.feasible and all(verdict.holds for verdict in verdicts),
         evaluations=scored.log,
-        versions={name: version(name) for name in ("tva", "torch", "lightning")}
-        | {"python": platform.python_version()},
+        versions={
+            "tva": __version__,
+            **{name: version(name) for name in ("torch", "lightning")},
+            "python": platform.python_version(),
+        },
         seed=int(os.environ["PL_GLOBAL_SEED"]) if "PL_GLOBAL_SEED" in os.environ else None,
         command=shlex.join(["tva", *sys.argv[1:]]),
     )

@@ -28,6 +28,7 @@ from tva.state_dict import (
     some,
     subtract,
 )
+from tva.version import __version__
 from tva.weights import Fingerprint, LazyWeights, fingerprint, open_weights, read_metadata, save_weights, tensor_digest
 
 FORMAT = "task_vector/1"
@@ -448,8 +449,6 @@ class TaskVector:
         return {**self.deltas, **self.buffers}
 
     def _header(self) -> dict[str, str]:
-        from tva import __version__
-
         origin = self.origin
         reasons: dict[str, list[str]] = {}
         for name, reason in self.untouched.items():
