@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from small_models import ControlCallback, LinearNet
+from small_models import Blobs, ControlCallback, LinearNet
 
 from tva import TaskVector, fingerprint, open_weights, save_weights
 from tva.cli import main
@@ -190,7 +190,16 @@ def test_no_feasible_coefficient_shows_the_closest_and_writes_nothing(runs, tmp_
     with pytest.raises(SystemExit) as stop:
         edit(runs, tmp_path, rule="largest", subject_to=["blobs1/accuracy >= 1.5"])
     assert stop.value.code == 1
-    assert "no coefficient meets 'blobs1/accuracy >= 1.5'" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "no coefficient meets 'blobs1/accuracy >= 1.5'" in printed
+    # what is shown is the closest coefficient, on the validation data that it was judged on
+    closest = float(re.search(r"the closest is ([\d.]+)", printed)[1])
+    loaded = TaskVector.load(runs / "blobs1/last.tv.safetensors") + TaskVector.load(runs / "blobs2/last.tv.safetensors")
+    model = LinearNet()
+    model.load_state_dict(loaded.apply_to(model.state_dict(), closest))
+    inputs, labels = Blobs(1).val_dataloader().dataset.tensors
+    accuracy = float((model(inputs).argmax(-1) == labels).float().mean())
+    assert re.search(rf"blobs1 +target +val +60 +\S+ +\S+ +{accuracy:.1%}", printed)
     assert not (tmp_path / "out").exists()
 
 

@@ -133,9 +133,18 @@ class _Scored:
         """Evaluate the model that was fine-tuned on a task on that task."""
         return self(f"fine-tuned on {task}", self.vectors[task], 1.0, [task], split)[task]
 
-    def report(self, task: str, role: Literal["target", "control"], split: Split, metric: str | None) -> TaskReport:
-        """Collect what is known of a task; the metric is accuracy unless an objective or constraint names another."""
-        by_label = {label: e for (label, _, t, s), e in self._known.items() if t == task and s == split}
+    def report(
+        self, task: str, role: Literal["target", "control"], split: Split, metric: str | None, coef: float
+    ) -> TaskReport:
+        """Collect what is known of a task at a coefficient.
+
+        The metric is accuracy unless an objective or a constraint names another.
+        """
+        by_label = {
+            label: evaluation
+            for (label, tried, of, on), evaluation in self._known.items()
+            if (of, on) == (task, split) and tried in (0, coef)
+        }
         scores = {"base": by_label["base"], "edited": by_label.get("edited", by_label["base"])}
         if task in self.vectors:
             scores["finetuned"] = self.finetuned(task, split)
@@ -225,18 +234,8 @@ def run_edit(
     checked = Recipe(recipe, vectors, coefs)
     constraints = [Constraint.parse(text, tasks) for text in subject_to or []]
     objective = _objective(minimize, maximize, targets, tasks)
-    if scaling_coef is None and rule == "best" and objective is None:
-        raise ValueError(
-            "To search a coefficient, say what is best (minimize= or maximize=), or set rule='largest' with a "
-            "constraint in subject_to, or give a scaling_coef."
-        )
-    if confidence is not None and not 0.5 <= confidence < 1:
-        raise ValueError(f"confidence must lie in [0.5, 1), where 0.5 is the point estimate; found {confidence}.")
-    odd = [c.text for c in constraints if confidence is not None and c.metric != "accuracy"]
-    if odd:
-        raise ValueError(f"confidence needs constraints on accuracy, whose examples can be paired; found {some(odd)}.")
-    if scaling_coef is None and rule == "largest" and not constraints:
-        raise ValueError("The rule 'largest' needs a constraint in subject_to: without one the largest is unlimited.")
+    if scaling_coef is None:
+        _check_search(rule, objective, constraints, confidence)
     unknown = [task for task in objective.normalized if task not in vectors] if objective else []
     if unknown:
         raise ValueError(
@@ -259,12 +258,12 @@ def run_edit(
         choice = _search(scored, vector, search or Grid(), constraints, objective, rule, confidence)
     else:
         choice = Choice(scaling_coef, True, "it was given")
-    split: Split = "test" if choice.feasible else "val"
+    coef, split = choice.scaling_coef, "test" if choice.feasible else "val"
     random = None if random_seed is None else vector.random_like(random_seed)
     base_scores = scored("base", None, 0.0, tasks, split)
-    edited_scores = scored("edited", vector, choice.scaling_coef, tasks, split)
+    edited_scores = scored("edited", vector, coef, tasks, split)
     if choice.feasible and random is not None:
-        scored("random", random, choice.scaling_coef, tasks, split)
+        scored("random", random, coef, tasks, split)
     before, after = _metrics(base_scores), _metrics(edited_scores)
     verdicts = [
         ConstraintReport(c.text, c.task, score(after, c.task, c.metric), c.bound(before), c.holds(after, before))
@@ -276,7 +275,7 @@ def run_edit(
     origin = vector.origin.base
     report = EditReport(
         recipe=checked.text,
-        coefficients={"scaling_coef": choice.scaling_coef, **checked.coefs},
+        coefficients={"scaling_coef": coef, **checked.coefs},
         reason=choice.reason,
         base={"path": base, "fingerprint": origin.digest if origin else None},
         vectors={
@@ -289,7 +288,7 @@ def run_edit(
         statistics=statistics,
         random_seed=random_seed,
         tasks={
-            task: scored.report(task, "target" if task in targets else "control", split, mentioned.get(task))
+            task: scored.report(task, "target" if task in targets else "control", split, mentioned.get(task), coef)
             for task in tasks
         },
         constraints=verdicts,
@@ -303,9 +302,9 @@ def run_edit(
         seed=int(os.environ["PL_GLOBAL_SEED"]) if "PL_GLOBAL_SEED" in os.environ else None,
         command=shlex.join(["tva", *sys.argv[1:]]),
     )
-    editor.set(vector, choice.scaling_coef)
+    editor.set(vector, coef)
     edited = canonical_state_dict(model.state_dict())
-    vector.check_effect(edited, editor.base, choice.scaling_coef)
+    vector.check_effect(edited, editor.base, coef)
     if choice.feasible and trainer.is_global_zero:
         write_report(report, Path(output), edited if report.holds else None)
     return report
@@ -344,6 +343,23 @@ def _search(
             for task, values in metrics.items()
         }
     return choose(tried, _metrics(base), constraints, objective, rule, slack)
+
+
+def _check_search(
+    rule: Rule, objective: Objective | None, constraints: list[Constraint], confidence: float | None
+) -> None:
+    if rule == "best" and objective is None:
+        raise ValueError(
+            "To search a coefficient, say what is best (minimize= or maximize=), or set rule='largest' with a "
+            "constraint in subject_to, or give a scaling_coef."
+        )
+    if rule == "largest" and not constraints:
+        raise ValueError("The rule 'largest' needs a constraint in subject_to: without one the largest is unlimited.")
+    if confidence is not None and not 0.5 <= confidence < 1:
+        raise ValueError(f"confidence must lie in [0.5, 1), where 0.5 is the point estimate; found {confidence}.")
+    odd = [c.text for c in constraints if confidence is not None and c.metric != "accuracy"]
+    if odd:
+        raise ValueError(f"confidence needs constraints on accuracy, whose examples can be paired; found {some(odd)}.")
 
 
 def _objective(
