@@ -3,7 +3,7 @@
     python benchmarks/compose.py --folder /somewhere/with/space [--layers 12] [--repeats 3] [--mergekit PYTHON]
 
 ``--mergekit`` names the Python of an environment in which mergekit 0.1.5 is installed (``python -m venv E && E/bin/pip
-install mergekit==0.1.5``). Whole processes are timed, each from page cache; every job runs ``--repeats`` times, the tools
+install mergekit==0.1.5``). Whole processes are timed, each from page cache; every job runs ``--repeats`` times, tools
 in turn. Peak anonymous memory is polled from /proc every 10 ms. ``cat`` is the time that reading the same inputs and
 writing as many bytes as the output takes: the limit.
 """
