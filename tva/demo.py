@@ -33,6 +33,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="one run a seed (default: 0)")
     parser.add_argument("--output", type=Path, default=Path("runs/demo"), help="folder (default: runs/demo)")
     options = parser.parse_args(argv)
+    import lightning.pytorch  # noqa: F401 (which sets its loggers to INFO, so it must come before the next lines)
+
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
     started = time.monotonic()

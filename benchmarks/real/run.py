@@ -294,24 +294,28 @@ def analogy_table(benchmark: Benchmark, seeds: Sequence[int]) -> Iterator[str]:
 
 def batchnorm_table(benchmark: Benchmark, seeds: Sequence[int]) -> Iterator[str]:
     yield "### Rules for BatchNorm\n"
-    lines = []
+    lines, sums = [], []
     for rule in RULES:
         single, forget, add = (benchmark.reports(edit, seeds, rule) for edit in BATCHNORM)
-        normalized = [statistics.fmean(t["normalized"] for t in report["tasks"].values()) for report in add]
+        reached = spread(scores(forget, "mnist", "edited")) if forget else "no λ keeps the controls"
         lines.append(
             [
                 rule,
-                *(spread(scores(single, "mnist", label)) for label in ("finetuned", "edited")),
+                *(spread(scores(single, "mnist", label)) for label in ("base", "finetuned", "edited")),
                 coefs(forget),
-                spread(scores(forget, "mnist", "edited")),
-                ", ".join(held(forget, control) for control in ("cifar10", "rsscn7")),
-                coefs(add),
-                spread(normalized),
+                reached,
+                ", ".join(f"{control} {held(forget, control)}" for control in ("cifar10", "rsscn7")) if forget else "–",
             ]
         )
-    header = ["rule", "mnist fine-tuned", "the same as an edit, λ = 1", "λ", "mnist forgotten", "controls hold", "λ"]
-    header += ["two added, normalized"]
+        columns = [
+            spread(scores(add, task, label)) for task in ("mnist", "rsscn7") for label in ("finetuned", "edited")
+        ]
+        normalized = [statistics.fmean(t["normalized"] for t in report["tasks"].values()) for report in add]
+        sums.append([rule, coefs(add), *columns, spread(normalized)])
+    header = ["rule", "mnist base", "fine-tuned", "the same as an edit, λ = 1", "λ", "mnist forgotten", "controls hold"]
     yield from rows(header, lines)
+    header = ["rule", "λ", "mnist fine-tuned", "edited", "rsscn7 fine-tuned", "edited", "mean normalized"]
+    yield from rows(header, sums)
 
 
 TABLES: dict[str, Callable[[Benchmark, Sequence[int]], Iterator[str]]] = {
