@@ -200,7 +200,7 @@ def compose(
         raise ValueError(f"dtype must be one of {', '.join(DTYPES)}; found {dtype!r}.")
     weights = open_weights(base)
     sources = {name: _Source(name, vectors[name], weights, allow_other_base, key_map or {}) for name in checked.vectors}
-    piece = _piece_size(parse_bytes(max_memory), len(sources))
+    piece = 2**62 if checked.needs_whole_tensors else _piece_size(parse_bytes(max_memory), len(sources))
     composer = _Composer(weights, sources, checked, scaling_coef, None if dtype is None else DTYPES[dtype], piece)
     metadata = {"format": "pt", "tva.recipe": checked.text, "tva.scaling_coef": repr(scaling_coef)}
     with atomic_path(output) as temporary, temporary.open("wb") as file:
@@ -274,11 +274,14 @@ class _Composer:
             for source, tensor in stored.items()
         }
 
+    def _place(self, name: str, start: int) -> Place:
+        return Place(name, start, shape=tuple(self.base.spec(name).shape))
+
     def _pieces(self, name: str) -> Iterator[Piece]:
         flat, stored = self._open(name)
         if stored:
             for start in range(0, max(1, len(flat)), self.piece):
-                yield Place(name, start), self._deltas(name, stored, flat[start : start + self.piece], start)
+                yield self._place(name, start), self._deltas(name, stored, flat[start : start + self.piece], start)
 
     def _all_pieces(self) -> Iterator[Piece]:
         for name in self.base:
@@ -302,7 +305,7 @@ class _Composer:
             part = base.to(dtype)
             if stored and self.scaling_coef != 0:
                 deltas = self._deltas(name, stored, base, start)
-                delta = self.recipe.merge(Place(name, start), deltas, states, self.identities)
+                delta = self.recipe.merge(self._place(name, start), deltas, states, self.identities)
                 part = add_scaled(base, delta, self.scaling_coef, dtype=dtype)
                 changed |= self._account(effect, base, delta, part, name)
             after.update(part)

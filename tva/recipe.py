@@ -115,7 +115,7 @@ class Recipe:
         def pieces() -> Iterator[Piece]:
             for name in sorted(whole.deltas):
                 yield (
-                    Place(name),
+                    Place(name, shape=tuple(whole.deltas[name].shape)),
                     {
                         v: vector.deltas[name].reshape(-1)
                         if name in vector.deltas
@@ -142,6 +142,11 @@ class Recipe:
     def is_random(self) -> bool:
         """Whether a method of the recipe draws random numbers."""
         return any(method.random for method in self._methods.values())
+
+    @property
+    def needs_whole_tensors(self) -> bool:
+        """Whether a method of the recipe must see every tensor in one piece."""
+        return any(method.whole for method in self._methods.values())
 
     @property
     def observing(self) -> list[Method]:
@@ -180,8 +185,8 @@ class Recipe:
                     key = _state_key(node, method, place)
                     if key not in states:
                         states[key] = seen[key] = method.start(len(node.args))
-                    arguments = [self._evaluate(argument, place, deltas, seen, sources) for argument in node.args]
-                    method.observe(states[key], arguments, sweep)
+                    arguments, here = self._arguments(node, place, deltas, seen, sources)
+                    method.observe(states[key], arguments, here, sweep)
                 for (owner, _), state in states.items():
                     if owner == id(node):
                         method.finish(state, sweep)
@@ -226,13 +231,23 @@ class Recipe:
                 if isinstance(op, ast.Div) and divisor == 0:
                     raise self._error("This divides by zero", right.col_offset)
                 return function(self._evaluate(left, place, deltas, states, sources), divisor)
-            case ast.Call(args=args):
+            case ast.Call():
                 method = self._methods[id(node)]
-                arguments = [self._evaluate(argument, place, deltas, states, sources) for argument in args]
-                named = tuple("+".join(sources[name] for name in self._names_in(argument)) for argument in args)
-                here = dataclasses.replace(place, sources=named)
+                arguments, here = self._arguments(node, place, deltas, states, sources)
                 return method.merge(arguments, states.get(_state_key(node, method, place)), here)
         raise AssertionError(f"unchecked node {ast.dump(node)}")
+
+    def _arguments(
+        self,
+        call: ast.Call,
+        place: Place,
+        deltas: Mapping[str, Tensor],
+        states: Mapping[tuple[int, str], Any],
+        sources: Mapping[str, str],
+    ) -> tuple[list[Tensor], Place]:
+        values = [self._evaluate(argument, place, deltas, states, sources) for argument in call.args]
+        named = tuple("+".join(sources[name] for name in self._names_in(argument)) for argument in call.args)
+        return values, dataclasses.replace(place, sources=named)
 
     def _names_in(self, node: ast.expr) -> Iterator[str]:
         return (n.id for n in ast.walk(node) if isinstance(n, ast.Name) and n.id in self._known)

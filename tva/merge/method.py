@@ -17,11 +17,13 @@ class Place:
         tensor: Name of the tensor.
         start: Index of the first element in the flattened tensor.
         sources: For each vector what identifies it: the fingerprint of its fine-tuned model, or its name.
+        shape: Shape of the whole tensor, of which the elements may be a part.
     """
 
     tensor: str
     start: int = 0
     sources: tuple[str, ...] = ()
+    shape: tuple[int, ...] = ()
 
 
 class Method:
@@ -29,7 +31,8 @@ class Method:
 
     A method is applied to a model piece by piece: `merge` sees the same elements of every vector, flattened, in pieces
     of any length, and must give the same values whatever the pieces. What it must know of a whole tensor or of the
-    whole model beforehand it collects in ``num_sweeps`` earlier passes over the same pieces.
+    whole model beforehand it collects in ``num_sweeps`` earlier passes over the same pieces. A method that sets
+    ``whole`` sees every tensor in one piece, as decompositions of matrices need, at the cost of that memory.
 
     Attributes:
         usage: How it is written in a recipe.
@@ -37,6 +40,7 @@ class Method:
         linear: Whether it is a fixed linear combination, so that it also applies to running statistics.
         random: Whether it draws random numbers, keyed by the vectors' identities.
         num_sweeps: Passes over the deltas before the one that combines.
+        whole: Whether every piece must be a whole tensor, of shape ``place.shape`` when viewed as such.
     """
 
     usage: ClassVar[str]
@@ -44,6 +48,7 @@ class Method:
     linear: ClassVar[bool] = False
     random: ClassVar[bool] = False
     num_sweeps: ClassVar[int] = 0
+    whole: ClassVar[bool] = False
 
     @property
     def over_model(self) -> bool:
@@ -54,7 +59,7 @@ class Method:
         """Make the empty state that `observe` fills."""
         return None
 
-    def observe(self, state: Any, deltas: Sequence[Tensor], sweep: int) -> None:
+    def observe(self, state: Any, deltas: Sequence[Tensor], place: Place, sweep: int) -> None:
         """Look at one piece of each delta in pass ``sweep`` (0 is the first)."""
 
     def finish(self, state: Any, sweep: int) -> None:

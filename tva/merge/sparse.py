@@ -98,7 +98,7 @@ class Magnitude(Method):
     def start(self, num_vectors: int) -> Threshold:
         return Threshold(self.density)
 
-    def observe(self, state: Threshold, deltas: Sequence[Tensor], sweep: int) -> None:
+    def observe(self, state: Threshold, deltas: Sequence[Tensor], place: Place, sweep: int) -> None:
         state.observe(deltas[0], sweep)
 
     def finish(self, state: Threshold, sweep: int) -> None:
@@ -147,7 +147,7 @@ class Ties(Method):
     def start(self, num_vectors: int) -> list[Threshold]:
         return [Threshold(self.density) for _ in range(num_vectors)]
 
-    def observe(self, state: list[Threshold], deltas: Sequence[Tensor], sweep: int) -> None:
+    def observe(self, state: list[Threshold], deltas: Sequence[Tensor], place: Place, sweep: int) -> None:
         for threshold, delta in zip(state, deltas, strict=True):
             threshold.observe(delta, sweep)
 
