@@ -22,7 +22,8 @@ from pathlib import Path
 import torch
 import yaml
 
-from tva import save_weights
+from tva import fingerprint, open_weights, save_weights
+from tva.compose import compose
 
 TOKENS, WIDTH, HIDDEN = 32_000, 1024, 2816
 JOBS = {
@@ -89,6 +90,33 @@ def measure(command: list[str]) -> tuple[float, float]:
     return time.monotonic() - started, peak * 1024 / 1e9
 
 
+def agreement(folder: Path, theirs: list[str] | None) -> str:
+    """Compare both tools' outputs: the share of elements that are equal, and the largest difference."""
+    if not theirs:
+        return ""
+    ours, other = open_weights(folder / "ours.safetensors"), open_weights(folder / "theirs")
+    equal = total = largest = 0
+    for name in other:
+        left, right = ours[name].float(), other[name].float()
+        equal += int((left == right).sum())
+        total += left.numel()
+        largest = max(largest, float((left - right).abs().max()))
+    return f"; equal to mergekit's in {equal / total:.4%} of elements, largest difference {largest:.1e}"
+
+
+def time_tiny(folder: Path) -> None:
+    """Time models of many tiny tensors."""
+    for count in (4_000, 16_000):
+        for seed, name in enumerate(("base", "a")):
+            generator = torch.Generator().manual_seed(seed)
+            state = {f"h.{i}.w": torch.randn(64, generator=generator) for i in range(count)}
+            save_weights(state, folder / f"tiny-{name}.safetensors")
+        started = time.monotonic()
+        vectors = {"a": str(folder / "tiny-a.safetensors")}
+        compose(str(folder / "tiny-base.safetensors"), vectors, "0.5 * a", str(folder / "tiny-out.safetensors"))
+        print(f"tiny  {count:,} tensors of 64 elements: {(time.monotonic() - started) / count * 1e3:.2f} s per 1,000")
+
+
 def main() -> None:
     """Make the checkpoints if need be, run every job, print a table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -96,14 +124,12 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=26, help="26 make 0.4 B parameters")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--mergekit", help="Python of an environment with mergekit 0.1.5")
-    parser.add_argument("--jobs", nargs="+", default=list(JOBS), choices=list(JOBS))
+    parser.add_argument("--jobs", nargs="+", default=[*JOBS, "tiny"], choices=[*JOBS, "tiny"])
     options = parser.parse_args()
     names, base = ["base", "a", "b", "c", "d"], None
     for seed, name in enumerate(names):
         if not (options.folder / name / "model.safetensors").exists():
             if base is None and name != "base":
-                from tva import open_weights
-
                 base = dict(open_weights(options.folder / "base"))
             made = make_checkpoint(options.folder / name, options.layers, seed, base)
             base = made if name == "base" else base
@@ -120,6 +146,9 @@ def main() -> None:
     )
     print(f"cat of the inputs and a copy of the output: {floor:.2f} s; interpreter and imports: {imports:.2f} s")
     for job in options.jobs:
+        if job == "tiny":
+            time_tiny(options.folder)
+            continue
         recipe, method, parameters = JOBS[job]
         ours = [sys.executable, "-m", "tva", "compose", "--base", str(options.folder / "base"), "--recipe", recipe]
         ours += [word for name in names[1:] for word in (f"--vectors.{name}", str(options.folder / name))]
@@ -133,10 +162,13 @@ def main() -> None:
             tool = Path(options.mergekit).parent / "mergekit-yaml"
             theirs = [str(tool), str(path), str(options.folder / "theirs"), "--random-seed", "0"]
         results: dict[str, list[tuple[float, float]]] = {}
+        digests = set()
         for _ in range(options.repeats):
             for name, command in (("tva", ours), ("mergekit", theirs)):
                 if command:
                     results.setdefault(name, []).append(measure(command))
+            digests.add(fingerprint(open_weights(options.folder / "ours.safetensors")).digest)
+        print(f"{job:5} the same bytes in every run: {len(digests) == 1}" + agreement(options.folder, theirs))
         for name, runs in results.items():
             times, peaks = [t for t, _ in runs], [p for _, p in runs]
             line = f"{job:5} {name:9} {statistics.median(times):7.2f} s ({min(times):.2f}–{max(times):.2f})"

@@ -1,14 +1,22 @@
 """Composing on disk: the bytes of the in-memory path whatever the pieces, whole files or none, and its account."""
 
+import errno
 import json
+import os
+import subprocess
+import sys
+import time
+from types import SimpleNamespace
 
 import pytest
 import torch
+from safetensors import safe_open
 
 import tva.compose
 from tva import MismatchError, NoEffectError, TaskVector, fingerprint, open_weights, save_weights
 from tva.compose import compose, parse_bytes
 from tva.recipe import Recipe
+from tva.weights import open_finetuned, read_metadata
 
 RECIPES = [
     "a",
@@ -56,7 +64,7 @@ def in_memory(base, vectors, recipe, coef):
 @pytest.mark.parametrize("recipe", RECIPES)
 @pytest.mark.parametrize("piece", [7, 100, 2**18])
 def test_the_bytes_are_those_of_the_in_memory_path_whatever_the_pieces(files, tmp_path, monkeypatch, recipe, piece):
-    monkeypatch.setattr(tva.compose, "_piece_size", lambda *_: piece)
+    monkeypatch.setattr(tva.compose, "PIECE", piece)
     base, vectors = files
     report = compose(base, vectors, recipe, str(tmp_path / "out.safetensors"), scaling_coef=0.7)
     expected = fingerprint(in_memory(base, vectors, recipe, 0.7))
@@ -160,26 +168,34 @@ def test_what_does_not_fit_is_refused_and_leaves_no_file(files, tmp_path, damage
     assert not [file.name for file in tmp_path.iterdir() if file.name.startswith((".", "out"))]
 
 
-def test_a_full_disk_is_one_error_and_leaves_no_file(files, tmp_path, monkeypatch):
+def test_a_full_disk_is_one_error_and_the_run_can_go_on(files, tmp_path, monkeypatch):
     base, vectors = files
+    arguments = (base, vectors, "ties(a, b, c)", str(tmp_path / "out.safetensors"))
+    whole = compose(*arguments[:3], str(tmp_path / "whole.safetensors"))
+    written = []
 
-    class Full:
-        def __init__(self, file):
-            self.file = file
+    def full(file, data, offset, write=os.pwrite):
+        written.append(len(data))
+        if len(written) > 4:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return write(file, data, offset)
 
-        def __getattr__(self, name):
-            return getattr(self.file, name)
-
-        def write(self, data):
-            if len(memoryview(data).cast("B")) > 500:
-                raise OSError(28, "No space left on device")
-            return self.file.write(data)
-
-    behind = tva.compose._behind
-    monkeypatch.setattr(tva.compose, "_behind", lambda file: behind(Full(file)))
-    with pytest.raises(OSError, match="No space left"):
-        compose(base, vectors, "a", str(tmp_path / "out.safetensors"))
-    assert not [file.name for file in tmp_path.iterdir() if file.name.startswith((".", "out"))]
+    monkeypatch.setattr(os, "pwrite", full)
+    with pytest.raises(OSError, match="No space left on device; what was done is kept in .*run again with resume"):
+        compose(*arguments)
+    assert not (tmp_path / "out.safetensors").exists()
+    monkeypatch.undo()
+    with pytest.raises(ValueError, match="'tva.scaling_coef' differ.*leave out resume"):
+        compose(*arguments, scaling_coef=0.5, resume=True)
+    report = compose(*arguments, resume=True)
+    assert report.resumed > 0
+    assert (report.base, report.edited, report.effects) == (whole.base, whole.edited, whole.effects)
+    assert fingerprint(open_weights(tmp_path / "out.safetensors")) == whole.edited
+    assert not [file.name for file in tmp_path.iterdir() if file.name.startswith(".")]
+    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=100))
+    with pytest.raises(OSError, match="are free on its disk. Make room"):
+        compose(*arguments)
+    assert not [file.name for file in tmp_path.iterdir() if file.name.startswith(".")]
 
 
 def test_sizes_are_read_and_too_little_memory_is_refused(files, tmp_path):
@@ -188,9 +204,247 @@ def test_sizes_are_read_and_too_little_memory_is_refused(files, tmp_path):
         with pytest.raises(ValueError, match="must read like"):
             parse_bytes(text)
     base, vectors = files
-    with pytest.raises(ValueError, match="max_memory must leave"):
+    with pytest.raises(ValueError, match="max_memory must be .*MiB or more"):
         compose(base, vectors, "a", str(tmp_path / "out.safetensors"), max_memory="1MiB")
-    with pytest.raises(ValueError, match=r"must end in \.safetensors"):
+    with pytest.raises(ValueError, match=r"must end in \.safetensors, or name a folder"):
         compose(base, vectors, "a", str(tmp_path / "out.bin"))
     with pytest.raises(ValueError, match="dtype must be one of"):
         compose(base, vectors, "a", str(tmp_path / "out.safetensors"), dtype="int8")
+
+
+def test_coefficients_by_group_of_tensors_are_those_of_the_in_memory_path(files, tmp_path):
+    base, vectors = files
+    coefs = {"s": {"layer": [0.2, 0.6], "bias|scalar": -1, ".*": 0.5}}
+    weights = open_weights(base)
+    loaded = {"a": TaskVector.between(weights, open_weights(vectors["a"]))}
+    expected = Recipe("s * a", loaded, coefs).evaluate(loaded).apply_to(weights)
+    compose(base, vectors, "s * a", str(tmp_path / "out.safetensors"), coefs=coefs)
+    edited = open_weights(tmp_path / "out.safetensors")
+    assert fingerprint(edited) == fingerprint(expected)
+    for name, coef in {"l.0.w": 0.2, "l.1.w": 0.6, "bias": -1, "empty": 0.5}.items():
+        delta = loaded["a"].deltas[name] if name in loaded["a"].deltas else torch.zeros(0, 3)
+        assert torch.equal(edited[name], (delta * coef + weights[name].float()).to(weights[name].dtype)), name
+
+
+@pytest.mark.parametrize(
+    ("groups", "message"),
+    [
+        ({"layer": 0.5}, "6 tensors are in none of them: 'bias'.*Add a last group"),
+        ({".*": 0.5, "bias": 0.1}, "no tensor is in, or only such as earlier groups took: 'bias'"),
+        ({".*": [0.1, 0.2]}, "which needs two numbers or more and tensors with a layer's number"),
+        ({"layer": [0.1], ".*": 1}, "which needs two numbers or more"),
+        ({"(": 0.5}, "no regular expression"),
+    ],
+)
+def test_groups_that_do_not_fit_are_refused(files, tmp_path, groups, message):
+    base, vectors = files
+    with pytest.raises(ValueError, match=message):
+        compose(base, vectors, "s * a", str(tmp_path / "out.safetensors"), coefs={"s": groups})
+    with pytest.raises(ValueError, match="this coefficient is given by group"):
+        compose(base, vectors, "ties(a, density=s)", str(tmp_path / "out.safetensors"), coefs={"s": {".*": 0.5}})
+
+
+def test_a_plan_is_made_from_headers_and_writes_nothing(tmp_path):
+    """Files of holes: a terabyte that takes no room, and that nobody could read in a test."""
+    layers, width = 80, 25_000
+    names = ["embed.w", *(f"h.{i}.mlp.w" for i in range(layers)), "head.running_mean"]
+    for folder in ("base", "a"):
+        (tmp_path / folder).mkdir()
+        weight_map = {}
+        for i, name in enumerate(names):
+            shard = f"model-{i:05}.safetensors"
+            shape = [width, width * 8] if "w" in name else [4]
+            size = 2 * torch.Size(shape).numel()
+            header = json.dumps({name: {"dtype": "BF16", "shape": shape, "data_offsets": [0, size]}}).encode()
+            with (tmp_path / folder / shard).open("wb") as file:
+                file.write(len(header).to_bytes(8, "little") + header)
+                file.truncate(8 + len(header) + size)
+            weight_map[name] = shard
+        (tmp_path / folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    arguments = (str(tmp_path / "base"), {"a": str(tmp_path / "a")}, "-s * a", str(tmp_path / "out"))
+    plan = compose(*arguments, coefs={"s": {"layer": [0, 1], ".*": 2}}, scaling_coef=0.5, plan=True)
+    elements = width * width * 8 * (layers + 1) + 4
+    assert (plan.num_elements, plan.write_bytes, plan.read_bytes, plan.passes) == (
+        elements,
+        2 * elements,
+        4 * elements,
+        1,
+    )
+    assert [(row.label, len(row.names)) for row in plan.rows] == [
+        ("embed.w", 1),
+        ("h.*.mlp.w", 80),
+        ("head.running_mean", 1),
+    ]
+    assert plan.rows[0].coefs == [{"a": -1.0}]
+    assert [row["a"] for row in plan.rows[1].coefs] == pytest.approx([-0.5 * i / 79 for i in range(80)])
+    assert plan.rows[2].coefs == [{}]  # statistics are kept
+    assert plan.memory_bytes < 2**30
+    whole = compose(*arguments[:2], "tsv(a)", arguments[3], plan=True)
+    assert whole.largest == "embed.w"
+    assert whole.memory_bytes > 4 * width * width * 8
+    with pytest.raises(ValueError, match=r"max_memory must be \d+MiB or more for this recipe"):
+        compose(*arguments[:2], "tsv(a)", arguments[3])
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "base"]
+
+
+def test_a_folder_gets_shards_an_index_and_what_lies_beside_the_base(files, tmp_path):
+    base, vectors = files
+    folder = tmp_path / "base"
+    folder.mkdir()
+    os.link(base, folder / "model.safetensors")
+    (folder / "config.json").write_text(json.dumps({"model_type": "x", "torch_dtype": "bfloat16"}))
+    (folder / "tokenizer.json").write_text("{}")
+    (folder / "trainer_state.json").write_text("{}")
+    arguments = (str(folder), vectors, "0.5 * (a + c)", str(tmp_path / "out"))
+    report = compose(*arguments, dtype="float64", max_shard_size="10KB")
+    written = sorted(path.name for path in (tmp_path / "out").iterdir())
+    shards = [name for name in written if name.endswith(".safetensors")]
+    assert written == sorted([*shards, "config.json", "model.safetensors.index.json", "tokenizer.json"])
+    assert len(shards) == 2
+    assert json.loads((tmp_path / "out/config.json").read_text())["torch_dtype"] == "float64"
+    assert fingerprint(open_weights(tmp_path / "out")) == report.edited
+    metadata = read_metadata(tmp_path / "out" / shards[1])
+    assert metadata["tva.edited_fingerprint"] == report.edited.digest
+    assert metadata["tva.base_fingerprint"] == report.base.digest
+    with pytest.raises(ValueError, match="must end in .safetensors, or be a new or empty folder; .* is neither"):
+        compose(*arguments)
+
+
+def test_transformers_loads_what_is_written(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    config = transformers.LlamaConfig(
+        vocab_size=50, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2
+    )
+    config.tie_word_embeddings = True
+    for seed, name in enumerate(("base", "a")):
+        torch.manual_seed(seed)
+        transformers.LlamaForCausalLM(config).save_pretrained(tmp_path / name)
+    compose(str(tmp_path / "base"), {"a": str(tmp_path / "a")}, "a", str(tmp_path / "out"), max_shard_size="4KB")
+    edited = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "out").state_dict()
+    for name, tensor in transformers.LlamaForCausalLM.from_pretrained(tmp_path / "a").state_dict().items():
+        torch.testing.assert_close(edited[name], tensor, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("untied", [False, True])
+def test_tied_weights_are_stored_once_while_every_vector_moves_them_alike(tmp_path, untied):
+    base = {"emb.weight": torch.randn(30, 8), "w": torch.randn(5)}
+    finetuned = {name: tensor + 0.5 for name, tensor in base.items()}
+    torch.save({**base, "head.weight": base["emb.weight"]}, tmp_path / "base.bin")
+    head = finetuned["emb.weight"] + (1.0 if untied else 0.0)
+    torch.save({**finetuned, "head.weight": head if untied else finetuned["emb.weight"]}, tmp_path / "a.bin")
+    save_weights(finetuned, tmp_path / "b.safetensors")  # as transformers writes it: without the alias
+    vectors = {"a": str(tmp_path / "a.bin"), "b": str(tmp_path / "b.safetensors")}
+    report = compose(str(tmp_path / "base.bin"), vectors, "a + b", str(tmp_path / "out.safetensors"))
+    with safe_open(tmp_path / "out.safetensors", "pt") as file:
+        assert ("head.weight" in file.keys()) == untied  # noqa: SIM118
+    edited = open_weights(tmp_path / "out.safetensors")
+    assert fingerprint(edited) == report.edited
+    expected = base["emb.weight"] + (head - base["emb.weight"]) + (finetuned["emb.weight"] - base["emb.weight"])
+    torch.testing.assert_close(edited["head.weight"], expected)
+    # and again: what was written is a base like the one that it came from
+    again = compose(str(tmp_path / "out.safetensors"), {"a": vectors["a"]}, "a", str(tmp_path / "again.safetensors"))
+    assert set(again.edited.tensors) == {"emb.weight", "head.weight", "w"}
+
+
+def test_a_killed_run_leaves_no_file_and_goes_on_to_the_same_bytes(files, tmp_path):
+    base, vectors = files
+    out = tmp_path / "out.safetensors"
+    whole = compose(base, vectors, "dare(a) + ties(b, c)", str(tmp_path / "whole.safetensors"))
+    code = f"""
+import os, time
+import tva.weights.output as output
+from tva.compose import compose
+output.SYNC_BYTES = 0
+write = output.Output.write
+def slow(self, name, start, piece):
+    if name == "bias":
+        time.sleep(60)
+    write(self, name, start, piece)
+output.Output.write = slow
+compose({base!r}, {vectors!r}, "dare(a) + ties(b, c)", {str(out)!r})
+"""
+    process = subprocess.Popen([sys.executable, "-c", code])
+    journal = tmp_path / ".out.safetensors.journal"
+    while not journal.exists() or journal.read_text().count("\n") < 3:
+        assert process.poll() is None
+        time.sleep(0.02)
+    with pytest.raises(ValueError, match="Another run is writing"):
+        compose(base, vectors, "dare(a) + ties(b, c)", str(out), resume=True)
+    process.kill()
+    process.wait()
+    assert not out.exists()
+    partial = tmp_path / ".out.safetensors.partial"
+    spoiled = bytearray(partial.read_bytes())
+    spoiled[-1] ^= 1  # of a tensor that is done: read back, it is not what the journal says
+    partial.write_bytes(spoiled)
+    report = compose(base, vectors, "dare(a) + ties(b, c)", str(out), resume=True)
+    assert 0 < report.resumed < len(whole.edited.tensors)
+    assert out.read_bytes() == (tmp_path / "whole.safetensors").read_bytes()
+    assert not partial.exists()
+    assert not journal.exists()
+
+
+@pytest.mark.parametrize("piece", [1000, 2**17])
+def test_matrix_methods_and_adapters_stream_to_the_in_memory_bytes(files, tmp_path, monkeypatch, piece):
+    monkeypatch.setattr(tva.compose, "PIECE", piece)
+    base, vectors = files
+    (tmp_path / "adapter").mkdir()
+    factors = {"l.0.w": (torch.randn(2, 30), torch.randn(40, 2)), "l.1.w": (torch.randn(2, 40), torch.randn(25, 2))}
+    named = {
+        f"base_model.model.{n[:-2]}.lora_{p}.weight": t
+        for n, ab in factors.items()
+        for p, t in zip("AB", ab, strict=True)
+    }
+    save_weights(named, tmp_path / "adapter/adapter_model.safetensors")
+    config = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "target_modules": ["l.0", "l.1"]}
+    (tmp_path / "adapter/adapter_config.json").write_text(json.dumps(config))
+    weights = open_weights(base)
+    renamed = {n.replace("l.0.w", "l.0.weight").replace("l.1.w", "l.1.weight"): t for n, t in weights.items()}
+    save_weights(renamed, tmp_path / "named.safetensors")
+    base, vectors = (
+        str(tmp_path / "named.safetensors"),
+        {"v": str(tmp_path / "adapter"), "w": str(tmp_path / "adapter")},
+    )
+    loaded = {
+        name: TaskVector.between(open_weights(base), open_finetuned(path, open_weights(base)))
+        for name, path in vectors.items()
+    }
+    for recipe in ("v", "tsv(v, w)", "iso_c(v, w) + 0.5 * w"):
+        expected = fingerprint(Recipe(recipe, loaded).evaluate(loaded).apply_to(open_weights(base)))
+        (tmp_path / "out.safetensors").unlink(missing_ok=True)
+        assert compose(base, vectors, recipe, str(tmp_path / "out.safetensors")).edited == expected, recipe
+
+
+@pytest.mark.slow
+def test_the_memory_measured_stays_within_the_memory_stated(tmp_path):
+    generator = torch.Generator().manual_seed(0)
+    base = {f"h.{i}.w": torch.randn(3000, 5000, generator=generator) for i in range(3)}
+    save_weights(base, tmp_path / "base.safetensors")
+    for name in "ab":
+        moved = {key: tensor + 0.01 * torch.randn(3000, 5000, generator=generator) for key, tensor in base.items()}
+        save_weights(moved, tmp_path / f"{name}.safetensors")
+    code = """
+import re, sys, threading, time
+from pathlib import Path
+from tva.compose import _anonymous_memory, compose
+before, peak, done = _anonymous_memory(), 0, False
+def watch():
+    global peak
+    while not done:
+        peak = max(peak, _anonymous_memory())
+        time.sleep(0.005)
+thread = threading.Thread(target=watch)
+thread.start()
+budget = before // 2**20 + int(sys.argv[2])
+folder = sys.argv[1]
+compose(f"{folder}/base.safetensors", {n: f"{folder}/{n}.safetensors" for n in "ab"}, sys.argv[3],
+        f"{folder}/out.safetensors", max_memory=f"{budget}MiB")
+done = True
+thread.join()
+assert peak <= budget * 2**20, (peak, budget * 2**20)
+print((peak - before) / 2**20)
+"""
+    for spare, recipe in (("40", "a - b"), ("40", 'ties(a, b, trim="tensor")'), ("40", "ties(a, b)")):
+        arguments = [sys.executable, "-c", code, str(tmp_path), spare, recipe]
+        done = subprocess.run(arguments, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr[-2000:]

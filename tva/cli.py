@@ -85,10 +85,14 @@ def _compose() -> bool:
     """Run ``compose``, which needs no Lightning."""
     from jsonargparse import auto_cli
 
-    from tva.compose import compose
-    from tva.report import print_composed
+    from tva.compose import ComposeReport, compose
+    from tva.report import print_composed, print_plan
 
-    print_composed(auto_cli(compose, args=sys.argv[2:], prog="tva compose", as_positional=False))
+    done = auto_cli(compose, args=sys.argv[2:], prog="tva compose", as_positional=False)
+    if isinstance(done, ComposeReport):
+        print_composed(done)
+    else:
+        print_plan(done)
     return True
 
 

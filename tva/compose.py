@@ -6,50 +6,78 @@ is computed as the in-memory path computes it, so the bytes do not depend on pie
 
 from __future__ import annotations
 
+import gc
 import json
-import os
+import math
 import queue
 import re
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import IO
+from typing import Any, TypeVar
 
+import numpy
 import torch
 from torch import Tensor
 
 from tva.console import progress
+from tva.groups import Coefficient
 from tva.merge import Place
+from tva.plan import Plan, make_plan
 from tva.recipe import Piece, Recipe
-from tva.state_dict import MismatchError, NoEffectError, add_scaled, is_edited, some, subtract
-from tva.task_vector import BATCH_NORM_STATISTICS, Origin, is_vector_file, read_origin
-from tva.weights import (
-    Fingerprint,
-    LazyWeights,
-    TensorHash,
-    atomic_path,
-    fingerprint,
-    open_finetuned,
-    open_weights,
-)
+from tva.sources import Source, untie
+from tva.state_dict import NoEffectError, add_scaled, is_edited, sum_dtype
+from tva.version import __version__
+from tva.weights import Fingerprint, LazyWeights, Output, Spec, TensorHash, find, num_bytes, open_weights, side_files
 
-PIECE = 2**18  # elements; a piece of a few vectors in float32 fits the cache of one core
+PIECE = 2**18  # elements; shorter ones leave the cores waiting for Python, longer ones leave the cache
+AHEAD = 2**23  # elements that the system is told to read ahead
+SLACK = 2**24  # bytes for what an allocator keeps, thread stacks and journals
 DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-_SAFETENSORS_NAMES = {
-    torch.float64: "F64",
-    torch.float32: "F32",
-    torch.bfloat16: "BF16",
-    torch.float16: "F16",
-    torch.int64: "I64",
-    torch.int32: "I32",
-    torch.int16: "I16",
-    torch.int8: "I8",
-    torch.uint8: "U8",
-    torch.bool: "BOOL",
-}
+T = TypeVar("T")
+
+
+class _Space(threading.local):
+    """Memory that a thread uses over and over, taken and given back as from a stack, so that it stays in the cache."""
+
+    def __init__(self) -> None:
+        self._buffers: dict[torch.dtype, list[Tensor]] = {}
+        self.next_piece()
+
+    def next_piece(self) -> None:
+        """Take everything back."""
+        self._taken: dict[torch.dtype, list[Tensor]] = {}
+
+    def take(self, dtype: torch.dtype, length: int) -> Tensor:
+        """Give a tensor of one dimension, with any contents."""
+        taken = self._taken.setdefault(dtype, [])
+        buffers = self._buffers.setdefault(dtype, [])
+        if len(taken) == len(buffers):
+            buffers.append(torch.empty(length, dtype=dtype))
+        elif len(buffers[len(taken)]) < length:
+            buffers[len(taken)] = torch.empty(length, dtype=dtype)
+        taken.append(buffers[len(taken)][:length])
+        return taken[-1]
+
+    def give_back(self, tensor: Tensor) -> None:
+        """Free a tensor if it is the last of its dtype that was taken; others wait for the next piece."""
+        taken = self._taken.get(tensor.dtype)
+        if taken and taken[-1] is tensor:
+            taken.pop()
+
+
+class _NewSpace(_Space):
+    """New memory each time, for pieces that are handed on."""
+
+    def take(self, dtype: torch.dtype, length: int) -> Tensor:
+        return torch.empty(length, dtype=dtype)
+
+
+Reader = Callable[[int, int, _Space], Tensor]
 
 
 @dataclass
@@ -77,18 +105,24 @@ class GroupEffect:
         """Norm of the change divided by that of the base."""
         return (self.squared_change / self.squared_base) ** 0.5 if self.squared_base else float("inf")
 
+    def add(self, other: GroupEffect) -> None:
+        """Count another's in."""
+        for name in self.__dataclass_fields__:
+            setattr(self, name, getattr(self, name) + getattr(other, name))
+
 
 @dataclass
 class ComposeReport:
     """What `compose` did.
 
     Attributes:
-        output: The file written.
+        output: The file or folder written.
         base: Fingerprint of the base.
         edited: Fingerprint of the output.
-        effects: Effect by group of tensors.
         num_bytes: Size of the output's tensors.
         seconds: Wall time.
+        resumed: Tensors that an interrupted run had finished.
+        effects: Effect by group of tensors.
         notes: What was decided in reading the inputs: prefixes stripped, parts left out.
     """
 
@@ -97,62 +131,9 @@ class ComposeReport:
     edited: Fingerprint
     num_bytes: int
     seconds: float
+    resumed: int = 0
     effects: dict[str, GroupEffect] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
-
-
-class _Source:
-    """One vector: a task vector file, or a fine-tuned checkpoint whose delta is taken piece by piece."""
-
-    def __init__(
-        self, name: str, path: str, base: LazyWeights, allow_other_base: bool, key_map: Mapping[str, str]
-    ) -> None:
-        self.name = name
-        self.origin: Origin | None = None
-        if is_vector_file(path):
-            self.weights = open_weights(path)
-            self.origin, self.buffers, untouched = read_origin(self.weights)
-            names = self.weights.keys() | untouched.keys()
-        else:
-            self.weights = open_finetuned(path, base, key_map=key_map)
-            names = self.weights.keys()
-            self.buffers = {name for name in names if name.rpartition(".")[2] in BATCH_NORM_STATISTICS}
-        missing, extra = base.keys() - names, names - base.keys()
-        shapes = [n for n in self.weights if n in base and self.weights.spec(n).shape != base.spec(n).shape]
-        if missing or extra or shapes:
-            raise MismatchError(
-                f"The base and {path} must have the same keys and shapes, but "
-                + "; ".join(
-                    f"{what} {some(sorted(names))}"
-                    for what, names in (
-                        (f"{path} lacks", missing),
-                        ("the base lacks", extra),
-                        ("shapes differ in", shapes),
-                    )
-                    if names
-                )
-                + "."
-            )
-        self.check_base = self.origin is not None and self.origin.base is not None and not allow_other_base
-
-    def identity(self) -> str:
-        """Identify the vector for methods that draw random numbers; a checkpoint is read through once for it."""
-        if self.origin is None:
-            return fingerprint(self.weights).digest
-        return self.origin.finetuned or self.name
-
-    def flat(self, name: str, base: Tensor) -> Tensor | None:
-        """Give the flattened tensor as stored, memory-mapped; None if this vector does not move it."""
-        if name not in self.weights:
-            return None
-        stored = self.weights[name].reshape(-1)
-        return None if self.origin is None and torch.equal(stored, base) else stored  # equal stops at a difference
-
-    def delta(self, stored: Tensor, base: Tensor) -> Tensor:
-        """Give the delta of one piece."""
-        if self.origin is None:
-            return subtract(stored, base)
-        return stored.to(torch.float64 if stored.dtype == torch.float64 else torch.float32)
 
 
 def compose(
@@ -160,189 +141,429 @@ def compose(
     vectors: dict[str, str],
     recipe: str,
     output: str,
-    coefs: dict[str, float] | None = None,
+    coefs: dict[str, Coefficient] | None = None,
     scaling_coef: float = 1.0,
     dtype: str | None = None,
     max_memory: str = "1GiB",
+    max_shard_size: str = "5GB",
     allow_other_base: bool = False,
     key_map: dict[str, str] | None = None,
-) -> ComposeReport:
+    which: str = "checkpoint",
+    plan: bool = False,
+    resume: bool = False,
+) -> ComposeReport | Plan:
     """Write ``base + scaling_coef * recipe`` without loading any model whole.
 
     Args:
         base: Checkpoint of the base model, in any format that `tva.open_weights` reads.
         vectors: Names to task vector files, or to fine-tuned checkpoints of the same base.
         recipe: Expression of those names, such as ``0.3 * (a + b)`` or ``ties(a, b, density=0.2)``.
-        output: The ``.safetensors`` file to write; it appears under this name when it is whole.
-        coefs: Values of the coefficients in the recipe.
+        output: A ``.safetensors`` file, or a folder to be made, with shards, their index and the base's configuration
+            and tokenizer; it appears under this name when it is whole.
+        coefs: Values of the coefficients in the recipe: a number, or numbers by group of tensors: regular expressions
+            searched for in their names, the first found counting, to a number or to ``[first, …, last]`` over the
+            layers; ``layer`` stands for all names with a layer's number.
         scaling_coef: Coefficient of the whole recipe; 0 writes the base.
         dtype: Of the output's floating tensors: float64, float32, bfloat16 or float16; by default the base's.
         max_memory: Anonymous memory that this process may take at most, such as ``512MiB``; the pages of mapped files
             do not count.
+        max_shard_size: Size of a shard in a folder.
         allow_other_base: Apply task vector files to a base that they were not taken from.
         key_map: Regular expressions to replacements, for fine-tuned checkpoints whose names differ from the base's by
             more than one prefix.
+        which: Of fine-tuned Lightning checkpoints that a weight-averaging callback has written, the ``raw`` or the
+            ``averaged`` weights; ``checkpoint`` is what Lightning loads.
+        plan: Write nothing; tell what would be done, by headers alone: coefficients, memory, bytes to move.
+        resume: Go on where an interrupted run of the same command stopped; the bytes are the same.
 
     Returns:
-        What was written, and what the edit did.
+        What was written, and what the edit did; or the plan.
 
     Raises:
         RecipeError: The recipe cannot be read.
         MismatchError: Keys, shapes or bases differ.
         NoEffectError: Nothing changed.
         ValueError: The output is not finite, or an option cannot be understood.
+        OSError: A file cannot be read, or there is no room for the output.
     """
     started = time.monotonic()
     checked = Recipe(recipe, vectors, coefs)
-    if not output.endswith(".safetensors"):
-        raise ValueError(f"output must end in .safetensors; found {output!r}.")
     if dtype is not None and dtype not in DTYPES:
         raise ValueError(f"dtype must be one of {', '.join(DTYPES)}; found {dtype!r}.")
+    if Path(output).suffix in (".bin", ".pt", ".pth", ".ckpt"):
+        raise ValueError(f"output must end in .safetensors, or name a folder; found {output!r}.")
+    wanted = None if dtype is None else DTYPES[dtype]
     weights = open_weights(base)
-    sources = {name: _Source(name, vectors[name], weights, allow_other_base, key_map or {}) for name in checked.vectors}
-    piece = 2**62 if checked.needs_whole_tensors else _piece_size(parse_bytes(max_memory), len(sources))
-    composer = _Composer(weights, sources, checked, scaling_coef, None if dtype is None else DTYPES[dtype], piece)
-    metadata = {"format": "pt", "tva.recipe": checked.text, "tva.scaling_coef": repr(scaling_coef)}
-    with atomic_path(output) as temporary, temporary.open("wb") as file:
-        tensors = composer.layout()
-        num_bytes = _write_header(file, tensors, metadata)
-        with _behind(file) as write:
-            for name in progress(list(tensors), "composing"):
-                for part in composer.pieces_of(name):
-                    write(part)
+    sources = {
+        name: Source(name, vectors[name], weights, allow_other_base, key_map or {}, which) for name in checked.vectors
+    }
+    memory, shard_bytes = parse_bytes(max_memory), parse_bytes(max_shard_size)
+    checked.bind(weights.keys())
+    tied = untie(weights, sources.values())
+    composer = _Composer(weights, sources, checked, scaling_coef, wanted, tied)
+    if plan:
+        kept, need = composer.statistics, composer.need()
+        return make_plan(weights, composer.layout(), sources, checked, scaling_coef, kept, need)
+
+    composer.fit_into(memory)
+    vector_paths = {name: vectors[name] for name in checked.vectors}
+    metadata = {
+        "format": "pt",
+        "tva.recipe": checked.text,
+        "tva.coefs": json.dumps(checked.coefs),
+        "tva.scaling_coef": json.dumps(scaling_coef),
+        "tva.dtype": dtype or "",
+        "tva.base": base,
+        "tva.vectors": json.dumps(vector_paths),
+        "tva.options": json.dumps({"allow_other_base": allow_other_base, "key_map": key_map or {}, "which": which}),
+        "tva.version": __version__,
+        "tva.base_fingerprint": "0" * 32,
+        "tva.edited_fingerprint": "0" * 32,
+        **tied,
+    }
+    job = {key: value for key, value in metadata.items() if key != "tva.version"}
+    job |= {"max_shard_size": shard_bytes, "inputs": [_stamp(path) for path in (base, *vector_paths.values())]}
+    with Output(Path(output), composer.layout(), metadata, job, shard_bytes, resume) as out:
+        resumed = len(out.done)
+        composer.run(out)
         composer.check()
+        digests = {key: Fingerprint.from_tensors(composer.digests(key)) for key in ("base", "edited")}
+        beside = side_files(find(base), wanted) if find(base).is_dir() else {}
+        out.commit({f"tva.{key}_fingerprint": found.digest for key, found in digests.items()}, beside)
+    notes = [str(opened.info) for opened in (weights, *(s.weights for s in sources.values())) if opened.info.notes]
     return ComposeReport(
         Path(output),
-        Fingerprint.from_tensors(composer.base_digests),
-        Fingerprint.from_tensors(composer.edited_digests),
-        num_bytes,
+        digests["base"],
+        digests["edited"],
+        out.size,
         time.monotonic() - started,
-        composer.effects,
-        [str(opened.info) for opened in (weights, *(s.weights for s in sources.values())) if opened.info.notes],
+        resumed,
+        composer.effects(),
+        notes,
     )
 
 
+class _Opened:
+    """One tensor of the base and of the vectors that move it, read a piece at a time."""
+
+    def __init__(
+        self, name: str, base: LazyWeights, sources: Mapping[str, Source], piece: int, edited: bool, space: _Space
+    ) -> None:
+        self.name, self.spec, self.sources, self.space = name, base.spec(name), sources, space
+        self.length, self.piece = self.spec.shape.numel(), piece
+        inputs = (base, *(source.weights for source in sources.values()))
+        self._inputs = [weights.entry(name) for weights in inputs if name in weights]
+        self._base = self._reader(base)
+        self.vectors: dict[str, Reader | None] = {}
+        if edited and is_edited(self.spec):
+            found = {key: self._reader(s.weights) if name in s.weights else None for key, s in sources.items()}
+            moving = {
+                key: read if read and (sources[key].origin is not None or self._differs(read)) else None
+                for key, read in found.items()
+            }
+            self.vectors = moving if any(moving.values()) else {}
+
+    def starts(self) -> range:
+        """Give where the pieces begin; an empty tensor has one, so that every tensor is seen."""
+        return range(0, max(1, self.length), self.piece)
+
+    def _reader(self, weights: LazyWeights) -> Reader:
+        entry = weights.entry(self.name)
+        if self.length > self.piece and entry.in_parts:
+            return lambda start, stop, space: entry.slice_into(space.take(entry.dtype, stop - start), start)
+        whole = entry.read().reshape(-1)
+        return lambda start, stop, space: whole[start:stop]
+
+    def base_piece(self, start: int) -> Tensor:
+        """Read one piece of the base, into memory that is free again with the next piece."""
+        self.space.next_piece()
+        if start % AHEAD < self.piece and self.length > AHEAD:  # let the system read while this is computed with
+            for entry in self._inputs:
+                entry.will_need(min(start + AHEAD, self.length), min(start + 2 * AHEAD, self.length))
+        return self._base(start, min(start + self.piece, self.length), self.space)
+
+    def widened(self, base: Tensor) -> Tensor:
+        """Give a piece of the base in the dtype of sums."""
+        if base.dtype == sum_dtype(base):
+            return base
+        wide = self.space.take(sum_dtype(base), len(base)).copy_(base)
+        self.space.give_back(base)
+        return wide
+
+    def _differs(self, read: Reader) -> bool:
+        """Whether any element differs from the base; stops at the first piece where one does."""
+        head = min(self.length, 4096)  # enough for most tensors
+        if not torch.equal(read(0, head, self.space), self._base(0, head, self.space)):
+            return True
+        for start in self.starts():
+            base = self.base_piece(start)
+            if not torch.equal(read(start, start + len(base), self.space), base):
+                return True
+        return False
+
+
+class _Deltas(Mapping[str, Tensor]):
+    """The deltas of one piece, each made anew when it is asked for: so the memory in use stays in the cache."""
+
+    def __init__(self, opened: _Opened, base: Tensor, start: int) -> None:
+        self._opened, self._base, self._start = opened, base, start
+
+    def __getitem__(self, key: str) -> Tensor:
+        read, space = self._opened.vectors[key], self._opened.space
+        if read is None:
+            return space.take(torch.float32, len(self._base)).zero_()
+        stored = read(self._start, self._start + len(self._base), space)
+        delta = self._opened.sources[key].delta(stored, self._base, space.take)
+        space.give_back(stored)
+        return delta
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._opened.vectors)
+
+    def __len__(self) -> int:
+        return len(self._opened.vectors)
+
+
 class _Composer:
-    """Computes the output piece by piece and keeps account of what changed."""
+    """Computes the output tensor by tensor, several at once, and keeps account of what changed."""
 
     def __init__(
         self,
         base: LazyWeights,
-        sources: Mapping[str, _Source],
+        sources: Mapping[str, Source],
         recipe: Recipe,
         scaling_coef: float,
         dtype: torch.dtype | None,
-        piece: int,
+        tied: Mapping[str, str],
     ) -> None:
-        self.base, self.sources, self.recipe = base, sources, recipe
-        self.scaling_coef, self.dtype, self.piece = scaling_coef, dtype, piece
-        self.identities = {name: source.identity() if recipe.is_random else name for name, source in sources.items()}
+        self.base, self.sources, self.recipe, self.tied = base, sources, recipe, tied
+        self.scaling_coef, self.dtype = scaling_coef, dtype
+        self.names = [name for name in base if name not in tied]
+        # Running statistics are kept: their deltas mean something at coefficient 1 alone.
         self.statistics = set().union(*(source.buffers for source in sources.values()))
-        self.base_digests: dict[str, str] = {}
-        self.edited_digests: dict[str, str] = {}
-        self.effects: dict[str, GroupEffect] = {}
-        self._opened: tuple[str, Tensor, dict[str, Tensor | None]] | None = None
-        over_model = any(method.over_model for method in recipe.observing)
-        self.model_states = recipe.observe(self._all_pieces, self.identities, over_model=True) if over_model else {}
+        # Decompositions use all cores themselves; all else is done by one thread a tensor.
+        self.piece, self.workers = PIECE, 1 if recipe.needs_whole_tensors else torch.get_num_threads()
+        self.identities: dict[str, str] = {}
+        self.model_states: dict[tuple[int, str], Any] = {}
+        self.records: dict[str, Mapping[str, Any]] = {}
+        self._space = _NewSpace() if recipe.needs_whole_tensors else _Space()
+        self._stop = False
 
-    def layout(self) -> dict[str, tuple[torch.dtype, torch.Size]]:
+    def layout(self) -> dict[str, Spec]:
         """Give the dtype and shape of every output tensor, in the order written."""
-        return {name: (self._output_dtype(name), self.base.spec(name).shape) for name in self.base}
+        return {name: Spec(self._output_dtype(name), self.base.spec(name).shape) for name in self.names}
 
     def _output_dtype(self, name: str) -> torch.dtype:
         stored = self.base.spec(name).dtype
         return self.dtype if self.dtype is not None and stored.is_floating_point else stored
 
-    def _open(self, name: str) -> tuple[Tensor, dict[str, Tensor | None]]:
-        """Give the base's flattened tensor, and each vector's stored one if the recipe moves this tensor, else nothing.
+    # --- memory
 
-        Kept until another tensor is asked for: formats that cannot be mapped into memory assemble it anew each time.
+    def need(self) -> int:
+        """Predict the anonymous memory in bytes, at the piece size and number of workers chosen."""
+        held, unparted, largest = 4 * (2 * len(self.sources) + 8), 0, 0
+        for name in self.names:
+            entries = [w.entry(name) for w in (self.base, *(s.weights for s in self.sources.values())) if name in w]
+            unparted = max(unparted, sum(num_bytes(e) for e in entries if not e.in_parts))
+            largest = max(largest, entries[0].shape.numel() if len(entries) > 1 else 0)
+        piece = largest if self.recipe.needs_whole_tensors else self.piece
+        return _anonymous_memory() + SLACK + self.workers * (piece * held + unparted)
+
+    def fit_into(self, max_memory: int) -> None:
+        """Choose how much to hold at once, fewer workers before smaller pieces.
+
+        Raises:
+            ValueError: It does not fit however little is held.
         """
-        if self._opened is None or self._opened[0] != name:
-            flat = self.base[name].reshape(-1)
-            stored: dict[str, Tensor | None] = {}
-            # Running statistics are kept: their deltas mean something at coefficient 1 alone.
-            if name not in self.statistics and is_edited(flat):
-                stored = {source: vector.flat(name, flat) for source, vector in self.sources.items()}
-            self._opened = name, flat, stored if any(t is not None for t in stored.values()) else {}
-        return self._opened[1:]
-
-    def _deltas(self, name: str, stored: Mapping[str, Tensor | None], base: Tensor, start: int) -> dict[str, Tensor]:
-        stop = start + len(base)
-        return {
-            source: torch.zeros(len(base)) if tensor is None else self.sources[source].delta(tensor[start:stop], base)
-            for source, tensor in stored.items()
-        }
-
-    def _place(self, name: str, start: int) -> Place:
-        return Place(name, start, shape=tuple(self.base.spec(name).shape))
-
-    def _pieces(self, name: str) -> Iterator[Piece]:
-        flat, stored = self._open(name)
-        if stored:
-            for start in range(0, max(1, len(flat)), self.piece):
-                yield self._place(name, start), self._deltas(name, stored, flat[start : start + self.piece], start)
-
-    def _all_pieces(self) -> Iterator[Piece]:
-        for name in self.base:
-            yield from self._pieces(name)
-
-    def pieces_of(self, name: str) -> Iterator[Tensor]:
-        """Compute one output tensor, flattened, piece by piece."""
-        flat, stored = self._open(name)
-        dtype = self._output_dtype(name)
-        states = self.model_states
-        if stored and len(self.recipe.observing) > 0:
-            inner = self.recipe.observe(lambda: self._pieces(name), self.identities, over_model=False, known=states)
-            states = {**states, **inner}
-        effect = self.effects.setdefault(".".join(name.split(".")[:2]), GroupEffect()) if stored else GroupEffect()
-        spec = self.base.spec(name)
-        before, after = TensorHash(spec), TensorHash(spec, dtype)
-        changed = False
-        for start in range(0, len(flat), self.piece):
-            base = flat[start : start + self.piece]
-            before.update(base)
-            part = base.to(dtype)
-            if stored and self.scaling_coef != 0:
-                deltas = self._deltas(name, stored, base, start)
-                delta = self.recipe.merge(self._place(name, start), deltas, states, self.identities)
-                part = add_scaled(base, delta, self.scaling_coef, dtype=dtype)
-                changed |= self._account(effect, base, delta, part, name)
-            after.update(part)
-            yield part
-        effect.tensors += bool(stored)
-        effect.changed += changed
-        self.base_digests[name], self.edited_digests[name] = before.hexdigest(), after.hexdigest()
-        for source in self.sources.values():
-            if source.check_base and source.origin.base.tensors.get(name) != self.base_digests[name]:
-                raise MismatchError(
-                    f"The task vector {source.name} was taken from the base {source.origin.base.digest}, and in the "
-                    f"base given {name!r} is another (the first that differs). Give it its own base, or pass "
-                    f"allow_other_base if the other base is meant."
+        while self.need() > max_memory:
+            if self.workers > 1:
+                self.workers -= 1
+            elif self.piece > 1024 and not self.recipe.needs_whole_tensors:
+                self.piece //= 2
+            else:
+                raise ValueError(
+                    f"max_memory must be {self.need() / 2**20 + 1:.0f}MiB or more for this recipe and these formats, "
+                    f"of which the process takes {_anonymous_memory() / 2**20:.0f} MiB by itself; found "
+                    f"{max_memory / 2**20:.0f} MiB."
                 )
 
-    def _account(self, effect: GroupEffect, base: Tensor, delta: Tensor, part: Tensor, name: str) -> bool:
-        if not bool(torch.isfinite(part).all()):
+    # --- computing
+
+    def run(self, out: Output) -> None:
+        """Compute and write every tensor that is not done."""
+        self.records = dict(out.done)
+        if self.recipe.is_random:
+            self.identities = {name: source.identity() for name, source in self.sources.items()}
+        else:
+            self.identities = {name: name for name in self.sources}
+        todo = sorted((name for name in self.names if name not in out.done), key=self._size, reverse=True)
+        if todo and any(method.over_model for method in self.recipe.observing):
+            with _ahead_of(self._all_pieces) as pieces:
+                self.model_states = self.recipe.observe(pieces, self.identities, over_model=True)
+        with _threads(self.workers) as pool:
+            futures = [pool.submit(self._compose, name, out) for name in todo]
+            try:
+                for future in progress(futures, "composing"):
+                    future.result()
+            except BaseException:
+                self._stop = True
+                raise
+
+    def _size(self, name: str) -> int:
+        return self.base.spec(name).shape.numel()
+
+    def _open(self, name: str, space: _Space | None = None) -> _Opened:
+        piece = max(1, self._size(name)) if self.recipe.needs_whole_tensors else self.piece
+        return _Opened(name, self.base, self.sources, piece, name not in self.statistics, space or self._space)
+
+    def _pieces(self, opened: _Opened) -> Iterator[Piece]:
+        """Give the deltas of one tensor, if the recipe moves it."""
+        if opened.vectors:
+            for start in opened.starts():
+                base = opened.widened(opened.base_piece(start))
+                yield self._place(opened, start), dict(_Deltas(opened, base, start))
+
+    def _place(self, opened: _Opened, start: int) -> Place:
+        return Place(opened.name, start, shape=tuple(opened.spec.shape))
+
+    def _all_pieces(self) -> Iterator[Piece]:
+        for name in self.names:
+            yield from self._pieces(self._open(name, _NewSpace()))
+
+    def _compose(self, name: str, out: Output) -> None:
+        """Compute and write one tensor."""
+        opened = self._open(name)
+        dtype = self._output_dtype(name)
+        states = self.model_states
+        moved = bool(opened.vectors) and self.scaling_coef != 0
+        if moved and self.recipe.observing:
+            inner = self.recipe.observe(lambda: self._pieces(opened), self.identities, over_model=False, known=states)
+            states = {**states, **inner}
+        effect = GroupEffect(tensors=int(bool(opened.vectors)))
+        before, after = TensorHash(opened.spec), TensorHash(opened.spec, dtype)
+        for start in opened.starts():
+            if self._stop:
+                return
+            base = opened.base_piece(start)
+            before.update(base)
+            part = self._edit(opened, base, start, states, effect) if moved else base.to(dtype)
+            after.update(part)
+            out.write(name, start, part)
+        effect.changed = int(effect.squared_change > 0)
+        record = {"base": before.hexdigest(), "edited": after.hexdigest(), "effect": asdict(effect)}
+        for source in self.sources.values():
+            source.check(name, record["base"])
+        out.finish(name, record)
+        self.records[name] = record
+
+    def _edit(
+        self, opened: _Opened, base: Tensor, start: int, states: Mapping[tuple[int, str], Any], effect: GroupEffect
+    ) -> Tensor:
+        """Compute one piece of the output and count what it changes."""
+        space, base = opened.space, opened.widened(base)
+        deltas = _Deltas(opened, base, start)
+        place, free = self._place(opened, start), space.give_back
+        delta = self.recipe.merge(place, deltas, states, self.identities, fresh=opened.vectors, free=free)
+        effect.elements += (moving := _count_nonzero(delta, space))
+        part = space.take(self._output_dtype(opened.name), len(base))
+        add_scaled(base, delta, self.scaling_coef, out=part, overwrite=True)
+        change = delta.copy_(part).sub_(base)
+        squared = float(torch.dot(change, change))
+        if not math.isfinite(squared) and not bool(torch.isfinite(part).all()):
             raise ValueError(
-                f"The edited {name!r} holds NaN or infinity: the coefficient is too large for {part.dtype}, or an "
-                f"input is damaged. Nothing was written."
+                f"The edited {opened.name!r} holds NaN or infinity: the coefficient is too large for {part.dtype}, or "
+                f"an input is damaged. Nothing was written."
             )
-        wide = base.to(delta.dtype)
-        change = part.to(delta.dtype) - wide
-        moved = int(torch.count_nonzero(delta))
-        effect.elements += moved
-        effect.vanished += moved - int(torch.count_nonzero(change))
-        effect.squared_change += float(change.square_().sum(dtype=torch.float64))
-        effect.squared_base += float(wide.square().sum(dtype=torch.float64))
-        return bool(change.any())
+        effect.vanished += moving - _count_nonzero(change, space)
+        effect.squared_change += squared
+        effect.squared_base += float(torch.dot(base, base))
+        return part
+
+    # --- the account
+
+    def effects(self) -> dict[str, GroupEffect]:
+        """Sum up what changed, by group of tensors that the recipe moves."""
+        groups: dict[str, GroupEffect] = {}
+        for name in self.names:
+            effect = GroupEffect(**self.records[name]["effect"])
+            if effect.tensors:
+                groups.setdefault(".".join(name.split(".")[:2]), GroupEffect()).add(effect)
+        return groups
+
+    def digests(self, which: str) -> dict[str, str]:
+        """Give the digest of every tensor of the ``"base"`` or the ``"edited"`` weights."""
+        found = {name: self.records[name][which] for name in self.names}
+        return {**found, **{alias: found[kept] for alias, kept in self.tied.items()}}
 
     def check(self) -> None:
         """Check, when all is written, that the edit did something."""
-        if self.scaling_coef != 0 and not any(effect.changed for effect in self.effects.values()):
+        if self.scaling_coef != 0 and not any(effect.changed for effect in self.effects().values()):
             raise NoEffectError(
                 f"The edit changed no element: every delta of {self.recipe.text} is zero, or vanishes in rounding to "
                 f"the output's dtype. Use a larger coefficient, or dtype='float32'."
             )
+
+
+def _count_nonzero(x: Tensor, space: _Space) -> int:
+    """Count by the bits, without the sign's; twice as fast as `torch.count_nonzero`."""
+    integer = torch.int32 if x.dtype == torch.float32 else torch.int64
+    bits = space.take(x.dtype, len(x))
+    count = int(numpy.count_nonzero(torch.bitwise_left_shift(x.view(integer), 1, out=bits.view(integer)).numpy()))
+    space.give_back(bits)
+    return count
+
+
+@contextmanager
+def _threads(workers: int) -> Iterator[ThreadPoolExecutor]:
+    """Give threads for tensors, each with one core to itself if there are several.
+
+    Python's garbage collector rests meanwhile: pieces leave no cycles, but so many of them would make it walk over all
+    that torch has loaded, again and again (measured: more than half of the time).
+    """
+    before, collecting = torch.get_num_threads(), gc.isenabled()
+    gc.disable()
+    pool = ThreadPoolExecutor(workers, thread_name_prefix="tva-compose")
+    try:
+        if workers > 1:
+            torch.set_num_threads(1)
+        yield pool
+    finally:
+        pool.shutdown(cancel_futures=True)
+        torch.set_num_threads(before)
+        if collecting:
+            gc.enable()
+
+
+@contextmanager
+def _ahead_of(items: Callable[[], Iterator[T]], depth: int = 4) -> Iterator[Callable[[], Iterator[T]]]:
+    """Let a thread of its own compute items before they are asked for, at most ``depth`` of them."""
+    stop = threading.Event()
+
+    def fill(waiting: queue.Queue[Any]) -> None:
+        try:
+            for item in items():
+                if stop.is_set():
+                    return
+                waiting.put((item, None))
+            waiting.put((None, StopIteration()))
+        except Exception as error:  # raised where the item was awaited
+            waiting.put((None, error))
+
+    def take() -> Iterator[T]:
+        waiting: queue.Queue[Any] = queue.Queue(depth)
+        threading.Thread(target=fill, args=(waiting,), name="tva-reader", daemon=True).start()
+        while True:
+            item, error = waiting.get()
+            if isinstance(error, StopIteration):
+                return
+            if error is not None:
+                raise error
+            yield item
+
+    try:
+        yield take
+    finally:
+        stop.set()
 
 
 def parse_bytes(text: str) -> int:
@@ -361,19 +582,6 @@ def parse_bytes(text: str) -> int:
     return int(float(found[1]) * units[found[2].upper()])
 
 
-def _piece_size(max_memory: int, num_vectors: int) -> int:
-    """Choose how many elements to hold at once, from what is left of the memory after the interpreter's own."""
-    per_element = 8 * (num_vectors + 8)  # float32 operands and results, twice for what the allocator keeps
-    free = max_memory - _anonymous_memory()
-    piece = min(PIECE, free // (2 * per_element))
-    if piece < 1024:
-        raise ValueError(
-            f"max_memory must leave {2 * 1024 * per_element / 2**20:.1f} MiB or more above what the process takes, "
-            f"{_anonymous_memory() / 2**20:.0f} MiB; found {max_memory / 2**20:.0f} MiB."
-        )
-    return piece
-
-
 def _anonymous_memory() -> int:
     """Bytes of anonymous memory of this process; 0 where the system does not say."""
     status = Path("/proc/self/status")
@@ -381,53 +589,8 @@ def _anonymous_memory() -> int:
     return int(found[1]) * 1024 if found else 0
 
 
-def _write_header(
-    file: IO[bytes], tensors: Mapping[str, tuple[torch.dtype, torch.Size]], metadata: Mapping[str, str]
-) -> int:
-    """Write the header of a safetensors file, whose tensors then follow in order; give their size in bytes.
-
-    Source: the format is described at https://github.com/huggingface/safetensors#format
-    """
-    header: dict[str, object] = {"__metadata__": dict(metadata)}
-    offset = 0
-    for name, (dtype, shape) in tensors.items():
-        if dtype not in _SAFETENSORS_NAMES:
-            raise ValueError(f"{name!r} is {dtype}, which cannot be written to safetensors here.")
-        end = offset + shape.numel() * dtype.itemsize
-        header[name] = {"dtype": _SAFETENSORS_NAMES[dtype], "shape": list(shape), "data_offsets": [offset, end]}
-        offset = end
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
-    file.write(len(text).to_bytes(8, "little") + text)
-    return offset
-
-
-@contextmanager
-def _behind(file: IO[bytes], depth: int = 8) -> Iterator[Callable[[Tensor], None]]:
-    """Write tensors behind the arithmetic, in a thread of its own; at most ``depth`` pieces wait."""
-    waiting: queue.Queue[Tensor | None] = queue.Queue(depth)
-    failed: list[OSError] = []
-
-    def work() -> None:
-        while (part := waiting.get()) is not None:
-            if not failed:
-                try:
-                    file.write(part.contiguous().view(torch.uint8).numpy())
-                except OSError as error:  # a full disk; raised below, in the caller's thread
-                    failed.append(error)
-
-    def write(part: Tensor) -> None:
-        if failed:
-            raise failed[0]
-        waiting.put(part)
-
-    thread = threading.Thread(target=work, name="tva-writer")
-    thread.start()
-    try:
-        yield write
-    finally:
-        waiting.put(None)
-        thread.join()
-    if failed:
-        raise failed[0]
-    os.fsync(file.fileno())
+def _stamp(path: str) -> list[tuple[str, int, int]]:
+    """Note size and time of an input's files, by which a resumed run knows that they are the same."""
+    found = find(path)
+    files = sorted(found.rglob("*")) if found.is_dir() else [found]
+    return [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files if file.is_file()]

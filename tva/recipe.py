@@ -17,6 +17,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from tva.groups import Coefficient, coefs_by_tensor
 from tva.merge import METHODS, Method, Place
 from tva.state_dict import some
 from tva.task_vector import Origin, TaskVector
@@ -40,6 +41,22 @@ _OPERATORS: dict[type, tuple[str, Callable]] = {
     ast.Div: ("/", operator.truediv),
 }
 
+_INTO: dict[type, Callable] = {ast.Add: torch.add, ast.Sub: torch.sub, ast.Mult: torch.mul, ast.Div: torch.div}
+
+
+def _apply(kind: type, first: Any, second: Any, own_first: bool, own_second: bool) -> tuple[Any, bool]:
+    """Apply an operator, over an operand's memory where that is free and the dtype fits."""
+    tensors = [value for value in (first, second) if isinstance(value, Tensor)]
+    function = _OPERATORS[kind][1]
+    if not tensors:
+        return function(first, second), False
+    if not isinstance(first, Tensor):  # a number times a vector
+        first, second, own_first, own_second = second, first, own_second, own_first
+    for value, own in ((first, own_first), (second, own_second)):
+        if own and value.is_floating_point() and all(value.dtype == other.dtype for other in tensors):
+            return _INTO[kind](first, second, out=value), True
+    return function(first, second), True
+
 
 class Recipe:
     """A checked recipe.
@@ -47,12 +64,14 @@ class Recipe:
     Args:
         text: The expression.
         vectors: Names that are task vectors.
-        coefs: Names that are numbers, with their values.
+        coefs: Names that are numbers, with their values: a number; or one by group of tensors, from regular expressions
+            that are searched for in tensor names, the first that is found counting, to a number or to
+            ``[first, …, last]`` over the layers. ``layer`` stands for every name that has a layer's number in it.
 
     Attributes:
         text: The expression as written.
         vectors: Names of the task vectors it uses, in order of appearance.
-        coefs: Names of the coefficients it uses, with their values.
+        coefs: Names of the coefficients it uses, with their values as given.
 
     Raises:
         RecipeError: It is no expression of task vectors, or uses an unknown name.
@@ -64,12 +83,13 @@ class Recipe:
         {'w': tensor([4.5000])}
     """
 
-    def __init__(self, text: str, vectors: Collection[str], coefs: Mapping[str, float] | None = None) -> None:
+    def __init__(self, text: str, vectors: Collection[str], coefs: Mapping[str, Coefficient] | None = None) -> None:
         self.text = text
         self._known = set(vectors)
         self._values = dict(coefs or {})
+        self._by_tensor: dict[str, dict[str, float]] = {}  # of coefficients by group, once the names are known
         self.vectors: list[str] = []
-        self.coefs: dict[str, float] = {}
+        self.coefs: dict[str, Coefficient] = {}
         both = sorted(self._known & self._values.keys())
         if both:
             raise RecipeError(f"{some(both)} names both a task vector and a coefficient; rename one of them.")
@@ -96,6 +116,24 @@ class Recipe:
         """Whether the recipe is a fixed linear combination of its vectors."""
         return all(method.linear for method in self._methods.values())
 
+    def bind(self, names: Collection[str]) -> None:
+        """Give every tensor its value of the coefficients that are given by group.
+
+        Args:
+            names: Those of all tensors of the model, by which its layers are counted.
+
+        Raises:
+            ValueError: A tensor is in no group, or a group has no tensor.
+        """
+        for name, groups in self.coefs.items():
+            if isinstance(groups, Mapping):
+                self._by_tensor[name] = coefs_by_tensor(name, groups, names)
+
+    def coef_of(self, vector: str, place: Place) -> float:
+        """Give the number by which a linear recipe multiplies one vector in one tensor."""
+        deltas = {name: torch.tensor([float(name == vector)], dtype=torch.float64) for name in self.vectors}
+        return float(self.merge(place, deltas, {}, dict.fromkeys(self.vectors, "")))
+
     def evaluate(self, vectors: Mapping[str, TaskVector]) -> TaskVector:
         """Compute the recipe in memory.
 
@@ -111,6 +149,7 @@ class Recipe:
         used = {name: vectors[name] for name in self.vectors}
         whole = sum(used.values())  # checks that they belong together
         sources = {name: vector.origin.finetuned or name for name, vector in used.items()}
+        self.bind({*whole.deltas, *whole.buffers, *whole.untouched})
 
         def pieces() -> Iterator[Piece]:
             for name in sorted(whole.deltas):
@@ -198,16 +237,20 @@ class Recipe:
         deltas: Mapping[str, Tensor],
         states: Mapping[tuple[int, str], Any],
         sources: Mapping[str, str],
+        fresh: Collection[str] = (),
+        free: Callable[[Tensor], None] = lambda _: None,
     ) -> Tensor:
         """Compute one piece of the result.
 
         Args:
             place: Where the piece lies.
-            deltas: For each vector its flattened piece, float32 or float64.
+            deltas: For each vector its flattened piece, float32 or float64; asked for each time a vector is named.
             states: From `observe`.
             sources: What identifies each vector.
+            fresh: Vectors whose piece is made anew each time it is asked for, and may be overwritten.
+            free: Told of each tensor that is no longer needed.
         """
-        return self._evaluate(self._tree, place, deltas, states, sources)
+        return self._evaluate(self._tree, place, deltas, states, sources, fresh, free)[0]
 
     def _evaluate(
         self,
@@ -216,26 +259,39 @@ class Recipe:
         deltas: Mapping[str, Tensor],
         states: Mapping[tuple[int, str], Any],
         sources: Mapping[str, str],
-    ) -> Any:
+        fresh: Collection[str] = (),
+        free: Callable[[Tensor], None] = lambda _: None,
+    ) -> tuple[Any, bool]:
+        """Give a value, and whether its memory is free to be overwritten; results are the same bits either way."""
         match node:
             case ast.Constant(value=value):
-                return float(value)
+                return float(value), False
             case ast.Name(id=name):
-                return deltas[name] if name in self._known else self.coefs[name]
+                return (deltas[name], name in fresh) if name in self._known else (self.number(name, place), False)
             case ast.UnaryOp(op=op, operand=operand):
-                value = self._evaluate(operand, place, deltas, states, sources)
-                return -value if isinstance(op, ast.USub) else value
+                value, own = self._evaluate(operand, place, deltas, states, sources, fresh, free)
+                if not isinstance(op, ast.USub):
+                    return value, own
+                return (value.neg_() if own else -value), isinstance(value, Tensor)
             case ast.BinOp(left=left, op=op, right=right):
-                function = _OPERATORS[type(op)][1]
-                divisor = self._evaluate(right, place, deltas, states, sources)
-                if isinstance(op, ast.Div) and divisor == 0:
+                first, own = self._evaluate(left, place, deltas, states, sources, fresh, free)
+                second, other = self._evaluate(right, place, deltas, states, sources, fresh, free)
+                if isinstance(op, ast.Div) and second == 0:
                     raise self._error("This divides by zero", right.col_offset)
-                return function(self._evaluate(left, place, deltas, states, sources), divisor)
+                result = _apply(type(op), first, second, own, other)
+                if other and result[0] is not second:
+                    free(second)
+                return result
             case ast.Call():
                 method = self._methods[id(node)]
                 arguments, here = self._arguments(node, place, deltas, states, sources)
-                return method.merge(arguments, states.get(_state_key(node, method, place)), here)
+                return method.merge(arguments, states.get(_state_key(node, method, place)), here), True
         raise AssertionError(f"unchecked node {ast.dump(node)}")
+
+    def number(self, name: str, place: Place) -> float:
+        """Give a coefficient's value in one tensor."""
+        by_tensor = self._by_tensor.get(name)
+        return self.coefs[name] if by_tensor is None else by_tensor[place.tensor]
 
     def _arguments(
         self,
@@ -245,7 +301,7 @@ class Recipe:
         states: Mapping[tuple[int, str], Any],
         sources: Mapping[str, str],
     ) -> tuple[list[Tensor], Place]:
-        values = [self._evaluate(argument, place, deltas, states, sources) for argument in call.args]
+        values = [self._evaluate(argument, place, deltas, states, sources)[0] for argument in call.args]
         named = tuple("+".join(sources[name] for name in self._names_in(argument)) for argument in call.args)
         return values, dataclasses.replace(place, sources=named)
 
@@ -263,7 +319,8 @@ class Recipe:
                     self.vectors.append(name)
                 return "vector"
             case ast.Name(id=name) if name in self._values:
-                self.coefs[name] = float(self._values[name])
+                value = self._values[name]
+                self.coefs[name] = value if isinstance(value, Mapping) else float(value)
                 return "number"
             case ast.Name(id=name):
                 raise self._error(f"{name!r} is unknown; known {self._names()}.{self._nearest(name)}", node.col_offset)
@@ -328,6 +385,8 @@ class Recipe:
 
     def _option(self, node: ast.expr) -> Any:
         if isinstance(node, ast.Name) and node.id in self._values:
+            if isinstance(self._values[node.id], Mapping):
+                raise self._error("An option is one number; this coefficient is given by group", node.col_offset)
             self.coefs[node.id] = float(self._values[node.id])
             return self.coefs[node.id]
         try:

@@ -8,6 +8,7 @@ other, never fused, so that a result depends on no chunk size and no instruction
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -73,40 +74,49 @@ def check_same(
         )
 
 
-def is_edited(tensor: Tensor) -> bool:
-    """Whether arithmetic applies to this tensor: floating point only, never integer or boolean buffers."""
-    return tensor.is_floating_point()
+def is_edited(like: Any) -> bool:
+    """Whether arithmetic applies to what has this dtype: floating point only, never integer or boolean buffers."""
+    return like.dtype.is_floating_point
 
 
-def _sum_dtype(*tensors: Tensor) -> torch.dtype:
+def sum_dtype(*tensors: Tensor) -> torch.dtype:
+    """Give the dtype in which sums of these are taken: float64 if one of them is, else float32."""
     return torch.float64 if any(tensor.dtype == torch.float64 for tensor in tensors) else torch.float32
 
 
-def subtract(finetuned: Tensor, base: Tensor) -> Tensor:
+def subtract(finetuned: Tensor, base: Tensor, out: Tensor | None = None) -> Tensor:
     """Take the delta of one tensor.
 
     Args:
         finetuned: Any floating dtype and shape.
         base: The same shape.
+        out: Where to write; of that shape and of the result's dtype.
 
     Returns:
-        ``finetuned - base`` in float32, or float64 if either is float64; a new tensor that shares no memory.
+        ``finetuned - base`` in float32, or float64 if either is float64; ``out``, or a new tensor.
     """
-    dtype = _sum_dtype(finetuned, base)
-    return finetuned.to(dtype) - base.to(dtype)
+    dtype = sum_dtype(finetuned, base)
+    wide = finetuned.to(dtype) if out is None else out.copy_(finetuned)
+    return wide - base.to(dtype) if wide is finetuned else wide.sub_(base.to(dtype))
 
 
 def add_scaled(
-    base: Tensor, delta: Tensor, scaling_coef: float, out: Tensor | None = None, dtype: torch.dtype | None = None
+    base: Tensor,
+    delta: Tensor,
+    scaling_coef: float,
+    out: Tensor | None = None,
+    dtype: torch.dtype | None = None,
+    overwrite: bool = False,
 ) -> Tensor:
     r"""Compute :math:`\theta = \theta_0 + \lambda \delta` for one tensor, rounded once.
 
     Args:
         base: Tensor of the base model, any floating dtype; left unchanged.
-        delta: Delta of the same shape; left unchanged.
+        delta: Delta of the same shape; left unchanged unless ``overwrite``.
         scaling_coef: :math:`\lambda`, unitless. 0 copies ``base`` bit for bit.
         out: Where to write, with the shape of ``base``; may not share memory with ``base`` or ``delta``.
         dtype: Of a new result; by default that of ``base``.
+        overwrite: The memory of ``delta`` may be used.
 
     Returns:
         ``out``, or a new tensor on the device of ``base``.
@@ -117,8 +127,11 @@ def add_scaled(
     """
     if scaling_coef == 0:
         return base.to(dtype or base.dtype, copy=True) if out is None else out.copy_(base)
-    wide = _sum_dtype(base, delta)
+    wide = sum_dtype(base, delta)
     if out is not None and out.dtype == wide:
         return torch.mul(delta.to(wide), scaling_coef, out=out).add_(base.to(wide))
-    moved = torch.mul(delta.to(wide), scaling_coef).add_(base.to(wide))
+    scaled = delta.to(wide)
+    if scaling_coef != 1 or not overwrite:
+        scaled = torch.mul(scaled, scaling_coef, out=scaled if overwrite else None)
+    moved = scaled.add_(base.to(wide))
     return moved.to(dtype or base.dtype) if out is None else out.copy_(moved)

@@ -1,10 +1,11 @@
 """Checkpoints as lazy, read-only mappings of names to tensors, their fingerprints, and atomic writing."""
 
 from tva.weights.adapter import open_adapter, open_finetuned
-from tva.weights.files import open_weights, read_metadata
+from tva.weights.files import find, open_weights, read_metadata
 from tva.weights.fingerprint import Fingerprint, TensorHash, fingerprint, tensor_digest
 from tva.weights.lazy import Info, LazyWeights, Spec
 from tva.weights.names import NameMatch, canonical_names, canonical_state_dict, map_names, match_names
+from tva.weights.output import Output, num_bytes, side_files
 from tva.weights.writing import atomic_path, save_weights
 
 __all__ = [
@@ -12,18 +13,22 @@ __all__ = [
     "Info",
     "LazyWeights",
     "NameMatch",
+    "Output",
     "Spec",
     "TensorHash",
     "atomic_path",
     "canonical_names",
     "canonical_state_dict",
+    "find",
     "fingerprint",
     "map_names",
     "match_names",
+    "num_bytes",
     "open_adapter",
     "open_finetuned",
     "open_weights",
     "read_metadata",
     "save_weights",
+    "side_files",
     "tensor_digest",
 ]

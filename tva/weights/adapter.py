@@ -25,7 +25,7 @@ from tva.state_dict import MismatchError, add_scaled, some
 from tva.weights.files import find, open_safetensors, open_weights
 from tva.weights.lazy import Entry, Info, InMemory, LazyWeights
 from tva.weights.names import KeyMap, match_names
-from tva.weights.torch_files import open_torch
+from tva.weights.torch_files import Which, open_torch
 
 # Settings that the merged weights do not depend on, or that are used below. Any other one that is set is refused.
 KNOWN = {
@@ -38,17 +38,23 @@ KNOWN = {
 HARMLESS_STARTS = (True, False, None, "gaussian", "eva", "orthogonal", "mica")
 
 
-def open_finetuned(path: str | os.PathLike[str], base: Mapping[str, Tensor], *, key_map: KeyMap = ()) -> LazyWeights:
+BLOCK = 2**16  # elements of a low-rank product that are computed at a time
+
+
+def open_finetuned(
+    path: str | os.PathLike[str], base: Mapping[str, Tensor], *, key_map: KeyMap = (), which: Which = "checkpoint"
+) -> LazyWeights:
     """Open a fine-tuned checkpoint, or a LoRA adapter, under its base's names, reading no tensor yet.
 
     Args:
         path: What `tva.open_weights` reads, or an adapter's folder.
         base: The base's weights.
         key_map: Regular expressions and replacements for the checkpoint's names; see `tva.weights.map_names`.
+        which: Of a checkpoint that holds two sets of weights; see `tva.open_weights`.
 
     Returns:
-        The base's names to the fine-tuned tensors; those of an adapter in float32. ``info.notes`` says how names
-        matched.
+        The base's names to the fine-tuned tensors; those of an adapter in float32. Of names that share one tensor in
+        either file it is enough that the other has one. ``info.notes`` says how names matched.
 
     Raises:
         MismatchError: The names cannot be matched.
@@ -56,10 +62,18 @@ def open_finetuned(path: str | os.PathLike[str], base: Mapping[str, Tensor], *, 
     found = find(path)
     if (found / "adapter_config.json").exists():
         return open_adapter(path, base, key_map=key_map, dtype=torch.float32)
-    weights = open_weights(path)
-    match = match_names(weights, base, key_map)
+    weights = open_weights(path, which=which)
+    ties = base.ties() if isinstance(base, LazyWeights) else {}
+    try:
+        match = match_names(weights, base, key_map)
+    except MismatchError:
+        own = weights.ties()
+        if not own and not ties:
+            raise
+        match = match_names([n for n in weights if n not in own], [n for n in base if n not in ties], key_map)
+    names = {**match.names, **{alias: match.names[kept] for alias, kept in ties.items() if alias not in match.names}}
     same = all(new == old for new, old in match.names.items())
-    return weights.renamed(match.names, *([] if same else [match.text]))
+    return weights.renamed(names, *([] if same else [match.text]))
 
 
 def open_adapter(
@@ -123,16 +137,26 @@ class _Adapted(Entry):
     dtype: torch.dtype
     shape: torch.Size
 
-    def read(self) -> Tensor:
-        a, b, base = self.a.read(), self.b.read(), self.base.read()
-        wide = torch.float64 if torch.float64 in (a.dtype, b.dtype, base.dtype) else torch.float32
-        product = b.to(wide).flatten(1) @ a.to(wide).flatten(1)  # [out, rank] @ [rank, in · kernel]
-        delta = (product.T if self.transposed else product).reshape(self.shape) * self.scaling
-        return add_scaled(base, delta, 1.0, dtype=self.dtype)
+    @property
+    def in_parts(self) -> bool:
+        return self.base.in_parts
 
     def slice(self, start: int, stop: int) -> Tensor:
-        # A part of a matrix product may differ in its last bit from the same part of the whole.
-        return self.read().reshape(-1)[start:stop].clone()
+        # A part of a matrix product may differ in its last bit from the same part of the whole: blocks of rows are
+        # therefore always the same ones, whatever is asked for.
+        a, b = self.a.read().flatten(1), self.b.read().flatten(1)  # [rank, in · kernel], [out, rank]
+        wide = torch.float64 if torch.float64 in (a.dtype, b.dtype, self.base.dtype) else torch.float32
+        left, right = (a.T, b.T) if self.transposed else (b, a)
+        left, right = left.to(wide), right.to(wide)
+        row = max(1, right.shape[1])
+        rows = max(1, BLOCK // row)
+        parts = [torch.empty(0, dtype=self.dtype)]
+        for first in range(start // row // rows * rows, -(-stop // row), rows):
+            last = min(first + rows, len(left))
+            low, high = max(start, first * row), min(stop, last * row)
+            delta = (left[first:last] @ right).mul_(self.scaling).reshape(-1)[low - first * row : high - first * row]
+            parts.append(add_scaled(self.base.slice(low, high), delta, 1.0, dtype=self.dtype))
+        return torch.cat(parts)
 
 
 def _adapted(

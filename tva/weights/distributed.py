@@ -74,8 +74,12 @@ class Chunked(Entry):
             whole[box] = chunk.entry().read()
         return whole
 
+    @property
+    def in_parts(self) -> bool:
+        return all(chunk.sizes[1:] == self.shape[1:] for chunk in self.chunks)
+
     def slice(self, start: int, stop: int) -> Tensor:
-        if any(chunk.sizes[1:] != self.shape[1:] for chunk in self.chunks):
+        if not self.in_parts:
             return self.read().reshape(-1)[start:stop].clone()
         out = torch.empty(stop - start, dtype=self.dtype)
         row = self.shape[1:].numel()

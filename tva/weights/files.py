@@ -172,6 +172,8 @@ def _open_sharded(index: Path) -> LazyWeights:
             f"{index} says that {some(f'{name} is in {weight_map[name]}' for name in lacking)}, but it is not there. "
             f"The index and the shards are of different checkpoints; take both from one source."
         )
+    tied = {name: shard for shard, weights in opened.items() for name in weights.ties()}
+    weight_map = {**tied, **weight_map}
     unlisted = [name for weights in opened.values() for name in weights if name not in weight_map]
     notes = [f"left out {len(unlisted)} tensors that the index does not list: {some(unlisted)}"] if unlisted else []
     entries = {name: opened[shard].entry(name) for name, shard in weight_map.items()}
@@ -209,6 +211,9 @@ def open_safetensors(path: Path) -> LazyWeights:
         )
         for name, fields in header.items()
     }
+    # Tied weights: the library's save_model keeps one tensor, and the other names for it in the metadata.
+    tied = {name: kept for name, kept in (metadata or {}).items() if name not in entries and kept in entries}
+    entries |= {name: entries[kept] for name, kept in tied.items()}
     return LazyWeights(Info(path, "safetensors file"), entries, metadata)
 
 

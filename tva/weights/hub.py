@@ -65,6 +65,27 @@ def fetch(path: str | os.PathLike[str]) -> Path:
     )
 
 
+def push(path: str | os.PathLike[str], repository: str) -> None:
+    """Upload a file or folder under its own name; the repository is made, private, if there is none.
+
+    Raises:
+        OSError: The hub cannot be reached, or refuses.
+    """
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HFValidationError
+
+    path = Path(path)
+    try:
+        api = HfApi()
+        api.create_repo(repository, private=True, exist_ok=True)
+        if path.is_dir():
+            api.upload_folder(repo_id=repository, folder_path=path, path_in_repo=path.name)
+        else:
+            api.upload_file(repo_id=repository, path_or_fileobj=path, path_in_repo=path.name)
+    except HFValidationError as error:
+        raise OSError(f"{repository!r} is no repository's name: {error}") from error
+
+
 class _Missing(FileNotFoundError):
     """A file is not in the repository."""
 

@@ -64,6 +64,11 @@ class OpenFile:
         skip = offset % mmap.ALLOCATIONGRANULARITY
         return mmap.mmap(self._descriptor, length + skip, access=mmap.ACCESS_COPY, offset=offset - skip), skip
 
+    def will_need(self, offset: int, length: int) -> None:
+        """Let the system read some bytes ahead, where it can be told."""
+        if hasattr(os, "posix_fadvise"):
+            os.posix_fadvise(self._descriptor, offset, length, os.POSIX_FADV_WILLNEED)
+
     def _ended(self, offset: int, lacking: int) -> ValueError:
         return ValueError(
             f"{self.path} ended at byte {offset} where {lacking} more were expected; it is cut off, or was changed "
@@ -83,9 +88,26 @@ class Entry:
     dtype: torch.dtype
     shape: torch.Size
 
+    @property
+    def in_parts(self) -> bool:
+        """Whether a part can be read at the cost of that part."""
+        return True
+
+    @property
+    def location(self) -> object:
+        """What is equal for two tensors that share their memory; None where that is not known."""
+        return None
+
+    def will_need(self, start: int, stop: int) -> None:
+        """Let the system read elements ahead, where it can."""
+
     def slice(self, start: int, stop: int) -> Tensor:
         """Read the elements from ``start`` to ``stop`` of the flattened tensor, as fresh memory of one dimension."""
         raise NotImplementedError
+
+    def slice_into(self, out: Tensor, start: int) -> Tensor:
+        """Read from ``start`` on as many elements as ``out`` has, of this dtype and one dimension; gives ``out``."""
+        return out.copy_(self.slice(start, start + len(out)))
 
     def read(self) -> Tensor:
         """Read the whole tensor."""
@@ -102,6 +124,19 @@ class Stored(Entry):
     shape: torch.Size
     stride: tuple[int, ...] | None = None
 
+    @property
+    def in_parts(self) -> bool:
+        return self.stride is None
+
+    @property
+    def location(self) -> object:
+        empty = self.shape.numel() == 0
+        return None if empty else (str(self.file.path), self.offset, self.dtype, self.shape, self.stride)
+
+    def will_need(self, start: int, stop: int) -> None:
+        width = self.dtype.itemsize
+        self.file.will_need(self.offset + start * width, (stop - start) * width)
+
     def slice(self, start: int, stop: int) -> Tensor:
         if self.stride is not None:  # the whole span is read: its elements lie in another order
             span = (
@@ -112,6 +147,12 @@ class Stored(Entry):
             flat = self._elements(0, span).as_strided(self.shape, self.stride).reshape(-1)
             return flat[start:stop].clone()
         return self._elements(start, stop)
+
+    def slice_into(self, out: Tensor, start: int) -> Tensor:
+        if self.stride is not None:
+            return super().slice_into(out, start)
+        self.file.read_into(memoryview(out.view(torch.uint8).numpy()), self.offset + start * self.dtype.itemsize)
+        return out
 
     def read(self) -> Tensor:
         count, width = self.shape.numel(), self.dtype.itemsize
@@ -151,6 +192,10 @@ class Joined(Entry):
     parts: tuple[tuple[Entry, int, int], ...]
     dtype: torch.dtype
     shape: torch.Size
+
+    @property
+    def in_parts(self) -> bool:
+        return all(entry.in_parts for entry, _, _ in self.parts)
 
     def slice(self, start: int, stop: int) -> Tensor:
         pieces = [torch.empty(0, dtype=self.dtype)]
@@ -244,6 +289,15 @@ class LazyWeights(Mapping[str, Tensor]):
     def entry(self, name: str) -> Entry:
         """Give the tensor as something that can be read later."""
         return self._entries[name]
+
+    def ties(self) -> dict[str, str]:
+        """Give the names whose tensors share the memory of another one in the file, each with the first such name."""
+        first: dict[object, str] = {}
+        return {
+            name: first[place]
+            for name, entry in self._entries.items()
+            if (place := entry.location) is not None and first.setdefault(place, name) != name
+        }
 
     def renamed(self, names: Mapping[str, str], *notes: str) -> LazyWeights:
         """Give the same weights under other names.
