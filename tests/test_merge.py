@@ -6,7 +6,7 @@ import torch
 from tva import TaskVector
 from tva.merge import METHODS, Place
 from tva.merge.dare import random_bits
-from tva.merge.sparse import Threshold
+from tva.merge.select import Threshold
 from tva.recipe import Recipe, RecipeError
 
 SHAPES = {"scalar": (), "one": (1,), "small": (7,), "matrix": (20, 30), "ties": (6,), "empty": (0,)}
@@ -187,7 +187,7 @@ def test_running_statistics_follow_linear_recipes_only():
         ("ties(a, density=0)", "density is the fraction"),
         ("ties(a, density=1.5)", "density is the fraction"),
         ('ties(a, trim="layer")', "trim 'model' or 'tensor'"),
-        ("ties(a, densty=0.2)", "no option 'densty'; its options are density, trim, combine"),
+        ("ties(a, densty=0.2)", "no option 'densty'; its options are density, trim, elect, combine"),
         ("dare(a, drop=1)", r"drop must lie in \[0, 1\)"),
         ("dare(a, b)", "dare takes 1 task vectors and was given 2"),
         ("magnitude(a)", "density"),

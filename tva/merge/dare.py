@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy
 import torch
 import xxhash
 from torch import Tensor
@@ -42,8 +43,9 @@ class Dare(Method):
 
     def merge(self, deltas: Sequence[Tensor], state: Any, place: Place) -> Tensor:
         (delta,) = deltas
-        keep = random_bits(delta.numel(), place, self.seed, delta.device) >= round(self.drop * 2**32) - 2**31
-        return torch.where(keep, delta / (1 - self.drop), 0)
+        bits = random_bits(delta.numel(), place, self.seed).numpy()
+        keep = (bits >= round(self.drop * 2**32) - 2**31).astype(numpy.float32)  # torch takes longer for booleans
+        return (delta / (1 - self.drop)).mul_(torch.from_numpy(keep).to(delta.device))
 
 
 def random_bits(count: int, place: Place, seed: int, device: torch.device | str = "cpu") -> Tensor:
@@ -70,20 +72,22 @@ def random_bits(count: int, place: Place, seed: int, device: torch.device | str 
         upper = start // _PIECE
         length = min(stop, (upper + 1) * _PIECE) - start
         key = xxhash.xxh3_64_intdigest(f"{seed}\0{source}\0{place.tensor}\0{upper}".encode())
-        first, second = _signed(key >> 32), _signed(key & 0xFFFFFFFF)
         begin = start - upper * _PIECE
-        index = torch.arange(begin, begin + length, device=device).to(torch.int32)  # wraps to the same 32 bits
-        pieces.append(_mix(_mix(index.bitwise_xor_(first)).bitwise_xor_(second)))
+        bits = numpy.arange(begin, begin + length, dtype=numpy.uint32)
+        bits ^= numpy.uint32(key >> 32)
+        _mix(bits)
+        bits ^= numpy.uint32(key & 0xFFFFFFFF)
+        _mix(bits)
+        pieces.append(bits)
         start += length
-    return pieces[0] if len(pieces) == 1 else torch.cat(pieces) if pieces else torch.empty(0, dtype=torch.int32)
+    bits = pieces[0] if len(pieces) == 1 else numpy.concatenate([numpy.empty(0, numpy.uint32), *pieces])
+    return torch.from_numpy(bits.view(numpy.int32)).to(device)
 
 
-def _mix(x: Tensor) -> Tensor:
-    """Mix int32 in place, each bit into all others: the ``lowbias32`` permutation of Chris Wellons."""
-    x.bitwise_xor_((x >> 16).bitwise_and_(0xFFFF)).mul_(0x7FEB352D)
-    x.bitwise_xor_((x >> 15).bitwise_and_(0x1FFFF)).mul_(_signed(0x846CA68B))
-    return x.bitwise_xor_((x >> 16).bitwise_and_(0xFFFF))
-
-
-def _signed(value: int) -> int:
-    return value - 2**32 if value >= 2**31 else value
+def _mix(x: numpy.ndarray) -> None:
+    """Mix uint32 in place, each bit into all others: the ``lowbias32`` permutation of Chris Wellons."""
+    x ^= x >> 16
+    x *= numpy.uint32(0x7FEB352D)
+    x ^= x >> 15
+    x *= numpy.uint32(0x846CA68B)
+    x ^= x >> 16

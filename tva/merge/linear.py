@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import reduce
 from typing import Any
 
 from torch import Tensor
@@ -39,4 +38,14 @@ class Mean(Method):
     linear = True
 
     def merge(self, deltas: Sequence[Tensor], state: Any, place: Place) -> Tensor:
-        return reduce(Tensor.add, deltas) / len(deltas)
+        return add_up(deltas) / len(deltas)
+
+
+def add_up(deltas: Sequence[Tensor]) -> Tensor:
+    """Give the sum of tensors, in their order, as a new tensor."""
+    if len(deltas) == 1:
+        return deltas[0].clone()
+    total = deltas[0] + deltas[1]
+    for delta in deltas[2:]:
+        total += delta
+    return total

@@ -1,0 +1,193 @@
+"""Every method: the same bits whatever the pieces, and what must hold of all of them."""
+
+import inspect
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+from tva import TaskVector, save_weights
+from tva.merge import METHODS, Place
+from tva.merge.sums import BLOCK, Sum
+from tva.recipe import Recipe
+
+SHAPES = {
+    "h.0.long": (BLOCK + 1234,),
+    "h.0.matrix": (40, 30),
+    "h.1.scalar": (),
+    "h.1.one": (1,),
+    "h.1.small": (7,),
+    "h.1.empty": (0, 3),
+}
+TEXTS = [
+    "analogy({0}, {1}, {2})",
+    "breadcrumbs({0}, top=0.01, bottom=0.6)",
+    "consensus({0}, {1}, {2})",
+    "dare({0})",
+    "emr({0}, {1}, {2})",
+    "emr({0}, {1}, {2}, task=2)",
+    "fisher({0}, {1}, {2}, files={files})",
+    "iso_c({0}, {1}, {2})",
+    "iso_cts({0}, {1}, {2})",
+    "lines({0}, first=0.2, last=1.0)",
+    "magnitude({0}, density=0.3)",
+    "mean({0}, {1}, {2})",
+    "pcb({0}, {1}, {2}, ratio=0.2)",
+    "regmean({0}, {1}, {2}, files={files})",
+    "sign_consensus({0}, {1}, {2})",
+    'sign_consensus({0}, {1}, {2}, vote="count", min_agree=2, combine="sum")',
+    "slerp({0}, {1}, t=0.3)",
+    'slerp({0}, {1}, t=0.3, over="model")',
+    "tall({0}, {1}, {2}, task=2)",
+    "ties({0}, {1}, {2})",
+    'ties({0}, {1}, {2}, trim="tensor", weights=(1, 2, 3), elect="unweighted")',
+    "tsv({0}, {1}, {2})",
+    "wudi({0}, {1}, {2}, steps=5)",
+    'lines(pcb(magnitude({0}, density=0.5), slerp({1}, emr({2}, {0}, task=1)), ratio=0.5), first=0.2, last=1)',
+]  # fmt: skip
+SYMMETRIC = [text for text in TEXTS if "{2}" in text and not any(w in text for w in ("analogy", "task=", "weights"))]
+
+
+def vectors(seed=0, dtype=torch.float32):
+    generator = torch.Generator().manual_seed(seed)
+    return {
+        name: TaskVector({key: (torch.randn(s, generator=generator) * 1e-3).to(dtype) for key, s in SHAPES.items()})
+        for name in "abc"
+    }
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    """One file of statistics that serves Fisher and, in its matrix, RegMean merging."""
+    shapes = {**SHAPES, "h.0.matrix": (30, 30)}
+    made = {key: torch.randn(shape).square() for key, shape in shapes.items()}
+    gram = tmp_path_factory.mktemp("statistics") / "gram.safetensors"
+    save_weights({**made, "h.0.matrix": made["h.0.matrix"] @ made["h.0.matrix"].T}, gram)
+    save_weights({**made, "h.0.matrix": torch.rand(40, 30)}, gram.with_name("fisher.safetensors"))
+    return gram
+
+
+def written(text, files, order="abc"):
+    path = str(files if "regmean" in text else files.with_name("fisher.safetensors"))
+    return text.format(*order, files=[path] * 3)
+
+
+def in_pieces(text, given, size):
+    """Evaluate a recipe in pieces of ``size`` elements, the tensors in another order than in memory."""
+    recipe = Recipe(text, given)
+    size = 2**40 if recipe.needs_whole_tensors else size
+    sources = {name: name for name in given}
+
+    def pieces():
+        for key, shape in reversed(SHAPES.items()):
+            flat = {name: vector.deltas[key].reshape(-1) for name, vector in given.items()}
+            for start in range(0, max(1, flat["a"].numel()), size):
+                yield Place(key, start, shape=shape), {n: flat[n][start : start + size] for n in recipe.vectors}
+
+    observed = recipe.observe(pieces, sources)
+    merged = {key: [] for key in SHAPES}
+    for place, deltas in pieces():
+        merged[place.tensor].append(recipe.merge(place, deltas, observed, sources))
+    return {key: torch.cat(parts).reshape(SHAPES[key]) for key, parts in merged.items()}
+
+
+def test_every_method_is_tested_here():
+    assert {text.split("(")[0] for text in TEXTS} == METHODS.keys()
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_pieces_change_no_bit_and_inputs_stay(text, files):
+    given = vectors()
+    before = {name: {key: delta.clone() for key, delta in v.deltas.items()} for name, v in given.items()}
+    expected = Recipe(written(text, files), given).evaluate(given).deltas
+    for size in (613, 4096, 10_000):
+        found = in_pieces(written(text, files), given, size)
+        for key in SHAPES:
+            assert torch.equal(found[key], expected[key]), (key, size)
+    for name, vector in given.items():
+        assert all(torch.equal(vector.deltas[key], before[name][key]) for key in SHAPES), "an input was changed"
+    for key, shape in SHAPES.items():
+        assert expected[key].shape == shape
+        assert expected[key].dtype == torch.float32
+        assert torch.isfinite(expected[key]).all()
+
+
+@pytest.mark.parametrize("text", SYMMETRIC)
+def test_the_order_of_vectors_does_not_matter(text, files):
+    given = vectors()
+    first, second = (Recipe(written(text, files, order), given).evaluate(given).deltas for order in ("abc", "cab"))
+    for key in SHAPES:
+        torch.testing.assert_close(first[key], second[key], rtol=1e-4, atol=1e-8)
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_zero_vectors_give_zero_and_float64_stays(text, files):
+    given = {name: 0 * vector for name, vector in vectors(dtype=torch.float64).items()}
+    merged = Recipe(written(text, files), given).evaluate(given).deltas
+    assert all(delta.dtype == torch.float64 and not delta.any() for delta in merged.values())
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_float64_is_the_same_up_to_rounding(text, files):
+    wide, narrow = (vectors(dtype=dtype) for dtype in (torch.float64, torch.float32))
+    wide, narrow = (Recipe(written(text, files), given).evaluate(given).deltas for given in (wide, narrow))
+    wide, narrow = (torch.cat([delta.double().reshape(-1) for delta in merged.values()]) for merged in (wide, narrow))
+    away = (wide - narrow).abs() > 1e-3 * wide.abs() + 1e-7
+    assert int(away.sum()) <= (5 if "pcb" in text else 0)  # pcb jumps at its thresholds
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "breadcrumbs({0}, top=0, bottom=0)",
+        "consensus({0}, min_agree=1)",
+        "emr({0})",
+        "emr({0}, task=1)",
+        "lines({0}, first=1, last=1)",
+        "mean({0})",
+        "sign_consensus({0})",
+        "slerp({0}, {0}, t=0.25)",
+        "tall({0}, task=1)",
+        "ties({0}, density=1.0)",
+    ],
+)
+def test_one_vector_in_gives_that_vector_bit_for_bit(text, files):
+    given = vectors()
+    merged = Recipe(written(text, files), given).evaluate(given).deltas
+    assert all(torch.equal(merged[key], given["a"].deltas[key]) for key in SHAPES)
+
+
+def test_sums_depend_on_no_pieces_and_are_right():
+    values = torch.randn(5 * BLOCK + 77, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    totals = set()
+    for size in (100, BLOCK - 1, BLOCK, BLOCK + 1, len(values)):
+        total = Sum()
+        for start in range(0, len(values), size):
+            total.add(values[start : start + size], Place("w", start, shape=(len(values),)))
+        totals.add(total.total)
+    assert len(totals) == 1
+    assert totals.pop() == pytest.approx(float(values.sum()), rel=1e-12)
+
+
+def test_every_method_explains_its_options():
+    for name, method in METHODS.items():
+        for option in inspect.signature(method).parameters:
+            assert f"        {option}: " in inspect.getdoc(method).replace("\n    ", "\n        "), (name, option)
+        assert method.usage.startswith(f"{name}(")
+
+
+def test_the_method_in_the_documentation_works(monkeypatch):
+    page = (Path(__file__).parent.parent / "docs" / "methods.md").read_text()
+    found = {}
+    exec(re.search(r"```python\n(.*?)```", page, re.S)[1], found)
+    monkeypatch.setitem(METHODS, "median", found["Median"])
+    given = vectors()
+    merged = Recipe("median(a, b, c, scale=2)", given).evaluate(given).deltas
+    stacked = torch.stack([vector.deltas["h.0.long"] for vector in given.values()])
+    assert torch.equal(merged["h.0.long"], 2 * stacked.median(dim=0).values)
+
+
+def test_the_documentation_names_every_method():
+    page = (Path(__file__).parent.parent / "docs" / "methods.md").read_text()
+    assert all(f"`{name}" in page or f"{name}(" in page for name in METHODS)

@@ -1,0 +1,126 @@
+"""Methods that weight task vectors by statistics of their models, read from files: Fisher and RegMean merging."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tva.merge.matrices import MatrixMethod, pseudo_inverse
+from tva.merge.method import Method, Place
+from tva.state_dict import some
+from tva.weights import LazyWeights, open_weights
+
+
+class _Statistics:
+    """What both methods have: one file for each vector, in the order of the vectors, opened at once."""
+
+    files: Sequence[str]
+
+    def _open(self, name: str) -> None:
+        if isinstance(self.files, str) or not isinstance(self.files, Sequence) or not self.files:
+            raise ValueError(f"{name} needs files=(…), one path for each vector; found {self.files!r}.")
+        assert self._opened
+
+    @cached_property
+    def _opened(self) -> list[LazyWeights]:
+        return [open_weights(path) for path in self.files]
+
+    def _files_of(self, name: str, vectors: Sequence[Tensor], shape: tuple[int, ...]) -> list[LazyWeights]:
+        if len(self._opened) != len(vectors):
+            raise ValueError(f"files names {len(self._opened)} files for {len(vectors)} vectors; give each vector one.")
+        for file in self._opened:
+            if name not in file:
+                raise ValueError(f"{file.path} has no statistics of {name!r}; it has those of {some(file)}.")
+            if tuple(file.spec(name).shape) != shape:
+                raise ValueError(
+                    f"The statistics of {name!r} must have shape {list(shape)}, and in {file.path} they have "
+                    f"{list(file.spec(name).shape)}."
+                )
+        return self._opened
+
+
+@dataclass(frozen=True)
+class Fisher(_Statistics, Method):
+    r"""Average vectors, each element weighted by its Fisher information: :math:`\sum_t F_t \tau_t / \sum_t F_t`.
+
+    The weights of an element add up to 1, so that this is the paper's average of models, on task vectors. One vector
+    gives that vector, up to rounding. No sweeps; the files are read beside the vectors, piece by piece.
+
+    Args:
+        files: For each vector, in their order, a file of the diagonal Fisher information of its model: a tensor of the
+            weight's name and shape for every weight that moves. Any format that `tva.open_weights` reads.
+        weights: A positive number for each vector that multiplies its :math:`F_t`; by default all are 1.
+        floor: Smallest Fisher information, above 0; the paper's is 1e-6. Where all are below it the average is plain.
+
+    Source: Matena and Raffel, "Merging models with Fisher-weighted averaging", NeurIPS 2022.
+    """
+
+    files: Sequence[str] = ()
+    weights: Sequence[float] = ()
+    floor: float = 1e-6
+
+    usage = 'fisher(a, b, …, files=("fisher_a.safetensors", "fisher_b.safetensors", …), weights=…, floor=1e-6)'
+
+    def __post_init__(self) -> None:
+        self._open("fisher")
+        if self.weights and not (len(self.weights) == len(self.files) and all(weight > 0 for weight in self.weights)):
+            raise ValueError(f"weights are positive numbers, one for each of the files; found {self.weights!r}.")
+        if not self.floor > 0:
+            raise ValueError(f"floor must be above 0; found {self.floor}.")
+
+    def merge(self, deltas: Sequence[Tensor], state: Any, place: Place) -> Tensor:
+        files = self._files_of(place.tensor, deltas, place.shape)
+        merged, total = torch.zeros_like(deltas[0]), torch.zeros_like(deltas[0])
+        for delta, file, weight in zip(deltas, files, self.weights or [1.0] * len(files), strict=True):
+            stop = place.start + len(delta)
+            fisher = file.slice(place.tensor, place.start, stop).to(delta.dtype).clamp_(min=self.floor).mul_(weight)
+            merged += delta * fisher
+            total += fisher
+        return merged.div_(total)
+
+
+@dataclass(frozen=True)
+class RegMean(_Statistics, MatrixMethod):
+    r"""Fit the outputs of every linear layer by least squares: :math:`(\sum_t \tau_t G_t)\,(\sum_t G_t)^{-1}`.
+
+    :math:`G_t = X_t^\top X_t` is the Gram matrix of the layer's inputs on task :math:`t`. The paper's formula is for
+    models, :math:`\theta = (\sum_t \theta_t G_t)(\sum_t G_t)^{-1}`, which is the base plus this. In directions that no
+    input has, and for tensors that are no matrices, the result is the mean. One vector gives that vector.
+
+    Args:
+        exclude: Regular expression; matrices in whose names it is found are averaged. By default the tables of tokens.
+        conv: Kernels of convolutions are averaged (``"mean"``), or taken as matrices (``"matrix"``).
+        files: For each vector, in their order, a file of Gram matrices: for every matrix that moves a tensor of its
+            name, shape (inputs, inputs). Weights are (outputs, inputs), as those of `torch.nn.Linear`.
+        off_diagonal: What elements beside the diagonal are multiplied by, in [0, 1]; mostly 0.9 in the paper.
+
+    Source: Jin et al., "Dataless knowledge fusion by merging weights of language models", ICLR 2023.
+    """
+
+    files: Sequence[str] = ()
+    off_diagonal: float = 0.9
+
+    usage = 'regmean(a, b, …, files=("gram_a.safetensors", "gram_b.safetensors", …), off_diagonal=0.9)'
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._open("regmean")
+        if not 0 <= self.off_diagonal <= 1:
+            raise ValueError(f"off_diagonal must lie in [0, 1]; found {self.off_diagonal}.")
+
+    def merge_matrices(self, matrices: list[Tensor], place: Place) -> Tensor:
+        columns = matrices[0].shape[1]
+        files = self._files_of(place.tensor, matrices, (columns, columns))
+        mean = sum(matrices) / len(matrices)
+        total, correction = mean.new_zeros(columns, columns), torch.zeros_like(mean)
+        for matrix, file in zip(matrices, files, strict=True):
+            gram = file[place.tensor].double()
+            gram = gram.mul(self.off_diagonal).diagonal_scatter(gram.diagonal())
+            total += gram
+            correction += (matrix - mean) @ gram
+        return mean + correction @ pseudo_inverse(total)
