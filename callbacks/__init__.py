@@ -1,5 +1,8 @@
 """Lightning callbacks; this folder installs and imports as ``tva.callbacks``."""
 
+from tva.callbacks.control_evaluation import ControlEvaluation
+from tva.callbacks.scaling_curve import ScalingCurve
 from tva.callbacks.task_vector import TaskVectorCallback
+from tva.callbacks.writer import SavedVector
 
-__all__ = ["TaskVectorCallback"]
+__all__ = ["ControlEvaluation", "SavedVector", "ScalingCurve", "TaskVectorCallback"]

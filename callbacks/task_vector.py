@@ -1,37 +1,41 @@
-"""A callback that writes a task vector beside every checkpoint of an existing Trainer."""
+"""A callback that writes task vectors out of an existing Trainer: beside checkpoints, along the way, on request."""
 
 from __future__ import annotations
 
-import json
 import os
 import re
-from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
-from typing import Any
+import uuid
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, get_args
 
 import lightning as L
 import torch
-from torch import Tensor
+from lightning.pytorch.callbacks import ModelCheckpoint
+from tva.callbacks.averaging import Weights, check_averaging, choose_weights
+from tva.callbacks.base import SNAPSHOT, Base
+from tva.callbacks.lora import LoraView
+from tva.callbacks.places import exists, local_copy, open_anywhere, plain, remove
+from tva.callbacks.sharding import Shards, check_strategy, is_sharded, live_state
+from tva.callbacks.writer import ADAPTER, Job, Lora, SavedVector, VectorWriter, vector_path
 
-from tva.state_dict import check_same
-from tva.task_vector import SUFFIX, Origin, TaskVector
-from tva.weights import (
-    Fingerprint,
-    canonical_names,
-    canonical_state_dict,
-    fingerprint,
-    open_weights,
-    save_weights,
-)
+from tva.state_dict import some
+from tva.task_vector import SUFFIX
+from tva.weights import LazyWeights, canonical_state_dict
+from tva.weights.hub import push
+
+Against = Literal["base", "previous"]
 
 
 class TaskVectorCallback(L.Callback):
     """Write the task vector ``NAME.tv.safetensors`` beside every checkpoint ``NAME.ckpt``.
 
-    Works in any Trainer with any LightningModule, on one device or with DDP. The weights are those that go into the
-    checkpoint, averaged ones included. The base is written once, as ``base-FINGERPRINT.safetensors`` in the checkpoint
-    folder, when fitting starts; its place is kept in the checkpoint, so that after resuming vectors are still taken
-    against the original base. When ModelCheckpoint drops a checkpoint its vector goes too.
+    Works in any Trainer with any LightningModule, on one device, with DDP, FSDP, FSDP2 or DeepSpeed ZeRO 1-2. The base
+    is written once, as ``base-FINGERPRINT.safetensors`` in the checkpoint folder, when fitting starts; its place is
+    kept in the checkpoint, so that after resuming vectors are still taken against the original base. When
+    ModelCheckpoint drops a checkpoint its vector goes too. A full disk does not stop training: a warning says what was
+    not written, and nothing is left half written. Any callback with a method ``on_vector_saved(trainer, pl_module,
+    saved)`` hears of every vector, on every rank.
 
     Args:
         base: Checkpoint of the base model, in any format that `tva.open_weights` reads, with the keys of the
@@ -40,12 +44,24 @@ class TaskVectorCallback(L.Callback):
         exclude: Regular expressions; parameters whose whole name matches one are left out, even if included.
         dtype: ``"float32"``, ``"bfloat16"`` or ``"float16"``: how deltas are stored. By default exactly.
         task: The task's name in the file; by default the ``name`` of the data module, if it has one.
-        dirpath: Folder of the base; by default that of the first ModelCheckpoint.
+        dirpath: Folder of the base and of vectors that belong to no checkpoint; by default that of the first
+            ModelCheckpoint. It may be remote, as ``s3://bucket/run``.
+        weights: Where a WeightAveraging callback keeps two sets: ``"raw"``, ``"averaged"``, or those that the
+            ``state_dict`` of a checkpoint holds.
+        lora: Of a peft model: ``"merge"`` writes the dense deltas under the base model's names, ``"adapter"`` keeps
+            the adapter as it is, in a folder ``NAME.adapter`` that opens like a fine-tuned checkpoint.
+        every_n_steps: Also write ``trajectory/step=NNNNNNNN.tv.safetensors`` every so many optimizer steps.
+        against: What trajectory vectors are taken against: the base, or the weights of the vector before.
+        with_checkpoints: Write vectors beside checkpoints.
+        at_train_end: Also write ``final.tv.safetensors`` when training ends.
+        log_geometry: Log ``task_vector/norm`` and ``task_vector/cosine_to_previous`` through the Trainer's loggers.
+        push_to: Repository on the Hugging Face hub that gets the base and the vectors that are there when fitting
+            ends. It is made private if it does not exist.
 
     Raises:
-        MismatchError: ``base`` is of another architecture than the model.
+        MismatchError: ``base`` is of another architecture than the model, or the model's keys changed since.
         ValueError: A run resumes from a checkpoint that this callback did not take part in and ``base`` is not given,
-            or an option cannot be understood.
+            the strategy is not supported, or an option cannot be understood.
         FileNotFoundError: The base is no longer where it was.
 
     Example:
@@ -60,179 +76,262 @@ class TaskVectorCallback(L.Callback):
         dtype: str | None = None,
         task: str | None = None,
         dirpath: str | os.PathLike[str] | None = None,
+        weights: Weights = "checkpoint",
+        lora: Lora = "merge",
+        every_n_steps: int | None = None,
+        against: Against = "base",
+        with_checkpoints: bool = True,
+        at_train_end: bool = False,
+        log_geometry: bool = True,
+        push_to: str | None = None,
     ) -> None:
         super().__init__()
-        for name, value in (("include", include), ("exclude", exclude)):
-            if isinstance(value, str):
-                raise ValueError(f"{name} must be a list of regular expressions, not one string: [{value!r}].")
-            for pattern in value or ():
-                try:
-                    re.compile(pattern)
-                except re.error as error:
-                    raise ValueError(f"{name} holds {pattern!r}, which is no regular expression: {error}.") from error
         dtypes = {None: None, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
         if dtype not in dtypes:
             raise ValueError(f"dtype must be one of float32, bfloat16, float16, or left out; found {dtype!r}.")
+        for name, value, kind in (("weights", weights, Weights), ("lora", lora, Lora), ("against", against, Against)):
+            if value not in get_args(kind):
+                raise ValueError(f"{name} must be one of {', '.join(get_args(kind))}; found {value!r}.")
+        if every_n_steps is not None and every_n_steps < 1:
+            raise ValueError(f"every_n_steps must be at least 1, or left out; found {every_n_steps}.")
+        if against == "previous" and (every_n_steps is None or lora == "adapter"):
+            raise ValueError("against='previous' needs every_n_steps, and dense vectors (lora='merge').")
         self.base = base
-        self.include = include
-        self.exclude = tuple(exclude)
-        self.dtype = dtypes[dtype]
-        self.task = task
+        include = None if include is None else _patterns("include", include)
+        exclude = _patterns("exclude", exclude)
         self.dirpath = dirpath
-        self._captured: tuple[Path, Fingerprint] | None = None
-        self._resumed_from_step = 0
+        self.weights = weights
+        self.lora = lora
+        self.every_n_steps = every_n_steps
+        self.against = against
+        self.with_checkpoints = with_checkpoints
+        self.at_train_end = at_train_end
+        self.push_to = push_to
+        self._base = Base(base)
+        self._writer = VectorWriter(include, exclude, dtypes[dtype], task, weights, lora, log_geometry)
+        self._step = 0  # of the last trajectory vector
+        self._previous: tuple[Base, int] | None = None  # the weights at that step
         self._unwrap: Callable[[], None] | None = None
 
     # --- the base: captured once, before the first step
 
     def state_dict(self) -> dict[str, Any]:
-        if self._captured is None:
+        if self._base.digest is None:
             return {}
-        path, tree = self._captured
-        return {"base": str(path), "base_fingerprint": tree.digest}
+        state = {**self._base.state(), "run": self._writer.run}
+        if self._previous is not None:
+            state["previous"] = {**self._previous[0].state(), "step": self._previous[1]}
+        return state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        if "base" in state_dict:
-            self._captured = self._find_base(Path(state_dict["base"]), state_dict["base_fingerprint"])
+        if "base" not in state_dict:
+            return
+        self._base = Base(self.base, state_dict["base"], state_dict["base_fingerprint"])
+        self._writer.run = state_dict.get("run")
+        previous = state_dict.get("previous")
+        if previous is not None:
+            same = previous["base_fingerprint"] == self._base.digest
+            weights = self._base if same else Base(None, previous["base"], previous["base_fingerprint"])
+            self._previous = weights, previous["step"]
 
     def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         # trainer.ckpt_path is no sign of a resumed run: the learning-rate finder leaves it set on a fresh one.
-        self._resumed_from_step = checkpoint.get("global_step", 0)
+        self._base.resumed_from_step = checkpoint.get("global_step", 0)
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        if self._captured is not None or trainer.fast_dev_run:  # resumed, or fit() called again on the same objects
-            return
-        if self.base is not None:
-            weights = open_weights(self.base)
-            check_same(
-                canonical_state_dict(pl_module.state_dict()), weights, "the model", f"the base {os.fspath(self.base)}"
-            )
-            self._captured = Path(self.base).absolute(), fingerprint(weights)
-            return
-        if self._resumed_from_step > 0:
-            raise ValueError(
-                f"This run resumes at step {self._resumed_from_step} from a checkpoint that names no base, and the "
-                f"resumed weights are not the base. Pass the original base: TaskVectorCallback(base=PATH)."
-            )
-        state = canonical_state_dict(pl_module.state_dict())
-        tree = fingerprint(state)
-        path = self._folder(trainer) / f"base-{tree.digest}.safetensors"
-        self._on_rank_zero(trainer, lambda: None if path.exists() else save_weights(state, path))
-        self._captured = path, tree
+        # Strategies that shard restore a checkpoint after this hook: there only on_train_start knows what to do.
+        if not trainer.fast_dev_run and not is_sharded(trainer.strategy):
+            self._settle(trainer, pl_module)
 
-    def _folder(self, trainer: L.Trainer) -> Path:
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if trainer.fast_dev_run:
+            return
+        self._settle(trainer, pl_module)
+        self._step = trainer.global_step
+        if self.against == "previous":
+            self._settle_previous(trainer, pl_module)
+
+    def _settle(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Find, check or write the base, unless that is done."""
+        self._writer.run = trainer.strategy.broadcast(self._writer.run or uuid.uuid4().hex[:12])
+        if is_sharded(trainer.strategy) and LoraView(pl_module):
+            raise ValueError(
+                f"LoRA modules cannot be read under {type(trainer.strategy).__name__}. Use DDP; or train without the "
+                f"callback, save the adapter with peft, and use its folder as a task vector."
+            )
+        if not self._base.settled:
+            starts_here = self._base.digest is None and self.base is None
+            self._settle_one(trainer, pl_module, self._base)
+            if starts_here and self.against == "previous":
+                self._previous = self._base, 0
+
+    def _settle_one(self, trainer: L.Trainer, pl_module: L.LightningModule, base: Base) -> None:
+        state = canonical_state_dict(live_state(trainer.strategy, pl_module))
+        base.settle(Shards(trainer.strategy, state), state, LoraView(pl_module), self.folder(trainer))
+
+    def _settle_previous(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Find the weights of the last trajectory vector; after resuming without them, those resumed from."""
+        step = trainer.global_step
+        if self._previous is not None and self._previous[0].try_to_settle(trainer.strategy):
+            return
+        previous = Base(None, name=f"{SNAPSHOT}{self._writer.run}-{step}.safetensors")
+        self._settle_one(trainer, pl_module, previous)
+        self._previous = previous, step
+
+    def folder(self, trainer: L.Trainer) -> str:
+        """Give the folder of the base and of vectors that belong to no checkpoint; every rank must ask."""
         folder = self.dirpath or getattr(trainer.checkpoint_callback, "dirpath", None) or trainer.default_root_dir
-        return Path(trainer.strategy.broadcast(os.fspath(folder))).absolute()
+        return plain(trainer.strategy.broadcast(os.fspath(folder)))
 
-    def _find_base(self, path: Path, digest: str) -> tuple[Path, Fingerprint]:
-        if self.base is not None:
-            path = Path(self.base).absolute()
-        if not path.exists():
-            raise FileNotFoundError(
-                f"The base that this run started from was expected at {path}, but nothing is there. Put it back, or "
-                f"pass its new place: TaskVectorCallback(base=PATH)."
-            )
-        tree = fingerprint(open_weights(path))
-        if tree.digest != digest:
-            raise ValueError(
-                f"The checkpoint was trained from the base {digest}, but {path} is {tree.digest}. Put the original "
-                f"base back, or pass its place: TaskVectorCallback(base=PATH)."
-            )
-        return path, tree
+    def open_base(self, trainer: L.Trainer) -> LazyWeights:
+        """Open the base that vectors are taken against, on any rank that can read its file."""
+        return self._base.weights if trainer.is_global_zero else open_anywhere(self._base.path)
 
-    # --- the vectors: the strategy saves and removes every checkpoint, whoever asked for it
+    # --- when: with checkpoints, as the strategy saves and removes every one, whoever asked for it
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         if stage != "fit":
             return
         strategy = trainer.strategy
-        save, remove = strategy.save_checkpoint, strategy.remove_checkpoint
+        check_strategy(strategy)
+        along_the_way = self.every_n_steps is not None
+        check_averaging(trainer, self, self.weights, along_the_way, self.at_train_end)
+        if self._unwrap is not None:  # a fit that ended by an exception
+            self._unwrap()
+        self._writer.run = self._previous = None
+        self._writer.reset()
+        save, remove_checkpoint = strategy.save_checkpoint, strategy.remove_checkpoint
 
         def save_with_vector(checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
+            filepath = strategy.broadcast(filepath)
+            kept = dict(checkpoint)  # strategies that shard take the weights out
             save(checkpoint, filepath, storage_options=storage_options)
             # Hidden names are the tuner's own temporary checkpoints.
-            if not Path(filepath).name.startswith("."):
-                self._on_rank_zero(trainer, lambda: self._write(trainer, pl_module, checkpoint, Path(filepath)))
+            if self.with_checkpoints and not os.path.basename(filepath).startswith("."):
+                job = Job(
+                    vector_path(filepath),
+                    *choose_weights(trainer, pl_module, self.weights, kept),
+                    self._base,
+                    checkpoint=kept,
+                )
+                self._writer.emit(trainer, pl_module, job)
 
         def remove_with_vector(filepath: Any) -> None:
-            remove(filepath)
-            if trainer.is_global_zero:
-                vector_path(filepath).unlink(missing_ok=True)
+            remove_checkpoint(filepath)
+            if trainer.is_global_zero and self.with_checkpoints:
+                for path in (vector_path(filepath), vector_path(filepath, ADAPTER)):
+                    remove(path)
+                    self._writer.written.pop(path, None)
 
         def unwrap() -> None:
-            strategy.save_checkpoint, strategy.remove_checkpoint = save, remove
+            strategy.save_checkpoint, strategy.remove_checkpoint = save, remove_checkpoint
 
         strategy.save_checkpoint, strategy.remove_checkpoint = save_with_vector, remove_with_vector
         self._unwrap = unwrap
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        if self._unwrap is not None:
-            self._unwrap()
-            self._unwrap = None
+        if self._unwrap is None:
+            return
+        self._unwrap()
+        self._unwrap = None
+        self._follow_links(trainer)
+        if self._previous is not None and trainer.is_global_zero:
+            self._previous[0].remove_snapshot()
+        self._previous = None
+        if self.push_to is not None and trainer.is_global_zero and not trainer.fast_dev_run:
+            self._push()
+        failures, self._writer.failures = self._writer.failures, []
+        if failures and trainer.is_global_zero:
+            warnings.warn(f"{len(failures)} things were not done while fitting: {some(failures)}", stacklevel=2)
 
-    def _write(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: Mapping[str, Any], filepath: Path
-    ) -> None:
-        path, tree = self._captured
-        base = open_weights(path)
-        # A module may leave parts it did not train out of its checkpoint: those are the base's.
-        finetuned: dict[str, Tensor] = {**base, **canonical_state_dict(checkpoint["state_dict"])}
-        buffers = set(canonical_names([name for name, _ in pl_module.named_buffers(remove_duplicate=False)]))
-        datamodule = getattr(trainer, "datamodule", None)
-        vector = TaskVector.between(
-            base,
-            {name: tensor.detach().cpu() for name, tensor in finetuned.items()},
-            buffers=buffers,
-            exclude=[name for name in base if name not in buffers and not self._selects(name)],
-            origin=Origin(
-                base=tree,
-                task=self.task or getattr(datamodule, "name", None),
-                step=checkpoint.get("global_step"),
-                epoch=checkpoint.get("epoch"),
-                averaged="averaging_state" in checkpoint,
-                metrics={name: float(value) for name, value in trainer.callback_metrics.items() if value.numel() == 1},
-                hyperparameters=_json_only(checkpoint.get("hyper_parameters", pl_module.hparams)),
-            ),
-        )
-        vector.save(vector_path(filepath), dtype=self.dtype)
+    # --- when: along the way, at the end, on request
 
-    def _selects(self, name: str) -> bool:
-        included = self.include is None or any(re.fullmatch(pattern, name) for pattern in self.include)
-        return included and not any(re.fullmatch(pattern, name) for pattern in self.exclude)
+    def on_train_batch_start(self, trainer: L.Trainer, *_: Any) -> None:
+        self._follow_links(trainer)
 
-    @staticmethod
-    def _on_rank_zero(trainer: L.Trainer, action: Callable[[], object]) -> None:
-        """Run ``action`` on rank 0; if it fails there, fail everywhere rather than leave the others waiting."""
-        error: Exception | None = None
-        if trainer.is_global_zero:
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
+        step, every = trainer.global_step, self.every_n_steps
+        if every is None or trainer.fast_dev_run or step // every <= self._step // every:
+            return
+        path = f"{self.folder(trainer)}/trajectory/step={step:08d}{SUFFIX}"
+        base, since = (self._base, None) if self._previous is None else self._previous
+        self._emit_now(trainer, pl_module, path, base, since)
+        self._step = step
+        if self._writer.snapshot is not None and trainer.is_global_zero:
+            base.remove_snapshot()
+            self._previous, self._writer.snapshot = (self._writer.snapshot, step), None
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if self.at_train_end and not trainer.fast_dev_run:
+            self._emit_now(trainer, pl_module, f"{self.folder(trainer)}/final{SUFFIX}", self._base)
+
+    def save_vector(self, trainer: L.Trainer, path: str | os.PathLike[str]) -> SavedVector:
+        """Write the task vector of the weights as they are now, while fitting; every rank must call it.
+
+        Args:
+            trainer: The Trainer that is fitting.
+            path: Conventionally ends in ``.tv.safetensors``; may be remote. A file of this name is replaced.
+
+        Returns:
+            What was written.
+
+        Raises:
+            RuntimeError: The Trainer is not fitting, so that there is no base yet.
+            OSError: It cannot be written; unlike those that the callback writes by itself, this is an error.
+        """
+        if not self._base.settled or self._unwrap is None:
+            raise RuntimeError("save_vector needs a Trainer that is fitting with this callback; call it from a hook.")
+        return self._emit_now(trainer, trainer.lightning_module, plain(path), self._base, requested=True)
+
+    def on_vector_saved(self, trainer: L.Trainer, pl_module: L.LightningModule, saved: SavedVector) -> None:
+        """Called on every rank after a vector is written; for subclasses and other callbacks to override."""
+
+    # --- writing
+
+    def _emit_now(
+        self,
+        trainer: L.Trainer,
+        pl_module: L.LightningModule,
+        path: str,
+        base: Base,
+        since_step: int | None = None,
+        requested: bool = False,
+    ) -> SavedVector | None:
+        chosen = choose_weights(trainer, pl_module, self.weights)
+        return self._writer.emit(trainer, pl_module, Job(path, *chosen, base, since_step, requested=requested))
+
+    # --- what follows a vector
+
+    def _follow_links(self, trainer: L.Trainer) -> None:
+        """Link ``last.tv.safetensors`` where ModelCheckpoint(save_last="link") has linked ``last.ckpt``."""
+        for callback in trainer.checkpoint_callbacks if trainer.is_global_zero and self.with_checkpoints else ():
+            last = callback.last_model_path if isinstance(callback, ModelCheckpoint) else ""
+            if not last or callback.save_last != "link" or not os.path.islink(last):
+                continue
+            for suffix in (SUFFIX, ADAPTER):
+                link, target = vector_path(last, suffix), vector_path(os.readlink(last), suffix)
+                if os.path.islink(link) and os.readlink(link) == target:
+                    continue
+                if os.path.exists(os.path.join(os.path.dirname(link), target)):
+                    remove(link)
+                    os.symlink(target, link)
+
+    def _push(self) -> None:
+        for path in (self._base.path, *self._writer.written):
             try:
-                action()
-            except Exception as caught:  # re-raised below on every rank
-                error = caught
-        message = trainer.strategy.broadcast(None if error is None else f"{type(error).__name__}: {error}")
-        if error is not None:
-            raise error
-        if message is not None:
-            raise RuntimeError(f"Rank 0 could not write a task vector: {message}")
+                if exists(path):
+                    with local_copy(path) as local:
+                        push(local, self.push_to)
+            except OSError as error:
+                self._writer.failures.append(f"{path} was not pushed to {self.push_to}: {error}")
 
 
-def vector_path(checkpoint: str | os.PathLike[str]) -> Path:
-    """Give the name of the task vector that belongs to a checkpoint.
-
-    Example:
-        >>> vector_path("runs/mnist/last.ckpt").as_posix()
-        'runs/mnist/last.tv.safetensors'
-    """
-    return Path(str(checkpoint).removesuffix(".ckpt") + SUFFIX)
-
-
-def _json_only(hyperparameters: Mapping[str, Any]) -> dict[str, Any]:
-    """Keep what JSON can hold; the file must not need a class of the run to be read."""
-    kept = {}
-    for name, value in hyperparameters.items():
+def _patterns(name: str, patterns: Sequence[str]) -> tuple[str, ...]:
+    if isinstance(patterns, str):
+        raise ValueError(f"{name} must be a list of regular expressions, not one string: [{patterns!r}].")
+    for pattern in patterns:
         try:
-            json.dumps(value)
-        except TypeError:
-            value = str(value)
-        kept[str(name)] = value
-    return kept
+            re.compile(pattern)
+        except re.error as error:
+            raise ValueError(f"{name} holds {pattern!r}, which is no regular expression: {error}.") from error
+    return tuple(patterns)

@@ -1,9 +1,17 @@
 """Tiny Lightning classes that configs in the tests name by their path."""
 
+import os
+import socket
+
 import lightning as L
 import torch
+import torch.multiprocessing as mp
+from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
+from tva.callbacks import TaskVectorCallback
+
+from tva import TaskVector, fingerprint, open_weights
 
 
 class Blobs(L.LightningDataModule):
@@ -72,3 +80,108 @@ class ControlCallback(L.Callback):
 
     def on_fit_start(self, trainer, pl_module):
         self.seen.update(control=self.control.hparams.seed, data=trainer.datamodule.hparams.seed)
+
+
+class MixedNet(L.LightningModule):
+    """A network with all kinds of tensors: trained, frozen, BatchNorm statistics, an integer buffer."""
+
+    def __init__(self, width: int = 4) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.body = nn.Sequential(nn.Linear(3, width), nn.BatchNorm1d(width), nn.Linear(width, 1))
+        self.frozen = nn.Linear(2, 2).requires_grad_(False)
+
+    def training_step(self, batch, batch_idx):
+        (inputs,) = batch
+        loss = self.body(inputs).pow(2).mean()
+        self.log("loss", loss)
+        return loss
+
+    def configure_optimizers(self):
+        return torch.optim.AdamW(self.parameters(), lr=0.05)
+
+    def train_dataloader(self):
+        torch.manual_seed(1)
+        return DataLoader(TensorDataset(torch.randn(16, 3)), batch_size=4)
+
+
+def fit(folder, callback=None, *, epochs=2, model=None, ckpt_path=None, callbacks=(), checkpoint=None, **options):
+    """Fit with a TaskVectorCallback, on the CPU and quietly; a checkpoint an epoch."""
+    checkpoint = checkpoint or ModelCheckpoint(dirpath=folder, save_top_k=-1)
+    trainer = L.Trainer(
+        max_epochs=epochs,
+        accelerator="cpu",
+        devices=options.pop("devices", 1),
+        callbacks=[callback or TaskVectorCallback(), *callbacks, checkpoint],
+        logger=options.pop("logger", False),
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        default_root_dir=folder,
+        **options,
+    )
+    model = model or MixedNet()
+    trainer.fit(model, ckpt_path=ckpt_path)
+    return trainer, model
+
+
+def names(folder, pattern="*"):
+    """Names of the files in a folder."""
+    return sorted(file.name for file in folder.glob(pattern))
+
+
+def assert_vector_is_checkpoint_minus_base(folder, name):
+    """Compare a vector, bit for bit, with the one taken by hand from the checkpoint."""
+    (base_file,) = folder.glob("base-*.safetensors")
+    base, tuned = open_weights(base_file), open_weights(folder / f"{name}.ckpt")
+    vector = TaskVector.load(folder / f"{name}.tv.safetensors")
+    for key, delta in {**vector.deltas, **vector.buffers}.items():
+        assert torch.equal(delta, tuned[key] - base[key]), key
+    assert vector.origin.base.digest == fingerprint(base).digest
+    assert vector.origin.finetuned == fingerprint(tuned).digest
+    return vector
+
+
+def run_ranks(function, *args, join=True):
+    """Run ``function(*args)`` on two gloo ranks that Lightning believes were launched from outside."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    return mp.start_processes(_rank, (port, function, args), nprocs=2, join=join, start_method="fork")
+
+
+def _rank(rank, port, function, args):
+    os.environ.update(
+        LOCAL_RANK=str(rank), NODE_RANK="0", WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
+    )
+    torch.set_num_threads(1)
+    function(*args)
+
+
+class ShardedNet(MixedNet):
+    """Sharded by FSDP2 over the ranks; rows that do not divide evenly, tied weights."""
+
+    def __init__(self, width: int = 5) -> None:
+        super().__init__(width)
+        self.tied = nn.Linear(3, width, bias=False)
+        self.tied.weight = self.body[0].weight
+
+    def configure_model(self):
+        from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+
+        if self.device_mesh is not None:
+            mesh = self.device_mesh["data_parallel"]
+            fully_shard(self.body[2], mesh=mesh)
+            fully_shard(self, mesh=mesh)
+            register_fsdp_forward_method(self, "training_step")
+
+
+def fsdp1(**options):
+    """FSDP version 1 on the CPU, which Lightning itself refuses to start."""
+    from lightning.pytorch.strategies import FSDPStrategy
+    from torch.distributed.fsdp import FullyShardedDataParallel
+
+    class OnCpu(FSDPStrategy):
+        def _setup_model(self, model):
+            return FullyShardedDataParallel(model, device_id=torch.device("cpu"), **self.kwargs)
+
+    return OnCpu(**options)

@@ -1,74 +1,17 @@
 """TaskVectorCallback in Trainers as people have them: one device, DDP, EMA, weights only, resumed."""
 
 import os
-import socket
 
 import lightning as L
 import pytest
 import torch
-import torch.multiprocessing as mp
 from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
+from small_models import MixedNet as Net
+from small_models import assert_vector_is_checkpoint_minus_base, fit, names, run_ranks
 from torch import nn
-from torch.utils.data import DataLoader, TensorDataset
 from tva.callbacks import TaskVectorCallback
 
 from tva import MismatchError, TaskVector, fingerprint, open_weights, save_weights
-
-
-class Net(L.LightningModule):
-    """A network with all kinds of tensors: trained, frozen, BatchNorm statistics, an integer buffer."""
-
-    def __init__(self, width: int = 4) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.body = nn.Sequential(nn.Linear(3, width), nn.BatchNorm1d(width), nn.Linear(width, 1))
-        self.frozen = nn.Linear(2, 2).requires_grad_(False)
-
-    def training_step(self, batch, batch_idx):
-        (inputs,) = batch
-        loss = self.body(inputs).pow(2).mean()
-        self.log("loss", loss)
-        return loss
-
-    def configure_optimizers(self):
-        return torch.optim.AdamW(self.parameters(), lr=0.05)
-
-    def train_dataloader(self):
-        torch.manual_seed(1)
-        return DataLoader(TensorDataset(torch.randn(16, 3)), batch_size=4)
-
-
-def fit(folder, callback=None, *, epochs=2, model=None, ckpt_path=None, callbacks=(), checkpoint=None, **options):
-    checkpoint = checkpoint or ModelCheckpoint(dirpath=folder, save_top_k=-1)
-    trainer = L.Trainer(
-        max_epochs=epochs,
-        accelerator="cpu",
-        devices=options.pop("devices", 1),
-        callbacks=[callback or TaskVectorCallback(), *callbacks, checkpoint],
-        logger=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        default_root_dir=folder,
-        **options,
-    )
-    model = model or Net()
-    trainer.fit(model, ckpt_path=ckpt_path)
-    return trainer, model
-
-
-def names(folder, pattern="*"):
-    return sorted(file.name for file in folder.glob(pattern))
-
-
-def assert_vector_is_checkpoint_minus_base(folder, name):
-    (base_file,) = folder.glob("base-*.safetensors")
-    base, tuned = open_weights(base_file), open_weights(folder / f"{name}.ckpt")
-    vector = TaskVector.load(folder / f"{name}.tv.safetensors")
-    for key, delta in {**vector.deltas, **vector.buffers}.items():
-        assert torch.equal(delta, tuned[key] - base[key]), key
-    assert vector.origin.base.digest == fingerprint(base).digest
-    assert vector.origin.finetuned == fingerprint(tuned).digest
-    return vector
 
 
 def test_a_vector_lies_beside_every_checkpoint(tmp_path):
@@ -233,22 +176,6 @@ def test_the_strategy_is_left_as_it_was(tmp_path):
 # --- two processes
 
 
-def run_ranks(function, *args):
-    """Run ``function(*args)`` on two gloo ranks that Lightning believes were launched from outside."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    mp.start_processes(_rank, (port, function, args), nprocs=2, start_method="fork")
-
-
-def _rank(rank, port, function, args):
-    os.environ.update(
-        LOCAL_RANK=str(rank), NODE_RANK="0", WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
-    )
-    torch.set_num_threads(1)
-    function(*args)
-
-
 def _fit_ddp(folder, ckpt_path=None, epochs=2):
     fit(folder, devices=2, strategy="ddp", ckpt_path=ckpt_path, epochs=epochs)
 
@@ -266,11 +193,14 @@ def test_ddp_writes_one_right_vector_fresh_and_resumed(tmp_path):
 
 
 def _fail_on_rank_zero(folder):
-    callback = TaskVectorCallback()
-    callback._write = lambda *_: (_ for _ in ()).throw(OSError("disk full"))
-    expected = OSError if os.environ["LOCAL_RANK"] == "0" else RuntimeError
-    with pytest.raises(expected, match="disk full"):
-        fit(folder, callback, devices=2, strategy="ddp")
+    class Diverging(Net):
+        def on_train_epoch_end(self):
+            with torch.no_grad():
+                self.body[0].weight.fill_(float("nan"))
+
+    expected = ValueError if os.environ["LOCAL_RANK"] == "0" else RuntimeError
+    with pytest.raises(expected, match="hold NaN or infinity"):
+        fit(folder, model=Diverging(), devices=2, strategy="ddp")
     (folder / f"failed-{os.environ['LOCAL_RANK']}").touch()
 
 

@@ -49,6 +49,9 @@ class Origin:
         step: Optimizer steps at the checkpoint.
         epoch: Epochs at the checkpoint.
         averaged: Whether the weights were averaged (EMA, SWA) rather than raw.
+        weights: Which weights the run was asked for: ``"checkpoint"``, ``"raw"`` or ``"averaged"``.
+        run: Identifies the run, through interruptions and resumptions.
+        since_step: Optimizer steps at the weights that take the base's place, in a vector against the previous one.
         metrics: Metrics monitored when the checkpoint was written.
         hyperparameters: Hyperparameters of the run, JSON values only.
     """
@@ -59,6 +62,9 @@ class Origin:
     step: int | None = None
     epoch: int | None = None
     averaged: bool | None = None
+    weights: str | None = None
+    run: str | None = None
+    since_step: int | None = None
     metrics: Mapping[str, float] = field(default_factory=dict)
     hyperparameters: Mapping[str, Any] = field(default_factory=dict)
 
@@ -443,38 +449,10 @@ class TaskVector:
         overflown = [name for name, value in tensors.items() if not bool(torch.isfinite(value).all())]
         if overflown:
             raise ValueError(f"The deltas of {some(overflown)} do not fit {dtype}; choose a dtype of wider range.")
-        save_weights(tensors, path, self._header())
+        save_weights(tensors, path, vector_header(self.origin, self.buffers, self.untouched))
 
     def _tensors(self) -> dict[str, Tensor]:
         return {**self.deltas, **self.buffers}
-
-    def _header(self) -> dict[str, str]:
-        origin = self.origin
-        reasons: dict[str, list[str]] = {}
-        for name, reason in self.untouched.items():
-            reasons.setdefault(reason, []).append(name)
-        facts: dict[str, Any] = {
-            "base_fingerprint": origin.base.digest if origin.base else None,
-            "base_tensors": dict(origin.base.tensors) if origin.base else None,
-            "finetuned_fingerprint": origin.finetuned,
-            "task": origin.task,
-            "step": origin.step,
-            "epoch": origin.epoch,
-            "averaged": origin.averaged,
-            "metrics": dict(origin.metrics),
-            "hyperparameters": dict(origin.hyperparameters),
-            "buffers": list(self.buffers),
-            "untouched": reasons,
-            "encoding": "dense",
-            "version": __version__,
-            "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        }
-        header = {
-            f"tva.{key}": value if isinstance(value, str) else json.dumps(value)
-            for key, value in facts.items()
-            if value is not None
-        }
-        return {"tva.format": FORMAT, **header}
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> TaskVector:
@@ -499,6 +477,47 @@ class TaskVector:
             untouched,
             origin,
         )
+
+
+def vector_header(origin: Origin, buffers: Collection[str], untouched: Mapping[str, str]) -> dict[str, str]:
+    """Make the header of a task vector file.
+
+    Args:
+        origin: Where the vector comes from.
+        buffers: Names of the running statistics that it moves.
+        untouched: Names that it does not move, each with the reason.
+
+    Returns:
+        Text by key, for the metadata of a safetensors file.
+    """
+    reasons: dict[str, list[str]] = {}
+    for name, reason in untouched.items():
+        reasons.setdefault(reason, []).append(name)
+    facts: dict[str, Any] = {
+        "base_fingerprint": origin.base.digest if origin.base else None,
+        "base_tensors": dict(origin.base.tensors) if origin.base else None,
+        "finetuned_fingerprint": origin.finetuned,
+        "task": origin.task,
+        "step": origin.step,
+        "epoch": origin.epoch,
+        "averaged": origin.averaged,
+        "weights": origin.weights,
+        "run": origin.run,
+        "since_step": origin.since_step,
+        "metrics": dict(origin.metrics),
+        "hyperparameters": dict(origin.hyperparameters),
+        "buffers": list(buffers),
+        "untouched": reasons,
+        "encoding": "dense",
+        "version": __version__,
+        "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+    }
+    header = {
+        f"tva.{key}": value if isinstance(value, str) else json.dumps(value)
+        for key, value in facts.items()
+        if value is not None
+    }
+    return {"tva.format": FORMAT, **header}
 
 
 def is_vector_file(path: str | os.PathLike[str]) -> bool:
@@ -541,6 +560,9 @@ def read_origin(weights: LazyWeights) -> tuple[Origin, set[str], dict[str, str]]
         step=fact("step"),
         epoch=fact("epoch"),
         averaged=fact("averaged"),
+        weights=header.get("weights"),
+        run=header.get("run"),
+        since_step=fact("since_step"),
         metrics=fact("metrics", {}),
         hyperparameters=fact("hyperparameters", {}),
     )

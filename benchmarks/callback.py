@@ -1,0 +1,141 @@
+"""Time what TaskVectorCallback costs a fit, and its emission against writing the same bytes.
+
+    python benchmarks/callback.py [--folder /somewhere/with/space] [--megabytes 600] [--steps 400] [--repeats 5]
+
+Overhead: the same fit of a transformer on the CPU, with a vector every 200 steps and without, in turn, ``--repeats``
+pairs; the median of the paired differences over the median time without is printed. Every vector is of a fresh step, so
+that every one is written in full. Emission: one pass that fingerprints, subtracts and writes, with its fsync, against
+``safetensors.torch.save_file`` of the same deltas, bare and followed by an fsync; in turn, each from page cache.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import os
+import platform
+import statistics
+import tempfile
+import time
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+
+import lightning as L
+import torch
+from safetensors.torch import save_file
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+from tva.callbacks import TaskVectorCallback
+from tva.callbacks.emission import Plan, Source, emit
+
+from tva import fingerprint, open_weights, save_weights
+from tva.task_vector import Origin
+
+
+class Transformer(L.LightningModule):
+    """Four layers of width 256: 3.2 million parameters."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        layer = nn.TransformerEncoderLayer(256, 4, 1024, batch_first=True)
+        self.net = nn.TransformerEncoder(layer, 4, enable_nested_tensor=False)
+
+    def training_step(self, batch, batch_idx):
+        (inputs,) = batch  # (batch, length, width)
+        return (self.net(inputs) - inputs.flip(1)).pow(2).mean()
+
+    def configure_optimizers(self):
+        return torch.optim.AdamW(self.parameters(), lr=1e-4)
+
+
+def time_fit(folder: Path, steps: int, every: int | None) -> float:
+    """Fit once; seconds of the training loop alone, and of the base's writing where there is a callback."""
+    callback = [] if every is None else [TaskVectorCallback(dirpath=folder, every_n_steps=every)]
+    trainer = L.Trainer(
+        max_steps=steps,
+        accelerator="cpu",
+        logger=False,
+        callbacks=callback,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    data = DataLoader(TensorDataset(torch.randn(8 * steps, 16, 256)), batch_size=8)
+    model = Transformer()
+    started = time.perf_counter()
+    trainer.fit(model, data)
+    return time.perf_counter() - started
+
+
+def measure_overhead(folder: Path, steps: int, repeats: int) -> dict[str, float]:
+    time_fit(folder / "warm", min(steps, 20), None)
+    without, extra = [], []
+    for repeat in range(repeats):
+        pair = {}
+        for every in (None, 200) if repeat % 2 else (200, None):
+            pair[every] = time_fit(folder / f"fit-{repeat}", steps, every)
+        without.append(pair[None])
+        extra.append(pair[200] - pair[None])
+    median = statistics.median(without)
+    return {"fit_s": median, "extra_s": statistics.median(extra), "overhead": statistics.median(extra) / median}
+
+
+def measure_emission(folder: Path, megabytes: int, repeats: int) -> dict[str, float]:
+    elements = 2**20  # 4 MiB a tensor
+    base = {f"w{n}": torch.randn(elements) for n in range(max(1, megabytes // 4))}
+    tuned = {name: value + 1e-3 * torch.randn(elements) for name, value in base.items()}
+    save_weights(base, folder / "base.safetensors")
+    weights = open_weights(folder / "base.safetensors")
+    tree = fingerprint(weights)
+    deltas = {name: tuned[name] - base[name] for name in base}
+
+    def vector() -> None:
+        plan = Plan(weights, tree, {name: Source.of(value) for name, value in tuned.items()})
+        emit(plan, folder / "v.tv.safetensors", Origin())
+
+    def library(sync: bool) -> None:
+        save_file(deltas, folder / "s.safetensors")
+        if sync:
+            with open(folder / "s.safetensors", "rb") as file:
+                os.fsync(file.fileno())
+
+    jobs: dict[str, Callable[[], None]] = {
+        "emit_s": vector,
+        "save_file_s": lambda: library(False),
+        "save_file_fsync_s": lambda: library(True),
+    }
+    times: dict[str, list[float]] = {name: [] for name in jobs}
+    for _ in range(repeats + 1):
+        for name, job in jobs.items():
+            started = time.perf_counter()
+            job()
+            times[name].append(time.perf_counter() - started)
+    medians = {name: statistics.median(values[1:]) for name, values in times.items()}  # the first warms the cache
+    ratios = [a / b for a, b in zip(times["emit_s"][1:], times["save_file_s"][1:], strict=True)]
+    return {**medians, "emit_over_save_file": statistics.median(ratios)}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--folder", type=Path)
+    parser.add_argument("--megabytes", type=int, default=600)
+    parser.add_argument("--steps", type=int, default=400)
+    parser.add_argument("--repeats", type=int, default=5)
+    arguments = parser.parse_args()
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", module="lightning")
+    with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
+        result = {
+            "machine": f"{platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}",
+            "threads": torch.get_num_threads(),
+            **measure_emission(Path(folder), arguments.megabytes, arguments.repeats),
+            **measure_overhead(Path(folder), arguments.steps, arguments.repeats),
+        }
+    print(json.dumps(result, indent=2))
+
+
+if __name__ == "__main__":
+    main()

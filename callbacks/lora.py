@@ -1,0 +1,136 @@
+r"""LoRA modules (peft) in a model: the names of the model without them, and what they add to its weights.
+
+A difference of the factors A and B is no task vector: :math:`B'A' - BA` is not :math:`(B'-B)(A'-A)`. So either the
+dense product is taken, as merging the adapter would, or the adapter is kept as it is, beside its base.
+
+Source: Hu et al., "LoRA: low-rank adaptation of large language models", ICLR 2022.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from tva.state_dict import some
+from tva.weights import save_weights
+
+
+class LoraView:
+    """A model with LoRA modules, seen as the model that they were put into.
+
+    Args:
+        module: Any module; one without LoRA is seen as it is.
+
+    Raises:
+        ValueError: It has modules of peft that change weights in another way than LoRA's product.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self.layers: dict[str, nn.Module] = {}
+        self._copies: dict[str, nn.Module] = {}
+        self.roots: dict[str, nn.Module] = {}
+        refused = []
+        for raw, part in module.named_modules():
+            name = ".".join(piece for piece in raw.split(".") if piece != "_orig_mod")
+            if hasattr(part, "base_layer") and hasattr(part, "active_adapters"):
+                self.layers[name] = part
+                reason = _unsupported(part)
+                if reason:
+                    refused.append(f"{name} ({reason})")
+            elif hasattr(part, "original_module") and hasattr(part, "modules_to_save"):
+                self._copies[name] = part
+            elif hasattr(part, "peft_config") and hasattr(part, "get_base_model"):
+                self.roots[name] = part
+        if refused:
+            raise ValueError(
+                f"TaskVectorCallback reads plain LoRA alone, and not {some(refused)}. Train without it, merge the "
+                f"adapter (merge_and_unload), and take the vector from the base to the merged model."
+            )
+
+    def __bool__(self) -> bool:
+        return bool(self.layers)
+
+    def plain_names(self, names: Iterable[str]) -> dict[str, str]:
+        """Map the names of the model without LoRA to those of the state dict; what LoRA adds is left out."""
+        if not self:
+            return {name: name for name in names}
+        plain = {}
+        for stored in names:
+            name = self._plain(stored)
+            if name is not None:
+                plain[name] = stored
+        return plain
+
+    def _plain(self, name: str) -> str | None:
+        parts = name.split(".")
+        for end in range(1, len(parts)):
+            owner, rest = ".".join(parts[:end]), parts[end:]
+            if owner in self.layers:
+                if rest[0] != "base_layer":
+                    return None
+                return self._without_root(".".join([owner, *rest[1:]]))
+            if owner in self._copies:
+                if rest[0] != "modules_to_save" or rest[1] not in self._copies[owner].active_adapters:
+                    return None
+                return self._without_root(".".join([owner, *rest[2:]]))
+        return self._without_root(name)
+
+    def _without_root(self, name: str) -> str:
+        for root in self.roots:
+            before = f"{root}.base_model.model." if root else "base_model.model."
+            if name.startswith(before):
+                return (f"{root}." if root else "") + name[len(before) :]
+        return name
+
+    def deltas(self) -> dict[str, Callable[[], Tensor]]:
+        """Map plain names of weights to functions that give the flattened float32 delta of the active adapters."""
+        return {
+            self._without_root(f"{name}.weight"): (lambda layer=layer: _delta(layer))
+            for name, layer in self.layers.items()
+            if layer.active_adapters
+        }
+
+    def save_adapter(self, folder: Path, metadata: dict[str, str]) -> None:
+        """Write the active adapter of the one peft model as an adapter folder, which `tva.weights.open_adapter` reads.
+
+        Raises:
+            ValueError: There is not exactly one peft model with one active adapter.
+        """
+        from peft import get_peft_model_state_dict
+
+        active = {name: list(root.active_adapters) for name, root in self.roots.items()}
+        if len(active) != 1 or any(len(adapters) != 1 for adapters in active.values()):
+            raise ValueError(
+                f"lora='adapter' keeps one adapter of one peft model; found {active or 'none'}. Use lora='merge'."
+            )
+        ((name, root),) = self.roots.items()
+        (adapter,) = active[name]
+        weights = get_peft_model_state_dict(root, adapter_name=adapter)
+        weights = {key.replace("_orig_mod.", ""): value for key, value in weights.items()}
+        root.peft_config[adapter].save_pretrained(str(folder))
+        save_weights(weights, folder / "adapter_model.safetensors", metadata)
+
+
+def _unsupported(layer: nn.Module) -> str | None:
+    if not hasattr(layer, "lora_A") or not hasattr(layer, "get_delta_weight"):
+        return type(layer).__name__
+    if getattr(layer, "lora_variant", None) or any(getattr(layer, "use_dora", {}).values()):
+        return "a LoRA variant such as DoRA"
+    if any(getattr(layer, "lora_bias", {}).values()):
+        return "lora_bias"
+    weight = getattr(layer.base_layer, "weight", None)
+    if weight is None or not weight.is_floating_point():
+        return "a quantized or missing base weight"
+    return None
+
+
+@torch.no_grad()
+def _delta(layer: nn.Module) -> Tensor:
+    if layer.merged:
+        raise ValueError("A LoRA adapter is merged into its base while training; call unmerge() first.")
+    deltas = [layer.get_delta_weight(adapter) for adapter in layer.active_adapters]
+    total = sum(deltas[1:], deltas[0].float() if deltas[0].dtype != torch.float64 else deltas[0])
+    return total.detach().cpu().reshape(-1)

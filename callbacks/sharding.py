@@ -1,0 +1,212 @@
+"""Which strategies are supported, and how a sharded state dict reaches rank 0: a message at a time, never whole.
+
+Rank 0 alone reads the base and writes files. The other ranks send it their shards, in an order that it has announced,
+and it receives all of them even after it has failed, so that nobody waits for nobody.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, TypeVar
+
+import lightning as L
+import torch
+import torch.distributed as dist
+from lightning.pytorch.strategies import (
+    DDPStrategy,
+    DeepSpeedStrategy,
+    FSDPStrategy,
+    ModelParallelStrategy,
+    SingleDeviceStrategy,
+    SingleDeviceXLAStrategy,
+    Strategy,
+    XLAStrategy,
+)
+from torch import Tensor
+from torch.distributed.tensor import DTensor, Shard
+from tva.callbacks.emission import Source
+
+from tva.state_dict import MismatchError, some
+from tva.weights import Spec
+
+T = TypeVar("T")
+
+CHUNK = 2**20  # elements that one message brings
+
+SUPPORTED = (SingleDeviceStrategy, DDPStrategy, FSDPStrategy, ModelParallelStrategy, DeepSpeedStrategy)
+
+
+def check_strategy(strategy: Strategy) -> None:
+    """Refuse, before training starts, a strategy under which no right vector could be written.
+
+    Raises:
+        ValueError: The strategy is not supported; the message says what to do instead.
+    """
+    name = type(strategy).__name__
+    if not isinstance(strategy, SUPPORTED) or isinstance(strategy, (SingleDeviceXLAStrategy, XLAStrategy)):
+        raise ValueError(
+            f"TaskVectorCallback supports {', '.join(kind.__name__ for kind in SUPPORTED)}; this Trainer uses {name}. "
+            f"Train without the callback, and take the vector from the checkpoint afterwards: "
+            f"TaskVector.between(open_weights(BASE), open_weights(CHECKPOINT))."
+        )
+    if isinstance(strategy, DeepSpeedStrategy) and strategy.zero_stage_3:
+        raise ValueError(
+            f"{name} with ZeRO stage 3 gives a callback no weights to read. Use stage 1 or 2, FSDPStrategy or "
+            f"ModelParallelStrategy; or save the base before training, train without the callback, and take the "
+            f"vector from the checkpoint's folder: TaskVector.between(open_weights(BASE), open_weights(FOLDER))."
+        )
+
+
+def is_sharded(strategy: Strategy) -> bool:
+    """Whether a rank holds only a part of the weights while it trains."""
+    return isinstance(strategy, (FSDPStrategy, ModelParallelStrategy))
+
+
+def live_state(strategy: Strategy, module: L.LightningModule) -> dict[str, Any]:
+    """Give the weights as they are now, each rank its own shards; every rank must ask."""
+    if not is_sharded(strategy):
+        return module.state_dict()
+    from torch.distributed.checkpoint.state_dict import get_model_state_dict
+
+    return get_model_state_dict(strategy.model)
+
+
+def is_shard(tensor: Tensor) -> bool:
+    """Whether a tensor is this rank's part of one that lies on several."""
+    return isinstance(tensor, DTensor) or hasattr(tensor, "local_shards")
+
+
+class Shards:
+    """The sharded tensors of a state dict, sent to rank 0 one after the other.
+
+    Every rank makes one of the same names, and calls `on_rank_zero`.
+
+    Args:
+        strategy: The Trainer's.
+        state: This rank's state dict; tensors that are whole are left alone.
+
+    Raises:
+        MismatchError: The ranks hold different names.
+    """
+
+    def __init__(self, strategy: Strategy, state: Mapping[str, Tensor]) -> None:
+        self.strategy = strategy
+        self.tensors = {name: tensor for name, tensor in state.items() if is_shard(tensor)}
+        self._waiting: list[str] = []
+        self._taken: Iterator[Tensor] = iter(())
+        if strategy.world_size > 1 and is_sharded(strategy):
+            text = "\n".join(f"{name} {list(tensor.shape)}" for name, tensor in sorted(self.tensors.items()))
+            digests: list[Any] = [None] * strategy.world_size
+            dist.all_gather_object(digests, hashlib.sha1(text.encode()).hexdigest())
+            if len(set(digests)) > 1:
+                ranks = [rank for rank, digest in enumerate(digests) if digest != digests[0]]
+                raise MismatchError(
+                    f"All ranks must hold shards of the same tensors, but ranks {some(ranks)} differ from rank 0 "
+                    f"(this one holds {len(self.tensors)}). Build the same model on every rank."
+                )
+
+    def on_rank_zero(self, prepare: Callable[[], tuple[Sequence[str], Callable[[], T]]]) -> T:
+        """Do something on rank 0 while the others send it their shards; a failure there is one everywhere.
+
+        Args:
+            prepare: Called on rank 0; gives the names in the order in which their `parts` will be taken, and the
+                function that takes them.
+
+        Returns:
+            What that function gave, on every rank.
+
+        Raises:
+            RuntimeError: Rank 0 failed; there the error itself is raised.
+        """
+        error: Exception | None = None
+        value = None
+        if not self.strategy.is_global_zero:
+            for name in self.strategy.broadcast(None):
+                for _ in self._exchange(name):
+                    pass
+        else:
+            work = None
+            try:
+                order, work = prepare()
+                self._waiting = [name for name in order if name in self.tensors]
+            except Exception as caught:  # raised below on every rank
+                error = caught
+            self.strategy.broadcast(list(self._waiting))
+            try:
+                value = None if work is None else work()
+            except Exception as caught:  # likewise
+                error = caught
+            for _ in self._taken:  # what nobody will use is received as well, so that no rank waits
+                pass
+            while self._waiting:
+                for _ in self._exchange(self._waiting.pop(0)):
+                    pass
+        message = None if error is None else f"{type(error).__name__}: {error}"
+        value, message = self.strategy.broadcast((value, message))
+        if error is not None:
+            raise error
+        if message is not None:
+            raise RuntimeError(f"Rank 0 could not take a task vector: {message}")
+        return value
+
+    def source(self, name: str) -> Source:
+        """Make a source of a sharded tensor, to be read in the announced order."""
+        tensor = self.tensors[name]
+        return Source(Spec(tensor.dtype, torch.Size(tensor.shape)), lambda: self.parts(name))
+
+    def parts(self, name: str) -> Iterator[Tensor]:
+        """Give, on rank 0, the flattened tensor part by part, on the CPU."""
+        if not self._waiting or self._waiting[0] != name:
+            raise RuntimeError(f"{name!r} was asked for out of the announced order.")
+        self._taken = self._exchange(self._waiting.pop(0))
+        for part in self._taken:
+            yield part.detach().cpu().contiguous().reshape(-1)
+
+    def _exchange(self, name: str) -> Iterator[Tensor]:
+        """Bring one tensor to rank 0; every rank must run it to its end."""
+        tensor, device = self.tensors[name], self.strategy.root_device
+        layout = _layout(tensor)
+        if layout is None:  # split in several ways at once, as by tensor parallelism: whole, but this one alone
+            yield tensor.detach().to(device).full_tensor()
+            return
+        mine = dist.get_rank()
+        local = iter(_local_parts(tensor))
+        for rank, shape in layout:
+            count, part = shape.numel(), next(local).detach().reshape(-1) if rank == mine else None
+            if count == 0 and mine == 0:
+                yield torch.empty(0, dtype=tensor.dtype)
+            for start in range(0, count, CHUNK):
+                size = min(CHUNK, count - start)
+                piece = torch.empty(size, dtype=tensor.dtype, device=device) if part is None and mine == 0 else None
+                if part is not None:
+                    piece = part[start : start + size].to(device)
+                if rank != 0 and mine == rank:
+                    dist.send(piece.contiguous(), dst=0)
+                elif rank != 0 and mine == 0:
+                    dist.recv(piece, src=rank)
+                if mine == 0:
+                    yield piece
+
+
+def _layout(tensor: Tensor) -> list[tuple[int, torch.Size]] | None:
+    """List which rank holds which rows, in order; None if the tensor is split otherwise than by rows over all ranks."""
+    if isinstance(tensor, DTensor):
+        mesh = tensor.device_mesh
+        if tuple(tensor.placements) != (Shard(0),) or mesh.size() != dist.get_world_size() or tensor.dim() == 0:
+            return None
+        rows, ranks = tensor.shape[0], mesh.mesh.flatten().tolist()
+        each = -(-rows // len(ranks))  # as torch.chunk splits
+        counts = [max(0, min(each, rows - position * each)) for position in range(len(ranks))]
+        return [(rank, torch.Size((n, *tensor.shape[1:]))) for rank, n in zip(ranks, counts, strict=True)]
+    shards = tensor.metadata().shards_metadata
+    if any(any(shard.shard_offsets[1:]) for shard in shards):
+        raise ValueError("FSDP shards tensors by rows; a ShardedTensor split otherwise is not supported.")
+    shards = sorted(shards, key=lambda shard: shard.shard_offsets[:1])
+    return [(shard.placement.rank(), torch.Size(shard.shard_sizes)) for shard in shards]
+
+
+def _local_parts(tensor: Tensor) -> list[Tensor]:
+    if isinstance(tensor, DTensor):
+        return [tensor.to_local()]
+    return [shard.tensor for shard in tensor.local_shards()]
