@@ -5,7 +5,7 @@ import json
 import matplotlib.image
 import pytest
 
-import tva.edit
+import tva.editor
 from tva import demo
 from tva.data import ImageTask
 from tva.data.builtin import load_builtin
@@ -19,22 +19,22 @@ def run(tmp_path_factory):
     read: set[bytes] = set()
     phase = {"test": False}
     with pytest.MonkeyPatch.context() as patch:
-        get, evaluate = Examples.__getitem__, tva.edit.evaluate
+        get, evaluate = Examples.__getitem__, tva.editor.evaluate
 
         def noted_get(self, index):
             if not phase["test"]:
                 read.add(self.images[index].tobytes())
             return get(self, index)
 
-        def noted_evaluate(trainer, model, datamodule, split):
+        def noted_evaluate(trainer, model, datamodule, split, **options):
             phase["test"] = split == "test"
             try:
-                return evaluate(trainer, model, datamodule, split)
+                return evaluate(trainer, model, datamodule, split, **options)
             finally:
                 phase["test"] = False
 
         patch.setattr(Examples, "__getitem__", noted_get)
-        patch.setattr(tva.edit, "evaluate", noted_evaluate)
+        patch.setattr(tva.editor, "evaluate", noted_evaluate)
         demo.main(["--output", str(output)])
     reports = {edit: json.loads((output / edit / "seed=0/edit.json").read_text()) for edit in demo.EDITS}
     return output, reports, read

@@ -1,167 +1,47 @@
-"""One edit from end to end: compose task vectors, choose the coefficient, apply it, prove it on test data, write it."""
+"""One edit from end to end: compose task vectors, choose the coefficients, apply them, prove the edit on test data."""
 
 from __future__ import annotations
 
-import itertools
+import functools
 import os
 import platform
 import shlex
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import lightning as L
-import torch
 from torch import Tensor
 
-from tva.console import progress
+from tva.batches import BatchCache, Place
+from tva.compose import parse_bytes
+from tva.diagnose import Baseline, Diagnosis, Finished, recipe_numbers, run_baselines, run_diagnostics
+from tva.editor import Bench, Editor, State, Statistics
+from tva.evaluations import EvaluationLog
 from tva.recipe import Recipe
 from tva.report import ConstraintReport, EditReport, Score, TaskReport, write_report
-from tva.search import NORMALIZED, Choice, Constraint, Grid, Objective, Rule, Scores, Search, choose, score
+from tva.search import (
+    NORMALIZED,
+    SCALING,
+    Candidate,
+    Choice,
+    Constraint,
+    Grid,
+    Objective,
+    Problem,
+    Rule,
+    Search,
+    score,
+)
+from tva.search.learned import Workshop
+from tva.search.problem import constraint_slack
 from tva.state_dict import check_same, some
 from tva.task_vector import TaskVector, is_vector_file
-from tva.validate import Evaluation, Split, evaluate, paired_slack
+from tva.validate import Evaluation, Split
 from tva.version import __version__
-from tva.weights import canonical_state_dict, open_finetuned, open_weights
-
-Statistics = Literal["keep", "delta", "reestimate"]
-
-
-class Editor:
-    """A model in memory whose weights are set to ``base + λ · vector``, always from the base.
-
-    Args:
-        trainer: Trainer that evaluates.
-        model: Any LightningModule; its present weights are the base.
-        datamodules: The tasks by name.
-        statistics: What becomes of BatchNorm statistics; see `run_edit`.
-        reestimate_with: Data modules whose training images statistics are estimated from.
-    """
-
-    def __init__(
-        self,
-        trainer: L.Trainer,
-        model: L.LightningModule,
-        datamodules: Mapping[str, L.LightningDataModule],
-        statistics: Statistics = "keep",
-        reestimate_with: Iterable[L.LightningDataModule] = (),
-    ) -> None:
-        self.trainer = trainer
-        self.model = model
-        self.datamodules = datamodules
-        self.statistics = statistics
-        self.reestimate_with = list(reestimate_with)
-        self.base: dict[str, Tensor] = {
-            name: tensor.detach().clone() for name, tensor in canonical_state_dict(model.state_dict()).items()
-        }
-
-    def set(self, vector: TaskVector | None, scaling_coef: float, statistics: Statistics | None = None) -> None:
-        """Set the model to ``base + scaling_coef * vector``; without a vector, to the base."""
-        statistics = statistics or self.statistics
-        live = canonical_state_dict(self.model.state_dict())
-        for name, tensor in live.items():
-            tensor.copy_(self.base[name])
-        if vector is not None:
-            vector.write_into(live, self.base, scaling_coef, buffers="delta" if statistics == "delta" else "keep")
-            if statistics == "reestimate" and scaling_coef != 0:
-                self._reestimate()
-
-    def _reestimate(self, num_batches: int = 20) -> None:
-        from torch.optim.swa_utils import update_bn
-
-        def images() -> Iterator[Tensor]:
-            for datamodule in self.reestimate_with:
-                datamodule.trainer = self.trainer  # it may not have been evaluated yet, or on another stage alone
-                datamodule.prepare_data()
-                datamodule.setup("fit")
-                for batch_images, _ in itertools.islice(datamodule.train_dataloader(), num_batches):
-                    yield batch_images
-
-        with torch.random.fork_rng():
-            torch.manual_seed(0)  # the same images each time, so that what is written is what was evaluated
-            update_bn(images(), self.model)
-
-    def evaluate(self, task: str, split: Split) -> Evaluation:
-        """Evaluate the model as it is set."""
-        return evaluate(self.trainer, self.model, self.datamodules[task], split)
-
-
-class _Scored:
-    """Evaluations made so far, so that none is made twice and all are recorded.
-
-    Args:
-        editor: Sets and evaluates the model.
-        vectors: Task vectors of tasks whose fine-tuned model is known.
-    """
-
-    def __init__(self, editor: Editor, vectors: Mapping[str, TaskVector]) -> None:
-        self.editor = editor
-        self.vectors = vectors
-        self.log: list[dict[str, Any]] = []
-        self._known: dict[tuple[str, float, str, Split], Evaluation] = {}
-
-    def __call__(
-        self, label: str, vector: TaskVector | None, coef: float, tasks: Iterable[str], split: Split
-    ) -> dict[str, Evaluation]:
-        """Evaluate ``base + coef * vector`` on some tasks; ``label`` names the vector in the log."""
-        if coef == 0:
-            label, vector = "base", None
-        missing = [task for task in tasks if (label, coef, task, split) not in self._known]
-        if missing:
-            # A fine-tuned model is its whole self, statistics included.
-            self.editor.set(vector, coef, "delta" if label.startswith("fine-tuned") else None)
-        for task in missing:
-            evaluation = self.editor.evaluate(task, split)
-            self._known[label, coef, task, split] = evaluation
-            self.log += [
-                {
-                    "model": label,
-                    "coefficients": {"scaling_coef": coef},
-                    "task": task,
-                    "split": split,
-                    "num_examples": evaluation.num_examples,
-                    "metric": metric,
-                    "value": value,
-                }
-                for metric, value in evaluation.metrics.items()
-            ]
-        return {task: self._known[label, coef, task, split] for task in tasks}
-
-    def finetuned(self, task: str, split: Split) -> Evaluation:
-        """Evaluate the model that was fine-tuned on a task on that task."""
-        return self(f"fine-tuned on {task}", self.vectors[task], 1.0, [task], split)[task]
-
-    def report(
-        self, task: str, role: Literal["target", "control"], split: Split, metric: str | None, coef: float
-    ) -> TaskReport:
-        """Collect what is known of a task at a coefficient.
-
-        The metric is accuracy unless an objective or a constraint names another.
-        """
-        by_label = {
-            label: evaluation
-            for (label, tried, of, on), evaluation in self._known.items()
-            if (of, on) == (task, split) and tried in (0, coef)
-        }
-        scores = {"base": by_label["base"], "edited": by_label.get("edited", by_label["base"])}
-        if task in self.vectors:
-            scores["finetuned"] = self.finetuned(task, split)
-        if "random" in by_label:
-            scores["random"] = by_label["random"]
-        metrics = scores["base"].metrics
-        metric = metric or next(m for m in ("accuracy", *metrics) if m in metrics)
-        return TaskReport(
-            role=role,
-            split=split,
-            metric=metric,
-            num_examples=scores["base"].num_examples,
-            scores={
-                label: Score(evaluation.metrics[metric], *(evaluation.interval(metric) or (None, None)))
-                for label, evaluation in scores.items()
-            },
-        )
+from tva.weights import canonical_state_dict, fingerprint, open_finetuned, open_weights
 
 
 def run_edit(
@@ -184,11 +64,18 @@ def run_edit(
     confidence: float | None = None,
     statistics: Statistics = "keep",
     random_seed: int | None = 0,
+    baselines: list[Baseline] | None = None,
+    diagnostics: list[Diagnosis] | None = None,
+    joint: str | None = None,
+    log: str | None = None,
+    cache: str = "1GiB",
+    cache_in: Place = "memory",
     allow_other_base: bool = False,
 ) -> EditReport:
     """Edit a model, validate the edit on control tasks, and write it if the constraints hold.
 
-    The coefficient is chosen on validation data; what is reported, and what decides, is test data.
+    The coefficients are chosen on validation data; what is reported, and what decides, is test data. An edit with
+    coefficient 0 is evaluated too, and must score exactly as the base.
 
     Args:
         trainer: Any Trainer.
@@ -196,31 +83,42 @@ def run_edit(
             Left with the edited weights.
         vectors: Names to task vector files, or to fine-tuned checkpoints whose task vector is taken here. A task of the
             same name is compared with its fine-tuned model.
-        recipe: Expression of those names, such as ``-digits`` or ``analogy(a, b, c)``.
+        recipe: Expression of those names, such as ``-digits`` or ``analogy(a, b, c)``. Names that are no vectors are
+            coefficients, with a value in ``coefs`` or a range in the search.
         output: Folder for ``edited.safetensors`` and ``edit.json``.
         targets: Data modules of the tasks that the edit means to change, by name.
         controls: Data modules of the tasks that it must leave alone.
         base: Checkpoint of the base model.
         coefs: Values of the coefficients in the recipe.
         scaling_coef: Coefficient of the whole recipe; by default it is searched.
-        search: Which coefficients to try; by default the paper's 21 points from 0 to 1.
+        search: How coefficients are searched: ``Grid``, ``Bisect``, ``Race``, ``Optuna`` or ``Learned``; by default the
+            paper's 21 points from 0 to 1.
         rule: ``"largest"`` coefficient whose constraints hold, or the ``"best"`` objective among those.
         minimize: Objective to make small: ``TASK/METRIC``, ``mean(TASK/METRIC, …)`` or, over all targets,
-            ``mean(METRIC)``.
+            ``mean(METRIC)``. A metric is what the model logs, or the name of a multi-class metric of torchmetrics where
+            its steps return ``preds`` and ``target``; with ``normalized_`` before it, it is divided by that of the
+            task's own fine-tuned model.
         maximize: Objective to make large.
         subject_to: Constraints such as ``imagenet/accuracy >= 0.95 * base``.
-        confidence: In the search a constraint must hold with this one-sided confidence, such as 0.95, on validation
-            data; by default its point estimate must. What decides on test data is the point estimate.
+        confidence: Constraints must hold with this one-sided confidence, such as 0.95, on validation data where the
+            coefficient is chosen and on test data where it is proved; by default their point estimates must.
         statistics: BatchNorm statistics: ``"keep"`` the base's, add their ``"delta"``, or ``"reestimate"`` them on 20
             training batches of each target.
         random_seed: Seed of the baseline, a random vector of the same norm per tensor at the same coefficient; None
             leaves it out.
+        baselines: What to compare with besides: see docs/choosing.md.
+        diagnostics: What to look into besides: see docs/choosing.md.
+        joint: Checkpoint of one model that was fine-tuned on all tasks together, for the baseline ``"joint"``.
+        log: JSON lines of all evaluations, which the next run re-uses; by default ``OUTPUT.evaluations.jsonl``.
+        cache: Transformed batches kept between passes over the same data, such as ``2GiB``.
+        cache_in: Where: ``"memory"``, the ``"device"``, or memory-mapped on ``"disk"``.
         allow_other_base: Apply vectors to a base they were not taken from.
 
     Returns:
         The report, also printed by the command line. ``report.holds`` is the verdict.
 
     Raises:
+        HarnessError: Coefficient 0 did not reproduce the base's scores; nothing was written.
         ValueError: Something does not fit; nothing was written.
         FileNotFoundError: A checkpoint or data file is not there.
     """
@@ -231,17 +129,29 @@ def run_edit(
     tasks = {**targets, **controls}
     if not tasks:
         raise ValueError("An edit must be shown to do something: give at least one data module under targets.")
-    checked = Recipe(recipe, vectors, coefs)
+    search = search or Grid()
+    ranges = search.ranges if scaling_coef is None else {}
+    named = {name: bounds[0] for name, bounds in ranges.items() if name != SCALING}
+    _check_coefs(named, coefs or {})
+    checked = Recipe(recipe, vectors, {**(coefs or {}), **named})
+    unused = sorted(named.keys() - checked.coefs.keys())
+    if unused:
+        raise ValueError(f"The search has a range for {some(unused)}, which the recipe {recipe!r} does not use.")
     constraints = [Constraint.parse(text, tasks) for text in subject_to or []]
     objective = _objective(minimize, maximize, targets, tasks)
     if scaling_coef is None:
-        _check_search(rule, objective, constraints, confidence)
+        _check_search(rule, objective, constraints)
+    _check_confidence(confidence, constraints)
     unknown = [task for task in objective.normalized if task not in vectors] if objective else []
     if unknown:
         raise ValueError(
             f"{objective.text} divides by each task's fine-tuned model, and {some(unknown)} has none: name its task "
             f"vector like the task under vectors."
         )
+    if "gradient_ascent" in (baselines or []) and objective is None:
+        raise ValueError("The baseline 'gradient_ascent' is stopped by an objective: give minimize= or maximize= too.")
+    if ("joint" in (baselines or [])) != (joint is not None):
+        raise ValueError("The baseline 'joint' and the checkpoint joint= go together: give both or none.")
 
     if base is not None:
         weights = open_weights(base)
@@ -250,32 +160,82 @@ def run_edit(
             tensor.copy_(weights[name])
     editor = Editor(trainer, model, tasks, statistics, targets.values())
     loaded = {name: _load_vector(path, editor.base) for name, path in vectors.items()}
-    vector = checked.evaluate(loaded)
-    vector.check_base(editor.base, allow_other_base=allow_other_base)
-    scored = _Scored(editor, {task: loaded[task] for task in tasks if task in loaded})
 
+    @functools.lru_cache(maxsize=4)
+    def vector_with(values: tuple[tuple[str, float], ...]) -> TaskVector:
+        found = Recipe(recipe, vectors, {**(coefs or {}), **dict(values)}).evaluate(loaded)
+        found.check_base(editor.base, allow_other_base=allow_other_base)
+        return found
+
+    def state_of(candidate: Candidate, label: str = "edited") -> State:
+        values = tuple((name, value) for name, value in candidate.coefs if name != SCALING)
+        everything = {SCALING: candidate.scaling_coef, **checked.coefs, **dict(values)}
+        return State(label, checked.text, tuple(everything.items()), functools.partial(vector_with, values), statistics)
+
+    vector_with(tuple(named.items()))  # whatever does not fit is said before anything is evaluated
+    log = os.fspath(Path(output)) + ".evaluations.jsonl" if log is None else log
+    mentioned = _mentioned(objective, constraints)
+    # processes would have to agree on what is in the log: each sees its own part of the data
+    records = EvaluationLog(log if trainer.world_size == 1 else None)
+    bench = Bench(editor, loaded, records, BatchCache(parse_bytes(cache), cache_in), mentioned)
+    normalizing = {task: task for task in objective.normalized} if objective else {}
     if scaling_coef is None:
-        choice = _search(scored, vector, search or Grid(), constraints, objective, rule, confidence)
+        needed = list(dict.fromkeys([*(objective.tasks if objective else ()), *(c.task for c in constraints)]))
+        problem = Problem(
+            lambda candidates, windows, seed: bench(
+                [state_of(candidate) for candidate in candidates], windows, "val", windows, seed
+            ),
+            {task: bench.base(task, "val") for task in needed},
+            constraints,
+            objective,
+            rule,
+            confidence,
+            bench.finetuned(normalizing, "val"),
+            lambda candidate: candidate.scaling_coef == 0 or not _moves(state_of(candidate).vector()),
+            lambda: _workshop(bench, state_of(Candidate.of(scaling_coef=1.0)), checked, loaded, targets, controls),
+        )
+        choice = search.run(problem)
+        spent = {"num_scored": problem.num_scored}
     else:
-        choice = Choice(scaling_coef, True, "it was given")
-    coef, split = choice.scaling_coef, "test" if choice.feasible else "val"
-    random = None if random_seed is None else vector.random_like(random_seed)
-    base_scores = scored("base", None, 0.0, tasks, split)
-    edited_scores = scored("edited", vector, coef, tasks, split)
-    if choice.feasible and random is not None:
-        scored("random", random, coef, tasks, split)
-    before, after = _metrics(base_scores), _metrics(edited_scores)
-    verdicts = [
-        ConstraintReport(c.text, c.task, score(after, c.task, c.metric), c.bound(before), c.holds(after, before))
-        for c in constraints
-    ]
-    mentioned = {c.task: c.metric for c in constraints}
-    if objective:
-        mentioned |= {task: metric for task, metric in objective.terms if metric != NORMALIZED}
+        spent = {}
+        choice = Choice(Candidate.of(scaling_coef=scaling_coef), True, "it was given")
+
+    state = state_of(choice.candidate)
+    if choice.vector is not None:
+        state = _learned(choice.vector, checked, statistics)
+    vector, coef = state.vector(), state.scaling_coef
+    split: Split = "test" if choice.feasible else "val"
+    states = [state]
+    if random_seed is not None and choice.feasible:
+        name = f"random_like({state.recipe}, seed={random_seed})"
+        states.append(State("random", name, state.coefs, lambda: vector.random_like(random_seed), statistics))
+    before = {task: bench.base(task, split) for task in tasks}
+    results = bench(states, tasks, split)
+    edited = results[0]
+    scores = {label.label: found for label, found in zip(states, results, strict=True)}
+    finetuned = bench.finetuned([task for task in tasks if task in loaded], split)
+    verdicts = [_verdict(c, edited[c.task], before[c.task], confidence) for c in constraints]
+    finished = Finished(
+        bench=bench,
+        state=state,
+        state_of=state_of,
+        vectors={name: loaded[name] for name in checked.vectors},
+        targets=targets,
+        controls=controls,
+        constraints=constraints,
+        objective=objective,
+        rule=rule,
+        confidence=confidence,
+        metrics={task: _metric(before[task], mentioned.get(task)) for task in tasks},
+        split=split,
+        joint=joint,
+    )
+    more = run_baselines(baselines or [], finished) if choice.feasible else {}
+    diagnosed = run_diagnostics(diagnostics or [], finished) if choice.feasible else {}
     origin = vector.origin.base
     report = EditReport(
         recipe=checked.text,
-        coefficients={"scaling_coef": coef, **checked.coefs},
+        coefficients=dict(state.coefs),
         reason=choice.reason,
         base={"path": base, "fingerprint": origin.digest if origin else None},
         vectors={
@@ -288,12 +248,30 @@ def run_edit(
         statistics=statistics,
         random_seed=random_seed,
         tasks={
-            task: scored.report(task, "target" if task in targets else "control", split, mentioned.get(task), coef)
+            task: _task_report(
+                "target" if task in targets else "control",
+                split,
+                finished.metrics[task],
+                {"base": before[task]}
+                | {label: found[task] for label, found in scores.items()}
+                | ({"finetuned": finetuned[task]} if task in finetuned else {}),
+            )
             for task in tasks
         },
         constraints=verdicts,
         holds=choice.feasible and all(verdict.holds for verdict in verdicts),
-        evaluations=scored.log,
+        sizes=bench.sizes(),
+        search={
+            "strategy": "given" if scaling_coef is not None else type(search).__name__,
+            "num_forward": bench.num_forward,
+            **spent,
+            "num_reused": bench.log.num_reused,
+            "log": log,
+            **choice.details,
+        },
+        baselines=more,
+        diagnostics=diagnosed,
+        evaluations=bench.entries,
         versions={
             "tva": __version__,
             **{name: version(name) for name in ("torch", "lightning")},
@@ -302,52 +280,111 @@ def run_edit(
         seed=int(os.environ["PL_GLOBAL_SEED"]) if "PL_GLOBAL_SEED" in os.environ else None,
         command=shlex.join(["tva", *sys.argv[1:]]),
     )
-    editor.set(vector, coef)
-    edited = canonical_state_dict(model.state_dict())
-    vector.check_effect(edited, editor.base, coef)
+    editor.set(vector, coef, state.statistics)
+    live = canonical_state_dict(model.state_dict())
+    vector.check_effect(live, editor.base, coef)
     if choice.feasible and trainer.is_global_zero:
-        write_report(report, Path(output), edited if report.holds else None)
+        write_report(report, Path(output), live if report.holds else None)
     return report
 
 
-def _metrics(evaluations: Mapping[str, Evaluation]) -> dict[str, Mapping[str, float]]:
-    return {task: evaluation.metrics for task, evaluation in evaluations.items()}
+def _workshop(
+    bench: Bench,
+    state: State,
+    recipe: Recipe,
+    loaded: Mapping[str, TaskVector],
+    targets: Mapping[str, L.LightningDataModule],
+    controls: Mapping[str, L.LightningDataModule],
+) -> Workshop:
+    """Give what training coefficients needs; a recipe that is a sum gets coefficients for each of its vectors."""
+    vectors = {name: loaded[name] for name in recipe.vectors}
+    try:
+        numbers = recipe_numbers(state, vectors)
+        parts = {name: vector * numbers[name] for name, vector in vectors.items()}
+    except ValueError:
+        parts = {recipe.text: state.vector()}
+
+    def evaluate(vector: TaskVector) -> dict[str, Evaluation]:
+        learned = _learned(vector, recipe, state.statistics)
+        needed = [task for task in bench.editor.datamodules if task in bench.buffers]
+        return bench([learned], needed, "val")[0]
+
+    for task in targets:
+        bench.base(task, "val")  # which sets its data module up, and makes the model's head for it
+    editor = bench.editor
+    editor.set(None, 0.0)
+    return Workshop(editor.trainer, editor.model, editor.base, parts, targets, controls, bench.buffers, evaluate)
 
 
-def _search(
-    scored: _Scored,
-    vector: TaskVector,
-    search: Search,
-    constraints: list[Constraint],
-    objective: Objective | None,
-    rule: Rule,
-    confidence: float | None,
-) -> Choice:
-    """Evaluate every coefficient on validation data, on the tasks that objective and constraints name and no other."""
-    needed = list(dict.fromkeys([*(objective.tasks if objective else ()), *(c.task for c in constraints)]))
-    base = scored("base", None, 0.0, needed, "val")
-    normalized = objective.normalized if objective else []
-    divisors = {task: scored.finetuned(task, "val").metrics["accuracy"] for task in normalized}
-    tried: dict[float, Scores] = {}
-    slack: dict[tuple[float, str], float] = {}
-    for coef in progress(search.coefficients(), "searching the coefficient"):
-        evaluations = scored("edited", vector, coef, needed, "val")
-        if confidence is not None:
-            slack |= {
-                (coef, c.text): paired_slack(evaluations[c.task], base[c.task], c.slope, confidence)
-                for c in constraints
-            }
-        metrics = _metrics(evaluations)
-        tried[coef] = {
-            task: {**values, NORMALIZED: values["accuracy"] / divisors[task]} if task in divisors else values
-            for task, values in metrics.items()
-        }
-    return choose(tried, _metrics(base), constraints, objective, rule, slack)
+def _learned(vector: TaskVector, recipe: Recipe, statistics: Statistics) -> State:
+    """Make the state of a learned vector, which is known by its contents."""
+    made = f"learned({recipe.text}), {fingerprint(vector.deltas).digest}"
+    return State("edited", made, ((SCALING, 1.0), *recipe.coefs.items()), lambda: vector, statistics)
 
 
-def _check_search(
-    rule: Rule, objective: Objective | None, constraints: list[Constraint], confidence: float | None
-) -> None:
+def _moves(vector: TaskVector) -> bool:
+    return any(bool(delta.any()) for delta in vector.deltas.values())
+
+
+def _mentioned(objective: Objective | None, constraints: Sequence[Constraint]) -> dict[str, list[str]]:
+    """Give by task the metrics that objective and constraints name, that which is reported first."""
+    found: dict[str, list[str]] = {}
+    named = [(task, metric.removeprefix(NORMALIZED)) for task, metric in (objective.terms if objective else ())]
+    for task, metric in [*named, *((c.task, c.metric) for c in constraints)]:
+        found.setdefault(task, [])
+        if metric not in found[task]:
+            found[task].append(metric)
+    return found
+
+
+def _metric(evaluation: Evaluation, mentioned: Sequence[str] | None) -> str:
+    """Choose the metric that is reported: the one that is mentioned, else accuracy, else the first."""
+    if mentioned:
+        return mentioned[0]
+    return next(metric for metric in ("accuracy", *evaluation.metrics) if metric in evaluation.metrics)
+
+
+def _verdict(
+    constraint: Constraint, edited: Evaluation, base: Evaluation, confidence: float | None
+) -> ConstraintReport:
+    after, before = {constraint.task: edited.metrics}, {constraint.task: base.metrics}
+    value = score(after, constraint.task, constraint.metric)
+    slack = 0.0 if confidence is None else constraint_slack(constraint, edited, base, confidence)
+    return ConstraintReport(
+        text=constraint.text,
+        task=constraint.task,
+        value=value,
+        bound=constraint.bound(before),
+        limit=None if confidence is None else value - slack if constraint.above else value + slack,
+        holds=constraint.holds(after, before, slack),
+    )
+
+
+def _task_report(role: Any, split: Split, metric: str, evaluations: Mapping[str, Evaluation]) -> TaskReport:
+    base, edited = evaluations["base"], evaluations["edited"]
+    for evaluation in (base, edited):
+        score({role: evaluation.metrics}, role, metric)
+    return TaskReport(
+        role=role,
+        split=split,
+        metric=metric,
+        higher_is_better=base.higher(metric),
+        num_examples=base.num_examples,
+        scores={
+            label: Score(evaluation.metrics[metric], *(evaluation.interval(metric) or (None, None)))
+            for label, evaluation in evaluations.items()
+        },
+        comparison=edited.compare(base, metric),
+    )
+
+
+def _check_coefs(named: Mapping[str, float], coefs: Mapping[str, Any]) -> None:
+    both = sorted(named.keys() & coefs.keys())
+    if both:
+        raise ValueError(f"{some(both)} has a value in coefs and a range in the search; give one of them.")
+
+
+def _check_search(rule: Rule, objective: Objective | None, constraints: list[Constraint]) -> None:
     if rule == "best" and objective is None:
         raise ValueError(
             "To search a coefficient, say what is best (minimize= or maximize=), or set rule='largest' with a "
@@ -355,11 +392,15 @@ def _check_search(
         )
     if rule == "largest" and not constraints:
         raise ValueError("The rule 'largest' needs a constraint in subject_to: without one the largest is unlimited.")
-    if confidence is not None and not 0.5 <= confidence < 1:
+
+
+def _check_confidence(confidence: float | None, constraints: list[Constraint]) -> None:
+    if confidence is None:
+        return
+    if not 0.5 <= confidence < 1:
         raise ValueError(f"confidence must lie in [0.5, 1), where 0.5 is the point estimate; found {confidence}.")
-    odd = [c.text for c in constraints if confidence is not None and c.metric != "accuracy"]
-    if odd:
-        raise ValueError(f"confidence needs constraints on accuracy, whose examples can be paired; found {some(odd)}.")
+    for constraint in constraints:
+        _ = constraint.slope  # raises where the bound is no straight line
 
 
 def _objective(

@@ -32,7 +32,7 @@ class FrozenHeadClassifier(L.LightningModule, ABC):
     to 0. (Batch size 128 and 2,000 steps belong to the data module and the Trainer.)
 
     Logs ``STAGE/TASK/loss`` and ``STAGE/TASK/accuracy``, with STAGE one of train, val and test. The steps of validation
-    and test return per-example ``correct``.
+    and test return per-example ``correct``, and the logits and labels as ``preds`` and ``target``.
 
     Args:
         weights: Checkpoint to start from instead of the encoder's own weights, such as the output of ``tva edit``.
@@ -133,7 +133,7 @@ class FrozenHeadClassifier(L.LightningModule, ABC):
         options = {"on_step": stage == "train", "on_epoch": stage != "train", "batch_size": len(labels)}
         self.log(f"{stage}/{self.task}/loss", loss, prog_bar=stage == "train", sync_dist=stage != "train", **options)
         self.log(f"{stage}/{self.task}/accuracy", accuracy, prog_bar=True, **options)
-        return {"loss": loss, "correct": logits.argmax(dim=-1) == labels}
+        return {"loss": loss, "correct": logits.argmax(dim=-1) == labels, "preds": logits, "target": labels}
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
         return self._step(batch, "train")["loss"]

@@ -1,4 +1,4 @@
-"""Choose the scaling coefficient: constraints on control tasks, objectives on targets, and the grid they are tried on.
+"""What the user wants, as text: constraints such as ``photos/accuracy >= 0.95 * base``, and objectives.
 
 Nothing here knows how a model is evaluated: scores come in as plain numbers, so every rule can be tested by hand.
 """
@@ -18,7 +18,7 @@ from tva.state_dict import some
 Scores = Mapping[str, Mapping[str, float]]  # task -> metric -> value
 Rule = Literal["largest", "best"]
 
-NORMALIZED = "normalized_accuracy"
+NORMALIZED = "normalized_"  # before a metric: divided by that of the task's own fine-tuned model
 
 _COMPARE: dict[str, Callable[[float, float], bool]] = {
     ">=": operator.ge,
@@ -77,7 +77,7 @@ class Constraint:
         try:
             tree = ast.parse(bound.strip(), mode="eval").body
             _evaluate_bound(tree, 1.0)
-        except (SyntaxError, ValueError) as error:
+        except (SyntaxError, ValueError, ZeroDivisionError) as error:
             raise ValueError(
                 f"The right side of the constraint {text!r} must be made of numbers, 'base' and + - * /."
             ) from error
@@ -88,13 +88,36 @@ class Constraint:
         return _evaluate_bound(self._bound, score(base, self.task, self.metric))
 
     @property
+    def above(self) -> bool:
+        """Whether the metric must lie above its bound."""
+        return self._compare.startswith(">")
+
+    @property
     def slope(self) -> float:
-        """How much the bound moves with the base's metric: 0.95 for ``0.95 * base``."""
-        return _evaluate_bound(self._bound, 1.0) - _evaluate_bound(self._bound, 0.0)
+        """How much the bound moves with the base's metric: 0.95 for ``0.95 * base``.
+
+        Raises:
+            ValueError: The bound is no straight line in ``base``.
+        """
+        try:
+            at = [_evaluate_bound(self._bound, base) for base in (0.0, 1.0, 2.0)]
+        except ZeroDivisionError:
+            at = [0.0, 1.0, 0.0]
+        if not math.isclose(at[2] - at[1], at[1] - at[0], abs_tol=1e-12):
+            raise ValueError(
+                f"A confidence needs a bound of the form 'number * base + number'; the right side of {self.text!r} is "
+                f"not one."
+            )
+        return at[1] - at[0]
+
+    @property
+    def offset(self) -> float:
+        """The bound's part that does not depend on the base: 0.5 for ``base + 0.5``."""
+        return _evaluate_bound(self._bound, 0.0)
 
     def holds(self, scores: Scores, base: Scores, slack: float = 0.0) -> bool:
         """Whether scores meet this constraint by ``slack`` or more, in the metric's unit; NaN never does."""
-        worse = -slack if self._compare.startswith(">") else slack
+        worse = -slack if self.above else slack
         return _COMPARE[self._compare](score(scores, self.task, self.metric) + worse, self.bound(base))
 
     def shortfall(self, scores: Scores, base: Scores, slack: float = 0.0) -> float:
@@ -135,8 +158,8 @@ class Objective:
 
     Attributes:
         text: As written.
-        terms: (task, metric) pairs whose mean is taken; the metric ``normalized_accuracy`` divides by the task's own
-            fine-tuned model.
+        terms: (task, metric) pairs whose mean is taken; the metric ``normalized_accuracy`` is divided by that of the
+            task's own fine-tuned model (and divides it where lower is better), as is every other with that prefix.
         maximize: Whether larger is better.
     """
 
@@ -190,110 +213,8 @@ class Objective:
     @property
     def normalized(self) -> list[str]:
         """The tasks whose fine-tuned model it needs."""
-        return [task for task, metric in self.terms if metric == NORMALIZED]
+        return [task for task, metric in self.terms if metric.startswith(NORMALIZED)]
 
     def value(self, scores: Scores) -> float:
         """Compute the objective."""
         return sum(score(scores, task, metric) for task, metric in self.terms) / len(self.terms)
-
-
-class Search:
-    """Base class of what tries coefficients; a subclass says which."""
-
-    def coefficients(self) -> list[float]:
-        """Give the coefficients to try, in ascending order."""
-        raise TypeError(f"{type(self).__name__} does not say which coefficients to try; use tva.search.Grid.")
-
-
-class Grid(Search):
-    """Evenly spaced coefficients; by default the paper's 21 points 0, 0.05, …, 1.
-
-    Args:
-        start: First coefficient.
-        stop: Last coefficient.
-        num: How many, both ends included; at least 2.
-
-    Example:
-        >>> Grid(num=5).coefficients()
-        [0.0, 0.25, 0.5, 0.75, 1.0]
-    """
-
-    def __init__(self, start: float = 0.0, stop: float = 1.0, num: int = 21) -> None:
-        if num < 2 or not stop > start:
-            raise ValueError(f"A grid must have 2 points or more and start < stop; found num={num}, {start} … {stop}.")
-        self.start, self.stop, self.num = start, stop, num
-
-    def coefficients(self) -> list[float]:
-        # rounded, so that 0.15000000000000002 is printed and recorded as 0.15
-        return [round(self.start + (self.stop - self.start) * step / (self.num - 1), 12) for step in range(self.num)]
-
-
-@dataclass(frozen=True)
-class Choice:
-    """What a search chose.
-
-    Attributes:
-        scaling_coef: The coefficient; the closest to feasible if none is.
-        feasible: Whether a coefficient other than 0 meets all constraints on the data it was chosen on.
-        reason: One sentence for people.
-    """
-
-    scaling_coef: float
-    feasible: bool
-    reason: str
-
-
-def choose(
-    tried: Mapping[float, Scores],
-    base: Scores,
-    constraints: Collection[Constraint],
-    objective: Objective | None,
-    rule: Rule,
-    slack: Mapping[tuple[float, str], float] | None = None,
-) -> Choice:
-    """Choose a coefficient from those tried.
-
-    Args:
-        tried: Scores on validation data for each coefficient.
-        base: Scores of the base model on the same data.
-        constraints: All must hold.
-        objective: What the rule ``"best"`` makes large or small; ties go to the coefficient nearest 0.
-        rule: ``"largest"``, the paper's for forgetting: the largest coefficient whose constraints hold. ``"best"``: the
-            best objective among those.
-        slack: By how much a constraint must hold to be believed, by (coefficient, constraint's text); 0 where missing.
-
-    Returns:
-        The choice. Coefficient 0 edits nothing and is never feasible, unless nothing else was tried.
-
-    Source: Ilharco et al., ICLR 2023, section 3: "the largest λ such that the control accuracy is at least 95 % of the
-    pre-trained model's"; the other rule is that of Ortiz-Jimenez et al., NeurIPS 2023.
-
-    Example:
-        >>> scores = {c: {"control": {"accuracy": 0.8 - 0.1 * c}} for c in (0.0, 0.3, 0.6)}
-        >>> keep = Constraint.parse("control/accuracy >= 0.95 * base", tasks=["control"])
-        >>> choose(scores, scores[0.0], [keep], None, "largest").scaling_coef
-        0.3
-    """
-    edits = [coef for coef in tried if coef != 0] or list(tried)
-
-    def needed(coef: float, constraint: Constraint) -> float:
-        return (slack or {}).get((coef, constraint.text), 0.0)
-
-    feasible = [coef for coef in edits if all(c.holds(tried[coef], base, needed(coef, c)) for c in constraints)]
-    if not feasible:
-        closest = min(edits, key=lambda coef: sum(c.shortfall(tried[coef], base, needed(coef, c)) for c in constraints))
-        failing = [c.text for c in constraints if not c.holds(tried[closest], base, needed(closest, c))]
-        return Choice(
-            closest,
-            False,
-            f"no coefficient meets {some(failing)} on validation data; the closest is {closest:g}",
-        )
-    if rule == "largest":
-        return Choice(max(feasible), True, "the largest coefficient whose constraints hold on validation data")
-    if objective is None:
-        raise ValueError("The rule 'best' needs an objective: pass minimize= or maximize=.")
-    sign = -1.0 if objective.maximize else 1.0
-    best = min(feasible, key=lambda coef: (sign * objective.value(tried[coef]), abs(coef)))
-    verb = "maximizes" if objective.maximize else "minimizes"
-    held = " among those whose constraints hold" if constraints else ""
-    return Choice(best, True, f"it {verb} {objective.text} on validation data{held}")

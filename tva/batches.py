@@ -1,0 +1,198 @@
+"""Batches that are read and decoded once: in memory, on the device or memory-mapped from disk, within a budget."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import functools
+import shutil
+import tempfile
+import weakref
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+import lightning as L
+import torch
+from lightning_utilities.core.apply_func import apply_to_collection
+from torch import Tensor
+from torch.utils.data import DataLoader, IterableDataset, RandomSampler, SequentialSampler
+
+Place = Literal["memory", "device", "disk"]
+
+
+class BatchCache:
+    """Batches kept for later passes over the same data.
+
+    Args:
+        max_bytes: What they may take in all; further batches are read again at each pass.
+        place: Keep them in ``"memory"``, on the ``"device"`` that evaluates, or memory-mapped on ``"disk"``, in a
+            temporary folder.
+
+    Attributes:
+        num_read: Batches that were read and decoded so far, those read twice counted twice.
+    """
+
+    def __init__(self, max_bytes: int, place: Place = "memory") -> None:
+        self.place = place
+        self.bytes_left = max_bytes
+        self.num_read = 0
+        self._kept: dict[Any, Any] = {}
+        self._folder = Path(tempfile.mkdtemp(prefix="tva-batches-")) if place == "disk" else None
+        if self._folder is not None:
+            weakref.finalize(self, shutil.rmtree, self._folder, ignore_errors=True)
+
+    def __contains__(self, key: Any) -> bool:
+        return key in self._kept
+
+    def get(self, key: Any) -> Any:
+        """Give a batch that is kept; the caller may change the batch, but not its tensors."""
+        batch = self._kept[key]
+        return torch.load(batch, mmap=True, weights_only=True) if isinstance(batch, Path) else shallow_copy(batch)
+
+    def put(self, key: Any, batch: Any, device: torch.device) -> Any:
+        """Keep a batch if there is room; give it back, on the device if that is where it is kept."""
+        self.num_read += 1
+        if self.place == "device":
+            batch = apply_to_collection(batch, Tensor, lambda tensor: tensor.to(device))
+        size = 0
+
+        def count(tensor: Tensor) -> Tensor:
+            nonlocal size
+            size += tensor.nbytes
+            return tensor
+
+        apply_to_collection(batch, Tensor, count)
+        if size > self.bytes_left:
+            return batch
+        self.bytes_left -= size
+        if self._folder is None:
+            self._kept[key] = batch
+        else:
+            self._kept[key] = self._folder / f"{len(self._kept)}.pt"
+            torch.save(batch, self._kept[key])
+        return shallow_copy(batch)
+
+
+def shallow_copy(batch: Any) -> Any:
+    """Copy a batch's containers, not its tensors, so that a step that pops an entry harms nobody."""
+    return copy.copy(batch) if isinstance(batch, (dict, list)) else batch
+
+
+def example_order(num_examples: int, seed: int | None) -> Tensor:
+    """Give the order in which examples are taken: the data set's own without a seed.
+
+    Nested subsets are the beginnings of one order, so that scores on a small subset are part of those on a larger one.
+
+    Example:
+        >>> example_order(4, None).tolist(), sorted(example_order(4, 7).tolist())
+        ([0, 1, 2, 3], [0, 1, 2, 3])
+    """
+    if seed is None:
+        return torch.arange(num_examples)
+    return torch.randperm(num_examples, generator=torch.Generator().manual_seed(seed))
+
+
+class _Batches:
+    """What stands in for a loader: its batches, or those of a part of an order, through a cache."""
+
+    def __init__(
+        self,
+        loader: DataLoader,
+        cache: BatchCache,
+        key: tuple[Any, ...],
+        device: torch.device,
+        part: tuple[int, int] | None,
+        seed: int | None,
+    ) -> None:
+        self.loader, self.cache, self.key, self.device = loader, cache, key, device
+        count = len(loader.dataset)
+        if loader.drop_last:
+            count -= count % loader.batch_size
+        start, stop = part or (0, count)
+        order, size = example_order(count, seed), loader.batch_size
+        self.rows = [order[at : min(at + size, stop)].tolist() for at in range(start, stop, size)]
+        self.keys = [(*key, seed, start + size * number, len(rows)) for number, rows in enumerate(self.rows)]
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __iter__(self) -> Iterator[Any]:
+        missing = [rows for key, rows in zip(self.keys, self.rows, strict=True) if key not in self.cache]
+        fresh = iter(_reload(self.loader, missing)) if missing else iter(())
+        for key in self.keys:
+            yield self.cache.get(key) if key in self.cache else self.cache.put(key, next(fresh), self.device)
+
+
+def _reload(loader: DataLoader, rows: list[list[int]]) -> DataLoader:
+    workers = {}
+    if loader.num_workers:
+        workers = {"prefetch_factor": loader.prefetch_factor, "multiprocessing_context": loader.multiprocessing_context}
+    return DataLoader(
+        loader.dataset,
+        batch_sampler=rows,
+        collate_fn=loader.collate_fn,
+        num_workers=loader.num_workers,
+        pin_memory=loader.pin_memory,
+        worker_init_fn=loader.worker_init_fn,
+        **workers,
+    )
+
+
+@contextlib.contextmanager
+def through_cache(
+    datamodule: L.LightningDataModule,
+    split: str,
+    cache: BatchCache | None,
+    device: torch.device,
+    part: tuple[tuple[int, int], int | None] | None = None,
+) -> Iterator[None]:
+    """Let a data module's loader of one split give its batches through a cache, or a part of its examples.
+
+    Args:
+        datamodule: Restored afterwards.
+        split: ``"val"`` or ``"test"``.
+        cache: None reads anew.
+        device: Where batches are evaluated.
+        part: (first, last + 1) examples of the order that a seed gives, and the seed; all in the data set's order
+            without it.
+
+    Raises:
+        ValueError: The loader shuffles, or a part is asked of data without an order.
+    """
+    name = f"{split}_dataloader"
+    make = getattr(datamodule, name)
+
+    @functools.wraps(make)
+    def wrapped() -> Any:
+        loader = make()
+        indexed = (
+            isinstance(loader, DataLoader)
+            and isinstance(loader.sampler, SequentialSampler)
+            and not isinstance(loader.dataset, IterableDataset)
+            and loader.batch_size is not None
+        )
+        if isinstance(loader, DataLoader) and isinstance(loader.sampler, RandomSampler):
+            raise ValueError(
+                f"{type(datamodule).__name__}.{name} shuffles, but models are compared on the same examples in the "
+                f"same order. Set shuffle=False."
+            )
+        if not indexed and part is not None:
+            raise ValueError(
+                f"{type(datamodule).__name__}.{name} must give one DataLoader over a map-style data set in its own "
+                f"order, so that a part of its examples can be taken; found {type(loader).__name__}. Use the Grid."
+            )
+        if not indexed or (cache is None and part is None):
+            return loader
+        window, seed = part if part is not None else (None, None)
+        return _Batches(loader, cache or BatchCache(0), (id(datamodule), split), device, window, seed)
+
+    before = datamodule.__dict__.get(name)
+    setattr(datamodule, name, wrapped)
+    try:
+        yield
+    finally:
+        if before is None:
+            delattr(datamodule, name)
+        else:
+            setattr(datamodule, name, before)

@@ -1,0 +1,266 @@
+"""Coefficients for every tensor, layer or vector, trained by an ordinary Trainer: AdaMerging and aTLAS."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import lightning as L
+import torch
+from lightning.pytorch.utilities import CombinedLoader
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.nn import functional as F
+from torch.utils.data import DataLoader
+
+from tva.geometry import block_of
+from tva.search.problem import Candidate, Choice, Problem, Search
+from tva.task_vector import TaskVector
+from tva.validate import Evaluation, quiet
+from tva.weights import canonical_state_dict
+
+Per = Literal["tensor", "layer", "vector"]
+Loss = Literal["entropy", "cross_entropy"]
+
+
+@dataclass(frozen=True)
+class Workshop:
+    """What training coefficients needs of an edit.
+
+    Attributes:
+        trainer: The Trainer that evaluates; its device and precision are used.
+        model: The model; it is left as it was.
+        base: The base's state dict.
+        vectors: Task vectors by name, each times its number in the recipe where the recipe is a sum; else the recipe's
+            value alone.
+        targets: Data modules of the tasks to change, set up.
+        controls: Data modules of the tasks to leave alone, set up where they decide.
+        buffers: By task the buffers that the model makes for it and does not save, such as its head.
+        evaluate: Evaluates the base moved along a vector, on validation data.
+    """
+
+    trainer: L.Trainer
+    model: L.LightningModule
+    base: Mapping[str, Tensor]
+    vectors: Mapping[str, TaskVector]
+    targets: Mapping[str, L.LightningDataModule]
+    controls: Mapping[str, L.LightningDataModule]
+    buffers: Mapping[str, Mapping[str, Tensor]]
+    evaluate: Callable[[TaskVector], dict[str, Evaluation]]
+
+
+class Learned(Search):
+    r"""Train the coefficients :math:`\theta^l = \theta_0^l + \sum_t \lambda_t^l \tau_t^l` on validation data.
+
+    Only the coefficients are trained; the model runs unchanged under `torch.func.functional_call`. Test data is never
+    seen, and validation labels only by ``"cross_entropy"``.
+
+    Args:
+        loss: ``"entropy"`` of the predictions on the targets, which needs no label (AdaMerging; the model's ``forward``
+            must give logits); or ``"cross_entropy"`` (aTLAS): where batches are ``inputs, labels`` that of the logits,
+            else the loss of the model's ``training_step``. With ``minimize`` as objective, the targets' cross-entropy
+            is made large and that of the constraints' controls is kept small.
+        per: One coefficient for each ``"tensor"``, ``"layer"`` (or other module), or ``"vector"``.
+        start: Where all coefficients start.
+        learning_rate: Adam's.
+        num_steps: Optimizer steps, each with one batch of every task.
+        batch_size: Examples of each task in a step.
+        clamp: Keep coefficients in [0, 1]; by default with ``"entropy"``, as in its paper.
+        seed: Of the order of the examples.
+
+    Source: Yang et al., "AdaMerging: adaptive model merging for multi-task learning", ICLR 2024; Zhang et al.,
+    "Knowledge composition using task vectors with learned anisotropic scaling" (aTLAS), NeurIPS 2024.
+    """
+
+    def __init__(
+        self,
+        loss: Loss = "entropy",
+        per: Per = "tensor",
+        start: float = 0.3,
+        learning_rate: float = 1e-3,
+        num_steps: int = 500,
+        batch_size: int = 16,
+        clamp: bool | None = None,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        self.loss, self.per, self.start, self.learning_rate = loss, per, start, learning_rate
+        self.num_steps, self.batch_size, self.seed = num_steps, batch_size, seed
+        self.clamp = loss == "entropy" if clamp is None else clamp
+
+    def run(self, problem: Problem) -> Choice:
+        """Train the coefficients, then see on validation data whether the constraints hold."""
+        shop: Workshop = problem.workshop()
+        forget = problem.objective is not None and not problem.objective.maximize
+        if problem.rule != "best" or (forget and self.loss == "entropy"):
+            raise ValueError(
+                "Learned coefficients serve an objective to maximize (rule='best'), and with loss='cross_entropy' also "
+                "one to minimize: entropy makes a model surer, which forgets nothing."
+            )
+        if shop.trainer.world_size > 1:
+            raise ValueError("Coefficients are learned on one device: use a Trainer with devices=1.")
+        kept = [c.task for c in problem.constraints if c.task in shop.controls]
+        tasks = {**shop.targets} | ({name: shop.controls[name] for name in kept} if forget else {})
+        signs = {task: -1.0 if forget and task in shop.targets else 1.0 for task in tasks}
+        learner = CoefficientLearner(shop, self, signs)
+        loaders = CombinedLoader({task: self._loader(tasks[task]) for task in tasks}, "max_size_cycle")
+        trainer = L.Trainer(
+            accelerator="cpu" if shop.trainer.strategy.root_device.type == "cpu" else "auto",
+            devices=1,
+            precision=shop.trainer.precision,
+            max_steps=self.num_steps,
+            max_epochs=-1,
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+        )
+        with evaluating(shop.model), quiet():
+            trainer.fit(learner, loaders)
+        shop.model.cpu()
+        vector = learner.vector()
+        candidate = Candidate.of(scaling_coef=1.0)
+        problem.record(candidate, shop.evaluate(vector), problem.base)
+        choice = problem.choose([candidate])
+        reason = f"{self.num_steps} steps of {self.loss} on validation data, one coefficient a {self.per}"
+        details = {"coefficients": learner.table(), "loss": learner.losses[:: max(1, len(learner.losses) // 50)]}
+        return Choice(candidate, choice.feasible, reason if choice.feasible else choice.reason, vector, details)
+
+    def _loader(self, datamodule: L.LightningDataModule) -> DataLoader:
+        loader = datamodule.val_dataloader()
+        if not isinstance(loader, DataLoader):
+            raise ValueError(
+                f"Learning coefficients needs one DataLoader; {type(datamodule).__name__}.val_dataloader gives a "
+                f"{type(loader).__name__}."
+            )
+        return DataLoader(
+            loader.dataset,
+            batch_size=self.batch_size,
+            shuffle=True,
+            collate_fn=loader.collate_fn,
+            drop_last=len(loader.dataset) > self.batch_size,
+            generator=torch.Generator().manual_seed(self.seed),
+        )
+
+
+class CoefficientLearner(L.LightningModule):
+    """A module whose only parameters are coefficients of task vectors.
+
+    Args:
+        shop: The model, the base and the vectors.
+        options: Loss, granularity and optimizer.
+        signs: By task whether its loss is made small (1) or large (-1).
+    """
+
+    def __init__(self, shop: Workshop, options: Learned, signs: Mapping[str, float]) -> None:
+        super().__init__()
+        self._shop = (shop,)  # in a tuple, which hides the model from this module's own parameters
+        self.options = options
+        self.signs = dict(signs)
+        moved = list(dict.fromkeys(name for vector in shop.vectors.values() for name in vector.deltas))
+        place = {"tensor": lambda name: name, "layer": block_of, "vector": lambda name: "all"}[options.per]
+        self.groups = list(dict.fromkeys(map(place, moved)))
+        self.group_of = {name: self.groups.index(place(name)) for name in moved}
+        self.coefs = nn.Parameter(torch.full((len(shop.vectors), len(self.groups)), options.start))  # (vectors, groups)
+        self.losses: list[float] = []
+        self._deltas: list[dict[str, Tensor]] = [dict(vector.deltas) for vector in shop.vectors.values()]
+        self._base = dict(shop.base)
+        state = shop.model.state_dict()
+        self._names = dict(zip(canonical_state_dict(state), state, strict=True))  # as recorded -> as in the module
+        self._task_buffers = {task: dict(buffers) for task, buffers in shop.buffers.items()}
+
+    def on_fit_start(self) -> None:
+        self._shop[0].model.to(self.device)
+        for tensors in (self._base, *self._deltas, *self._task_buffers.values()):
+            tensors.update({name: tensor.to(self.device) for name, tensor in tensors.items()})
+
+    def edited(self) -> dict[str, Tensor]:
+        """Give the tensors that the vectors move, as functions of the coefficients."""
+        coefs = self.coefs.clamp(0, 1) if self.options.clamp else self.coefs
+        found: dict[str, Tensor] = {}
+        for row, deltas in zip(coefs, self._deltas, strict=True):
+            for name, delta in deltas.items():
+                moved = found.get(name, self._base[name]) + row[self.group_of[name]] * delta
+                found[name] = moved.to(self._base[name].dtype)
+        return found
+
+    def training_step(self, batch: Mapping[str, Any], batch_idx: int) -> Tensor:
+        model = self._shop[0].model
+        weights = {self._names[name]: tensor for name, tensor in self.edited().items()}
+        total = torch.zeros((), device=self.device)
+        for task, part in batch.items():
+            tensors = {**weights, **self._task_buffers.get(task, {})}
+            if self.options.loss == "entropy":
+                probabilities = _logits(model, tensors, part).softmax(dim=-1)  # (batch, classes)
+                loss = torch.special.entr(probabilities).sum(dim=-1).mean()
+            else:
+                loss = _cross_entropy(model, tensors, part, batch_idx)
+            total = total + self.signs[task] * loss
+        self.losses.append(float(total.detach()))
+        return total
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.Adam(self.parameters(), lr=self.options.learning_rate)
+
+    @torch.no_grad()
+    def _values(self) -> Tensor:
+        return (self.coefs.clamp(0, 1) if self.options.clamp else self.coefs).detach().cpu()
+
+    def table(self) -> dict[str, dict[str, float]]:
+        """Give the coefficients by vector and by tensor, layer or all."""
+        rows = zip(self._shop[0].vectors, self._values().tolist(), strict=True)
+        return {name: dict(zip(self.groups, row, strict=True)) for name, row in rows}
+
+    def vector(self) -> TaskVector:
+        """Give the sum of the vectors, each tensor times its coefficient; running statistics do not move."""
+        scaled = []
+        for vector, row in zip(self._shop[0].vectors.values(), self._values().tolist(), strict=True):
+            deltas = {name: delta * row[self.group_of[name]] for name, delta in vector.deltas.items()}
+            untouched = {**dict.fromkeys(vector.buffers, "excluded"), **vector.untouched}
+            scaled.append(TaskVector(deltas, {}, untouched, vector.origin))
+        return functools.reduce(lambda left, right: left + right, scaled)
+
+
+def _logits(model: nn.Module, tensors: Mapping[str, Tensor], batch: Any) -> Tensor:
+    if isinstance(batch, Mapping):
+        inputs = {key: value for key, value in batch.items() if key not in ("label", "labels", "target")}
+        outputs = functional_call(model, dict(tensors), (), inputs)
+    else:
+        outputs = functional_call(model, dict(tensors), (batch[0],))
+    return getattr(outputs, "logits", outputs)
+
+
+def _cross_entropy(model: L.LightningModule, tensors: Mapping[str, Tensor], batch: Any, batch_idx: int) -> Tensor:
+    if isinstance(batch, Sequence) and len(batch) == 2 and batch[1].dtype == torch.int64:
+        return F.cross_entropy(_logits(model, tensors, batch), batch[1])
+    renamed = {f"model.{name}": tensor for name, tensor in tensors.items()}
+    outputs = functional_call(_Step(model), renamed, (batch, batch_idx))
+    return outputs["loss"] if isinstance(outputs, Mapping) else outputs
+
+
+class _Step(nn.Module):
+    """A model's training step as the forward that `functional_call` calls."""
+
+    def __init__(self, model: L.LightningModule) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, batch: Any, batch_idx: int) -> Any:
+        return self.model.training_step(batch, batch_idx)
+
+
+@contextlib.contextmanager
+def evaluating(model: L.LightningModule) -> Iterator[None]:
+    """Put a model into evaluation mode, and silence what its steps log."""
+    modes = {name: module.training for name, module in model.named_modules()}
+    model.eval()
+    model.log = lambda *args, **kwargs: None
+    try:
+        yield
+    finally:
+        del model.log
+        for name, module in model.named_modules():
+            module.training = modes.get(name, module.training)
