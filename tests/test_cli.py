@@ -380,3 +380,18 @@ def test_compose_loads_no_lightning():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert "max_memory" in done.stdout
+
+
+def test_a_plan_is_printed_and_nothing_written(tmp_path, capsys):
+    for name, value in (("base", 1.0), ("a", 2.0)):
+        save_weights({f"h.{i}.w": torch.full((2, 3), value) for i in range(3)}, tmp_path / f"{name}.safetensors")
+    words = ["compose", "--base", str(tmp_path / "base.safetensors"), "--vectors.a", str(tmp_path / "a.safetensors")]
+    words += ["--recipe", "-s * a", "--coefs", '{"s": {"layer": [0, 1]}}', "--output", str(tmp_path / "out")]
+    main([*words, "--plan", "--scaling_coef", "0.5"])
+    printed = capsys.readouterr().out
+    assert "base + 0.5 · (-s * a)" in printed
+    assert re.search(r"h\.\*\.w +3 +\[2, 3\] +float32 +-?0 … -0.5", printed)
+    assert "Nothing was written." in printed
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.safetensors", "base.safetensors"]
+    main(words)
+    assert torch.equal(open_weights(tmp_path / "out")["h.1.w"], torch.full((2, 3), 0.5))

@@ -415,6 +415,25 @@ def test_matrix_methods_and_adapters_stream_to_the_in_memory_bytes(files, tmp_pa
         assert compose(base, vectors, recipe, str(tmp_path / "out.safetensors")).edited == expected, recipe
 
 
+def test_raw_or_averaged_weights_are_taken_as_asked_and_recorded(tmp_path):
+    base, raw, averaged = ({"w": torch.full((3,), value)} for value in (0.0, 1.0, 2.0))
+    save_weights(base, tmp_path / "base.safetensors")
+    stored = {"state_dict": averaged, "current_model_state": raw, "averaging_state": {"n_averaged": torch.tensor(3)}}
+    torch.save(stored, tmp_path / "a.ckpt")
+    arguments = (str(tmp_path / "base.safetensors"), {"a": str(tmp_path / "a.ckpt")}, "a")
+    for which, expected, taken in (("checkpoint", 2, "averaged"), ("averaged", 2, "averaged"), ("raw", 1, "raw")):
+        out = tmp_path / f"{which}.safetensors"
+        report = compose(*arguments, str(out), which=which)
+        assert open_weights(out)["w"].tolist() == [expected] * 3
+        assert f"{taken} weights" in report.notes[0]
+        assert json.loads(read_metadata(out)["tva.options"])["which"] == {"a": taken}
+    save_weights(raw, tmp_path / "b.safetensors")
+    with pytest.raises(ValueError, match="no vector holds both raw and averaged weights"):
+        compose(
+            arguments[0], {"a": str(tmp_path / "b.safetensors")}, "a", str(tmp_path / "no.safetensors"), which="raw"
+        )
+
+
 @pytest.mark.slow
 def test_the_memory_measured_stays_within_the_memory_stated(tmp_path):
     generator = torch.Generator().manual_seed(0)

@@ -16,6 +16,7 @@ COMMANDS = {
     "compose": "apply a recipe to a checkpoint on disk, within a stated memory: no Trainer, no data, any architecture",
     "edit": "combine task vectors, choose the coefficient, edit the model and prove it on control tasks",
 }
+FLAGS = ("--plan", "--resume", "--allow_other_base")  # of compose; they may also stand alone
 HELP = """usage: tva COMMAND [options]
 
 Edit trained networks by arithmetic on their weights, and prove what the edit did.
@@ -88,7 +89,10 @@ def _compose() -> bool:
     from tva.compose import ComposeReport, compose
     from tva.report import print_composed, print_plan
 
-    done = auto_cli(compose, args=sys.argv[2:], prog="tva compose", as_positional=False)
+    words = sys.argv[2:]
+    alone = [not after or after.startswith("--") for after in [*words[1:], ""]]
+    words = [f"{word}=true" if word in FLAGS and last else word for word, last in zip(words, alone, strict=True)]
+    done = auto_cli(compose, args=words, prog="tva compose", as_positional=False)
     if isinstance(done, ComposeReport):
         print_composed(done)
     else:

@@ -197,6 +197,9 @@ def compose(
     sources = {
         name: Source(name, vectors[name], weights, allow_other_base, key_map or {}, which) for name in checked.vectors
     }
+    chosen = {name: source.weights.info.which for name, source in sources.items()}
+    if which != "checkpoint" and which not in chosen.values():
+        raise ValueError(f"which={which!r}: no vector holds both raw and averaged weights. Leave it out.")
     memory, shard_bytes = parse_bytes(max_memory), parse_bytes(max_shard_size)
     checked.bind(weights.keys())
     tied = untie(weights, sources.values())
@@ -215,7 +218,7 @@ def compose(
         "tva.dtype": dtype or "",
         "tva.base": base,
         "tva.vectors": json.dumps(vector_paths),
-        "tva.options": json.dumps({"allow_other_base": allow_other_base, "key_map": key_map or {}, "which": which}),
+        "tva.options": json.dumps({"allow_other_base": allow_other_base, "key_map": key_map or {}, "which": chosen}),
         "tva.version": __version__,
         "tva.base_fingerprint": "0" * 32,
         "tva.edited_fingerprint": "0" * 32,
@@ -230,7 +233,8 @@ def compose(
         digests = {key: Fingerprint.from_tensors(composer.digests(key)) for key in ("base", "edited")}
         beside = side_files(find(base), wanted) if find(base).is_dir() else {}
         out.commit({f"tva.{key}_fingerprint": found.digest for key, found in digests.items()}, beside)
-    notes = [str(opened.info) for opened in (weights, *(s.weights for s in sources.values())) if opened.info.notes]
+    infos = [opened.info for opened in (weights, *(source.weights for source in sources.values()))]
+    notes = [str(info) for info in infos if info.notes or info.which != "as stored"]
     return ComposeReport(
         Path(output),
         digests["base"],
