@@ -67,6 +67,7 @@ def test_held_out_part_depends_on_the_seed_alone(parquet):
     assert not torch.equal(first, other)
 
 
+@pytest.mark.slow
 def test_at_most_5000_examples_are_held_out(tmp_path):
     count = 50_010
     dot = {"bytes": load_builtin("digits")["test"].with_format("arrow")[0]["image"][0].as_py()["bytes"], "path": None}
@@ -240,6 +241,7 @@ def test_a_model_must_say_how_images_reach_it(parquet):
 # --- what ships with the package
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", sorted(BUILTIN_SETS))
 def test_builtin_sets_are_the_same_each_time_and_their_splits_share_nothing(name):
     first, again = load_builtin(name), load_builtin(name)

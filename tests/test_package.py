@@ -121,6 +121,7 @@ def test_import_tva_loads_torch_and_no_more():
     assert not {"lightning", "open_clip", "datasets", "timm", "sklearn", "rich"} & set(run_python(code))
 
 
+@pytest.mark.slow
 def test_a_checkout_imports_without_installation():
     code = "import tva, tva.callbacks; print(tva.__file__, tva.callbacks.__file__)"
     path = os.pathsep.join([str(ROOT), sysconfig.get_path("purelib")])

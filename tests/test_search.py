@@ -238,6 +238,7 @@ def test_a_race_under_a_constraint(rule):
     assert not impossible.feasible
 
 
+@pytest.mark.slow
 def test_a_race_drops_the_best_in_no_more_than_one_run_of_twenty():
     runs, dropped = 100, 0
     for seed in range(runs):
