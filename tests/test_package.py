@@ -19,7 +19,7 @@ LAYERS = [
     {"tva.merge"},
     {"tva.recipe", "tva.geometry"},
     {"tva.sources"},
-    {"tva.plan"},
+    {"tva.plan", "tva.pieces"},
     {"tva.compose"},
     {"tva.callbacks", "tva.data"},
     {"tva.models"},
@@ -42,6 +42,7 @@ TORCH_ONLY = {
     "tva.recipe",
     "tva.sources",
     "tva.plan",
+    "tva.pieces",
     "tva.compose",
     "tva.geometry",
 }
