@@ -36,6 +36,7 @@ from tva.version import __version__
 from tva.weights import Fingerprint, LazyWeights, Output, Spec, TensorHash, find, num_bytes, open_weights, side_files
 
 PIECE = 2**18  # elements; shorter ones leave the cores waiting for Python, longer ones leave the cache
+PIECES_AHEAD = 4  # that are read and subtracted while one is looked at
 SLACK = 2**24  # bytes for what an allocator keeps, thread stacks and journals
 DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 T = TypeVar("T")
@@ -251,7 +252,10 @@ class _Composer:
             unparted = max(unparted, sum(num_bytes(e) for e in entries if not e.in_parts))
             largest = max(largest, entries[0].shape.numel() if len(entries) > 1 else 0)
         piece = largest if self.recipe.needs_whole_tensors else self.piece
-        return _anonymous_memory() + SLACK + self.workers * (piece * held + unparted)
+        ahead = 0
+        if any(method.over_model for method in self.recipe.observing):  # pieces that wait, are made and are looked at
+            ahead = (PIECES_AHEAD + 2) * piece * 4 * (len(self.sources) + 2)
+        return _anonymous_memory() + SLACK + self.workers * (piece * held + unparted) + ahead
 
     def fit_into(self, max_memory: int) -> None:
         """Choose how much to hold at once, fewer workers before smaller pieces.
@@ -419,7 +423,7 @@ def _threads(workers: int) -> Iterator[ThreadPoolExecutor]:
 
 
 @contextmanager
-def _ahead_of(items: Callable[[], Iterator[T]], depth: int = 4) -> Iterator[Callable[[], Iterator[T]]]:
+def _ahead_of(items: Callable[[], Iterator[T]], depth: int = PIECES_AHEAD) -> Iterator[Callable[[], Iterator[T]]]:
     """Let a thread of its own compute items before they are asked for, at most ``depth`` of them."""
     stop = threading.Event()
 
