@@ -29,6 +29,8 @@ RECIPES = [
     "dare(a, drop=0.5, seed=3) + magnitude(b, density=0.4)",
     '0.4 * ties(dare(a, drop=0.5), magnitude(b, density=0.5), c, trim="tensor")',
     "ties(ties(a, b), c)",
+    'ties(a, b, -c / 3, elect="unweighted", weights=(1, 0.5, 2), trim="tensor")',
+    "consensus(dare(a), 2 * b, c) - emr(a, b + c)",
 ]
 
 
@@ -40,7 +42,7 @@ def state(seed, dtype=torch.float32):
     return {**tensors, "bn.running_mean": torch.randn(3, generator=generator), "steps": torch.tensor(seed)}
 
 
-@pytest.fixture(params=[torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.fixture(params=[torch.float32, torch.bfloat16, torch.float16], ids=["float32", "bfloat16", "float16"])
 def files(request, tmp_path):
     """A base, two fine-tuned checkpoints of two formats and one task vector file."""
     base = state(0, request.param)

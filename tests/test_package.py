@@ -13,7 +13,8 @@ ROOT = Path(__file__).parent.parent
 
 # Each module may import modules of its own layer's row or of rows above it, never below.
 LAYERS = [
-    {"tva.state_dict", "tva.console", "tva.version"},
+    {"tva.state_dict", "tva.console", "tva.version", "tva.steps"},
+    {"tva.kernels"},
     {"tva.weights", "tva.groups"},
     {"tva.task_vector"},
     {"tva.merge"},
@@ -35,6 +36,7 @@ LAYERS = [
 ]
 TORCH_ONLY = {
     "tva.state_dict",
+    "tva.steps",
     "tva.groups",
     "tva.weights",
     "tva.task_vector",
@@ -48,6 +50,7 @@ TORCH_ONLY = {
 }
 DOORS = {
     "huggingface_hub": {"tva.weights"},
+    "numba": {"tva.kernels"},
     "jsonargparse": {"tva.cli"},
     "open_clip": {"tva.models"},
     "timm": {"tva.models"},

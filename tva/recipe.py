@@ -12,6 +12,7 @@ import dataclasses
 import difflib
 import operator
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from itertools import chain
 from typing import Any, Literal
 
 import torch
@@ -20,10 +21,12 @@ from torch import Tensor
 from tva.groups import Coefficient, coefs_by_tensor
 from tva.merge import METHODS, Method, Place
 from tva.state_dict import some
+from tva.steps import ADD, DIV, LOAD, MUL, NEG, SUB, Step, Steps
 from tva.task_vector import Origin, TaskVector
 
 Kind = Literal["vector", "number"]
 Piece = tuple[Place, Mapping[str, Tensor]]  # where it lies, and the flattened deltas of the vectors by name
+Look = Callable[[Iterable[Piece]], None]
 
 
 class RecipeError(ValueError):
@@ -41,6 +44,7 @@ _OPERATORS: dict[type, tuple[str, Callable]] = {
     ast.Div: ("/", operator.truediv),
 }
 
+_STEPS: dict[type, int] = {ast.Add: ADD, ast.Sub: SUB, ast.Mult: MUL, ast.Div: DIV}
 _INTO: dict[type, Callable] = {ast.Add: torch.add, ast.Sub: torch.sub, ast.Mult: torch.mul, ast.Div: torch.div}
 
 
@@ -103,6 +107,7 @@ class Recipe:
             self._tree = ast.parse(text.strip(), mode="eval").body
         except SyntaxError as error:
             raise self._error("This is not an expression", (error.offset or 1) - 1) from error
+        self._numbers: set[int] = set()  # parts that are no vectors
         self._methods: dict[int, Method] = {}
         self._observers: list[ast.Call] = []  # calls that must see the deltas first, inner before outer
         if self._check(self._tree) != "vector":
@@ -201,6 +206,7 @@ class Recipe:
         *,
         over_model: bool | None = None,
         known: Mapping[tuple[int, str], Any] | None = None,
+        spread: Callable[[Look], None] | None = None,
     ) -> dict[tuple[int, str], Any]:
         """Let the methods that need it look at the deltas before they merge.
 
@@ -209,6 +215,8 @@ class Recipe:
             sources: What identifies each vector.
             over_model: Only the methods that collect over the whole model (True), or tensor by tensor (False).
             known: States of methods that have looked already.
+            spread: In place of going through ``pieces``: calls what it is given on the pieces of every tensor, several
+                tensors at once, for methods that collect over the model.
 
         Returns:
             States for `merge`, by method and tensor.
@@ -219,13 +227,22 @@ class Recipe:
             method = self._methods[id(node)]
             if over_model is not None and method.over_model != over_model:
                 continue
+            if method.over_model:
+                states[id(node), ""] = seen[id(node), ""] = method.start(len(node.args))
             for sweep in range(method.num_sweeps):
-                for place, deltas in pieces():
-                    key = _state_key(node, method, place)
-                    if key not in states:
-                        states[key] = seen[key] = method.start(len(node.args))
-                    arguments, here = self._arguments(node, place, deltas, seen, sources)
-                    method.observe(states[key], arguments, here, sweep)
+
+                def look(some: Iterable[Piece], node=node, method=method, sweep=sweep) -> None:
+                    for place, deltas in some:
+                        key = _state_key(node, method, place)
+                        if key not in states:
+                            states[key] = seen[key] = method.start(len(node.args))
+                        arguments, here = self._arguments(node, place, deltas, seen, sources)
+                        method.observe(states[key], arguments, here, sweep)
+
+                if spread is not None and method.over_model:
+                    spread(look)
+                else:
+                    look(pieces())
                 for (owner, _), state in states.items():
                     if owner == id(node):
                         method.finish(state, sweep)
@@ -245,6 +262,7 @@ class Recipe:
         Args:
             place: Where the piece lies.
             deltas: For each vector its flattened piece, float32 or float64; asked for each time a vector is named.
+                Where they have a method ``run`` that computes `Steps`, it is asked first.
             states: From `observe`.
             sources: What identifies each vector.
             fresh: Vectors whose piece is made anew each time it is asked for, and may be overwritten.
@@ -263,6 +281,11 @@ class Recipe:
         free: Callable[[Tensor], None] = lambda _: None,
     ) -> tuple[Any, bool]:
         """Give a value, and whether its memory is free to be overwritten; results are the same bits either way."""
+        if isinstance(node, ast.BinOp | ast.UnaryOp | ast.Call) and id(node) not in self._numbers:
+            steps = self.steps(place, states, sources, node) if hasattr(deltas, "run") else None
+            value = None if steps is None else deltas.run(steps)
+            if value is not None:
+                return value, True
         match node:
             case ast.Constant(value=value):
                 return float(value), False
@@ -288,6 +311,45 @@ class Recipe:
                 return method.merge(arguments, states.get(_state_key(node, method, place)), here), True
         raise AssertionError(f"unchecked node {ast.dump(node)}")
 
+    def steps(
+        self,
+        place: Place,
+        states: Mapping[tuple[int, str], Any],
+        sources: Mapping[str, str],
+        node: ast.expr | None = None,
+    ) -> Steps | None:
+        """Give the steps that compute the recipe, or a part of it, in one tensor; None if a method has none.
+
+        Args:
+            place: The tensor.
+            states: From `observe`.
+            sources: What identifies each vector.
+            node: A part that is a vector.
+        """
+        node = self._tree if node is None else node
+        match node:
+            case ast.Name(id=name):
+                return (Step(LOAD, self.vectors.index(name)),)
+            case ast.UnaryOp(op=op, operand=operand):
+                steps = self.steps(place, states, sources, operand)
+                return steps if steps is None or isinstance(op, ast.UAdd) else (*steps, Step(NEG))
+            case ast.BinOp(left=left, op=op, right=right):
+                if number := next((side for side in (left, right) if id(side) in self._numbers), None):
+                    vector, value = right if number is left else left, self._evaluate(number, place, {}, {}, {})[0]
+                    if isinstance(op, ast.Div) and value == 0:
+                        raise self._error("This divides by zero", right.col_offset)
+                    last, sides = Step(_STEPS[type(op)], numbers=(value,)), [vector]
+                else:
+                    last, sides = Step(_STEPS[type(op)]), [left, right]
+                parts = [self.steps(place, states, sources, side) for side in sides]
+                return None if None in parts else (*chain(*parts), last)
+            case ast.Call(args=args):
+                method = self._methods[id(node)]
+                parts = [self.steps(place, states, sources, argument) for argument in args]
+                here = dataclasses.replace(place, start=0, sources=self._sources_of(node, sources))
+                return None if None in parts else method.steps(parts, states.get(_state_key(node, method, place)), here)
+        raise AssertionError(f"unchecked node {ast.dump(node)}")
+
     def number(self, name: str, place: Place) -> float:
         """Give a coefficient's value in one tensor."""
         by_tensor = self._by_tensor.get(name)
@@ -302,8 +364,10 @@ class Recipe:
         sources: Mapping[str, str],
     ) -> tuple[list[Tensor], Place]:
         values = [self._evaluate(argument, place, deltas, states, sources)[0] for argument in call.args]
-        named = tuple("+".join(sources[name] for name in self._names_in(argument)) for argument in call.args)
-        return values, dataclasses.replace(place, sources=named)
+        return values, dataclasses.replace(place, sources=self._sources_of(call, sources))
+
+    def _sources_of(self, call: ast.Call, sources: Mapping[str, str]) -> tuple[str, ...]:
+        return tuple("+".join(sources[name] for name in self._names_in(argument)) for argument in call.args)
 
     def _names_in(self, node: ast.expr) -> Iterator[str]:
         return (n.id for n in ast.walk(node) if isinstance(n, ast.Name) and n.id in self._known)
@@ -311,6 +375,12 @@ class Recipe:
     # --- reading: what kind of value each part has
 
     def _check(self, node: ast.expr) -> Kind:
+        kind = self._kind(node)
+        if kind == "number":
+            self._numbers.add(id(node))
+        return kind
+
+    def _kind(self, node: ast.expr) -> Kind:
         match node:
             case ast.Constant(value=int() | float()) if not isinstance(node.value, bool):
                 return "number"

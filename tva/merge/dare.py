@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy
 import torch
 import xxhash
 from torch import Tensor
 
 from tva.merge.method import Method, Place
+from tva.steps import DROP, Step, Steps
 
 _PIECE = 2**32  # elements that share the upper part of their index
 
@@ -43,19 +44,27 @@ class Dare(Method):
 
     def merge(self, deltas: Sequence[Tensor], state: Any, place: Place) -> Tensor:
         (delta,) = deltas
-        bits = random_bits(delta.numel(), place, self.seed).numpy()
-        keep = (bits >= round(self.drop * 2**32) - 2**31).astype(numpy.float32)  # torch takes longer for booleans
-        return (delta / (1 - self.drop)).mul_(torch.from_numpy(keep).to(delta.device))
+        keep = (random_bits(delta.numel(), place, self.seed) >= self._lowest).to(delta.dtype)
+        return (delta / (1 - self.drop)).mul_(keep.to(delta.device))
+
+    @property
+    def _lowest(self) -> int:
+        """Random bits that keep an element, as int32, are at least this."""
+        return round(self.drop * 2**32) - 2**31
+
+    def steps(self, arguments: Sequence[Steps], state: Any, place: Place) -> Steps | None:
+        if math.prod(place.shape) > _PIECE:
+            return None
+        return (*arguments[0], Step(DROP, self._lowest, (1 - self.drop,), _key(place, self.seed, 0)))
 
 
-def random_bits(count: int, place: Place, seed: int, device: torch.device | str = "cpu") -> Tensor:
+def random_bits(count: int, place: Place, seed: int) -> Tensor:
     """Give uniform random int32 numbers for elements ``place.start`` and following.
 
     Args:
         count: How many elements.
         place: Its tensor name, first source and start are the key.
         seed: Any integer.
-        device: Where to compute; the numbers do not depend on it.
 
     Returns:
         Shape (count,), int32, uniform over all of its values.
@@ -65,29 +74,19 @@ def random_bits(count: int, place: Place, seed: int, device: torch.device | str 
         >>> torch.equal(whole[3:], random_bits(5, Place("w", 3, ("a",)), seed=0))
         True
     """
-    source = place.sources[0] if place.sources else ""
-    pieces = []
+    from tva import kernels
+
+    bits = torch.empty(count, dtype=torch.int32)
     start, stop = place.start, place.start + count
-    while start < stop:
-        upper = start // _PIECE
-        length = min(stop, (upper + 1) * _PIECE) - start
-        key = xxhash.xxh3_64_intdigest(f"{seed}\0{source}\0{place.tensor}\0{upper}".encode())
-        begin = start - upper * _PIECE
-        bits = numpy.arange(begin, begin + length, dtype=numpy.uint32)
-        bits ^= numpy.uint32(key >> 32)
-        _mix(bits)
-        bits ^= numpy.uint32(key & 0xFFFFFFFF)
-        _mix(bits)
-        pieces.append(bits)
-        start += length
-    bits = pieces[0] if len(pieces) == 1 else numpy.concatenate([numpy.empty(0, numpy.uint32), *pieces])
-    return torch.from_numpy(bits.view(numpy.int32)).to(device)
+    for upper in range(start // _PIECE, -(-stop // _PIECE)):
+        low, high = max(start, upper * _PIECE), min(stop, (upper + 1) * _PIECE)
+        part = bits[low - start : high - start].numpy()
+        kernels.random_bits(low - upper * _PIECE, *_key(place, seed, upper), part)
+    return bits
 
 
-def _mix(x: numpy.ndarray) -> None:
-    """Mix uint32 in place, each bit into all others: the ``lowbias32`` permutation of Chris Wellons."""
-    x ^= x >> 16
-    x *= numpy.uint32(0x7FEB352D)
-    x ^= x >> 15
-    x *= numpy.uint32(0x846CA68B)
-    x ^= x >> 16
+def _key(place: Place, seed: int, upper: int) -> tuple[int, int]:
+    """Give the two halves of the key of a stretch of `_PIECE` elements."""
+    source = place.sources[0] if place.sources else ""
+    key = xxhash.xxh3_64_intdigest(f"{seed}\0{source}\0{place.tensor}\0{upper}".encode())
+    return key >> 32, key & 0xFFFFFFFF

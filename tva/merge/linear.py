@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from tva.merge.method import Method, Place
+from tva.steps import ADD, DIV, SUB, Step, Steps, sum_of
 
 
 @dataclass(frozen=True)
@@ -26,6 +27,10 @@ class Analogy(Method):
         a, b, c = deltas
         return c + (b - a)
 
+    def steps(self, arguments: Sequence[Steps], state: Any, place: Place) -> Steps:
+        a, b, c = arguments
+        return (*c, *b, *a, Step(SUB), Step(ADD))
+
 
 @dataclass(frozen=True)
 class Mean(Method):
@@ -39,6 +44,9 @@ class Mean(Method):
 
     def merge(self, deltas: Sequence[Tensor], state: Any, place: Place) -> Tensor:
         return add_up(deltas) / len(deltas)
+
+    def steps(self, arguments: Sequence[Steps], state: Any, place: Place) -> Steps:
+        return (*sum_of(arguments), Step(DIV, numbers=(len(arguments),)))
 
 
 def add_up(deltas: Sequence[Tensor]) -> Tensor:

@@ -8,6 +8,8 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
+from tva.steps import Steps
+
 
 @dataclass(frozen=True)
 class Place:
@@ -60,7 +62,7 @@ class Method:
         return None
 
     def observe(self, state: Any, deltas: Sequence[Tensor], place: Place, sweep: int) -> None:
-        """Look at one piece of each delta in pass ``sweep`` (0 is the first)."""
+        """Look at one piece of each delta in pass ``sweep``, from 0; threads may look at several tensors at once."""
 
     def finish(self, state: Any, sweep: int) -> None:
         """Close pass ``sweep``: all pieces have been seen."""
@@ -68,3 +70,13 @@ class Method:
     def merge(self, deltas: Sequence[Tensor], state: Any, place: Place) -> Tensor:
         """Combine one piece of each delta, float32 or float64, shape (elements,); the inputs are left unchanged."""
         raise NotImplementedError  # every subclass says how
+
+    def steps(self, arguments: Sequence[Steps], state: Any, place: Place) -> Steps | None:
+        """Say in steps what `merge` does, which then runs fused; None where there are none for it.
+
+        Args:
+            arguments: Steps that give the value of each vector.
+            state: What `observe` has collected.
+            place: The tensor, from its first element on.
+        """
+        return None

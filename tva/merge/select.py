@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Callable
 
 import numpy
@@ -10,7 +11,6 @@ import torch
 from torch import Tensor
 
 _BINS = 2**16  # values of the upper, and of the lower, 16 bits of a float32
-_ENOUGH = 2**18  # elements to count at once: adding the counts of few takes longer than counting them
 
 
 class OrderStatistics:
@@ -39,52 +39,40 @@ class OrderStatistics:
     def __init__(self, ranks: Callable[[int], list[int]], signed: bool = False) -> None:
         self.values: list[float] = []
         self._ranks, self._signed = ranks, signed
-        self._counts = torch.zeros(_BINS if signed else _BINS // 2, dtype=torch.int64)
-        self._seen: list[numpy.ndarray] = []  # upper bits that are not counted yet
-        self._within: dict[int, numpy.ndarray] = {}  # bin to the counts of its lower bits
+        self._counts: dict[tuple[int, int], numpy.ndarray] = {}  # of each thread: all bins (-1), or within one
         self._wanted: list[tuple[int, int]] = []  # bin, and rank within the bin
 
     def observe(self, piece: Tensor, sweep: int) -> None:
-        """Count one piece, flat."""
-        bits = piece.float().contiguous().cpu().numpy().view(numpy.uint32)
-        if self._signed:
-            bits = _ordered(bits)
-        if sweep == 0:
-            upper = bits.view(numpy.uint16)[1::2].copy()
-            upper &= numpy.uint16(len(self._counts) - 1)  # of magnitudes not the sign
-            self._seen.append(upper)
-            if sum(map(len, self._seen)) >= _ENOUGH:
-                self._count_seen()
-            return
-        shift = 0 if self._signed else 1  # which takes the sign off
-        for high, counts in self._within.items():  # numpy finds the few elements of a bin ten times as fast as torch
-            lower = bits << shift
-            lower -= numpy.uint32((high * _BINS + 1) << shift)
-            lower = lower[lower < (_BINS - 1) << shift] >> shift  # less 1; of 0, which zeros have, it is a large number
-            if len(lower) < _BINS // 8:
-                numpy.add.at(counts, lower + 1, 1)
-            else:
-                counts[1:] += numpy.bincount(lower, minlength=_BINS - 1)
+        """Count one piece, flat; several threads may at once."""
+        from tva.kernels import count_lower, count_upper
 
-    def _count_seen(self) -> None:
-        upper = numpy.concatenate([numpy.empty(0, numpy.uint16), *self._seen])
-        upper = upper.astype(numpy.int32) if self._signed else upper.view(numpy.int16)
-        self._counts += torch.bincount(torch.from_numpy(upper), minlength=len(self._counts))
-        self._seen = []
+        values = piece.detach().float().contiguous().cpu().numpy()
+        if sweep == 0:
+            count_upper(values, self._signed, self._mine(-1))
+        else:
+            for high in {high for high, _ in self._wanted}:
+                count_lower(values, self._signed, high, self._mine(high))
+
+    def _mine(self, which: int) -> numpy.ndarray:
+        key = (threading.get_ident(), which)
+        if key not in self._counts:
+            self._counts[key] = numpy.zeros(_BINS, numpy.int64)
+        return self._counts[key]
+
+    def _all(self, which: int) -> numpy.ndarray:
+        return sum((counts for (_, mine), counts in self._counts.items() if mine == which), numpy.zeros(1, numpy.int64))
 
     def finish(self, sweep: int) -> None:
         """Close a pass."""
         if sweep == 0:
-            self._count_seen()
-            count = int(self._counts.sum())
-            self._wanted = [_locate(self._counts, rank) for rank in self._ranks(count)] if count else []
-            self._within = {high: numpy.zeros(_BINS, numpy.int64) for high, _ in self._wanted}
-            return
-        for high, counts in self._within.items():
-            counts[0] = int(self._counts[high]) - counts.sum()
-        for high, rank in self._wanted:
-            low, _ = _locate(torch.from_numpy(self._within[high]), rank)
-            self.values.append(_value(high * _BINS + low, self._signed))
+            counts = self._all(-1)
+            count = int(counts.sum())
+            self._wanted = [_locate(counts, rank) for rank in self._ranks(count)] if count else []
+        else:
+            for high, rank in self._wanted:
+                low, _ = _locate(self._all(high), rank)
+                self.values.append(_value(high * _BINS + low, self._signed))
+        self._counts = {}
 
 
 class Threshold(OrderStatistics):
@@ -101,6 +89,11 @@ class Threshold(OrderStatistics):
     def value(self) -> float:
         """After both passes: magnitudes of at least this are kept; 0 keeps all."""
         return self.values[0] if self.values else 0.0
+
+    @property
+    def limit(self) -> float:
+        """The largest magnitude that is zeroed; negative if all are kept."""
+        return after(self.value, 0) if self.value else -1.0
 
 
 def num_kept(density: float, count: int) -> int:
@@ -128,17 +121,11 @@ def after(value: float, towards: float = math.inf) -> float:
     return float(numpy.nextafter(numpy.float32(value), numpy.float32(towards)))
 
 
-def _locate(counts: Tensor, rank: int) -> tuple[int, int]:
+def _locate(counts: numpy.ndarray, rank: int) -> tuple[int, int]:
     """Find the bin that holds a rank, and the rank within that bin."""
-    up_to = counts.cumsum(0)
-    position = int(torch.searchsorted(up_to, rank, right=True))
+    up_to = counts.cumsum()
+    position = int(numpy.searchsorted(up_to, rank, side="right"))
     return position, rank - int(up_to[position] - counts[position])
-
-
-def _ordered(bits: numpy.ndarray) -> numpy.ndarray:
-    """Turn the bits of float32 values so that, as unsigned integers, they order as the values do."""
-    bits = (bits.view(numpy.float32) + numpy.float32(0)).view(numpy.int32)  # makes -0.0 the 0.0 that it equals
-    return (((bits >> 31) | numpy.int32(-(2**31))) ^ bits).view(numpy.uint32)
 
 
 def _value(key: int, signed: bool) -> float:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from tva.merge.method import Method, Place
 from tva.merge.select import OrderStatistics, Threshold, after, check_density, trim
+from tva.steps import TRIM, Step, Steps
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,9 @@ class Magnitude(Method):
 
     def merge(self, deltas: Sequence[Tensor], state: Threshold, place: Place) -> Tensor:
         return trim(deltas[0], state.value)
+
+    def steps(self, arguments: Sequence[Steps], state: Threshold, place: Place) -> Steps:
+        return (*arguments[0], Step(TRIM, numbers=(state.limit,)))
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Literal
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor
 from tva.merge.linear import add_up
 from tva.merge.method import Method, Place
 from tva.merge.select import Threshold, check_density, trim
+from tva.steps import TIES, Step, Steps
 
 
 @dataclass(frozen=True)
@@ -80,6 +82,12 @@ class Ties(Method):
         voters = zip(trimmed, weights, strict=True) if self.elect == "weighted" else ((t, 1.0) for t in trimmed)
         elected = add_up([delta if weight == 1 else delta * weight for delta, weight in voters]).sign_()
         return merge_agreeing(trimmed, elected, self.combine == "mean", weights)
+
+    def steps(self, arguments: Sequence[Steps], state: list[Threshold], place: Place) -> Steps:
+        weights = self.weights or [1.0] * len(arguments)
+        rule = (float(self.combine == "mean"), float(self.elect == "weighted"), min(weights))
+        numbers = (*rule, *(threshold.limit for threshold in state), *weights)
+        return (*chain(*arguments), Step(TIES, len(arguments), numbers))
 
 
 @dataclass(frozen=True)

@@ -3,12 +3,13 @@
 from tva.weights.adapter import open_adapter, open_finetuned
 from tva.weights.files import find, open_weights, read_metadata
 from tva.weights.fingerprint import Fingerprint, TensorHash, fingerprint, tensor_digest
-from tva.weights.lazy import Info, LazyWeights, Spec
+from tva.weights.lazy import Entry, Info, LazyWeights, Spec
 from tva.weights.names import NameMatch, canonical_names, canonical_state_dict, map_names, match_names
 from tva.weights.output import Output, num_bytes, side_files
 from tva.weights.writing import atomic_path, save_weights
 
 __all__ = [
+    "Entry",
     "Fingerprint",
     "Info",
     "LazyWeights",
