@@ -33,7 +33,7 @@ from tva.steps import Program
 from tva.version import __version__
 from tva.weights import Fingerprint, LazyWeights, Output, Spec, TensorHash, find, num_bytes, open_weights, side_files
 
-PIECE = 2**18  # elements; shorter ones leave the cores waiting for Python, longer ones leave the cache
+PIECE = 2**18  # elements; shorter ones leave the cores waiting for Python, longer ones for memory
 SLACK = 2**24  # bytes for what an allocator keeps, thread stacks and journals
 DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 

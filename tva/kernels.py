@@ -280,9 +280,46 @@ def count_upper(values, signed, counts):
 
 
 @njit(**_OPTIONS)
+def count_both(values, signed, counts, first, near):
+    """Count float32 values by the upper 16 bits of their keys, and in some bins by the lower 16 bits too.
+
+    Args:
+        values: Any length.
+        signed: Whether keys are of values or of their magnitudes.
+        counts: By the upper bits, shape (2¹⁶,).
+        first: The first of the bins that are looked into, uint32, for each stretch of them.
+        near: Their counts, shape (stretches, bins of a stretch × 2¹⁶).
+    """
+    reach, last = numpy.uint32(near.shape[1]), len(first) - 1
+    low = numpy.uint32(first[last] << numpy.uint32(16))
+    for i in range(len(values)):
+        key = _key(values[i], signed)
+        counts[key >> numpy.uint32(16)] += 1
+        place = numpy.uint32(key - low)
+        if place < reach:
+            near[last, place] += 1
+    for j in range(last):
+        low = numpy.uint32(first[j] << numpy.uint32(16))
+        for i in range(len(values)):
+            place = numpy.uint32(_key(values[i], signed) - low)
+            if place < reach:
+                near[j, place] += 1
+
+
+@njit(**_OPTIONS)
 def count_lower(values, signed, upper, counts):
     """Count, of the float32 values whose keys have the upper 16 bits ``upper``, the lower 16 bits."""
     for i in range(len(values)):
         key = _key(values[i], signed)
         if key >> numpy.uint32(16) == upper:
             counts[key & numpy.uint32(0xFFFF)] += 1
+
+
+@njit(**_OPTIONS)
+def locate(counts, rank):
+    """Find the bin that holds a rank, and the rank within that bin."""
+    position = 0
+    while rank >= counts[position]:
+        rank -= counts[position]
+        position += 1
+    return position, rank

@@ -230,6 +230,9 @@ class Recipe:
             if method.over_model:
                 states[id(node), ""] = seen[id(node), ""] = method.start(len(node.args))
             for sweep in range(method.num_sweeps):
+                mine = [state for (owner, _), state in states.items() if owner == id(node)]
+                if mine and all(method.ready(state, sweep) for state in mine):
+                    continue
 
                 def look(some: Iterable[Piece], node=node, method=method, sweep=sweep) -> None:
                     for place, deltas in some:

@@ -67,6 +67,10 @@ class Method:
     def finish(self, state: Any, sweep: int) -> None:
         """Close pass ``sweep``: all pieces have been seen."""
 
+    def ready(self, state: Any, sweep: int) -> bool:
+        """Whether pass ``sweep`` can be left out, since an earlier one has found all that it is for."""
+        return False
+
     def merge(self, deltas: Sequence[Tensor], state: Any, place: Place) -> Tensor:
         """Combine one piece of each delta, float32 or float64, shape (elements,); the inputs are left unchanged."""
         raise NotImplementedError  # every subclass says how

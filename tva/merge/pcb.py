@@ -75,8 +75,11 @@ class Pcb(Method):
     def finish(self, state: _State, sweep: int) -> None:
         for statistics in state.magnitudes if sweep < 2 else state.scores:
             statistics.finish(sweep % 2)
-        if sweep == 1:
+        if sweep < 2:
             state.bounds = [(low, high) for low, high in (s.values or [0.0, 0.0] for s in state.magnitudes)]
+
+    def ready(self, state: _State, sweep: int) -> bool:
+        return sweep % 2 == 1 and all(s.found for s in (state.magnitudes if sweep < 2 else state.scores))
 
     def merge(self, deltas: Sequence[Tensor], state: _State, place: Place) -> Tensor:
         merged, total = torch.zeros_like(deltas[0]), torch.zeros_like(deltas[0])

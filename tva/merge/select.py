@@ -5,27 +5,32 @@ from __future__ import annotations
 import math
 import threading
 from collections.abc import Callable
+from typing import Any
 
 import numpy
 import torch
 from torch import Tensor
 
 _BINS = 2**16  # values of the upper, and of the lower, 16 bits of a float32
+_ENOUGH = 2**17  # elements, from which a rank is known to a bin
+_LOOKED_INTO = 3  # bins around each rank expected, each an interval of less than 0.8 % of its value
 
 
 class OrderStatistics:
     """Find some of the values that sorting would bring to given ranks, by counting, from pieces seen twice.
 
     The bits of float32 values, turned where negative, order as the values do. The first pass counts their upper 16 bits
-    and finds the bin of each rank wanted; the second counts the lower 16 bits within these bins. Counts depend neither
-    on the pieces nor on their order. Float64 input is rounded to float32.
+    and finds the bin of each rank wanted; the second counts the lower 16 bits within these bins. The first pass counts
+    those of a few bins too, where the first piece lets the ranks be expected: mostly the second is not needed. Counts
+    depend neither on the pieces nor on their order, nor on what was expected. Float64 input is rounded to float32.
 
     Args:
         ranks: Gives the ranks wanted, from 0 for the smallest, when told how many values there are (at least one).
         signed: Whether values may be negative; their magnitudes are meant otherwise.
 
     Attributes:
-        values: After both passes: the value of each rank; empty if nothing was seen.
+        values: After both passes, or when they are found: the value of each rank; empty if nothing was seen.
+        found: Whether a second pass is not needed.
 
     Example:
         >>> median = OrderStatistics(lambda count: [count // 2])
@@ -38,40 +43,78 @@ class OrderStatistics:
 
     def __init__(self, ranks: Callable[[int], list[int]], signed: bool = False) -> None:
         self.values: list[float] = []
+        self.found = False
         self._ranks, self._signed = ranks, signed
+        self._num_bins = _BINS if signed else _BINS // 2
+        self._lock = threading.Lock()
         self._counts: dict[tuple[int, int], numpy.ndarray] = {}  # of each thread: all bins (-1), or within one
+        self._near: dict[int, numpy.ndarray] = {}  # of each thread: within the bins that are looked into at once
+        self._first: numpy.ndarray | None = None  # of these bins, for each rank
         self._wanted: list[tuple[int, int]] = []  # bin, and rank within the bin
 
     def observe(self, piece: Tensor, sweep: int) -> None:
         """Count one piece, flat; several threads may at once."""
-        from tva.kernels import count_lower, count_upper
+        from tva.kernels import count_both, count_lower
 
+        if self.found:
+            return
         values = piece.detach().float().contiguous().cpu().numpy()
         if sweep == 0:
-            count_upper(values, self._signed, self._mine(-1))
+            if len(values) == 0:
+                return
+            with self._lock:
+                if self._first is None:
+                    self._first = self._expect(values)
+            near = _own(self._near, threading.get_ident(), len(self._first), _LOOKED_INTO * _BINS)
+            count_both(values, self._signed, self._mine(-1), self._first, near)
         else:
             for high in {high for high, _ in self._wanted}:
                 count_lower(values, self._signed, high, self._mine(high))
 
+    def _expect(self, values: numpy.ndarray) -> numpy.ndarray:
+        """Say which bins to look into at once, from the beginning of the first piece."""
+        from tva.kernels import count_upper, locate
+
+        values = values[:_ENOUGH]
+        counts = _zeros(self._num_bins)
+        count_upper(values, self._signed, counts)
+        bins = [locate(counts, rank)[0] for rank in self._ranks(len(values))]
+        return numpy.array(sorted({max(0, high - _LOOKED_INTO // 2) for high in bins}), numpy.uint32)
+
     def _mine(self, which: int) -> numpy.ndarray:
-        key = (threading.get_ident(), which)
-        if key not in self._counts:
-            self._counts[key] = numpy.zeros(_BINS, numpy.int64)
-        return self._counts[key]
+        return _own(self._counts, (threading.get_ident(), which), self._num_bins if which < 0 else _BINS)
 
     def _all(self, which: int) -> numpy.ndarray:
-        return sum((counts for (_, mine), counts in self._counts.items() if mine == which), numpy.zeros(1, numpy.int64))
+        """Sum up what the threads have counted."""
+        return _total([counts for (_, mine), counts in self._counts.items() if mine == which])
+
+    def _seen_within(self, high: int) -> numpy.ndarray | None:
+        """Give the counts within a bin, if the first pass looked into it."""
+        for j, first in enumerate([] if self._first is None else self._first):
+            if first <= high < first + _LOOKED_INTO:
+                start = (high - first) * _BINS
+                return _total([near[j, start : start + _BINS] for near in self._near.values()])
+        return None
 
     def finish(self, sweep: int) -> None:
         """Close a pass."""
+        from tva.kernels import locate
+
+        if self.found:
+            return
         if sweep == 0:
             counts = self._all(-1)
             count = int(counts.sum())
-            self._wanted = [_locate(counts, rank) for rank in self._ranks(count)] if count else []
+            self._wanted = [locate(counts, rank) for rank in self._ranks(count)] if count else []
+            within = {high: self._seen_within(high) for high, _ in self._wanted}
+            self.found = all(counts is not None for counts in within.values())
+            self._near = {}
         else:
+            within = {high: self._all(high) for high, _ in self._wanted}
+        if sweep == 1 or self.found:
             for high, rank in self._wanted:
-                low, _ = _locate(self._all(high), rank)
-                self.values.append(_value(high * _BINS + low, self._signed))
+                self.values.append(_value(high * _BINS + locate(within[high], rank)[0], self._signed))
+            self.found = True
         self._counts = {}
 
 
@@ -121,11 +164,18 @@ def after(value: float, towards: float = math.inf) -> float:
     return float(numpy.nextafter(numpy.float32(value), numpy.float32(towards)))
 
 
-def _locate(counts: numpy.ndarray, rank: int) -> tuple[int, int]:
-    """Find the bin that holds a rank, and the rank within that bin."""
-    up_to = counts.cumsum()
-    position = int(numpy.searchsorted(up_to, rank, side="right"))
-    return position, rank - int(up_to[position] - counts[position])
+def _zeros(*shape: int) -> numpy.ndarray:
+    return numpy.zeros(shape, numpy.int64)
+
+
+def _total(counts: list[numpy.ndarray]) -> numpy.ndarray:
+    return counts[0] if len(counts) == 1 else sum(counts, _zeros(1))
+
+
+def _own(counts: dict[Any, numpy.ndarray], key: object, *shape: int) -> numpy.ndarray:
+    if key not in counts:
+        counts[key] = _zeros(*shape)
+    return counts[key]
 
 
 def _value(key: int, signed: bool) -> float:

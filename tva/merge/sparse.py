@@ -41,6 +41,9 @@ class Magnitude(Method):
     def finish(self, state: Threshold, sweep: int) -> None:
         state.finish(sweep)
 
+    def ready(self, state: Threshold, sweep: int) -> bool:
+        return state.found
+
     def merge(self, deltas: Sequence[Tensor], state: Threshold, place: Place) -> Tensor:
         return trim(deltas[0], state.value)
 
@@ -90,6 +93,9 @@ class Breadcrumbs(Method):
 
     def finish(self, state: OrderStatistics, sweep: int) -> None:
         state.finish(sweep)
+
+    def ready(self, state: OrderStatistics, sweep: int) -> bool:
+        return state.found
 
     def merge(self, deltas: Sequence[Tensor], state: OrderStatistics, place: Place) -> Tensor:
         if not state.values:

