@@ -28,9 +28,9 @@ from safetensors.torch import save_file
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 from tva.callbacks import TaskVectorCallback
-from tva.callbacks.emission import Plan, Source, emit
 
 from tva import fingerprint, open_weights, save_weights
+from tva.emission import Plan, Source, emit
 from tva.task_vector import Origin
 
 

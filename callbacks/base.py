@@ -8,11 +8,11 @@ from pathlib import Path
 
 from lightning.pytorch.strategies import Strategy
 from torch import Tensor, nn
-from tva.callbacks.emission import Source, write_weights
 from tva.callbacks.lora import LoraView
 from tva.callbacks.places import deliver, exists, open_anywhere, plain, remove, workplace
 from tva.callbacks.sharding import Shards, is_shard
 
+from tva.emission import Source, write_weights
 from tva.state_dict import check_same
 from tva.weights import Fingerprint, LazyWeights, canonical_names, fingerprint, open_weights
 

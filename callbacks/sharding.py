@@ -25,8 +25,8 @@ from lightning.pytorch.strategies import (
 )
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Shard
-from tva.callbacks.emission import Source
 
+from tva.emission import Source
 from tva.state_dict import MismatchError, some
 from tva.weights import Spec
 

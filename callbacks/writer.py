@@ -18,11 +18,11 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from tva.callbacks.averaging import Weights
 from tva.callbacks.base import SNAPSHOT, Base, buffer_names, names_of
-from tva.callbacks.emission import Emitted, Plan, Source, emit
 from tva.callbacks.lora import LoraView
 from tva.callbacks.places import deliver, exists, local_copy, workplace
 from tva.callbacks.sharding import Shards, is_shard
 
+from tva.emission import Emitted, Plan, Source, emit
 from tva.state_dict import MismatchError, some
 from tva.task_vector import SUFFIX, Origin, vector_header
 from tva.weights import LazyWeights, canonical_state_dict, open_weights

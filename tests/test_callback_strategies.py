@@ -168,7 +168,7 @@ def _full_disk(folder, kind):
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    from tva.callbacks.emission import LateHeaderFile
+    from tva.emission import LateHeaderFile
 
     callback = TaskVectorCallback()
     callback.on_vector_saved = lambda *_: setattr(LateHeaderFile, "_store", full)  # from the second vector on
@@ -243,9 +243,9 @@ def _measure_memory(folder):
     import threading
 
     from tva.callbacks.base import Base
-    from tva.callbacks.emission import Plan, emit
     from tva.callbacks.lora import LoraView
 
+    from tva.emission import Plan, emit
     from tva.task_vector import Origin
 
     join_ranks()

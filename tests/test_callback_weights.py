@@ -7,9 +7,9 @@ from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
 from small_models import Blobs, LinearNet, MixedNet, assert_vector_is_checkpoint_minus_base, fit, names
 from torch import nn
 from tva.callbacks import TaskVectorCallback
-from tva.callbacks.emission import Plan, Source, emit
 
 from tva import TaskVector, fingerprint, open_weights, save_weights
+from tva.emission import Plan, Source, emit
 from tva.task_vector import Origin
 from tva.weights import open_finetuned, read_metadata
 

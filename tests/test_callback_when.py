@@ -16,9 +16,9 @@ from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.plugins.io import AsyncCheckpointIO
 from small_models import MixedNet, assert_vector_is_checkpoint_minus_base, fit, names
 from tva.callbacks import TaskVectorCallback
-from tva.callbacks.emission import LateHeaderFile
 
 from tva import MismatchError, TaskVector, fingerprint, open_weights
+from tva.emission import LateHeaderFile
 
 LAST = "epoch=1-step=8"
 

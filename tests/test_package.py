@@ -18,7 +18,7 @@ LAYERS = [
     {"tva.weights", "tva.groups"},
     {"tva.task_vector"},
     {"tva.merge"},
-    {"tva.recipe", "tva.geometry"},
+    {"tva.recipe", "tva.geometry", "tva.emission"},
     {"tva.sources"},
     {"tva.plan", "tva.pieces"},
     {"tva.compose"},
@@ -47,6 +47,7 @@ TORCH_ONLY = {
     "tva.pieces",
     "tva.compose",
     "tva.geometry",
+    "tva.emission",
 }
 DOORS = {
     "huggingface_hub": {"tva.weights"},

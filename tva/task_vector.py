@@ -449,7 +449,7 @@ class TaskVector:
         overflown = [name for name, value in tensors.items() if not bool(torch.isfinite(value).all())]
         if overflown:
             raise ValueError(f"The deltas of {some(overflown)} do not fit {dtype}; choose a dtype of wider range.")
-        save_weights(tensors, path, vector_header(self.origin, self.buffers, self.untouched))
+        save_weights(tensors, path, vector_header(self.origin, self.buffers, self.untouched, self.norm()))
 
     def _tensors(self) -> dict[str, Tensor]:
         return {**self.deltas, **self.buffers}
@@ -479,13 +479,16 @@ class TaskVector:
         )
 
 
-def vector_header(origin: Origin, buffers: Collection[str], untouched: Mapping[str, str]) -> dict[str, str]:
+def vector_header(
+    origin: Origin, buffers: Collection[str], untouched: Mapping[str, str], norm: float | None = None
+) -> dict[str, str]:
     """Make the header of a task vector file.
 
     Args:
         origin: Where the vector comes from.
         buffers: Names of the running statistics that it moves.
         untouched: Names that it does not move, each with the reason.
+        norm: Euclidean norm over all its parameters, so that it can be listed without reading it; six digits are kept.
 
     Returns:
         Text by key, for the metadata of a safetensors file.
@@ -509,6 +512,7 @@ def vector_header(origin: Origin, buffers: Collection[str], untouched: Mapping[s
         "buffers": list(buffers),
         "untouched": reasons,
         "encoding": "dense",
+        "norm": None if norm is None else float(f"{norm:.6g}"),
         "version": __version__,
         "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }

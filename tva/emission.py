@@ -15,10 +15,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from tva.state_dict import add_scaled, some, subtract
+from tva.state_dict import NoEffectError, add_scaled, some, subtract
 from tva.task_vector import BATCH_NORM_STATISTICS, Origin, vector_header
 from tva.weights import Fingerprint, LazyWeights, Spec, TensorHash, atomic_path
 from tva.weights.files import SAFETENSORS_DTYPES
+from tva.weights.lazy import Entry
 
 PIECE = 2**18  # elements; a float32 piece with its base and delta fits the cache of one core
 NAMES_OF_DTYPES = {dtype: name for name, dtype in SAFETENSORS_DTYPES.items()}
@@ -37,6 +38,16 @@ class Source:
     spec: Spec
     parts: Callable[[], Iterable[Tensor]]
     delta: Callable[[], Tensor] | None = None
+
+    @classmethod
+    def stored(cls, entry: Entry) -> Source:
+        """Make one of a tensor in a file, which is read part by part where it can be."""
+        length = entry.shape.numel()
+        starts = range(0, length, PIECE)
+        spec = Spec(entry.dtype, entry.shape)
+        if not entry.in_parts:
+            return cls(spec, lambda: [entry.read().reshape(-1)])
+        return cls(spec, lambda: (entry.slice(start, min(start + PIECE, length)) for start in starts))
 
     @classmethod
     def of(cls, tensor: Tensor, delta: Callable[[], Tensor] | None = None) -> Source:
@@ -120,12 +131,14 @@ class Emitted:
         finetuned: Fingerprint of the weights, with each tensor's.
         norm: Euclidean norm over all deltas of parameters.
         cosine: To the vector compared with; None if there was none, NaN if one of the two is zero.
+        untouched: Names of the tensors that the vector does not move, each with the reason.
     """
 
     origin: Origin
     finetuned: Fingerprint
     norm: float
     cosine: float | None = None
+    untouched: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass
@@ -134,21 +147,23 @@ class Plan:
 
     Attributes:
         base: The weights to subtract, lazily read.
-        base_tree: Their fingerprint.
+        base_tree: Their fingerprint; None where it is to be taken in the same pass, and then ``sources`` names all.
         sources: The weights by the base's names; those not named are the base's.
         buffers: Names of floating-point buffers, kept apart from parameters; by default BatchNorm's statistics.
         exclude: Names to leave out.
         dtype: Of the stored deltas; by default float32, float64 where a tensor is.
         compare: A vector to take the cosine to, lazily read.
+        must_move: Whether a vector that moves nothing is an error.
     """
 
     base: LazyWeights
-    base_tree: Fingerprint
+    base_tree: Fingerprint | None
     sources: Mapping[str, Source]
     buffers: Collection[str] | None = None
     exclude: Collection[str] = ()
     dtype: torch.dtype | None = None
     compare: LazyWeights | None = None
+    must_move: bool = False
     specs: dict[str, Spec] = field(init=False)
     order: list[str] = field(init=False)
 
@@ -177,10 +192,12 @@ def emit(plan: Plan, path: Path, origin: Origin, snapshot: Path | None = None) -
 
     Raises:
         OSError: The disk is full, or the like; nothing is left under either name.
+        NoEffectError: Nothing moved, and ``plan.must_move``.
         ValueError: A delta is NaN or infinite, or does not fit ``plan.dtype``.
     """
     names = list(plan.base)
-    longest = replace(origin, base=plan.base_tree, finetuned="0" * 32)
+    unknown = Fingerprint("0" * 32, dict.fromkeys(names, "0" * 32))
+    longest = replace(origin, base=plan.base_tree or unknown, finetuned=unknown.digest)
     with ExitStack() as stack:
         out = LateHeaderFile(
             stack.enter_context(atomic_path(path)),
@@ -199,12 +216,14 @@ def emit(plan: Plan, path: Path, origin: Origin, snapshot: Path | None = None) -
             pass_.tensor(name)
         pass_.check()
         tree = Fingerprint.from_tensors(pass_.digests)
-        origin = replace(origin, base=plan.base_tree, finetuned=tree.digest)
+        base_tree = plan.base_tree or Fingerprint.from_tensors({name: pass_.base_digests[name] for name in names})
+        origin = replace(origin, base=base_tree, finetuned=tree.digest)
         untouched = {name: pass_.untouched[name] for name in names if name in pass_.untouched}
-        out.close(vector_header(origin, [name for name in names if name in pass_.statistics], untouched))
+        norm = math.sqrt(math.fsum(pass_.squares))
+        out.close(vector_header(origin, [name for name in names if name in pass_.statistics], untouched, norm))
         if copy is not None:
             copy.close({})
-    return Emitted(origin, tree, math.sqrt(math.fsum(pass_.squares)), pass_.cosine())
+    return Emitted(origin, tree, norm, pass_.cosine(), untouched)
 
 
 class _Pass:
@@ -213,6 +232,7 @@ class _Pass:
     def __init__(self, plan: Plan, out: LateHeaderFile, copy: LateHeaderFile | None) -> None:
         self.plan, self.out, self.copy = plan, out, copy
         self.digests: dict[str, str] = {}
+        self.base_digests: dict[str, str] = {}
         self.untouched: dict[str, str] = {}
         self.statistics: set[str] = set()
         self.squares: list[float] = []
@@ -233,7 +253,7 @@ class _Pass:
             self.digests[name], self.untouched[name] = plan.base_tree.tensors[name], reason or "frozen"
             return
         source = source or Source(old, lambda: [plan.base[name].reshape(-1)])
-        digest = TensorHash(new)
+        digest, base_digest = TensorHash(new), None if plan.base_tree else TensorHash(old)
         base = plan.base[name].reshape(-1)
         other = None
         if plan.compare is not None and name in plan.compare and reason is None and not plan.is_buffer(name):
@@ -244,14 +264,18 @@ class _Pass:
         moved, start = False, 0
         for piece, delta in self._pieces(source, base):
             digest.update(piece)
+            stop = start + len(piece)
+            if base_digest is not None:
+                base_digest.update(base[start:stop])
             if self.copy is not None:
                 self.copy.write(piece.clone())  # it may be a view of a shard, which is to go
             if reason is None:
-                stop = start + len(piece)
                 delta = subtract(piece, base[start:stop]) if delta is None else delta
                 moved |= self._delta(name, delta, None if other is None else other[start:stop])
-                start = stop
+            start = stop
         self.digests[name] = digest.hexdigest()
+        if base_digest is not None:
+            self.base_digests[name] = base_digest.hexdigest()
         if self.copy is not None:
             self.copy.keep(name, new)
         if reason is None and not moved:
@@ -313,6 +337,11 @@ class _Pass:
         if self._overflown:
             raise ValueError(
                 f"The deltas of {some(self._overflown)} do not fit {self.plan.dtype}; choose a dtype of wider range."
+            )
+        if self.plan.must_move and self.untouched.keys() == self.digests.keys():
+            raise NoEffectError(
+                f"The two checkpoints are alike: none of their {len(self.digests)} tensors moved, so there is no task "
+                f"vector. Check which of the two is the fine-tuned one, and that the base is the one it started from."
             )
 
     def cosine(self) -> float | None:
