@@ -20,12 +20,15 @@ LAYERS = [
     {"tva.merge"},
     {"tva.recipe", "tva.geometry", "tva.emission"},
     {"tva.sources"},
+    {"tva.vectors", "tva.extract"},
+    {"tva.look", "tva.registry"},
+    {"tva.match"},
     {"tva.plan", "tva.pieces"},
     {"tva.compose"},
     {"tva.callbacks", "tva.data"},
     {"tva.models"},
     {"tva.statistics", "tva.batches"},
-    {"tva.report", "tva.validate"},
+    {"tva.report", "tva.validate", "tva.tables"},
     {"tva.search", "tva.evaluations"},
     {"tva.editor"},
     {"tva.diagnose"},
@@ -48,6 +51,11 @@ TORCH_ONLY = {
     "tva.compose",
     "tva.geometry",
     "tva.emission",
+    "tva.vectors",
+    "tva.extract",
+    "tva.look",
+    "tva.registry",
+    "tva.match",
 }
 DOORS = {
     "huggingface_hub": {"tva.weights"},
@@ -56,10 +64,10 @@ DOORS = {
     "open_clip": {"tva.models"},
     "timm": {"tva.models"},
     "datasets": {"tva.data"},
-    "matplotlib": {"tva.report", "tva.demo", "tva.data", "tva.callbacks"},
+    "matplotlib": {"tva.report", "tva.tables", "tva.demo", "tva.data", "tva.callbacks"},
     "optuna": {"tva.search"},
     "scipy": {"tva.statistics"},
-    "rich": {"tva.console", "tva.report", "tva.demo"},
+    "rich": {"tva.console", "tva.report", "tva.tables", "tva.demo"},
 }
 
 

@@ -3,18 +3,34 @@
 from __future__ import annotations
 
 import difflib
+import json
 import logging
 import os
 import sys
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from importlib import import_module
+from inspect import signature
 from typing import Any
 
 COMMANDS = {
     "fit": "fine-tune a model; with TaskVectorCallback it writes task vectors beside its checkpoints",
     "compose": "apply a recipe to a checkpoint on disk, within a stated memory: no Trainer, no data, any architecture",
     "edit": "combine task vectors, choose the coefficient, edit the model and prove it on control tasks",
+    "extract": "take a task vector from a base and its fine-tuned checkpoint or LoRA adapter",
+    "inspect": "tell what a task vector file, or any checkpoint, holds: its header, norms by group of tensors",
+    "compare": "tell how task vectors lie to each other: cosines, sign conflicts, norms; by layer, as a picture",
+    "vectors ls": "list the task vectors in a folder, those together that share a base",
+    "vectors match": "tell whether a checkpoint is its base plus a number times a vector, and which number",
+}
+# Commands on files alone: the function, what shows its result, and which arguments need no name ("…": all the rest).
+FILE_COMMANDS = {
+    "extract": ("tva.extract.extract", "tva.tables.show_extracted", ""),
+    "inspect": ("tva.look.inspect", "tva.tables.show_inspection", "path"),
+    "compare": ("tva.look.compare", "tva.tables.show_compared", "vectors…"),
+    "vectors ls": ("tva.registry.list_vectors", "tva.tables.show_listing", "folder"),
+    "vectors match": ("tva.match.match", "tva.tables.show_matched", "checkpoint vectors…"),
 }
 FLAGS = ("--plan", "--resume", "--allow_other_base")  # of compose; they may also stand alone
 HELP = """usage: tva COMMAND [options]
@@ -48,12 +64,17 @@ def main(argv: Sequence[str] | None = None) -> None:
 
         print(f"tva {__version__}")
         return
+    if " ".join(argv[:2]) in COMMANDS:  # of two words
+        argv = [" ".join(argv[:2]), *argv[2:]]
     if argv[0] not in COMMANDS:
         near = difflib.get_close_matches(argv[0], COMMANDS, n=1)
         _fail(f"there is no command {argv[0]!r}; commands are {', '.join(COMMANDS)}." + _did_you_mean(near))
     try:
         with _arguments(argv):
-            holds = _compose() if argv[0] == "compose" else _run(argv[0])
+            if argv[0] in FILE_COMMANDS:
+                holds = _on_files(argv[0], argv[1:])
+            else:
+                holds = _compose() if argv[0] == "compose" else _run(argv[0])
     except (ValueError, OSError) as error:
         if os.environ.get("TVA_DEBUG"):
             raise
@@ -98,6 +119,52 @@ def _compose() -> bool:
     else:
         print_plan(done)
     return True
+
+
+def _on_files(command: str, words: Sequence[str]) -> bool:
+    """Run a command that is one function on files, and show its result; needs no Lightning."""
+    from jsonargparse import ArgumentParser
+
+    *called, order = FILE_COMMANDS[command]
+    function, show = (getattr(import_module(path.rpartition(".")[0]), path.rpartition(".")[2]) for path in called)
+    shown = " ".join(name.rstrip("…").upper() + " …" * name.endswith("…") for name in order.split())
+    parser = ArgumentParser(prog=f"tva {command}", usage=" ".join(["tva", command, *shown.split(), "[options]"]))
+    parser.add_argument("--config", action="config", help="a YAML file with these options")
+    parser.add_function_arguments(function, as_positional=False)
+    parser.add_function_arguments(show, as_positional=False, skip={"result"})
+    parameters = signature(function).parameters
+    flags = [key for f in (function, show) for key, each in signature(f).parameters.items() if each.default is False]
+    given = parser.parse_args(_named(list(words), order.split(), flags, parser.usage))
+    options = {key: value for key, value in given.as_dict().items() if key != "config"}
+    result = function(**{key: value for key, value in options.items() if key in parameters})
+    show(result, **{key: value for key, value in options.items() if key not in parameters})
+    return True
+
+
+def _named(words: list[str], order: Sequence[str], flags: Sequence[str], usage: str) -> list[str]:
+    """Give names to words that have none, in order, and values to flags that stand alone.
+
+    Example:
+        >>> _named(["a", "--json", "b", "--by", "layer"], ["vectors…"], ["json"], "")
+        ['--json=true', '--by', 'layer', '--vectors=["a", "b"]']
+    """
+    free, named = [], []
+    while words:
+        word = words.pop(0)
+        if not word.startswith("-"):
+            free.append(word)
+        elif word[2:] in flags and words[:1] not in (["true"], ["false"]):
+            named.append(f"{word}=true")
+        else:
+            named.append(word)
+            named += [] if "=" in word or word in ("-h", "--help", "--print_config") or not words else [words.pop(0)]
+    for name in order if free else ():
+        many = name.endswith("…")
+        named += [f"--{name[:-1]}={json.dumps(free)}"] if many else [f"--{name}={free.pop(0)}"] if free else []
+        free = [] if many else free
+    if free:
+        raise ValueError(f"{free[0]!r} is one word too many; usage: {usage}")
+    return named
 
 
 def _run(command: str) -> bool:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from tva.editor import Bench, State
-from tva.geometry import blocks, cosine_matrix, norms_by_block, sign_conflicts, without
+from tva.geometry import blocks, cosine_matrix, fit, norms_by_block, sign_conflicts, without
 from tva.search import SCALING, Candidate, Constraint, Grid, Objective, Problem, Rule
 from tva.state_dict import some
 from tva.task_vector import TaskVector
@@ -289,7 +289,7 @@ def recipe_numbers(state: State, vectors: Mapping[str, TaskVector]) -> dict[str,
     names = list(vectors)
     gram = torch.tensor([[vectors[a].dot(vectors[b]) for b in names] for a in names], dtype=torch.float64)
     right = torch.tensor([vectors[a].dot(whole) for a in names], dtype=torch.float64)
-    found = torch.linalg.lstsq(gram, right[:, None]).solution[:, 0]
+    found = torch.tensor(fit(gram, right)[0], dtype=torch.float64)
     residual = whole.dot(whole) - float(found @ right)
     if residual > 1e-6 * max(whole.dot(whole), 1e-30):
         raise ValueError(
