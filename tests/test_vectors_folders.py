@@ -112,6 +112,7 @@ def test_the_coefficient_of_an_edit_is_recovered(here, tmp_path, coef, dtype):
         delta = vector.deltas[name].double() if name in vector.deltas else 0.0
         left += float((moved - found.fits[0].coef * delta).square().sum())
     assert found.fits[0].residual == pytest.approx(math.sqrt(left / square), abs=3e-7)
+    assert 0.3 * found.rounding < found.fits[0].residual or dtype != "bfloat16"  # the bound is no loose one
     assert found.distance == pytest.approx(math.sqrt(square), rel=1e-6)
 
 
@@ -196,7 +197,7 @@ def test_the_commands_print_tables(here, tmp_path, capsys):
     assert "damaged v/cut.tv.safetensors" in text
     assert "4 task vectors of 2 bases in v; 1 damaged file; 1 other .safetensors file not listed" in text
     text = run(capsys, "vectors", "match", edited, "v", "--base", "base.safetensors")
-    assert "x = b + 1 · a/last: what is left is within what rounding to float32 and float64 leaves" in text
+    assert "x = b + 1 · a: what is left, 0.0e+00, is no more than rounding explains (rounding to float32 and" in text
     save_weights(state(7), edited)
     text = run(capsys, "vectors", "match", edited, "v/a", "--base", "base.safetensors")
     assert "x is no sum of these vectors" in text

@@ -114,17 +114,19 @@ class Sums:
         if not rows.numel():
             return
         square = which[:, None], which[None, :]
-        self.dots[square] += rows @ rows.T
+        dots = rows @ rows.T
+        self.dots[square] += dots
+        low, high = torch.aminmax(rows, dim=1)
+        self.largest[which] = torch.maximum(self.largest[which], torch.maximum(-low, high))
         signs = rows.sign().float()  # counts below 2**24 are exact in float32
-        finite = rows.isfinite()
-        if not bool(finite.all()):
-            signs.masked_fill_(~finite, 0.0)
-            self.not_finite[which] += (~finite).sum(1)
+        if not bool(dots.isfinite().all()):
+            strange = ~rows.isfinite()
+            signs.masked_fill_(strange, 0.0)
+            self.not_finite[which] += strange.sum(1)
         agree = signs @ signs.T
         both = signs.abs_() @ signs.T
         self.both[square] += both.long()
         self.opposite[square] += ((both - agree) / 2).long()
-        self.largest[which] = torch.maximum(self.largest[which], rows.abs().amax(1))
 
     def norms(self) -> list[float]:
         """Give the Euclidean norms."""
@@ -154,6 +156,7 @@ def measure(vectors: Sequence[Mapping[str, Part]], group: Callable[[str], str] =
         MismatchError: A tensor has another number of elements in one of the vectors.
     """
     piece = max(LEAST_PIECE, PIECE // max(1, len(vectors)))
+    space = torch.empty(len(vectors), piece, dtype=torch.float64)
     found: dict[str, Sums] = {}
     for name in dict.fromkeys(name for parts in vectors for name in parts):
         moving = [i for i, parts in enumerate(vectors) if name in parts]
@@ -168,7 +171,10 @@ def measure(vectors: Sequence[Mapping[str, Part]], group: Callable[[str], str] =
         which = torch.tensor(moving)
         for start in range(0, length, piece):
             stop = min(start + piece, length)
-            sums.add(torch.stack([vectors[i][name].read(start, stop).double() for i in moving]), which)
+            rows = space[: len(moving), : stop - start]
+            for row, i in zip(rows, moving, strict=True):
+                row.copy_(vectors[i][name].read(start, stop))
+            sums.add(rows, which)
     return found
 
 

@@ -234,7 +234,7 @@ def compare(
     bases = _check_alike(opened, allow_other_base)
     groups = measure([vector.parts for vector in opened], grouping)
     whole = total(groups.values(), len(opened))
-    names = labels(opened)
+    names = labels(vectors, [vector.origin.task for vector in opened])
     return Compared(
         dict(zip(names, vectors, strict=True)),
         bases.pop() if len(bases) == 1 else None,

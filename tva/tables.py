@@ -19,7 +19,7 @@ from tva.look import Compared, Inspection, Row
 from tva.match import Fit, Matched
 from tva.registry import Listing
 from tva.state_dict import some
-from tva.vectors import short_paths
+from tva.vectors import labels
 from tva.weights import atomic_path
 
 WORDS = ("task", "encoding", "written")  # columns of words, the others are numbers
@@ -189,8 +189,8 @@ def show_matched(result: Matched, json: bool = False) -> None:
     _line(console, f"{result.checkpoint} (x) is {result.distance:.4g} away from the base {result.base} (b)")
     for note in result.notes:
         _line(console, f"read {note}")
-    paths = list(result.joint)
-    names = dict(zip(paths, short_paths(paths), strict=True))
+    paths = [found.path for found in result.fits]
+    names = dict(zip(paths, labels(paths, [found.task for found in result.fits]), strict=True))
     table = _table("vector τ", "k", "‖x − b − kτ‖ / ‖x − b‖", "k, all together")
     for found in result.fits:
         table.add_row(
@@ -215,17 +215,16 @@ def show_matched(result: Matched, json: bool = False) -> None:
 
 def _verdict(result: Matched, names: Mapping[str, str]) -> str:
     best, dtypes = result.fits[0], " and ".join(result.dtypes)
-    why = f"what is left is within what rounding to {dtypes} leaves ({result.rounding:.1e})"
+    most = f"rounding to {dtypes} leaves up to {result.rounding:.1e}"
+    if not best.exact and not result.joint_exact:
+        return f"x is no sum of these vectors: all together leave {result.joint_residual:.3g}, {most}."
     if best.exact:
-        return f"x = b + {best.coef:.6g} · {names[best.path]}: {why}."
-    if result.joint_exact:
+        terms, left = {best.path: best.coef}, best.residual
+    else:
         terms = {found.path: result.joint[found.path] for found in result.fits if not _negligible(found, result)}
-        text = " ".join(f"{'−' if k < 0 else '+'} {abs(k):.6g} · {names[path]}" for path, k in terms.items())
-        return f"x = b {text}: {why}."
-    return (
-        f"x is no sum of these vectors: rounding to {dtypes} would leave {result.rounding:.1e}, and all together leave "
-        f"{result.joint_residual:.3g}."
-    )
+        left = result.joint_residual
+    text = " ".join(f"{'−' if coef < 0 else '+'} {abs(coef):.6g} · {names[path]}" for path, coef in terms.items())
+    return f"x = b {text}: what is left, {left:.1e}, is no more than rounding explains ({most})."
 
 
 def _negligible(found: Fit, result: Matched) -> bool:

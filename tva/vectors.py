@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -163,14 +163,15 @@ def size_of(path: Path) -> int:
     return sum(file.stat().st_size for file in files if file.is_file())
 
 
-def labels(vectors: Iterable[Vector]) -> list[str]:
+def labels(paths: Sequence[str], tasks: Sequence[str | None]) -> list[str]:
     """Name vectors shortly: by their tasks where these differ, else by what differs in their paths.
 
-    See `short_paths`.
+    Example:
+        >>> labels(["runs/1/last.tv.safetensors", "runs/2/last.tv.safetensors"], ["mnist", "mnist"])
+        ['1', '2']
     """
-    vectors = list(vectors)
-    tasks = [vector.origin.task for vector in vectors]
-    return tasks if all(tasks) and len(set(tasks)) == len(tasks) else short_paths([v.path for v in vectors])
+    known = [task for task in tasks if task]
+    return known if len(set(known)) == len(paths) else short_paths(paths)
 
 
 def short_paths(paths: Sequence[str]) -> list[str]:
