@@ -266,3 +266,11 @@ def test_the_commands_never_load_lightning(here):
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[-1] == "loaded set()"
+
+
+def test_options_can_stand_in_a_yaml_file(here, tmp_path, capsys):
+    (tmp_path / "c.yaml").write_text(
+        "vectors: [v/a/last.tv.safetensors, v/b/last.tv.safetensors]\nby: layer\njson: true\n"
+    )
+    found = json.loads(run(capsys, "compare", "--config", tmp_path / "c.yaml"))
+    assert (found["by"], list(found["names"])) == ("layer", ["a", "b"])
