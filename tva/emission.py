@@ -5,6 +5,7 @@ Source: the file format is described at https://github.com/huggingface/safetenso
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
@@ -17,11 +18,12 @@ from torch import Tensor
 
 from tva.state_dict import NoEffectError, add_scaled, some, subtract
 from tva.task_vector import BATCH_NORM_STATISTICS, Origin, vector_header
-from tva.weights import Fingerprint, LazyWeights, Spec, TensorHash, atomic_path
+from tva.weights import Fingerprint, LazyWeights, Spec, TensorHash, atomic_path, make_room
 from tva.weights.files import SAFETENSORS_DTYPES
 from tva.weights.lazy import Entry
 
 PIECE = 2**18  # elements; a float32 piece with its base and delta fits the cache of one core
+RESERVED = 2**26  # bytes of disk that are taken at once
 NAMES_OF_DTYPES = {dtype: name for name, dtype in SAFETENSORS_DTYPES.items()}
 
 
@@ -71,7 +73,7 @@ class LateHeaderFile:
         self._room = -(-(len(self._text(largest, metadata)) + 256) // 8) * 8
         self._file = path.open("wb", buffering=0)
         self._header: dict[str, object] = {}
-        self._end = self._start = 0
+        self._end = self._start = self._reserved = 0
 
     @staticmethod
     def _entry(dtype: torch.dtype, shape: torch.Size, start: int, end: int) -> dict[str, object]:
@@ -92,6 +94,10 @@ class LateHeaderFile:
         self._end += data.nbytes
 
     def _store(self, data: memoryview, offset: int) -> None:
+        if offset + data.nbytes > self._reserved:
+            self._reserved = offset + max(data.nbytes, RESERVED)
+            with contextlib.suppress(OSError):  # a full disk fails when it is written to, if at all
+                make_room(self._file.fileno(), self._reserved)
         self._file.seek(offset)
         while data.nbytes:
             data = data[self._file.write(data) :]

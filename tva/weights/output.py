@@ -7,7 +7,6 @@ end.
 
 from __future__ import annotations
 
-import errno
 import json
 import os
 import shutil
@@ -24,6 +23,7 @@ from tva.state_dict import some
 from tva.weights.files import SAFETENSORS_DTYPES
 from tva.weights.fingerprint import TensorHash
 from tva.weights.lazy import Entry, Spec
+from tva.weights.writing import make_room
 
 try:
     import fcntl
@@ -196,7 +196,7 @@ class Output:
             with shard.path.open("wb") as file:
                 file.write(header)
                 file.flush()
-                _make_room(file.fileno(), len(header) + sum(map(num_bytes, shard.tensors.values())))
+                make_room(file.fileno(), len(header) + sum(map(num_bytes, shard.tensors.values())))
         self._journal.truncate(0)
         self._journal.write(json.dumps(self._job) + "\n")
         self._journal.flush()
@@ -329,16 +329,6 @@ class Output:
         weight_map = {name: shard.path.name for name, shard in self._shard_of.items()}
         index = {"metadata": {"total_size": self.size}, "weight_map": weight_map}
         return {"model.safetensors.index.json": json.dumps(index, indent=2).encode()}
-
-
-def _make_room(file: int, size: int) -> None:
-    """Let a file have a size, with its place on the disk where the system can: writing then takes half the time."""
-    try:
-        os.posix_fallocate(file, 0, size)
-    except (AttributeError, OSError) as error:
-        if getattr(error, "errno", None) == errno.ENOSPC:
-            raise
-        os.ftruncate(file, size)
 
 
 def side_files(folder: Path, dtype: torch.dtype | None) -> dict[str, bytes]:
