@@ -19,6 +19,7 @@ from tva.callbacks.places import exists, local_copy, open_anywhere, plain, remov
 from tva.callbacks.sharding import Shards, check_strategy, is_sharded, live_state
 from tva.callbacks.writer import ADAPTER, Job, Lora, SavedVector, VectorWriter, vector_path
 
+from tva.encoding import Encoding
 from tva.state_dict import some
 from tva.task_vector import SUFFIX
 from tva.weights import LazyWeights, canonical_state_dict
@@ -43,6 +44,7 @@ class TaskVectorCallback(L.Callback):
         include: Regular expressions; only parameters whose whole name matches one are in the vector.
         exclude: Regular expressions; parameters whose whole name matches one are left out, even if included.
         dtype: ``"float32"``, ``"bfloat16"`` or ``"float16"``: how deltas are stored. By default exactly.
+        encoding: Write compressed vectors, as ``"int8"`` or another encoding of ``tva compress``; not with ``dtype``.
         task: The task's name in the file; by default the ``name`` of the data module, if it has one.
         dirpath: Folder of the base and of vectors that belong to no checkpoint; by default that of the first
             ModelCheckpoint. It may be remote, as ``s3://bucket/run``.
@@ -84,11 +86,15 @@ class TaskVectorCallback(L.Callback):
         at_train_end: bool = False,
         log_geometry: bool = True,
         push_to: str | None = None,
+        encoding: str | None = None,
     ) -> None:
         super().__init__()
         dtypes = {None: None, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
         if dtype not in dtypes:
             raise ValueError(f"dtype must be one of float32, bfloat16, float16, or left out; found {dtype!r}.")
+        if encoding is not None and (dtype is not None or lora == "adapter"):
+            raise ValueError(f"encoding={encoding!r} is for dense vectors, without dtype; leave out dtype and lora.")
+        encoding = None if encoding is None else str(Encoding.parse(encoding))
         for name, value, kind in (("weights", weights, Weights), ("lora", lora, Lora), ("against", against, Against)):
             if value not in get_args(kind):
                 raise ValueError(f"{name} must be one of {', '.join(get_args(kind))}; found {value!r}.")
@@ -108,7 +114,7 @@ class TaskVectorCallback(L.Callback):
         self.at_train_end = at_train_end
         self.push_to = push_to
         self._base = Base(base)
-        self._writer = VectorWriter(include, exclude, dtypes[dtype], task, weights, lora, log_geometry)
+        self._writer = VectorWriter(include, exclude, dtypes[dtype], task, weights, lora, log_geometry, encoding)
         self._step = 0  # of the last trajectory vector
         self._previous: tuple[Base, int] | None = None  # the weights at that step
         self._unwrap: Callable[[], None] | None = None

@@ -22,7 +22,9 @@ from tva.callbacks.lora import LoraView
 from tva.callbacks.places import deliver, exists, local_copy, workplace
 from tva.callbacks.sharding import Shards, is_shard
 
+from tva.compress import suited, write_encoded
 from tva.emission import Emitted, Plan, Source, emit
+from tva.encoding import Encoding
 from tva.state_dict import MismatchError, some
 from tva.task_vector import SUFFIX, Origin, vector_header
 from tva.weights import LazyWeights, canonical_state_dict, open_weights
@@ -87,13 +89,14 @@ class VectorWriter:
     """Writes the vectors of one callback.
 
     Args:
-        include: As in `TaskVectorCallback`, as the next five.
+        include: As in `TaskVectorCallback`, as the next seven.
         exclude: See there.
         dtype: See there.
         task: See there.
         weights: See there.
         lora: See there.
         log_geometry: See there.
+        encoding: See there.
 
     Attributes:
         run: Identifies the run in every file.
@@ -111,9 +114,10 @@ class VectorWriter:
         weights: Weights,
         lora: Lora,
         log_geometry: bool,
+        encoding: str | None = None,
     ) -> None:
         self.include, self.exclude, self.dtype, self.task = include, exclude, dtype, task
-        self.weights, self.lora, self.log_geometry = weights, lora, log_geometry
+        self.weights, self.lora, self.log_geometry, self.encoding = weights, lora, log_geometry, encoding
         self.run: str | None = None
         self.reset()
 
@@ -225,7 +229,8 @@ class VectorWriter:
         with workplace(os.path.dirname(job.path)) as folder:
             local = folder / os.path.basename(job.path)
             snapshot = None if job.since_step is None else folder / f"{SNAPSHOT}{self.run}-{step}.safetensors"
-            emitted = emit(plan, local, origin, snapshot)
+            write = emit if self.encoding is None else self._emit_encoded
+            emitted = write(plan, local, origin, snapshot)
             first = self.log_geometry and trainer.loggers and self._compare.get(job.against, (None,))[0] != step
             if first:  # once a step; kept open: a file that is removed meanwhile can still be read
                 self._compare[job.against] = step, open_weights(local)
@@ -237,6 +242,17 @@ class VectorWriter:
             self._log(trainer, emitted)
         base, finetuned = plan.base_tree.digest, emitted.finetuned.digest
         return SavedVector(job.path, step, job.against, base, finetuned, emitted.norm, emitted.cosine)
+
+    def _emit_encoded(self, plan: Plan, path: Path, origin: Origin, snapshot: Path | None) -> Emitted:
+        """Write the vector as it is, and compress that."""
+        dense = path.with_name(f".{path.name.removesuffix(SUFFIX)}.dense{SUFFIX}")
+        try:
+            emitted = emit(plan, dense, origin, snapshot)
+            weights, encoding = open_weights(dense), Encoding.parse(self.encoding)
+            write_encoded(weights, path, str(encoding), suited(weights, encoding))
+        finally:
+            dense.unlink(missing_ok=True)
+        return emitted
 
     def _log(self, trainer: L.Trainer, emitted: Emitted) -> None:
         metrics = {"task_vector/norm": emitted.norm, "task_vector/cosine_to_previous": emitted.cosine}

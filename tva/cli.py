@@ -17,6 +17,7 @@ from typing import Any
 COMMANDS = {
     "fit": "fine-tune a model; with TaskVectorCallback it writes task vectors beside its checkpoints",
     "compose": "apply a recipe to a checkpoint on disk, within a stated memory: no Trainer, no data, any architecture",
+    "compress": "write a task vector in fewer bytes: by an encoding's name, to an error or to a size",
     "edit": "combine task vectors, choose the coefficient, edit the model and prove it on control tasks",
     "extract": "take a task vector from a base and its fine-tuned checkpoint or LoRA adapter",
     "inspect": "tell what a task vector file, or any checkpoint, holds: its header, norms by group of tensors",
@@ -26,6 +27,7 @@ COMMANDS = {
 }
 # Commands on files alone: the function, what shows its result, and which arguments need no name ("…": all the rest).
 FILE_COMMANDS = {
+    "compress": ("tva.compress.compress", "tva.tables.show_compressed", "vector"),
     "extract": ("tva.extract.extract", "tva.tables.show_extracted", ""),
     "inspect": ("tva.look.inspect", "tva.tables.show_inspection", "path"),
     "compare": ("tva.look.compare", "tva.tables.show_compared", "vectors…"),

@@ -31,7 +31,7 @@ from tva.sources import Source, untie
 from tva.state_dict import NoEffectError, add_scaled
 from tva.steps import Program
 from tva.version import __version__
-from tva.weights import Fingerprint, LazyWeights, Output, Spec, TensorHash, find, num_bytes, open_weights, side_files
+from tva.weights import Fingerprint, LazyWeights, Output, Spec, TensorHash, find, open_weights, side_files
 
 PIECE = 2**18  # elements; shorter ones leave the cores waiting for Python, longer ones for memory
 SLACK = 2**24  # bytes for what an allocator keeps, thread stacks and journals
@@ -245,7 +245,7 @@ class _Composer:
         held, unparted, largest = 4 * (2 * len(self.sources) + 8), 0, 0
         for name in self.names:
             entries = [w.entry(name) for w in (self.base, *(s.weights for s in self.sources.values())) if name in w]
-            unparted = max(unparted, sum(num_bytes(e) for e in entries if not e.in_parts))
+            unparted = max(unparted, sum(entry.held_bytes for entry in entries))
             largest = max(largest, entries[0].shape.numel() if len(entries) > 1 else 0)
         piece = largest if self.recipe.needs_whole_tensors else self.piece
         return _anonymous_memory() + SLACK + self.workers * (piece * held + unparted)

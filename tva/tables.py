@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from tva.compress import CompressReport
 from tva.console import make_console
 from tva.extract import Extracted
 from tva.look import Compared, Inspection, Row
@@ -43,6 +44,31 @@ def show_extracted(result: Extracted, json: bool = False) -> None:
         console,
         f"wrote {result.output}: task {result.task}, {result.moved} tensors moved{left}, norm {result.norm:.4g}, "
         f"{_size(result.num_bytes)} in {result.seconds:.1f} s, from the base {result.base}",
+    )
+
+
+def show_compressed(result: CompressReport, json: bool = False) -> None:
+    """Show what was stored how.
+
+    Args:
+        result: What was written.
+        json: Print JSON instead of a table.
+    """
+    if json:
+        return _print_json(result)
+    console = make_console()
+    table = _table("encoding", "tensors", "bytes", "of float32", "error")
+    for name, share in (*sorted(result.shares.items(), key=lambda item: -item[1].num_bytes), ("whole", result.whole)):
+        part = share.num_bytes / (4 * share.elements) if share.elements else 0.0
+        table.add_row(name, f"{share.tensors}", f"{share.num_bytes:,}", f"{part:.2%}", f"{share.error:.3g}")
+    console.print(table)
+    error, name = result.largest_error
+    _line(console, f"largest error of a tensor: {error:.3g}, of {name}")
+    part = result.num_bytes / result.float32_bytes if result.float32_bytes else 0.0
+    _line(
+        console,
+        f"wrote {result.output}: {result.num_bytes:,} bytes with its header, {part:.2%} of the float32 size "
+        f"({result.float32_bytes:,}), error {result.whole.error:.3g}, in {result.seconds:.1f} s",
     )
 
 

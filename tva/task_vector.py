@@ -431,25 +431,37 @@ class TaskVector:
 
     # --- files
 
-    def save(self, path: str | os.PathLike[str], dtype: torch.dtype | None = None) -> None:
+    def save(self, path: str | os.PathLike[str], dtype: torch.dtype | None = None, encoding: str | None = None) -> None:
         """Write this vector as a safetensors file that any safetensors reader opens.
 
         Args:
             path: Conventionally ends in ``.tv.safetensors``; must end in ``.safetensors``.
             dtype: Round the deltas to this dtype in the file, such as ``torch.bfloat16`` (relative error 2⁻⁹) to halve
                 its size. By default they are stored exactly.
+            encoding: Store them in fewer bytes, as ``"int8"``, ``"top_k(density=0.1)"`` or another one of
+                `tva.encoding`; `tva.compress.compress` does this to files, and to an error or size that is given.
 
         Raises:
-            ValueError: The name ends otherwise, or a delta overflows ``dtype``.
+            ValueError: The name ends otherwise, a delta does not fit ``dtype`` or ``encoding``, both are given, or
+                there is no such encoding.
         """
         path = os.fspath(path)
         if not path.endswith(".safetensors"):
             raise ValueError(f"A task vector file's name must end in .safetensors, best in {SUFFIX}; found {path!r}.")
+        header = vector_header(self.origin, self.buffers, self.untouched, self.norm())
+        if encoding is not None:
+            if dtype is not None:
+                raise ValueError(f"Give dtype or encoding, not both; found {dtype} and {encoding!r}.")
+            from tva.encoding import encode_all  # the merge methods' selection and decompositions
+
+            tensors, more = encode_all(self._tensors(), encoding)
+            save_weights(tensors, path, {**header, **more})
+            return
         tensors = {name: value if dtype is None else value.to(dtype) for name, value in self._tensors().items()}
         overflown = [name for name, value in tensors.items() if not bool(torch.isfinite(value).all())]
         if overflown:
             raise ValueError(f"The deltas of {some(overflown)} do not fit {dtype}; choose a dtype of wider range.")
-        save_weights(tensors, path, vector_header(self.origin, self.buffers, self.untouched, self.norm()))
+        save_weights(tensors, path, header)
 
     def _tensors(self) -> dict[str, Tensor]:
         return {**self.deltas, **self.buffers}
@@ -459,7 +471,7 @@ class TaskVector:
         """Read a task vector file.
 
         Args:
-            path: Written by `save` or by `tva.callbacks.TaskVectorCallback`.
+            path: Written by `save`, `tva.callbacks.TaskVectorCallback` or ``tva compress``.
 
         Returns:
             Deltas in float32, or float64 where stored so.
@@ -547,7 +559,7 @@ def read_origin(weights: LazyWeights) -> tuple[Origin, set[str], dict[str, str]]
             f"{weights.path} is a checkpoint, not a task vector file: its header has no 'tva.format'. Take the "
             f"difference to its base first: TaskVector.between(base, open_weights({str(weights.path)!r}))."
         )
-    if header["format"] != FORMAT or header.get("encoding") != "dense":
+    if header["format"] != FORMAT or (header.get("encoding") != "dense" and "encoded" not in header):
         raise ValueError(
             f"{weights.path} has format {header['format']!r} with encoding {header.get('encoding')!r}, and this "
             f"version of tva reads {FORMAT!r} with encoding 'dense'. Update tva."

@@ -141,6 +141,11 @@ class _Adapted(Entry):
     def in_parts(self) -> bool:
         return self.base.in_parts
 
+    @property
+    def held_bytes(self) -> int:
+        factors = self.a.shape.numel() + self.b.shape.numel()
+        return self.base.held_bytes + factors * (self.a.dtype.itemsize + torch.float32.itemsize)
+
     def slice(self, start: int, stop: int) -> Tensor:
         # A part of a matrix product may differ in its last bit from the same part of the whole: blocks of rows are
         # therefore always the same ones, whatever is asked for.

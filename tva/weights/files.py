@@ -11,6 +11,7 @@ from safetensors import SafetensorError, safe_open
 
 from tva.state_dict import some
 from tva.weights.distributed import is_distributed, open_distributed
+from tva.weights.encoded import decoded
 from tva.weights.hub import fetch, is_hub
 from tva.weights.lazy import Entry, Info, LazyWeights, OpenFile, Stored
 from tva.weights.names import KeyMap, canonical_names, map_names
@@ -211,6 +212,9 @@ def open_safetensors(path: Path) -> LazyWeights:
         )
         for name, fields in header.items()
     }
+    if metadata and "tva.encoded" in metadata:
+        info = Info(path, f"task vector file, compressed: {metadata.get('tva.encoding')}")
+        return LazyWeights(info, decoded(path, entries, metadata["tva.encoded"]), metadata)
     # Tied weights: the library's save_model keeps one tensor, and the other names for it in the metadata.
     tied = {name: kept for name, kept in (metadata or {}).items() if name not in entries and kept in entries}
     entries |= {name: entries[kept] for name, kept in tied.items()}

@@ -94,6 +94,11 @@ class Entry:
         return True
 
     @property
+    def held_bytes(self) -> int:
+        """Memory that reading a part takes, however small the part."""
+        return 0 if self.in_parts else self.shape.numel() * self.dtype.itemsize
+
+    @property
     def location(self) -> object:
         """What is equal for two tensors that share their memory; None where that is not known."""
         return None
