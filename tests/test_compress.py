@@ -19,6 +19,7 @@ from tva.compose import compose
 from tva.compress import compress
 from tva.encoding import Encoder, Encoding
 from tva.weights import encoded, read_metadata
+from tva.weights.lazy import InMemory
 
 ENCODINGS = ["bf16", "fp16", "int8", "sign", "top_k(density=0.1)", "top_k(density=1)", "low_rank(rank=5)"]
 
@@ -48,7 +49,11 @@ def files(tmp_path):
     base = {name: torch.ones_like(delta) for name, delta in deltas().items()} | {"steps": torch.tensor(3)}
     tuned = {name: base[name] + delta for name, delta in deltas().items()} | {"steps": torch.tensor(4)}
     save_weights(base, tmp_path / "base.safetensors")
-    TaskVector.between(base, tuned).save(tmp_path / "v.tv.safetensors")
+    vector = TaskVector.between(base, tuned)
+    for name in ("zero", "empty"):  # as a sum of vectors may hold them
+        del vector.untouched[name]
+        vector.deltas[name] = deltas()[name]
+    vector.save(tmp_path / "v.tv.safetensors")
     return tmp_path
 
 
@@ -62,7 +67,7 @@ def coded(delta, text):
     """Encode one tensor and give what is read back."""
     done = Encoder("w", delta).encode(Encoding.parse(text))
     listed = json.dumps({"w": [done.encoding.name, list(delta.shape), "0"]})
-    stored = {name: encoded.Stored if False else tva.encoding.InMemory(t) for name, t in done.tensors.items()}
+    stored = {name: InMemory(tensor) for name, tensor in done.tensors.items()}
     return done, encoded.decoded("memory", stored, listed)["w"].read()
 
 
@@ -116,12 +121,11 @@ def test_random_projections_come_near_the_decomposition_and_are_the_same_each_ti
     best = float((1.0 / torch.arange(1, 301).double())[20:].square().sum())
     monkeypatch.setattr(tva.encoding, "LARGE", 10)
     monkeypatch.setattr(tva.encoding, "RANKS", (20,))
-    first, again = (coded(delta, "low_rank(rank=20)")[0] for _ in range(2))
-    assert first.squared_error <= 1.001 * best
+    (first, read), (again, _) = (coded(delta, "low_rank(rank=20)") for _ in range(2))
+    assert best < first.squared_error <= 1.001 * best
     assert torch.equal(first.tensors["w#low_rank.left"], again.tensors["w#low_rank.left"])
-    exact_path = Encoder("w", delta)
     monkeypatch.setattr(tva.encoding, "LARGE", 1000)
-    assert not torch.equal(exact_path.factors(20)[2], Encoder("w", delta).factors(20)[2]) or True
+    assert not torch.equal(coded(delta, "low_rank(rank=20)")[1], read)  # so the first was not the exact one
 
 
 @pytest.mark.parametrize("text", ENCODINGS)
@@ -139,14 +143,16 @@ def test_the_error_reported_is_that_of_what_is_read(files, text):
 
 
 def test_small_tensors_and_those_without_gain_are_in_bf16(files):
-    compress(str(files / "v.tv.safetensors"), str(files / "c.tv.safetensors"), encoding="low_rank(rank=16)")
-    stored = {name: fields[0] for name, fields in json.loads(read_metadata(files / "c.tv.safetensors")["tva.encoded"]).items()}
-    assert stored["matrix"] == "bf16"  # 16 · (60 + 50) · 2 bytes are more than 60 · 50 · 2
-    assert stored["bias"] == stored["scalar"] == stored["empty"] == stored["bn.running_mean"] == "bf16"
-    assert stored["conv"] == stored["long"] == "bf16"
-    compress(str(files / "v.tv.safetensors"), str(files / "c.tv.safetensors"), encoding="low_rank(rank=2)")
-    stored = {name: fields[0] for name, fields in json.loads(read_metadata(files / "c.tv.safetensors")["tva.encoded"]).items()}
-    assert stored["matrix"] == "low_rank"
+    for rank, matrix in ((2, "low_rank"), (28, "bf16")):  # 28 · (60 + 50) numbers are more than 60 · 50
+        compress(str(files / "v.tv.safetensors"), str(files / "c.tv.safetensors"), encoding=f"low_rank({rank})")
+        stored = {name: how for name, (how, _, _) in listed(files / "c.tv.safetensors").items()}
+        assert stored["matrix"] == matrix
+        assert stored["bias"] == stored["scalar"] == stored["empty"] == stored["bn.running_mean"] == "bf16"
+    assert stored["long"] == "bf16"  # three rows: not of smaller rank
+
+
+def listed(path):
+    return json.loads(read_metadata(path)["tva.encoded"])
 
 
 # --- what is read does not depend on pieces, and every command reads it
@@ -191,7 +197,9 @@ def test_the_vector_keeps_all_that_its_header_says(files):
     assert (list(small.deltas), list(small.buffers)) == (list(dense.deltas), list(dense.buffers))
     assert small.untouched == dense.untouched
     before, after = read_metadata(files / "v.tv.safetensors"), read_metadata(files / "c.tv.safetensors")
-    assert {k: after[k] for k in before if k != "tva.encoding"} == {k: v for k, v in before.items() if k != "tva.encoding"}
+    assert {k: after[k] for k in before if k != "tva.encoding"} == {
+        k: v for k, v in before.items() if k != "tva.encoding"
+    }
     with pytest.raises(tva.MismatchError, match="was taken from the base"):
         small.apply_to({n: t + 1 for n, t in open_weights(files / "base.safetensors").items()})
 
@@ -203,7 +211,7 @@ def test_saving_with_an_encoding_and_compressing_the_file_give_the_same_tensors(
     compress(str(files / "v.tv.safetensors"), str(files / "c.tv.safetensors"), encoding=text)
     saved, compressed = open_weights(files / "saved.tv.safetensors"), open_weights(files / "c.tv.safetensors")
     assert fingerprint(saved) == fingerprint(compressed)
-    assert saved.metadata["tva.encoded"] == compressed.metadata["tva.encoded"]
+    assert listed(files / "saved.tv.safetensors") == listed(files / "c.tv.safetensors")
 
 
 def test_any_safetensors_reader_sees_the_parts_as_documented(files):
@@ -214,14 +222,15 @@ def test_any_safetensors_reader_sees_the_parts_as_documented(files):
     assert torch.equal(parts["bias"].float(), whole["bias"].float())
 
 
-def test_low_rank_counts_its_factors_against_max_memory(tmp_path):
-    save_weights({"w": torch.ones(8, 4_000_000)}, tmp_path / "base.safetensors")
-    vector = TaskVector({"w": torch.ones(8, 1) @ noise(0, 1, 4_000_000)})
+def test_low_rank_counts_its_factors_against_max_memory(tmp_path, monkeypatch):
+    monkeypatch.setattr(tva.compose, "_anonymous_memory", lambda: 0)
+    save_weights({"w": torch.ones(8, 1_000_000)}, tmp_path / "base.safetensors")
+    vector = TaskVector({"w": torch.ones(8, 1) @ noise(0, 1, 1_000_000)})
     vector.save(tmp_path / "v.tv.safetensors", encoding="low_rank(rank=2)")
     paths = str(tmp_path / "base.safetensors"), {"v": str(tmp_path / "v.tv.safetensors")}
     plan = compose(*paths, "v", str(tmp_path / "out.safetensors"), plan=True)
     vector.save(tmp_path / "v.tv.safetensors", encoding="bf16")
-    assert plan.memory_bytes - compose(*paths, "v", str(tmp_path / "out.safetensors"), plan=True).memory_bytes > 2**25
+    assert plan.memory_bytes - compose(*paths, "v", str(tmp_path / "out.safetensors"), plan=True).memory_bytes > 2**24
 
 
 # --- budgets
@@ -235,13 +244,12 @@ def test_max_error_holds_for_each_tensor_and_smaller_files_have_larger_errors(fi
         if before[name].any():
             assert error({name: after[name]}, {name: before[name]}) <= max_error, name
     assert report.largest_error[0] <= max_error
-    for name, (how, _, _) in json.loads(after.metadata["tva.encoded"]).items():  # none that is smaller would do
+    parts = load_file(files / "c.tv.safetensors")
+    for name in before:  # no encoding that takes less would do
+        taken = sum(tensor.nbytes for part, tensor in parts.items() if part.split("#")[0] == name)
         encoder = Encoder(name, before[name])
-        chosen = next(c for c in encoder.candidates() if c.name == how and c.num_bytes(encoder.spec) == sum(
-            p.numel() * p.element_size() for n, p in load_file(files / "c.tv.safetensors").items() if n.split("#")[0] == name
-        ))
-        for smaller in encoder.candidates()[: encoder.candidates().index(chosen)]:
-            assert encoder.encode(smaller).error > max_error, (name, smaller)
+        smaller = [how for how in encoder.candidates() if how.num_bytes(encoder.spec) < taken]
+        assert all(encoder.encode(how).error > max_error for how in smaller), name
 
 
 def test_a_low_rank_or_sparse_vector_gets_the_encoding_that_fits_it(tmp_path):
@@ -262,7 +270,7 @@ def test_max_size_holds_for_the_file_and_more_room_means_less_error(files, max_s
     if max_size == "200%":
         assert report.whole.error == 0
         return
-    more = compress(source, str(files / "d.tv.safetensors"), max_size=f"{int(limit * 1.3)}")
+    more = compress(source, str(files / "d.tv.safetensors"), max_size=f"{int(limit * 4)}")
     assert more.whole.error < report.whole.error
 
 
@@ -398,13 +406,22 @@ def test_names_that_would_collide_are_refused(tmp_path):
 
 
 def test_the_command_prints_its_table_and_compose_takes_what_it_wrote(files, capsys):
-    main(["compress", str(files / "v.tv.safetensors"), "--output", str(files / "c.tv.safetensors"), "--max_error", "0.01"])
+    main(
+        [
+            "compress",
+            str(files / "v.tv.safetensors"),
+            "--output",
+            str(files / "c.tv.safetensors"),
+            "--max_error",
+            "0.01",
+        ]
+    )
     out = capsys.readouterr().out
     assert "encoding" in out
     assert "whole" in out
     assert "% of the float32 size" in out
     main(["compose", "--base", str(files / "base.safetensors"), "--vectors.v", str(files / "c.tv.safetensors"),
-          "--recipe", "-v", "--output", str(files / "out.safetensors")])  # fmt: skip
+          "--recipe=-v", "--output", str(files / "out.safetensors")])  # fmt: skip
     with pytest.raises(SystemExit):
         main(["compress", str(files / "v.tv.safetensors"), "--output", str(files / "c.tv.safetensors")])
     assert "Give one of encoding, max_error and max_size" in capsys.readouterr().err

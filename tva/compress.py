@@ -15,7 +15,7 @@ import torch
 
 from tva.compose import parse_bytes
 from tva.console import progress
-from tva.encoding import Encoder, Encoding, encoded_header, relative_error
+from tva.encoding import Encoder, Encoding, check_names, encoded_header, relative_error
 from tva.state_dict import some
 from tva.task_vector import read_origin
 from tva.weights import LazyWeights, Spec, atomic_path, open_weights
@@ -206,18 +206,10 @@ def write_encoded(
 
 
 def _layout(weights: LazyWeights, chosen: Mapping[str, Encoding]) -> dict[str, Spec]:
-    """Give every tensor of the file: wide elements first, so that each is aligned.
-
-    Raises:
-        ValueError: A tensor has the name of another one's part.
-    """
+    """Give every tensor of the file: wide elements first, so that each is aligned."""
     parts = [item for name in weights for item in chosen[name].specs(name, weights.spec(name)).items()]
-    specs = dict(sorted(parts, key=lambda item: -item[1].dtype.itemsize))
-    if len(specs) != len(parts):
-        names = [name for name, _ in parts]
-        twice = some(sorted({name for name in names if names.count(name) > 1}))
-        raise ValueError(f"Two tensors would be stored as {twice}. Rename what ends like a part, or use bf16.")
-    return specs
+    check_names([name for name, _ in parts])
+    return dict(sorted(parts, key=lambda item: -item[1].dtype.itemsize))
 
 
 # --- to a size
@@ -249,7 +241,7 @@ def _fit(weights: LazyWeights, budget: int, float32_bytes: int) -> dict[str, Enc
     hulls: dict[str, list[Point]] = {}
     for name, encoder in _encoders(weights, "measuring"):
         costs = {how: _cost(name, how, encoder.spec, 4 * float32_bytes) for how in encoder.candidates()}
-        tried = [(cost, encoder.encode(how).squared_error, how) for how, cost in costs.items()]
+        tried = [(cost, encoder.estimate(how), how) for how, cost in costs.items()]
         hulls[name] = _hull([point for point in tried if math.isfinite(point[1])])
     fixed = {key: text for key, text in weights.metadata.items() if not key.startswith("tva.encod")}
     size = len(json.dumps({"__metadata__": {"format": "pt", **fixed}})) + 512  # the rest of the header, at most

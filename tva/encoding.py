@@ -23,8 +23,9 @@ import difflib
 import json
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy
 import torch
@@ -32,6 +33,7 @@ from torch import Tensor
 
 from tva.merge.matrices import leading
 from tva.merge.select import Threshold, check_density, num_kept
+from tva.state_dict import some
 from tva.weights import Spec, num_bytes
 from tva.weights.encoded import BLOCK, KINDS, PLAIN, matrix_shape, part_name, part_specs
 from tva.weights.lazy import Entry, InMemory
@@ -41,6 +43,7 @@ DENSITIES = (1 / 256, 1 / 128, 1 / 64, 1 / 32, 1 / 16, 1 / 8, 1 / 4)  # that a b
 RANKS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128)
 LARGE = 1024  # from this smaller side on, a matrix is decomposed by random projections
 OVERSAMPLE, POWER_ITERATIONS = 8, 3
+_BINS = 2**15  # values of the upper 16 bits of a magnitude in float32
 PIECE = 2**20  # elements whose error is measured at a time
 
 
@@ -272,19 +275,53 @@ class Encoder:
         smaller = sorted((encoding for encoding, size in sizes.items() if size < exact), key=sizes.get)
         return [*smaller, found[0]]
 
-    def at_least(self, encoding: Encoding) -> float:
-        """Give a bound below an encoding's squared error, at little cost: what its rank cannot hold."""
-        if encoding.name != "low_rank":
+    def unavoidable(self, encoding: Encoding) -> float:
+        """Give what the squared error is not below: what the rank cannot hold, or what lies in smaller elements."""
+        if encoding.name == "low_rank":
+            kept = float(self.factors(int(encoding.size))[1][: int(encoding.size)].square().sum())
+        elif encoding.name == "top_k":
+            counts, energies = self._largest
+            count = num_kept(encoding.size, len(self.flat))
+            position = int(torch.searchsorted(counts, count))
+            above = (0, 0.0) if position == 0 else (int(counts[position - 1]), float(energies[position - 1]))
+            bound = torch.tensor((_BINS - position) << 16, dtype=torch.int32).view(torch.float32)  # of this bin
+            kept = above[1] + (count - above[0]) * float(bound.double().square())
+        else:
             return 0.0
-        kept = self.factors(int(encoding.size))[1][: int(encoding.size)]
-        return self.squared_norm - float(kept.double().square().sum())
+        return max(0.0, self.squared_norm - kept)
+
+    def estimate(self, encoding: Encoding) -> float:
+        """Give the squared error, of low_rank and top_k without their rounding, which is 1e-3 or less of the norm."""
+        known = encoding.name in PARAMETERS
+        return self.unavoidable(encoding) if known else self.encode(encoding).squared_error
+
+    @cached_property
+    def _largest(self) -> tuple[Tensor, Tensor]:
+        """Count elements, and add up their squares, down to each value of the upper 16 bits, from the largest on."""
+        bits = self.flat.float().abs().view(torch.int32) >> 16
+        weights = self.flat.double().square()
+        counts, energies = (torch.bincount(bits, w, minlength=_BINS).flip(0).cumsum(0) for w in (None, weights))
+        return counts, energies
+
+    @cached_property
+    def _gram_norm(self) -> float:
+        r"""Norm of the Gram matrix, :math:`(\sum \sigma_i^4)^{1/2}`; infinite where it costs as much as decomposing."""
+        shape = matrix_shape(self.spec.shape)
+        if min(shape) > LARGE:
+            return math.inf
+        rows = self._rows() if shape[0] <= shape[1] else self._rows().T
+        return float(torch.linalg.matrix_norm(rows @ rows.T))
 
     def cheapest(self, max_error: float) -> Encoding:
         """Choose the smallest encoding whose relative error is at most ``max_error``."""
         limit = max_error**2 * self.squared_norm
+        slack = limit + 1e-6 * self.squared_norm  # the bounds are rounded
         for encoding in self.candidates():
-            slack = 1e-6 * self.squared_norm  # of the bound's rounding
-            if self.at_least(encoding) <= limit + slack and self.encode(encoding).squared_error <= limit:
+            # before decomposing: r of the squared singular values add up to r^½ (Σσ⁴)^½ at most
+            at_most = math.sqrt(encoding.size) * self._gram_norm if encoding.name == "low_rank" else math.inf
+            if self.squared_norm - at_most > slack:
+                continue
+            if self.unavoidable(encoding) <= slack and self.encode(encoding).squared_error <= limit:
                 break
         return encoding
 
@@ -306,6 +343,17 @@ def relative_error(squared_error: float, squared_norm: float) -> float:
     return math.sqrt(squared_error / squared_norm) if squared_norm else math.inf if squared_error else 0.0
 
 
+def check_names(names: Sequence[str]) -> None:
+    """Check that no tensor has the name of another one's part.
+
+    Raises:
+        ValueError: One does.
+    """
+    if len(set(names)) < len(names):
+        twice = some(sorted({name for name in names if names.count(name) > 1}))
+        raise ValueError(f"Two tensors would be stored as {twice}. Rename the one that is called like a part.")
+
+
 def encode_all(deltas: Mapping[str, Tensor], encoding: str) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Encode tensors in memory.
 
@@ -321,12 +369,15 @@ def encode_all(deltas: Mapping[str, Tensor], encoding: str) -> tuple[dict[str, T
     """
     wanted = Encoding.parse(encoding)
     tensors: dict[str, Tensor] = {}
+    names: list[str] = []
     done = {}
     for name, delta in deltas.items():
         encoder = Encoder(name, delta)
         done[name] = encoder.encode(wanted.suited(encoder.spec))
         encoder.check(done[name])
+        names += done[name].tensors
         tensors |= done[name].tensors
+    check_names(names)
     total = [math.fsum(getattr(coded, key) for coded in done.values()) for key in ("squared_error", "squared_norm")]
     return tensors, encoded_header(
         str(wanted), {n: (c.encoding, c.shape, c.error) for n, c in done.items()}, relative_error(*total)
