@@ -4,9 +4,9 @@
 
 ``tiny`` fine-tunes the shipped tiny CLIP as the demo does; ``real`` fine-tunes EfficientNet-Lite0 as benchmarks/real
 does, for which DATA is the folder with ``images/*.parquet`` and ``unpack.py``. Every vector is compressed by
-``tva compress``, and the same two edits are made with each kind of file by ``tva edit``: one task forgotten by the paper's
-rule, and all tasks added. The coefficient is chosen anew each time, on validation data; all that is printed is from test
-data. What is finished is skipped, so a run that was cut off goes on.
+``tva compress``, and the same two edits are made with each kind of file by ``tva edit``: one task forgotten by the
+paper's rule, and all tasks added. The coefficient is chosen anew each time, on validation data; all that is printed is
+from test data. What is finished is skipped, so a run that was cut off goes on.
 """
 
 from __future__ import annotations

@@ -229,6 +229,7 @@ def test_low_rank_counts_its_factors_against_max_memory(tmp_path, monkeypatch):
     vector.save(tmp_path / "v.tv.safetensors", encoding="low_rank(rank=2)")
     paths = str(tmp_path / "base.safetensors"), {"v": str(tmp_path / "v.tv.safetensors")}
     plan = compose(*paths, "v", str(tmp_path / "out.safetensors"), plan=True)
+    assert plan.read_bytes == 8 * 4_000_000 + 2 * (2 * 8 + 2 * 1_000_000 + 2 * 2)  # the base, and what is stored
     vector.save(tmp_path / "v.tv.safetensors", encoding="bf16")
     assert plan.memory_bytes - compose(*paths, "v", str(tmp_path / "out.safetensors"), plan=True).memory_bytes > 2**24
 

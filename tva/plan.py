@@ -90,7 +90,7 @@ def make_plan(
         row.names.append(name)
         row.coefs.append(_coefs(recipe, scaling_coef, Place(name, shape=tuple(spec.shape))) if moved else {})
     opened = [base, *(source.weights for source in sources.values())]
-    in_bytes = [sum(num_bytes(weights.entry(name)) for name in weights) for weights in opened]
+    in_bytes = [sum(weights.entry(name).stored_bytes for name in weights) for weights in opened]
     passes = 1 + sum(method.num_sweeps for method in recipe.observing)
     hashed = sum(in_bytes[1:]) if recipe.is_random else 0  # a vector's identity keys its random numbers
     largest = max(layout, key=lambda name: layout[name].shape.numel(), default=None)

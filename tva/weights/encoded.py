@@ -79,6 +79,10 @@ class Encoded(Entry):
     def in_parts(self) -> bool:
         return all(part.in_parts for part in self.parts.values())
 
+    @property
+    def stored_bytes(self) -> int:
+        return sum(part.stored_bytes for part in self.parts.values())
+
     def _scales(self, start: int, stop: int) -> Tensor:
         """Give the scale of each element's row; a single one where all lie in one row."""
         columns = max(1, matrix_shape(self.shape)[1])

@@ -94,9 +94,14 @@ class Entry:
         return True
 
     @property
+    def stored_bytes(self) -> int:
+        """Bytes that reading all of it reads."""
+        return self.shape.numel() * self.dtype.itemsize
+
+    @property
     def held_bytes(self) -> int:
         """Memory that reading a part takes, however small the part."""
-        return 0 if self.in_parts else self.shape.numel() * self.dtype.itemsize
+        return 0 if self.in_parts else self.stored_bytes
 
     @property
     def location(self) -> object:
