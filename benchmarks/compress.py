@@ -22,18 +22,19 @@ from typing import Any
 import yaml
 from real.run import Benchmark, merged, read, rows, spread
 
+EXACT = "exact"
 CHOICES = (
-    "--encoding=exact",
-    "--encoding=bf16",
-    "--encoding=fp16",
-    "--encoding=int8",
-    "--max_error=0.01",
-    "--max_size=20%",
-    "--encoding=top_k(density=0.1)",
-    "--encoding=low_rank(rank=16)",
-    "--max_size=10%",
-    "--encoding=sign",
-    "--max_size=5%",
+    EXACT,
+    "bf16",
+    "fp16",
+    "int8",
+    "max_error=0.01",
+    "max_size=20%",
+    "top_k(density=0.1)",
+    "low_rank(rank=16)",
+    "max_size=10%",
+    "sign",
+    "max_size=5%",
 )
 DEMO = Path("configs/demo")
 TINY = ("digits", "letters", "textures")
@@ -85,11 +86,12 @@ class Runner:
         """Give a task's vector, compressed."""
         path = self.folder(model, choice, seed) / f"{task}.tv.safetensors"
         if not path.exists():
-            self.tva("compress", self.dense(model, task, seed), "--output", path, choice)
+            flag = f"--{choice}" if choice.startswith("max_") else f"--encoding={choice}"
+            self.tva("compress", self.dense(model, task, seed), "--output", path, flag)
         return path
 
     def folder(self, model: str, choice: str, seed: int) -> Path:
-        return self.output / "edits" / model / choice.split("=", 1)[1] / f"seed={seed}"
+        return self.output / "edits" / model / choice / f"seed={seed}"
 
     # --- the edits
 
@@ -114,13 +116,14 @@ class Runner:
 
     # --- the table
 
-    def table(self, model: str, tasks: Sequence[str], seeds: Sequence[int]) -> Iterator[str]:
+    def table(self, model: str, choices: Sequence[str], seeds: Sequence[int]) -> Iterator[str]:
         """One row a choice: mean (lowest to highest) over seeds."""
-        target = "mnist" if model == "real" else "digits"
+        tasks = TINY if model == "tiny" else REAL
+        target = tasks[0]
         lines = []
-        exact = [self.report(model, "add", seed, CHOICES[0]) for seed in seeds]
+        exact = [self.report(model, "add", seed, EXACT) for seed in seeds]
         best = [{task: report["tasks"][task]["finetuned"]["value"] for task in tasks} for report in exact]
-        for choice in CHOICES:
+        for choice in choices:
             sizes, errors = zip(
                 *(self.measure(model, task, seed, choice) for task in tasks for seed in seeds), strict=True
             )
@@ -135,7 +138,7 @@ class Runner:
                 for report, of_seed in zip(add, best, strict=True)
             ]
             columns = [
-                f"`{choice.removeprefix('--encoding=').removeprefix('--')}`",
+                f"`{choice}`",
                 f"{statistics.fmean(sizes):.1%}",
                 f"{statistics.fmean(errors):.2g}",
                 spread([report["coefficients"]["scaling_coef"] for report in forget], 2),
@@ -145,7 +148,7 @@ class Runner:
                 spread(normalized),
             ]
             lines.append(columns)
-        base = spread([self.report(model, "forget", s, CHOICES[0])["tasks"][target]["base"]["value"] for s in seeds])
+        base = spread([self.report(model, "forget", s, EXACT)["tasks"][target]["base"]["value"] for s in seeds])
         yield f"### {model}: forgetting {target} (base {base}), adding {', '.join(tasks)}; seeds {list(seeds)}\n"
         yield from rows(
             ["encoding", "size", "error", "λ", f"{target} left", "worst control of base", "λ", "sum, normalized"], lines
@@ -177,6 +180,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--data", type=Path, help="folder with images/*.parquet and unpack.py, for the real images")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--only", nargs="+", choices=["tiny", "real"], default=["tiny", "real"])
+    parser.add_argument("--choices", nargs="+", choices=CHOICES, default=list(CHOICES), metavar="CHOICE", help="rows")
     parser.add_argument("--output", type=Path, default=Path("runs/compress"))
     options = parser.parse_args(argv)
     if "real" in options.only and options.data is None:
@@ -185,10 +189,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     text: list[str] = []
     for model in options.only:
         for seed in options.seeds:
-            for choice in CHOICES:
+            for choice in dict.fromkeys((EXACT, *options.choices)):
                 for name in ("forget", "add"):
                     runner.edit(model, name, seed, choice)
-        text += runner.table(model, TINY if model == "tiny" else REAL, options.seeds)
+        text += runner.table(model, options.choices, options.seeds)
     print("\n" + "\n".join(text))
 
 
