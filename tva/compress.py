@@ -7,7 +7,7 @@ import math
 import re
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 
@@ -62,6 +62,8 @@ class CompressReport:
         float32_bytes: Size of the tensors in float32.
         num_bytes: Size of the file, with its header.
         seconds: Wall time.
+        whole: All tensors.
+        error: Their relative error.
     """
 
     output: Path
@@ -70,7 +72,8 @@ class CompressReport:
     float32_bytes: int
     num_bytes: int
     seconds: float
-    whole: Share = field(default_factory=Share)
+    whole: Share
+    error: float
 
 
 def compress(
@@ -137,7 +140,9 @@ def compress(
     whole = Share()
     for share in shares.values():
         whole.add(share)
-    return CompressReport(Path(output), shares, largest, float32_bytes, size, time.monotonic() - started, whole)
+    return CompressReport(
+        Path(output), shares, largest, float32_bytes, size, time.monotonic() - started, whole, whole.error
+    )
 
 
 def suited(weights: LazyWeights, encoding: Encoding) -> dict[str, Encoding]:
@@ -177,13 +182,14 @@ def write_encoded(
         The shares by encoding, the largest error with its tensor, and the file's size.
     """
     specs = _layout(weights, chosen)
-    errors = dict.fromkeys(weights, 0.0)
+    errors, buffers = dict.fromkeys(weights, 0.0), read_origin(weights)[1]
+    squares: list[float] = []  # of what is read back, without buffers
     shares: dict[str, Share] = {}
 
     def header() -> dict[str, str]:
         coded = {name: (chosen[name], weights.spec(name).shape, errors[name]) for name in weights}
         total = [sum(getattr(share, key) for share in shares.values()) for key in ("squared_error", "squared_norm")]
-        return encoded_header(text, coded, relative_error(*total))
+        return encoded_header(text, coded, relative_error(*total), math.sqrt(math.fsum(squares)))
 
     metadata = {"format": "pt", **weights.metadata, **header()}
     with atomic_path(output) as temporary, temporary.open("r+b") as file:
@@ -196,6 +202,7 @@ def write_encoded(
                 file.seek(shard.offsets[part])
                 file.write(tensor.reshape(-1).view(torch.uint8).numpy())
             errors[name] = coded.error
+            squares += [] if name in buffers else [coded.squared_read]
             share = Share(1, len(encoder.flat), chosen[name].num_bytes(encoder.spec))
             share.squared_error, share.squared_norm = coded.squared_error, coded.squared_norm
             shares.setdefault(str(chosen[name]), Share()).add(share)

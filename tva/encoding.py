@@ -23,7 +23,7 @@ import difflib
 import json
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -134,6 +134,7 @@ class Coded:
         tensors: Its parts, by their names in the file.
         squared_error: Of what is read back, in float64.
         squared_norm: Of the tensor.
+        squared_read: Of what is read back.
     """
 
     encoding: Encoding
@@ -141,6 +142,7 @@ class Coded:
     tensors: Mapping[str, Tensor]
     squared_error: float
     squared_norm: float
+    squared_read: float
 
     @property
     def error(self) -> float:
@@ -182,11 +184,12 @@ class Encoder:
             stored = {part: InMemory(tensor) for part, tensor in parts.items()}
             entry = KINDS[encoding.name](repr(self.name), self.spec.shape, stored)
             tensors = {part_name(self.name, encoding.name, part): tensor for part, tensor in parts.items()}
-        error = math.fsum(
-            float((entry.slice(start, start + len(piece)).double() - piece).square().sum())
-            for start, piece in self._wide_pieces()
-        )
-        return Coded(encoding, self.spec.shape, tensors, error, self.squared_norm)
+        errors, reads = [], []
+        for start, piece in self._wide_pieces():
+            read = entry.slice(start, start + len(piece)).double()
+            reads.append(float(read.square().sum()))
+            errors.append(float((read - piece).square().sum()))
+        return Coded(encoding, self.spec.shape, tensors, math.fsum(errors), self.squared_norm, math.fsum(reads))
 
     def check(self, coded: Coded) -> None:
         """Refuse what cannot be read back.
@@ -354,12 +357,15 @@ def check_names(names: Sequence[str]) -> None:
         raise ValueError(f"Two tensors would be stored as {twice}. Rename the one that is called like a part.")
 
 
-def encode_all(deltas: Mapping[str, Tensor], encoding: str) -> tuple[dict[str, Tensor], dict[str, str]]:
+def encode_all(
+    deltas: Mapping[str, Tensor], encoding: str, buffers: Collection[str] = ()
+) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Encode tensors in memory.
 
     Args:
         deltas: Names to deltas.
         encoding: What a user writes.
+        buffers: Names that do not count for the vector's norm.
 
     Returns:
         The tensors to store, and what their file's header says more.
@@ -378,23 +384,27 @@ def encode_all(deltas: Mapping[str, Tensor], encoding: str) -> tuple[dict[str, T
         names += done[name].tensors
         tensors |= done[name].tensors
     check_names(names)
+    facts = {name: (coded.encoding, coded.shape, coded.error) for name, coded in done.items()}
     total = [math.fsum(getattr(coded, key) for coded in done.values()) for key in ("squared_error", "squared_norm")]
-    return tensors, encoded_header(
-        str(wanted), {n: (c.encoding, c.shape, c.error) for n, c in done.items()}, relative_error(*total)
-    )
+    norm = math.sqrt(math.fsum(coded.squared_read for name, coded in done.items() if name not in buffers))
+    return tensors, encoded_header(str(wanted), facts, relative_error(*total), norm)
 
 
-def encoded_header(text: str, coded: Mapping[str, tuple[Encoding, torch.Size, float]], error: float) -> dict[str, str]:
+def encoded_header(
+    text: str, coded: Mapping[str, tuple[Encoding, torch.Size, float]], error: float, norm: float
+) -> dict[str, str]:
     """Make what the header of a compressed vector says more than others; of one length whatever the errors.
 
     Args:
         text: What was asked for.
         coded: For each tensor its encoding, shape and relative error.
         error: Relative error of the whole.
+        norm: Euclidean norm of what is read back, without buffers.
     """
     listed = {name: [how.name, list(shape), _fixed(own)] for name, (how, shape, own) in coded.items()}
-    return {"tva.encoding": text, "tva.encoding_error": _fixed(error), "tva.encoded": json.dumps(listed)}
+    header = {"tva.encoding": text, "tva.encoding_error": _fixed(error), "tva.norm": _fixed(norm)}
+    return {**header, "tva.encoded": json.dumps(listed)}
 
 
-def _fixed(error: float) -> str:
-    return f"{error if error > 1e-90 else 0.0:.6e}"
+def _fixed(number: float) -> str:
+    return f"{number if number > 1e-90 else 0.0:.6e}"

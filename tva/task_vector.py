@@ -454,7 +454,7 @@ class TaskVector:
                 raise ValueError(f"Give dtype or encoding, not both; found {dtype} and {encoding!r}.")
             from tva.encoding import encode_all  # the merge methods' selection and decompositions
 
-            tensors, more = encode_all(self._tensors(), encoding)
+            tensors, more = encode_all(self._tensors(), encoding, self.buffers)
             save_weights(tensors, path, {**header, **more})
             return
         tensors = {name: value if dtype is None else value.to(dtype) for name, value in self._tensors().items()}
