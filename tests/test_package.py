@@ -29,8 +29,10 @@ LAYERS = [
     {"tva.compress"},
     {"tva.callbacks", "tva.data"},
     {"tva.models"},
-    {"tva.statistics", "tva.batches"},
+    {"tva.statistics", "tva.batches", "tva.page"},
     {"tva.report", "tva.validate", "tva.tables"},
+    {"tva.revisit"},
+    {"tva.push"},
     {"tva.search", "tva.evaluations"},
     {"tva.editor"},
     {"tva.diagnose"},
@@ -62,7 +64,7 @@ TORCH_ONLY = {
     "tva.match",
 }
 DOORS = {
-    "huggingface_hub": {"tva.weights"},
+    "huggingface_hub": {"tva.weights", "tva.page"},
     "numba": {"tva.kernels"},
     "jsonargparse": {"tva.cli"},
     "open_clip": {"tva.models"},
@@ -71,7 +73,9 @@ DOORS = {
     "matplotlib": {"tva.report", "tva.tables", "tva.demo", "tva.data", "tva.callbacks"},
     "optuna": {"tva.search"},
     "scipy": {"tva.statistics"},
-    "rich": {"tva.console", "tva.report", "tva.tables", "tva.demo"},
+    "rich": {"tva.console", "tva.report", "tva.tables", "tva.revisit", "tva.demo"},
+    "jinja2": {"tva.page"},
+    "vl_convert": {"tva.page"},
 }
 
 

@@ -24,6 +24,8 @@ COMMANDS = {
     "compare": "tell how task vectors lie to each other: cosines, sign conflicts, norms; by layer, as a picture",
     "vectors ls": "list the task vectors in a folder, those together that share a base",
     "vectors match": "tell whether a checkpoint is its base plus a number times a vector, and which number",
+    "report": "rebuild the page of finished edits, and put several side by side",
+    "push": "upload an edit's weights, task vectors and model card to the Hugging Face hub",
 }
 # Commands on files alone: the function, what shows its result, and which arguments need no name ("…": all the rest).
 FILE_COMMANDS = {
@@ -33,8 +35,10 @@ FILE_COMMANDS = {
     "compare": ("tva.look.compare", "tva.tables.show_compared", "vectors…"),
     "vectors ls": ("tva.registry.list_vectors", "tva.tables.show_listing", "folder"),
     "vectors match": ("tva.match.match", "tva.tables.show_matched", "checkpoint vectors…"),
+    "report": ("tva.revisit.revisit", "tva.revisit.show_revisited", "runs…"),
+    "push": ("tva.push.push", "tva.push.show_pushed", "run repository"),
 }
-FLAGS = ("--plan", "--resume", "--allow_other_base")  # of compose; they may also stand alone
+FLAGS = ("--plan", "--resume", "--allow_other_base", "--json")  # of compose and edit; they may also stand alone
 HELP = """usage: tva COMMAND [options]
 
 Edit trained networks by arithmetic on their weights, and prove what the edit did.
@@ -43,6 +47,7 @@ commands:
 {commands}
 
 tva COMMAND --help lists a command's options; every option can also stand in a YAML file given with --config.
+compose, edit, report and push print their result as JSON with --json.
 exit status: 0 done; 1 an edit whose constraints do not hold; 2 something in the command or its inputs is wrong.
 """
 
@@ -71,6 +76,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     if argv[0] not in COMMANDS:
         near = difflib.get_close_matches(argv[0], COMMANDS, n=1)
         _fail(f"there is no command {argv[0]!r}; commands are {', '.join(COMMANDS)}." + _did_you_mean(near))
+    if argv[0] in ("compose", "edit"):
+        alone = [not after or after.startswith("--") for after in [*argv[1:], ""]]
+        argv = [f"{word}=true" if word in FLAGS and last else word for word, last in zip(argv, alone, strict=True)]
     try:
         with _arguments(argv):
             if argv[0] in FILE_COMMANDS:
@@ -110,13 +118,15 @@ def _compose() -> bool:
     from jsonargparse import auto_cli
 
     from tva.compose import ComposeReport, compose
-    from tva.report import print_composed, print_plan
+    from tva.report import print_composed, print_plan, to_json
 
     words = sys.argv[2:]
-    alone = [not after or after.startswith("--") for after in [*words[1:], ""]]
-    words = [f"{word}=true" if word in FLAGS and last else word for word, last in zip(words, alone, strict=True)]
+    as_json = "--json=true" in words
+    words = [word for word in words if not word.startswith("--json=")]
     done = auto_cli(compose, args=words, prog="tva compose", as_positional=False)
-    if isinstance(done, ComposeReport):
+    if as_json:
+        print(json.dumps(to_json(done), indent=1, ensure_ascii=False))
+    elif isinstance(done, ComposeReport):
         print_composed(done)
     else:
         print_plan(done)

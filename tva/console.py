@@ -16,7 +16,7 @@ def make_console() -> Console:
     from rich.console import Console
 
     console = Console()
-    return console if console.is_terminal else Console(width=200)
+    return console if console.is_terminal else Console(width=10_000)
 
 
 def progress(items: Sequence[T], description: str) -> Iterable[T]:

@@ -7,7 +7,9 @@ import os
 import platform
 import shlex
 import sys
+import time
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -20,8 +22,9 @@ from tva.compose import parse_bytes
 from tva.diagnose import Baseline, Diagnosis, Finished, recipe_numbers, run_baselines, run_diagnostics
 from tva.editor import Bench, Editor, State, Statistics
 from tva.evaluations import EvaluationLog
+from tva.page.card import check_card
 from tva.recipe import Recipe
-from tva.report import ConstraintReport, EditReport, Score, TaskReport, write_report
+from tva.report import EDITED, ConstraintReport, EditReport, Score, TaskReport, stamp, write_report
 from tva.search import (
     NORMALIZED,
     SCALING,
@@ -85,7 +88,7 @@ def run_edit(
             same name is compared with its fine-tuned model.
         recipe: Expression of those names, such as ``-digits`` or ``analogy(a, b, c)``. Names that are no vectors are
             coefficients, with a value in ``coefs`` or a range in the search.
-        output: Folder for ``edited.safetensors`` and ``edit.json``.
+        output: Folder for ``edited.safetensors``, ``edit.json``, ``report.html`` and the model card ``README.md``.
         targets: Data modules of the tasks that the edit means to change, by name.
         controls: Data modules of the tasks that it must leave alone.
         base: Checkpoint of the base model.
@@ -122,6 +125,7 @@ def run_edit(
         ValueError: Something does not fit; nothing was written.
         FileNotFoundError: A checkpoint or data file is not there.
     """
+    check_card(Path(output))
     targets, controls = dict(targets or {}), dict(controls or {})
     twice = sorted(targets.keys() & controls.keys())
     if twice:
@@ -214,7 +218,8 @@ def run_edit(
     edited = results[0]
     scores = {label.label: found for label, found in zip(states, results, strict=True)}
     finetuned = bench.finetuned([task for task in tasks if task in loaded], split)
-    verdicts = [_verdict(c, edited[c.task], before[c.task], confidence) for c in constraints]
+    chosen_on = {} if scaling_coef is not None else {c.task: bench.base(c.task, "val") for c in constraints}
+    verdicts = [_verdict(c, edited[c.task], before[c.task], chosen_on.get(c.task), confidence) for c in constraints]
     finished = Finished(
         bench=bench,
         state=state,
@@ -232,14 +237,20 @@ def run_edit(
     )
     more = run_baselines(baselines or [], finished) if choice.feasible else {}
     diagnosed = run_diagnostics(diagnostics or [], finished) if choice.feasible else {}
-    origin = vector.origin.base
     report = EditReport(
         recipe=checked.text,
         coefficients=dict(state.coefs),
         reason=choice.reason,
-        base={"path": base, "fingerprint": origin.digest if origin else None},
+        base={"path": base, "fingerprint": bench.facts["base"], **({} if base is None else stamp(base))},
         vectors={
-            name: {"path": os.fspath(path), "fingerprint": loaded[name].origin.finetuned, "norm": loaded[name].norm()}
+            name: {
+                "path": os.fspath(path),
+                "fingerprint": loaded[name].origin.finetuned,
+                "norm": loaded[name].norm(),
+                "deltas": bench.facts["vectors"][name],
+                "step": loaded[name].origin.step,
+                **stamp(path),
+            }
             for name, path in vectors.items()
         },
         rule="given" if scaling_coef is not None else rule,
@@ -279,10 +290,17 @@ def run_edit(
         },
         seed=int(os.environ["PL_GLOBAL_SEED"]) if "PL_GLOBAL_SEED" in os.environ else None,
         command=shlex.join(["tva", *sys.argv[1:]]),
+        model=bench.facts["model"],
+        precision=bench.facts["precision"],
+        data=bench.data(),
+        edited=None,
+        created=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     )
     editor.set(vector, coef, state.statistics)
     live = canonical_state_dict(model.state_dict())
     vector.check_effect(live, editor.base, coef)
+    if report.holds:
+        report = replace(report, edited={"path": EDITED, "fingerprint": fingerprint(live).digest})
     if choice.feasible and trainer.is_global_zero:
         write_report(report, Path(output), live if report.holds else None)
     return report
@@ -345,7 +363,11 @@ def _metric(evaluation: Evaluation, mentioned: Sequence[str] | None) -> str:
 
 
 def _verdict(
-    constraint: Constraint, edited: Evaluation, base: Evaluation, confidence: float | None
+    constraint: Constraint,
+    edited: Evaluation,
+    base: Evaluation,
+    chosen_on: Evaluation | None,
+    confidence: float | None,
 ) -> ConstraintReport:
     after, before = {constraint.task: edited.metrics}, {constraint.task: base.metrics}
     value = score(after, constraint.task, constraint.metric)
@@ -357,6 +379,9 @@ def _verdict(
         bound=constraint.bound(before),
         limit=None if confidence is None else value - slack if constraint.above else value + slack,
         holds=constraint.holds(after, before, slack),
+        metric=constraint.metric,
+        above=constraint.above,
+        val_bound=None if chosen_on is None else constraint.bound({constraint.task: chosen_on.metrics}),
     )
 
 

@@ -209,7 +209,7 @@ class Bench:
         self._written = False
 
     @functools.cached_property
-    def _facts(self) -> dict[str, Any]:
+    def facts(self) -> dict[str, Any]:
         """What every evaluation of this run depends on."""
         model, trainer = self.editor.model, self.editor.trainer
         return {
@@ -250,6 +250,13 @@ class Bench:
         found: dict[str, dict[str, int]] = {}
         for (task, split), evaluation in self._base.items():
             found.setdefault(task, {})[split] = evaluation.num_examples
+        return found
+
+    def data(self) -> dict[str, dict[str, str | None]]:
+        """Give by task the hash of each split's batches, as the model got them."""
+        found: dict[str, dict[str, str | None]] = {}
+        for (task, split), evaluation in self._base.items():
+            found.setdefault(task, {})[split] = evaluation.data_digest
         return found
 
     def finetuned(self, tasks: Iterable[str], split: Split) -> dict[str, Evaluation]:
@@ -355,7 +362,7 @@ class Bench:
         base = self._base[task, split]
         datamodule = self.editor.datamodules[task]
         return {
-            **self._facts,
+            **self.facts,
             "recipe": state.recipe,
             "coefficients": dict(state.coefs),
             "statistics": state.statistics,
@@ -387,6 +394,7 @@ class Bench:
                 "range": [*window, seed],
                 "metric": metric,
                 "value": value,
+                **dict(zip(("low", "high"), evaluation.quick_interval(metric) or (), strict=False)),
             }
             for metric, value in evaluation.metrics.items()
         ]

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,14 +16,22 @@ from torch import Tensor
 
 from tva.compose import ComposeReport
 from tva.console import make_console
+from tva.page import edit_page
+from tva.page.card import CARD, check_card, model_card
+from tva.page.series import SCALING, axes, number
+from tva.page.series import curve as curve_of
 from tva.plan import Plan
-from tva.weights import atomic_path, save_weights
+from tva.state_dict import some
+from tva.weights import atomic_path, find, save_weights
 
 if TYPE_CHECKING:  # scipy takes seconds to load, and compose's reports need none of it
     from tva.statistics import Comparison
 
 EDITED = "edited.safetensors"
 EDIT_JSON = "edit.json"
+PAGE = "report.html"
+WIDE = 110  # columns of a terminal that has room for all of the table
+BARS = "▁▂▃▄▅▆▇█"
 
 
 @dataclass(frozen=True)
@@ -83,6 +93,9 @@ class ConstraintReport:
         bound: What it is compared with.
         limit: The value's one-sided confidence limit, where a confidence is asked for; it decides then.
         holds: Whether it holds.
+        metric: The metric that it is on.
+        above: Whether the metric must lie above the bound.
+        val_bound: The bound on validation data, where the coefficient was chosen there.
     """
 
     text: str
@@ -91,6 +104,9 @@ class ConstraintReport:
     bound: float
     limit: float | None
     holds: bool
+    metric: str
+    above: bool
+    val_bound: float | None
 
 
 @dataclass(frozen=True)
@@ -118,6 +134,11 @@ class EditReport:
     versions: Mapping[str, str]
     seed: int | None
     command: str
+    model: str
+    precision: str
+    data: Mapping[str, Mapping[str, str | None]]
+    edited: Mapping[str, Any] | None
+    created: str
 
     @property
     def split(self) -> str:
@@ -151,11 +172,29 @@ class EditReport:
             }
             for name, task in self.tasks.items()
         }
-        return {**vars(self), "tasks": tasks, "constraints": [vars(constraint) for constraint in self.constraints]}
+        constraints = [vars(constraint) for constraint in self.constraints]
+        return _plain({**vars(self), "tasks": tasks, "constraints": constraints, "verdict": self.verdict})
+
+
+def _plain(value: Any) -> Any:
+    """Give what JSON can hold: numbers that are none become null."""
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def stamp(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """Note size and time of an input, by which a later look knows that it is the same."""
+    found = find(path)
+    files = [file for file in found.rglob("*") if file.is_file()] if found.is_dir() else [found]
+    newest = max((file.stat().st_mtime_ns for file in files), default=0)
+    return {"bytes": sum(file.stat().st_size for file in files), "modified_ns": newest}
 
 
 def write_report(report: EditReport, folder: Path, weights: Mapping[str, Tensor] | None) -> None:
-    """Write ``edit.json``, and ``edited.safetensors`` if there are weights.
+    """Write ``edit.json`` and its page; if there are weights, ``edited.safetensors`` and their model card.
 
     Args:
         report: What to write.
@@ -163,48 +202,112 @@ def write_report(report: EditReport, folder: Path, weights: Mapping[str, Tensor]
             weights and report always belong together.
         weights: The edited state dict, or None if the gate did not open.
     """
-    (folder / EDIT_JSON).unlink(missing_ok=True)
+    content = report.to_json()
+    page = edit_page(content)
+    for name in (EDIT_JSON, PAGE):
+        (folder / name).unlink(missing_ok=True)
     if weights is None:
         (folder / EDITED).unlink(missing_ok=True)
     else:
         save_weights(weights, folder / EDITED, {"tva.recipe": report.recipe, "tva.command": report.command})
     with atomic_path(folder / EDIT_JSON) as temporary:
-        temporary.write_text(json.dumps(report.to_json(), indent=1, ensure_ascii=False) + "\n")
+        temporary.write_text(json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+    with atomic_path(folder / PAGE) as temporary:
+        temporary.write_text(page)
+    card = folder / CARD
+    if weights is not None:
+        with atomic_path(card) as temporary:
+            temporary.write_text(model_card(content), encoding="utf-8")
+    elif card.exists():
+        check_card(folder)
+        card.unlink()
 
 
-def print_report(report: EditReport, console: Console | None = None) -> None:
-    """Print one table: each task before and after, with 95 % intervals below the numbers, and the verdict."""
+def print_report(report: EditReport, console: Console | None = None, folder: Path | None = None) -> None:
+    """Print one table: each task before and after, with 95 % intervals, the curve of the search, and the verdict.
+
+    Args:
+        report: What to print.
+        console: By default the terminal. Where the output is piped every task is one line.
+        folder: Where the report was written.
+    """
     console = console or make_console()
     coefs = ", ".join(f"{name} = {_coef(value)}" for name, value in report.coefficients.items())
     console.print(f"[bold]base + scaling_coef · ({report.recipe})[/]   {coefs}: {report.reason}", highlight=False)
+    left, numbers = ["task", "role", "split", "n"], ["base", "fine-tuned", "edited", "random", "normalized", "of base"]
+    if console.width < WIDE:
+        left, numbers = ["task", "role"], ["base", "edited", "of base"]
     table = Table(box=None, header_style="bold", pad_edge=False)
-    for heading in ("task", "role", "split", "n"):
+    for heading in left:
         table.add_column(heading)
-    for heading in ("base", "fine-tuned", "edited", "random", "normalized", "of base"):
+    for heading in numbers:
         table.add_column(heading, justify="right")
     table.add_column("verdict")
     for name, task in report.tasks.items():
         percent = task.metric.endswith("accuracy")
-        cells = {label: _score(score, percent) for label, score in task.scores.items()}
-        table.add_row(
-            name,
-            task.role,
-            task.split,
-            f"{task.num_examples:,}",
-            cells["base"],
-            cells.get("finetuned", "–"),
-            cells["edited"],
-            cells.get("random", "–"),
-            "–" if task.normalized is None else f"{task.normalized:.1%}",
-            _ratio(task),
-            _verdict(report, name),
-        )
+        scores = {label: _score(score, percent) for label, score in task.scores.items()}
+        cells = {
+            "task": name,
+            "role": task.role,
+            "split": task.split,
+            "n": f"{task.num_examples:,}",
+            "base": scores["base"],
+            "fine-tuned": scores.get("finetuned", "–"),
+            "edited": scores["edited"],
+            "random": scores.get("random", "–"),
+            "normalized": "–" if task.normalized is None else f"{task.normalized:.1%}",
+            "of base": _ratio(task),
+            "verdict": _verdict(report, name),
+        }
+        row = [cells[heading] for heading in (*left, *numbers, "verdict")]
+        table.add_row(*(row if console.is_terminal else [cell.replace("\n", " ") for cell in row]))
     console.print(table)
     console.print(f"[dim]{_footnote(report)}[/]", highlight=False)
+    for line in sparklines(report.to_json()):
+        console.print(line, highlight=False, markup=False)
     for title, found in (*report.baselines.items(), *report.diagnostics.items()):
         _print_extra(console, title, found)
     style = "bold green" if report.holds else "bold red"
     console.print(f"[{style}]{'holds' if report.holds else 'refused'}[/]: {report.verdict}", highlight=False)
+    if folder is not None and report.split == "test":
+        console.print(f"{folder / PAGE} shows all of it", highlight=False)
+
+
+def sparklines(content: Mapping[str, Any], most: int = 41) -> list[str]:
+    """Draw each task's metric against the coefficient in one line of text, tasks of one metric on one scale.
+
+    Args:
+        content: An ``edit.json``.
+        most: Points that are drawn at most; evenly spaced ones of more.
+    """
+    found = axes(content)
+    if len(found) != 1:
+        return []
+    (axis,) = found
+    lines = {task: curve_of(content, task, axis) for task in content["tasks"]}
+    lines = {task: line for task, line in lines.items() if len(line) > 1}
+    places = sorted({at for line in lines.values() for at, _ in line})
+    if len(places) > most:
+        places = [places[round(step * (len(places) - 1) / (most - 1))] for step in range(most)]
+    width, rows = max(map(len, lines), default=0), []
+    for task, line in lines.items():
+        metric = content["tasks"][task]["metric"]
+        alike = [other for other in lines if content["tasks"][other]["metric"] == metric]
+        values = [point.value for other in alike for _, point in lines[other]]
+        known, low, span = dict(line), min(values), (max(values) - min(values)) or 1.0
+        bars = "".join(BARS[round((known[at].value - low) / span * 7)] if at in known else " " for at in places)
+        first, last = (number(line[end][1].value, metric) for end in (0, -1))
+        rows.append(f"  {task:<{width}}  {first:>6} {bars} {last}")
+    if not rows:
+        return []
+    chosen = content["coefficients"].get(axis)
+    nearest = min(range(len(places)), key=lambda place: abs(places[place] - chosen))
+    name = "λ" if axis == SCALING else axis
+    return [
+        f"{name} from {places[0]:g} to {places[-1]:g} on validation data:",
+        *rows,
+        f"{' ' * (width + 11 + nearest)}▲ {chosen:g}",
+    ]
 
 
 def _print_extra(console: Console, title: str, found: Any) -> None:
@@ -334,11 +437,44 @@ def read_report(path: Path) -> dict[str, Any]:
 
     Raises:
         FileNotFoundError: There is none.
+        ValueError: It is something else.
     """
-    path = path / EDIT_JSON if path.is_dir() else path
     if not path.exists():
-        raise FileNotFoundError(f"No report at {path}; an edit whose gate found no coefficient writes none.")
-    return json.loads(path.read_text())
+        raise FileNotFoundError(f"No report at {path}: a run's folder, or its {EDIT_JSON}, was expected there.")
+    file = path / EDIT_JSON if path.is_dir() else path
+    if not file.exists():
+        below = sorted(str(found.parent) for found in path.glob(f"*/{EDIT_JSON}"))
+        log = Path(f"{path}.evaluations.jsonl")
+        if below:
+            hint = f"The runs below it are {some(below)}."
+        elif log.exists():
+            hint = f"Its edit was not finished, or nothing met its constraints; the same command goes on from {log}."
+        else:
+            hint = "An edit whose gate found no coefficient writes none."
+        raise FileNotFoundError(f"No report at {file}. {hint}")
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{file} is no report of an edit, for it is not JSON: {error}") from error
+    missing = [name for name in ("recipe", "tasks", "evaluations", "holds") if name not in content]
+    if missing:
+        raise ValueError(f"{file} is no report of an edit: it lacks {some(missing)}. Give a run that `tva edit` wrote.")
+    return content
+
+
+def to_json(done: ComposeReport | Plan) -> dict[str, Any]:
+    """Give what `tva.compose` did, or would do, as plain values."""
+    if isinstance(done, Plan):
+        rows = [
+            {"tensors": row.names, "dtype": str(row.spec.dtype), "shape": list(row.spec.shape), "coefs": row.coefs}
+            for row in done.rows
+        ]
+        return {**vars(done), "rows": rows}
+    effects = {
+        group: {**vars(effect), "relative_change": effect.relative_change} for group, effect in done.effects.items()
+    }
+    digests = {"base": done.base.digest, "edited": done.edited.digest}
+    return {**vars(done), "output": str(done.output), **digests, "effects": effects}
 
 
 def curve(report: Mapping[str, Any], task: str, split: str = "val") -> Iterator[tuple[float, float]]:

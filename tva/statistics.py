@@ -83,6 +83,30 @@ def mean_interval(scores: np.ndarray, confidence: float = 0.95) -> tuple[float, 
     return float(found.low), float(found.high)
 
 
+def quick_interval(scores: np.ndarray, confidence: float = 0.95) -> tuple[float, float]:
+    """Compute an interval of a mean in no time: Wilson's where scores are right or wrong, else Student's t.
+
+    For curves of many points; `mean_interval` is for the numbers that decide.
+
+    Args:
+        scores: One score an example, boolean or float, shape (examples,).
+        confidence: Two-sided.
+
+    Example:
+        >>> low, high = quick_interval(np.array([1.0, 2.0, 3.0]))
+        >>> round(low, 2), round(high, 2)
+        (-0.48, 4.48)
+    """
+    if is_binary(scores):
+        return wilson_interval(float(scores.mean()), len(scores), confidence)
+    mean = float(scores.mean(dtype=np.float64))
+    if len(scores) < 2 or np.ptp(scores) == 0:
+        return mean, mean
+    width = stats.t.ppf(0.5 + confidence / 2, len(scores) - 1) * scores.std(ddof=1, dtype=np.float64)
+    width /= len(scores) ** 0.5
+    return mean - float(width), mean + float(width)
+
+
 def is_binary(*scores: np.ndarray) -> bool:
     """Whether scores say right or wrong."""
     return all(column.dtype == np.bool_ for column in scores)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from json import dumps
+from pathlib import Path
 from typing import Any
 
 import lightning as L
@@ -20,7 +22,13 @@ class Trainer(L.Trainer):
     report: EditReport | None = None
 
     def edit(
-        self, model: L.LightningModule, datamodule: L.LightningDataModule | None = None, **kwargs: Any
+        self,
+        model: L.LightningModule,
+        datamodule: L.LightningDataModule | None = None,
+        *,
+        output: str,
+        json: bool = False,
+        **kwargs: Any,
     ) -> EditReport:
         """Combine task vectors, choose the coefficient, edit the model and prove it on control tasks.
 
@@ -28,12 +36,16 @@ class Trainer(L.Trainer):
             model: Any LightningModule with validation and test steps; its weights are the base unless ``base`` is
                 given.
             datamodule: Unused; LightningCLI passes one if it has one. Tasks go into ``targets`` and ``controls``.
+            output: Folder for ``edited.safetensors``, ``edit.json``, ``report.html`` and the model card.
+            json: Print ``edit.json`` instead of a table.
             **kwargs: Those of `tva.edit.run_edit`.
 
         Returns:
             The report, which is also printed.
         """
-        self.report = run_edit(self, model, **kwargs)
-        if self.is_global_zero:
-            print_report(self.report)
+        self.report = run_edit(self, model, output=output, **kwargs)
+        if self.is_global_zero and json:
+            print(dumps(self.report.to_json(), indent=1, ensure_ascii=False))
+        elif self.is_global_zero:
+            print_report(self.report, folder=Path(output))
         return self.report

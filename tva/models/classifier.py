@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import lightning as L
@@ -17,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torchmetrics.classification import MulticlassAccuracy
 
-from tva.weights import open_weights, save_weights
+from tva.weights import cache_folder, open_weights, save_weights
 
 
 class FrozenHeadClassifier(L.LightningModule, ABC):
@@ -157,8 +155,3 @@ class FrozenHeadClassifier(L.LightningModule, ABC):
 
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, scale)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
-
-
-def cache_folder() -> Path:
-    """Folder of what can be computed again: ``TVA_CACHE``, else ``~/.cache/tva``."""
-    return Path(os.environ.get("TVA_CACHE") or Path.home() / ".cache" / "tva")

@@ -6,7 +6,7 @@ from tva.weights.fingerprint import Fingerprint, TensorHash, fingerprint, tensor
 from tva.weights.lazy import Entry, Info, LazyWeights, Spec
 from tva.weights.names import NameMatch, canonical_names, canonical_state_dict, map_names, match_names
 from tva.weights.output import Output, num_bytes, side_files
-from tva.weights.writing import atomic_path, make_room, save_weights
+from tva.weights.writing import atomic_path, cache_folder, make_room, save_weights
 
 __all__ = [
     "Entry",
@@ -18,6 +18,7 @@ __all__ = [
     "Spec",
     "TensorHash",
     "atomic_path",
+    "cache_folder",
     "canonical_names",
     "canonical_state_dict",
     "find",

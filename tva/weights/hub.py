@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from tva.state_dict import some
@@ -18,6 +20,7 @@ NAMES = (
     "pytorch_model.bin.index.json",
     "open_clip_model.safetensors",
 )
+LOG_IN = "log in with `hf auth login`, or set HF_TOKEN to one that may write."
 ADAPTER_NAMES = ("adapter_model.safetensors", "adapter_model.bin")
 
 
@@ -72,18 +75,60 @@ def push(path: str | os.PathLike[str], repository: str) -> None:
         OSError: The hub cannot be reached, or refuses.
     """
     from huggingface_hub import HfApi
-    from huggingface_hub.errors import HFValidationError
 
     path = Path(path)
-    try:
+    with _asking(repository):
         api = HfApi()
         api.create_repo(repository, private=True, exist_ok=True)
         if path.is_dir():
             api.upload_folder(repo_id=repository, folder_path=path, path_in_repo=path.name)
         else:
             api.upload_file(repo_id=repository, path_or_fileobj=path, path_in_repo=path.name)
+
+
+def upload(files: Mapping[str, Path | bytes], repository: str, message: str, private: bool = True) -> str:
+    """Upload files in one commit; the repository is made if there is none.
+
+    Args:
+        files: Name in the repository to a file, or to contents.
+        repository: ``owner/name``.
+        message: Of the commit.
+        private: Whether a new repository is.
+
+    Returns:
+        The commit's address.
+
+    Raises:
+        OSError: The hub cannot be reached, or refuses.
+    """
+    from huggingface_hub import CommitOperationAdd, HfApi
+
+    with _asking(repository):
+        api = HfApi()
+        api.create_repo(repository, private=private, exist_ok=True)
+        operations = [CommitOperationAdd(name, file) for name, file in files.items()]
+        return str(api.create_commit(repository, operations, commit_message=message).commit_url)
+
+
+@contextlib.contextmanager
+def _asking(repository: str) -> Iterator[None]:
+    """Say what to do where the hub refuses."""
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError, LocalTokenNotFoundError
+
+    try:
+        yield
     except HFValidationError as error:
         raise OSError(f"{repository!r} is no repository's name: {error}") from error
+    except LocalTokenNotFoundError as error:
+        raise OSError(f"The hub asks who you are, and there is no token: {LOG_IN}") from error
+    except HfHubHTTPError as error:
+        status = error.response.status_code
+        if status in (401, 403):
+            text = f"The hub does not let this token write to {repository} (status {status}): {LOG_IN}"
+            raise OSError(text) from error
+        raise OSError(f"The hub refused {repository}: {error}") from error
+    except HTTPError as error:  # of the library that the client is built on, which has changed before
+        raise OSError(f"The hub cannot be reached for {repository}: {error}") from error
 
 
 class _Missing(FileNotFoundError):

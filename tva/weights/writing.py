@@ -68,3 +68,8 @@ def save_weights(
         seen.add(pointer)
     with atomic_path(path) as temporary:
         save_file(ready, temporary, metadata=dict(metadata or {}))
+
+
+def cache_folder() -> Path:
+    """Folder of what can be computed again: ``TVA_CACHE``, else ``~/.cache/tva``."""
+    return Path(os.environ.get("TVA_CACHE") or Path.home() / ".cache" / "tva")

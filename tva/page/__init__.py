@@ -1,0 +1,6 @@
+"""One self-contained HTML page for an edit, or for several side by side, made from the contents of ``edit.json``."""
+
+from tva.page.page import comparison_page, edit_page
+from tva.page.series import formula, interval, number, points
+
+__all__ = ["comparison_page", "edit_page", "formula", "interval", "number", "points"]
