@@ -18,6 +18,7 @@ from tva import TaskVector
 from tva.cli import main as tva
 from tva.console import make_console
 from tva.report import curve, read_report
+from tva.revisit import revisit
 
 CONFIGS = Path("configs/demo")
 EDITS = ("forget", "add", "analogy")
@@ -43,7 +44,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     print_summary(reports, options.seeds)
     figure = options.output / "curves.png"
     draw_curves(reports, figure)
-    print(f"\n{figure} shows every coefficient that was tried. {time.monotonic() - started:.0f} s in all.")
+    page = options.output / "report.html"
+    revisit([str(options.output / edit / f"seed={seed}") for edit in EDITS for seed in options.seeds], str(page))
+    print(f"\n{figure} shows every coefficient that was tried; {page} puts the edits side by side, and each has a page")
+    print(f"of its own, such as {options.output / 'forget' / f'seed={options.seeds[0]}' / 'report.html'}.")
+    print(f"{time.monotonic() - started:.0f} s in all.")
     if not all(passed):
         sys.exit(1)
 

@@ -59,6 +59,12 @@ def revisit(runs: Sequence[str], output: str | None = None) -> Revisited:
     if len(read) < len(paths):
         twice = next(path for path in paths if paths.count(path) > 1)
         raise ValueError(f"A run is given twice: {twice}. Name each once.")
+    empty = [path for path, content in read.items() if not content["evaluations"]]
+    if empty:
+        raise ValueError(
+            f"{empty[0]} holds no evaluations, so there is nothing to draw. Make the edit again: "
+            f"what its log holds is not evaluated anew."
+        )
     names = _names(paths)
     contents = {names[path]: content for path, content in read.items()}
     notices: dict[str, list[str]] = {name: changed_inputs(content) for name, content in contents.items()}

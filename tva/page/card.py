@@ -157,8 +157,8 @@ def _limits(content: Content) -> list[str]:
     ]
     if worse:
         limits.append(
-            f"- {some(worse, 8)} got worse on purpose. That is no proof that the knowledge is gone: fine-tuning may "
-            "bring it back."
+            f"- {some(worse, 8)} got worse. Where that was meant, the knowledge need not be gone: "
+            "fine-tuning may bring it back."
         )
     return limits
 

@@ -6,9 +6,12 @@ import functools
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from tva.page.charts import Chart, coefficient_map, compared, curves, dots, matrix, planes
+from tva.page.curves import coefficient_map, curves
 from tva.page.draw import draw, library
+from tva.page.planes import planes
+from tva.page.scores import compared, dots, matrix
 from tva.page.series import Content, axes, coefficient, formula, interval, number, symbol
+from tva.page.vega import Chart
 
 if TYPE_CHECKING:
     from jinja2 import Environment
@@ -106,9 +109,7 @@ def differences(contents: Mapping[str, Content]) -> Iterator[str]:
     bases = {run: content["base"]["fingerprint"] for run, content in contents.items()}
     if len(set(bases.values())) > 1:
         named = "; ".join(f"{run}: {(digest or 'unknown')[:12]}" for run, digest in bases.items())
-        yield (
-            f"These edits start from different bases ({named}): differences are not due to the edits alone."
-        )
+        yield (f"These edits start from different bases ({named}): differences are not due to the edits alone.")
     tasks = dict.fromkeys(task for content in contents.values() for task in content["tasks"])
     for task in tasks:
         having = {run: content for run, content in contents.items() if task in content["tasks"]}
@@ -125,7 +126,7 @@ def _state(content: Content) -> dict[str, str]:
     if not content["holds"]:
         return {"name": "refused", "word": "Refused", "sign": "✕"}
     if not content["constraints"]:
-        return {"name": "open", "word": "No constraint", "sign": "○"}
+        return {"name": "open", "word": "Not checked", "sign": "○"}
     return {"name": "holds", "word": "Holds", "sign": "✓"}
 
 
