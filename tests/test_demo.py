@@ -85,6 +85,7 @@ def test_the_figure_is_drawn_and_the_curves_are_recorded(run):
     picture = matplotlib.image.imread(output / "curves.png")
     assert picture.shape[1] > 1000
     assert picture.std() > 0.05
+    assert "3 edits side by side" in (output / "report.html").read_text()
     for report in reports.values():
         assert len({e["coefficients"]["scaling_coef"] for e in report["evaluations"] if e["split"] == "val"}) == 21
 

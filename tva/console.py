@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, TypeVar
 
 if TYPE_CHECKING:
@@ -28,3 +30,22 @@ def progress(items: Sequence[T], description: str) -> Iterable[T]:
     if not console.is_terminal:
         return items
     return track(items, description=description, console=console, transient=True)
+
+
+@contextmanager
+def counting(description: str | None) -> Iterator[Callable[[float], None]]:
+    """Give a function that counts one more of so many, on a bar as `progress` has it.
+
+    Args:
+        description: Before the bar; None draws none.
+    """
+    from rich.console import Console
+    from rich.progress import Progress
+
+    console = Console(stderr=True)
+    if description is None or not console.is_terminal:
+        yield lambda total: None
+        return
+    with Progress(console=console, transient=True) as bar:
+        task = bar.add_task(description, total=None)
+        yield lambda total: bar.update(task, advance=1, total=total if math.isfinite(total) else None)

@@ -234,6 +234,7 @@ class Bench:
                 split,
                 cache=self.cache,
                 extra=self.extra.get(task, ()),
+                progress=f"the base on {task} ({split})",
             )
             self.num_forward += found.num_examples
             model = self.editor.model
@@ -345,6 +346,7 @@ class Bench:
             cache=self.cache,
             part=None if whole else (window, seed),
             extra=list(base.extra),
+            progress=f"{len(states)} edits on {task} ({split})",
         )
         self.num_forward += sum(evaluation.num_examples for evaluation in found)
         if check:

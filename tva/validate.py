@@ -22,6 +22,7 @@ from torch import Tensor
 from torchmetrics import Metric, MetricCollection
 
 from tva.batches import BatchCache, shallow_copy, through_cache
+from tva.console import counting
 from tva.state_dict import some
 from tva.statistics import (
     Comparison,
@@ -277,6 +278,7 @@ def evaluate(
     cache: BatchCache | None = None,
     part: Part | None = None,
     extra: Sequence[str] = (),
+    progress: str | None = None,
 ) -> Any:
     """Evaluate a model, or several edits of it, on one split of a task.
 
@@ -297,6 +299,7 @@ def evaluate(
         part: Evaluate a part of the examples.
         extra: Names of torchmetrics metrics to compute from ``preds`` and ``target``, where the model does not log
             them.
+        progress: What is written before a progress bar on a terminal; None draws none.
 
     Returns:
         An `Evaluation`, or a list with one for each edit. Metrics have their last name: ``val/mnist/accuracy`` and
@@ -306,7 +309,7 @@ def evaluate(
         ValueError: The step logged nothing, or two metrics of one name; or scores by example contradict a metric.
     """
     if edits is not None and (not share or trainer.world_size > 1):
-        options = {"cache": cache, "part": part, "extra": extra}
+        options = {"cache": cache, "part": part, "extra": extra, "progress": progress}
         results = []
         for edit in edits:
             edit()
@@ -314,7 +317,12 @@ def evaluate(
         return results
     recorders = [_Recorder(hashed=edits is None, whole=bool(extra)) for _ in edits or [None]]
     device = trainer.strategy.root_device
-    with quiet(), _recording(model, split, recorders, edits), through_cache(datamodule, split, cache, device, part):
+    with (
+        quiet(),
+        counting(progress if trainer.is_global_zero else None) as count,
+        _recording(model, split, recorders, edits, count),
+        through_cache(datamodule, split, cache, device, part),
+    ):
         run = trainer.validate if split == "val" else trainer.test
         results = run(model, datamodule=datamodule, verbose=False)
         logged = [recorder.logged() for recorder in recorders] if edits is not None else []
@@ -344,7 +352,11 @@ def evaluate(
 
 @contextlib.contextmanager
 def _recording(
-    model: L.LightningModule, split: str, recorders: Sequence[_Recorder], edits: Sequence[Callable[[], None]] | None
+    model: L.LightningModule,
+    split: str,
+    recorders: Sequence[_Recorder],
+    edits: Sequence[Callable[[], None]] | None,
+    count: Callable[[float], None],
 ) -> Iterator[None]:
     """Let the model's step run under every edit in turn, and note what each logs and returns.
 
@@ -366,10 +378,13 @@ def _recording(
 
     @functools.wraps(step)
     def every_step(batch: Any, *args: Any, **kwargs: Any) -> Any:
+        batches = model.trainer.num_val_batches if split == "val" else model.trainer.num_test_batches
+        total = sum(batches) * len(recorders)
         if edits is None:
             recorders[0].batch = kept = shallow_copy(batch)
             outputs = step(batch, *args, **kwargs)
             recorders[0].take(outputs, kept)
+            count(total)
             return outputs
         if not copies:  # only now has the model been set up for the task
             originals.extend(_metric_places(model))
@@ -381,6 +396,7 @@ def _recording(
             present[0], own = recorder, shallow_copy(batch)
             recorder.batch = batch
             recorder.take(step(own, *args, **kwargs), batch)
+            count(total)
         return None
 
     setattr(model, name, every_step)
