@@ -199,7 +199,7 @@ def test_no_feasible_coefficient_shows_the_closest_and_writes_nothing(runs, tmp_
     model.load_state_dict(loaded.apply_to(model.state_dict(), closest))
     inputs, labels = Blobs(1).val_dataloader().dataset.tensors
     accuracy = float((model(inputs).argmax(-1) == labels).float().mean())
-    assert re.search(rf"blobs1 +target +val +60 +\S+ +\S+ +{accuracy:.1%}", printed)
+    assert re.search(rf"blobs1 +target +val +60 +\S+ \[.*?\] +\S+ \[.*?\] +{accuracy:.1%} \[", printed)
     assert not (tmp_path / "out").exists()
 
 
