@@ -346,7 +346,7 @@ class Bench:
             cache=self.cache,
             part=None if whole else (window, seed),
             extra=list(base.extra),
-            progress=f"{len(states)} edits on {task} ({split})",
+            progress=f"{len(states)} edit{'s' if len(states) > 1 else ''} on {task} ({split})",
         )
         self.num_forward += sum(evaluation.num_examples for evaluation in found)
         if check:

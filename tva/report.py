@@ -236,12 +236,12 @@ def print_report(report: EditReport, console: Console | None = None, folder: Pat
     console.print(f"[bold]base + scaling_coef · ({report.recipe})[/]   {coefs}: {report.reason}", highlight=False)
     left, numbers = ["task", "role", "split", "n"], ["base", "fine-tuned", "edited", "random", "normalized", "of base"]
     if console.width < WIDE:
-        left, numbers = ["task", "role"], ["base", "edited", "of base"]
+        left, numbers = ["task", "role"], ["base", "edited"]
     table = Table(box=None, header_style="bold", pad_edge=False)
     for heading in left:
         table.add_column(heading)
     for heading in numbers:
-        table.add_column(heading, justify="right")
+        table.add_column(heading, justify="right", no_wrap=True)
     table.add_column("verdict")
     for name, task in report.tasks.items():
         percent = task.metric.endswith("accuracy")
