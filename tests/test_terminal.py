@@ -41,7 +41,7 @@ def test_in_a_pipe_every_task_is_one_line_without_colors(report):
     assert any("other/accuracy >= 0.1 * base" in line and "holds" in line for line in lines)
 
 
-@pytest.mark.parametrize("width", [80, 120])
+@pytest.mark.parametrize("width", [80, 150])
 def test_a_terminal_is_not_overrun(report, width):
     lines = [re.sub(r"\x1b\[[\d;]*m", "", line) for line in printed(report, width)]
     assert max(map(len, lines)) <= width

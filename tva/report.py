@@ -30,7 +30,7 @@ if TYPE_CHECKING:  # scipy takes seconds to load, and compose's reports need non
 EDITED = "edited.safetensors"
 EDIT_JSON = "edit.json"
 PAGE = "report.html"
-WIDE = 110  # columns of a terminal that has room for all of the table
+WIDE = 150  # columns of a terminal that has room for all of the table
 BARS = "▁▂▃▄▅▆▇█"
 
 
@@ -443,7 +443,7 @@ def read_report(path: Path) -> dict[str, Any]:
         raise FileNotFoundError(f"No report at {path}: a run's folder, or its {EDIT_JSON}, was expected there.")
     file = path / EDIT_JSON if path.is_dir() else path
     if not file.exists():
-        below = sorted(str(found.parent) for found in path.glob(f"*/{EDIT_JSON}"))
+        below = [str(found.parent) for level in ("*", "*/*") for found in sorted(path.glob(f"{level}/{EDIT_JSON}"))]
         log = Path(f"{path}.evaluations.jsonl")
         if below:
             hint = f"The runs below it are {some(below)}."

@@ -13,7 +13,7 @@ from rich.table import Table
 
 from tva.console import make_console
 from tva.page import comparison_page, edit_page, interval, number
-from tva.page.page import differences
+from tva.page.page import differences, state_of
 from tva.report import EDIT_JSON, PAGE, read_report, stamp
 from tva.task_vector import TaskVector, is_vector_file
 from tva.weights import atomic_path, fingerprint, open_weights
@@ -152,7 +152,7 @@ def show_revisited(result: Revisited, json: bool = False) -> None:
         for position, (task, entry) in enumerate(content["tasks"].items()):
             metric, first = entry["metric"], position == 0
             scores = [number(entry[label]["value"], metric) for label in ("base", "edited")]
-            words = [run, "holds" if content["holds"] else "refused"] if first else ["", ""]
+            words = [run, state_of(content)["word"].lower()] if first else ["", ""]
             table.add_row(*words, task, entry["role"], *scores, interval(entry["edited"], metric).replace("[", r"\["))
     console.print(table)
     for name, notices in result.notices.items():

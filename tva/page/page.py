@@ -51,7 +51,7 @@ def edit_page(content: Content, notices: Sequence[str] = ()) -> str:
         title=formula(content),
         content=content,
         notices=notices,
-        state=_state(content),
+        state=state_of(content),
         headline=list(_headline(content)),
         before=_before(content),
         dots=list(dots(content)),
@@ -91,7 +91,7 @@ def comparison_page(contents: Mapping[str, Content], notices: Sequence[str] = ()
                 }
             )
         rows.append(
-            {"run": run, "content": content, "formula": formula(content), "state": _state(content), "cells": cells}
+            {"run": run, "content": content, "formula": formula(content), "state": state_of(content), "cells": cells}
         )
     return _render(
         "compare.html",
@@ -121,7 +121,7 @@ def differences(contents: Mapping[str, Content]) -> Iterator[str]:
             yield f"{task} was not evaluated on the same test data in all runs."
 
 
-def _state(content: Content) -> dict[str, str]:
+def state_of(content: Content) -> dict[str, str]:
     """Say the verdict in one word, with the color it is shown in."""
     if not content["holds"]:
         return {"name": "refused", "word": "Refused", "sign": "✕"}
