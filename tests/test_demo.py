@@ -19,12 +19,12 @@ def run(tmp_path_factory):
     read: set[bytes] = set()
     phase = {"test": False}
     with pytest.MonkeyPatch.context() as patch:
-        get, evaluate = Examples.__getitem__, tva.editor.evaluate
+        get, evaluate = Examples.__getitems__, tva.editor.evaluate
 
-        def noted_get(self, index):
+        def noted_get(self, indices):
             if not phase["test"]:
-                read.add(self.images[index].tobytes())
-            return get(self, index)
+                read.update(self.images[index].tobytes() for index in indices)
+            return get(self, indices)
 
         def noted_evaluate(trainer, model, datamodule, split, **options):
             phase["test"] = split == "test"
@@ -33,7 +33,7 @@ def run(tmp_path_factory):
             finally:
                 phase["test"] = False
 
-        patch.setattr(Examples, "__getitem__", noted_get)
+        patch.setattr(Examples, "__getitems__", noted_get)
         patch.setattr(tva.editor, "evaluate", noted_evaluate)
         demo.main(["--output", str(output)])
     reports = {edit: json.loads((output / edit / "seed=0/edit.json").read_text()) for edit in demo.EDITS}

@@ -67,7 +67,7 @@ DOORS = {
     "huggingface_hub": {"tva.weights", "tva.page"},
     "numba": {"tva.kernels"},
     "jsonargparse": {"tva.cli"},
-    "open_clip": {"tva.models"},
+    "open_clip": {"tva.models", "tva.data"},  # tva.data: its ImageNet class names alone
     "timm": {"tva.models"},
     "datasets": {"tva.data"},
     "matplotlib": {"tva.report", "tva.tables", "tva.demo", "tva.data", "tva.callbacks"},

@@ -13,33 +13,39 @@ import lightning as L
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
+from tva.compose import parse_bytes
+from tva.data.cache import Decoder, SampleCache
+from tva.data.presets import find_preset
 from tva.state_dict import some
 
 _FORMATS = {".parquet": "parquet", ".arrow": "arrow", ".csv": "csv", ".json": "json", ".jsonl": "json"}
-_CACHE_BYTES = 2 * 1024**3
 
 
 class ImageTask(L.LightningDataModule):
     """One image classification task over Hugging Face `datasets`, with the paper's splits.
 
     Batches are ``images, labels``: float tensors of shape (batch, 3, height, width) as the model's ``image_transform``
-    makes them, and int64 class indices of shape (batch,). Decoded examples are kept in memory, up to 2 GiB.
+    makes them, and int64 class indices of shape (batch,). Decoded examples are kept, as bytes in a memory-mapped file.
+    Which examples are held out and in which order epochs take them depends on seeds alone, not on how many ranks and
+    workers share them: ranks together take in each step what one process would.
 
     Args:
-        path: ``builtin:NAME``, a set that ships with this package; a local parquet, arrow, csv, json or npz file, where
-            ``{split}`` stands for the split's name; a folder of images by class, or one written by ``save_to_disk``;
-            a mapping from split to file; or the name of a data set on the Hugging Face hub. Environment variables
-            (``$DATA``) are filled in. Relative paths start at the working directory.
+        path: ``preset:NAME``, a set of the literature with its columns, class names and templates (``tva data`` lists
+            them); ``builtin:NAME``, a set that ships with this package; a local parquet, arrow, csv, json or npz file,
+            where ``{split}`` stands for the split's name; a folder of images by class, or one written by
+            ``save_to_disk``; a mapping from split to file; or the name of a data set on the Hugging Face hub.
+            Environment variables (``$DATA``) are filled in. Relative paths start at the working directory.
         name: Name in log keys and reports; by default the last part of ``path``.
         config: Configuration of a hub data set, such as ``plain_text``.
         revision: Revision of a hub data set, so that the data cannot change under you.
         image_column: Column that holds the images.
         label_column: Column that holds the labels: class indices, or class names.
-        class_names: Names in the order of the labels; by default the data set's own.
-        templates: Prompts in which ``{}`` stands for the class name; by default a built-in set's own, else
-            ``a photo of a {}.``
+        class_names: Names in the order of the labels, or the name of a preset to take them from; by default the data
+            set's own.
+        templates: Prompts in which ``{}`` stands for the class name, or the name of a preset; by default a built-in
+            set's own, else ``a photo of a {}.``
         train_split: Split to train on.
         val_split: Split to choose on. By default a part of the training split is held out: min(10 %, 5,000) examples,
             the paper's rule.
@@ -49,11 +55,14 @@ class ImageTask(L.LightningDataModule):
             ``{style: [sketch], label: [cat, dog]}``.
         prototype_where: As ``where``, instead of it, for the training examples that class-mean heads are taken from.
         batch_size: Examples a batch.
-        num_workers: Processes that decode; 0 decodes in this one and keeps what it decoded.
-        seed: Of the held-out part, so that it is the same in every run.
+        num_workers: Processes that decode; 0 decodes in this one.
+        seed: Of the held-out part, so that it is the same in every run; also of the order of training where the run has
+            no seed (``seed_everything``).
         limit_train: Train on so many examples at most, the first of a seeded shuffle.
         limit_val: Validate on so many at most, likewise.
         limit_test: Test on so many at most, likewise.
+        local: For a preset, where a copy of the data lies instead of the hub: anything that ``path`` may be.
+        cache: What decoded examples may take on this machine, such as ``500MiB``; the rest is decoded each time.
 
     Raises:
         FileNotFoundError: A local file is not there.
@@ -73,8 +82,8 @@ class ImageTask(L.LightningDataModule):
         revision: str | None = None,
         image_column: str = "image",
         label_column: str = "label",
-        class_names: list[str] | None = None,
-        templates: list[str] | None = None,
+        class_names: list[str] | str | None = None,
+        templates: list[str] | str | None = None,
         train_split: str = "train",
         val_split: str | None = None,
         val_size: int | None = None,
@@ -87,8 +96,23 @@ class ImageTask(L.LightningDataModule):
         limit_train: int | None = None,
         limit_val: int | None = None,
         limit_test: int | None = None,
+        local: str | dict[str, str] | None = None,
+        cache: str = "2GiB",
     ) -> None:
         super().__init__()
+        self.preset = None
+        if isinstance(path, str) and path.startswith("preset:"):
+            preset_name = path.removeprefix("preset:")
+            self.preset = find_preset(preset_name)
+            name, config = name or preset_name, config or self.preset.config
+            path = self.preset.hub if local is None else local
+            templates = self.preset.templates if templates is None else templates
+        elif local is not None:
+            raise ValueError(f"local= is where a preset's data lies, and {path!r} is none. Give path= {local!r}.")
+        if isinstance(class_names, str):
+            class_names = find_preset(class_names).name_classes([], class_names)
+        if isinstance(templates, str):
+            templates = find_preset(templates).templates
         # Plain attributes rather than save_hyperparameters: LightningCLI can give one data module another's.
         self.path = {split: _expand(file) for split, file in path.items()} if isinstance(path, dict) else _expand(path)
         self.name = name or _default_name(self.path)
@@ -106,6 +130,7 @@ class ImageTask(L.LightningDataModule):
         self.num_workers = num_workers
         self.seed = seed
         self.limits = {"train": limit_train, "val": limit_val, "test": limit_test}
+        self._cache_bytes_left = parse_bytes(cache)
         self._examples: dict[str, Examples] = {}
 
     # --- splits
@@ -124,6 +149,8 @@ class ImageTask(L.LightningDataModule):
 
     def _load(self, transform: Callable[[Any], Tensor]) -> dict[str, Examples]:
         splits = load_images(self.path, config=self.config, revision=self.revision)
+        if self.preset is not None:
+            splits = self.preset.standardize(splits)
         train_split, test_split = self._split(splits, "train"), self._split(splits, "test")
         self.class_names = self._read_class_names(train_split)
         rows = {"train": self._filter(train_split, self.where), "test": self._filter(test_split, self.where)}
@@ -203,6 +230,8 @@ class ImageTask(L.LightningDataModule):
         if not own and isinstance(labels[0], str):
             own = sorted(set(labels))
         if not self.class_names:
+            if self.preset is not None:
+                return self.preset.name_classes(own, self.name)
             if not own:
                 raise ValueError(
                     f"{self.name} does not name its classes; pass class_names, {max(labels) + 1} names in the "
@@ -227,7 +256,7 @@ class ImageTask(L.LightningDataModule):
                     f"{self.name}: labels {some(unknown)} are not in class_names {some(self.class_names, 8)}."
                 )
             labels = [index[label] for label in labels]
-        labels = torch.as_tensor(labels)
+        labels = torch.as_tensor(labels, dtype=torch.int64)
         if labels.min() < 0 or labels.max() >= len(self.class_names):
             raise ValueError(
                 f"{self.name}: labels must lie in 0 … {len(self.class_names) - 1} but reach from {int(labels.min())} "
@@ -251,10 +280,19 @@ class ImageTask(L.LightningDataModule):
         return self._loader("prototype" if "prototype" in self._examples else "train")
 
     def _loader(self, part: str, shuffle: bool = False) -> DataLoader:
+        examples, trainer = self._examples[part], self.trainer
+        ranks = getattr(trainer, "world_size", 1)
+        # Here and not in a worker, so that all share one file; ranks on one machine share the budget.
+        used = examples.open_cache(self._cache_bytes_left // getattr(trainer, "num_devices", 1))
+        self._cache_bytes_left -= used * getattr(trainer, "num_devices", 1)
+        sampler = None
+        if shuffle:  # the same order, and a new one each epoch, on any number of ranks; Lightning counts the epochs
+            rank, seed = getattr(trainer, "global_rank", 0), int(os.environ.get("PL_GLOBAL_SEED", self.seed))
+            sampler = DistributedSampler(examples, num_replicas=ranks, rank=rank, seed=seed)
         return DataLoader(
-            self._examples[part],
+            examples,
             batch_size=self.batch_size,
-            shuffle=shuffle,
+            sampler=sampler,
             num_workers=self.num_workers,
             persistent_workers=self.num_workers > 0,
             pin_memory=torch.cuda.is_available(),
@@ -262,7 +300,7 @@ class ImageTask(L.LightningDataModule):
 
 
 class Examples(Dataset):
-    """Images with labels that are decoded when first asked for and then kept, up to 2 GiB a part.
+    """Images with labels, decoded when first asked for and then kept, as far as a cache is open.
 
     Args:
         images: PIL images by index.
@@ -273,26 +311,42 @@ class Examples(Dataset):
     def __init__(self, images: Sequence[Any], labels: Tensor, transform: Callable[[Any], Tensor]) -> None:
         self.images = images
         self.labels = labels
-        self.set_transform(transform)
+        self.cache: SampleCache | None = None
+        self.decoder = Decoder(transform)
 
     def set_transform(self, transform: Callable[[Any], Tensor]) -> None:
         """Change the transform, forgetting what was decoded with another."""
-        if getattr(self, "transform", None) is not transform:
-            self.transform = transform
-            self._kept: dict[int, Tensor] = {}
-            self._bytes_left = _CACHE_BYTES
+        if self.decoder.transform is not transform:
+            self.decoder = Decoder(transform)
+            if self.cache is not None:
+                self.cache, room = None, self.cache.num_bytes
+                self.open_cache(room)
+
+    def open_cache(self, max_bytes: int) -> int:
+        """Keep decoded examples from here on; give the bytes that this takes more than before."""
+        if self.cache is not None or not len(self):
+            return 0
+        first = self._decode(0)
+        self.cache = SampleCache(len(self), first, max_bytes)
+        self.cache.take([0], lambda _: first)
+        return self.cache.num_bytes
+
+    def _decode(self, index: int) -> np.ndarray:
+        return self.decoder.decode(self.images[index].convert("RGB"))
 
     def __len__(self) -> int:
         return len(self.labels)
 
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
-        image = self._kept.get(index)
-        if image is None:
-            image = self.transform(self.images[index].convert("RGB"))
-            self._bytes_left -= image.nbytes
-            if self._bytes_left >= 0:
-                self._kept[index] = image
-        return image, self.labels[index]
+        return self.__getitems__([index])[0]
+
+    def __getitems__(self, indices: Sequence[int]) -> list[tuple[Tensor, Tensor]]:
+        """Give a batch's examples, converted together; a DataLoader asks in this way."""
+        if self.cache is None:
+            kept = np.stack([self._decode(index) for index in indices])
+        else:
+            kept = self.cache.take(indices, self._decode)
+        return list(zip(self.decoder.finish(kept), self.labels[torch.as_tensor(indices)], strict=True))
 
 
 def _expand(path: str) -> str:
