@@ -324,7 +324,7 @@ def test_every_config_parses(config, capsys, monkeypatch):
     monkeypatch.setenv("TVA_DATA", "data")
     common = config.parent / "common.yaml"  # what the configs of one folder share stands there
     files = [common, config] if common.exists() and config != common else [config]
-    command = re.search(r"# tva (fit|edit|compose) --config", config.read_text())[1]
+    command = re.search(r"# tva (fit-many|fit|edit|compose) --config", config.read_text())[1]
     with pytest.raises(SystemExit) as stop:
         main([command, *(word for file in files for word in ("--config", str(file))), "--print_config"])
     assert stop.value.code == 0

@@ -34,6 +34,9 @@ LAYERS = [
     {"tva.revisit"},
     {"tva.push"},
     {"tva.search", "tva.evaluations"},
+    {"tva.locks"},
+    {"tva.jobs"},
+    {"tva.fit_many"},
     {"tva.editor"},
     {"tva.diagnose"},
     {"tva.edit"},
@@ -73,7 +76,7 @@ DOORS = {
     "matplotlib": {"tva.report", "tva.tables", "tva.demo", "tva.data", "tva.callbacks"},
     "optuna": {"tva.search"},
     "scipy": {"tva.statistics"},
-    "rich": {"tva.console", "tva.report", "tva.tables", "tva.revisit", "tva.demo"},
+    "rich": {"tva.console", "tva.report", "tva.tables", "tva.revisit", "tva.demo", "tva.fit_many", "tva.data"},
     "jinja2": {"tva.page"},
     "vl_convert": {"tva.page"},
 }

@@ -16,6 +16,7 @@ from typing import Any
 
 COMMANDS = {
     "fit": "fine-tune a model; with TaskVectorCallback it writes task vectors beside its checkpoints",
+    "fit-many": "fine-tune on many tasks, each in its own process; skips what is finished, goes on where it stopped",
     "compose": "apply a recipe to a checkpoint on disk, within a stated memory: no Trainer, no data, any architecture",
     "compress": "write a task vector in fewer bytes: by an encoding's name, to an error or to a size",
     "edit": "combine task vectors, choose the coefficient, edit the model and prove it on control tasks",
@@ -26,6 +27,7 @@ COMMANDS = {
     "vectors match": "tell whether a checkpoint is its base plus a number times a vector, and which number",
     "report": "rebuild the page of finished edits, and put several side by side",
     "push": "upload an edit's weights, task vectors and model card to the Hugging Face hub",
+    "data": "list the data sets that have a name",
 }
 # Commands on files alone: the function, what shows its result, and which arguments need no name ("…": all the rest).
 FILE_COMMANDS = {
@@ -38,7 +40,8 @@ FILE_COMMANDS = {
     "report": ("tva.revisit.revisit", "tva.revisit.show_revisited", "runs…"),
     "push": ("tva.push.push", "tva.push.show_pushed", "run repository"),
 }
-FLAGS = ("--plan", "--resume", "--allow_other_base", "--json")  # of compose and edit; they may also stand alone
+FLAGS = ("--plan", "--resume", "--allow_other_base", "--json", "--redo")  # they may also stand alone
+LIGHT = {"compose": "_compose", "fit-many": "_fit_many", "data": "_data"}  # what needs no Lightning
 HELP = """usage: tva COMMAND [options]
 
 Edit trained networks by arithmetic on their weights, and prove what the edit did.
@@ -76,7 +79,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if argv[0] not in COMMANDS:
         near = difflib.get_close_matches(argv[0], COMMANDS, n=1)
         _fail(f"there is no command {argv[0]!r}; commands are {', '.join(COMMANDS)}." + _did_you_mean(near))
-    if argv[0] in ("compose", "edit"):
+    if argv[0] in ("compose", "edit", "fit-many"):
         alone = [not after or after.startswith("--") for after in [*argv[1:], ""]]
         argv = [f"{word}=true" if word in FLAGS and last else word for word, last in zip(argv, alone, strict=True)]
     try:
@@ -84,7 +87,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             if argv[0] in FILE_COMMANDS:
                 holds = _on_files(argv[0], argv[1:])
             else:
-                holds = _compose() if argv[0] == "compose" else _run(argv[0])
+                holds = globals()[LIGHT[argv[0]]]() if argv[0] in LIGHT else _run(argv[0])
     except (ValueError, OSError) as error:
         if os.environ.get("TVA_DEBUG"):
             raise
@@ -177,6 +180,29 @@ def _named(words: list[str], order: Sequence[str], flags: Sequence[str], usage: 
     if free:
         raise ValueError(f"{free[0]!r} is one word too many; usage: {usage}")
     return named
+
+
+def _fit_many() -> bool:
+    """Run ``fit-many``, whose processes import what is heavy."""
+    from jsonargparse import auto_cli
+
+    from tva.fit_many import fit_many, print_results
+
+    results = auto_cli(fit_many, args=sys.argv[2:], prog="tva fit-many", as_positional=False)
+    print_results(results)
+    if "--plan=true" not in sys.argv[2:] and any(result.state == "interrupted" for result in results):
+        sys.exit(130)
+    return not any(result.state in ("failed", "changed") for result in results)
+
+
+def _data() -> bool:
+    """Run ``data``."""
+    if sys.argv[2:] not in ([], ["ls"]):
+        raise ValueError(f"tva data lists the data sets that have a name, and takes no options; found {sys.argv[2:]}.")
+    from tva.data.presets import print_presets
+
+    print_presets()
+    return True
 
 
 def _run(command: str) -> bool:

@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader, Dataset, DistributedSampler
 from tva.compose import parse_bytes
 from tva.data.cache import Decoder, SampleCache
 from tva.data.presets import find_preset
+from tva.data.streaming import Stream, make_streams
 from tva.state_dict import some
 
 _FORMATS = {".parquet": "parquet", ".arrow": "arrow", ".csv": "csv", ".json": "json", ".jsonl": "json"}
@@ -63,6 +64,8 @@ class ImageTask(L.LightningDataModule):
         limit_test: Test on so many at most, likewise.
         local: For a preset, where a copy of the data lies instead of the hub: anything that ``path`` may be.
         cache: What decoded examples may take on this machine, such as ``500MiB``; the rest is decoded each time.
+        streaming: Read from beginning to end without an index, for sets too large for the disk: a hub set, or local
+            parquet, arrow, csv or json files. Needs ``val_split`` or ``val_size``, and ``trainer.max_steps``.
 
     Raises:
         FileNotFoundError: A local file is not there.
@@ -98,6 +101,7 @@ class ImageTask(L.LightningDataModule):
         limit_test: int | None = None,
         local: str | dict[str, str] | None = None,
         cache: str = "2GiB",
+        streaming: bool = False,
     ) -> None:
         super().__init__()
         self.preset = None
@@ -131,7 +135,13 @@ class ImageTask(L.LightningDataModule):
         self.seed = seed
         self.limits = {"train": limit_train, "val": limit_val, "test": limit_test}
         self._cache_bytes_left = parse_bytes(cache)
-        self._examples: dict[str, Examples] = {}
+        self.streaming = streaming
+        self._examples: dict[str, Examples | Stream] = {}
+
+    @property
+    def order_seed(self) -> int:
+        """Seed of the order of training: the run's, which Lightning keeps in the environment."""
+        return int(os.environ.get("PL_GLOBAL_SEED", self.seed))
 
     # --- splits
 
@@ -142,15 +152,19 @@ class ImageTask(L.LightningDataModule):
                 "ImageTask needs a model that says how images reach it: its image_transform takes a PIL image and "
                 f"gives a tensor, and {type(getattr(self.trainer, 'lightning_module', None)).__name__} has none."
             )
+        if self.streaming and stage == "fit" and getattr(self.trainer, "max_steps", None) == -1:
+            raise ValueError(f"{self.name}: a stream's length is unknown, so training needs trainer.max_steps. Set it.")
         if not self._examples:
             self._examples = self._load(transform)
         for examples in self._examples.values():
             examples.set_transform(transform)
 
-    def _load(self, transform: Callable[[Any], Tensor]) -> dict[str, Examples]:
-        splits = load_images(self.path, config=self.config, revision=self.revision)
+    def _load(self, transform: Callable[[Any], Tensor]) -> Mapping[str, Examples | Stream]:
+        splits = load_images(self.path, config=self.config, revision=self.revision, streaming=self.streaming)
         if self.preset is not None:
             splits = self.preset.standardize(splits)
+        if self.streaming:
+            return make_streams(self, splits, transform)
         train_split, test_split = self._split(splits, "train"), self._split(splits, "test")
         self.class_names = self._read_class_names(train_split)
         rows = {"train": self._filter(train_split, self.where), "test": self._filter(test_split, self.where)}
@@ -281,14 +295,24 @@ class ImageTask(L.LightningDataModule):
 
     def _loader(self, part: str, shuffle: bool = False) -> DataLoader:
         examples, trainer = self._examples[part], self.trainer
+        if isinstance(examples, Stream):
+            loader = DataLoader(
+                examples,
+                batch_size=self.batch_size,
+                num_workers=self.num_workers,
+                persistent_workers=self.num_workers > 0,
+                pin_memory=torch.cuda.is_available(),
+            )
+            loader.sampler.set_epoch = examples.set_epoch  # Lightning tells samplers the epoch, and no data set
+            return loader
         ranks = getattr(trainer, "world_size", 1)
         # Here and not in a worker, so that all share one file; ranks on one machine share the budget.
         used = examples.open_cache(self._cache_bytes_left // getattr(trainer, "num_devices", 1))
         self._cache_bytes_left -= used * getattr(trainer, "num_devices", 1)
         sampler = None
         if shuffle:  # the same order, and a new one each epoch, on any number of ranks; Lightning counts the epochs
-            rank, seed = getattr(trainer, "global_rank", 0), int(os.environ.get("PL_GLOBAL_SEED", self.seed))
-            sampler = DistributedSampler(examples, num_replicas=ranks, rank=rank, seed=seed)
+            rank = getattr(trainer, "global_rank", 0)
+            sampler = DistributedSampler(examples, num_replicas=ranks, rank=rank, seed=self.order_seed)
         return DataLoader(
             examples,
             batch_size=self.batch_size,
@@ -372,13 +396,15 @@ def _default_templates(path: str | Mapping[str, str]) -> list[str]:
 
 
 def load_images(
-    path: str | Mapping[str, str], config: str | None = None, revision: str | None = None
+    path: str | Mapping[str, str], config: str | None = None, revision: str | None = None, streaming: bool = False
 ) -> Mapping[str, Any]:
     """Open an image data set by the rules of `ImageTask`'s ``path``.
 
     Returns:
-        Split names to `datasets.Dataset`.
+        Split names to `datasets.Dataset`, or to `datasets.IterableDataset` where they are streamed.
     """
+    if streaming:
+        return _streamed(path, config, revision)
     if isinstance(path, str) and path.startswith("builtin:"):
         return _builtin(path.removeprefix("builtin:"))
     import datasets
@@ -417,6 +443,27 @@ def load_images(
     if suffix == ".npz":
         return {split: _read_npz(file)[split if len(files) == 1 else "train"] for split, file in files.items()}
     return datasets.load_dataset(_FORMATS[suffix], data_files={split: str(file) for split, file in files.items()})
+
+
+def _streamed(path: str | Mapping[str, str], config: str | None, revision: str | None) -> Mapping[str, Any]:
+    import datasets
+
+    if isinstance(path, str) and "{split}" in path:
+        path = {split: path.format(split=split) for split in ("train", "val", "validation", "test")}
+        path = {split: file for split, file in path.items() if Path(file).exists()}
+    if not isinstance(path, str):
+        suffixes = {Path(file).suffix for file in path.values()}
+        if len(suffixes) != 1 or not suffixes <= set(_FORMATS):
+            raise ValueError(
+                f"Files to stream must be there and of one format, one of {', '.join(_FORMATS)}; found {dict(path)}."
+            )
+        return datasets.load_dataset(_FORMATS[suffixes.pop()], data_files=dict(path), streaming=True)
+    if ":" in path or Path(path).is_absolute() or path.startswith(".") or Path(path).suffix:
+        raise ValueError(
+            f"streaming=true takes a hub set's name, a mapping from split to file, or a path with {{split}}; found "
+            f"{path!r}. Leave streaming out."
+        )
+    return datasets.load_dataset(path, name=config, revision=revision, streaming=True)
 
 
 @functools.cache

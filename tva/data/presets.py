@@ -304,3 +304,24 @@ def list_presets(size: int) -> list[str]:
     if size not in (8, 14, 20):
         raise ValueError(f"the lists of tasks are of 8, 14 and 20; found {size!r}.")
     return [name for name, preset in PRESETS.items() if size in preset.lists]
+
+
+def print_presets() -> None:
+    """Print the data sets that have a name: presets and what ships with the package."""
+    from rich.table import Table
+
+    from tva.console import make_console
+    from tva.data.builtin import BUILTIN_SETS, MARKS
+
+    table = Table(box=None, header_style="bold", pad_edge=False)
+    for heading in ("path", "classes", "prompts", "lists", "hub", "note"):
+        table.add_column(heading, overflow="fold", justify="right" if heading in ("classes", "prompts") else "left")
+    for name, preset in PRESETS.items():
+        lists = ", ".join(map(str, preset.lists)) or "control"
+        hub = preset.hub + (f" ({preset.config})" if preset.config else "")
+        prompts = str(len(preset.templates) or 80)
+        table.add_row(f"preset:{name}", str(preset.num_classes), prompts, lists, hub, preset.note)
+    for name, spec in BUILTIN_SETS.items():
+        note = f"ships with tva; {spec.num_train} / {spec.num_test} examples"
+        table.add_row(f"builtin:{name}", str(len(MARKS[name])), str(len(spec.templates)), "", "", note)
+    make_console().print(table)
