@@ -90,6 +90,33 @@ def test_the_lists_of_the_literature_are_tasks_by_name():
     assert len(make_fits("preset:20", {}, "out", [0, 1, 2])) == 60
 
 
+def test_an_option_on_the_command_line_changes_nothing_else_in_shared(tmp_path, capsys, monkeypatch):
+    shared = {"trainer": {"max_steps": 5, "accelerator": "cpu"}, "model": {"class_path": "A", "init_args": {"x": 1}}}
+    config = write_yaml(tmp_path / "c.yaml", {"tasks": ["a"], "shared": shared, "output": str(tmp_path / "out")})
+    seen = []
+    monkeypatch.setattr("tva.fit_many.run_fits", lambda fits, places, redo: seen.extend(fits) or [])
+    main(
+        [
+            "fit-many",
+            "--config",
+            config,
+            "--shared.trainer.max_steps",
+            "9",
+            "--shared.model.init_args.y=[1]",
+            "--jobs=1",
+        ]
+    )
+    assert seen[0].config["trainer"] == {
+        "max_steps": 9,
+        "accelerator": "cpu",
+        "default_root_dir": str(tmp_path / "out/a/seed=0"),
+    }
+    assert seen[0].config["model"] == {"class_path": "A", "init_args": {"x": 1, "y": [1]}}
+    with pytest.raises(SystemExit):
+        main(["fit-many", "--config", config, "--shared.trainer.max_steps"])
+    assert "--shared.trainer.max_steps must be followed by a value" in capsys.readouterr().err
+
+
 def test_shards_are_disjoint_and_together_everything(tmp_path):
     parts = [fit_many(list("abcdefg"), {}, str(tmp_path), shard=f"{n}/3", plan=True) for n in (1, 2, 3)]
     names = [result.fit.task for part in parts for result in part]

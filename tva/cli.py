@@ -184,11 +184,21 @@ def _named(words: list[str], order: Sequence[str], flags: Sequence[str], usage: 
 
 def _fit_many() -> bool:
     """Run ``fit-many``, whose processes import what is heavy."""
+    import yaml
     from jsonargparse import auto_cli
 
     from tva.fit_many import fit_many, print_results
 
-    results = auto_cli(fit_many, args=sys.argv[2:], prog="tva fit-many", as_positional=False)
+    # jsonargparse would put --shared.trainer.max_steps in the place of the whole of shared.trainer
+    words, changes = sys.argv[2:], {}
+    while (at := next((at for at, word in enumerate(words) if word.startswith("--shared.")), None)) is not None:
+        key, equals, value = words.pop(at).removeprefix("--shared.").partition("=")
+        if not equals and at == len(words):
+            raise ValueError(f"--shared.{key} must be followed by a value.")
+        changes[key] = yaml.safe_load(value if equals else words.pop(at))
+    if changes:
+        words += ["--changes", json.dumps(changes)]
+    results = auto_cli(fit_many, args=words, prog="tva fit-many", as_positional=False)
     print_results(results)
     if "--plan=true" not in sys.argv[2:] and any(result.state == "interrupted" for result in results):
         sys.exit(130)

@@ -75,6 +75,7 @@ def fit_many(
     tasks: list[str] | dict | str,  # plain dict, of which jsonargparse makes no classes
     shared: dict,
     output: str,
+    changes: dict | None = None,
     seeds: list[int] = [0],  # noqa: B006 (never changed; jsonargparse shows it)
     jobs: int | None = None,
     devices: str | int | None = None,
@@ -89,6 +90,7 @@ def fit_many(
             (``cars: {trainer.max_steps: 3000}``); or ``preset:8``, ``preset:14``, ``preset:20``.
         shared: Options of ``tva fit`` that all tasks share; ``{task}`` and ``{seed}`` in them are filled in.
         output: Folder; each fit writes into ``OUTPUT/TASK/seed=SEED``.
+        changes: Laid over ``shared``, keys with dots allowed; ``--shared.trainer.max_steps 9`` is one of them.
         seeds: Each task is fitted with each of these.
         jobs: Fits at a time; by default one a device, or one without devices.
         devices: GPUs to spread over, such as ``0,1`` or, two for each fit, ``0+1,2+3``; by default all; ``cpu`` for
@@ -98,7 +100,7 @@ def fit_many(
         redo: Fit again what was done with another config; the old folder is kept under another name.
         plan: Say what would be done, and do nothing.
     """
-    fits = make_fits(tasks, shared, output, seeds)
+    fits = make_fits(tasks, merge(shared, _nested(changes or {})), output, seeds)
     if shard is not None:
         fits = _shard(fits, shard)
     if plan:
