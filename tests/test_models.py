@@ -8,6 +8,7 @@ import lightning as L
 import open_clip
 import pytest
 import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
 from torch.nn import functional as F
 
 from tva import fingerprint, save_weights
@@ -155,3 +156,29 @@ def test_fine_tuning_beats_zero_shot_on_real_handwriting():
     (after,) = trainer.test(model, data, verbose=False)
     assert after["test/digits/accuracy"] > before["test/digits/accuracy"] + 0.15
     assert before["test/digits/accuracy"] > 0.3  # chance is 0.1
+
+
+@pytest.mark.parametrize(("monitor", "expected"), [(None, [0, 2, 5, 7]), ("train/digits/loss", list(range(8)))])
+def test_training_metrics_are_told_only_when_somebody_reads_them(tmp_path, monitor, expected):
+    told = []
+
+    class Noted(ClipClassifier):
+        def log(self, name, *args, **options):
+            if name == "train/digits/loss":
+                told.append(self.trainer.global_step)
+            super().log(name, *args, **options)
+
+    checkpoint = ModelCheckpoint(dirpath=tmp_path, monitor=monitor, every_n_train_steps=4)
+    trainer = L.Trainer(
+        max_epochs=1,
+        accelerator="cpu",
+        logger=False,
+        log_every_n_steps=3,
+        limit_val_batches=0,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        callbacks=[checkpoint],
+    )
+    trainer.fit(Noted(), datamodule=ImageTask("builtin:digits", batch_size=8, limit_train=64))
+    assert told == expected
+    assert "train/digits/loss" in trainer.callback_metrics

@@ -29,8 +29,9 @@ class FrozenHeadClassifier(L.LightningModule, ABC):
     paper's recipe is used: AdamW, learning rate 1e-5, weight decay 0.1, 200 steps of linear warm-up, then cosine decay
     to 0. (Batch size 128 and 2,000 steps belong to the data module and the Trainer.)
 
-    Logs ``STAGE/TASK/loss`` and ``STAGE/TASK/accuracy``, with STAGE one of train, val and test. The steps of validation
-    and test return per-example ``correct``, and the logits and labels as ``preds`` and ``target``.
+    Logs ``STAGE/TASK/loss`` and ``STAGE/TASK/accuracy``, with STAGE one of train, val and test; those of training every
+    ``log_every_n_steps``, or each step where a progress bar or a callback's ``monitor`` reads them. The steps of
+    validation and test return per-example ``correct``, and the logits and labels as ``preds`` and ``target``.
 
     Args:
         weights: Checkpoint to start from instead of the encoder's own weights, such as the output of ``tva edit``.
@@ -126,12 +127,22 @@ class FrozenHeadClassifier(L.LightningModule, ABC):
         images, labels = batch
         logits = self(images)
         loss = F.cross_entropy(logits, labels)
+        if stage == "train" and not self._is_read():
+            return {"loss": loss}
         accuracy = self.accuracy[f"{stage}_"]
         accuracy(logits, labels)
         options = {"on_step": stage == "train", "on_epoch": stage != "train", "batch_size": len(labels)}
         self.log(f"{stage}/{self.task}/loss", loss, prog_bar=stage == "train", sync_dist=stage != "train", **options)
         self.log(f"{stage}/{self.task}/accuracy", accuracy, prog_bar=True, **options)
         return {"loss": loss, "correct": logits.argmax(dim=-1) == labels, "preds": logits, "target": labels}
+
+    def _is_read(self) -> bool:
+        """Say whether anybody reads this training step's metrics; telling Lightning costs milliseconds a step."""
+        trainer = self.trainer
+        bar = getattr(trainer.progress_bar_callback, "is_enabled", False)
+        monitors = [str(getattr(callback, "monitor", None)) for callback in trainer.callbacks]
+        due = trainer.global_step == 0 or (trainer.global_step + 1) % max(1, trainer.log_every_n_steps) == 0
+        return bar or due or trainer.is_last_batch or any(monitor.startswith("train/") for monitor in monitors)
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
         return self._step(batch, "train")["loss"]
