@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -294,7 +295,8 @@ def run_fits(
     def finish(fit: Fit, status: int, seconds: float) -> Result:
         if status:
             lines = (fit.folder / "fit.log").read_text(errors="replace").split("\n")
-            last = [line.strip() for line in lines if line.strip()][-1:]
+            lines = [line.strip() for line in lines if line.strip()]
+            last = ([line for line in lines if re.search(r"error\b", line, re.IGNORECASE)] or lines)[-1:]
             told = f"exit status {status}: {last[0][:300] if last else 'no output'} (all in {fit.folder / 'fit.log'})"
             results[fit.folder] = Result(fit, "failed", seconds, message=told)
         else:
@@ -308,7 +310,7 @@ def run_fits(
                 "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
             }
             _write(fit.folder / DONE, json.dumps(done, indent=1))
-            message = "" if vector else "no task vector; add tva.callbacks.TaskVectorCallback to trainer.callbacks"
+            message = "" if vector else "no task vector; give trainer.callbacks a TaskVectorCallback with at_train_end"
             results[fit.folder] = Result(fit, "done", seconds, metric, vector, message)
         return results[fit.folder]
 
