@@ -51,7 +51,8 @@ commands:
 
 tva COMMAND --help lists a command's options; every option can also stand in a YAML file given with --config.
 compose, edit, report and push print their result as JSON with --json.
-exit status: 0 done; 1 an edit whose constraints do not hold; 2 something in the command or its inputs is wrong.
+exit status: 0 done; 1 an edit whose constraints do not hold, or one of many fits failed; 2 something in the command or
+its inputs is wrong.
 """
 
 

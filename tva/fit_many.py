@@ -238,9 +238,9 @@ def find_checkpoint(folder: Path) -> Path | None:
 
 
 def find_vector(folder: Path) -> Path | None:
-    """Find the task vector of a fit: that of ``last``, else the newest."""
+    """Find the task vector of a fit: the newer of ``last`` and ``final``, else the newest."""
     found = list(folder.rglob("*.tv.safetensors"))
-    return max(found, key=lambda file: (file.name == "last.tv.safetensors", file.stat().st_mtime), default=None)
+    return max(found, key=lambda file: (file.name.startswith(("last.", "final.")), file.stat().st_mtime), default=None)
 
 
 def _differences(before: Any, after: Any, prefix: str = "") -> list[str]:
