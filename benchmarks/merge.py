@@ -37,7 +37,7 @@ MERGEKIT = {  # method to mergekit's name and its parameters, the same for every
     "ties": ("ties", {"density": 0.2}),
 }
 OPTIONS = {  # of our methods that have no defaults, or whose default is another method than mergekit's
-    "lines": "first=0.2, last=1.0, layers=1000",
+    "lines": "first=0.2, last=1.0",
     "magnitude": "density=0.2",
     "tall": "task=1",
     "ties": 'trim="tensor"',
@@ -81,6 +81,7 @@ def run_ours(name: str, elements: int, vectors: int, piece: int) -> Callable[[],
             yield Place(keys[i], start, shape=shape), {v: d[start : start + size] for v, d in flat[i].items()}
 
     sources = dict.fromkeys(names, "")
+    recipe.bind(keys)
     out = [torch.zeros_like(delta).reshape(-1) for delta in deltas[0]]
 
     def merge() -> None:

@@ -55,6 +55,30 @@ def test_breadcrumbs_keeps_what_lies_between_two_quantiles_of_each_tensor(top, b
         assert merged[key].any() or shape == (0,)
 
 
+@pytest.mark.parametrize(("top", "bottom"), [(0.0, 0.0), (0.1, 0.7), (0.3, 0.69)])
+def test_breadcrumbs_by_rows_takes_both_fractions_of_the_last_dimension(top, bottom):
+    given = vectors(1)
+    given["a"] = TaskVector({**given["a"].deltas, "kernel": torch.randn(4, 3, 5, generator=torch.manual_seed(1))})
+    merged = evaluate(f"breadcrumbs(a, top={top}, bottom={bottom}, rows=True)", given)
+    for key, delta in given["a"].deltas.items():
+        width = delta.shape[-1] if delta.ndim else 1
+        expected = []
+        for row in delta.reshape(-1, max(width, 1)).tolist():
+            order = sorted(range(width), key=lambda i, row=row: abs(row[i]))
+            stop = width - math.floor(top * width + 1e-9)
+            kept = order[min(math.floor(bottom * width + 1e-9), stop - 1) : stop]
+            expected += [value if i in kept else 0.0 for i, value in enumerate(row)]
+        assert merged[key].reshape(-1).tolist() == expected, key
+        assert merged[key].shape == delta.shape
+
+
+def test_breadcrumbs_by_rows_is_the_authors_rule():
+    row = torch.tensor([[0.1, -9, 5, 0.2, 4, -0.3, 0.4, 3, 0.5, 0.6], [1, 2, 3, 4, 5, 6, 7, 8, -9, 10]])
+    merged = evaluate("breadcrumbs(a, top=0.1, bottom=0.7, rows=True)", {"a": TaskVector({"w": row})})["w"]
+    # their gamma = 0.1 drops the largest of ten, their beta = 0.2 keeps the two next
+    assert merged.nonzero().tolist() == [[0, 2], [0, 4], [1, 7], [1, 8]]
+
+
 def test_breadcrumbs_keeps_ties_and_works_in_float64():
     tied = torch.tensor([1.0, -1, 1, 1, 5, -2], dtype=torch.float64)
     merged = evaluate("breadcrumbs(a, top=0.2, bottom=0.4)", {"a": TaskVector({"w": tied})})["w"]
@@ -151,7 +175,7 @@ def test_slerp_begins_and_ends_at_its_vectors_and_keeps_equal_norms(over):
     assert evaluate("slerp(a, b, t=0.25)", half)["w"].tolist() == [2.25, 0]
 
 
-def pcb_reference(deltas, ratio, clamp):
+def pcb_reference(deltas, ratio, clamp, between="normalized"):
     """PCB in float64, by sorting; rows are vectors."""
     tasks, count = deltas.shape
     ordered = deltas.abs().sort(dim=1).values
@@ -160,21 +184,22 @@ def pcb_reference(deltas, ratio, clamp):
     magnitude = deltas.abs().clamp(min=low, max=high)
     clamped, normalized = deltas.sign() * magnitude, (magnitude - low) / (high - low)
     within = torch.exp(tasks * normalized**2)
-    between = torch.tanh(deltas * (deltas.sign() * normalized).sum(dim=0))
-    score = within * between
+    agreed = deltas.sign() * normalized if between == "normalized" else deltas
+    score = within * torch.tanh(deltas * agreed.sum(dim=0))
     least = score.sort(dim=1).values[:, count - max(1, int(ratio * count + 1e-9)), None]
     score = score.clamp(min=least)
     weight = (score - score.min(dim=1, keepdim=True).values) / (score.max(dim=1, keepdim=True).values - least)
     return (weight * clamped).sum(dim=0) / weight.sum(dim=0).clamp(min=1e-12)
 
 
+@pytest.mark.parametrize("between", ["normalized", "raw"])
 @pytest.mark.parametrize(("ratio", "clamp"), [(0.05, 0.01), (0.3, 0.0), (1.0, 0.2)])
 @pytest.mark.parametrize("count", [1, 3])
-def test_pcb_weights_what_stands_out_and_agrees(ratio, clamp, count):
+def test_pcb_weights_what_stands_out_and_agrees(ratio, clamp, count, between):
     given = vectors(count)
     names = ", ".join(given)
-    expected = pcb_reference(over_model(given), ratio, clamp)
-    assert_is(evaluate(f"pcb({names}, ratio={ratio}, clamp={clamp})", given), expected)
+    expected = pcb_reference(over_model(given), ratio, clamp, between)
+    assert_is(evaluate(f'pcb({names}, ratio={ratio}, clamp={clamp}, between="{between}")', given), expected)
 
 
 def test_pcb_with_scores_below_zero_and_many_vectors():
@@ -205,18 +230,20 @@ def test_lines_scales_by_depth_within_each_stack():
     given = {"a": TaskVector({name: torch.ones(3) for name in names})}
     merged = evaluate("lines(a, first=0.2, last=1.0)", given)
     for name, factor in names.items():
-        if name.startswith("net"):  # layers 0 (absent) to 5
-            factor = 0.2 + 0.8 * int(name[9]) / 5
-        torch.testing.assert_close(merged[name], torch.full((3,), factor)), name
-    twice = evaluate("lines(a, first=0.2, last=1.0, layers=9)", given)
-    torch.testing.assert_close(twice["decoder.block.4.w"], torch.full((3,), 0.6))
+        torch.testing.assert_close(merged[name], torch.full((3,), factor), msg=name)
+
+
+def test_lines_counts_frozen_layers_too():
+    untouched = {"h.2.w": "frozen", "h.3.w": "frozen", "wte.w": "frozen"}
+    given = {"a": TaskVector({name: torch.ones(3) for name in ("h.0.w", "h.1.w")}, untouched=untouched)}
+    merged = evaluate("lines(a, first=0.1, last=1.0)", given)
+    torch.testing.assert_close(merged["h.0.w"], torch.full((3,), 0.1))
+    torch.testing.assert_close(merged["h.1.w"], torch.full((3,), 0.4))
 
 
 def test_lines_needs_numbered_layers():
     with pytest.raises(ValueError, match="no tensor's name has one"):
         evaluate("lines(a, first=0.2, last=1.0)", vectors(1))
-    with pytest.raises(ValueError, match="lies in layer 3, but lines was given layers=2"):
-        evaluate("lines(a, first=0.2, last=1.0, layers=2)", {"a": TaskVector({"h.2.w": torch.ones(2)})})
 
 
 @pytest.mark.parametrize(
@@ -229,6 +256,7 @@ def test_lines_needs_numbered_layers():
         ("tall(a, b)", "task"),
         ("pcb(a, ratio=0)", "ratio is the fraction"),
         ("pcb(a, clamp=0.5)", "clamp that to clamp"),
+        ('pcb(a, between="lines")', "between 'normalized' or 'raw'"),
         ('slerp(a, b, over="layer")', "over 'tensor' or 'model'"),
         ("slerp(a)", "takes 2 task vectors"),
         ("lines(a)", "first"),

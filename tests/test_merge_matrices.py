@@ -177,11 +177,43 @@ def test_wudi_of_one_vector_is_that_vector_in_its_matrices(solve):
     assert all(torch.equal(merged[key], given["a"].deltas[key]) for key in MATRICES)
 
 
-def statistics(folder, given, make):
+@pytest.mark.parametrize("text", ["wudi({}, steps=20, lr=1e-3", "iso_cts({}", "regmean({}, files={files}"])
+def test_weights_stored_inputs_first_are_turned_before_and_after(text, tmp_path):
+    """GPT-2's Conv1D multiplies from the right: its weights are the transposes of those of Linear."""
+    given, key = vectors(2), "wide"
+    turned = {name: TaskVector({"w": v.deltas[key].T.contiguous()}) for name, v in given.items()}
+    files = statistics(
+        tmp_path, given, lambda k, delta: grams("w", torch.zeros(1, 10)) if k == key else None, {key: "w"}
+    )
+    merged = evaluate(text.format("a, b", files=files) + ', inputs_first="^w$")', turned)["w"]
+    reference = {
+        "w": lambda d: wudi_reference(d, 20, 1e-3),
+        "i": lambda d: iso_cts_reference(d, 0.8),
+        "r": lambda d: regmean_reference(d, [f["w"] for f in read(files)], 0.9),
+    }[text[0]]
+    torch.testing.assert_close(merged.T.double(), reference(of(given, key)), rtol=1e-4, atol=2e-5)
+    other = evaluate("iso_cts(a, b)", turned)["w"]
+    assert not torch.allclose(other, evaluate('iso_cts(a, b, inputs_first="w")', turned)["w"], atol=1e-3)
+
+
+@pytest.mark.parametrize("name", ["h.0.attn.c_attn.weight", "h.0.mlp.c_fc.weight", "h.0.mlp.c_proj.weight"])
+def test_weights_that_look_like_those_of_gpt2_are_not_taken_for_linear(name):
+    shape = (16, 4) if "c_proj" in name else (4, 12)
+    given = {v: TaskVector({name: torch.randn(shape)}) for v in "ab"}
+    with pytest.raises(ValueError, match="Conv1D of GPT-2.* Pass inputs_first='c_attn|c_fc|c_proj'"):
+        evaluate("wudi(a, b)", given)
+    for pattern in ("c_attn|c_fc|c_proj", "^$"):
+        evaluate(f'wudi(a, b, inputs_first="{pattern}")', given)
+    linear = {v: TaskVector({name: vector.deltas[name].T.contiguous()}) for v, vector in given.items()}
+    evaluate("wudi(a, b)", linear)  # as in open_clip and nanoGPT
+    evaluate("tsv(a, b)", given)  # turning it would change nothing
+
+
+def statistics(folder, given, make, renamed=None):
     paths = []
     for name, vector in given.items():
         paths.append(str(folder / f"{name}.safetensors"))
-        made = {key: make(key, delta) for key, delta in vector.deltas.items()}
+        made = {(renamed or {}).get(key, key): make(key, delta) for key, delta in vector.deltas.items()}
         save_weights({key: tensor for key, tensor in made.items() if tensor is not None}, paths[-1])
     return paths
 
@@ -205,11 +237,29 @@ def test_fisher_is_the_average_weighted_by_information(tmp_path):
         torch.testing.assert_close(one[key], given["a"].deltas[key])
 
 
+def test_fisher_normalized_weighs_every_model_the_same(tmp_path):
+    given = vectors(2)
+    scales = iter([1.0] * len(SHAPES) + [1e4] * len(SHAPES))  # the second task's gradients are a hundred times larger
+    paths = statistics(tmp_path, given, lambda key, delta: torch.rand(delta.shape) * next(scales))
+    merged = evaluate(f"fisher(a, b, files={paths}, floor=1e-2, weights=(1, 2), normalize=True)", given)
+    files = read(paths)
+    norms = [sum(float(tensor.square().sum()) for tensor in file.values()) ** 0.5 for file in files]
+    for key in SHAPES:
+        weights = [w * f[key].clamp(min=1e-2) / n for w, f, n in zip((1, 2), files, norms, strict=True)]
+        expected = sum(w * d for w, d in zip(weights, of(given, key), strict=True)) / sum(weights)
+        torch.testing.assert_close(merged[key].double(), expected, rtol=1e-5, atol=1e-6)
+
+
 def grams(key, delta):
-    if key not in MATRICES:
+    if key not in (*MATRICES, "w"):
         return None
     inputs = torch.randn(3 * delta.shape[1], delta.shape[1])
     return inputs.T @ inputs
+
+
+def regmean_reference(models, grams, off_diagonal):
+    each = [gram * (off_diagonal + (1 - off_diagonal) * torch.eye(len(gram))) for gram in grams]
+    return sum(model @ g for model, g in zip(models, each, strict=True)) @ torch.linalg.inv(sum(each))
 
 
 @pytest.mark.parametrize("off_diagonal", [1.0, 0.9])
@@ -219,8 +269,7 @@ def test_regmean_is_the_least_squares_fit_of_the_models(tmp_path, off_diagonal):
     merged = evaluate(f"regmean(a, b, c, files={paths}, off_diagonal={off_diagonal})", given)
     for key in MATRICES:
         base = torch.randn(SHAPES[key], dtype=torch.float64)
-        each = [f[key] * (off_diagonal + (1 - off_diagonal) * torch.eye(len(f[key]))) for f in read(paths)]
-        models = sum((base + d) @ g for d, g in zip(of(given, key), each, strict=True)) @ torch.linalg.inv(sum(each))
+        models = regmean_reference([base + d for d in of(given, key)], [f[key] for f in read(paths)], off_diagonal)
         torch.testing.assert_close(base + merged[key].double(), models, rtol=1e-5, atol=1e-5)
     for key in SHAPES.keys() - MATRICES:
         torch.testing.assert_close(merged[key].double(), sum(of(given, key)) / 3)
@@ -259,6 +308,7 @@ def test_statistics_that_do_not_fit_are_refused(tmp_path):
         ("iso_cts(a, common=1.5)", r"in \[0, 1\]"),
         ('wudi(a, solve="sgd")', "solve 'adam' or 'exact'"),
         ("wudi(a, lr=0)", "positive lr"),
+        ('wudi(a, inputs_first="(")', "inputs_first is no regular expression"),
     ],
 )
 def test_options_out_of_range_are_refused(text, message):

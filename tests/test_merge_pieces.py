@@ -23,17 +23,20 @@ SHAPES = {
 TEXTS = [
     "analogy({0}, {1}, {2})",
     "breadcrumbs({0}, top=0.01, bottom=0.6)",
+    "breadcrumbs({0}, top=0.1, bottom=0.6, rows=True)",
     "consensus({0}, {1}, {2})",
     "dare({0})",
     "emr({0}, {1}, {2})",
     "emr({0}, {1}, {2}, task=2)",
     "fisher({0}, {1}, {2}, files={files})",
+    "fisher({0}, {1}, {2}, files={files}, normalize=True)",
     "iso_c({0}, {1}, {2})",
     "iso_cts({0}, {1}, {2})",
     "lines({0}, first=0.2, last=1.0)",
     "magnitude({0}, density=0.3)",
     "mean({0}, {1}, {2})",
     "pcb({0}, {1}, {2}, ratio=0.2)",
+    'pcb({0}, {1}, {2}, ratio=0.2, between="raw")',
     "regmean({0}, {1}, {2}, files={files})",
     "sign_consensus({0}, {1}, {2})",
     'sign_consensus({0}, {1}, {2}, vote="count", min_agree=2, combine="sum")',
@@ -76,6 +79,7 @@ def written(text, files, order="abc"):
 def in_pieces(text, given, size):
     """Evaluate a recipe in pieces of ``size`` elements, the tensors in another order than in memory."""
     recipe = Recipe(text, given)
+    recipe.bind(SHAPES)
     size = 2**40 if recipe.needs_whole_tensors else size
     sources = {name: name for name in given}
 

@@ -7,6 +7,8 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 
 from tva.state_dict import some
 
+_NUMBERED = re.compile(r"(.*?(?<![^.])(?:\w*?(?:layer|block|stage)s?_?)?)(\d+)(?![^.])")  # stack, number
+
 Coefficient = float | Mapping[str, float | Sequence[float]]
 
 
@@ -68,7 +70,9 @@ def coefs_by_tensor(
 
 
 def layers_of(names: Iterable[str]) -> dict[str, tuple[int, int]]:
-    """Read layers from names: the first number between dots counts, among the names that share what is before it.
+    """Read layers from names: the first number counts that stands between dots, or after layer, block or stage.
+
+    A stack is the names that share what is before the number.
 
     Returns:
         For each name that has a number its layer, from 0, and how many layers there are.
@@ -76,8 +80,10 @@ def layers_of(names: Iterable[str]) -> dict[str, tuple[int, int]]:
     Example:
         >>> layers_of(["emb.w", "h.0.w", "h.1.w"])
         {'h.0.w': (0, 2), 'h.1.w': (1, 2)}
+        >>> layers_of(["layer1.0.w", "layer1.1.w", "layer2.0.w"])
+        {'layer1.0.w': (0, 2), 'layer1.1.w': (0, 2), 'layer2.0.w': (1, 2)}
     """
-    found = {name: match for name in names if (match := re.match(r"(.*?)(?<![^.])(\d+)(?![^.])", name))}
+    found = {name: match for name in names if (match := _NUMBERED.match(name))}
     numbers: dict[str, set[int]] = {}
     for match in found.values():
         numbers.setdefault(match[1], set()).add(int(match[2]))

@@ -18,7 +18,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from tva.groups import Coefficient, coefs_by_tensor
+from tva.groups import Coefficient, coefs_by_tensor, layers_of
 from tva.merge import METHODS, Method, Place
 from tva.state_dict import some
 from tva.steps import ADD, DIV, LOAD, MUL, NEG, SUB, Step, Steps
@@ -92,6 +92,7 @@ class Recipe:
         self._known = set(vectors)
         self._values = dict(coefs or {})
         self._by_tensor: dict[str, dict[str, float]] = {}  # of coefficients by group, once the names are known
+        self._layers: dict[str, tuple[int, int]] = {}  # likewise
         self.vectors: list[str] = []
         self.coefs: dict[str, Coefficient] = {}
         both = sorted(self._known & self._values.keys())
@@ -122,14 +123,15 @@ class Recipe:
         return all(method.linear for method in self._methods.values())
 
     def bind(self, names: Collection[str]) -> None:
-        """Give every tensor its value of the coefficients that are given by group.
+        """Count the model's layers, and give every tensor its value of the coefficients that are given by group.
 
         Args:
-            names: Those of all tensors of the model, by which its layers are counted.
+            names: Those of all tensors of the model.
 
         Raises:
             ValueError: A tensor is in no group, or a group has no tensor.
         """
+        self._layers = layers_of(names)
         for name, groups in self.coefs.items():
             if isinstance(groups, Mapping):
                 self._by_tensor[name] = coefs_by_tensor(name, groups, names)
@@ -349,7 +351,7 @@ class Recipe:
             case ast.Call(args=args):
                 method = self._methods[id(node)]
                 parts = [self.steps(place, states, sources, argument) for argument in args]
-                here = dataclasses.replace(place, start=0, sources=self._sources_of(node, sources))
+                here = dataclasses.replace(self._place_of(node, place, sources), start=0)
                 return None if None in parts else method.steps(parts, states.get(_state_key(node, method, place)), here)
         raise AssertionError(f"unchecked node {ast.dump(node)}")
 
@@ -367,10 +369,12 @@ class Recipe:
         sources: Mapping[str, str],
     ) -> tuple[list[Tensor], Place]:
         values = [self._evaluate(argument, place, deltas, states, sources)[0] for argument in call.args]
-        return values, dataclasses.replace(place, sources=self._sources_of(call, sources))
+        return values, self._place_of(call, place, sources)
 
-    def _sources_of(self, call: ast.Call, sources: Mapping[str, str]) -> tuple[str, ...]:
-        return tuple("+".join(sources[name] for name in self._names_in(argument)) for argument in call.args)
+    def _place_of(self, call: ast.Call, place: Place, sources: Mapping[str, str]) -> Place:
+        """Add what a method is told of its arguments and of the model."""
+        named = tuple("+".join(sources[name] for name in self._names_in(argument)) for argument in call.args)
+        return dataclasses.replace(place, sources=named, layers=self._layers)
 
     def _names_in(self, node: ast.expr) -> Iterator[str]:
         return (n.id for n in ast.walk(node) if isinstance(n, ast.Name) and n.id in self._known)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from torch import Tensor
@@ -20,12 +20,14 @@ class Place:
         start: Index of the first element in the flattened tensor.
         sources: For each vector what identifies it: the fingerprint of its fine-tuned model, or its name.
         shape: Shape of the whole tensor, of which the elements may be a part.
+        layers: For every tensor of the model that lies in a layer, which one, from 0, and how many there are.
     """
 
     tensor: str
     start: int = 0
     sources: tuple[str, ...] = ()
     shape: tuple[int, ...] = ()
+    layers: Mapping[str, tuple[int, int]] = field(default_factory=dict, compare=False, repr=False)
 
 
 class Method:

@@ -5,10 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Literal
 
 import torch
 from torch import Tensor
 
+from tva.merge.linear import add_up
 from tva.merge.method import Method, Place
 from tva.merge.select import OrderStatistics, num_kept
 
@@ -30,20 +32,24 @@ class Pcb(Method):
     vector count as the smallest of those; normalized to [0, 1] they are the weights :math:`w_t` of
     :math:`\sum_t w_t c_t / \sum_t w_t`. An element that is among the largest of no vector stays at the base.
 
-    The authors publish two variants; the other one sums :math:`\tau_s` in the tanh and clamps 0.01 %. Four sweeps over
+    The authors publish two variants; this is the one of their package. That of their stand-alone script has
+    :math:`\tanh(\tau_t \sum_s \tau_s)` and clamps less: ``pcb(a, b, between="raw", clamp=0.0001)``. Four sweeps over
     the model. The paper multiplies each vector by 1.2: ``1.2 * pcb(a, b)``.
 
     Args:
         ratio: Fraction of elements of each vector that keep a weight, in (0, 1].
         clamp: Fraction of smallest, and of largest, magnitudes to clamp, in [0, 0.5).
+        between: What a vector must agree with: the sum of all vectors' signs times their normalized magnitudes
+            (``"normalized"``), or the sum of the vectors themselves (``"raw"``).
 
     Source: Du et al., "Parameter competition balancing for model merging", NeurIPS 2024.
     """
 
     ratio: float = 0.05
     clamp: float = 0.01
+    between: Literal["normalized", "raw"] = "normalized"
 
-    usage = "pcb(a, b, …, ratio=0.05, clamp=0.01)"
+    usage = 'pcb(a, b, …, ratio=0.05, clamp=0.01, between="normalized" or "raw")'
     num_sweeps = 4
     over_model = True
 
@@ -53,6 +59,9 @@ class Pcb(Method):
                 f"ratio is the fraction of elements to keep, in (0, 1], and clamp that to clamp at either end, in "
                 f"[0, 0.5); found ratio={self.ratio}, clamp={self.clamp}."
             )
+
+        if self.between not in ("normalized", "raw"):
+            raise ValueError(f"pcb has between 'normalized' or 'raw'; found {self.between!r}.")
 
     def start(self, num_vectors: int) -> _State:
         vectors = range(num_vectors)
@@ -99,9 +108,10 @@ class Pcb(Method):
             (magnitude - low).div_(high - low) if high > low else torch.zeros_like(magnitude)
             for magnitude, (low, high) in zip(magnitudes, state.bounds, strict=True)
         ]
-        agreement = torch.zeros_like(deltas[0])
-        for sign, share in zip(signs, normalized, strict=True):
-            agreement += sign * share
+        if self.between == "raw":
+            agreement = add_up(deltas)
+        else:
+            agreement = add_up([sign * share for sign, share in zip(signs, normalized, strict=True)])
         for delta, sign, magnitude, share in zip(deltas, signs, magnitudes, normalized, strict=True):
             # exp(T (n² - 1)) is exp(T n²) but for a factor that normalizing takes away, and never overflows
             stands_out = share.square_().sub_(1).mul_(len(deltas)).exp_()

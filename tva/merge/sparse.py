@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from tva.merge.method import Method, Place
@@ -57,22 +58,23 @@ class Breadcrumbs(Method):
 
     Of a tensor of :math:`n` elements the ``floor(top * n)`` largest and the ``floor(bottom * n)`` smallest magnitudes
     go; elements that equal the largest or smallest one kept are kept too. The paper sums such vectors:
-    ``0.3 * (breadcrumbs(a) + breadcrumbs(b))``. This is the paper's rule, over whole tensors; its authors' code takes
-    both fractions row by row instead. Two sweeps.
+    ``0.3 * (breadcrumbs(a) + breadcrumbs(b))``. This is the paper's rule, over whole tensors, in two sweeps; its
+    authors' code goes row by row instead: ``rows=True``, which needs whole tensors and no sweep.
 
     Args:
         top: Fraction of outliers to drop, in [0, 1); the paper keeps what is below its quantile 99.3 %.
         bottom: Fraction of small elements to drop, in [0, 1); the paper's is 85 %. ``top + bottom`` is below 1.
+        rows: Take both fractions of every row, that is of the last dimension, instead of every tensor.
 
     Source: Davari and Belilovsky, "Model breadcrumbs: scaling multi-task model merging with sparse masks", ECCV 2024.
     """
 
     top: float = 0.007
     bottom: float = 0.85
+    rows: bool = False
 
-    usage = "breadcrumbs(v, top=0.007, bottom=0.85)"
+    usage = "breadcrumbs(v, top=0.007, bottom=0.85) or breadcrumbs(v, top=0.1, bottom=0.7, rows=True)"
     num_vectors = 1
-    num_sweeps = 2
 
     def __post_init__(self) -> None:
         if not (self.top >= 0 and self.bottom >= 0 and self.top + self.bottom < 1):
@@ -80,6 +82,14 @@ class Breadcrumbs(Method):
                 f"top and bottom are the fractions of elements to drop, at least 0 and together below 1; "
                 f"found top={self.top}, bottom={self.bottom}."
             )
+
+    @property
+    def num_sweeps(self) -> int:
+        return 0 if self.rows else 2
+
+    @property
+    def whole(self) -> bool:
+        return bool(self.rows)
 
     def start(self, num_vectors: int) -> OrderStatistics:
         return OrderStatistics(self._smallest_and_largest_kept)
@@ -97,8 +107,18 @@ class Breadcrumbs(Method):
     def ready(self, state: OrderStatistics, sweep: int) -> bool:
         return state.found
 
-    def merge(self, deltas: Sequence[Tensor], state: OrderStatistics, place: Place) -> Tensor:
+    def merge(self, deltas: Sequence[Tensor], state: OrderStatistics | None, place: Place) -> Tensor:
+        if state is None:
+            return self._merge_rows(deltas[0], place.shape[-1] if place.shape else 1)
         if not state.values:
             return deltas[0]
         smallest, largest = state.values
         return trim(deltas[0], smallest) - trim(deltas[0], after(largest))  # without rounding: all, one, or none is 0
+
+    def _merge_rows(self, delta: Tensor, columns: int) -> Tensor:
+        if not delta.numel():
+            return delta.clone()
+        rows = delta.view(-1, columns)
+        ordered = rows.abs().sort(dim=1).values
+        smallest, largest = (ordered[:, rank, None] for rank in self._smallest_and_largest_kept(columns))
+        return torch.where((rows.abs() >= smallest) & (rows.abs() <= largest), rows, 0).view(-1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -10,10 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tva.merge.matrices import MatrixMethod, pseudo_inverse
+from tva.merge.matrices import EMBEDDINGS, OrientedMethod, pseudo_inverse
 from tva.merge.method import Method, Place
+from tva.merge.sums import Sum
 from tva.state_dict import some
 from tva.weights import LazyWeights, open_weights
+
+_PIECE = 2**20  # elements of a file that are read at once
 
 
 class _Statistics:
@@ -53,9 +57,12 @@ class Fisher(_Statistics, Method):
 
     Args:
         files: For each vector, in their order, a file of the diagonal Fisher information of its model: a tensor of the
-            weight's name and shape for every weight that moves. Any format that `tva.open_weights` reads.
+            weight's name and shape for every weight that moves, in any format that `tva.open_weights` reads.
+            `tva.callbacks.MergeStatistics` writes it.
         weights: A positive number for each vector that multiplies its :math:`F_t`; by default all are 1.
         floor: Smallest Fisher information, above 0; the paper's is 1e-6. Where all are below it the average is plain.
+        normalize: Divide each model's :math:`F_t` by its Euclidean norm over its whole file, after the floor, so that a
+            task with large gradients does not outweigh the others; the files are read once more for it.
 
     Source: Matena and Raffel, "Merging models with Fisher-weighted averaging", NeurIPS 2022.
     """
@@ -63,8 +70,9 @@ class Fisher(_Statistics, Method):
     files: Sequence[str] = ()
     weights: Sequence[float] = ()
     floor: float = 1e-6
+    normalize: bool = False
 
-    usage = 'fisher(a, b, …, files=("fisher_a.safetensors", "fisher_b.safetensors", …), weights=…, floor=1e-6)'
+    usage = 'fisher(a, b, …, files=("fisher_a.safetensors", "fisher_b.safetensors", …), floor=1e-6, normalize=True)'
 
     def __post_init__(self) -> None:
         self._open("fisher")
@@ -76,16 +84,34 @@ class Fisher(_Statistics, Method):
     def merge(self, deltas: Sequence[Tensor], state: Any, place: Place) -> Tensor:
         files = self._files_of(place.tensor, deltas, place.shape)
         merged, total = torch.zeros_like(deltas[0]), torch.zeros_like(deltas[0])
-        for delta, file, weight in zip(deltas, files, self.weights or [1.0] * len(files), strict=True):
+        for delta, file, weight in zip(deltas, files, self._coefs, strict=True):
             stop = place.start + len(delta)
             fisher = file.slice(place.tensor, place.start, stop).to(delta.dtype).clamp_(min=self.floor).mul_(weight)
             merged += delta * fisher
             total += fisher
         return merged.div_(total)
 
+    @cached_property
+    def _coefs(self) -> list[float]:
+        """What each file's values are multiplied by."""
+        weights = self.weights or [1.0] * len(self.files)
+        norms = [_norm(file) for file in self._opened] if self.normalize else [1.0] * len(self.files)
+        return [weight / norm if norm else 0.0 for weight, norm in zip(weights, norms, strict=True)]
+
+
+def _norm(file: LazyWeights) -> float:
+    """Compute the Euclidean norm over all tensors of a file, the same for any pieces."""
+    total = Sum()
+    for name in file:
+        shape = tuple(file.spec(name).shape)
+        for start in range(0, max(1, math.prod(shape)), _PIECE):
+            values = file.slice(name, start, min(start + _PIECE, math.prod(shape)))
+            total.add(values.double().square_(), Place(name, start, shape=shape))
+    return math.sqrt(total.total)
+
 
 @dataclass(frozen=True)
-class RegMean(_Statistics, MatrixMethod):
+class RegMean(_Statistics, OrientedMethod):
     r"""Fit the outputs of every linear layer by least squares: :math:`(\sum_t \tau_t G_t)\,(\sum_t G_t)^{-1}`.
 
     :math:`G_t = X_t^\top X_t` is the Gram matrix of the layer's inputs on task :math:`t`. The paper's formula is for
@@ -93,15 +119,19 @@ class RegMean(_Statistics, MatrixMethod):
     input has, and for tensors that are no matrices, the result is the mean. One vector gives that vector.
 
     Args:
-        exclude: Regular expression; matrices in whose names it is found are averaged. By default the tables of tokens.
+        exclude: Regular expression; matrices in whose names it is found are averaged. By default the tables of tokens
+            and positions.
         conv: Kernels of convolutions are averaged (``"mean"``), or taken as matrices (``"matrix"``).
+        inputs_first: Regular expression; matrices in whose names it is found are (inputs, outputs), as GPT-2's
+            ``Conv1D``, rather than (outputs, inputs), as `torch.nn.Linear`.
         files: For each vector, in their order, a file of Gram matrices: for every matrix that moves a tensor of its
-            name, shape (inputs, inputs). Weights are (outputs, inputs), as those of `torch.nn.Linear`.
+            name, shape (inputs, inputs). `tva.callbacks.MergeStatistics` writes it.
         off_diagonal: What elements beside the diagonal are multiplied by, in [0, 1]; mostly 0.9 in the paper.
 
     Source: Jin et al., "Dataless knowledge fusion by merging weights of language models", ICLR 2023.
     """
 
+    exclude: str = EMBEDDINGS
     files: Sequence[str] = ()
     off_diagonal: float = 0.9
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from tva.merge.matrices import MatrixMethod, leading, polar
+from tva.merge.matrices import MatrixMethod, OrientedMethod, leading, polar
 from tva.merge.method import Place
 
 
@@ -60,7 +60,7 @@ class IsoC(MatrixMethod):
 
 
 @dataclass(frozen=True)
-class IsoCts(MatrixMethod):
+class IsoCts(OrientedMethod):
     r"""Iso-CTS: a common subspace of all tasks and one of each task's own, with equal singular values.
 
     Of each matrix of rank :math:`r`, the :math:`k` leading singular triplets of :math:`\sum_t \tau_t` span the common
@@ -72,6 +72,8 @@ class IsoCts(MatrixMethod):
     Args:
         exclude: Regular expression; matrices in whose names it is found are averaged. By default the tables of tokens.
         conv: Kernels of convolutions are averaged (``"mean"``, as in the paper), or taken as ``"matrix"``.
+        inputs_first: Regular expression; matrices in whose names it is found are (inputs, outputs), as GPT-2's
+            ``Conv1D``, rather than (outputs, inputs), as `torch.nn.Linear`: the common subspace is one of outputs.
         common: Part of the rank that is common, in [0, 1]; the paper's is 0.8.
 
     Source: Marczak et al., "No task left behind: isotropic model merging with common and task-specific subspaces",

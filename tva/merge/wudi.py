@@ -9,23 +9,25 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from tva.merge.matrices import MatrixMethod, pseudo_inverse
+from tva.merge.matrices import EMBEDDINGS, OrientedMethod, pseudo_inverse
 from tva.merge.method import Place
 
 
 @dataclass(frozen=True)
-class Wudi(MatrixMethod):
+class Wudi(OrientedMethod):
     r"""Minimize :math:`\sum_t \|(\tau - \tau_t)\,\tau_t^\top\|_F^2 / \|\tau_t\|_F^2` for each matrix, without data.
 
     The rows of a linear layer's delta stand for the inputs it was trained on, so that this is the interference felt on
     them. The search starts from :math:`\sum_t \tau_t`. With ``solve="adam"`` it is the paper's: ``steps`` steps of Adam
     at the rate ``lr``, which ends before the minimum. With ``solve="exact"`` it is the minimum nearest to the start, in
-    closed form. Weights are (outputs, inputs), as those of `torch.nn.Linear`. All tensors that are no matrices stay at
+    closed form. All tensors that are no matrices stay at
     the base, and so do tables of tokens and positions. One vector gives that vector, in its matrices.
 
     Args:
         exclude: Regular expression; matrices in whose names it is found stay at the base.
         conv: Kernels of convolutions stay at the base (``"mean"``), or are taken as matrices (``"matrix"``).
+        inputs_first: Regular expression; matrices in whose names it is found are (inputs, outputs), as GPT-2's
+            ``Conv1D``, rather than (outputs, inputs), as `torch.nn.Linear`.
         solve: ``"adam"`` or ``"exact"``.
         steps: Steps of Adam; the paper's are 300.
         lr: Learning rate of Adam; the paper's is 1e-5.
@@ -34,12 +36,12 @@ class Wudi(MatrixMethod):
     vectors", ICML 2025.
     """
 
-    exclude: str = r"embed|\bshared\b|\bwte\b|\bwpe\b|lm_head"
+    exclude: str = EMBEDDINGS
     solve: Literal["adam", "exact"] = "adam"
     steps: int = 300
     lr: float = 1e-5
 
-    usage = 'wudi(a, b, …, solve="adam" or "exact", steps=300, lr=1e-5)'
+    usage = 'wudi(a, b, …, solve="adam" or "exact", steps=300, lr=1e-5, inputs_first="regular expression")'
 
     def __post_init__(self) -> None:
         super().__post_init__()

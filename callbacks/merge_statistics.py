@@ -1,0 +1,113 @@
+"""A callback that measures, when fitting ends, what Fisher and RegMean merging need to know of the model."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from torch.utils.data import DataLoader, IterableDataset
+
+from tva.information import measure_information
+from tva.weights import save_weights
+
+KINDS = ("fisher", "gram")
+
+
+class MergeStatistics(L.Callback):
+    """When fitting ends, write ``fisher.safetensors`` and ``gram.safetensors`` for the recipe's `fisher` and `regmean`.
+
+    The model's ``training_step`` is taken as it is, on one training example at a time, in evaluation mode: what it
+    returns for one example must be that example's negative log-likelihood, as a cross entropy is. For a model that is
+    fine-tuned already, fit for no epochs: ``tva fit … --trainer.max_epochs 0``.
+
+    Args:
+        kinds: Which files to write.
+        num_examples: See so many training examples at most; 256 to 2,048 in the papers.
+        seed: Which examples, where there are more.
+        conv: Also give Gram matrices of convolutions, as ``regmean(…, conv="matrix")`` needs.
+        dirpath: Local folder; by default that of the first ModelCheckpoint.
+
+    Raises:
+        ValueError: Several devices take part, an option cannot be understood, or the training data is no one DataLoader.
+
+    Example:
+        >>> trainer = L.Trainer(callbacks=[MergeStatistics()], logger=False)
+    """
+
+    def __init__(
+        self,
+        kinds: Sequence[str] = KINDS,
+        num_examples: int = 256,
+        seed: int = 0,
+        conv: bool = False,
+        dirpath: str | os.PathLike[str] | None = None,
+    ) -> None:
+        super().__init__()
+        if isinstance(kinds, str) or not kinds or set(kinds) - set(KINDS):
+            raise ValueError(f"kinds lists one or both of {', '.join(KINDS)}; found {kinds!r}.")
+        if num_examples < 1:
+            raise ValueError(f"num_examples must be at least 1; found {num_examples}.")
+        self.kinds, self.num_examples, self.seed, self.conv, self.dirpath = kinds, num_examples, seed, conv, dirpath
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        if trainer.world_size > 1:
+            raise ValueError(
+                f"MergeStatistics measures on one device, and this Trainer has {trainer.world_size}. Fit without it, "
+                f"then once more from the checkpoint with devices=1 and max_epochs=0."
+            )
+
+    def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        folder = self.dirpath or getattr(trainer.checkpoint_callback, "dirpath", None) or trainer.default_root_dir
+        with _silent(pl_module):
+            found = measure_information(
+                pl_module,
+                (trainer.strategy.batch_to_device(batch) for batch in self._examples(trainer)),
+                lambda batch: _loss(pl_module.training_step(batch, 0)),
+                self.num_examples,
+                self.conv,
+            )
+        facts = {"tva.num_examples": str(found.num_examples), "tva.seed": str(self.seed)}
+        for kind, tensors in (("fisher", found.fisher), ("gram", found.grams)):
+            if kind in self.kinds:
+                save_weights(tensors, Path(folder) / f"{kind}.safetensors", {**facts, "tva.statistics": kind})
+
+    def _examples(self, trainer: L.Trainer) -> DataLoader:
+        loader = trainer.train_dataloader
+        if not isinstance(loader, DataLoader):
+            raise ValueError(
+                f"MergeStatistics draws single examples from one DataLoader of training data; found "
+                f"{type(loader).__name__}."
+            )
+        streamed = isinstance(loader.dataset, IterableDataset)
+        generator = torch.Generator().manual_seed(self.seed)
+        order = {} if streamed else {"shuffle": True, "generator": generator}
+        return DataLoader(loader.dataset, batch_size=1, collate_fn=loader.collate_fn, **order)
+
+
+def _loss(output: Any) -> torch.Tensor:
+    """Take the loss out of what a training step gives: itself, or its ``loss``."""
+    loss = output.get("loss") if isinstance(output, dict) else output
+    if not isinstance(loss, torch.Tensor) or loss.numel() != 1:
+        raise ValueError(
+            f"MergeStatistics needs a training_step that returns its loss, or a dict with it as 'loss'; found "
+            f"{type(output).__name__}."
+        )
+    return loss
+
+
+@contextmanager
+def _silent(pl_module: L.LightningModule) -> Iterator[None]:
+    """Let ``self.log`` do nothing: Lightning takes no logs once fitting has ended."""
+    before = {name: vars(pl_module)[name] for name in ("log", "log_dict") if name in vars(pl_module)}
+    pl_module.log = pl_module.log_dict = lambda *args, **kwargs: None
+    try:
+        yield
+    finally:
+        for name in ("log", "log_dict"):
+            delattr(pl_module, name)
+        vars(pl_module).update(before)
