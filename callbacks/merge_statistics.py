@@ -33,8 +33,8 @@ class MergeStatistics(L.Callback):
         dirpath: Local folder; by default that of the first ModelCheckpoint.
 
     Raises:
-        ValueError: Several devices take part, an option cannot be understood, the training data is no single DataLoader,
-            or the training step returns no loss.
+        ValueError: Several devices take part, an option cannot be understood, the training data is no single
+            DataLoader, or the training step returns no loss.
 
     Example:
         >>> trainer = L.Trainer(callbacks=[MergeStatistics()], logger=False)
