@@ -289,11 +289,15 @@ def test_statistics_that_do_not_fit_are_refused(tmp_path):
     paths = statistics(tmp_path, given, lambda key, delta: None if key == "bias" else torch.ones(3, 3))
     for text, message in (
         (f"fisher(a, b, files={paths[:1]})", "1 files for 2 vectors"),
-        (f"fisher(a, b, files={paths})", "no statistics of 'bias'"),
+        (f"fisher(a, b, files={paths})", "no statistics of 'bias'.* Measure them on the model"),
         (f"regmean(a, b, files={paths})", r"must have shape \[\d+, \d+\], and in .* they have \[3, 3\]"),
     ):
         with pytest.raises(ValueError, match=message):
             evaluate(text, given)
+    given = {name: TaskVector({"other": torch.ones(3, 3)}) for name in "ab"}
+    with pytest.raises(ValueError, match="no statistics of 'other'.* or name it in exclude to have it averaged"):
+        evaluate(f"regmean(a, b, files={paths})", given)
+    assert evaluate(f"regmean(a, b, files={paths}, exclude='other')", given)["other"].eq(1).all()
     with pytest.raises(FileNotFoundError, match="nowhere"):
         Recipe("fisher(a, files=('nowhere.safetensors',))", ["a"])
 

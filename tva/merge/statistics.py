@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tva.merge.matrices import EMBEDDINGS, OrientedMethod, pseudo_inverse
+from tva.merge.matrices import EMBEDDINGS, MatrixMethod, OrientedMethod, pseudo_inverse
 from tva.merge.method import Method, Place
 from tva.merge.sums import Sum
 from tva.state_dict import some
@@ -39,7 +39,11 @@ class _Statistics:
             raise ValueError(f"files names {len(self._opened)} files for {len(vectors)} vectors; give each vector one.")
         for file in self._opened:
             if name not in file:
-                raise ValueError(f"{file.path} has no statistics of {name!r}; it has those of {some(file)}.")
+                way = ", or name it in exclude to have it averaged" if isinstance(self, MatrixMethod) else ""
+                raise ValueError(
+                    f"{file.path} has no statistics of {name!r}; it has those of {some(file)}. Measure them on the "
+                    f"model that the vector is of (tva.callbacks.MergeStatistics){way}."
+                )
             if tuple(file.spec(name).shape) != shape:
                 raise ValueError(
                     f"The statistics of {name!r} must have shape {list(shape)}, and in {file.path} they have "
