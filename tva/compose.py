@@ -6,8 +6,8 @@ is computed as the in-memory path computes it, so the bytes do not depend on pie
 
 from __future__ import annotations
 
+import dataclasses
 import gc
-import json
 import math
 import re
 import time
@@ -16,7 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -27,10 +27,10 @@ from tva.merge import Place
 from tva.pieces import FUSED_DTYPES, Deltas, NewSpace, OpenedTensor, Space
 from tva.plan import Plan, make_plan
 from tva.recipe import Look, Piece, Recipe
+from tva.record import UNKNOWN, Record
 from tva.sources import Source, untie
 from tva.state_dict import NoEffectError, add_scaled
 from tva.steps import Program
-from tva.version import __version__
 from tva.weights import Fingerprint, LazyWeights, Output, Spec, TensorHash, find, open_weights, side_files
 
 PIECE = 2**18  # elements; shorter ones leave the cores waiting for Python, longer ones for memory
@@ -146,57 +146,51 @@ def compose(
     """
     started = time.monotonic()
     checked = Recipe(recipe, vectors, coefs)
-    if dtype is not None and dtype not in DTYPES:
-        raise ValueError(f"dtype must be one of {', '.join(DTYPES)}; found {dtype!r}.")
     if Path(output).suffix in (".bin", ".pt", ".pth", ".ckpt"):
         raise ValueError(f"output must end in .safetensors, or name a folder; found {output!r}.")
-    wanted = None if dtype is None else DTYPES[dtype]
-    weights = open_weights(base)
-    sources = {
-        name: Source(name, vectors[name], weights, allow_other_base, key_map or {}, which) for name in checked.vectors
-    }
-    chosen = {name: source.weights.info.which for name, source in sources.items()}
-    if which != "checkpoint" and which not in chosen.values():
-        raise ValueError(f"which={which!r}: no vector holds both raw and averaged weights. Leave it out.")
+    options = {"allow_other_base": allow_other_base, "key_map": key_map or {}}
+    composer = Composer.open(base, vectors, checked, scaling_coef, dtype, which=which, **options)
+    weights, sources = composer.base, composer.sources
     memory, shard_bytes = parse_bytes(max_memory), parse_bytes(max_shard_size)
-    checked.bind(weights.keys())
-    tied = untie(weights, sources.values())
-    composer = _Composer(weights, sources, checked, scaling_coef, wanted, tied)
     if plan:
         kept, need = composer.statistics, composer.need()
         return make_plan(weights, composer.layout(), sources, checked, scaling_coef, kept, need)
 
     composer.fit_into(memory)
-    vector_paths = {name: vectors[name] for name in checked.vectors}
-    metadata = {
-        "format": "pt",
-        "tva.recipe": checked.text,
-        "tva.coefs": json.dumps(checked.coefs),
-        "tva.scaling_coef": json.dumps(scaling_coef),
-        "tva.dtype": dtype or "",
-        "tva.base": base,
-        "tva.vectors": json.dumps(vector_paths),
-        "tva.options": json.dumps({"allow_other_base": allow_other_base, "key_map": key_map or {}, "which": chosen}),
-        "tva.version": __version__,
-        "tva.base_fingerprint": "0" * 32,
-        "tva.edited_fingerprint": "0" * 32,
-        **tied,
-    }
+    record = Record(
+        recipe=checked.text,
+        coefs=checked.coefs,
+        scaling_coef=scaling_coef,
+        dtype=dtype or "",
+        base=base,
+        vectors={name: vectors[name] for name in checked.vectors},
+        options={**options, "which": {name: source.weights.info.which for name, source in sources.items()}},
+        vector_fingerprints=dict.fromkeys(sources, UNKNOWN),
+        file_fingerprints=dict.fromkeys(checked.files, UNKNOWN),
+    )
+    metadata = {"format": "pt", **record.metadata(), **composer.tied}
     job = {key: value for key, value in metadata.items() if key != "tva.version"}
-    job |= {"max_shard_size": shard_bytes, "inputs": [_stamp(path) for path in (base, *vector_paths.values())]}
+    inputs = (base, *record.vectors.values(), *checked.files)
+    job |= {"max_shard_size": shard_bytes, "inputs": [_stamp(path) for path in inputs]}
     with Output(Path(output), composer.layout(), metadata, job, shard_bytes, resume) as out:
         resumed = len(out.done)
         composer.run(out)
         composer.check()
-        digests = {key: Fingerprint.from_tensors(composer.digests(key)) for key in ("base", "edited")}
-        beside = side_files(find(base), wanted) if find(base).is_dir() else {}
-        out.commit({f"tva.{key}_fingerprint": found.digest for key, found in digests.items()}, beside)
+        found = {key: composer.fingerprint(key) for key in ("base", "edited")}
+        record = dataclasses.replace(
+            record,
+            vector_fingerprints=composer.vector_fingerprints(),
+            file_fingerprints={path: file.fingerprint().digest for path, file in checked.files.items()},
+            **{f"{key}_fingerprint": fingerprint.digest for key, fingerprint in found.items()},
+        )
+        beside = side_files(find(base), composer.dtype) if find(base).is_dir() else {}
+        out.commit(record.metadata(), beside)
     infos = [opened.info for opened in (weights, *(source.weights for source in sources.values()))]
     notes = [str(info) for info in infos if info.notes or info.which != "as stored"]
     return ComposeReport(
         Path(output),
-        digests["base"],
-        digests["edited"],
+        found["base"],
+        found["edited"],
         out.size,
         time.monotonic() - started,
         resumed,
@@ -205,7 +199,19 @@ def compose(
     )
 
 
-class _Composer:
+class Sink(Protocol):
+    """What takes the tensors that a `Composer` computes, from any of its threads; `Output` is one."""
+
+    done: Mapping[str, Any]  # by name the records of tensors that need not be computed
+
+    def write(self, name: str, start: int, piece: Tensor) -> None:
+        """Take elements of a tensor, flattened, from ``start`` on; the pieces of one tensor come in order."""
+
+    def finish(self, name: str, record: Mapping[str, Any]) -> None:
+        """Take the digests of a tensor that is whole."""
+
+
+class Composer:
     """Computes the output tensor by tensor, several at once, and keeps account of what changed."""
 
     def __init__(
@@ -237,6 +243,34 @@ class _Composer:
     def _output_dtype(self, name: str) -> torch.dtype:
         stored = self.base.spec(name).dtype
         return self.dtype if self.dtype is not None and stored.is_floating_point else stored
+
+    @classmethod
+    def open(
+        cls,
+        base: str,
+        vectors: Mapping[str, str],
+        recipe: Recipe,
+        scaling_coef: float,
+        dtype: str | None = None,
+        *,
+        allow_other_base: bool = False,
+        key_map: Mapping[str, str] | None = None,
+        which: str = "checkpoint",
+    ) -> Composer:
+        """Open the files of an edit; the arguments are those of `compose`."""
+        if dtype is not None and dtype not in DTYPES:
+            raise ValueError(f"dtype must be one of {', '.join(DTYPES)}; found {dtype!r}.")
+        weights = open_weights(base)
+        sources = {
+            name: Source(name, vectors[name], weights, allow_other_base, key_map or {}, which)
+            for name in recipe.vectors
+        }
+        chosen = {source.weights.info.which for source in sources.values()}
+        if which != "checkpoint" and which not in chosen:
+            raise ValueError(f"which={which!r}: no vector holds both raw and averaged weights. Leave it out.")
+        recipe.bind(weights.keys())
+        wanted = None if dtype is None else DTYPES[dtype]
+        return cls(weights, sources, recipe, scaling_coef, wanted, untie(weights, sources.values()))
 
     # --- memory
 
@@ -270,7 +304,7 @@ class _Composer:
 
     # --- computing
 
-    def run(self, out: Output) -> None:
+    def run(self, out: Sink) -> None:
         """Compute and write every tensor that is not done."""
         self.records = dict(out.done)
         if self.recipe.is_random:
@@ -310,7 +344,7 @@ class _Composer:
     def _place(self, opened: OpenedTensor, start: int) -> Place:
         return Place(opened.name, start, shape=tuple(opened.spec.shape))
 
-    def _compose(self, name: str, out: Output) -> None:
+    def _compose(self, name: str, out: Sink) -> None:
         """Compute and write one tensor."""
         opened = self._open(name)
         dtype = self._output_dtype(name)
@@ -331,9 +365,11 @@ class _Composer:
             after.update(part)
             out.write(name, start, part)
         effect.changed = int(effect.elements > effect.vanished)
-        record = {"base": before.hexdigest(), "edited": after.hexdigest(), "effect": asdict(effect)}
-        for source in self.sources.values():
+        record = {"base": before.hexdigest(), "edited": after.hexdigest(), "vectors": {}, "effect": asdict(effect)}
+        for key, source in self.sources.items():
             source.check(name, record["base"])
+            if name in source.weights:
+                record["vectors"][key] = source.weights.digest(name)
         out.finish(name, record)
         self.records[name] = record
 
@@ -389,10 +425,18 @@ class _Composer:
                 groups.setdefault(".".join(name.split(".")[:2]), GroupEffect()).add(effect)
         return groups
 
-    def digests(self, which: str) -> dict[str, str]:
-        """Give the digest of every tensor of the ``"base"`` or the ``"edited"`` weights."""
+    def fingerprint(self, which: str) -> Fingerprint:
+        """Give the fingerprint of the ``"base"`` or the ``"edited"`` weights."""
         found = {name: self.records[name][which] for name in self.names}
-        return {**found, **{alias: found[kept] for alias, kept in self.tied.items()}}
+        return Fingerprint.from_tensors({**found, **{alias: found[kept] for alias, kept in self.tied.items()}})
+
+    def vector_fingerprints(self) -> dict[str, str]:
+        """Give the fingerprint of each vector's file, by its name in the recipe."""
+        digests = {}
+        for key, source in self.sources.items():
+            found = {name: self.records[self.tied.get(name, name)]["vectors"][key] for name in source.weights}
+            digests[key] = Fingerprint.from_tensors(found).digest
+        return digests
 
     def check(self) -> None:
         """Check, when all is written, that the edit did something."""

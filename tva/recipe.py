@@ -23,6 +23,7 @@ from tva.merge import METHODS, Method, Place
 from tva.state_dict import some
 from tva.steps import ADD, DIV, LOAD, MUL, NEG, SUB, Step, Steps
 from tva.task_vector import Origin, TaskVector
+from tva.weights import HashedWeights
 
 Kind = Literal["vector", "number"]
 Piece = tuple[Place, Mapping[str, Tensor]]  # where it lies, and the flattened deltas of the vectors by name
@@ -193,6 +194,11 @@ class Recipe:
     def needs_whole_tensors(self) -> bool:
         """Whether a method of the recipe must see every tensor in one piece."""
         return any(method.whole for method in self._methods.values())
+
+    @property
+    def files(self) -> dict[str, HashedWeights]:
+        """The files that methods read besides the vectors, by path."""
+        return {path: file for method in self._methods.values() for path, file in method.inputs().items()}
 
     @property
     def observing(self) -> list[Method]:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from tva.state_dict import MismatchError, some, subtract, sum_dtype
 from tva.task_vector import BATCH_NORM_STATISTICS, Origin, is_vector_file, read_origin
-from tva.weights import LazyWeights, fingerprint, open_finetuned, open_weights
+from tva.weights import HashedWeights, LazyWeights, open_finetuned, open_weights
 
 
 class Source:
@@ -51,12 +51,13 @@ class Source:
             names = self.weights.keys()
             self.buffers = {name for name in names if name.rpartition(".")[2] in BATCH_NORM_STATISTICS}
         _check_names(path, self.weights, names, base)
+        self.weights = HashedWeights(self.weights)
         self._check_base = self.origin is not None and self.origin.base is not None and not allow_other_base
 
     def identity(self) -> str:
         """Identify the vector for methods that draw random numbers; a checkpoint is read through once for it."""
         if self.origin is None:
-            return fingerprint(self.weights).digest
+            return self.weights.fingerprint().digest
         return self.origin.finetuned or self.name
 
     def delta(self, stored: Tensor, base: Tensor, space: Callable[[torch.dtype, int], Tensor] | None = None) -> Tensor:

@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from tva.steps import Steps
+from tva.weights import HashedWeights
 
 
 @dataclass(frozen=True)
@@ -58,6 +59,10 @@ class Method:
     def over_model(self) -> bool:
         """Whether what it collects is collected over the whole model rather than tensor by tensor."""
         return False
+
+    def inputs(self) -> Mapping[str, HashedWeights]:
+        """Give the files that it reads besides the vectors, by path."""
+        return {}
 
     def start(self, num_vectors: int) -> Any:
         """Make the empty state that `observe` fills."""

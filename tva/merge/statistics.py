@@ -15,7 +15,7 @@ from tva.merge.matrices import EMBEDDINGS, MatrixMethod, OrientedMethod, pseudo_
 from tva.merge.method import Method, Place
 from tva.merge.sums import Sum
 from tva.state_dict import some
-from tva.weights import LazyWeights, open_weights
+from tva.weights import HashedWeights, LazyWeights, open_weights
 
 _PIECE = 2**20  # elements of a file that are read at once
 
@@ -31,8 +31,11 @@ class _Statistics:
         assert self._opened
 
     @cached_property
-    def _opened(self) -> list[LazyWeights]:
-        return [open_weights(path) for path in self.files]
+    def _opened(self) -> list[HashedWeights]:
+        return [HashedWeights(open_weights(path)) for path in self.files]
+
+    def inputs(self) -> dict[str, HashedWeights]:
+        return dict(zip(self.files, self._opened, strict=True))
 
     def _files_of(self, name: str, vectors: Sequence[Tensor], shape: tuple[int, ...]) -> list[LazyWeights]:
         if len(self._opened) != len(vectors):

@@ -179,9 +179,10 @@ def _open_sharded(index: Path) -> LazyWeights:
     notes = [f"left out {len(unlisted)} tensors that the index does not list: {some(unlisted)}"] if unlisted else []
     entries = {name: opened[shard].entry(name) for name, shard in weight_map.items()}
     kinds = {weights.info.format for weights in opened.values()}
-    return LazyWeights(
-        Info(index.parent, f"{' and '.join(sorted(kinds))}, {len(shards)} shards", notes=tuple(notes)), entries
-    )
+    info = Info(index.parent, f"{' and '.join(sorted(kinds))}, {len(shards)} shards", notes=tuple(notes))
+    headers = [weights.metadata for weights in opened.values()]
+    common = {key: text for key, text in headers[0].items() if all(other.get(key) == text for other in headers)}
+    return LazyWeights(info, entries, common)
 
 
 def open_safetensors(path: Path) -> LazyWeights:

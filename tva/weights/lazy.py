@@ -244,7 +244,7 @@ class LazyWeights(Mapping[str, Tensor]):
 
     Attributes:
         info: Where the weights come from and what was decided in reading them.
-        metadata: Header metadata of a safetensors file, else empty.
+        metadata: Header metadata of a safetensors file, of shards what all of them say; else empty.
     """
 
     def __init__(self, info: Info, entries: Mapping[str, Entry], metadata: Mapping[str, str] | None = None) -> None:
