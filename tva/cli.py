@@ -19,6 +19,7 @@ COMMANDS = {
     "fit-many": "fine-tune on many tasks, each in its own process; skips what is finished, goes on where it stopped",
     "compose": "apply a recipe to a checkpoint on disk, within a stated memory: no Trainer, no data, any architecture",
     "compress": "write a task vector in fewer bytes: by an encoding's name, to an error or to a size",
+    "verify": "compute an edited checkpoint again from its record and inputs, and compare it bit by bit",
     "edit": "combine task vectors, choose the coefficient, edit the model and prove it on control tasks",
     "extract": "take a task vector from a base and its fine-tuned checkpoint or LoRA adapter",
     "inspect": "tell what a task vector file, or any checkpoint, holds: its header, norms by group of tensors",
@@ -32,6 +33,7 @@ COMMANDS = {
 # Commands on files alone: the function, what shows its result, and which arguments need no name ("…": all the rest).
 FILE_COMMANDS = {
     "compress": ("tva.compress.compress", "tva.tables.show_compressed", "vector"),
+    "verify": ("tva.verify.verify", "tva.verify.show_verified", "output"),
     "extract": ("tva.extract.extract", "tva.tables.show_extracted", ""),
     "inspect": ("tva.look.inspect", "tva.tables.show_inspection", "path"),
     "compare": ("tva.look.compare", "tva.tables.show_compared", "vectors…"),
@@ -50,9 +52,9 @@ commands:
 {commands}
 
 tva COMMAND --help lists a command's options; every option can also stand in a YAML file given with --config.
-compose, edit, report and push print their result as JSON with --json.
-exit status: 0 done; 1 an edit whose constraints do not hold, or one of many fits failed; 2 something in the command or
-its inputs is wrong.
+compose, edit, verify, report and push print their result as JSON with --json.
+exit status: 0 done; 1 an edit whose constraints or record do not hold, or one of many fits failed; 2 something in what
+was given is wrong.
 """
 
 
@@ -63,7 +65,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         argv: The command and its options; by default those of the process.
 
     Raises:
-        SystemExit: Status 1 if the constraints of an edit do not hold, 2 if something is wrong with what was given.
+        SystemExit: Status 1 if the constraints or the record of an edit do not hold, 2 if something is wrong with what
+            was given.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     if not argv or argv[0] in ("-h", "--help"):
@@ -153,8 +156,7 @@ def _on_files(command: str, words: Sequence[str]) -> bool:
     given = parser.parse_args(_named(list(words), order.split(), flags, parser.usage))
     options = {key: value for key, value in given.as_dict().items() if key != "config"}
     result = function(**{key: value for key, value in options.items() if key in parameters})
-    show(result, **{key: value for key, value in options.items() if key not in parameters})
-    return True
+    return show(result, **{key: value for key, value in options.items() if key not in parameters}) is not False
 
 
 def _named(words: list[str], order: Sequence[str], flags: Sequence[str], usage: str) -> list[str]:

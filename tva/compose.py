@@ -234,6 +234,7 @@ class Composer:
         self.model_states: dict[tuple[int, str], Any] = {}
         self.records: dict[str, Mapping[str, Any]] = {}
         self._space = NewSpace() if recipe.needs_whole_tensors else Space()
+        self.beside = 0  # bytes that a sink holds of each element of a piece
         self._stop = False
 
     def layout(self) -> dict[str, Spec]:
@@ -276,7 +277,7 @@ class Composer:
 
     def need(self) -> int:
         """Predict the anonymous memory in bytes, at the piece size and number of workers chosen."""
-        held, unparted, largest = 4 * (2 * len(self.sources) + 8), 0, 0
+        held, unparted, largest = 4 * (2 * len(self.sources) + 8) + self.beside, 0, 0
         for name in self.names:
             entries = [w.entry(name) for w in (self.base, *(s.weights for s in self.sources.values())) if name in w]
             unparted = max(unparted, sum(entry.held_bytes for entry in entries))

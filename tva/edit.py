@@ -24,7 +24,8 @@ from tva.editor import Bench, Editor, State, Statistics
 from tva.evaluations import EvaluationLog
 from tva.page.card import check_card
 from tva.recipe import Recipe
-from tva.report import EDITED, ConstraintReport, EditReport, Score, TaskReport, stamp, write_report
+from tva.record import EDITED, Record
+from tva.report import ConstraintReport, EditReport, Score, TaskReport, stamp, write_report
 from tva.search import (
     NORMALIZED,
     SCALING,
@@ -40,11 +41,13 @@ from tva.search import (
 )
 from tva.search.learned import Workshop
 from tva.search.problem import constraint_slack
+from tva.sources import Source
 from tva.state_dict import check_same, some
 from tva.task_vector import TaskVector, is_vector_file
 from tva.validate import Evaluation, Split
 from tva.version import __version__
-from tva.weights import canonical_state_dict, fingerprint, open_finetuned, open_weights
+from tva.weights import Info, LazyWeights, canonical_state_dict, fingerprint, open_finetuned, open_weights
+from tva.weights.lazy import InMemory
 
 
 def run_edit(
@@ -302,8 +305,45 @@ def run_edit(
     if report.holds:
         report = replace(report, edited={"path": EDITED, "fingerprint": fingerprint(live).digest})
     if choice.feasible and trainer.is_global_zero:
-        write_report(report, Path(output), live if report.holds else None)
+        header = {}
+        if report.holds:
+            header = _record(state, base, vectors, checked, editor.base, live, allow_other_base).metadata()
+        write_report(report, Path(output), live if report.holds else None, header)
     return report
+
+
+def _record(
+    state: State,
+    base: str | None,
+    vectors: Mapping[str, str],
+    recipe: Recipe,
+    base_weights: Mapping[str, Tensor],
+    edited: Mapping[str, Tensor],
+    allow_other_base: bool,
+) -> Record:
+    """Make the record that `tva.verify` reads; the vectors' files are read once more for their fingerprints."""
+    entries = {name: InMemory(tensor) for name, tensor in base_weights.items()}
+    opened = LazyWeights(Info(Path(base or "model"), "model in memory"), entries)
+    sources = {name: Source(name, vectors[name], opened, allow_other_base) for name in recipe.vectors}
+    coefs = dict(state.coefs)
+    return Record(
+        recipe=state.recipe,
+        coefs={name: coefs[name] for name in recipe.coefs},
+        scaling_coef=state.scaling_coef,
+        dtype="",
+        base=base or "",
+        vectors={name: vectors[name] for name in recipe.vectors},
+        options={
+            "allow_other_base": allow_other_base,
+            "key_map": {},
+            "which": {name: source.weights.info.which for name, source in sources.items()},
+            "statistics": state.statistics,
+        },
+        vector_fingerprints={name: source.weights.fingerprint().digest for name, source in sources.items()},
+        file_fingerprints={path: file.fingerprint().digest for path, file in recipe.files.items()},
+        base_fingerprint=fingerprint(base_weights).digest,
+        edited_fingerprint=fingerprint(edited).digest,
+    )
 
 
 def _workshop(

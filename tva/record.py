@@ -5,14 +5,16 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from tva.groups import Coefficient
 from tva.version import __version__
-from tva.weights import LazyWeights
+from tva.weights import HashedWeights, LazyWeights, find, open_weights
 
+EDITED = "edited.safetensors"  # what `tva edit` calls it in its folder
 UNKNOWN = "0" * 32  # in place of a fingerprint until all has been read
 
 
@@ -74,3 +76,43 @@ class Record:
             )
         texts = {"recipe", "dtype", "base", "version", "torch", "base_fingerprint", "edited_fingerprint"}
         return cls(**{name: text if name in texts else json.loads(text) for name, text in found.items()})
+
+
+def open_edited(path: str) -> HashedWeights:
+    """Open an edited checkpoint: what `tva compose` wrote, or the folder of `tva edit`.
+
+    Raises:
+        FileNotFoundError: Nothing is there.
+        ValueError: It is no checkpoint.
+    """
+    inside = Path(path) / EDITED
+    return HashedWeights(open_weights(inside if inside.exists() else path))
+
+
+def check_inputs(output: str, paths: Mapping[str, str], others: Mapping[str, str]) -> None:
+    """Check that the inputs of an edit are there.
+
+    Args:
+        output: The edited checkpoint.
+        paths: Flag, such as ``--base``, to path.
+        others: Flag to path of what was given in place of what the record says.
+
+    Raises:
+        FileNotFoundError: An input is not there.
+        ValueError: A flag is of no input.
+    """
+    unknown = sorted(others.keys() - paths.keys())
+    if unknown:
+        raise ValueError(f"{unknown[0]} is no input of {output}; its inputs are {', '.join(sorted(paths))}.")
+    for flag, path in {**paths, **others}.items():
+        if not path:
+            raise ValueError(
+                f"{output} does not say where its base is, which was a model in memory. Give its checkpoint by --base."
+            )
+        try:
+            find(path)
+        except FileNotFoundError as error:
+            raise FileNotFoundError(
+                f"{output} was made from {path}, and nothing is there. If it has moved, give {flag} PATH; relative "
+                f"paths are from the folder that the edit was made in."
+            ) from error

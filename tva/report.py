@@ -21,13 +21,13 @@ from tva.page.card import CARD, check_card, model_card
 from tva.page.series import SCALING, axes, number
 from tva.page.series import curve as curve_of
 from tva.plan import Plan
+from tva.record import EDITED
 from tva.state_dict import some
 from tva.weights import atomic_path, find, save_weights
 
 if TYPE_CHECKING:  # scipy takes seconds to load, and compose's reports need none of it
     from tva.statistics import Comparison
 
-EDITED = "edited.safetensors"
 EDIT_JSON = "edit.json"
 PAGE = "report.html"
 WIDE = 150  # columns of a terminal that has room for all of the table
@@ -193,7 +193,9 @@ def stamp(path: str | os.PathLike[str]) -> dict[str, Any]:
     return {"bytes": sum(file.stat().st_size for file in files), "modified_ns": newest}
 
 
-def write_report(report: EditReport, folder: Path, weights: Mapping[str, Tensor] | None) -> None:
+def write_report(
+    report: EditReport, folder: Path, weights: Mapping[str, Tensor] | None, header: Mapping[str, str]
+) -> None:
     """Write ``edit.json`` and its page; if there are weights, ``edited.safetensors`` and their model card.
 
     Args:
@@ -201,6 +203,7 @@ def write_report(report: EditReport, folder: Path, weights: Mapping[str, Tensor]
         folder: Made if need be. Weights of an earlier run in it are replaced, or removed if there are none now, so that
             weights and report always belong together.
         weights: The edited state dict, or None if the gate did not open.
+        header: Text for the weights' header.
     """
     content = report.to_json()
     page = edit_page(content)
@@ -209,7 +212,7 @@ def write_report(report: EditReport, folder: Path, weights: Mapping[str, Tensor]
     if weights is None:
         (folder / EDITED).unlink(missing_ok=True)
     else:
-        save_weights(weights, folder / EDITED, {"tva.recipe": report.recipe, "tva.command": report.command})
+        save_weights(weights, folder / EDITED, {**header, "tva.command": report.command})
     with atomic_path(folder / EDIT_JSON) as temporary:
         temporary.write_text(json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
     with atomic_path(folder / PAGE) as temporary:

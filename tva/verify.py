@@ -1,0 +1,251 @@
+"""Check an edited checkpoint against its record: compute it again, piece by piece, and compare it bit by bit."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from json import dumps
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tva.compose import Composer, parse_bytes
+from tva.recipe import Recipe
+from tva.record import Record, check_inputs, open_edited
+from tva.state_dict import some
+from tva.task_vector import BATCH_NORM_STATISTICS
+from tva.version import __version__
+from tva.weights import HashedWeights, num_bytes
+
+ESTIMATED = (*BATCH_NORM_STATISTICS, "num_batches_tracked")
+
+
+@dataclass
+class VerifyReport:
+    """What `verify` found.
+
+    Attributes:
+        output: The edited checkpoint.
+        formula: What it was compared with.
+        num_tensors: Tensors that were computed again.
+        num_bytes: Their size.
+        different: Name to largest difference of each tensor that is not what was computed; NaN where there is no such
+            number: it is missing, is one too many, has another dtype or shape, or holds NaN.
+        changed: What is not as recorded, ``stored weights``, ``base``, a vector or a file, to its recorded and its
+            present fingerprint.
+        unrecorded: Inputs of which no fingerprint was recorded.
+        not_recomputed: Running statistics that the edit took from data.
+        written_by: Versions that wrote it.
+        seconds: Wall time.
+    """
+
+    output: Path
+    formula: str
+    num_tensors: int
+    num_bytes: int
+    different: dict[str, float]
+    changed: dict[str, tuple[str, str]]
+    unrecorded: list[str] = field(default_factory=list)
+    not_recomputed: list[str] = field(default_factory=list)
+    written_by: str = ""
+    seconds: float = 0.0
+
+    @property
+    def holds(self) -> bool:
+        """Whether all is as recorded, and equal to what was computed."""
+        return not self.different and not self.changed
+
+    def to_json(self) -> dict[str, Any]:
+        """Give plain values."""
+        changed = {name: {"recorded": old, "found": new} for name, (old, new) in self.changed.items()}
+        return {"holds": self.holds, **vars(self), "output": str(self.output), "changed": changed}
+
+    def __str__(self) -> str:
+        compared = f"{self.num_tensors} tensors, {self.num_bytes / 1e6:.1f} MB, in {self.seconds:.1f} s"
+        lines = []
+        if self.holds:
+            lines.append(
+                f"verified: {self.output} is {self.formula}, computed again and equal bit for bit ({compared})"
+            )
+            if not self.unrecorded:
+                lines.append("the base, every other input and the stored weights have the recorded fingerprints")
+        else:
+            lines.append(f"NOT verified: {self.output} against {self.formula} ({compared})")
+            lines.append(self._differences())
+        for name, (recorded, found) in self.changed.items():
+            when = ": changed after the edit" if name == STORED else ": another one, or changed since"
+            lines.append(f"{name}: {found}, and {recorded} was recorded{when}")
+        if self.different and not self.changed:
+            lines.append(
+                f"the stored weights are those recorded{'' if self.unrecorded else ', and so is every input'}: what "
+                f"computes is another. It was written by {self.written_by}; this is {_versions()}"
+            )
+        if self.unrecorded:
+            lines.append(f"no fingerprint was recorded of {', '.join(self.unrecorded)}")
+        if self.not_recomputed:
+            lines.append(f"not computed again: {len(self.not_recomputed)} running statistics, which the edit changed")
+        return "\n".join(lines)
+
+    def _differences(self) -> str:
+        if not self.different:
+            return "no tensor differs from what the inputs give"
+        largest = max(
+            self.different, key=lambda name: (self.different[name] == self.different[name], self.different[name])
+        )
+        return (
+            f"{len(self.different)} of {self.num_tensors} tensors differ: {some(sorted(self.different))}; "
+            f"largest difference {self.different[largest]:.3g}, in {largest!r}"
+        )
+
+
+STORED = "stored weights"
+
+
+def verify(
+    output: str,
+    *,
+    base: str | None = None,
+    vectors: dict[str, str] | None = None,
+    max_memory: str = "1GiB",
+) -> VerifyReport:
+    """Compute an edited checkpoint again from its recorded recipe and inputs, and compare it bit by bit.
+
+    Args:
+        output: What ``tva compose`` or ``tva edit`` wrote; nothing is changed.
+        base: Where the base is now, if it has moved.
+        vectors: Names to paths of vectors that have moved.
+        max_memory: Anonymous memory that this process may take at most, such as ``512MiB``.
+
+    Returns:
+        Whether it holds; if not, how many tensors differ, and whether the stored weights or the inputs have changed.
+
+    Raises:
+        ValueError: It holds no record, or one that cannot be computed again.
+        FileNotFoundError: An input is not there.
+        MismatchError: An input has other keys or shapes than the base.
+    """
+    started = time.monotonic()
+    edited = open_edited(output)
+    record = Record.read(edited)
+    if record.recipe.startswith("learned("):
+        raise ValueError(
+            f"{output} has coefficients that were learned from data, tensor by tensor, and its record does not hold "
+            f"them: it cannot be computed again."
+        )
+    others = {**({"--base": base} if base else {}), **_flags(vectors or {})}
+    check_inputs(output, {"--base": record.base, **_flags(record.vectors)}, others)
+    paths = {**record.vectors, **(vectors or {})}
+    try:
+        recipe = Recipe(record.recipe, paths, record.coefs)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(
+            f"{error} The recipe of {output} reads it; relative paths are from the folder that the edit was made in."
+        ) from error
+    composer = Composer.open(
+        base or record.base,
+        paths,
+        recipe,
+        record.scaling_coef,
+        record.dtype or None,
+        allow_other_base=True,  # whether it is the same base, its fingerprint tells
+        key_map=record.options["key_map"],
+        which="raw" if "raw" in record.options["which"].values() else "checkpoint",
+    )
+    skipped = [] if record.options.get("statistics", "keep") == "keep" else list(filter(_is_estimated, composer.names))
+    comparison = _Comparison(edited, skipped)
+    composer.beside = 8
+    composer.fit_into(parse_bytes(max_memory))
+    composer.run(comparison)
+    comparison.compare_names(composer)
+    recorded, found = _fingerprints(record, composer, edited)
+    return VerifyReport(
+        Path(output),
+        formula=f"base + {record.scaling_coef:g} · ({record.recipe.strip()})",
+        num_tensors=len(composer.names) - len(skipped),
+        num_bytes=sum(num_bytes(spec) for name, spec in composer.layout().items() if name not in skipped),
+        different=comparison.different,
+        changed={name: (recorded[name], found[name]) for name in recorded if recorded[name] != found[name]},
+        unrecorded=sorted(found.keys() - recorded.keys()),
+        not_recomputed=skipped,
+        written_by=_versions(record.version, record.torch),
+        seconds=time.monotonic() - started,
+    )
+
+
+def show_verified(result: VerifyReport, json: bool = False) -> bool:
+    """Print what was found, and give whether it holds.
+
+    Args:
+        result: What `verify` gave.
+        json: Print JSON.
+    """
+    print(dumps(result.to_json(), indent=1) if json else result)
+    return result.holds
+
+
+class _Comparison:
+    """Takes what is computed and compares it with what is stored."""
+
+    def __init__(self, edited: HashedWeights, skipped: list[str]) -> None:
+        self.edited, self.skipped = edited, set(skipped)
+        self.done: Mapping[str, Any] = {}
+        self.different: dict[str, float] = {}
+        self._lock = threading.Lock()
+
+    def write(self, name: str, start: int, piece: Tensor) -> None:
+        """Compare some elements."""
+        spec = self.edited.spec(name) if name in self.edited else None
+        if spec is None or spec.dtype != piece.dtype or start + len(piece) > spec.shape.numel():
+            self.different[name] = float("nan")
+            return
+        stored = self.edited.slice(name, start, start + len(piece))
+        if name in self.skipped or torch.equal(stored.view(torch.uint8), piece.contiguous().view(torch.uint8)):
+            return
+        with self._lock:  # one at a time, for the memory it takes
+            wide = torch.complex128 if piece.is_complex() else torch.float64
+            largest = float(stored.to(wide).sub_(piece).abs().max())
+            self.different[name] = max(largest, self.different.get(name, 0.0))
+
+    def finish(self, name: str, record: Mapping[str, Any]) -> None:
+        """Nothing is left to do."""
+
+    def compare_names(self, composer: Composer) -> None:
+        """Compare, when all is computed, names and shapes, and the other names of tied tensors."""
+        layout = composer.layout()
+        for name in self.edited.keys() | layout.keys():
+            kept = composer.tied.get(name)
+            if name not in self.edited or (kept is None and name not in layout):
+                same = False
+            elif kept is None:
+                same = self.edited.spec(name) == layout[name]
+            else:
+                same = self.edited.digest(name) == self.edited.digest(kept)
+            if not same:
+                self.different[name] = float("nan")
+
+
+def _flags(vectors: Mapping[str, str]) -> dict[str, str]:
+    return {f"--vectors.{name}": path for name, path in vectors.items()}
+
+
+def _is_estimated(name: str) -> bool:
+    return name.rpartition(".")[2] in ESTIMATED
+
+
+def _versions(version: str = __version__, of_torch: str = torch.__version__) -> str:
+    return f"tva {version} with torch {of_torch}"
+
+
+def _fingerprints(record: Record, composer: Composer, edited: HashedWeights) -> tuple[dict[str, str], dict[str, str]]:
+    """Give the recorded and the present fingerprints of the stored weights and of every input."""
+    recorded = {STORED: record.edited_fingerprint, "base": record.base_fingerprint}
+    recorded |= {f"vector {name}": digest for name, digest in record.vector_fingerprints.items()}
+    recorded |= {f"file {path}": digest for path, digest in record.file_fingerprints.items()}
+    found = {STORED: edited.fingerprint().digest, "base": composer.fingerprint("base").digest}
+    found |= {f"vector {name}": digest for name, digest in composer.vector_fingerprints().items()}
+    found |= {f"file {path}": file.fingerprint().digest for path, file in composer.recipe.files.items()}
+    return recorded, found
