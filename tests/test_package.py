@@ -25,8 +25,9 @@ LAYERS = [
     {"tva.look", "tva.registry"},
     {"tva.match"},
     {"tva.plan", "tva.pieces"},
+    {"tva.undo"},
     {"tva.compose"},
-    {"tva.compress", "tva.verify"},
+    {"tva.compress", "tva.verify", "tva.revert"},
     {"tva.callbacks", "tva.data"},
     {"tva.models"},
     {"tva.statistics", "tva.batches", "tva.page"},
@@ -61,6 +62,8 @@ TORCH_ONLY = {
     "tva.compress",
     "tva.encoding",
     "tva.verify",
+    "tva.revert",
+    "tva.undo",
     "tva.geometry",
     "tva.emission",
     "tva.vectors",
@@ -82,6 +85,8 @@ DOORS = {
     "rich": {"tva.console", "tva.report", "tva.tables", "tva.revisit", "tva.demo", "tva.fit_many", "tva.data"},
     "jinja2": {"tva.page"},
     "vl_convert": {"tva.page"},
+    "backports": {"tva.undo"},
+    "compression": {"tva.undo"},
 }
 
 
@@ -131,6 +136,7 @@ def test_each_heavy_dependency_has_one_door():
                 assert own[1] in DOORS[top], f"{name} must not import {top}"
             if own is not None and own[1] in TORCH_ONLY:
                 light = {"torch", "numpy", "safetensors", "xxhash", "huggingface_hub", "tva", "__future__"}
+                light |= {"backports", "compression"}
                 assert top in light | sys.stdlib_module_names, f"{name} must not import {top}"
 
 

@@ -20,6 +20,7 @@ COMMANDS = {
     "compose": "apply a recipe to a checkpoint on disk, within a stated memory: no Trainer, no data, any architecture",
     "compress": "write a task vector in fewer bytes: by an encoding's name, to an error or to a size",
     "verify": "compute an edited checkpoint again from its record and inputs, and compare it bit by bit",
+    "revert": "restore the base of an edited checkpoint, bit for bit, from it and its undo file",
     "edit": "combine task vectors, choose the coefficient, edit the model and prove it on control tasks",
     "extract": "take a task vector from a base and its fine-tuned checkpoint or LoRA adapter",
     "inspect": "tell what a task vector file, or any checkpoint, holds: its header, norms by group of tensors",
@@ -33,7 +34,8 @@ COMMANDS = {
 # Commands on files alone: the function, what shows its result, and which arguments need no name ("…": all the rest).
 FILE_COMMANDS = {
     "compress": ("tva.compress.compress", "tva.tables.show_compressed", "vector"),
-    "verify": ("tva.verify.verify", "tva.verify.show_verified", "output"),
+    "verify": ("tva.verify.verify", "tva.verify.show_verified", "edited"),
+    "revert": ("tva.revert.revert", "tva.revert.show_reverted", "edited"),
     "extract": ("tva.extract.extract", "tva.tables.show_extracted", ""),
     "inspect": ("tva.look.inspect", "tva.tables.show_inspection", "path"),
     "compare": ("tva.look.compare", "tva.tables.show_compared", "vectors…"),
@@ -42,7 +44,7 @@ FILE_COMMANDS = {
     "report": ("tva.revisit.revisit", "tva.revisit.show_revisited", "runs…"),
     "push": ("tva.push.push", "tva.push.show_pushed", "run repository"),
 }
-FLAGS = ("--plan", "--resume", "--allow_other_base", "--json", "--redo")  # they may also stand alone
+FLAGS = ("--plan", "--resume", "--allow_other_base", "--json", "--redo", "--keep_undo")  # they may also stand alone
 LIGHT = {"compose": "_compose", "fit-many": "_fit_many", "data": "_data"}  # what needs no Lightning
 HELP = """usage: tva COMMAND [options]
 
@@ -52,7 +54,7 @@ commands:
 {commands}
 
 tva COMMAND --help lists a command's options; every option can also stand in a YAML file given with --config.
-compose, edit, verify, report and push print their result as JSON with --json.
+compose, edit, verify, revert, report and push print their result as JSON with --json.
 exit status: 0 done; 1 an edit whose constraints or record do not hold, or one of many fits failed; 2 something in what
 was given is wrong.
 """

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import gc
+import json
 import math
 import re
 import time
@@ -16,7 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -29,8 +30,9 @@ from tva.plan import Plan, make_plan
 from tva.recipe import Look, Piece, Recipe
 from tva.record import UNKNOWN, Record
 from tva.sources import Source, untie
-from tva.state_dict import NoEffectError, add_scaled
+from tva.state_dict import NoEffectError, add_scaled, some
 from tva.steps import Program
+from tva.undo import BYTES_HELD, UndoFile, undo_path
 from tva.weights import Fingerprint, LazyWeights, Output, Spec, TensorHash, find, open_weights, side_files
 
 PIECE = 2**18  # elements; shorter ones leave the cores waiting for Python, longer ones for memory
@@ -82,6 +84,8 @@ class ComposeReport:
         resumed: Tensors that an interrupted run had finished.
         effects: Effect by group of tensors.
         notes: What was decided in reading the inputs: prefixes stripped, parts left out.
+        undo: The undo file, if one was asked for.
+        undo_bytes: Its size.
     """
 
     output: Path
@@ -92,6 +96,8 @@ class ComposeReport:
     resumed: int = 0
     effects: dict[str, GroupEffect] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    undo: Path | None = None
+    undo_bytes: int = 0
 
 
 def compose(
@@ -109,6 +115,7 @@ def compose(
     which: str = "checkpoint",
     plan: bool = False,
     resume: bool = False,
+    keep_undo: bool | Literal["with_vectors"] = False,
 ) -> ComposeReport | Plan:
     """Write ``base + scaling_coef * recipe`` without loading any model whole.
 
@@ -133,6 +140,8 @@ def compose(
             ``averaged`` weights; ``checkpoint`` is what Lightning loads.
         plan: Write nothing; tell what would be done, by headers alone: coefficients, memory, bytes to move.
         resume: Go on where an interrupted run of the same command stopped; the bytes are the same.
+        keep_undo: Write an undo file beside the output, from which ``tva revert`` restores the base bit for bit. With
+            ``with_vectors`` it is far smaller, and useless without the same task vector files.
 
     Returns:
         What was written, and what the edit did; or the plan.
@@ -156,6 +165,9 @@ def compose(
         kept, need = composer.statistics, composer.need()
         return make_plan(weights, composer.layout(), sources, checked, scaling_coef, kept, need)
 
+    if keep_undo:
+        composer.beside = BYTES_HELD * max((weights.spec(name).dtype.itemsize for name in weights), default=0)
+        _check_undo(keep_undo, sources)
     composer.fit_into(memory)
     record = Record(
         recipe=checked.text,
@@ -184,6 +196,12 @@ def compose(
             **{f"{key}_fingerprint": fingerprint.digest for key, fingerprint in found.items()},
         )
         beside = side_files(find(base), composer.dtype) if find(base).is_dir() else {}
+        undo = undo_path(Path(output)) if keep_undo else None
+        undo_bytes = 0
+        if undo is not None:
+            config = {} if find(base).is_file() else side_files(find(base), None)
+            back = composer.back(out.weights(), with_vectors=keep_undo == "with_vectors")
+            undo_bytes = write_undo(out.beside(undo), weights, back, record, config.get("config.json", b"").decode())
         out.commit(record.metadata(), beside)
     infos = [opened.info for opened in (weights, *(source.weights for source in sources.values()))]
     notes = [str(info) for info in infos if info.notes or info.which != "as stored"]
@@ -196,7 +214,37 @@ def compose(
         resumed,
         composer.effects(),
         notes,
+        undo,
+        undo_bytes,
     )
+
+
+def _check_undo(keep_undo: bool | str, sources: Mapping[str, Source]) -> None:
+    checkpoints = [name for name, source in sources.items() if source.origin is None]
+    if keep_undo == "with_vectors" and checkpoints:
+        raise ValueError(
+            f"keep_undo='with_vectors' needs task vector files, and {some(checkpoints)} are fine-tuned checkpoints, "
+            f"whose deltas are not known without the base. Give task vector files, or keep_undo alone."
+        )
+
+
+def write_undo(path: Path, base: LazyWeights, back: Composer, record: Record, config: str = "") -> int:
+    """Write the undo file of an edit; base and edited weights are read once more for it.
+
+    Args:
+        path: Where to write.
+        base: The base.
+        back: What predicts the base; see `Composer.back`.
+        record: Of the edit.
+        config: The base's ``config.json``, if it has one.
+
+    Returns:
+        Its size in bytes.
+    """
+    facts = {"tva.undo_config": config, "tva.undo_with_vectors": json.dumps(bool(back.sources))}
+    with UndoFile(path, base, back.piece, record, facts) as undo:
+        back.run(undo)
+    return undo.num_bytes
 
 
 class Sink(Protocol):
@@ -220,7 +268,7 @@ class Composer:
         sources: Mapping[str, Source],
         recipe: Recipe,
         scaling_coef: float,
-        dtype: torch.dtype | None,
+        dtype: torch.dtype | Mapping[str, torch.dtype] | None,
         tied: Mapping[str, str],
     ) -> None:
         self.base, self.sources, self.recipe, self.tied = base, sources, recipe, tied
@@ -243,6 +291,8 @@ class Composer:
 
     def _output_dtype(self, name: str) -> torch.dtype:
         stored = self.base.spec(name).dtype
+        if isinstance(self.dtype, Mapping):
+            return self.dtype[name]
         return self.dtype if self.dtype is not None and stored.is_floating_point else stored
 
     @classmethod
@@ -272,6 +322,18 @@ class Composer:
         recipe.bind(weights.keys())
         wanted = None if dtype is None else DTYPES[dtype]
         return cls(weights, sources, recipe, scaling_coef, wanted, untie(weights, sources.values()))
+
+    def back(self, edited: LazyWeights, with_vectors: bool) -> Composer:
+        """Give the composer that predicts this one's base from what this one has computed.
+
+        Its output is the edited weights in the base's dtypes, with vectors minus ``scaling_coef * recipe``.
+        """
+        sources = {name: source.unchecked() for name, source in self.sources.items()} if with_vectors else {}
+        recipe = self.recipe if with_vectors else Recipe("nothing", ["nothing"])
+        dtypes = {name: self.base.spec(name).dtype for name in self.base}
+        back = Composer(edited, sources, recipe, -self.scaling_coef, dtypes, self.base.ties())
+        back.piece, back.workers = self.piece, self.workers
+        return back
 
     # --- memory
 

@@ -18,7 +18,7 @@ import lightning as L
 from torch import Tensor
 
 from tva.batches import BatchCache, Place
-from tva.compose import parse_bytes
+from tva.compose import Composer, parse_bytes, write_undo
 from tva.diagnose import Baseline, Diagnosis, Finished, recipe_numbers, run_baselines, run_diagnostics
 from tva.editor import Bench, Editor, State, Statistics
 from tva.evaluations import EvaluationLog
@@ -44,9 +44,10 @@ from tva.search.problem import constraint_slack
 from tva.sources import Source
 from tva.state_dict import check_same, some
 from tva.task_vector import TaskVector, is_vector_file
+from tva.undo import undo_path
 from tva.validate import Evaluation, Split
 from tva.version import __version__
-from tva.weights import Info, LazyWeights, canonical_state_dict, fingerprint, open_finetuned, open_weights
+from tva.weights import Info, LazyWeights, atomic_path, canonical_state_dict, fingerprint, open_finetuned, open_weights
 from tva.weights.lazy import InMemory
 
 
@@ -77,6 +78,7 @@ def run_edit(
     cache: str = "1GiB",
     cache_in: Place = "memory",
     allow_other_base: bool = False,
+    keep_undo: bool = False,
 ) -> EditReport:
     """Edit a model, validate the edit on control tasks, and write it if the constraints hold.
 
@@ -119,6 +121,7 @@ def run_edit(
         cache: Transformed batches kept between passes over the same data, such as ``2GiB``.
         cache_in: Where: ``"memory"``, the ``"device"``, or memory-mapped on ``"disk"``.
         allow_other_base: Apply vectors to a base they were not taken from.
+        keep_undo: Write ``edited.undo.safetensors`` too, from which ``tva revert`` restores the base bit for bit.
 
     Returns:
         The report, also printed by the command line. ``report.holds`` is the verdict.
@@ -305,11 +308,22 @@ def run_edit(
     if report.holds:
         report = replace(report, edited={"path": EDITED, "fingerprint": fingerprint(live).digest})
     if choice.feasible and trainer.is_global_zero:
-        header = {}
+        folder, record = Path(output), None
+        undo_path(folder / EDITED).unlink(missing_ok=True)
         if report.holds:
-            header = _record(state, base, vectors, checked, editor.base, live, allow_other_base).metadata()
-        write_report(report, Path(output), live if report.holds else None, header)
+            record = _record(state, base, vectors, checked, editor.base, live, allow_other_base)
+        if record and keep_undo:
+            before, after = _in_memory(editor.base), _in_memory(live)
+            back = Composer(before, {}, checked, 0.0, None, {}).back(after, with_vectors=False)
+            with atomic_path(undo_path(folder / EDITED)) as temporary:
+                write_undo(temporary, before, back, record)
+        write_report(report, folder, live if record else None, record.metadata() if record else {})
     return report
+
+
+def _in_memory(weights: Mapping[str, Tensor]) -> LazyWeights:
+    entries = {name: InMemory(tensor.detach().cpu()) for name, tensor in weights.items()}
+    return LazyWeights(Info(Path("model"), "model in memory"), entries)
 
 
 def _record(
@@ -322,8 +336,7 @@ def _record(
     allow_other_base: bool,
 ) -> Record:
     """Make the record that `tva.verify` reads; the vectors' files are read once more for their fingerprints."""
-    entries = {name: InMemory(tensor) for name, tensor in base_weights.items()}
-    opened = LazyWeights(Info(Path(base or "model"), "model in memory"), entries)
+    opened = _in_memory(base_weights)
     sources = {name: Source(name, vectors[name], opened, allow_other_base) for name in recipe.vectors}
     coefs = dict(state.coefs)
     return Record(

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from tva.groups import Coefficient
+from tva.recipe import Recipe
 from tva.version import __version__
 from tva.weights import HashedWeights, LazyWeights, find, open_weights
 
@@ -116,3 +117,18 @@ def check_inputs(output: str, paths: Mapping[str, str], others: Mapping[str, str
                 f"{output} was made from {path}, and nothing is there. If it has moved, give {flag} PATH; relative "
                 f"paths are from the folder that the edit was made in."
             ) from error
+
+
+def open_recipe(output: str, record: Record, vectors: Mapping[str, str]) -> Recipe:
+    """Read the recipe of an edit, and open the files of statistics that it names.
+
+    Raises:
+        FileNotFoundError: One is not there.
+        RecipeError: This version of tva cannot read it.
+    """
+    try:
+        return Recipe(record.recipe, vectors, record.coefs)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(
+            f"{error} The recipe of {output} reads it; relative paths are from the folder that the edit was made in."
+        ) from error

@@ -414,6 +414,13 @@ def print_composed(report: ComposeReport) -> None:
         f"from the base {report.base.digest}",
         highlight=False,
     )
+    if report.undo is not None:
+        share = report.undo_bytes / max(1, report.num_bytes)
+        console.print(
+            f"wrote {report.undo}: {report.undo_bytes:,} bytes, {share:.1%} of the output's; from the two, tva revert "
+            f"{report.output} --output BASE restores the base",
+            highlight=False,
+        )
 
 
 def _verdict(report: EditReport, name: str) -> str:
@@ -477,7 +484,8 @@ def to_json(done: ComposeReport | Plan) -> dict[str, Any]:
         group: {**vars(effect), "relative_change": effect.relative_change} for group, effect in done.effects.items()
     }
     digests = {"base": done.base.digest, "edited": done.edited.digest}
-    return {**vars(done), "output": str(done.output), **digests, "effects": effects}
+    undo = None if done.undo is None else str(done.undo)
+    return {**vars(done), "output": str(done.output), **digests, "effects": effects, "undo": undo}
 
 
 def curve(report: Mapping[str, Any], task: str, split: str = "val") -> Iterator[tuple[float, float]]:

@@ -14,8 +14,7 @@ import torch
 from torch import Tensor
 
 from tva.compose import Composer, parse_bytes
-from tva.recipe import Recipe
-from tva.record import Record, check_inputs, open_edited
+from tva.record import Record, check_inputs, open_edited, open_recipe
 from tva.state_dict import some
 from tva.task_vector import BATCH_NORM_STATISTICS
 from tva.version import __version__
@@ -106,7 +105,7 @@ STORED = "stored weights"
 
 
 def verify(
-    output: str,
+    edited: str,
     *,
     base: str | None = None,
     vectors: dict[str, str] | None = None,
@@ -115,7 +114,7 @@ def verify(
     """Compute an edited checkpoint again from its recorded recipe and inputs, and compare it bit by bit.
 
     Args:
-        output: What ``tva compose`` or ``tva edit`` wrote; nothing is changed.
+        edited: What ``tva compose`` or ``tva edit`` wrote; nothing is changed.
         base: Where the base is now, if it has moved.
         vectors: Names to paths of vectors that have moved.
         max_memory: Anonymous memory that this process may take at most, such as ``512MiB``.
@@ -129,22 +128,17 @@ def verify(
         MismatchError: An input has other keys or shapes than the base.
     """
     started = time.monotonic()
-    edited = open_edited(output)
-    record = Record.read(edited)
+    weights = open_edited(edited)
+    record = Record.read(weights)
     if record.recipe.startswith("learned("):
         raise ValueError(
-            f"{output} has coefficients that were learned from data, tensor by tensor, and its record does not hold "
+            f"{edited} has coefficients that were learned from data, tensor by tensor, and its record does not hold "
             f"them: it cannot be computed again."
         )
     others = {**({"--base": base} if base else {}), **_flags(vectors or {})}
-    check_inputs(output, {"--base": record.base, **_flags(record.vectors)}, others)
+    check_inputs(edited, {"--base": record.base, **_flags(record.vectors)}, others)
     paths = {**record.vectors, **(vectors or {})}
-    try:
-        recipe = Recipe(record.recipe, paths, record.coefs)
-    except FileNotFoundError as error:
-        raise FileNotFoundError(
-            f"{error} The recipe of {output} reads it; relative paths are from the folder that the edit was made in."
-        ) from error
+    recipe = open_recipe(edited, record, paths)
     composer = Composer.open(
         base or record.base,
         paths,
@@ -156,14 +150,14 @@ def verify(
         which="raw" if "raw" in record.options["which"].values() else "checkpoint",
     )
     skipped = [] if record.options.get("statistics", "keep") == "keep" else list(filter(_is_estimated, composer.names))
-    comparison = _Comparison(edited, skipped)
+    comparison = _Comparison(weights, skipped)
     composer.beside = 8
     composer.fit_into(parse_bytes(max_memory))
     composer.run(comparison)
     comparison.compare_names(composer)
-    recorded, found = _fingerprints(record, composer, edited)
+    recorded, found = _fingerprints(record, composer, weights)
     return VerifyReport(
-        Path(output),
+        Path(edited),
         formula=f"base + {record.scaling_coef:g} · ({record.recipe.strip()})",
         num_tensors=len(composer.names) - len(skipped),
         num_bytes=sum(num_bytes(spec) for name, spec in composer.layout().items() if name not in skipped),

@@ -20,9 +20,9 @@ import torch
 from torch import Tensor
 
 from tva.state_dict import some
-from tva.weights.files import SAFETENSORS_DTYPES
+from tva.weights.files import SAFETENSORS_DTYPES, open_safetensors
 from tva.weights.fingerprint import TensorHash
-from tva.weights.lazy import Entry, Spec
+from tva.weights.lazy import Entry, Info, LazyWeights, Spec
 from tva.weights.writing import make_room
 
 try:
@@ -122,6 +122,7 @@ class Output:
         self._shards = self._cut(tensors, max_shard_bytes)
         self._shard_of = {name: shard for shard in self._shards for name in shard.tensors}
         self._headers = [shard.header(self.metadata) for shard in self._shards]
+        self._beside: dict[Path, Path] = {}
         self._finished: list[tuple[str, Any]] = []  # not yet synced
         self._unsynced = 0
         self._wake = threading.Condition()
@@ -141,6 +142,27 @@ class Output:
         names = [f"model-{i:05}-of-{len(parts):05}.safetensors" for i in range(1, len(parts) + 1)]
         names = names if len(parts) > 1 else ["model.safetensors"]
         return [Shard(self._partial / name, part) for name, part in zip(names, parts, strict=True)]
+
+    def spec(self, name: str) -> Spec:
+        """Give the dtype and shape of a tensor."""
+        return self._shard_of[name].tensors[name]
+
+    def beside(self, path: Path) -> Path:
+        """Give where to write a file that gets its name together with the weights, just before them.
+
+        In a folder it is one step; beside a single file it is two, so that the file may be there alone for a moment.
+        """
+        if not self._single:
+            return self._partial / path.name
+        hidden = path.with_name(f".{path.name}.partial")
+        self._beside[hidden] = path
+        return hidden
+
+    def weights(self) -> LazyWeights:
+        """Open what was written so far."""
+        opened = [open_safetensors(shard.path) for shard in self._shards]
+        entries = {name: weights.entry(name) for weights in opened for name in weights}
+        return LazyWeights(Info(self.path, "not yet whole"), entries)
 
     # --- the context: partial files, and a thread that syncs them
 
@@ -165,6 +187,8 @@ class Output:
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: object) -> None:
         self._stop_syncing()
+        for hidden in self._beside:
+            hidden.unlink(missing_ok=True)
         if error is None or isinstance(error, ValueError):  # whole by now, or wrong: nothing to go on with
             self._journal_path.unlink(missing_ok=True)
             self._remove_partial()
@@ -317,6 +341,8 @@ class Output:
         if not self._single:
             for name, data in {**side_files, **self._index()}.items():
                 (self._partial / name).write_bytes(data)
+        for hidden, path in self._beside.items():
+            os.replace(hidden, path)
         os.replace(self._partial, self.path)
         if hasattr(os, "O_DIRECTORY"):
             folder = os.open(self.path.parent, os.O_DIRECTORY)
