@@ -374,9 +374,9 @@ def test_too_little_memory_is_refused(folder):
 @pytest.mark.slow
 def test_the_memory_measured_stays_within_the_memory_stated(tmp_path):
     generator = torch.Generator().manual_seed(0)
-    base = {f"h.{i}.w": torch.randn(3000, 5000, generator=generator) for i in range(3)}
+    base = {f"h.{i}.w": torch.randn(2000, 5000, generator=generator) for i in range(2)}
     save_weights(base, tmp_path / "base.safetensors")
-    moved = {key: tensor + 0.01 * torch.randn(3000, 5000, generator=generator) for key, tensor in base.items()}
+    moved = {key: tensor + 0.01 * torch.randn(2000, 5000, generator=generator) for key, tensor in base.items()}
     TaskVector.between(base, moved).save(tmp_path / "a.tv.safetensors")
     code = """
 import os, sys, threading, time
@@ -390,7 +390,7 @@ def watch():
     while not done:
         peak = max(peak, _anonymous_memory())
         time.sleep(0.005)
-thread = threading.Thread(target=watch)
+thread = threading.Thread(target=watch, daemon=True)
 thread.start()
 memory = f"{before // 2**20 + 40}MiB"
 keep = True if sys.argv[2] == "alone" else sys.argv[2]
