@@ -392,19 +392,24 @@ def watch():
         time.sleep(0.005)
 thread = threading.Thread(target=watch, daemon=True)
 thread.start()
-memory = f"{before // 2**20 + 40}MiB"
-keep = True if sys.argv[2] == "alone" else sys.argv[2]
-options = {"max_memory": memory, "keep_undo": keep}
-compose("base.safetensors", {"a": "a.tv.safetensors"}, "-0.5 * a", f"{keep}.safetensors", **options)
-assert verify(f"{keep}.safetensors", max_memory=memory).holds
-revert(f"{keep}.safetensors", output=f"{keep}-again.safetensors", max_memory=memory)
+budget = before // 2**20 + int(sys.argv[3])
+keep, memory = sys.argv[2], {"max_memory": f"{budget}MiB"}
+if sys.argv[4] == "compose":
+    compose("base.safetensors", {"a": "a.tv.safetensors"}, "-0.5 * a", f"{keep}.safetensors",
+            keep_undo=True if keep == "alone" else keep, **memory)
+elif sys.argv[4] == "verify":
+    assert verify(f"{keep}.safetensors", **memory).holds
+else:
+    revert(f"{keep}.safetensors", output=f"{keep}-again.safetensors", **memory)
 done = True
 thread.join()
-assert peak <= (before // 2**20 + 40) * 2**20, (peak / 2**20, memory)
+assert peak <= budget * 2**20, (peak / 2**20, before / 2**20, budget)
 """
     for keep in ("alone", "with_vectors"):
-        done = subprocess.run([sys.executable, "-c", code, str(tmp_path), keep], capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr[-2000:]
+        for command in ("compose", "verify", "revert"):
+            words = [sys.executable, "-c", code, str(tmp_path), keep, "70", command]
+            done = subprocess.run(words, capture_output=True, text=True)
+            assert done.returncode == 0, (command, done.stderr[-2000:])
 
 
 # --- what `tva edit` writes
