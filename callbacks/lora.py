@@ -65,18 +65,22 @@ class LoraView:
         return plain
 
     def _plain(self, name: str) -> str | None:
-        parts = name.split(".")
-        for end in range(1, len(parts)):
-            owner, rest = ".".join(parts[:end]), parts[end:]
+        parts, plain = iter(name.split(".")), []
+        owner = ""  # layers lie within layers where a module's own parameter has LoRA and a module within it too
+        for part in parts:
             if owner in self.layers:
-                if rest[0] != "base_layer":
+                if part != "base_layer":
                     return None
-                return self._without_root(".".join([owner, *rest[1:]]))
-            if owner in self._copies:
-                if rest[0] != "modules_to_save" or rest[1] not in self._copies[owner].active_adapters:
+                owner = f"{owner}.{part}"
+            elif owner in self._copies:
+                adapter = next(parts, None)
+                if part != "modules_to_save" or adapter not in self._copies[owner].active_adapters:
                     return None
-                return self._without_root(".".join([owner, *rest[2:]]))
-        return self._without_root(name)
+                owner = f"{owner}.{part}.{adapter}"
+            else:
+                plain.append(part)
+                owner = f"{owner}.{part}" if owner else part
+        return self._without_root(".".join(plain))
 
     def _without_root(self, name: str) -> str:
         for root in self.roots:
@@ -88,7 +92,7 @@ class LoraView:
     def deltas(self) -> dict[str, Callable[[], Tensor]]:
         """Map plain names of weights to functions that give the flattened float32 delta of the active adapters."""
         return {
-            self._without_root(f"{name}.weight"): (lambda layer=layer: _delta(layer))
+            f"{self._plain(name)}.{_parameter(layer)}": (lambda layer=layer: _delta(layer))
             for name, layer in self.layers.items()
             if layer.active_adapters
         }
@@ -101,6 +105,12 @@ class LoraView:
         """
         from peft import get_peft_model_state_dict
 
+        odd = sorted({_parameter(layer) for layer in self.layers.values()} - {"weight"})
+        if odd:
+            raise ValueError(
+                f"lora='adapter' keeps adapters of modules' weights alone, as readers of adapters expect, and here "
+                f"{some(odd)} has one too (attention of nn.MultiheadAttention). Use lora='merge'."
+            )
         active = {name: list(root.active_adapters) for name, root in self.roots.items()}
         if len(active) != 1 or any(len(adapters) != 1 for adapters in active.values()):
             raise ValueError(
@@ -121,10 +131,15 @@ def _unsupported(layer: nn.Module) -> str | None:
         return "a LoRA variant such as DoRA"
     if any(getattr(layer, "lora_bias", {}).values()):
         return "lora_bias"
-    weight = getattr(layer.base_layer, "weight", None)
+    weight = getattr(layer.get_base_layer(), _parameter(layer), None)
     if weight is None or not weight.is_floating_point():
         return "a quantized or missing base weight"
     return None
+
+
+def _parameter(layer: nn.Module) -> str:
+    """Name the parameter that a layer adds to: its module's weight, unless peft was given another to target."""
+    return getattr(layer, "parameter_name", "weight")
 
 
 @torch.no_grad()

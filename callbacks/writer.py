@@ -25,6 +25,7 @@ from tva.callbacks.sharding import Shards, is_shard
 from tva.compress import suited, write_encoded
 from tva.emission import Emitted, Plan, Source, emit
 from tva.encoding import Encoding
+from tva.kinds import kind_of
 from tva.state_dict import MismatchError, some
 from tva.task_vector import SUFFIX, Origin, vector_header
 from tva.weights import LazyWeights, canonical_state_dict, open_weights
@@ -219,6 +220,7 @@ class VectorWriter:
             averaged=job.averaged,
             weights=self.weights,
             run=self.run,
+            kind=kind_of(pl_module),
             since_step=job.since_step,
             metrics={name: float(value) for name, value in trainer.callback_metrics.items() if value.numel() == 1},
             hyperparameters=_json_only(job.checkpoint.get("hyper_parameters", pl_module.hparams)),

@@ -15,7 +15,7 @@ ROOT = Path(__file__).parent.parent
 LAYERS = [
     {"tva.state_dict", "tva.console", "tva.version", "tva.steps"},
     {"tva.kernels"},
-    {"tva.weights", "tva.groups"},
+    {"tva.weights", "tva.groups", "tva.kinds"},
     {"tva.merge"},
     {"tva.encoding"},
     {"tva.task_vector"},
@@ -50,6 +50,7 @@ TORCH_ONLY = {
     "tva.steps",
     "tva.groups",
     "tva.information",
+    "tva.kinds",
     "tva.weights",
     "tva.task_vector",
     "tva.merge",
@@ -78,6 +79,7 @@ DOORS = {
     "jsonargparse": {"tva.cli"},
     "open_clip": {"tva.models", "tva.data"},  # tva.data: its ImageNet class names alone
     "timm": {"tva.models"},
+    "peft": {"tva.models", "tva.callbacks"},
     "datasets": {"tva.data"},
     "matplotlib": {"tva.report", "tva.tables", "tva.demo", "tva.data", "tva.callbacks"},
     "optuna": {"tva.search"},

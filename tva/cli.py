@@ -44,7 +44,8 @@ FILE_COMMANDS = {
     "report": ("tva.revisit.revisit", "tva.revisit.show_revisited", "runs…"),
     "push": ("tva.push.push", "tva.push.show_pushed", "run repository"),
 }
-FLAGS = ("--plan", "--resume", "--allow_other_base", "--json", "--redo", "--keep_undo")  # they may also stand alone
+# Options that may also stand alone.
+FLAGS = ("--plan", "--resume", "--allow_other_base", "--allow_other_kind", "--json", "--redo", "--keep_undo")
 LIGHT = {"compose": "_compose", "fit-many": "_fit_many", "data": "_data"}  # what needs no Lightning
 HELP = """usage: tva COMMAND [options]
 

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from tva.console import progress
 from tva.groups import Coefficient
+from tva.kinds import KEY, check_kinds
 from tva.merge import Place
 from tva.pieces import FUSED_DTYPES, Deltas, NewSpace, OpenedTensor, Space
 from tva.plan import Plan, make_plan
@@ -113,6 +114,7 @@ def compose(
     allow_other_base: bool = False,
     key_map: dict[str, str] | None = None,
     which: str = "checkpoint",
+    allow_other_kind: bool = False,
     plan: bool = False,
     resume: bool = False,
     keep_undo: bool | Literal["with_vectors"] = False,
@@ -138,6 +140,8 @@ def compose(
             more than one prefix.
         which: Of fine-tuned Lightning checkpoints that a weight-averaging callback has written, the ``raw`` or the
             ``averaged`` weights; ``checkpoint`` is what Lightning loads.
+        allow_other_kind: Mix vectors of linearized networks (``tangent``) with ordinary ones; the output is then
+            marked as an ordinary network's.
         plan: Write nothing; tell what would be done, by headers alone: coefficients, memory, bytes to move.
         resume: Go on where an interrupted run of the same command stopped; the bytes are the same.
         keep_undo: Write an undo file beside the output, from which ``tva revert`` restores the base bit for bit. With
@@ -160,6 +164,10 @@ def compose(
     options = {"allow_other_base": allow_other_base, "key_map": key_map or {}}
     composer = Composer.open(base, vectors, checked, scaling_coef, dtype, which=which, **options)
     weights, sources = composer.base, composer.sources
+    kinds = {name: source.kind for name, source in sources.items()}
+    if allow_other_kind and len(set(kinds.values())) > 1:
+        kinds = {}
+    kind = check_kinds(kinds, "pass allow_other_kind if the mixture is meant")
     memory, shard_bytes = parse_bytes(max_memory), parse_bytes(max_shard_size)
     if plan:
         kept, need = composer.statistics, composer.need()
@@ -180,7 +188,7 @@ def compose(
         vector_fingerprints=dict.fromkeys(sources, UNKNOWN),
         file_fingerprints=dict.fromkeys(checked.files, UNKNOWN),
     )
-    metadata = {"format": "pt", **record.metadata(), **composer.tied}
+    metadata = {"format": "pt", **record.metadata(), **({KEY: kind} if kind else {}), **composer.tied}
     job = {key: value for key, value in metadata.items() if key != "tva.version"}
     inputs = (base, *record.vectors.values(), *checked.files)
     job |= {"max_shard_size": shard_bytes, "inputs": [_stamp(path) for path in inputs]}

@@ -15,9 +15,10 @@ from torch import Tensor
 
 from tva.editor import Bench, State
 from tva.geometry import blocks, cosine_matrix, fit, norms_by_block, sign_conflicts, without
+from tva.kinds import KEY, check_kinds, kind_of
 from tva.search import SCALING, Candidate, Constraint, Grid, Objective, Problem, Rule
 from tva.state_dict import some
-from tva.task_vector import TaskVector
+from tva.task_vector import Origin, TaskVector
 from tva.validate import Evaluation, Split, quiet
 from tva.weights import canonical_state_dict, fingerprint, open_finetuned
 
@@ -117,7 +118,9 @@ def joint_training(finished: Finished) -> dict[str, Any]:
     """One model that was fine-tuned on all tasks together, from the checkpoint that was given."""
     base = finished.bench.editor.base
     assert finished.joint is not None
-    vector = TaskVector.between(base, open_finetuned(finished.joint, base))
+    opened = open_finetuned(finished.joint, base)
+    kinds = {"the joint model": opened.metadata.get(KEY), "the model": kind_of(finished.bench.editor.model)}
+    vector = TaskVector.between(base, opened, origin=Origin(kind=check_kinds(kinds, "leave the baseline out")))
     return {
         "rows": finished.rows([replace(finished.moved("joint fine-tuning", vector), statistics="delta")]),
         "reason": f"from {os.fspath(finished.joint)}",

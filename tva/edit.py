@@ -22,6 +22,8 @@ from tva.compose import Composer, parse_bytes, write_undo
 from tva.diagnose import Baseline, Diagnosis, Finished, recipe_numbers, run_baselines, run_diagnostics
 from tva.editor import Bench, Editor, State, Statistics
 from tva.evaluations import EvaluationLog
+from tva.kinds import KEY, check_kinds, kind_of
+from tva.models.tangent import check_at_base
 from tva.page.card import check_card
 from tva.recipe import Recipe
 from tva.record import EDITED, Record
@@ -43,7 +45,7 @@ from tva.search.learned import Workshop
 from tva.search.problem import constraint_slack
 from tva.sources import Source
 from tva.state_dict import check_same, some
-from tva.task_vector import TaskVector, is_vector_file
+from tva.task_vector import Origin, TaskVector, is_vector_file
 from tva.undo import undo_path
 from tva.validate import Evaluation, Split
 from tva.version import __version__
@@ -79,6 +81,7 @@ def run_edit(
     cache_in: Place = "memory",
     allow_other_base: bool = False,
     keep_undo: bool = False,
+    allow_other_kind: bool = False,
 ) -> EditReport:
     """Edit a model, validate the edit on control tasks, and write it if the constraints hold.
 
@@ -122,6 +125,8 @@ def run_edit(
         cache_in: Where: ``"memory"``, the ``"device"``, or memory-mapped on ``"disk"``.
         allow_other_base: Apply vectors to a base they were not taken from.
         keep_undo: Write ``edited.undo.safetensors`` too, from which ``tva revert`` restores the base bit for bit.
+        allow_other_kind: Apply vectors of a linearized model (``tangent: true``) to an ordinary one, or the other way
+            round.
 
     Returns:
         The report, also printed by the command line. ``report.holds`` is the verdict.
@@ -168,8 +173,17 @@ def run_edit(
         check_same(canonical_state_dict(model.state_dict()), weights, "the model", f"the base {base}")
         for name, tensor in canonical_state_dict(model.state_dict()).items():
             tensor.copy_(weights[name])
+    kind = kind_of(model)
+    check_at_base(model)
     editor = Editor(trainer, model, tasks, statistics, targets.values())
     loaded = {name: _load_vector(path, editor.base) for name, path in vectors.items()}
+    if allow_other_kind:
+        loaded = {name: vector.as_kind(kind) for name, vector in loaded.items()}
+    for name, vector in loaded.items():
+        check_kinds(
+            {f"the vector {name}": vector.origin.kind, f"the model {type(model).__name__}": kind},
+            "pass allow_other_kind if the other kind is meant",
+        )
 
     @functools.lru_cache(maxsize=4)
     def vector_with(values: tuple[tuple[str, float], ...]) -> TaskVector:
@@ -301,6 +315,7 @@ def run_edit(
         data=bench.data(),
         edited=None,
         created=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        kind=kind,
     )
     editor.set(vector, coef, state.statistics)
     live = canonical_state_dict(model.state_dict())
@@ -493,4 +508,7 @@ def _objective(
 
 
 def _load_vector(path: str, base: Mapping[str, Tensor]) -> TaskVector:
-    return TaskVector.load(path) if is_vector_file(path) else TaskVector.between(base, open_finetuned(path, base))
+    if is_vector_file(path):
+        return TaskVector.load(path)
+    finetuned = open_finetuned(path, base)
+    return TaskVector.between(base, finetuned, origin=Origin(kind=finetuned.metadata.get(KEY)))

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from tva.batches import BatchCache
 from tva.evaluations import EvaluationLog, digest_of
+from tva.kinds import kind_of
 from tva.task_vector import BATCH_NORM_STATISTICS, TaskVector
 from tva.validate import Evaluation, Split, evaluate
 from tva.version import __version__
@@ -215,6 +216,7 @@ class Bench:
         return {
             "base": fingerprint(self.editor.base).digest,
             "model": f"{type(model).__module__}.{type(model).__qualname__}",
+            "kind": kind_of(model),
             "vectors": {
                 name: fingerprint({**vector.deltas, **vector.buffers}).digest for name, vector in self.vectors.items()
             },

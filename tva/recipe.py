@@ -183,7 +183,7 @@ class Recipe:
                 values = {v: vector.buffers.get(name, zeros[name]) for v, vector in used.items()}
                 buffers[name] = self.merge(Place(name), values, {}, sources)
         untouched = {**dict.fromkeys(whole.buffers.keys() - buffers.keys(), "excluded"), **whole.untouched}
-        return TaskVector(deltas, buffers, untouched, Origin(base=whole.origin.base))
+        return TaskVector(deltas, buffers, untouched, Origin(base=whole.origin.base, kind=whole.origin.kind))
 
     @property
     def is_random(self) -> bool:

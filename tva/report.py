@@ -16,6 +16,7 @@ from torch import Tensor
 
 from tva.compose import ComposeReport
 from tva.console import make_console
+from tva.kinds import KEY
 from tva.page import edit_page
 from tva.page.card import CARD, check_card, model_card
 from tva.page.series import SCALING, axes, number
@@ -139,6 +140,7 @@ class EditReport:
     data: Mapping[str, Mapping[str, str | None]]
     edited: Mapping[str, Any] | None
     created: str
+    kind: str | None = None
 
     @property
     def split(self) -> str:
@@ -212,7 +214,8 @@ def write_report(
     if weights is None:
         (folder / EDITED).unlink(missing_ok=True)
     else:
-        save_weights(weights, folder / EDITED, {**header, "tva.command": report.command})
+        kind = {KEY: report.kind} if report.kind else {}
+        save_weights(weights, folder / EDITED, {**header, "tva.command": report.command, **kind})
     with atomic_path(folder / EDIT_JSON) as temporary:
         temporary.write_text(json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
     with atomic_path(folder / PAGE) as temporary:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping
 import torch
 from torch import Tensor
 
+from tva.kinds import KEY
 from tva.state_dict import MismatchError, some, subtract, sum_dtype
 from tva.task_vector import BATCH_NORM_STATISTICS, Origin, is_vector_file, read_origin
 from tva.weights import HashedWeights, LazyWeights, open_finetuned, open_weights
@@ -26,6 +27,7 @@ class Source:
 
     Attributes:
         origin: Where a task vector file comes from; None for a checkpoint.
+        kind: ``"tangent"`` for one of a linearized network.
         buffers: Names of running statistics.
 
     Raises:
@@ -47,8 +49,10 @@ class Source:
             self.weights = open_weights(path)
             self.origin, self.buffers, untouched = read_origin(self.weights)
             names = self.weights.keys() | untouched.keys()
+            self.kind = self.origin.kind
         else:
             self.weights = _open_checkpoint(path, base, key_map or {}, which)
+            self.kind = self.weights.metadata.get(KEY)
             names = self.weights.keys()
             self.buffers = {name for name in names if name.rpartition(".")[2] in BATCH_NORM_STATISTICS}
         _check_names(path, self.weights, names, base)

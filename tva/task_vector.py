@@ -18,6 +18,7 @@ import torch
 import xxhash
 from torch import Tensor
 
+from tva.kinds import check_kinds
 from tva.state_dict import (
     MismatchError,
     NoEffectError,
@@ -51,6 +52,7 @@ class Origin:
         averaged: Whether the weights were averaged (EMA, SWA) rather than raw.
         weights: Which weights the run was asked for: ``"checkpoint"``, ``"raw"`` or ``"averaged"``.
         run: Identifies the run, through interruptions and resumptions.
+        kind: ``"tangent"`` for a vector of a linearized network; None for an ordinary network's.
         since_step: Optimizer steps at the weights that take the base's place, in a vector against the previous one.
         metrics: Metrics monitored when the checkpoint was written.
         hyperparameters: Hyperparameters of the run, JSON values only.
@@ -64,6 +66,7 @@ class Origin:
     averaged: bool | None = None
     weights: str | None = None
     run: str | None = None
+    kind: str | None = None
     since_step: int | None = None
     metrics: Mapping[str, float] = field(default_factory=dict)
     hyperparameters: Mapping[str, Any] = field(default_factory=dict)
@@ -223,6 +226,9 @@ class TaskVector:
                 f"and the right from base {theirs.digest}: {mine.num_different(theirs.tensors)} of "
                 f"{len(mine.tensors)} tensors differ. Fine-tune both from the same base."
             )
+        kind = check_kinds(
+            {"the left": self.origin.kind, "the right": other.origin.kind}, "declare a kind: vector.as_kind('tangent')"
+        )
         deltas = _merge(self.deltas, other.deltas, sign)
         buffers = _merge(self.buffers, other.buffers, sign)
         moved = deltas.keys() | buffers.keys()
@@ -231,7 +237,7 @@ class TaskVector:
             deltas,
             buffers,
             {name: reason for name, reason in reasons.items() if name not in moved},
-            Origin(base=mine or theirs),
+            Origin(base=mine or theirs, kind=kind),
         )
 
     def __add__(self, other: object) -> TaskVector:
@@ -269,8 +275,19 @@ class TaskVector:
             {name: function(delta) for name, delta in self.deltas.items()},
             {name: function(delta) for name, delta in self.buffers.items()},
             self.untouched,
-            Origin(base=self.origin.base),
+            Origin(base=self.origin.base, kind=self.origin.kind),
         )
+
+    def as_kind(self, kind: str | None) -> TaskVector:
+        """Declare this vector to be of a kind, so that it may be combined with vectors of that kind.
+
+        Args:
+            kind: ``"tangent"``, or None for an ordinary network's.
+
+        Returns:
+            The same deltas under another name. What they do in the other network is not what they were trained to do.
+        """
+        return TaskVector(self.deltas, self.buffers, self.untouched, replace(self.origin, kind=kind))
 
     # --- geometry, over the one flattened vector of all deltas; buffers do not count
 
@@ -315,7 +332,8 @@ class TaskVector:
             scale = delta.double().norm() / noise.norm()
             deltas[name] = (noise * scale).to(delta.dtype)
         untouched = {**dict.fromkeys(self.buffers, "excluded"), **self.untouched}
-        return TaskVector(deltas, {}, untouched, Origin(base=self.origin.base, task=f"random, seed {seed}"))
+        origin = Origin(base=self.origin.base, task=f"random, seed {seed}", kind=self.origin.kind)
+        return TaskVector(deltas, {}, untouched, origin)
 
     # --- editing
 
@@ -518,6 +536,7 @@ def vector_header(
         "averaged": origin.averaged,
         "weights": origin.weights,
         "run": origin.run,
+        "kind": origin.kind,
         "since_step": origin.since_step,
         "metrics": dict(origin.metrics),
         "hyperparameters": dict(origin.hyperparameters),
@@ -578,6 +597,7 @@ def read_origin(weights: LazyWeights) -> tuple[Origin, set[str], dict[str, str]]
         averaged=fact("averaged"),
         weights=header.get("weights"),
         run=header.get("run"),
+        kind=header.get("kind"),
         since_step=fact("since_step"),
         metrics=fact("metrics", {}),
         hyperparameters=fact("hyperparameters", {}),

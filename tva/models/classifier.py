@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torchmetrics.classification import MulticlassAccuracy
 
+from tva.models.adapters import Lora, adapt
 from tva.weights import cache_folder, open_weights, save_weights
 
 
@@ -38,6 +39,9 @@ class FrozenHeadClassifier(L.LightningModule, ABC):
         learning_rate: Peak learning rate.
         weight_decay: AdamW's, on every trained parameter.
         warmup_steps: Optimizer steps of linear warm-up.
+        train_only: What of the encoder is trained, as the next two; see `tva.models.adapters.adapt`.
+        lora: See there.
+        tangent: See there.
 
     Source: the recipe is that of Ilharco et al., "Editing models with task arithmetic", ICLR 2023.
     """
@@ -51,9 +55,13 @@ class FrozenHeadClassifier(L.LightningModule, ABC):
         learning_rate: float = 1e-5,
         weight_decay: float = 0.1,
         warmup_steps: int = 200,
+        train_only: str | list[str] | None = None,
+        lora: Lora | None = None,
+        tangent: bool = False,
     ) -> None:
         super().__init__()
         self.weights = weights
+        self.adaptation: dict[str, Any] = {"train_only": train_only, "lora": lora, "tangent": tangent}
         self.learning_rate = learning_rate
         self.weight_decay = weight_decay
         self.warmup_steps = warmup_steps
@@ -63,9 +71,8 @@ class FrozenHeadClassifier(L.LightningModule, ABC):
         self.register_buffer("head", None, persistent=False)
 
     def _load_weights(self) -> None:
-        """Load ``weights`` once the encoder exists; the last line of a subclass's constructor."""
-        if self.weights is not None:
-            self.load_state_dict(dict(open_weights(self.weights)), strict=True)
+        """Load ``weights`` and adapt the encoder once it exists; the last line of a subclass's constructor."""
+        adapt(self, self.weights, **self.adaptation)
 
     # --- the head
 

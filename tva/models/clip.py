@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from tva.models.adapters import Lora
 from tva.models.classifier import FrozenHeadClassifier
 from tva.weights import fingerprint
 
@@ -35,6 +36,11 @@ class ClipClassifier(FrozenHeadClassifier):
         learning_rate: Peak learning rate of AdamW.
         weight_decay: AdamW's.
         warmup_steps: Optimizer steps of linear warm-up, before cosine decay to 0.
+        train_only: ``"attention"``, ``"linear"`` or ``"bias"``, or a list of these and of regular expressions: train
+            these parameters of the encoder alone.
+        lora: Train low-rank additions alone: ``r``, ``alpha``, ``target_modules``, ``dropout``; needs
+            ``pip install tva[lora]``.
+        tangent: Linearize the encoder in its weights; its vectors are marked as tangent.
 
     Raises:
         ValueError: The architecture is unknown, or it has no weights: an untrained network has no zero-shot head.
@@ -53,8 +59,11 @@ class ClipClassifier(FrozenHeadClassifier):
         learning_rate: float = 1e-5,
         weight_decay: float = 0.1,
         warmup_steps: int = 200,
+        train_only: str | list[str] | None = None,
+        lora: Lora | None = None,
+        tangent: bool = False,
     ) -> None:
-        super().__init__(weights, learning_rate, weight_decay, warmup_steps)
+        super().__init__(weights, learning_rate, weight_decay, warmup_steps, train_only, lora, tangent)
         self.save_hyperparameters()
         clip, self.image_transform, self._tokenizer = load_clip(name, pretrained)
         self.encoder = clip.visual.train()

@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
+from tva.models.adapters import Lora
 from tva.models.classifier import FrozenHeadClassifier
 from tva.state_dict import check_same, some
 from tva.weights import fingerprint, open_weights
@@ -45,6 +46,11 @@ class VisionClassifier(FrozenHeadClassifier):
         learning_rate: Peak learning rate of AdamW.
         weight_decay: AdamW's.
         warmup_steps: Optimizer steps of linear warm-up, before cosine decay to 0.
+        train_only: ``"attention"``, ``"linear"`` or ``"bias"``, or a list of these and of regular expressions: train
+            these parameters of the encoder alone.
+        lora: Train low-rank additions alone: ``r``, ``alpha``, ``target_modules``, ``dropout``; needs
+            ``pip install tva[lora]``.
+        tangent: Linearize the encoder in its weights; its vectors are marked as tangent.
 
     Raises:
         ValueError: timm does not know the network, there are no weights, they are another network's, or BatchNorm
@@ -63,8 +69,11 @@ class VisionClassifier(FrozenHeadClassifier):
         learning_rate: float = 1e-5,
         weight_decay: float = 0.1,
         warmup_steps: int = 200,
+        train_only: str | list[str] | None = None,
+        lora: Lora | None = None,
+        tangent: bool = False,
     ) -> None:
-        super().__init__(weights, learning_rate, weight_decay, warmup_steps)
+        super().__init__(weights, learning_rate, weight_decay, warmup_steps, train_only, lora, tangent)
         self.save_hyperparameters()
         self.batch_norm = batch_norm
         self.logit_scale = logit_scale

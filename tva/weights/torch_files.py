@@ -34,8 +34,12 @@ def open_torch(path: Path, which: Which = "checkpoint") -> LazyWeights:
     if left:
         notes.append(f"left out as they are no tensors: {some(left)}")
     lightning = isinstance(content, Mapping) and "pytorch-lightning_version" in content
+    options = content.get("hyper_parameters") if lightning else None
+    tangent = isinstance(options, Mapping) and options.get("tangent") is True  # as tva.models have it
     return LazyWeights(
-        Info(path, "Lightning checkpoint" if lightning else "PyTorch file", which_info, tuple(notes)), entries
+        Info(path, "Lightning checkpoint" if lightning else "PyTorch file", which_info, tuple(notes)),
+        entries,
+        {"tva.kind": "tangent"} if tangent else None,
     )
 
 
