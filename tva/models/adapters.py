@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import difflib
 import re
+import warnings
 from collections.abc import Collection, Iterable, Sequence
 from typing import Any, TypedDict
 
@@ -193,7 +194,10 @@ def add_lora(encoder: nn.Module, options: Lora) -> nn.Module:
     for part in encoder.modules():
         if type(part) is nn.MultiheadAttention:
             part.__class__ = CallingAttention
-    return get_peft_model(encoder, config)
+    with warnings.catch_warnings():
+        # peft 0.21 asks for what transformers 5 deprecates
+        warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", category=FutureWarning)
+        return get_peft_model(encoder, config)
 
 
 def _targets(encoder: nn.Module, wanted: Sequence[str] | None) -> tuple[list[str], list[str]]:
