@@ -18,8 +18,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from tva import TaskVector
 from tva.demo import CONFIGS, run
 from tva.report import read_report
@@ -27,10 +25,10 @@ from tva.report import read_report
 TASKS = ("digits", "letters", "textures")
 CHOICE_TASK, CHOICE_SEED = "letters", 0
 # Options of the model, and the learning rates that are tried.
-WAYS: dict[str, tuple[dict[str, Any], tuple[float, ...]]] = {
+WAYS: dict[str, tuple[dict[str, str], tuple[float, ...]]] = {
     "full": ({}, (3e-4, 6e-4, 1.2e-3)),
-    "LoRA, rank 8": ({"lora": {"r": 8, "alpha": 16}}, (2e-3, 4e-3, 8e-3)),
-    "tangent": ({"tangent": True}, (6e-4, 1.2e-3, 2.4e-3)),
+    "LoRA, rank 8": ({"lora": "{r: 8, alpha: 16}"}, (2e-3, 4e-3, 8e-3)),
+    "tangent": ({"tangent": "true"}, (6e-4, 1.2e-3, 2.4e-3)),
     "attention only": ({"train_only": "attention"}, (6e-4, 1.2e-3, 2.4e-3)),
     "linear layers only": ({"train_only": "linear"}, (3e-4, 6e-4, 1.2e-3)),
     "biases only": ({"train_only": "bias"}, (5e-3, 1e-2, 2e-2)),
@@ -42,7 +40,7 @@ def fit(way: str, rate: float, task: str, seed: int, output: Path) -> Path:
     folder = output / way.replace(" ", "-").replace(",", "") / f"lr={rate:g}" / task / f"seed={seed}"
     vector = folder / "checkpoints/last.tv.safetensors"
     if not vector.exists():
-        options = [word for name, value in WAYS[way][0].items() for word in (f"--model.{name}", yaml.safe_dump(value))]
+        options = [word for name, value in WAYS[way][0].items() for word in (f"--model.{name}", value)]
         configs = [word for name in ("common", task) for word in ("--config", CONFIGS / f"fit/{name}.yaml")]
         rate_options = ["--model.learning_rate", f"{rate:g}", "--trainer.enable_progress_bar", "false"]
         run("fit", *configs, "--seed_everything", seed, "--trainer.default_root_dir", folder, *rate_options, *options)

@@ -39,6 +39,14 @@ def image_net(name):
     return timm.create_model(name, num_classes=0, img_size=32, patch_size=8, embed_dim=32, depth=2, num_heads=2)
 
 
+# transformers 5 renames it
+BERT_CHECKPOINTING = next(
+    name
+    for name in ("activation_checkpointing_enable", "gradient_checkpointing_enable")
+    if hasattr(transformers.BertModel, name)
+)
+
+
 def networks():
     images = torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     tokens = torch.arange(15).reshape(3, 5)
@@ -153,6 +161,30 @@ def test_moving_statistics_are_refused():
     with pytest.raises(ValueError, match=r"statistics move, as those of '1' would. Use batch_norm='fold' or 'freeze'"):
         network(torch.randn(2, 3, 8, 8))
     assert network.eval()(torch.randn(2, 3, 8, 8)).shape == (2, 4, 6, 6)
+
+
+def test_gradient_checkpointing_is_refused():
+    for network, call, enable in (
+        (*NETWORKS["open_clip"], lambda net: net.set_grad_checkpointing(True)),
+        (*NETWORKS["bert"], lambda net: getattr(net, BERT_CHECKPOINTING)()),
+    ):
+        network = copy.deepcopy(network).train()
+        linearize(network)
+        enable(network)
+        with pytest.raises(ValueError, match="cannot be trained with gradient checkpointing"):
+            call(network)
+
+
+def test_mixed_precision_is_near_float32():
+    network, images = image_net("open_clip").eval(), torch.randn(3, 3, 32, 32)
+    linearize(network)
+    move(network, 0.02, seed=4)
+    exact = network(images)
+    with torch.autocast("cpu", torch.bfloat16):
+        rounded = network(images)
+        (rounded**2).mean().backward()
+    assert (rounded - exact).norm() < 0.03 * exact.norm()
+    assert all(parameter.grad is not None for parameter in network.parameters())
 
 
 # --- kinds of vectors

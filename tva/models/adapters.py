@@ -1,7 +1,4 @@
-"""How an encoder is fine-tuned other than whole: some of its parameters, LoRA, or in the tangent space.
-
-The one door to peft.
-"""
+"""How an encoder is fine-tuned other than whole: some of its parameters, LoRA (by peft), or in the tangent space."""
 
 from __future__ import annotations
 

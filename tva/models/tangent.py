@@ -82,7 +82,7 @@ class LinearizedForward:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if self._inside:
             return type(self.network).forward(self.network, *args, **kwargs)
-        _check_statistics(self.network)
+        _check_options(self.network)
         self._inside = True
         try:
             with _forward_derivatives():
@@ -132,7 +132,14 @@ def _load_decompositions() -> None:
         torch.func.jvp(torch.sin, (torch.zeros(()),), (torch.zeros(()),))
 
 
-def _check_statistics(network: nn.Module) -> None:
+def _check_options(network: nn.Module) -> None:
+    names = ("gradient_checkpointing", "grad_checkpointing")  # of transformers; of open_clip and timm
+    checkpointing = any(getattr(part, name, False) is True for part in network.modules() for name in names)
+    if checkpointing and torch.is_grad_enabled():
+        raise ValueError(
+            "A linearized network cannot be trained with gradient checkpointing, which forgets the derivatives that "
+            "run forward. Leave gradient_checkpointing out."
+        )
     moving = [
         name
         for name, part in network.named_modules()
