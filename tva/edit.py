@@ -168,6 +168,11 @@ def run_edit(
     if ("joint" in (baselines or [])) != (joint is not None):
         raise ValueError("The baseline 'joint' and the checkpoint joint= go together: give both or none.")
 
+    if any(hasattr(part, "peft_config") for part in model.modules()):
+        raise ValueError(
+            "An edit takes the plain model, and this one holds LoRA. Leave lora out of its options: the vectors that "
+            "TaskVectorCallback writes of LoRA are dense, under the plain model's names."
+        )
     if base is not None:
         weights = open_weights(base)
         check_same(canonical_state_dict(model.state_dict()), weights, "the model", f"the base {base}")
