@@ -18,6 +18,7 @@ from tva.callbacks import TaskVectorCallback
 from tva import MismatchError, TaskVector, open_weights, save_weights
 from tva.cli import main
 from tva.compose import compose
+from tva.extract import extract
 from tva.models import ClipClassifier
 from tva.models.clip import load_clip
 from tva.models.tangent import linearize
@@ -282,6 +283,11 @@ def test_the_callback_marks_vectors_of_a_linearized_model(fitted):
     assert vector.names == set(LinearNet().state_dict())
     assert open_weights(fitted / "tangent/last.ckpt").metadata == {"tva.kind": "tangent"}
     assert TaskVector.load(fitted / "ordinary/last.tv.safetensors").origin.kind is None
+    for kind in ("tangent", "ordinary"):
+        base = str(next((fitted / kind).glob("base-*")))
+        extract(base, str(fitted / kind / "last.ckpt"), str(fitted / f"{kind}.tv.safetensors"))
+        extracted = TaskVector.load(fitted / f"{kind}.tv.safetensors")
+        assert extracted.origin.kind == TaskVector.load(fitted / kind / "last.tv.safetensors").origin.kind
 
 
 def accuracy_by_hand(vector, scaling_coef):

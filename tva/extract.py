@@ -85,7 +85,8 @@ def extract(
                 f"'tva inspect {path}' tells what is in it."
             )
     weights = open_weights(base)
-    moved = sources.Source("finetuned", finetuned, weights, key_map=key_map, which=which).weights
+    source = sources.Source("finetuned", finetuned, weights, key_map=key_map, which=which)
+    moved = source.weights
     if which != "checkpoint" and moved.info.which != which:
         raise ValueError(f"which={which!r}: {finetuned} does not hold both raw and averaged weights. Leave it out.")
     averaged = {"averaged": True, "raw": False}.get(moved.info.which)
@@ -93,7 +94,8 @@ def extract(
     plan = emission.Plan(
         weights, None, {name: emission.Source.stored(moved.entry(name)) for name in weights}, must_move=True
     )
-    emitted = emission.emit(plan, Path(output), Origin(task=task, averaged=averaged, weights=which))
+    origin = Origin(task=task, averaged=averaged, weights=which, kind=source.kind)
+    emitted = emission.emit(plan, Path(output), origin)
     reasons = sorted(emitted.untouched.values())
     return Extracted(
         Path(output),

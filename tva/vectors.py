@@ -100,7 +100,8 @@ def open_vector(
     source = Source(path, path, base.weights, key_map=key_map, which=which)
     names = [name for name in base.weights if name not in source.buffers and is_edited(base.weights.spec(name))]
     parts = {name: _difference(source.weights.entry(name), base.weights.entry(name)) for name in names}
-    return Vector(path, source.weights, parts, source.buffers & {*base.weights}, {}, Origin(base=base.tree))
+    origin = Origin(base=base.tree, kind=source.kind)
+    return Vector(path, source.weights, parts, source.buffers & {*base.weights}, {}, origin)
 
 
 def _check_base(path: str, origin: Origin, base: Fingerprint) -> None:
@@ -151,6 +152,7 @@ def header_facts(vector: Vector) -> dict[str, Any]:
         "hyperparameters": dict(origin.hyperparameters) or None,
         "encoding": facts.get("encoding"),
         "run": origin.run,
+        "kind": origin.kind,
         "created": facts.get("created"),
         "version": facts.get("version"),
     }
