@@ -1,0 +1,229 @@
+"""TextTask and LanguageTask: tokens of the model's own tokenizer, splits, blocks, order, and a newcomer's mistakes."""
+
+import gzip
+from types import SimpleNamespace
+
+import datasets
+import numpy as np
+import pytest
+import torch
+from small_text import make_tokenizer, reviews, write_reviews, write_running_text
+
+from tva.data import LanguageTask, TextTask
+from tva.data.text_task import tokenize
+
+
+def ready(task, kind="bert", max_length=256, **trainer):
+    """Set up a task as a Trainer would."""
+    model = SimpleNamespace(
+        tokenizer=make_tokenizer(kind=kind), max_length=max_length, encoder_decoder=kind == "seq2seq"
+    )
+    task.trainer = SimpleNamespace(lightning_module=model, **trainer)
+    task.setup("fit")
+    return task
+
+
+def rows(loader):
+    """Give every example of a loader without its padding, with its label."""
+    return [(tuple(t[t >= 0].tolist()), int(y)) for tokens, labels in loader for t, y in zip(tokens, labels)]  # noqa: B905
+
+
+@pytest.fixture
+def parquet(tmp_path):
+    return write_reviews(tmp_path)
+
+
+def test_tokens_are_the_tokenizers_and_padding_is_minus_one(parquet):
+    task = ready(TextTask(parquet, batch_size=7))
+    texts, tokenizer = reviews(24, 1), make_tokenizer()
+    assert rows(task.test_dataloader()) == [
+        (tuple(tokenizer(text)["input_ids"]), label) for text, label in zip(texts["text"], texts["label"], strict=True)
+    ]
+    tokens, labels = next(iter(task.test_dataloader()))
+    assert (tokens.dtype, labels.dtype, len(tokens)) == (torch.int64, torch.int64, 7)
+    assert (tokens == -1).any()
+    assert not (tokens[:, -1] == -1).all()  # no longer than the longest
+
+
+def test_texts_are_split_by_the_papers_rule_as_images_are(parquet):
+    task = ready(TextTask(parquet))
+    parts = [rows(loader()) for loader in (task.prototype_dataloader, task.val_dataloader, task.test_dataloader)]
+    assert [len(part) for part in parts] == [54, 6, 24]
+    order = np.random.default_rng(0).permutation(60)
+    texts = reviews(60, 0)["text"]
+    tokenizer = make_tokenizer()
+    assert [ids for ids, _ in parts[1]] == [tuple(tokenizer(texts[i])["input_ids"]) for i in sorted(order[:6])]
+    limited = ready(TextTask(parquet, limit_train=10, limit_test=5, val_size=20, where={"label": "positive"}))
+    assert [len(limited._examples[part]) for part in ("train", "val", "test")] == [10, 20, 5]
+    assert {label for _, label in rows(limited.test_dataloader())} == {1}
+
+
+def test_every_format_gives_the_same_texts(parquet, tmp_path):
+    expected = rows(ready(TextTask(parquet)).test_dataloader())
+    tables = {split: datasets.Dataset.from_parquet(parquet.format(split=split)) for split in ("train", "test")}
+    datasets.DatasetDict(tables).save_to_disk(tmp_path / "arrow")
+    for split, table in tables.items():
+        plain = table.cast_column("label", datasets.Value("int64"))
+        plain.to_csv(tmp_path / f"c-{split}.csv")
+        plain.to_json(tmp_path / f"j-{split}.json")
+    for path in (tmp_path / "arrow", tmp_path / "c-{split}.csv", tmp_path / "j-{split}.json"):
+        task = ready(TextTask(str(path), class_names=["negative", "positive"]))
+        assert rows(task.test_dataloader()) == expected, path
+
+
+def test_long_texts_are_cut_off(parquet):
+    task = ready(TextTask(parquet, max_length=4))
+    assert all(len(ids) == 4 and ids[-1] == 3 for ids, _ in rows(task.test_dataloader()))  # 3 is [SEP]
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_training_order_is_the_same_on_any_number_of_ranks_and_workers(parquet, monkeypatch, num_workers):
+    def batches(world_size, seed="5", epoch=1):
+        monkeypatch.setenv("PL_GLOBAL_SEED", seed)
+        loaders = []
+        for rank in range(world_size):
+            task = TextTask(parquet, limit_train=48, batch_size=12 // world_size, num_workers=num_workers)
+            loaders.append(ready(task, world_size=world_size, global_rank=rank).train_dataloader())
+        for loader in loaders:
+            loader.sampler.set_epoch(epoch)
+        steps = zip(*([rows([batch]) for batch in loader] for loader in loaders), strict=True)
+        return [sorted(row for rank in step for row in rank) for step in steps]
+
+    one = batches(1)
+    assert len(one) == 4
+    torch.rand(1)  # nothing depends on torch's global generator
+    assert batches(1) == one
+    assert batches(2) == one
+    assert batches(1, seed="6") != one
+    assert batches(1, epoch=2) != one
+
+
+def test_another_models_tokenizer_makes_other_tokens(parquet):
+    task = ready(TextTask(parquet))
+    before = rows(task.test_dataloader())
+    task.trainer.lightning_module.tokenizer = make_tokenizer(kind="causal")
+    task.setup("test")
+    assert rows(task.test_dataloader()) != before
+
+
+# --- language
+
+
+def test_running_text_is_cut_into_blocks_that_hold_all_of_it(tmp_path):
+    path = write_running_text(tmp_path)
+    task = ready(LanguageTask(path, block_length=16), "causal")
+    text = (tmp_path / "prose-test.txt").read_text()
+    tokens = [*make_tokenizer(kind="causal")(text)["input_ids"], 6]  # 6 is </s>
+    blocks = torch.cat([batch["tokens"] for batch in task.test_dataloader()])
+    assert blocks.flatten().tolist() == tokens[: len(tokens) // 16 * 16]
+    assert all(torch.equal(batch["tokens"], batch["targets"]) for batch in task.test_dataloader())
+    train, val = (len(task._examples[part]) for part in ("train", "val"))
+    assert val == (train + val) // 10
+
+
+def test_compressed_text_and_rows_of_text_are_running_text_too(tmp_path):
+    path = write_running_text(tmp_path)
+    for split in ("train", "test"):
+        text = (tmp_path / f"prose-{split}.txt").read_text()
+        with gzip.open(tmp_path / f"packed-{split}.txt.gz", "wt") as file:
+            file.write(text)
+        datasets.Dataset.from_dict({"text": text.split("\n")}).to_parquet(tmp_path / f"rows-{split}.parquet")
+    plain, packed = (
+        ready(LanguageTask(p, block_length=16), "causal")._examples["test"].blocks
+        for p in (path, str(tmp_path / "packed-{split}.txt.gz"))
+    )
+    assert np.array_equal(plain, packed)
+    by_row = ready(LanguageTask(str(tmp_path / "rows-{split}.parquet"), block_length=16), "causal")
+    first = by_row._examples["test"].blocks[0].tolist()
+    assert first[0] == 5  # every row has its own <s> and </s>
+    assert 6 in first
+
+
+def test_prompts_have_no_targets_in_a_causal_model_and_their_answers_do(parquet):
+    options = {"prompt_column": "text", "target_column": "label", "prompt": "a {} is"}
+    words = ["negative", "positive"]
+    task = LanguageTask(parquet, **options, block_length=32)
+    model = SimpleNamespace(tokenizer=make_tokenizer([*_words(), *words], "causal"), max_length=256)
+    task.trainer = SimpleNamespace(lightning_module=model)
+    task.setup("fit")
+    texts = reviews(24, 1)
+    for index in (0, 1, 5):
+        tokens, targets = task._examples["test"][index]
+        prompt = model.tokenizer(f"a {texts['text'][index]} is")["input_ids"]
+        answer = model.tokenizer(words[texts["label"][index]], add_special_tokens=False)["input_ids"]
+        assert tokens.tolist() == [*prompt, *answer, 6]
+        assert targets.tolist() == [-100] * len(prompt) + [*answer, 6]
+    short = LanguageTask(parquet, **options, block_length=4)
+    short.trainer = task.trainer
+    short.setup("fit")
+    tokens, targets = short._examples["test"][0]  # the beginning of the prompt gives way
+    assert (len(tokens), targets.tolist()[2:]) == (4, tokens.tolist()[2:])
+
+
+def _words():
+    from small_text import WORDS
+
+    return WORDS
+
+
+def test_sequence_to_sequence_models_get_prompt_and_answer_apart(parquet, tmp_path):
+    task = ready(LanguageTask(parquet, prompt_column="text", target_column="text", block_length=32), "seq2seq")
+    tokens, targets = task._examples["test"][3]
+    assert tokens.tolist() == targets.tolist() == make_tokenizer(kind="seq2seq")(reviews(24, 1)["text"][3])["input_ids"]
+    halves = ready(LanguageTask(write_running_text(tmp_path), block_length=16), "seq2seq")
+    first, second = halves._examples["test"][0]
+    assert (len(first), len(second)) == (8, 8)
+
+
+# --- mistakes
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"text_column": "review"}, r"no column 'review'; its columns are 'text', 'label'.*Set text_column"),
+        ({"label_column": "class"}, r"no column 'class'.*Set label_column"),
+        ({"class_names": ["bad"]}, r"has 2 classes, but class_names has 1"),
+        (
+            {"class_descriptions": {"negative": "a bad one", "positiv": "a good one"}},
+            r"must describe each class .*'negative', 'positive'; 'positive' has none and 'positiv' is no class",
+        ),
+        ({"max_length": 257}, r"takes 256 tokens at most, and 257 are asked for. Lower max_length"),
+    ],
+)
+def test_mistakes_name_what_is_there(parquet, options, message):
+    with pytest.raises(ValueError, match=message):
+        ready(TextTask(parquet, **options))
+
+
+def test_a_column_must_hold_texts_and_the_model_must_have_a_tokenizer(tmp_path):
+    path = write_reviews(tmp_path, stars=[1, 2, 3])
+    with pytest.raises(ValueError, match=r"column 'stars' must hold texts; row 0 holds 1 \(\d+ such rows\)"):
+        ready(TextTask(path, text_column="stars"))
+    task = TextTask(path)
+    task.trainer = SimpleNamespace(lightning_module=SimpleNamespace())
+    with pytest.raises(TypeError, match="transformers tokenizer as its attribute tokenizer"):
+        task.setup("fit")
+
+
+def test_language_mistakes(parquet, tmp_path):
+    with pytest.raises(ValueError, match="prompt_column and target_column go together"):
+        LanguageTask(parquet, prompt_column="text")
+    with pytest.raises(ValueError, match="prompt must hold {}"):
+        LanguageTask(parquet, prompt="say")
+    with pytest.raises(ValueError, match=r"no column 'reply'.*Set target_column"):
+        ready(LanguageTask(parquet, prompt_column="text", target_column="reply"), "causal")
+    with pytest.raises(ValueError, match=r"has \d+ tokens, fewer than one block of 60"):
+        ready(LanguageTask(write_running_text(tmp_path, 8), block_length=60), "causal")
+    empty = write_reviews(tmp_path, reply=["", "good"])
+    with pytest.raises(ValueError, match=r"a target must hold text; \d+ of \d+ are empty"):
+        ready(LanguageTask(empty, prompt_column="text", target_column="reply"), "causal")
+    (tmp_path / "pictures").mkdir()
+    with pytest.raises(ValueError, match="must hold files of one format"):
+        ready(LanguageTask(str(tmp_path / "pictures")), "causal")
+
+
+def test_tokenizing_is_that_of_the_tokenizer():
+    tokenizer = make_tokenizer()
+    (ids,) = tokenize(tokenizer, ["the film is great"], 4)
+    assert ids.tolist() == tokenizer("the film is great", truncation=True, max_length=4)["input_ids"]

@@ -1,0 +1,231 @@
+"""Running text, or prompts with targets, as one task for a language model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+from torch.utils.data import Dataset, Sampler
+
+from tva.data.task import Task
+from tva.data.text_task import PADDING, texts_of, tokenize, tokenizer_of
+
+IGNORED = -100  # a target that no loss is taken of; what torch's cross-entropy leaves out by default
+
+
+class LanguageTask(Task):
+    """One language modeling task: running text that is cut into blocks, or prompts with targets.
+
+    Batches are mappings: ``tokens``, int64 token ids of the model's own tokenizer, shape (batch, length), padded at the
+    end with -1; and ``targets``, what is to be predicted, padded with -100. For a causal model targets lie where their
+    tokens lie, and prompts have none; for a sequence-to-sequence model tokens are the prompt and targets the answer.
+
+    Running text: all rows of a split are put one after the other, each with the tokenizer's own beginning and end, and
+    cut into blocks of ``block_length``; what does not fill the last one is left out. A sequence-to-sequence model gets
+    the first half of a block as prompt and the second as target. The held-out part is made of blocks.
+
+    The order of training depends on the run's seed alone, as with `TextTask`.
+
+    Args:
+        path: A local ``.txt`` or ``.txt.gz`` file (running text), or a parquet, arrow, csv or json file, where
+            ``{split}`` stands for the split's name; a folder of the latter or one written by ``save_to_disk``; a
+            mapping from split to file; or the name of a data set on the Hugging Face hub. Environment variables
+            (``$DATA``) are filled in.
+        name: Name in log keys and reports; by default the last part of ``path``.
+        config: Configuration of a hub data set, such as ``wikitext-103-raw-v1``.
+        revision: Revision of a hub data set, so that the data cannot change under you.
+        text_column: Column that holds running text; unused where there are prompts.
+        prompt_column: Column that holds prompts; together with ``target_column``.
+        target_column: Column that holds what should follow: texts, or class indices of a set that names its classes.
+        prompt: What a prompt is put into, in the place of ``{}``, such as ``"review: {} sentiment:"``.
+        block_length: Tokens of a block. With prompts, tokens at most of a prompt with its target (causal: the prompt's
+            beginning is cut off) or of each of the two (sequence to sequence: their ends are).
+        train_split: Split to train on.
+        val_split: Split to choose on. By default a part of the training split is held out: min(10 %, 5,000) examples,
+            the paper's rule.
+        val_size: Hold out so many training examples instead, where there is no ``val_split``.
+        test_split: Split to report on.
+        where: Keep the rows whose column holds one of the given values, such as ``{label: [toxic]}``.
+        batch_size: Examples a batch, on each rank.
+        num_workers: Processes that make batches.
+        seed: Of the held-out part, so that it is the same in every run.
+        limit_train: Train on so many examples (blocks) at most, the first of a seeded shuffle.
+        limit_val: Validate on so many at most, likewise.
+        limit_test: Test on so many at most, likewise.
+
+    Raises:
+        FileNotFoundError: A local file is not there.
+        ValueError: A column or split is not in the data set, the text does not fill a block, or a target is empty.
+    """
+
+    def __init__(
+        self,
+        path: str | dict[str, str],
+        name: str | None = None,
+        config: str | None = None,
+        revision: str | None = None,
+        text_column: str = "text",
+        prompt_column: str | None = None,
+        target_column: str | None = None,
+        prompt: str = "{}",
+        block_length: int = 256,
+        train_split: str = "train",
+        val_split: str | None = None,
+        val_size: int | None = None,
+        test_split: str = "test",
+        where: dict[str, Any] | None = None,
+        batch_size: int = 32,
+        num_workers: int = 0,
+        seed: int = 0,
+        limit_train: int | None = None,
+        limit_val: int | None = None,
+        limit_test: int | None = None,
+    ) -> None:
+        super().__init__(
+            path=path,
+            name=name,
+            config=config,
+            revision=revision,
+            splits={"train": train_split, "val": val_split, "test": test_split},
+            val_size=val_size,
+            where=where,
+            batch_size=batch_size,
+            num_workers=num_workers,
+            seed=seed,
+            limits={"train": limit_train, "val": limit_val, "test": limit_test},
+        )
+        if (prompt_column is None) != (target_column is None):
+            raise ValueError(
+                f"prompt_column and target_column go together; found {prompt_column!r} and {target_column!r}. Give "
+                f"both, or neither for running text."
+            )
+        if "{}" not in prompt:
+            raise ValueError(f"prompt must hold {{}} where a prompt goes; found {prompt!r}.")
+        self.text_column = text_column
+        self.prompt_column = prompt_column
+        self.target_column = target_column
+        self.prompt = prompt
+        self.block_length = block_length
+        self.column_options = ("text_column",) if prompt_column is None else ("prompt_column", "target_column")
+        self._made_for: Any = None
+
+    def setup(self, stage: str | None = None) -> None:
+        tokenizer = tokenizer_of(self, self.block_length)
+        split_in_two = bool(getattr(self.trainer.lightning_module, "encoder_decoder", False))
+        if self._made_for == (tokenizer, split_in_two):
+            return
+        if self.prompt_column is None:
+            blocks = self._blocks(tokenizer)
+            self._examples = {part: Blocks(rows, split_in_two) for part, rows in blocks.items()}
+        else:
+            self._examples = {
+                part: self._pairs(table, tokenizer, split_in_two) for part, table in self._select().items()
+            }
+        self._made_for = tokenizer, split_in_two
+
+    def _blocks(self, tokenizer: Any) -> dict[str, np.ndarray]:
+        tables, cut = self._tables(self._load_splits()), {}
+        for part in ("train", "test") if self.splits["val"] is None else ("train", "val", "test"):
+            table = tables[part].select(self._filter(tables[part], self.where))
+            documents = [ended(ids, tokenizer) for ids in tokenize(tokenizer, texts_of(self, table, "text_column"))]
+            tokens = np.concatenate([*documents, np.zeros(0, np.int32)])
+            if len(tokens) < self.block_length:
+                raise ValueError(
+                    f"{self.name}: the {part} text has {len(tokens)} tokens, fewer than one block of "
+                    f"{self.block_length}. Lower block_length, or give more text."
+                )
+            cut[part] = tokens[: len(tokens) // self.block_length * self.block_length].reshape(-1, self.block_length)
+        rows = {part: np.arange(len(blocks)) for part, blocks in cut.items()}
+        self._hold_out(rows)
+        return {part: cut.get(part, cut["train"])[self._limit(part, indices)] for part, indices in rows.items()}
+
+    def _pairs(self, table: Any, tokenizer: Any, split_in_two: bool) -> Pairs:
+        prompts = [self.prompt.replace("{}", text) for text in texts_of(self, table, "prompt_column")]
+        names = self._value_names(table, self.target_column or "")
+        if names:
+            answers = [names[label] for label in table[self.target_column]]
+        else:
+            answers = texts_of(self, table, "target_column")
+        empty = [index for index, answer in enumerate(answers) if not answer.strip()]
+        if empty:
+            raise ValueError(
+                f"{self.name}: a target must hold text; {len(empty)} of {len(answers)} are empty, the first in row "
+                f"{empty[0]}. Leave those rows out."
+            )
+        if split_in_two:
+            tokens = tokenize(tokenizer, prompts, self.block_length)
+            return Pairs(tokens, tokenize(tokenizer, answers, self.block_length))
+        starts = tokenize(tokenizer, prompts)
+        starts = [ids[:-1] if len(ids) and ids[-1] == tokenizer.eos_token_id else ids for ids in starts]
+        ends = [ended(ids, tokenizer) for ids in tokenize(tokenizer, answers, special=False)]
+        tokens, targets = [], []
+        for start, end in zip(starts, ends, strict=True):
+            end = end[: self.block_length - 1]
+            start = start[max(0, len(start) + len(end) - self.block_length) :]
+            tokens.append(np.concatenate([start, end]))
+            targets.append(np.concatenate([np.full(len(start), IGNORED, np.int32), end]))
+        return Pairs(tokens, targets)
+
+    @staticmethod
+    def collate(examples: Sequence[tuple[Tensor, Tensor]]) -> dict[str, Tensor]:
+        """Make a batch, padded at the end."""
+        tokens, targets = zip(*examples, strict=True)
+        return {
+            "tokens": pad_sequence(tokens, batch_first=True, padding_value=PADDING),
+            "targets": pad_sequence(targets, batch_first=True, padding_value=IGNORED),
+        }
+
+    def _train_sampler(self, examples: Dataset) -> Sampler:
+        return self._same_order_on_any_ranks(examples)
+
+
+class Blocks(Dataset):
+    """Blocks of running text.
+
+    Args:
+        blocks: Token ids, shape (blocks, length).
+        split_in_two: Whether the second half is the target of the first; else every token is.
+    """
+
+    def __init__(self, blocks: np.ndarray, split_in_two: bool) -> None:
+        self.blocks = blocks
+        self.split_in_two = split_in_two
+
+    def __len__(self) -> int:
+        return len(self.blocks)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        block = torch.from_numpy(self.blocks[index]).long()
+        middle = len(block) // 2
+        return (block[:middle], block[middle:]) if self.split_in_two else (block, block)
+
+
+class Pairs(Dataset):
+    """Tokens with targets, of different lengths.
+
+    Args:
+        tokens: One array an example.
+        targets: One array an example.
+    """
+
+    def __init__(self, tokens: Sequence[np.ndarray], targets: Sequence[np.ndarray]) -> None:
+        self.tokens = tokens
+        self.targets = targets
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        return torch.from_numpy(self.tokens[index]).long(), torch.from_numpy(self.targets[index]).long()
+
+
+def ended(ids: np.ndarray, tokenizer: Any) -> np.ndarray:
+    """Put the tokenizer's end of text behind token ids, where it has one and did not put it there itself."""
+    end = tokenizer.eos_token_id
+    if end is None or (len(ids) and ids[-1] == end):
+        return ids
+    return np.append(ids, np.int32(end))
