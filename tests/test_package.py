@@ -80,6 +80,7 @@ DOORS = {
     "open_clip": {"tva.models", "tva.data"},  # tva.data: its ImageNet class names alone
     "timm": {"tva.models"},
     "peft": {"tva.models", "tva.callbacks"},
+    "transformers": {"tva.models"},
     "datasets": {"tva.data"},
     "matplotlib": {"tva.report", "tva.tables", "tva.demo", "tva.data", "tva.callbacks"},
     "optuna": {"tva.search"},

@@ -1,32 +1,39 @@
-"""A classifier whose encoder is trained under a frozen head that belongs to the task, not to the weights."""
+"""A classifier whose encoder is trained under a head that belongs to the task, not to the weights."""
 
 from __future__ import annotations
 
 import json
-import math
+import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import lightning as L
 import torch
 import xxhash
+from lightning.pytorch.callbacks import WeightAveraging
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torchmetrics.classification import MulticlassAccuracy
 
 from tva.models.adapters import Lora, adapt
-from tva.weights import cache_folder, open_weights, save_weights
+from tva.models.heads import TrainedHead, class_means, examples_digest, fit_probe
+from tva.models.training import check_layer_decay, make_optimizer, prepare
+from tva.state_dict import some
+from tva.weights import cache_folder, fingerprint, open_weights, save_weights
+
+START = "start"  # in heads: the head that a learned one would start from
 
 
 class FrozenHeadClassifier(L.LightningModule, ABC):
-    """Fine-tune and evaluate an image encoder under a frozen head.
+    """Fine-tune and evaluate an encoder under a head that is no part of the state dict.
 
     Task vectors need networks without parameters of their own for a task. So the head is made from the data module,
     once for each task, and is no part of the state dict: the state dict is the encoder's, and one model can be
     evaluated on any number of tasks.
 
-    The data module's batches are ``images, labels``; it has ``class_names`` and may have a ``name``. By default the
+    The data module's batches are ``inputs, labels``; it has ``class_names`` and may have a ``name``. By default the
     paper's recipe is used: AdamW, learning rate 1e-5, weight decay 0.1, 200 steps of linear warm-up, then cosine decay
     to 0. (Batch size 128 and 2,000 steps belong to the data module and the Trainer.)
 
@@ -35,6 +42,13 @@ class FrozenHeadClassifier(L.LightningModule, ABC):
     validation and test return per-example ``correct``, and the logits and labels as ``preds`` and ``target``.
 
     Args:
+        head: The model's own kind; or ``"means"``: class means of the base's features; ``"probe"``: a linear head that
+            is trained on the base's features before anything else; or ``"learned"``: the model's own kind, trained
+            further together with the encoder. All but the last stay frozen. Means and probes are made of the data
+            module's ``prototype_dataloader``, else of its ``train_dataloader``, and kept in ``~/.cache/tva``
+            (``TVA_CACHE``); a learned head is kept in the fit's checkpoints, beside the weights.
+        heads: With ``head="learned"``, for evaluation: task to the checkpoint of the fit that learned its head, or
+            ``start`` for the head that learning would start from.
         weights: Checkpoint to start from instead of the encoder's own weights, such as the output of ``tva edit``.
         learning_rate: Peak learning rate.
         weight_decay: AdamW's, on every trained parameter.
@@ -42,15 +56,22 @@ class FrozenHeadClassifier(L.LightningModule, ABC):
         train_only: What of the encoder is trained, as the next two; see `tva.models.adapters.adapt`.
         lora: See there.
         tangent: See there.
+        layer_decay: What the learning rate is multiplied by from one layer to that below it, such as 0.75.
+        gradient_checkpointing: Compute activations again in the backward pass: less memory, more time.
+        channels_last: Lay the weights of convolutions out by pixel, which is often faster; for image encoders.
+        compile: Compile the encoder with ``torch.compile`` when it is first used; names of weights stay.
 
     Source: the recipe is that of Ilharco et al., "Editing models with task arithmetic", ICLR 2023.
     """
 
     encoder: nn.Module
-    image_transform: Callable[[Any], Tensor]  # from a PIL image to the encoder's input
+    own_head: str = "means"
+    logit_scale: float = 20.0  # what the cosines of class means are multiplied by
 
     def __init__(
         self,
+        head: str | None = None,
+        heads: dict[str, str] | None = None,
         weights: str | None = None,
         learning_rate: float = 1e-5,
         weight_decay: float = 0.1,
@@ -58,34 +79,142 @@ class FrozenHeadClassifier(L.LightningModule, ABC):
         train_only: str | list[str] | None = None,
         lora: Lora | None = None,
         tangent: bool = False,
+        layer_decay: float | None = None,
+        gradient_checkpointing: bool = False,
+        channels_last: bool = False,
+        compile: bool = False,
     ) -> None:
         super().__init__()
+        self.save_hyperparameters()
+        kinds = dict.fromkeys([self.own_head, "means", "probe", "learned"])
+        head = self.own_head if head is None else head
+        if head not in kinds:
+            raise ValueError(f"{type(self).__name__}'s head must be one of {some(kinds, 4)}; found {head!r}.")
+        if heads and head != "learned":
+            raise ValueError(
+                f"heads are those of fits with head='learned', but head is {head!r}. Set it, or drop them."
+            )
+        self.learns_head = head == "learned"
+        self.head_kind = self.own_head if self.learns_head else head
+        self.heads = dict(heads or {})
         self.weights = weights
         self.adaptation: dict[str, Any] = {"train_only": train_only, "lora": lora, "tangent": tangent}
         self.learning_rate = learning_rate
         self.weight_decay = weight_decay
         self.warmup_steps = warmup_steps
+        self.layer_decay = check_layer_decay(layer_decay)
+        self._options = (gradient_checkpointing, channels_last, compile)
         self.task = "task"
         self._heads: dict[str, Tensor] = {}
+        self._learned: dict[str, Tensor] = {}  # task -> head, as fits in this process left it
+        self._base_digest: str | None = None
+        self._data_digests: weakref.WeakKeyDictionary[Any, str] = weakref.WeakKeyDictionary()
+        self.trained_head: TrainedHead | None = None
         self.accuracy = nn.ModuleDict()
         self.register_buffer("head", None, persistent=False)
 
-    def _load_weights(self) -> None:
-        """Load ``weights`` and adapt the encoder once it exists; the last line of a subclass's constructor."""
+    def _finish(self) -> None:
+        """Take the base's fingerprint, load ``weights``, set options; the last line of a subclass's constructor."""
+        if self.head_kind != "zero_shot":  # which is not made of the encoder's features
+            self._base_digest = fingerprint(self.encoder.state_dict()).digest
+        prepare(self.encoder.train(), *self._options)
         adapt(self, self.weights, **self.adaptation)
 
     # --- the head
 
     @abstractmethod
+    def load_base(self) -> nn.Module:
+        """Load the encoder once more, as it was before ``weights``, in evaluation mode on the CPU."""
+
+    def embed(self, encoder: nn.Module, inputs: Tensor) -> Tensor:
+        """Give the features of a batch of inputs, shape (batch, features), not yet normalized."""
+        return encoder(inputs)
+
     def head_key(self, datamodule: L.LightningDataModule) -> dict[str, Any]:
         """Say in JSON values all that the head of this data module depends on; it names the head's cache file."""
+        return {
+            "head": self.head_kind,
+            "base": self._base_digest,
+            "examples": self._examples_digest(datamodule),
+            "class_names": list(datamodule.class_names),
+            "logit_scale": self.logit_scale,
+        }
 
-    @abstractmethod
     def build_head(self, datamodule: L.LightningDataModule) -> Tensor:
         """Build the head of a data module, shape (classes, features): logits are ``features @ head.T``.
 
         Must not depend on the encoder's present weights, which may be edited or fine-tuned.
         """
+        encode = self._base_features()
+        if self.head_kind == "probe":
+            return fit_probe(encode, datamodule)
+        return class_means(encode, datamodule) * self.logit_scale
+
+    def _base_features(self) -> Callable[[Tensor], Tensor]:
+        """Give the function from a batch of inputs to the base's normalized features."""
+        device = self.trainer.strategy.root_device
+        with torch.random.fork_rng(devices=[]):
+            encoder = self.load_base()
+        found = fingerprint(encoder.state_dict()).digest
+        if found != self._base_digest:
+            raise ValueError(
+                f"The head needs the base {self._base_digest} that this model was made from, but what it was loaded "
+                f"from now holds {found}. Put the base back, or make the model again."
+            )
+        encoder.to(device)
+
+        def encode(inputs: Tensor) -> Tensor:
+            with torch.no_grad():
+                return F.normalize(self.embed(encoder, inputs.to(device)), dim=-1)
+
+        return encode
+
+    def _examples_digest(self, datamodule: L.LightningDataModule) -> str:
+        if datamodule not in self._data_digests:
+            self._data_digests[datamodule] = examples_digest(datamodule)
+        return self._data_digests[datamodule]
+
+    def _learned_head(self, datamodule: L.LightningDataModule) -> Tensor:
+        """Give the head that ``heads`` names, else that of a fit in this process."""
+        where = self.heads.get(self.task)
+        if where is None and self.task in self._learned:
+            return self._learned[self.task]
+        if where == START:
+            return self._cached_head(datamodule)
+        if where is None:
+            raise ValueError(
+                f"{self.task}: with head='learned' its head comes from a fit. Give heads: {{{self.task}: CHECKPOINT}}, "
+                f"the .ckpt of its fit, or {{{self.task}: {START}}} for the head that learning would start from."
+            )
+        if not Path(where).is_file():
+            raise FileNotFoundError(
+                f"The head of {self.task} was expected in the checkpoint {where}; nothing is there."
+            )
+        checkpoint = torch.load(where, map_location="cpu", weights_only=True, mmap=True)
+        found = checkpoint.get("head")
+        if found is None or found["class_names"] != list(datamodule.class_names):
+            raise ValueError(
+                f"{where} must hold a head of the classes {some(datamodule.class_names)} of {self.task}; it holds "
+                + ("none" if found is None else f"one of {some(found['class_names'])}")
+                + ". Give the checkpoint of a fit on this task with head='learned'."
+            )
+        return found["weight"].float().clone()
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        if self.trained_head is not None:
+            names = list(self.trainer.datamodule.class_names)
+            weight = self.trained_head.weight.detach().cpu().clone()
+            checkpoint["head"] = {"task": self.task, "class_names": names, "weight": weight}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        if self.trained_head is not None and "head" in checkpoint:
+            with torch.no_grad():
+                self.trained_head.weight.copy_(checkpoint["head"]["weight"])
+
+    def teardown(self, stage: str) -> None:
+        if stage == "fit" and self.trained_head is not None:
+            self._learned[self.task] = self.trained_head.weight.detach().cpu().clone()
+            self.head, self.trained_head = self._learned[self.task].to(self.device), None
 
     def setup(self, stage: str) -> None:
         datamodule = self.trainer.datamodule
@@ -95,7 +224,12 @@ class FrozenHeadClassifier(L.LightningModule, ABC):
                 f"{type(datamodule).__name__} has none. Use tva.data.ImageTask, or give it that attribute."
             )
         self.task = getattr(datamodule, "name", "task")
-        self.head = self._cached_head(datamodule).to(self.device)
+        if self.learns_head and stage == "fit":
+            self._check_no_averaging()
+        known = self.learns_head and (stage != "fit" or self.task in self.heads or self.task in self._learned)
+        self.head = (self._learned_head(datamodule) if known else self._cached_head(datamodule)).to(self.device)
+        if self.learns_head and stage == "fit":
+            self.trained_head = TrainedHead(self.head)
         num_classes = len(self.head)
         self.accuracy = nn.ModuleDict(
             {
@@ -103,6 +237,14 @@ class FrozenHeadClassifier(L.LightningModule, ABC):
                 for phase in ("train_", "val_", "test_")  # a ModuleDict refuses the plain name "train"
             }
         )
+
+    def _check_no_averaging(self) -> None:
+        averaging = [c for c in getattr(self.trainer, "callbacks", ()) if isinstance(c, WeightAveraging)]
+        if averaging:
+            raise ValueError(
+                f"{type(averaging[0]).__name__} averages the encoder alone, and a learned head would not fit its "
+                f"averages. Use head='probe', or leave the callback out."
+            )
 
     def _cached_head(self, datamodule: L.LightningDataModule) -> Tensor:
         key = xxhash.xxh3_128_hexdigest(json.dumps(self.head_key(datamodule), sort_keys=True).encode())
@@ -119,20 +261,28 @@ class FrozenHeadClassifier(L.LightningModule, ABC):
 
     # --- steps
 
-    def forward(self, images: Tensor) -> Tensor:
-        """Classify images.
+    def forward(self, inputs: Tensor) -> Tensor:
+        """Classify a batch.
 
         Args:
-            images: Shape (batch, 3, height, width), as ``image_transform`` makes them.
+            inputs: As the data module's batches hold them: images of shape (batch, 3, height, width), or token ids of
+                shape (batch, length).
 
         Returns:
             Logits, shape (batch, classes).
         """
-        return F.normalize(self.encoder(images), dim=-1) @ self.head.T  # (batch, features) @ (features, classes)
+        head = self.head if self.trained_head is None else self.trained_head.weight
+        features = F.normalize(self.embed(self.encoder, inputs), dim=-1)
+        if features.shape[-1] != head.shape[-1]:
+            raise ValueError(
+                f"{self.task}: the encoder gives {features.shape[-1]} features, but the head takes {head.shape[-1]}. "
+                f"Use a head of this encoder: head='means' or 'probe' are made of its own features."
+            )
+        return features @ head.T  # (batch, features) @ (features, classes)
 
     def _step(self, batch: tuple[Tensor, Tensor], stage: str) -> dict[str, Tensor]:
-        images, labels = batch
-        logits = self(images)
+        inputs, labels = batch
+        logits = self(inputs)
         loss = F.cross_entropy(logits, labels)
         if stage == "train" and not self._is_read():
             return {"loss": loss}
@@ -161,15 +311,4 @@ class FrozenHeadClassifier(L.LightningModule, ABC):
         return self._step(batch, "test")
 
     def configure_optimizers(self) -> dict[str, Any]:
-        parameters = [parameter for parameter in self.parameters() if parameter.requires_grad]
-        optimizer = torch.optim.AdamW(parameters, lr=self.learning_rate, weight_decay=self.weight_decay)
-        total = self.trainer.estimated_stepping_batches
-        warmup = min(self.warmup_steps, total)
-
-        def scale(step: int) -> float:
-            if step < warmup:
-                return (step + 1) / warmup
-            return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, total - warmup)))
-
-        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, scale)
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+        return make_optimizer(self, self.learning_rate, self.weight_decay, self.warmup_steps, self.layer_decay)

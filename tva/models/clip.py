@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import functools
 import json
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import lightning as L
 import torch
@@ -31,16 +32,8 @@ class ClipClassifier(FrozenHeadClassifier):
             ``hf-hub:OWNER/NAME``; ``local-dir:FOLDER`` with ``open_clip_config.json``; or a model config's ``.json``.
         pretrained: open_clip's tag, such as ``openai`` (downloaded when first used), or a local file of weights.
             ``tva-tiny``, ``hf-hub:`` and ``local-dir:`` bring their own.
-        weights: Checkpoint of this module to start from, such as the output of ``tva edit``; the head stays that of
-            ``pretrained``.
-        learning_rate: Peak learning rate of AdamW.
-        weight_decay: AdamW's.
-        warmup_steps: Optimizer steps of linear warm-up, before cosine decay to 0.
-        train_only: ``"attention"``, ``"linear"`` or ``"bias"``, or a list of these and of regular expressions: train
-            these parameters of the encoder alone.
-        lora: Train low-rank additions alone: ``r``, ``alpha``, ``target_modules``, ``dropout``; needs
-            ``pip install tva[lora]``.
-        tangent: Linearize the encoder in its weights; its vectors are marked as tangent.
+        head: ``"zero_shot"``, ``"means"``, ``"probe"`` or ``"learned"``, which starts from the zero-shot head.
+        **options: Those of `FrozenHeadClassifier`. With ``weights`` the head stays that of ``pretrained``.
 
     Raises:
         ValueError: The architecture is unknown, or it has no weights: an untrained network has no zero-shot head.
@@ -51,31 +44,35 @@ class ClipClassifier(FrozenHeadClassifier):
         'encoder.class_embedding'
     """
 
+    own_head = "zero_shot"
+    image_transform: Callable[[Any], Tensor]  # from a PIL image to the encoder's input
+
     def __init__(
         self,
         name: str = TINY,
         pretrained: str | None = None,
-        weights: str | None = None,
-        learning_rate: float = 1e-5,
-        weight_decay: float = 0.1,
-        warmup_steps: int = 200,
-        train_only: str | list[str] | None = None,
-        lora: Lora | None = None,
-        tangent: bool = False,
+        head: Literal["zero_shot", "means", "probe", "learned"] = "zero_shot",
+        **options: Any,
     ) -> None:
-        super().__init__(weights, learning_rate, weight_decay, warmup_steps, train_only, lora, tangent)
-        self.save_hyperparameters()
+        super().__init__(head=head, **options)
+        self._base = (name, pretrained)
         clip, self.image_transform, self._tokenizer = load_clip(name, pretrained)
-        self.encoder = clip.visual.train()
+        self.encoder = clip.visual
         clip.visual = nn.Identity()
+        self.logit_scale = float(clip.logit_scale.detach().exp())
         self._text = (clip,)  # the text tower, in a tuple that hides it from the state dict and the optimizer
-        self._load_weights()
+        self._finish()
+
+    def load_base(self) -> nn.Module:
+        return load_clip(*self._base)[0].visual.eval()
 
     @functools.cached_property
     def _text_digest(self) -> str:
         return fingerprint(self._text[0].state_dict()).digest
 
     def head_key(self, datamodule: L.LightningDataModule) -> dict[str, Any]:
+        if self.head_kind != "zero_shot":
+            return super().head_key(datamodule)
         return {
             "text": self._text_digest,
             "class_names": list(datamodule.class_names),
@@ -83,6 +80,8 @@ class ClipClassifier(FrozenHeadClassifier):
         }
 
     def build_head(self, datamodule: L.LightningDataModule) -> Tensor:
+        if self.head_kind != "zero_shot":
+            return super().build_head(datamodule)
         device = self.trainer.strategy.root_device
         text = self._text[0].to(device)
         rows = []

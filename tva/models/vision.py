@@ -4,32 +4,27 @@ from __future__ import annotations
 
 import difflib
 import os
-import weakref
-from collections.abc import Iterator
+from collections.abc import Callable
 from typing import Any, Literal
 
-import lightning as L
 import torch
-import xxhash
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from tva.models.adapters import Lora
 from tva.models.classifier import FrozenHeadClassifier
 from tva.state_dict import check_same, some
-from tva.weights import fingerprint, open_weights
+from tva.weights import open_weights
 
 BatchNorm = Literal["fold", "freeze", "train"]
 
 
 class VisionClassifier(FrozenHeadClassifier):
-    """Fine-tune a timm backbone under the class means of the base's features.
+    """Fine-tune a timm backbone under the class means of the base's features, a linear probe, or a learned head.
 
-    The head is the mean of the base's normalized features over each class's training examples, normalized, times
-    ``logit_scale``. It is computed once for a base and a set of examples and kept in ``~/.cache/tva`` (``TVA_CACHE``).
-    The examples are those of the data module's ``prototype_dataloader``, else of its ``train_dataloader``.
+    Its own head is ``"means"``: the mean of the base's normalized features over each class's training examples,
+    normalized, times ``logit_scale``. It is computed once for a base and a set of examples.
 
     Args:
         name: timm's name of the network, such as ``tf_efficientnet_lite0``.
@@ -41,22 +36,17 @@ class VisionClassifier(FrozenHeadClassifier):
             output, so that the base has no statistics to edit. ``"freeze"``: its statistics stay the base's.
             ``"train"``: they move in training, and the edit's ``statistics`` says how they are edited.
         logit_scale: What cosines are multiplied by.
-        weights: Checkpoint of this module to start from, such as the output of ``tva edit``; the head stays that of
-            ``pretrained``.
-        learning_rate: Peak learning rate of AdamW.
-        weight_decay: AdamW's.
-        warmup_steps: Optimizer steps of linear warm-up, before cosine decay to 0.
-        train_only: ``"attention"``, ``"linear"`` or ``"bias"``, or a list of these and of regular expressions: train
-            these parameters of the encoder alone.
-        lora: Train low-rank additions alone: ``r``, ``alpha``, ``target_modules``, ``dropout``; needs
-            ``pip install tva[lora]``.
-        tangent: Linearize the encoder in its weights; its vectors are marked as tangent.
+        head: ``"means"``, ``"probe"`` or ``"learned"``.
+        channels_last: Lay the weights of convolutions out by pixel; several times faster on CPUs.
+        **options: Those of `FrozenHeadClassifier`.
 
     Raises:
         ValueError: timm does not know the network, there are no weights, they are another network's, or BatchNorm
             cannot be folded.
         FileNotFoundError: The file of weights is not there.
     """
+
+    image_transform: Callable[[Any], Tensor]  # from a PIL image to the encoder's input
 
     def __init__(
         self,
@@ -65,24 +55,19 @@ class VisionClassifier(FrozenHeadClassifier):
         image_size: int | None = None,
         batch_norm: BatchNorm = "fold",
         logit_scale: float = 20.0,
-        weights: str | None = None,
-        learning_rate: float = 1e-5,
-        weight_decay: float = 0.1,
-        warmup_steps: int = 200,
-        train_only: str | list[str] | None = None,
-        lora: Lora | None = None,
-        tangent: bool = False,
+        head: Literal["means", "probe", "learned"] = "means",
+        channels_last: bool = True,
+        **options: Any,
     ) -> None:
-        super().__init__(weights, learning_rate, weight_decay, warmup_steps, train_only, lora, tangent)
-        self.save_hyperparameters()
+        super().__init__(head=head, channels_last=channels_last, **options)
         self.batch_norm = batch_norm
         self.logit_scale = logit_scale
         self._base = (name, pretrained, image_size, batch_norm)
         self.encoder, self.image_transform = load_encoder(*self._base)
-        self._base_digest = fingerprint(self.encoder.state_dict()).digest
-        self._data_digests: weakref.WeakKeyDictionary[Any, str] = weakref.WeakKeyDictionary()
-        self.encoder.train()
-        self._load_weights()
+        self._finish()
+
+    def load_base(self) -> nn.Module:
+        return load_encoder(*self._base)[0].to(memory_format=torch.channels_last)
 
     def on_train_epoch_start(self) -> None:
         # Not by overriding train(): re-estimating statistics needs them to move outside of fitting.
@@ -90,62 +75,6 @@ class VisionClassifier(FrozenHeadClassifier):
             for module in self.encoder.modules():
                 if isinstance(module, _BatchNorm):
                     module.eval()
-
-    # --- the head
-
-    def head_key(self, datamodule: L.LightningDataModule) -> dict[str, Any]:
-        if datamodule not in self._data_digests:
-            self._data_digests[datamodule] = _digest(datamodule)
-        return {
-            "head": "class means",
-            "base": self._base_digest,
-            "examples": self._data_digests[datamodule],
-            "class_names": list(datamodule.class_names),
-            "logit_scale": self.logit_scale,
-        }
-
-    def build_head(self, datamodule: L.LightningDataModule) -> Tensor:
-        device = self.trainer.strategy.root_device
-        with torch.random.fork_rng(devices=[]):
-            encoder, _ = load_encoder(*self._base)
-        found = fingerprint(encoder.state_dict()).digest
-        if found != self._base_digest:
-            raise ValueError(
-                f"The head needs the base {self._base_digest} that this model was made from, but "
-                f"{self._base[1]} now holds {found}. Put the base back, or make the model again."
-            )
-        encoder.to(device)
-        task, names = getattr(datamodule, "name", type(datamodule).__name__), list(datamodule.class_names)
-        sums = torch.zeros(len(names), encoder.num_features, dtype=torch.float64)  # (classes, features)
-        counts = torch.zeros(len(names), dtype=torch.int64)
-        for images, labels in _prototypes(datamodule):
-            features = F.normalize(encoder(images.to(device)), dim=-1).cpu().double()  # (batch, features)
-            sums.index_add_(0, labels, features)
-            counts += torch.bincount(labels, minlength=len(names))
-        empty = [name for name, count in zip(names, counts.tolist(), strict=True) if count == 0]
-        if empty:
-            raise ValueError(
-                f"{task}: a head of class means needs training examples of each of the {len(names)} classes, and "
-                f"there are none of {some(empty)}. Raise limit_train, or let prototype_where reach them ({{}} takes "
-                f"all training examples)."
-            )
-        return F.normalize(sums, dim=-1) * self.logit_scale  # the mean's direction is the sum's
-
-
-def _prototypes(datamodule: L.LightningDataModule) -> Iterator[tuple[Tensor, Tensor]]:
-    loader = getattr(datamodule, "prototype_dataloader", datamodule.train_dataloader)
-    with torch.random.fork_rng(devices=[]):  # a loader draws a seed; training must not depend on what is in the cache
-        batches = iter(loader())
-    yield from batches
-
-
-def _digest(datamodule: L.LightningDataModule) -> str:
-    """Hash the transformed images and labels that a head is made of, in any order."""
-    examples = []
-    for images, labels in _prototypes(datamodule):
-        for image, label in zip(images, labels.tolist(), strict=True):
-            examples.append(xxhash.xxh3_128_hexdigest(image.contiguous().numpy(), seed=label))
-    return xxhash.xxh3_128_hexdigest("".join(sorted(examples)).encode())
 
 
 # --- timm
@@ -197,8 +126,7 @@ def load_encoder(
     config |= {"input_size": (3, image_size, image_size), "crop_pct": 1.0}  # a digit reaches to the border
     if batch_norm == "fold":
         fold_batch_norm(encoder, image_size)
-    # Convolutions run several times faster on CPUs in this layout; shapes and names stay.
-    return encoder.eval().to(memory_format=torch.channels_last), create_transform(**config, is_training=False)
+    return encoder.eval(), create_transform(**config, is_training=False)
 
 
 def _load_strictly(encoder: nn.Module, name: str, path: str) -> None:

@@ -1,0 +1,252 @@
+"""Language models of transformers, causal and sequence to sequence, with perplexity and text-to-text metrics."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import lightning as L
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torchmetrics import Metric
+from torchmetrics.functional.text import rouge_score
+from torchmetrics.text import BLEUScore
+
+from tva.models.training import check_layer_decay, make_optimizer, prepare
+from tva.models.transformer import Kind, load_network, load_tokenizer, longest_input, split_padding
+from tva.weights import open_weights
+
+TextMetric = Literal["exact_match", "rouge1", "rouge2", "rougeL", "bleu"]
+IGNORED = -100  # a target that no loss is taken of
+
+
+class Perplexity(Metric):
+    """Exponential of the mean cross-entropy of all tokens.
+
+    As torchmetrics' own, from losses instead of logits: no softmax is taken twice, and none underflows.
+    """
+
+    higher_is_better = False
+    is_differentiable = False
+    full_state_update = False
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.add_state("total", torch.zeros(()), dist_reduce_fx="sum")
+        self.add_state("count", torch.zeros(()), dist_reduce_fx="sum")
+
+    def update(self, total: Tensor, count: Tensor) -> None:
+        """Add the sum of losses of so many tokens."""
+        self.total += total
+        self.count += count
+
+    def compute(self) -> Tensor:
+        """Give the perplexity so far."""
+        return (self.total / self.count).exp()
+
+
+class LanguageModel(L.LightningModule, ABC):
+    """Fine-tune and evaluate a language model of transformers; `CausalLM` and `Seq2SeqLM` are the two kinds.
+
+    Batches are ``{"tokens", "targets"}``, as `tva.data.LanguageTask` makes them. Training minimizes the mean
+    cross-entropy of a batch's target tokens. Validation and test log ``STAGE/TASK/loss``, the mean over examples of
+    each one's mean over tokens, with a score for each example; ``STAGE/TASK/perplexity``, in which every token counts
+    the same (the exponential of the loss, where all examples are blocks of one length); and ``metrics`` of what is
+    generated. All weights are in the state dict, under ``network.``; tied ones under each of their names.
+
+    Args:
+        name: A local folder with ``config.json``, weights and tokenizer, or a name on the Hugging Face hub.
+            Environment variables are filled in.
+        tokenizer: Folder or hub name of the tokenizer, where ``name`` brings none.
+        metrics: Metrics of text that is generated greedily from prompts and compared with targets: ``exact_match``,
+            ``rouge1``, ``rouge2``, ``rougeL`` (F-measures; each with a score for each example) and ``bleu`` (of all
+            texts together).
+        max_new_tokens: Tokens that are generated at most.
+        weights: Checkpoint of this module to start from, such as the output of ``tva edit``.
+        learning_rate: Peak learning rate of AdamW.
+        weight_decay: AdamW's, on every trained parameter.
+        warmup_steps: Optimizer steps of linear warm-up, before cosine decay to 0.
+        layer_decay: What the learning rate is multiplied by from one layer to that below it, such as 0.75.
+        gradient_checkpointing: Compute activations again in the backward pass: less memory, more time.
+        compile: Compile the network with ``torch.compile`` when it is first used; names of weights stay.
+
+    Raises:
+        FileNotFoundError: The folder is not there.
+        ValueError: transformers is not installed or cannot load it, some weights would be random, or the tokenizer is
+            that of another model.
+    """
+
+    kind: Kind
+    encoder_decoder: bool  # whether targets are apart from tokens, which LanguageTask asks
+
+    def __init__(
+        self,
+        name: str,
+        tokenizer: str | None = None,
+        metrics: list[TextMetric] | None = None,
+        max_new_tokens: int = 32,
+        weights: str | None = None,
+        learning_rate: float = 1e-5,
+        weight_decay: float = 0.1,
+        warmup_steps: int = 200,
+        layer_decay: float | None = None,
+        gradient_checkpointing: bool = False,
+        compile: bool = False,
+    ) -> None:
+        super().__init__()
+        self.save_hyperparameters()
+        self.metrics = list(metrics or [])
+        self.max_new_tokens = max_new_tokens
+        self.weights = weights
+        self.learning_rate = learning_rate
+        self.weight_decay = weight_decay
+        self.warmup_steps = warmup_steps
+        self.layer_decay = check_layer_decay(layer_decay)
+        self.task = "task"
+        self.network = load_network(self.kind, name)
+        self.tokenizer = load_tokenizer(name, tokenizer, self.network)
+        self.max_length = longest_input(self.tokenizer, self.network)
+        self.perplexity = nn.ModuleDict({"val": Perplexity(), "test": Perplexity()})
+        self.bleu = nn.ModuleDict({stage: BLEUScore() for stage in ("val", "test") if "bleu" in self.metrics})
+        prepare(self.network.train(), gradient_checkpointing, compiled=compile)
+        self._load_weights()
+
+    def _load_weights(self) -> None:
+        if self.weights is not None:
+            self.load_state_dict(dict(open_weights(self.weights)), strict=True)
+
+    def setup(self, stage: str) -> None:
+        self.task = getattr(self.trainer.datamodule, "name", "task")
+
+    @abstractmethod
+    def forward(self, tokens: Tensor, targets: Tensor | None = None) -> Tensor:
+        """Give logits of the next token at each place.
+
+        Args:
+            tokens: Shape (batch, length), padded with -1.
+            targets: Shape (batch, target length), padded with -100.
+
+        Returns:
+            Logits, shape (batch, length, vocabulary); for a sequence-to-sequence model of the targets' length.
+        """
+
+    @abstractmethod
+    def predictions(self, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """Give logits (batch, length, vocabulary) and what they should predict (batch, length)."""
+
+    @abstractmethod
+    def prompts(self, batch: Mapping[str, Tensor]) -> Tensor:
+        """Give what a batch's targets should follow, shape (batch, length), padded with -1."""
+
+    def _losses(self, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """Give each example's sum of losses, and its number of target tokens, both (batch,)."""
+        logits, targets = self.predictions(batch)
+        losses = F.cross_entropy(
+            logits.flatten(0, 1).float(), targets.flatten(), ignore_index=IGNORED, reduction="none"
+        )
+        return losses.view_as(targets).sum(dim=1), (targets != IGNORED).sum(dim=1)
+
+    def training_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> Tensor:
+        sums, counts = self._losses(batch)
+        loss = sums.sum() / counts.sum()
+        self.log(f"train/{self.task}/loss", loss, prog_bar=True, batch_size=len(counts))
+        return loss
+
+    def validation_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> dict[str, Any]:
+        return self._evaluate(batch, "val")
+
+    def test_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> dict[str, Any]:
+        return self._evaluate(batch, "test")
+
+    def _evaluate(self, batch: Mapping[str, Tensor], stage: str) -> dict[str, Any]:
+        sums, counts = self._losses(batch)
+        scores = {"loss": sums / counts}
+        self.perplexity[stage](sums.sum(), counts.sum())
+        options = {"on_step": False, "on_epoch": True, "batch_size": len(counts)}
+        self.log(f"{stage}/{self.task}/perplexity", self.perplexity[stage], prog_bar=True, **options)
+        if self.metrics:
+            made, wanted = self.generate(batch)
+            if "bleu" in self.metrics:
+                self.bleu[stage](made, [[text] for text in wanted])
+                self.log(f"{stage}/{self.task}/bleu", self.bleu[stage], **options)
+            for metric in self.metrics:
+                if metric != "bleu":
+                    found = [_score(metric, *texts) for texts in zip(made, wanted, strict=True)]
+                    scores[metric] = torch.stack(found).to(self.device)
+        for metric, values in scores.items():
+            self.log(f"{stage}/{self.task}/{metric}", values.float().mean(), sync_dist=True, **options)
+        return {"loss": scores["loss"].mean(), "scores": scores}
+
+    @torch.no_grad()
+    def generate(self, batch: Mapping[str, Tensor]) -> tuple[list[str], list[str]]:
+        """Continue prompts greedily; give what was made and what was wanted, as texts without surrounding space."""
+        given = split_padding(self.prompts(batch), self.tokenizer)
+        made = self.network.generate(
+            **given,
+            max_new_tokens=self.max_new_tokens,
+            do_sample=False,
+            num_beams=1,
+            pad_token_id=self.tokenizer.pad_token_id or 0,
+        )
+        if not self.encoder_decoder:
+            made = made[:, given["input_ids"].shape[1] :]
+        wanted = [row[row != IGNORED] for row in batch["targets"]]
+        return tuple([text.strip() for text in self._decode(rows)] for rows in (made, wanted))
+
+    def _decode(self, rows: Any) -> list[str]:
+        return [self.tokenizer.decode(row.tolist(), skip_special_tokens=True) for row in rows]
+
+    def configure_optimizers(self) -> dict[str, Any]:
+        return make_optimizer(self, self.learning_rate, self.weight_decay, self.warmup_steps, self.layer_decay)
+
+
+class CausalLM(LanguageModel):
+    """Fine-tune and evaluate a language model that predicts the next token, as GPT-2 or Llama: a `LanguageModel`."""
+
+    kind: Kind = "AutoModelForCausalLM"
+    encoder_decoder = False
+
+    def forward(self, tokens: Tensor, targets: Tensor | None = None) -> Tensor:
+        return self.network(**split_padding(tokens, self.tokenizer), use_cache=False).logits
+
+    def predictions(self, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+        return self(batch["tokens"])[:, :-1], batch["targets"][:, 1:]
+
+    def prompts(self, batch: Mapping[str, Tensor]) -> Tensor:
+        starts = [
+            row[: int((wanted != IGNORED).int().argmax())]
+            for row, wanted in zip(batch["tokens"], batch["targets"], strict=True)
+        ]
+        if not all(len(start) for start in starts):
+            raise ValueError(
+                f"{self.task}: metrics {self.metrics} are of text that follows a prompt, and running text has none. "
+                f"Give the data a prompt_column and target_column, or leave metrics out."
+            )
+        return nn.utils.rnn.pad_sequence(starts, batch_first=True, padding_value=-1, padding_side="left")
+
+
+class Seq2SeqLM(LanguageModel):
+    """Fine-tune and evaluate an encoder with a decoder, such as T5 or BART: a `LanguageModel`."""
+
+    kind: Kind = "AutoModelForSeq2SeqLM"
+    encoder_decoder = True
+
+    def forward(self, tokens: Tensor, targets: Tensor | None = None) -> Tensor:
+        if targets is None:
+            raise ValueError(f"{type(self).__name__} needs targets beside tokens: its decoder is given them, shifted.")
+        shifted = self.network.prepare_decoder_input_ids_from_labels(labels=targets)
+        return self.network(**split_padding(tokens, self.tokenizer), decoder_input_ids=shifted, use_cache=False).logits
+
+    def predictions(self, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+        return self(batch["tokens"], batch["targets"]), batch["targets"]
+
+    def prompts(self, batch: Mapping[str, Tensor]) -> Tensor:
+        return batch["tokens"]
+
+
+def _score(metric: str, made: str, wanted: str) -> Tensor:
+    if metric == "exact_match":
+        return torch.tensor(made == wanted)
+    return rouge_score(made, wanted, rouge_keys=(metric,))[f"{metric}_fmeasure"]
