@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
-from torch.utils.data import Dataset, Sampler
+from torch.utils.data import Dataset
 
 from tva.data.task import Task
 from tva.data.text_task import PADDING, texts_of, tokenize, tokenizer_of
@@ -178,9 +178,6 @@ class LanguageTask(Task):
             "tokens": pad_sequence(tokens, batch_first=True, padding_value=PADDING),
             "targets": pad_sequence(targets, batch_first=True, padding_value=IGNORED),
         }
-
-    def _train_sampler(self, examples: Dataset) -> Sampler:
-        return self._same_order_on_any_ranks(examples)
 
 
 class Blocks(Dataset):

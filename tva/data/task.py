@@ -11,7 +11,7 @@ import lightning as L
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, DistributedSampler, Sampler
+from torch.utils.data import DataLoader, DistributedSampler
 
 from tva.data.sources import default_name, expand, load_splits
 from tva.state_dict import some
@@ -180,29 +180,18 @@ class Task(L.LightningDataModule, ABC):
         return self._loader("prototype" if "prototype" in self._examples else "train")
 
     def _loader(self, part: str, shuffle: bool = False) -> DataLoader:
-        sampler = self._train_sampler(self._examples[part]) if shuffle else None
+        examples, sampler = self._examples[part], None
+        if shuffle:  # the same order, and a new one each epoch, on any number of ranks; Lightning counts the epochs
+            ranks, rank = getattr(self.trainer, "world_size", 1), getattr(self.trainer, "global_rank", 0)
+            sampler = DistributedSampler(examples, num_replicas=ranks, rank=rank, seed=self.order_seed)
         return DataLoader(
-            self._examples[part],
+            examples,
             batch_size=self.batch_size,
-            shuffle=shuffle and sampler is None,
             sampler=sampler,
             collate_fn=self.collate,
             num_workers=self.num_workers,
             persistent_workers=self.num_workers > 0,
             pin_memory=torch.cuda.is_available(),
-        )
-
-    def _train_sampler(self, examples: Dataset) -> Sampler | None:
-        """Give the sampler of training examples; None shuffles by torch's global generator."""
-        return None
-
-    def _same_order_on_any_ranks(self, examples: Dataset) -> Sampler:
-        """Shuffle by the run's seed and the epoch alone: k ranks of n examples see the batches of one with k · n."""
-        return DistributedSampler(
-            examples,
-            num_replicas=getattr(self.trainer, "world_size", 1),
-            rank=getattr(self.trainer, "global_rank", 0),
-            seed=self.order_seed,
         )
 
 

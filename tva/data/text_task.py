@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
-from torch.utils.data import Dataset, Sampler
+from torch.utils.data import Dataset
 
 from tva.data.task import LabeledTask
 from tva.state_dict import some
@@ -136,9 +136,6 @@ class TextTask(LabeledTask):
         """Make a batch; tokens are padded at the end."""
         tokens, labels = zip(*examples, strict=True)
         return pad_sequence(tokens, batch_first=True, padding_value=PADDING), torch.stack(labels)
-
-    def _train_sampler(self, examples: Dataset) -> Sampler:
-        return self._same_order_on_any_ranks(examples)
 
 
 class TokenExamples(Dataset):
