@@ -13,7 +13,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from tva.models.adapters import Lora
 from tva.models.classifier import FrozenHeadClassifier
 from tva.weights import fingerprint
 

@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from tva.models.adapters import Lora
 from tva.models.classifier import FrozenHeadClassifier
 from tva.state_dict import check_same, some
 from tva.weights import open_weights
