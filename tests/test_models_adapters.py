@@ -143,6 +143,13 @@ def test_selections_that_choose_nothing_are_refused():
         select(timm.create_model("test_efficientnet"), "attention")
 
 
+def test_the_part_to_adapt_may_have_another_name():
+    model = nn.Module()
+    model.network = bert()
+    adapt(model, lora={"target_modules": ["value"]}, part="network")
+    assert sum("lora_A" in name for name, _ in model.network.named_parameters()) == 2
+
+
 # --- LoRA
 
 

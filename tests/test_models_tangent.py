@@ -55,6 +55,15 @@ def networks():
     yield "timm", image_net("vit_tiny_patch16_224"), lambda net: net(images)
     mask = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 1, 0, 0], [1, 1, 1, 1, 0]])
     yield "bert eager", bert(attn_implementation="eager"), lambda net: net(tokens, attention_mask=mask)[0]
+    config = transformers.LlamaConfig(
+        vocab_size=50,
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+    )
+    yield "llama", transformers.LlamaForCausalLM(config), lambda net: net(tokens, attention_mask=mask).logits
     yield "bert", bert(), lambda net: net(input_ids=tokens, attention_mask=mask).last_hidden_state
 
 
@@ -80,6 +89,7 @@ def test_it_is_the_network_and_its_directional_derivative_in_float64(name):
     with torch.no_grad():
         torch.testing.assert_close(call(linear), call(network), rtol=1e-12, atol=1e-12)
     moves = move(linear, 0.05, seed=2)
+    error = 1e-3 if name == "llama" else 1e-6  # its normalization is computed in float32, whatever the weights are
     with torch.no_grad():
         base = dict(network.named_parameters())
 
@@ -88,10 +98,10 @@ def test_it_is_the_network_and_its_directional_derivative_in_float64(name):
 
         step = 1e-4
         slope = (at(step) - at(-step)) / (2 * step)
-        torch.testing.assert_close(call(linear), at(0) + slope, rtol=1e-6, atol=1e-6)
-        assert (at(1) - call(linear)).abs().max() > 1e-3  # the network itself is not linear
+        torch.testing.assert_close(call(linear), at(0) + slope, rtol=error, atol=error)
+        assert (at(1) - call(linear)).abs().max() > 3 * error  # the network itself is not linear
     with torch.inference_mode():  # as Lightning evaluates
-        torch.testing.assert_close(call(linear), at(0) + slope, rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(call(linear), at(0) + slope, rtol=error, atol=error)
 
 
 def test_at_its_base_it_is_the_network_bit_for_bit_on_the_same_kernels():
@@ -162,6 +172,14 @@ def test_moving_statistics_are_refused():
     with pytest.raises(ValueError, match=r"statistics move, as those of '1' would. Use batch_norm='fold' or 'freeze'"):
         network(torch.randn(2, 3, 8, 8))
     assert network.eval()(torch.randn(2, 3, 8, 8)).shape == (2, 4, 6, 6)
+
+
+def test_a_loss_inside_the_network_is_refused():
+    network = copy.deepcopy(NETWORKS["llama"][0])
+    linearize(network)
+    tokens = torch.arange(6).reshape(2, 3)
+    with pytest.raises(ValueError, match="Compute it from the logits, without passing labels"):
+        network(tokens, labels=tokens)
 
 
 def test_gradient_checkpointing_is_refused():

@@ -44,11 +44,12 @@ def adapt(
     train_only: str | list[str] | None = None,
     lora: Lora | None = None,
     tangent: bool = False,
+    part: str = "encoder",
 ) -> None:
-    """Load weights into a module and say what of its ``encoder`` is trained, and how; the last step of a constructor.
+    """Load weights into a module and say what of one part is trained, and how; the last step of a constructor.
 
     Args:
-        module: A module with an attribute ``encoder``, changed in place; nothing else of it is frozen or adapted.
+        module: Changed in place; nothing of it but the part is frozen or adapted.
         weights: Checkpoint of ``module`` to load. A linearized encoder stays linearized around the weights before.
         train_only: ``"attention"``, ``"linear"`` (the linear layers, those of attention included) or ``"bias"``, or a
             list of these and of regular expressions that are searched for in the names of the encoder's parameters;
@@ -56,6 +57,7 @@ def adapt(
         lora: Train low-rank additions alone, by peft (``pip install tva[lora]``); see `Lora`. ``{}`` takes the
             defaults.
         tangent: Linearize the encoder in its weights; see `tva.models.tangent.linearize`.
+        part: Name of the attribute that holds the encoder, or whatever network is to be fine-tuned.
 
     Raises:
         ValueError: Nothing in the encoder has such a name, options exclude each other, peft is missing, or ``weights``
@@ -65,17 +67,17 @@ def adapt(
         other = "tangent" if tangent else "train_only"
         raise ValueError(f"lora and {other} exclude each other; give one of them.")
     if tangent:
-        linearize(module.encoder)
+        linearize(getattr(module, part))
     if weights is not None:
         opened = open_weights(weights)
         _check_kind(opened, tangent)
         module.load_state_dict(dict(opened), strict=True)
     if train_only is not None:
-        chosen = select(module.encoder, train_only)
-        for name, parameter in module.encoder.named_parameters():
+        chosen = select(getattr(module, part), train_only)
+        for name, parameter in getattr(module, part).named_parameters():
             parameter.requires_grad_(parameter.requires_grad and name in chosen)
     if lora is not None:
-        module.encoder = add_lora(module.encoder, lora)
+        setattr(module, part, add_lora(getattr(module, part), lora))
 
 
 def _check_kind(weights: LazyWeights, tangent: bool) -> None:

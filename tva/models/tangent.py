@@ -38,6 +38,8 @@ def linearize(network: nn.Module) -> None:
     """
     if isinstance(vars(network).get("forward"), LinearizedForward):
         raise ValueError("This network is linearized already.")
+    if getattr(getattr(network, "config", None), "use_cache", False):
+        network.config.use_cache = False  # of transformers: what a cache holds is no output
     network.vector_kind = TANGENT
     network.forward = LinearizedForward(network)
 
@@ -83,6 +85,11 @@ class LinearizedForward:
         if self._inside:
             return type(self.network).forward(self.network, *args, **kwargs)
         _check_options(self.network)
+        if kwargs.get("labels") is not None:
+            raise ValueError(
+                "A linearized network gives linear outputs, and a loss among them would be linear too. Compute it "
+                "from the logits, without passing labels."
+            )
         self._inside = True
         try:
             with _forward_derivatives():
