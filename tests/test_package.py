@@ -43,7 +43,8 @@ LAYERS = [
     {"tva.edit"},
     {"tva.trainer"},
     {"tva.cli"},
-    {"tva.demo", "tva.__main__"},
+    {"tva.demo", "tva.__main__", "tva.play"},
+    {"tva.playground"},
 ]
 TORCH_ONLY = {
     "tva.state_dict",
@@ -90,6 +91,7 @@ DOORS = {
     "vl_convert": {"tva.page"},
     "backports": {"tva.undo"},
     "compression": {"tva.undo"},
+    "nicegui": {"tva.playground"},
 }
 
 

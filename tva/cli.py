@@ -8,10 +8,11 @@ import logging
 import os
 import sys
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from importlib import import_module
 from inspect import signature
+from pathlib import Path
 from typing import Any
 
 COMMANDS = {
@@ -28,6 +29,7 @@ COMMANDS = {
     "vectors ls": "list the task vectors in a folder, those together that share a base",
     "vectors match": "tell whether a checkpoint is its base plus a number times a vector, and which number",
     "report": "rebuild the page of finished edits, and put several side by side",
+    "play": "open a finished edit on a local page where sliders set its coefficients",
     "push": "upload an edit's weights, task vectors and model card to the Hugging Face hub",
     "data": "list the data sets that have a name",
 }
@@ -41,6 +43,7 @@ FILE_COMMANDS = {
     "compare": ("tva.look.compare", "tva.tables.show_compared", "vectors…"),
     "vectors ls": ("tva.registry.list_vectors", "tva.tables.show_listing", "folder"),
     "vectors match": ("tva.match.match", "tva.tables.show_matched", "checkpoint vectors…"),
+    "play": ("tva.playground.prepare", "tva.playground.serve", "run"),
     "report": ("tva.revisit.revisit", "tva.revisit.show_revisited", "runs…"),
     "push": ("tva.push.push", "tva.push.show_pushed", "run repository"),
 }
@@ -221,20 +224,40 @@ def _data() -> bool:
     return True
 
 
-def _run(command: str) -> bool:
-    """Run ``fit`` or ``edit``; these imports take seconds."""
+def open_edit(config: str) -> dict[str, Any]:
+    """Make the trainer and what an edit gets, from a YAML file with its options, and do not edit.
+
+    Returns:
+        The arguments of `tva.trainer.Trainer.edit` by name, and the trainer.
+    """
+    opened: dict[str, Any] = {}
+    with _arguments(["edit", "--config", config]):
+        _run("edit", opened.update)
+    return opened
+
+
+def _run(command: str, instead: Callable[..., None] | None = None) -> bool:
+    """Run ``fit`` or ``edit``, or give what the edit would get to a function; these imports take seconds."""
     from lightning.pytorch.cli import LightningCLI, SaveConfigCallback
     from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
     import tva.callbacks  # these three so that their classes can be named without a module path
     import tva.data
     import tva.models  # noqa: F401
-    from tva.trainer import Trainer
+    from tva.trainer import Trainer, write_config
 
     class TvaCLI(LightningCLI):
         @staticmethod
         def subcommands() -> dict[str, set[str]]:
             return {"fit": LightningCLI.subcommands()["fit"], "edit": {"model", "datamodule"}}
+
+        def edit(self, **options: Any) -> None:
+            if instead is not None:
+                instead(trainer=self.trainer, **options)
+                return
+            self.trainer.edit(**options)
+            text = self._parser("edit").dump(self.config["edit"], skip_none=False)
+            write_config(self.trainer, Path(options["output"]), text)
 
         def _parse_ckpt_path(self) -> None:
             """Resume with the model that the command describes.

@@ -168,27 +168,8 @@ def run_edit(
     if ("joint" in (baselines or [])) != (joint is not None):
         raise ValueError("The baseline 'joint' and the checkpoint joint= go together: give both or none.")
 
-    if any(hasattr(part, "peft_config") for part in model.modules()):
-        raise ValueError(
-            "An edit takes the plain model, and this one holds LoRA. Leave lora out of its options: the vectors that "
-            "TaskVectorCallback writes of LoRA are dense, under the plain model's names."
-        )
-    if base is not None:
-        weights = open_weights(base)
-        check_same(canonical_state_dict(model.state_dict()), weights, "the model", f"the base {base}")
-        for name, tensor in canonical_state_dict(model.state_dict()).items():
-            tensor.copy_(weights[name])
     kind = kind_of(model)
-    check_at_base(model)
-    editor = Editor(trainer, model, tasks, statistics, targets.values())
-    loaded = {name: _load_vector(path, editor.base) for name, path in vectors.items()}
-    if allow_other_kind:
-        loaded = {name: vector.as_kind(kind) for name, vector in loaded.items()}
-    for name, vector in loaded.items():
-        check_kinds(
-            {f"the vector {name}": vector.origin.kind, f"the model {type(model).__name__}": kind},
-            "pass allow_other_kind if the other kind is meant",
-        )
+    editor, loaded = open_editor(trainer, model, vectors, base, tasks, statistics, targets, allow_other_kind)
 
     @functools.lru_cache(maxsize=4)
     def vector_with(values: tuple[tuple[str, float], ...]) -> TaskVector:
@@ -244,7 +225,7 @@ def run_edit(
     scores = {label.label: found for label, found in zip(states, results, strict=True)}
     finetuned = bench.finetuned([task for task in tasks if task in loaded], split)
     chosen_on = {} if scaling_coef is not None else {c.task: bench.base(c.task, "val") for c in constraints}
-    verdicts = [_verdict(c, edited[c.task], before[c.task], chosen_on.get(c.task), confidence) for c in constraints]
+    verdicts = [verdict_on(c, edited[c.task], before[c.task], chosen_on.get(c.task), confidence) for c in constraints]
     finished = Finished(
         bench=bench,
         state=state,
@@ -379,6 +360,41 @@ def _record(
     )
 
 
+def open_editor(
+    trainer: L.Trainer,
+    model: L.LightningModule,
+    vectors: Mapping[str, str],
+    base: str | None,
+    tasks: Mapping[str, L.LightningDataModule],
+    statistics: Statistics,
+    targets: Mapping[str, L.LightningDataModule],
+    allow_other_kind: bool = False,
+) -> tuple[Editor, dict[str, TaskVector]]:
+    """Put the base into a model, and give what edits it and the task vectors by name; see `run_edit`."""
+    if any(hasattr(part, "peft_config") for part in model.modules()):
+        raise ValueError(
+            "An edit takes the plain model, and this one holds LoRA. Leave lora out of its options: the vectors that "
+            "TaskVectorCallback writes of LoRA are dense, under the plain model's names."
+        )
+    if base is not None:
+        weights = open_weights(base)
+        check_same(canonical_state_dict(model.state_dict()), weights, "the model", f"the base {base}")
+        for name, tensor in canonical_state_dict(model.state_dict()).items():
+            tensor.copy_(weights[name])
+    kind = kind_of(model)
+    check_at_base(model)
+    editor = Editor(trainer, model, tasks, statistics, targets.values())
+    loaded = {name: _load_vector(path, editor.base) for name, path in vectors.items()}
+    if allow_other_kind:
+        loaded = {name: vector.as_kind(kind) for name, vector in loaded.items()}
+    for name, vector in loaded.items():
+        check_kinds(
+            {f"the vector {name}": vector.origin.kind, f"the model {type(model).__name__}": kind},
+            "pass allow_other_kind if the other kind is meant",
+        )
+    return editor, loaded
+
+
 def _workshop(
     bench: Bench,
     state: State,
@@ -435,13 +451,14 @@ def _metric(evaluation: Evaluation, mentioned: Sequence[str] | None) -> str:
     return next(metric for metric in ("accuracy", *evaluation.metrics) if metric in evaluation.metrics)
 
 
-def _verdict(
+def verdict_on(
     constraint: Constraint,
     edited: Evaluation,
     base: Evaluation,
     chosen_on: Evaluation | None,
     confidence: float | None,
 ) -> ConstraintReport:
+    """Say whether a constraint holds, with what confidence is asked for."""
     after, before = {constraint.task: edited.metrics}, {constraint.task: base.metrics}
     value = score(after, constraint.task, constraint.metric)
     slack = 0.0 if confidence is None else constraint_slack(constraint, edited, base, confidence)

@@ -31,6 +31,7 @@ if TYPE_CHECKING:  # scipy takes seconds to load, and compose's reports need non
 
 EDIT_JSON = "edit.json"
 PAGE = "report.html"
+CONFIG = "config.yaml"
 WIDE = 150  # columns of a terminal that has room for all of the table
 BARS = "▁▂▃▄▅▆▇█"
 
@@ -209,7 +210,7 @@ def write_report(
     """
     content = report.to_json()
     page = edit_page(content)
-    for name in (EDIT_JSON, PAGE):
+    for name in (EDIT_JSON, PAGE, CONFIG):
         (folder / name).unlink(missing_ok=True)
     if weights is None:
         (folder / EDITED).unlink(missing_ok=True)

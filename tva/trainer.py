@@ -9,7 +9,8 @@ from typing import Any
 import lightning as L
 
 from tva.edit import run_edit
-from tva.report import EditReport, print_report
+from tva.report import CONFIG, EDIT_JSON, EditReport, print_report, read_report
+from tva.weights import atomic_path
 
 
 class Trainer(L.Trainer):
@@ -49,3 +50,11 @@ class Trainer(L.Trainer):
         elif self.is_global_zero:
             print_report(self.report, folder=Path(output))
         return self.report
+
+
+def write_config(trainer: Trainer, folder: Path, text: str) -> None:
+    """Write the options of the trainer's last edit beside its ``edit.json``, if it wrote one."""
+    written = (folder / EDIT_JSON).exists() and trainer.report is not None
+    if trainer.is_global_zero and written and read_report(folder)["created"] == trainer.report.created:
+        with atomic_path(folder / CONFIG) as temporary:
+            temporary.write_text(text, encoding="utf-8")
