@@ -11,8 +11,9 @@ from small_models import run_ranks
 from small_text import WORDS, make_tokenizer, make_trainer, reviews, write_model, write_reviews, write_running_text
 from torch.nn import functional as F
 from torchmetrics.functional.text import perplexity
+from tva.callbacks import TaskVectorCallback
 
-from tva import fingerprint, open_weights, save_weights
+from tva import TaskVector, fingerprint, open_weights, save_weights
 from tva.data import LanguageTask, TextTask
 from tva.models import CausalLM, Seq2SeqLM, TextClassifier
 from tva.validate import evaluate
@@ -243,6 +244,33 @@ def test_training_lowers_the_loss(folder, tmp_path, kind):
     before = evaluate(trainer, model, data, "test").metrics["perplexity"]
     trainer.fit(model, data)
     assert evaluate(trainer, model, data, "test").metrics["perplexity"] < 0.7 * before
+
+
+@pytest.mark.parametrize("options", [{"train_only": "attention"}, {"lora": {"r": 2}}, {"tangent": True}])
+@pytest.mark.parametrize("kind", ["causal", "seq2seq", "bert"])
+def test_every_model_is_adapted_and_its_vector_edits_the_plain_one(folder, tmp_path, kind, options):
+    make = {"causal": CausalLM, "seq2seq": Seq2SeqLM, "bert": TextClassifier}[kind]
+    model = make(str(folder / kind), learning_rate=1e-2, warmup_steps=0, **options)
+    callbacks = [TaskVectorCallback(dirpath=tmp_path, at_train_end=True)]
+    data = texts(folder, class_descriptions=DESCRIPTIONS) if kind == "bert" else prose(folder)
+    make_trainer(tmp_path, max_steps=5, callbacks=callbacks).fit(model, data)
+    vector = TaskVector.load(tmp_path / "final.tv.safetensors")
+    tangent = {"tangent": True} if "tangent" in options else {}
+    assert vector.origin.kind == ("tangent" if tangent else None)
+    plain = make(str(folder / kind), **tangent)
+    assert vector.names == plain.state_dict().keys()
+    state = vector.apply_to(plain.state_dict())
+    if "tangent" not in options:
+        moved = {name.rpartition(".")[0].rpartition(".")[2] for name in vector.deltas}
+        assert not moved & {"lm_head", "embed_tokens", "shared"}
+    plain.load_state_dict(state)
+    before, after = (evaluate(make_trainer(tmp_path), each, data, "test").metrics["loss"] for each in (model, plain))
+    assert before == pytest.approx(after, rel=1e-4)
+
+
+def test_a_linearized_language_model_generates_nothing(folder):
+    with pytest.raises(ValueError, match="linearized network generates none. Leave metrics out"):
+        CausalLM(str(folder / "causal"), metrics=["bleu"], tangent=True)
 
 
 def fit_on_ranks(world_size, folder, name):

@@ -28,7 +28,8 @@ class Lora(TypedDict, total=False):
         r: Rank; 8.
         alpha: What is added to a weight is B A · alpha / r; 16.
         target_modules: Names of modules, or the ends of names, such as ``[query, value]`` or ``[attn]``; a module that
-            holds linear layers stands for these. By default every linear layer, those of attention included.
+            holds linear layers stands for these. By default every linear layer, those of attention included, but not
+            the one that makes a language model's logits.
         dropout: Probability that an input of A is dropped in training; 0, as it must be for ``nn.MultiheadAttention``.
     """
 
@@ -203,7 +204,10 @@ def _targets(encoder: nn.Module, wanted: Sequence[str] | None) -> tuple[list[str
     """Find the modules that get LoRA, and the parameters that are no module's ``weight``."""
     named = {name: part for name, part in encoder.named_modules() if name}
     if wanted is None:
-        found = {name for name, part in named.items() if isinstance(part, _LINEAR) or _is_conv1d(part)}
+        # of transformers: what makes logits shares its weight with the embedding in most language models
+        output = getattr(encoder, "get_output_embeddings", lambda: None)()
+        linear = {name: part for name, part in named.items() if isinstance(part, _LINEAR) or _is_conv1d(part)}
+        found = {name for name, part in linear.items() if part is not output}
         if not found:
             raise ValueError(
                 f"lora needs target_modules: {type(encoder).__name__} has no linear layer, which is what gets LoRA by "

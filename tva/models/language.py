@@ -14,9 +14,9 @@ from torchmetrics import Metric
 from torchmetrics.functional.text import rouge_score
 from torchmetrics.text import BLEUScore
 
+from tva.models.adapters import Lora, adapt
 from tva.models.training import check_layer_decay, make_optimizer, prepare
 from tva.models.transformer import Kind, load_network, load_tokenizer, longest_input, split_padding
-from tva.weights import open_weights
 
 TextMetric = Literal["exact_match", "rouge1", "rouge2", "rougeL", "bleu"]
 IGNORED = -100  # a target that no loss is taken of
@@ -71,6 +71,9 @@ class LanguageModel(L.LightningModule, ABC):
         layer_decay: What the learning rate is multiplied by from one layer to that below it, such as 0.75.
         gradient_checkpointing: Compute activations again in the backward pass: less memory, more time.
         compile: Compile the network with ``torch.compile`` when it is first used; names of weights stay.
+        train_only: What of the network is trained, as the next two; see `tva.models.adapters.adapt`.
+        lora: See there.
+        tangent: See there; without ``metrics``, as a linearized network does not generate.
 
     Raises:
         FileNotFoundError: The folder is not there.
@@ -94,8 +97,16 @@ class LanguageModel(L.LightningModule, ABC):
         layer_decay: float | None = None,
         gradient_checkpointing: bool = False,
         compile: bool = False,
+        train_only: str | list[str] | None = None,
+        lora: Lora | None = None,
+        tangent: bool = False,
     ) -> None:
         super().__init__()
+        if tangent and metrics:
+            raise ValueError(
+                f"metrics {metrics} are of text that is generated, and a linearized network generates none. Leave "
+                f"metrics out."
+            )
         self.save_hyperparameters()
         self.metrics = list(metrics or [])
         self.max_new_tokens = max_new_tokens
@@ -111,11 +122,7 @@ class LanguageModel(L.LightningModule, ABC):
         self.perplexity = nn.ModuleDict({"val": Perplexity(), "test": Perplexity()})
         self.bleu = nn.ModuleDict({stage: BLEUScore() for stage in ("val", "test") if "bleu" in self.metrics})
         prepare(self.network.train(), gradient_checkpointing, compiled=compile)
-        self._load_weights()
-
-    def _load_weights(self) -> None:
-        if self.weights is not None:
-            self.load_state_dict(dict(open_weights(self.weights)), strict=True)
+        adapt(self, weights, train_only, lora, tangent, part="network")
 
     def setup(self, stage: str) -> None:
         self.task = getattr(self.trainer.datamodule, "name", "task")
