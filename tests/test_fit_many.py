@@ -291,6 +291,7 @@ def test_ctrl_c_ends_the_children_and_the_same_command_goes_on(stub, tmp_path, n
         "output": str(tmp_path / "out"),
     }
     code = (
+        "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); "  # ignored in the background
         f"import sys, tva.fit_many as m; m.run_fits.__defaults__ = ({stub!r}, False); "
         f"from tva.cli import main; main(['fit-many', '--config', {write_yaml(tmp_path / 'c.yaml', config)!r}])"
     )

@@ -109,7 +109,7 @@ def compose(
     coefs: dict[str, Coefficient] | None = None,
     scaling_coef: float = 1.0,
     dtype: str | None = None,
-    max_memory: str = "1GiB",
+    max_memory: str | None = None,
     max_shard_size: str = "5GB",
     allow_other_base: bool = False,
     key_map: dict[str, str] | None = None,
@@ -132,8 +132,8 @@ def compose(
             layers; ``layer`` stands for all names with a layer's number.
         scaling_coef: Coefficient of the whole recipe; 0 writes the base.
         dtype: Of the output's floating tensors: float64, float32, bfloat16 or float16; by default the base's.
-        max_memory: Anonymous memory that this process may take at most, such as ``512MiB``; the pages of mapped files
-            do not count.
+        max_memory: Anonymous memory that this process may take at most, such as ``512MiB``, where the pages of mapped
+            files do not count; by default 1 GiB more than it takes already.
         max_shard_size: Size of a shard in a folder.
         allow_other_base: Apply task vector files to a base that they were not taken from.
         key_map: Regular expressions to replacements, for fine-tuned checkpoints whose names differ from the base's by
@@ -168,7 +168,7 @@ def compose(
     if allow_other_kind and len(set(kinds.values())) > 1:
         kinds = {}
     kind = check_kinds(kinds, "pass allow_other_kind if the mixture is meant")
-    memory, shard_bytes = parse_bytes(max_memory), parse_bytes(max_shard_size)
+    shard_bytes = parse_bytes(max_shard_size)
     if plan:
         kept, need = composer.statistics, composer.need()
         return make_plan(weights, composer.layout(), sources, checked, scaling_coef, kept, need)
@@ -176,7 +176,7 @@ def compose(
     if keep_undo:
         composer.beside = BYTES_HELD * max((weights.spec(name).dtype.itemsize for name in weights), default=0)
         _check_undo(keep_undo, sources)
-    composer.fit_into(memory)
+    composer.fit_into(max_memory)
     record = Record(
         recipe=checked.text,
         coefs=checked.coefs,
@@ -355,13 +355,17 @@ class Composer:
         piece = largest if self.recipe.needs_whole_tensors else self.piece
         return _anonymous_memory() + SLACK + self.workers * (piece * held + unparted)
 
-    def fit_into(self, max_memory: int) -> None:
+    def fit_into(self, max_memory: str | None) -> None:
         """Choose how much to hold at once, fewer workers before smaller pieces.
+
+        Args:
+            max_memory: That this process may take, or None for 1 GiB more than it takes already.
 
         Raises:
             ValueError: It does not fit however little is held.
         """
-        while self.need() > max_memory:
+        limit = _anonymous_memory() + 2**30 if max_memory is None else parse_bytes(max_memory)
+        while self.need() > limit:
             if self.workers > 1:
                 self.workers -= 1
             elif self.piece > 1024 and not self.recipe.needs_whole_tensors:
@@ -370,7 +374,7 @@ class Composer:
                 raise ValueError(
                     f"max_memory must be {self.need() / 2**20 + 1:.0f}MiB or more for this recipe and these formats, "
                     f"of which the process takes {_anonymous_memory() / 2**20:.0f} MiB by itself; found "
-                    f"{max_memory / 2**20:.0f} MiB."
+                    f"{limit / 2**20:.0f} MiB."
                 )
 
     # --- computing

@@ -54,7 +54,7 @@ def revert(
     output: str,
     undo: str | None = None,
     vectors: dict[str, str] | None = None,
-    max_memory: str = "1GiB",
+    max_memory: str | None = None,
     max_shard_size: str = "5GB",
     resume: bool = False,
 ) -> RevertReport:
@@ -66,7 +66,8 @@ def revert(
             fingerprint that was recorded of the base.
         undo: The undo file, if it no longer lies beside ``edited``.
         vectors: For an undo file that was written ``with_vectors``: names to paths of vectors that have moved.
-        max_memory: Anonymous memory that this process may take at most, such as ``512MiB``.
+        max_memory: Anonymous memory that this process may take at most, such as ``512MiB``; by default 1 GiB more than
+            it takes already.
         max_shard_size: Size of a shard in a folder.
         resume: Go on where an interrupted run of the same command stopped.
 
@@ -82,7 +83,7 @@ def revert(
     weights = open_edited(edited)
     opened = _open_undo(edited, weights, undo)
     composer = _way_back(edited, weights, opened, vectors or {})
-    composer.fit_into(parse_bytes(max_memory))
+    composer.fit_into(max_memory)
     if composer.piece < opened.block and not composer.recipe.needs_whole_tensors:
         raise ValueError(f"{opened.path} was written in blocks for which max_memory={max_memory!r} is too little.")
     folder = _folder(edited, weights)

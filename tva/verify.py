@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tva.compose import Composer, parse_bytes
+from tva.compose import Composer
 from tva.record import Record, check_inputs, open_edited, open_recipe
 from tva.state_dict import some
 from tva.task_vector import BATCH_NORM_STATISTICS
@@ -109,7 +109,7 @@ def verify(
     *,
     base: str | None = None,
     vectors: dict[str, str] | None = None,
-    max_memory: str = "1GiB",
+    max_memory: str | None = None,
 ) -> VerifyReport:
     """Compute an edited checkpoint again from its recorded recipe and inputs, and compare it bit by bit.
 
@@ -117,7 +117,8 @@ def verify(
         edited: What ``tva compose`` or ``tva edit`` wrote; nothing is changed.
         base: Where the base is now, if it has moved.
         vectors: Names to paths of vectors that have moved.
-        max_memory: Anonymous memory that this process may take at most, such as ``512MiB``.
+        max_memory: Anonymous memory that this process may take at most, such as ``512MiB``; by default 1 GiB more than
+            it takes already.
 
     Returns:
         Whether it holds; if not, how many tensors differ, and whether the stored weights or the inputs have changed.
@@ -152,7 +153,7 @@ def verify(
     skipped = [] if record.options.get("statistics", "keep") == "keep" else list(filter(_is_estimated, composer.names))
     comparison = _Comparison(weights, skipped)
     composer.beside = 8
-    composer.fit_into(parse_bytes(max_memory))
+    composer.fit_into(max_memory)
     composer.run(comparison)
     comparison.compare_names(composer)
     recorded, found = _fingerprints(record, composer, weights)
