@@ -5,6 +5,7 @@ from types import SimpleNamespace
 import datasets
 import pytest
 from test_data import everything, ready, table, to_tensor
+from torch.utils.data import get_worker_info
 
 from tva.data import ImageTask
 
@@ -49,6 +50,21 @@ def test_each_epoch_has_its_order_and_the_seed_gives_it_again(parquet, num_worke
     assert orders[0].equal(orders[2])
     assert not orders[0].equal(orders[1])
     assert as_set(orders[0]) == as_set(orders[1])
+
+
+@pytest.mark.slow
+def test_workers_read_the_epoch_and_never_set_it(parquet, monkeypatch):
+    # datasets sets it by an addition in shared memory: two workers that set it from 1 to 0 at once leave -1
+    whole = datasets.IterableDataset.set_epoch
+
+    def guarded(table, epoch):
+        assert get_worker_info() is None
+        whole(table, epoch)
+
+    monkeypatch.setattr(datasets.IterableDataset, "set_epoch", guarded)
+    loader = stream(parquet, num_workers=2).train_dataloader()
+    loader.sampler.set_epoch(1)
+    assert len(everything(loader)[0]) == 34
 
 
 def test_ranks_share_a_stream_without_overlap(parquet):

@@ -32,18 +32,16 @@ class Stream(IterableDataset):
         self.class_names = list(task.class_names)
         self.name = task.name
         self.set_transform(transform)
-        self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()  # workers that live on must see it
 
     def set_transform(self, transform: Callable[[Any], Tensor]) -> None:
         """Change the transform."""
         self.transform = transform
 
     def set_epoch(self, epoch: int) -> None:
-        """Shuffle the next pass as that epoch's."""
-        self._epoch.fill_(epoch)
+        """Shuffle the next pass as that epoch's; to be called where the loader is, not in its workers."""
+        self.table.set_epoch(epoch)  # in memory that the workers share: if each of them set it, they would race
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        self.table.set_epoch(int(self._epoch))
         image_column, label_column = self.columns
         for row in self.table:
             yield self.transform(row[image_column].convert("RGB")), torch.tensor(self._label(row[label_column]))
