@@ -184,6 +184,8 @@ def short_paths(paths: Sequence[str]) -> list[str]:
         ['mnist', 'svhn']
         >>> short_paths(["runs/mnist/last.tv.safetensors"])
         ['last']
+        >>> short_paths(["/tmp/mnist.tv.safetensors", "svhn.tv.safetensors"])
+        ['/tmp/mnist', 'svhn']
     """
     plain = [Path(path).with_name(Path(path).name.removesuffix(".safetensors").removesuffix(".tv")) for path in paths]
     parts = [list(path.parts) for path in plain]
@@ -193,4 +195,4 @@ def short_paths(paths: Sequence[str]) -> list[str]:
         parts = [part[1:] for part in parts]
     while len({part[-1] for part in parts}) == 1 and min(map(len, parts)) > 1:
         parts = [part[:-1] for part in parts]
-    return ["/".join(part) for part in parts]
+    return [str(Path(*part)) for part in parts]
