@@ -31,7 +31,7 @@ from tva.callbacks import TaskVectorCallback
 
 from tva import fingerprint, open_weights, save_weights
 from tva.emission import Plan, Source, emit
-from tva.task_vector import Origin
+from tva.origin import Origin
 
 
 class Transformer(L.LightningModule):

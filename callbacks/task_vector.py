@@ -20,8 +20,8 @@ from tva.callbacks.sharding import Shards, check_strategy, is_sharded, live_stat
 from tva.callbacks.writer import ADAPTER, Job, Lora, SavedVector, VectorWriter, vector_path
 
 from tva.encoding import Encoding
+from tva.origin import SUFFIX
 from tva.state_dict import some
-from tva.task_vector import SUFFIX
 from tva.weights import LazyWeights, canonical_state_dict
 from tva.weights.hub import push
 

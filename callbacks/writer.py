@@ -26,8 +26,8 @@ from tva.compress import suited, write_encoded
 from tva.emission import Emitted, Plan, Source, emit
 from tva.encoding import Encoding
 from tva.kinds import kind_of
+from tva.origin import SUFFIX, Origin, vector_header
 from tva.state_dict import MismatchError, some
-from tva.task_vector import SUFFIX, Origin, vector_header
 from tva.weights import LazyWeights, canonical_state_dict, open_weights
 
 Lora = Literal["merge", "adapter"]

@@ -246,7 +246,7 @@ def _measure_memory(folder):
     from tva.callbacks.lora import LoraView
 
     from tva.emission import Plan, emit
-    from tva.task_vector import Origin
+    from tva.origin import Origin
 
     join_ranks()
     rank, rows = dist.get_rank(), 2**12

@@ -10,7 +10,7 @@ from tva.callbacks import TaskVectorCallback
 
 from tva import TaskVector, fingerprint, open_weights, save_weights
 from tva.emission import Plan, Source, emit
-from tva.task_vector import Origin
+from tva.origin import Origin
 from tva.weights import open_finetuned, read_metadata
 
 LAST = "epoch=1-step=8"

@@ -12,12 +12,13 @@ from small_models import MixedNet, fit
 from tva.callbacks import TaskVectorCallback
 
 import tva.compose
-import tva.encoding
+import tva.encoder
 from tva import TaskVector, fingerprint, open_weights, save_weights
 from tva.cli import main
 from tva.compose import compose
 from tva.compress import compress
-from tva.encoding import Encoder, Encoding
+from tva.encoder import Encoder
+from tva.encoding import Encoding
 from tva.weights import encoded, read_metadata
 from tva.weights.lazy import InMemory
 
@@ -119,12 +120,12 @@ def test_random_projections_come_near_the_decomposition_and_are_the_same_each_ti
     spectrum = torch.diag(1.0 / torch.arange(1, 301))
     delta = torch.linalg.qr(noise(1, 300, 300)).Q @ spectrum @ torch.linalg.qr(noise(2, 300, 300)).Q
     best = float((1.0 / torch.arange(1, 301).double())[20:].square().sum())
-    monkeypatch.setattr(tva.encoding, "LARGE", 10)
-    monkeypatch.setattr(tva.encoding, "RANKS", (20,))
+    monkeypatch.setattr(tva.encoder, "LARGE", 10)
+    monkeypatch.setattr(tva.encoder, "RANKS", (20,))
     (first, read), (again, _) = (coded(delta, "low_rank(rank=20)") for _ in range(2))
     assert best < first.squared_error <= 1.001 * best
     assert torch.equal(first.tensors["w#low_rank.left"], again.tensors["w#low_rank.left"])
-    monkeypatch.setattr(tva.encoding, "LARGE", 1000)
+    monkeypatch.setattr(tva.encoder, "LARGE", 1000)
     assert not torch.equal(coded(delta, "low_rank(rank=20)")[1], read)  # so the first was not the exact one
 
 
@@ -161,7 +162,7 @@ def listed(path):
 @pytest.mark.parametrize("text", ENCODINGS)
 def test_a_piece_is_the_same_bytes_whatever_the_piece(files, monkeypatch, text):
     monkeypatch.setattr(encoded, "BLOCK", 512)
-    monkeypatch.setattr(tva.encoding, "BLOCK", 512)
+    monkeypatch.setattr(tva.encoder, "BLOCK", 512)
     compress(str(files / "v.tv.safetensors"), str(files / "c.tv.safetensors"), encoding=text)
     weights = open_weights(files / "c.tv.safetensors")
     for name, whole in weights.items():

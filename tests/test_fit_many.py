@@ -19,7 +19,7 @@ from tva import TaskVector
 from tva.fit_many import CONFIG, DONE, fit_many, make_fits, merge, print_results, run_fits
 from tva.jobs import make_places
 from tva.locks import Lock
-from tva.task_vector import Origin
+from tva.origin import Origin
 
 ROOT = Path(__file__).parent.parent
 

@@ -22,7 +22,7 @@ from tva.extract import extract
 from tva.models import ClipClassifier
 from tva.models.clip import load_clip
 from tva.models.tangent import linearize
-from tva.task_vector import Origin
+from tva.origin import Origin
 
 
 def bert(**options):

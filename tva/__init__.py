@@ -13,13 +13,15 @@ from typing import TYPE_CHECKING, Any
 from tva.version import __version__
 
 if TYPE_CHECKING:
+    from tva.origin import Origin
     from tva.state_dict import MismatchError, NoEffectError
-    from tva.task_vector import Origin, TaskVector
+    from tva.task_vector import TaskVector
     from tva.weights import Fingerprint, fingerprint, open_weights, save_weights
 
 _MODULES = {
     "tva.state_dict": ["MismatchError", "NoEffectError"],
-    "tva.task_vector": ["Origin", "TaskVector"],
+    "tva.origin": ["Origin"],
+    "tva.task_vector": ["TaskVector"],
     "tva.weights": ["Fingerprint", "fingerprint", "open_weights", "save_weights"],
 }
 __all__ = [

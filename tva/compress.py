@@ -15,9 +15,10 @@ import torch
 
 from tva.compose import parse_bytes
 from tva.console import progress
-from tva.encoding import Encoder, Encoding, check_names, encoded_header, relative_error
+from tva.encoder import Encoder
+from tva.encoding import Encoding, check_names, encoded_header, relative_error
+from tva.origin import read_origin
 from tva.state_dict import some
-from tva.task_vector import read_origin
 from tva.weights import LazyWeights, Spec, atomic_path, open_weights
 from tva.weights.output import Shard
 

@@ -16,9 +16,10 @@ from torch import Tensor
 from tva.editor import Bench, State
 from tva.geometry import blocks, cosine_matrix, fit, norms_by_block, sign_conflicts, without
 from tva.kinds import KEY, check_kinds, kind_of
+from tva.origin import Origin
 from tva.search import SCALING, Candidate, Constraint, Grid, Objective, Problem, Rule
 from tva.state_dict import some
-from tva.task_vector import Origin, TaskVector
+from tva.task_vector import TaskVector
 from tva.validate import Evaluation, Split, quiet
 from tva.weights import canonical_state_dict, fingerprint, open_finetuned
 

@@ -24,6 +24,7 @@ from tva.editor import Bench, Editor, State, Statistics
 from tva.evaluations import EvaluationLog
 from tva.kinds import KEY, check_kinds, kind_of
 from tva.models.tangent import check_at_base
+from tva.origin import Origin, is_vector_file
 from tva.page.card import check_card
 from tva.recipe import Recipe
 from tva.record import EDITED, Record
@@ -45,7 +46,7 @@ from tva.search.learned import Workshop
 from tva.search.problem import constraint_slack
 from tva.sources import Source
 from tva.state_dict import check_same, some
-from tva.task_vector import Origin, TaskVector, is_vector_file
+from tva.task_vector import TaskVector
 from tva.undo import undo_path
 from tva.validate import Evaluation, Split
 from tva.version import __version__

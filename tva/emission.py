@@ -16,8 +16,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from tva.origin import Origin, vector_header
 from tva.state_dict import NoEffectError, add_scaled, some, subtract
-from tva.task_vector import BATCH_NORM_STATISTICS, Origin, vector_header
+from tva.task_vector import BATCH_NORM_STATISTICS
 from tva.weights import Fingerprint, LazyWeights, Spec, TensorHash, atomic_path, make_room
 from tva.weights.files import SAFETENSORS_DTYPES
 from tva.weights.lazy import Entry

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from tva import emission, sources
-from tva.task_vector import SUFFIX, Origin, is_vector_file
+from tva.origin import SUFFIX, Origin, is_vector_file
 from tva.weights import find, open_weights
 from tva.weights.torch_files import Which
 

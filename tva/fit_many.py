@@ -17,8 +17,8 @@ import yaml
 
 from tva.console import make_console
 from tva.jobs import Job, Place, make_places, run_jobs
+from tva.origin import read_origin
 from tva.state_dict import some
-from tva.task_vector import read_origin
 from tva.weights import open_weights
 
 TVA_FIT = (sys.executable, "-m", "tva", "fit")

@@ -8,10 +8,10 @@ from json import dumps
 from pathlib import Path
 from typing import Any
 
+from tva.origin import is_vector_file
 from tva.page.card import CARD, model_card, with_base_model
 from tva.report import EDIT_JSON, EDITED, PAGE, read_report
 from tva.revisit import changed_inputs
-from tva.task_vector import is_vector_file
 from tva.weights import find, fingerprint, open_weights
 from tva.weights.hub import upload
 

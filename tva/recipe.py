@@ -20,9 +20,10 @@ from torch import Tensor
 
 from tva.groups import Coefficient, coefs_by_tensor, layers_of
 from tva.merge import METHODS, Method, Place
+from tva.origin import Origin
 from tva.state_dict import some
 from tva.steps import ADD, DIV, LOAD, MUL, NEG, SUB, Step, Steps
-from tva.task_vector import Origin, TaskVector
+from tva.task_vector import TaskVector
 from tva.weights import HashedWeights
 
 Kind = Literal["vector", "number"]

@@ -12,10 +12,11 @@ from typing import Any
 from rich.table import Table
 
 from tva.console import make_console
+from tva.origin import is_vector_file
 from tva.page import comparison_page, edit_page, interval, number
 from tva.page.page import differences, state_of
 from tva.report import EDIT_JSON, PAGE, read_report, stamp
-from tva.task_vector import TaskVector, is_vector_file
+from tva.task_vector import TaskVector
 from tva.weights import atomic_path, fingerprint, open_weights
 
 

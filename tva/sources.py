@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from tva.kinds import KEY
+from tva.origin import Origin, is_vector_file, read_origin
 from tva.state_dict import MismatchError, some, subtract, sum_dtype
-from tva.task_vector import BATCH_NORM_STATISTICS, Origin, is_vector_file, read_origin
+from tva.task_vector import BATCH_NORM_STATISTICS
 from tva.weights import HashedWeights, LazyWeights, open_finetuned, open_weights
 
 

@@ -11,9 +11,9 @@ from typing import Any
 from torch import Tensor
 
 from tva.geometry import Part
+from tva.origin import Origin, is_vector_file, read_origin
 from tva.sources import Source
 from tva.state_dict import MismatchError, is_edited, subtract
-from tva.task_vector import Origin, is_vector_file, read_origin
 from tva.weights import Fingerprint, LazyWeights, fingerprint, open_weights
 from tva.weights.lazy import Entry
 
