@@ -168,7 +168,7 @@ def _full_disk(folder, kind):
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    from tva.emission import LateHeaderFile
+    from tva.weights.late_header import LateHeaderFile
 
     callback = TaskVectorCallback()
     callback.on_vector_saved = lambda *_: setattr(LateHeaderFile, "_store", full)  # from the second vector on

@@ -18,7 +18,7 @@ from small_models import MixedNet, assert_vector_is_checkpoint_minus_base, fit, 
 from tva.callbacks import TaskVectorCallback
 
 from tva import MismatchError, TaskVector, fingerprint, open_weights
-from tva.emission import LateHeaderFile
+from tva.weights.late_header import LateHeaderFile
 
 LAST = "epoch=1-step=8"
 

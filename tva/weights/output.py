@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from tva.state_dict import some
-from tva.weights.files import SAFETENSORS_DTYPES, open_safetensors
+from tva.weights.files import NAMES_OF_DTYPES, open_safetensors
 from tva.weights.fingerprint import TensorHash
 from tva.weights.lazy import Entry, Info, LazyWeights, Spec
 from tva.weights.writing import make_room
@@ -31,7 +31,6 @@ except ImportError:  # no POSIX: two runs into one output are not noticed
     fcntl = None
 
 SYNC_BYTES = 2**28  # so much is written between two syncs; what is synced survives a loss of power
-_NAMES = {dtype: name for name, dtype in SAFETENSORS_DTYPES.items()}
 SIDE_FILES = (".json", ".txt", ".model", ".jinja", ".tiktoken", ".py")  # what describes a model, beside its weights
 NOT_CARRIED = ("trainer_state.json", "training_args.json", "adapter_config.json", "all_results.json")
 
@@ -53,10 +52,10 @@ class Shard:
         fields: dict[str, object] = {"__metadata__": dict(metadata)}
         ends = [0]
         for name, spec in self.tensors.items():
-            if spec.dtype not in _NAMES:
+            if spec.dtype not in NAMES_OF_DTYPES:
                 raise ValueError(f"{name!r} is {spec.dtype}, which cannot be written to safetensors.")
             ends.append(ends[-1] + num_bytes(spec))
-            fields[name] = {"dtype": _NAMES[spec.dtype], "shape": list(spec.shape), "data_offsets": ends[-2:]}
+            fields[name] = {"dtype": NAMES_OF_DTYPES[spec.dtype], "shape": list(spec.shape), "data_offsets": ends[-2:]}
         text = json.dumps(fields).encode()
         text += b" " * (-len(text) % 8)
         self.offsets = {name: 8 + len(text) + start for name, start in zip(self.tensors, ends, strict=False)}

@@ -1,0 +1,90 @@
+"""Write a safetensors file whose header is known last.
+
+Source: the file format is described at https://github.com/huggingface/safetensors#format
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from tva.weights.files import NAMES_OF_DTYPES
+from tva.weights.lazy import Spec
+from tva.weights.writing import make_room
+
+RESERVED = 2**26  # bytes of disk that are taken at once
+
+
+class LateHeaderFile:
+    """A safetensors file whose tensors are written before its header is known; room for the header is left in front.
+
+    Args:
+        path: Where to write.
+        specs: All tensors that may be written.
+        metadata: At least as long as that which `close` will be given.
+    """
+
+    def __init__(self, path: Path, specs: Mapping[str, Spec], metadata: Mapping[str, str]) -> None:
+        total = 8 * sum(spec.shape.numel() for spec in specs.values())
+        largest = {name: self._entry(torch.float8_e4m3fnuz, spec.shape, total, total) for name, spec in specs.items()}
+        self._room = -(-(len(self._text(largest, metadata)) + 256) // 8) * 8
+        self._file = path.open("wb", buffering=0)
+        self._header: dict[str, object] = {}
+        self._end = self._start = self._reserved = 0
+
+    @staticmethod
+    def _entry(dtype: torch.dtype, shape: torch.Size, start: int, end: int) -> dict[str, object]:
+        return {"dtype": NAMES_OF_DTYPES[dtype], "shape": list(shape), "data_offsets": [start, end]}
+
+    @staticmethod
+    def _text(header: Mapping[str, object], metadata: Mapping[str, str]) -> bytes:
+        return json.dumps({"__metadata__": dict(metadata), **header}).encode()
+
+    def begin(self) -> None:
+        """Start a tensor."""
+        self._start = self._end
+
+    def write(self, piece: Tensor) -> None:
+        """Write the next elements of the tensor."""
+        data = memoryview(piece.contiguous().reshape(-1).view(torch.uint8).numpy())
+        self._store(data, 8 + self._room + self._end)
+        self._end += data.nbytes
+
+    def _store(self, data: memoryview, offset: int) -> None:
+        if offset + data.nbytes > self._reserved:
+            self._reserved = offset + max(data.nbytes, RESERVED)
+            with contextlib.suppress(OSError):  # a full disk fails when it is written to, if at all
+                make_room(self._file.fileno(), self._reserved)
+        self._file.seek(offset)
+        while data.nbytes:
+            data = data[self._file.write(data) :]
+
+    def skip(self, num_bytes: int) -> None:
+        """Write zeros, which take no time and, on most file systems, no space."""
+        self._end += num_bytes
+
+    def keep(self, name: str, spec: Spec) -> None:
+        """End the tensor."""
+        self._header[name] = self._entry(spec.dtype, spec.shape, self._start, self._end)
+
+    def drop(self) -> None:
+        """Forget the tensor."""
+        self._end = self._start
+
+    def close(self, metadata: Mapping[str, str] | None = None) -> None:
+        """Write the header, if the file is to be used, and close."""
+        try:
+            if metadata is not None:
+                text = self._text(self._header, metadata)
+                if len(text) > self._room:
+                    raise RuntimeError(f"The header takes {len(text)} bytes, but room was left for {self._room}.")
+                self._file.truncate(8 + self._room + self._end)  # a skipped end has not been written
+                start = self._room.to_bytes(8, "little") + text + b" " * (self._room - len(text))
+                self._store(memoryview(start), 0)
+        finally:
+            self._file.close()
