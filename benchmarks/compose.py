@@ -141,7 +141,7 @@ def main() -> None:
     )
     floor = statistics.median(measure(["sh", "-c", copy])[0] for _ in range(options.repeats))
     imports = statistics.median(
-        measure([sys.executable, "-c", "import tva.compose, tva.report, jsonargparse"])[0]
+        measure([sys.executable, "-c", "import tva.compose, tva.composed, jsonargparse"])[0]
         for _ in range(options.repeats)
     )
     print(f"cat of the inputs and a copy of the output: {floor:.2f} s; interpreter and imports: {imports:.2f} s")

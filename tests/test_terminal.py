@@ -15,7 +15,8 @@ from test_edit import edit, vectors  # noqa: F401 (a fixture)
 
 from tva import save_weights
 from tva.cli import main
-from tva.report import print_report, read_report, sparklines
+from tva.report import read_report
+from tva.terminal import print_report, sparklines
 
 
 def printed(report, width=None):

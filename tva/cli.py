@@ -131,7 +131,7 @@ def _compose() -> bool:
     from jsonargparse import auto_cli
 
     from tva.compose import ComposeReport, compose
-    from tva.report import print_composed, print_plan, to_json
+    from tva.composed import print_composed, print_plan, to_json
 
     words = sys.argv[2:]
     as_json = "--json=true" in words

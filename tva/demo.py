@@ -17,7 +17,8 @@ from rich.table import Table
 from tva import TaskVector
 from tva.cli import main as tva
 from tva.console import make_console
-from tva.report import curve, read_report
+from tva.page.series import SCALING, curve
+from tva.report import read_report
 from tva.revisit import revisit
 
 CONFIGS = Path("configs/demo")
@@ -158,10 +159,10 @@ def draw_curves(reports: Mapping[str, Sequence[Mapping[str, Any]]], path: Path) 
         for number, (task, first) in enumerate(runs[0]["tasks"].items()):
             control = first["role"] == "control"
             color, style = (str(0.2 + 0.2 * (number % 4)), "--") if control else (colors(number), "-")
-            curves = [list(curve(run, task)) for run in runs]
+            curves = [{coef: point.value for coef, point in curve(run, task, SCALING)} for run in runs]
             if len(curves[0]) > 1:
-                coefs = [coef for coef, _ in curves[0]]
-                values = [[value for _, value in points] for points in zip(*curves, strict=True)]
+                coefs = list(curves[0])
+                values = list(zip(*(points.values() for points in curves), strict=True))
                 axis.plot(coefs, [statistics.fmean(v) for v in values], color=color, ls=style, lw=1.5)
                 axis.fill_between(coefs, list(map(min, values)), list(map(max, values)), color=color, alpha=0.15, lw=0)
             chosen = [run["coefficients"]["scaling_coef"] for run in runs]

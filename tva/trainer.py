@@ -9,7 +9,8 @@ from typing import Any
 import lightning as L
 
 from tva.edit import run_edit
-from tva.report import CONFIG, EDIT_JSON, EditReport, print_report, read_report
+from tva.report import CONFIG, EDIT_JSON, EditReport, read_report
+from tva.terminal import print_report
 from tva.weights import atomic_path
 
 
