@@ -43,7 +43,7 @@ def browser():
             yield Browser(from_test, to_test)
         finally:
             process.terminate()
-            process.wait(20)
+            process.wait(120)
             os.close(from_test)
             os.close(to_test)
 

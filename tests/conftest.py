@@ -1,13 +1,29 @@
-"""Shared settings: one thread, as distributed tests need it, and a cache folder of their own."""
+"""Shared settings: one thread, as distributed tests need it, a cache folder of their own, and a seed for each test."""
 
 import os
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported: forked ranks hang with more
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
+import random
+import zlib
+
+import numpy
 import pytest
+import torch
 
 
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path_factory, monkeypatch):
-    monkeypatch.setenv("TVA_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item):
+    """Seed what draws without a generator of its own, so that no test depends on those before it."""
+    seed = zlib.crc32(item.nodeid.encode())
+    random.seed(seed)
+    numpy.random.seed(seed)
+    torch.manual_seed(seed)
+
+
+@pytest.fixture(autouse=True, scope="session")  # fixtures of a module are made before those of a function
+def own_cache(tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TVA_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
+        yield

@@ -1,5 +1,7 @@
 """Tiny Lightning classes that configs in the tests name by their path."""
 
+import contextlib
+import itertools
 import os
 import socket
 
@@ -141,12 +143,20 @@ def assert_vector_is_checkpoint_minus_base(folder, name):
     return vector
 
 
+PORTS = itertools.count(20_000 + 31 * os.getpid() % 10_000)  # below those that the system gives to other sockets
+
+
+def free_port():
+    """Give a port that nobody has; each is given once, and the ranks' own connections cannot take it meanwhile."""
+    for port in PORTS:
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
+
+
 def run_ranks(function, *args, join=True):
     """Run ``function(*args)`` on two gloo ranks that Lightning believes were launched from outside."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    return mp.start_processes(_rank, (port, function, args), nprocs=2, join=join, start_method="fork")
+    return mp.start_processes(_rank, (free_port(), function, args), nprocs=2, join=join, start_method="fork")
 
 
 def _rank(rank, port, function, args):

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from small_models import Blobs, ControlCallback, LinearNet
+from small_models import Blobs, ControlCallback, LinearNet, free_port
 
 from tva import TaskVector, fingerprint, open_weights, save_weights
 from tva.cli import main
@@ -339,7 +339,7 @@ def test_configs_exist():
 def test_fit_and_edit_under_ddp_with_two_processes(tmp_path):
     config = write_yaml(tmp_path / "c.yaml", fit_config(tmp_path / "run", 1, devices=2, strategy="ddp"))
     environment = {name: value for name, value in os.environ.items() if name != "PL_GLOBAL_SEED"}
-    environment["PYTHONPATH"] = str(Path(__file__).parent)
+    environment |= {"PYTHONPATH": str(Path(__file__).parent), "MASTER_PORT": str(free_port())}
     subprocess.run([sys.executable, "-m", "tva", "fit", "--config", config], check=True, env=environment, timeout=300)
     base, tuned = (open_weights(path) for path in (next((tmp_path / "run").glob("base-*")), tmp_path / "run/last.ckpt"))
     vector = TaskVector.load(tmp_path / "run/last.tv.safetensors")

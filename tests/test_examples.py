@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from small_models import free_port
 
 from tva import TaskVector, fingerprint, open_weights
 
@@ -60,6 +61,7 @@ def test_lightning_cli(tmp_path, monkeypatch):
 @pytest.mark.slow
 def test_fsdp2_on_two_processes(tmp_path):
     environment = {name: value for name, value in os.environ.items() if name not in RANKS}
+    environment["MASTER_PORT"] = str(free_port())
     command = [sys.executable, EXAMPLES / "fsdp2.py", "--folder", tmp_path, "--accelerator", "cpu", "--devices", "2"]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr

@@ -34,6 +34,9 @@ seen |= {"began": time.time(), "ckpt_path": words.get("--ckpt_path"), "seed": co
 if do.get("checkpoint"):
     (folder / "checkpoints").mkdir(exist_ok=True)
     (folder / "checkpoints" / "last.ckpt").touch()
+until = time.time() + 120
+while len(list(folder.parent.parent.glob("*/*/pid"))) < do.get("meet", 0) and time.time() < until:
+    time.sleep(0.01)
 time.sleep(do.get("sleep", 0))
 if do.get("fail"):
     sys.exit("it went wrong: " + do["fail"])
@@ -192,7 +195,7 @@ def test_a_failing_task_stops_no_other_and_is_tried_again(stub, tmp_path):
 
 def test_fits_run_side_by_side_each_on_its_device(stub, tmp_path, monkeypatch):
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-    results = run(stub, tmp_path, list("abcd"), {"model": {"sleep": 0.4}}, places=make_places(None, "0,2+3"))
+    results = run(stub, tmp_path, list("abcd"), {"model": {"meet": 2, "sleep": 0.1}}, places=make_places(None, "0,2+3"))
     assert {result.state for result in results.values()} == {"done"}
     seen = {task: runs(tmp_path, task)[0] for task in "abcd"}
     assert {entry["devices"] for entry in seen.values()} == {"0", "2,3"}
@@ -200,11 +203,10 @@ def test_fits_run_side_by_side_each_on_its_device(stub, tmp_path, monkeypatch):
     for device in ("0", "2,3"):
         spans = sorted((e["began"], e["ended"]) for e in seen.values() if e["devices"] == device)
         assert all(end <= start for (_, end), (start, _) in itertools.pairwise(spans)), "one at a time"
-    assert any(
-        x["devices"] != y["devices"] and x["began"] < y["ended"] and y["began"] < x["ended"]
-        for x in seen.values()
-        for y in seen.values()
-    )
+    first, second = seen["a"], seen["b"]  # they waited for each other
+    assert first["devices"] != second["devices"]
+    assert first["began"] < second["ended"]
+    assert second["began"] < first["ended"]
 
 
 def test_places_share_the_devices_and_cores_there_are(monkeypatch):

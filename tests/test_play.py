@@ -14,6 +14,7 @@ import pytest
 import torch
 import yaml
 from chromium import DESKTOP, PHONE, browser
+from small_models import free_port
 from test_edit import Net, Task, edit, make_trainer, vectors  # noqa: F401 (a fixture)
 
 from tva.cli import main
@@ -185,12 +186,6 @@ def test_a_missing_library_is_named(run, monkeypatch):
 # --- in a browser
 
 
-def free_port():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
 @pytest.mark.slow
 def test_a_slider_in_a_browser_changes_the_numbers_and_nothing_leaves_this_machine(run):
     port = free_port()
@@ -221,6 +216,6 @@ def test_a_slider_in_a_browser_changes_the_numbers_and_nothing_leaves_this_machi
                 assert all(request.split("/")[2] == f"127.0.0.1:{port}" for request in tab.requests), tab.requests
                 assert tab.evaluate("document.documentElement.scrollWidth <= innerWidth")
         finally:
-            server.terminate()
-            server.wait(20)
+            server.kill()
+            server.wait()
             server.stdout.close()

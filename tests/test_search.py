@@ -327,14 +327,19 @@ def test_optuna_finds_two_coefficients_and_goes_on_where_it_stopped(tmp_path):
 
 PROCESS = """
 import sys, time
+from pathlib import Path
 from tva.search import Objective, Optuna, Problem
 from tva.validate import Evaluation
 
 def evaluate(candidates, windows, seed):
-    time.sleep(0.1)  # so that both take part
+    time.sleep(0.05)  # so that they take turns
     return [{"a": Evaluation({"f": (c.scaling_coef - 0.3) ** 2}, 1)} for c in candidates]
 
 objective = Objective.parse("a/f", maximize=False, targets=["a"], tasks=["a"])
+mine = Path(sys.argv[1] + sys.argv[2])
+mine.touch()
+while len(list(mine.parent.glob("search.journal?"))) < 2:  # until the other has imported all that it needs, too
+    time.sleep(0.01)
 problem = Problem(evaluate, {"a": Evaluation({"f": 1.0}, 1)}, [], objective)
 choice = Optuna(num_trials=60, storage=sys.argv[1], seed=int(sys.argv[2])).run(problem)
 print(problem.num_scored, len(problem.tried), choice.scaling_coef)

@@ -6,7 +6,6 @@ import json
 import os
 import pickle
 import shutil
-import socket
 from pathlib import Path
 
 import pytest
@@ -14,6 +13,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 import torch.multiprocessing as mp
+from small_models import free_port
 from torch import nn
 
 from tva import fingerprint, open_weights, save_weights
@@ -77,10 +77,7 @@ def save_sharded(rank, folder, port):
 
 
 def test_fsdp2_shards_of_two_ranks_are_put_together(tmp_path):
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    mp.start_processes(save_sharded, (tmp_path, port), nprocs=2, start_method="fork")
+    mp.start_processes(save_sharded, (tmp_path, free_port()), nprocs=2, start_method="fork")
     weights = open_weights(tmp_path / "sharded")
     assert len(weights.entry("0.weight").chunks) == 2
     same(weights, torch.load(tmp_path / "full.pt", weights_only=True))

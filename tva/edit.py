@@ -17,11 +17,13 @@ from typing import Any
 import lightning as L
 from torch import Tensor
 
+from tva.baselines import Baseline, run_baselines
 from tva.batches import BatchCache, Place
 from tva.compose import Composer, parse_bytes, write_undo
-from tva.diagnose import Baseline, Diagnosis, Finished, recipe_numbers, run_baselines, run_diagnostics
+from tva.diagnose import Diagnosis, recipe_numbers, run_diagnostics
 from tva.editor import Bench, Editor, State, Statistics
 from tva.evaluations import EvaluationLog
+from tva.finished import Finished
 from tva.kinds import KEY, check_kinds, kind_of
 from tva.models.tangent import check_at_base
 from tva.origin import Origin, is_vector_file
