@@ -371,17 +371,6 @@ def test_compose_on_the_command_line_and_from_yaml(runs, tmp_path, capsys):
     assert (status, "Did you mean 'blobs1'" in text or "Did you mean 'blobs2'" in text) == (2, True)
 
 
-def test_compose_loads_no_lightning():
-    code = (
-        "import sys; from tva.cli import main\n"
-        "try: main(['compose', '--help'])\n"
-        "except SystemExit: pass\n"
-        "assert not {'lightning', 'open_clip', 'datasets'} & set(sys.modules)"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert "max_memory" in done.stdout
-
-
 def test_a_plan_is_printed_and_nothing_written(tmp_path, capsys):
     for name, value in (("base", 1.0), ("a", 2.0)):
         save_weights({f"h.{i}.w": torch.full((2, 3), value) for i in range(3)}, tmp_path / f"{name}.safetensors")

@@ -8,6 +8,9 @@ import sysconfig
 from pathlib import Path
 
 import pytest
+import torch
+
+from tva import save_weights
 
 ROOT = Path(__file__).parent.parent
 
@@ -173,6 +176,35 @@ def test_import_tva_loads_torch_and_no_more():
     assert not {"lightning", "open_clip", "datasets", "timm", "sklearn", "rich"} & set(run_python(code))
 
 
+ON_FILES = """
+import sys
+from tva.cli import main
+
+for line in sys.argv[1].splitlines():
+    main(line.split())
+    heavy = {'lightning', 'open_clip', 'datasets', 'timm', 'transformers', 'matplotlib', 'scipy.stats'}
+    loaded = heavy & sys.modules.keys()
+    assert not loaded, (line, loaded)
+"""
+
+
+def test_commands_on_files_never_load_lightning(tmp_path):
+    for name, value in (("base", 1.0), ("a", 2.0), ("b", 4.0)):
+        save_weights({"w": torch.full((3, 2), value)}, tmp_path / f"{name}.safetensors")
+    commands = """extract --base base.safetensors --finetuned a.safetensors --output v/a.tv.safetensors
+        inspect v/a.tv.safetensors
+        inspect base.safetensors
+        compare v/a.tv.safetensors b.safetensors --base base.safetensors --json
+        vectors ls v
+        vectors match b.safetensors v/a.tv.safetensors --base base.safetensors
+        compress v/a.tv.safetensors --output c.tv.safetensors --encoding int8
+        compose --base base.safetensors --vectors.c c.tv.safetensors --recipe -c --output out.safetensors --keep_undo
+        verify out.safetensors
+        revert out.safetensors --output again.safetensors"""
+    done = subprocess.run([sys.executable, "-c", ON_FILES, commands], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
 @pytest.mark.slow
 def test_a_checkout_imports_without_installation():
     code = "import tva, tva.callbacks; print(tva.__file__, tva.callbacks.__file__)"
@@ -181,6 +213,7 @@ def test_a_checkout_imports_without_installation():
     assert files == [str(ROOT / "tva/__init__.py"), str(ROOT / "callbacks/__init__.py")]
 
 
+@pytest.mark.slow
 def test_the_installed_package_imports_here():
     files = run_python("import tva, tva.callbacks.task_vector as t; print(tva.__file__, t.__file__)")
     assert files[1].endswith("callbacks/task_vector.py")

@@ -48,6 +48,7 @@ def test_the_library_block_computes_what_it_says(folder):
     assert scope["inferred"].deltas["w"][0, 0] == pytest.approx(-0.5 + 3 - 1)
 
 
+@pytest.mark.slow
 def test_the_compose_block_runs(folder, capsys):
     (text,) = blocks("bash", "tva compose")
     words = shlex.split(text.replace("\\\n", " "))[1:]

@@ -3,11 +3,10 @@
 import errno
 import json
 import os
-import subprocess
-import sys
 
 import pytest
 import torch
+from small_memory import assert_within
 from small_models import LinearNet
 
 from tva import TaskVector, fingerprint, open_weights, save_weights
@@ -378,38 +377,13 @@ def test_the_memory_measured_stays_within_the_memory_stated(tmp_path):
     save_weights(base, tmp_path / "base.safetensors")
     moved = {key: tensor + 0.01 * torch.randn(2000, 5000, generator=generator) for key, tensor in base.items()}
     TaskVector.between(base, moved).save(tmp_path / "a.tv.safetensors")
-    code = """
-import os, sys, threading, time
-from tva.compose import _anonymous_memory, compose
-from tva.revert import revert
-from tva.verify import verify
-os.chdir(sys.argv[1])
-before, peak, done = _anonymous_memory(), 0, False
-def watch():
-    global peak
-    while not done:
-        peak = max(peak, _anonymous_memory())
-        time.sleep(0.005)
-thread = threading.Thread(target=watch, daemon=True)
-thread.start()
-budget = before // 2**20 + int(sys.argv[3])
-keep, memory = sys.argv[2], {"max_memory": f"{budget}MiB"}
-if sys.argv[4] == "compose":
-    compose("base.safetensors", {"a": "a.tv.safetensors"}, "-0.5 * a", f"{keep}.safetensors",
-            keep_undo=True if keep == "alone" else keep, **memory)
-elif sys.argv[4] == "verify":
-    assert verify(f"{keep}.safetensors", **memory).holds
-else:
-    revert(f"{keep}.safetensors", output=f"{keep}-again.safetensors", **memory)
-done = True
-thread.join()
-assert peak <= budget * 2**20, (peak / 2**20, before / 2**20, budget)
+    calls = """
+compose("base.safetensors", {"a": "a.tv.safetensors"}, "-0.5 * a", "%s.safetensors", keep_undo=%s, max_memory=memory)
+assert verify("%s.safetensors", max_memory=memory).holds
+revert("%s.safetensors", output="%s-again.safetensors", max_memory=memory)
 """
-    for keep in ("alone", "with_vectors"):
-        for command in ("compose", "verify", "revert"):
-            words = [sys.executable, "-c", code, str(tmp_path), keep, "70", command]
-            done = subprocess.run(words, capture_output=True, text=True)
-            assert done.returncode == 0, (command, done.stderr[-2000:])
+    for name, keep in (("alone", True), ("with_vectors", "with_vectors")):
+        assert_within(tmp_path, 70, *(calls % (name, repr(keep), *[name] * 3)).strip().splitlines())
 
 
 # --- what `tva edit` writes

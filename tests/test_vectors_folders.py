@@ -3,8 +3,6 @@
 import json
 import math
 import re
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -255,17 +253,6 @@ def test_mistakes_in_a_command_are_answered(here, capsys, words, message):
     with pytest.raises(SystemExit, match="2"):
         main(words)
     assert re.search(message, capsys.readouterr().err, re.DOTALL)
-
-
-def test_the_commands_never_load_lightning(here):
-    code = (
-        "import sys; from tva.cli import main; main(['inspect', 'v/a/last.tv.safetensors']);"
-        "main(['vectors', 'ls', 'v']); main(['compare', *['v/a/last.tv.safetensors'] * 2]);"
-        "print('loaded', {'lightning', 'matplotlib', 'scipy.stats', 'transformers'} & sys.modules.keys())"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines()[-1] == "loaded set()"
 
 
 def test_options_can_stand_in_a_yaml_file(here, tmp_path, capsys):
