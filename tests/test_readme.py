@@ -1,5 +1,6 @@
 """Every block of the README does what it says."""
 
+import contextlib
 import re
 import shlex
 import subprocess
@@ -11,9 +12,10 @@ import torch
 import yaml
 
 from tva import TaskVector, fingerprint, open_weights, save_weights
-from tva.cli import COMMANDS
+from tva.cli import COMMANDS, main
 
 ROOT = Path(__file__).parent.parent
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 README = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"```(\w+)\n(.*?)```", README, flags=re.DOTALL)
 
@@ -74,3 +76,21 @@ def test_every_command_and_file_named_is_there():
                 assert re.search(rf"^{words[1]}:", (ROOT / "Makefile").read_text(), flags=re.MULTILINE)
     for target in re.findall(r"\]\(([\w./-]+)\)", README):
         assert (ROOT / target).exists(), target
+
+
+def test_every_option_named_in_the_pages_is_an_option_of_its_command(capsys):
+    helps, count = {}, 0
+    for page in PAGES:
+        text = page.read_text()
+        shown = re.findall(r"```\w*\n(.*?)```", text, flags=re.DOTALL) + re.findall(r"`(tva [^`\n]+)`", text)
+        for line in "\n".join(shown).replace("\\\n", " ").splitlines():
+            known = (name for name in sorted(COMMANDS, key=len, reverse=True) if re.match(rf"\s*tva {name}\b", line))
+            command = next(known, None)
+            for option in re.findall(r"(?<=\s)--[a-z_]+", line.split("  #")[0]) if command else ():
+                if command not in helps:
+                    with contextlib.suppress(SystemExit):
+                        main([*command.split(), "--help"])
+                    helps[command] = capsys.readouterr().out
+                assert re.search(rf"{option}\b", helps[command]), f"{page.name}: {line}"
+                count += 1
+    assert count > 40

@@ -136,7 +136,8 @@ def _compose() -> bool:
     words = sys.argv[2:]
     as_json = "--json=true" in words
     words = [word for word in words if not word.startswith("--json=")]
-    done = auto_cli(compose, args=words, prog="tva compose", as_positional=False)
+    more = "--json prints what was done, or would be, as JSON."
+    done = auto_cli(compose, args=words, prog="tva compose", as_positional=False, epilog=more)
     if as_json:
         print(json.dumps(to_json(done), indent=1, ensure_ascii=False))
     elif isinstance(done, ComposeReport):
@@ -216,6 +217,9 @@ def _fit_many() -> bool:
 
 def _data() -> bool:
     """Run ``data``."""
+    if sys.argv[2:] in (["-h"], ["--help"]):
+        print(f"usage: tva data [ls]\n\n{COMMANDS['data']}")
+        return True
     if sys.argv[2:] not in ([], ["ls"]):
         raise ValueError(f"tva data lists the data sets that have a name, and takes no options; found {sys.argv[2:]}.")
     from tva.data.presets import print_presets
