@@ -25,7 +25,8 @@ from torch import Tensor
 from torch.nn import functional
 from tqdm import tqdm
 
-from tva.data.builtin import BUILTIN_SETS, COLORS, MARKS, PLAIN, draw, load_builtin
+from tva.data.builtin import BUILTIN_SETS, MARKS, load_builtin
+from tva.data.drawing import COLORS, PLAIN, draw
 from tva.models.tiny import create, load
 
 CONFIG = {
