@@ -198,7 +198,7 @@ def test_commands_on_files_never_load_lightning(tmp_path):
         vectors ls v
         vectors match b.safetensors v/a.tv.safetensors --base base.safetensors
         compress v/a.tv.safetensors --output c.tv.safetensors --encoding int8
-        compose --base base.safetensors --vectors.c c.tv.safetensors --recipe -c --output out.safetensors --keep_undo
+        compose --base base.safetensors --vectors.c c.tv.safetensors --recipe=-c --output out.safetensors --keep_undo
         verify out.safetensors
         revert out.safetensors --output again.safetensors"""
     done = subprocess.run([sys.executable, "-c", ON_FILES, commands], cwd=tmp_path, capture_output=True, text=True)
