@@ -6,12 +6,14 @@ import os
 import re
 import uuid
 import warnings
+import weakref
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, get_args
 
 import lightning as L
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
+from torch.nn.parameter import UninitializedTensorMixin
 from tva.callbacks.averaging import Weights, check_averaging, choose_weights
 from tva.callbacks.base import SNAPSHOT, Base
 from tva.callbacks.lora import LoraView
@@ -31,7 +33,7 @@ Against = Literal["base", "previous"]
 class TaskVectorCallback(L.Callback):
     """Write the task vector ``NAME.tv.safetensors`` beside every checkpoint ``NAME.ckpt``.
 
-    Works in any Trainer with any LightningModule, on one device, with DDP, FSDP, FSDP2 or DeepSpeed ZeRO 1-2. The base
+    Works in any Trainer with any LightningModule, on one device, with DDP, FSDP, FSDP2 or DeepSpeed ZeRO 1-3. The base
     is written once, as ``base-FINGERPRINT.safetensors`` in the checkpoint folder, when fitting starts; its place is
     kept in the checkpoint, so that after resuming vectors are still taken against the original base. When
     ModelCheckpoint drops a checkpoint its vector goes too. A full disk does not stop training: a warning says what was
@@ -63,7 +65,7 @@ class TaskVectorCallback(L.Callback):
     Raises:
         MismatchError: ``base`` is of another architecture than the model, or the model's keys changed since.
         ValueError: A run resumes from a checkpoint that this callback did not take part in and ``base`` is not given,
-            the strategy is not supported, or an option cannot be understood.
+            the strategy is not supported, parameters have no values yet, or an option cannot be understood.
         FileNotFoundError: The base is no longer where it was.
 
     Example:
@@ -118,6 +120,10 @@ class TaskVectorCallback(L.Callback):
         self._step = 0  # of the last trajectory vector
         self._previous: tuple[Base, int] | None = None  # the weights at that step
         self._unwrap: Callable[[], None] | None = None
+        self._model: weakref.ref[L.LightningModule] | None = None  # that the base is of
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_model": None}  # a weak reference cannot be copied
 
     # --- the base: captured once, before the first step
 
@@ -145,8 +151,8 @@ class TaskVectorCallback(L.Callback):
         self._base.resumed_from_step = checkpoint.get("global_step", 0)
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        # Strategies that shard restore a checkpoint after this hook: there only on_train_start knows what to do.
-        if not trainer.fast_dev_run and not is_sharded(trainer.strategy):
+        # Some strategies restore a checkpoint after this hook: there only on_train_start knows what to do.
+        if not trainer.fast_dev_run and not trainer.strategy.restore_checkpoint_after_setup:
             self._settle(trainer, pl_module)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -172,6 +178,12 @@ class TaskVectorCallback(L.Callback):
                 self._previous = self._base, 0
 
     def _settle_one(self, trainer: L.Trainer, pl_module: L.LightningModule, base: Base) -> None:
+        lazy = [name for name, p in pl_module.named_parameters() if isinstance(p, UninitializedTensorMixin)]
+        if lazy:
+            raise ValueError(
+                f"{some(lazy)} get their values from the first batch (lazy modules), so that there is no base yet. Run "
+                f"one batch through the model before fit, or at the end of its configure_model."
+            )
         state = canonical_state_dict(live_state(trainer.strategy, pl_module))
         base.settle(Shards(trainer.strategy, state), state, LoraView(pl_module), self.folder(trainer))
 
@@ -201,6 +213,16 @@ class TaskVectorCallback(L.Callback):
         strategy = trainer.strategy
         check_strategy(strategy)
         along_the_way = self.every_n_steps is not None
+        asked = along_the_way or self.at_train_end or trainer.checkpoint_callbacks or trainer.fast_dev_run
+        if self.with_checkpoints and not asked and trainer.is_global_zero:
+            warnings.warn(
+                "This Trainer keeps no checkpoints, so that TaskVectorCallback writes no vector by itself. Let it keep "
+                "them, pass every_n_steps or at_train_end=True, or with_checkpoints=False and call save_vector.",
+                stacklevel=2,
+            )
+        if self._model is not None and self._model() is not pl_module:  # a callback that is used again
+            self._base = Base(self.base)
+        self._model = weakref.ref(pl_module)
         check_averaging(trainer, self, self.weights, along_the_way, self.at_train_end)
         if self._unwrap is not None:  # a fit that ended by an exception
             self._unwrap()
