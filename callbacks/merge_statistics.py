@@ -5,11 +5,13 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 import torch
+from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, SingleDeviceStrategy
 from torch.utils.data import DataLoader, IterableDataset
 
 from tva.information import measure_information
@@ -23,7 +25,8 @@ class MergeStatistics(L.Callback):
 
     The model's ``training_step`` is taken as it is, on one training example at a time, in evaluation mode: what it
     returns for one example must be that example's negative log-likelihood, as a cross entropy is. For a model that is
-    fine-tuned already, fit for no epochs: ``tva fit … --trainer.max_epochs 0``.
+    fine-tuned already, fit for no epochs: ``tva fit … --trainer.max_epochs 0``. Under DDP each rank sees its share of
+    the same examples that one device would see; rank 0 writes.
 
     Args:
         kinds: Which files to write.
@@ -33,8 +36,8 @@ class MergeStatistics(L.Callback):
         dirpath: Local folder; by default that of the first ModelCheckpoint.
 
     Raises:
-        ValueError: Several devices take part, an option cannot be understood, the training data is no single
-            DataLoader, or the training step returns no loss.
+        ValueError: The strategy does not keep the whole model on every rank, an option cannot be understood, the
+            training data is no single DataLoader, or the training step returns no loss.
 
     Example:
         >>> trainer = L.Trainer(callbacks=[MergeStatistics()], logger=False)
@@ -56,26 +59,39 @@ class MergeStatistics(L.Callback):
         self.kinds, self.num_examples, self.seed, self.conv, self.dirpath = kinds, num_examples, seed, conv, dirpath
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        if trainer.world_size > 1:
+        strategy = trainer.strategy
+        whole = isinstance(strategy, (SingleDeviceStrategy, DDPStrategy)) and not isinstance(
+            strategy, DeepSpeedStrategy
+        )
+        if stage == "fit" and not whole:
             raise ValueError(
-                f"MergeStatistics measures on one device, and this Trainer has {trainer.world_size}. Fit without it, "
-                f"then once more from the checkpoint with devices=1 and max_epochs=0."
+                f"MergeStatistics needs the whole model on every rank, on one device or with DDP; this Trainer uses "
+                f"{type(strategy).__name__}. Fit without it; then load the weights that were reached into the model, "
+                f"and fit once more with strategy='ddp' or devices=1, max_epochs=0 and this callback."
             )
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if trainer.fast_dev_run:
+            return
         folder = self.dirpath or getattr(trainer.checkpoint_callback, "dirpath", None) or trainer.default_root_dir
+        strategy, device = trainer.strategy, pl_module.device
+        mine = islice(self._examples(trainer), trainer.global_rank, self.num_examples, trainer.world_size)
         with _silent(pl_module):
+            pl_module.to(strategy.root_device)  # when fitting has ended, the strategy moves it to the CPU
             found = measure_information(
                 pl_module,
-                (trainer.strategy.batch_to_device(batch) for batch in self._examples(trainer)),
+                (strategy.batch_to_device(batch) for batch in mine),
                 lambda batch: _loss(pl_module.training_step(batch, 0)),
                 self.num_examples,
                 self.conv,
+                lambda tensor: strategy.reduce(tensor.to(strategy.root_device), reduce_op="sum").to(tensor.device),
             )
+            pl_module.to(device)
         facts = {"tva.num_examples": str(found.num_examples), "tva.seed": str(self.seed)}
         for kind, tensors in (("fisher", found.fisher), ("gram", found.grams)):
-            if kind in self.kinds:
+            if kind in self.kinds and trainer.is_global_zero:
                 save_weights(tensors, Path(folder) / f"{kind}.safetensors", {**facts, "tva.statistics": kind})
+        strategy.barrier()
 
     def _examples(self, trainer: L.Trainer) -> DataLoader:
         loader = trainer.train_dataloader

@@ -7,6 +7,7 @@ import socket
 
 import lightning as L
 import torch
+import torch.distributed as dist
 import torch.multiprocessing as mp
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import nn
@@ -183,6 +184,19 @@ class ShardedNet(MixedNet):
             fully_shard(self.body[2], mesh=mesh)
             fully_shard(self, mesh=mesh)
             register_fsdp_forward_method(self, "training_step")
+
+
+class Gloo:
+    """What the callback asks a strategy for, with two ranks of a process group that a test has made."""
+
+    is_global_zero = property(lambda self: dist.get_rank() == 0)
+    world_size = property(lambda self: dist.get_world_size())
+    root_device = property(lambda self: torch.device("cpu"))
+
+    def broadcast(self, obj, src=0):
+        objects = [obj]
+        dist.broadcast_object_list(objects, src)
+        return objects[0]
 
 
 def fsdp1(**options):

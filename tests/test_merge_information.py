@@ -1,13 +1,16 @@
 """The statistics files of Fisher and RegMean merging: what is measured, against closed forms, and how they are made."""
 
 import re
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import lightning as L
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
-from small_models import Blobs, LinearNet, MixedNet, fit
+from lightning.pytorch.strategies import ModelParallelStrategy
+from small_models import Blobs, Gloo, LinearNet, MixedNet, fit, run_ranks
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
@@ -198,6 +201,52 @@ def test_modules_that_log_and_have_batch_norm_and_streams_of_data_are_measured(t
         }
         assert not (folder / "gram.safetensors").exists()
         assert "log" not in vars(model)
+
+
+class Branches(MixedNet):
+    """One layer or another, as the example has it: of few examples, a rank may never call one of them."""
+
+    def __init__(self):
+        super().__init__()
+        self.other = nn.Linear(3, 1)
+
+    def training_step(self, batch, batch_idx):
+        (inputs,) = batch
+        return (self.body if inputs[0, 0] > 0 else self.other)(inputs).pow(2).mean()
+
+
+def _measure(folder, number, **options):
+    callback = MergeStatistics(num_examples=number, conv=True, dirpath=folder)
+    fit(folder, model=Branches(), epochs=0, callbacks=[callback], **options)
+
+
+@pytest.mark.filterwarnings(
+    "ignore:.*does not have many workers.*",
+    "ignore:.*number of training batches.*",
+    "ignore:This process .* is multi-threaded:DeprecationWarning",
+)
+@pytest.mark.parametrize("number", [1, 15])
+def test_ranks_see_shares_of_the_examples_of_one_device_and_their_sums_are_the_same(tmp_path, number):
+    _measure(tmp_path / "one", number)
+    run_ranks(partial(_measure, strategy="ddp", devices=2), tmp_path / "two", number)
+    for kind in ("fisher", "gram"):
+        one, two = (open_weights(tmp_path / name / f"{kind}.safetensors") for name in ("one", "two"))
+        assert one.metadata == two.metadata
+        assert one.metadata["tva.num_examples"] == str(number)
+        assert set(one) == set(two)
+        for name in one:
+            torch.testing.assert_close(one[name], two[name])
+    branches = {"other.weight"}, {"body.0.weight", "body.2.weight"}
+    assert set(one) in (branches if number == 1 else [branches[0] | branches[1]])
+
+
+def test_a_strategy_that_shards_is_refused_at_setup_with_what_to_do():
+    class Sharding(Gloo, ModelParallelStrategy):
+        pass
+
+    run = SimpleNamespace(strategy=Sharding())
+    with pytest.raises(ValueError, match="whole model on every rank.*uses Sharding.*max_epochs=0 and this callback"):
+        MergeStatistics().setup(run, None, "fit")
 
 
 def test_options_that_cannot_be_understood_are_refused(tmp_path):

@@ -35,6 +35,7 @@ def measure_information(
     loss: Callable[[Any], Tensor],
     num_examples: int = 256,
     conv: bool = False,
+    add_up: Callable[[Tensor], Tensor] = lambda tensor: tensor,
 ) -> Information:
     r"""Measure the diagonal Fisher information and the Gram matrices of layers' inputs, an example at a time.
 
@@ -49,6 +50,7 @@ def measure_information(
         loss: From such a batch to its negative log-likelihood, with the model as it is.
         num_examples: See so many at most.
         conv: Also measure convolutions (of one group that leave padding to torch), whose inputs are the patches.
+        add_up: Adds a tensor up over processes that each see other examples of one model; all of them must call.
 
     Returns:
         Matrices are those of `torch.nn.Linear` and of GPT-2's ``Conv1D``; a layer that was never called has none.
@@ -81,15 +83,19 @@ def measure_information(
                 if gradient is not None:
                     square.addcmul_(gradient.float(), gradient.float())
             count += 1
+    count = int(add_up(torch.tensor(float(count))))
     if not count:
         raise ValueError("At least one example is needed to measure a model's information; there was none.")
-    found = {id(parameter): (square / count).cpu() for parameter, square in zip(distinct, squares, strict=True)}
+    means = [(add_up(square) / count).cpu() for square in squares]
+    found = {id(parameter): mean for parameter, mean in zip(distinct, means, strict=True)}
     broken = [name for name, parameter in parameters.items() if not bool(found[id(parameter)].isfinite().all())]
     if broken:
         raise ValueError(f"The gradients of {', '.join(broken[:3])} are not finite; the model or an example is broken.")
+    matrices = dict(zip(grams, _matrices(list(grams.values()), count, add_up), strict=True))
+    seen = [name for name, matrix in matrices.items() if matrix is not None]
     return Information(
         {new: found[id(parameters[old])] for new, old in canonical_names(list(parameters)).items()},
-        {new: grams[old].matrix(count) for new, old in canonical_names([n for n in grams if grams[n].seen]).items()},
+        {new: matrices[old] for new, old in canonical_names(seen).items()},
         count,
     )
 
@@ -115,10 +121,25 @@ class _Gram:
         self._total += (rows.T @ rows).cpu()
         self._rows = []
 
-    def matrix(self, count: int) -> Tensor:
+    def total(self) -> Tensor:
         if self._rows:
             self._flush()
-        return (self._total / count).float()
+        return self._total
+
+
+def _matrices(grams: list[_Gram], count: int, add_up: Callable[[Tensor], Tensor]) -> list[Tensor | None]:
+    """Give the matrices over all processes, of which some may never have called a layer."""
+    if not grams:
+        return []
+    seen = add_up(torch.tensor([float(gram.seen) for gram in grams]))
+    sizes = add_up(torch.tensor([float(len(gram.total())) for gram in grams])) / seen.clamp(min=1)
+    done: dict[int, Tensor | None] = {}  # tied layers share one
+    for gram, calls, size in zip(grams, seen.tolist(), sizes.tolist(), strict=True):
+        if id(gram) in done:
+            continue
+        total = gram.total() if gram.seen else torch.zeros(int(size), int(size), dtype=torch.float64)
+        done[id(gram)] = (add_up(total) / count).float() if calls else None
+    return [done[id(gram)] for gram in grams]
 
 
 @contextmanager
