@@ -3,9 +3,11 @@
     python benchmarks/callback.py [--folder /somewhere/with/space] [--megabytes 600] [--steps 400] [--repeats 5]
 
 Overhead: the same fit of a transformer on the CPU, with a vector every 200 steps and without, in turn, ``--repeats``
-pairs; the median of the paired differences over the median time without is printed. Every vector is of a fresh step, so
-that every one is written in full. Emission: one pass that fingerprints, subtracts and writes, with its fsync, against
-``safetensors.torch.save_file`` of the same deltas, bare and followed by an fsync; in turn, each from page cache.
+pairs; the median of the paired differences over the median time without is printed, with all differences, as two fits
+of the same thing differ too; and the time spent inside the callback's own hooks, which does not depend on that. Every
+vector is of a fresh step, so that every one is written in full. Emission: one pass that fingerprints, subtracts and
+writes, with its fsync, against ``safetensors.torch.save_file`` of the same deltas, bare and followed by an fsync; in
+turn, each from page cache.
 """
 
 from __future__ import annotations
@@ -21,6 +23,7 @@ import time
 import warnings
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import lightning as L
 import torch
@@ -32,6 +35,30 @@ from tva.callbacks import TaskVectorCallback
 from tva import fingerprint, open_weights, save_weights
 from tva.emission import Plan, Source, emit
 from tva.origin import Origin
+
+
+class Timed(TaskVectorCallback):
+    """Counts the seconds spent in its hooks."""
+
+    inside_s = 0.0
+
+
+def _timed(name: str) -> Callable[..., Any]:
+    hook = getattr(TaskVectorCallback, name)
+
+    def run(self: Timed, *arguments: Any, **options: Any) -> Any:
+        started = time.perf_counter()
+        try:
+            return hook(self, *arguments, **options)
+        finally:
+            self.inside_s += time.perf_counter() - started
+
+    return run
+
+
+for _name in vars(TaskVectorCallback):
+    if _name in ("setup", "teardown") or (_name.startswith("on_") and _name != "on_vector_saved"):
+        setattr(Timed, _name, _timed(_name))
 
 
 class Transformer(L.LightningModule):
@@ -51,9 +78,9 @@ class Transformer(L.LightningModule):
         return torch.optim.AdamW(self.parameters(), lr=1e-4)
 
 
-def time_fit(folder: Path, steps: int, every: int | None) -> float:
-    """Fit once; seconds of the training loop alone, and of the base's writing where there is a callback."""
-    callback = [] if every is None else [TaskVectorCallback(dirpath=folder, every_n_steps=every)]
+def time_fit(folder: Path, steps: int, every: int | None) -> tuple[float, float]:
+    """Fit once; seconds of all, with the base's writing where there is a callback, and seconds inside the callback."""
+    callback = [] if every is None else [Timed(dirpath=folder, every_n_steps=every)]
     trainer = L.Trainer(
         max_steps=steps,
         accelerator="cpu",
@@ -67,20 +94,29 @@ def time_fit(folder: Path, steps: int, every: int | None) -> float:
     model = Transformer()
     started = time.perf_counter()
     trainer.fit(model, data)
-    return time.perf_counter() - started
+    return time.perf_counter() - started, sum(one.inside_s for one in callback)
 
 
-def measure_overhead(folder: Path, steps: int, repeats: int) -> dict[str, float]:
+def measure_overhead(folder: Path, steps: int, repeats: int) -> dict[str, Any]:
     time_fit(folder / "warm", min(steps, 20), None)
-    without, extra = [], []
+    without, extra, inside = [], [], []
     for repeat in range(repeats):
         pair = {}
         for every in (None, 200) if repeat % 2 else (200, None):
             pair[every] = time_fit(folder / f"fit-{repeat}", steps, every)
-        without.append(pair[None])
-        extra.append(pair[200] - pair[None])
+        without.append(pair[None][0])
+        extra.append(pair[200][0] - pair[None][0])
+        inside.append(pair[200][1])
     median = statistics.median(without)
-    return {"fit_s": median, "extra_s": statistics.median(extra), "overhead": statistics.median(extra) / median}
+    return {
+        "fit_s": median,
+        "extra_s": statistics.median(extra),
+        "overhead": statistics.median(extra) / median,
+        "extra_s_each": extra,
+        "fit_s_each": without,
+        "inside_s": statistics.median(inside),
+        "inside": statistics.median(inside) / median,
+    }
 
 
 def measure_emission(folder: Path, megabytes: int, repeats: int) -> dict[str, float]:
@@ -114,8 +150,15 @@ def measure_emission(folder: Path, megabytes: int, repeats: int) -> dict[str, fl
             job()
             times[name].append(time.perf_counter() - started)
     medians = {name: statistics.median(values[1:]) for name, values in times.items()}  # the first warms the cache
-    ratios = [a / b for a, b in zip(times["emit_s"][1:], times["save_file_s"][1:], strict=True)]
-    return {**medians, "emit_over_save_file": statistics.median(ratios)}
+    ratios = {
+        other: statistics.median(a / b for a, b in zip(times["emit_s"][1:], times[other][1:], strict=True))
+        for other in ("save_file_s", "save_file_fsync_s")
+    }
+    return {
+        **medians,
+        "emit_over_save_file": ratios["save_file_s"],
+        "emit_over_save_file_fsync": ratios["save_file_fsync_s"],
+    }
 
 
 def main() -> None:

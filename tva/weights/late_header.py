@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import contextlib
 import json
+from collections import deque
 from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -18,10 +20,13 @@ from tva.weights.lazy import Spec
 from tva.weights.writing import make_room
 
 RESERVED = 2**26  # bytes of disk that are taken at once
+AHEAD = 2  # pieces that may wait to be written while others are computed
 
 
 class LateHeaderFile:
     """A safetensors file whose tensors are written before its header is known; room for the header is left in front.
+
+    A thread writes while the next pieces are computed; what goes wrong there is raised by a later `write`, or `close`.
 
     Args:
         path: Where to write.
@@ -36,6 +41,8 @@ class LateHeaderFile:
         self._file = path.open("wb", buffering=0)
         self._header: dict[str, object] = {}
         self._end = self._start = self._reserved = 0
+        self._thread = ThreadPoolExecutor(1)
+        self._waiting: deque[Future[None]] = deque()
 
     @staticmethod
     def _entry(dtype: torch.dtype, shape: torch.Size, start: int, end: int) -> dict[str, object]:
@@ -50,10 +57,15 @@ class LateHeaderFile:
         self._start = self._end
 
     def write(self, piece: Tensor) -> None:
-        """Write the next elements of the tensor."""
+        """Write the next elements of the tensor; they may not change until the file is closed."""
         data = memoryview(piece.contiguous().reshape(-1).view(torch.uint8).numpy())
-        self._store(data, 8 + self._room + self._end)
+        self._waiting.append(self._thread.submit(self._store, data, 8 + self._room + self._end))
         self._end += data.nbytes
+        self._wait(AHEAD)
+
+    def _wait(self, left: int) -> None:
+        while len(self._waiting) > left:
+            self._waiting.popleft().result()
 
     def _store(self, data: memoryview, offset: int) -> None:
         if offset + data.nbytes > self._reserved:
@@ -80,6 +92,7 @@ class LateHeaderFile:
         """Write the header, if the file is to be used, and close."""
         try:
             if metadata is not None:
+                self._wait(0)
                 text = self._text(self._header, metadata)
                 if len(text) > self._room:
                     raise RuntimeError(f"The header takes {len(text)} bytes, but room was left for {self._room}.")
@@ -87,4 +100,5 @@ class LateHeaderFile:
                 start = self._room.to_bytes(8, "little") + text + b" " * (self._room - len(text))
                 self._store(memoryview(start), 0)
         finally:
+            self._thread.shutdown(cancel_futures=True)
             self._file.close()
