@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 import lightning as L
 from lightning.pytorch.callbacks import WeightAveraging
+from lightning.pytorch.strategies import DeepSpeedStrategy
 from torch import nn
 from tva.callbacks.sharding import live_state
 
@@ -63,6 +64,8 @@ def choose_weights(
     """
     averaging = next((other for other in trainer.callbacks if isinstance(other, WeightAveraging)), None)
     average = getattr(averaging, "_average_model", None)
+    if isinstance(trainer.strategy, DeepSpeedStrategy):  # it writes its optimizer's weights, not the checkpoint's own
+        checkpoint, weights = None, "averaged" if weights == "averaged" else "raw"
     if checkpoint is None:
         if average is None or weights == "raw":
             return pl_module, live_state(trainer.strategy, pl_module), False

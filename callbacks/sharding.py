@@ -25,6 +25,7 @@ from lightning.pytorch.strategies import (
 )
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Shard
+from tva.callbacks.zero import Layout, zero_state
 
 from tva.emission import Source
 from tva.state_dict import MismatchError, some
@@ -32,7 +33,7 @@ from tva.weights import Spec
 
 T = TypeVar("T")
 
-CHUNK = 2**20  # elements that one message brings
+CHUNK = 2**19  # elements that one message brings
 
 SUPPORTED = (SingleDeviceStrategy, DDPStrategy, FSDPStrategy, ModelParallelStrategy, DeepSpeedStrategy)
 
@@ -50,21 +51,18 @@ def check_strategy(strategy: Strategy) -> None:
             f"Train without the callback, and take the vector from the checkpoint afterwards: "
             f"TaskVector.between(open_weights(BASE), open_weights(CHECKPOINT))."
         )
-    if isinstance(strategy, DeepSpeedStrategy) and strategy.zero_stage_3:
-        raise ValueError(
-            f"{name} with ZeRO stage 3 gives a callback no weights to read. Use stage 1 or 2, FSDPStrategy or "
-            f"ModelParallelStrategy; or save the base before training, train without the callback, and take the "
-            f"vector from the checkpoint's folder: TaskVector.between(open_weights(BASE), open_weights(FOLDER))."
-        )
 
 
 def is_sharded(strategy: Strategy) -> bool:
-    """Whether a rank holds only a part of the weights while it trains."""
-    return isinstance(strategy, (FSDPStrategy, ModelParallelStrategy))
+    """Whether a rank's module holds only a part of the weights while it trains."""
+    stage_3 = isinstance(strategy, DeepSpeedStrategy) and strategy.zero_stage_3
+    return stage_3 or isinstance(strategy, (FSDPStrategy, ModelParallelStrategy))
 
 
 def live_state(strategy: Strategy, module: L.LightningModule) -> dict[str, Any]:
     """Give the weights as they are now, each rank its own shards; every rank must ask."""
+    if isinstance(strategy, DeepSpeedStrategy):
+        return zero_state(module)
     if not is_sharded(strategy):
         return module.state_dict()
     from torch.distributed.checkpoint.state_dict import get_model_state_dict
@@ -74,7 +72,7 @@ def live_state(strategy: Strategy, module: L.LightningModule) -> dict[str, Any]:
 
 def is_shard(tensor: Tensor) -> bool:
     """Whether a tensor is this rank's part of one that lies on several."""
-    return isinstance(tensor, DTensor) or hasattr(tensor, "local_shards")
+    return isinstance(tensor, DTensor) or hasattr(tensor, "local_shards") or _is_stand_in(tensor)
 
 
 class Shards:
@@ -95,7 +93,7 @@ class Shards:
         self.tensors = {name: tensor for name, tensor in state.items() if is_shard(tensor)}
         self._waiting: list[str] = []
         self._taken: Iterator[Tensor] = iter(())
-        if strategy.world_size > 1 and is_sharded(strategy):
+        if strategy.world_size > 1 and (is_sharded(strategy) or isinstance(strategy, DeepSpeedStrategy)):
             text = "\n".join(f"{name} {list(tensor.shape)}" for name, tensor in sorted(self.tensors.items()))
             digests: list[Any] = [None] * strategy.world_size
             dist.all_gather_object(digests, hashlib.sha1(text.encode()).hexdigest())
@@ -168,7 +166,7 @@ class Shards:
         tensor, device = self.tensors[name], self.strategy.root_device
         layout = _layout(tensor)
         if layout is None:  # split in several ways at once, as by tensor parallelism: whole, but this one alone
-            yield tensor.detach().to(device).full_tensor()
+            yield tensor.partition.full_tensor() if _is_stand_in(tensor) else tensor.detach().to(device).full_tensor()
             return
         mine = dist.get_rank()
         local = iter(_local_parts(tensor))
@@ -189,8 +187,14 @@ class Shards:
                     yield piece
 
 
-def _layout(tensor: Tensor) -> list[tuple[int, torch.Size]] | None:
+def _is_stand_in(tensor: Tensor) -> bool:
+    return hasattr(tensor, "partition")
+
+
+def _layout(tensor: Tensor) -> Layout | None:
     """List which rank holds which rows, in order; None if the tensor is split otherwise than by rows over all ranks."""
+    if _is_stand_in(tensor):
+        return tensor.partition.layout
     if isinstance(tensor, DTensor):
         mesh = tensor.device_mesh
         if tuple(tensor.placements) != (Shard(0),) or mesh.size() != dist.get_world_size() or tensor.dim() == 0:
@@ -207,6 +211,8 @@ def _layout(tensor: Tensor) -> list[tuple[int, torch.Size]] | None:
 
 
 def _local_parts(tensor: Tensor) -> list[Tensor]:
+    if _is_stand_in(tensor):
+        return [tensor.partition.local()]
     if isinstance(tensor, DTensor):
         return [tensor.to_local()]
     return [shard.tensor for shard in tensor.local_shards()]

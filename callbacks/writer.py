@@ -190,7 +190,7 @@ class VectorWriter:
         for name, stored in view.plain_names(state).items():
             tensor = state[stored]
             if is_shard(tensor):
-                sources[name] = shards.source(stored)
+                sources[name] = replace(shards.source(stored), delta=deltas.get(name))
             else:
                 sources[name] = Source.of(tensor, deltas.get(name))
         _check_keys(sources, base.weights, set(view.plain_names(names_of(pl_module))))
