@@ -89,6 +89,7 @@ DOORS = {
     "open_clip": {"tva.models", "tva.data"},  # tva.data: its ImageNet class names alone
     "timm": {"tva.models"},
     "peft": {"tva.models", "tva.callbacks"},
+    "deepspeed": {"tva.callbacks"},
     "transformers": {"tva.models"},
     "datasets": {"tva.data"},
     "matplotlib": {"tva.tables", "tva.demo", "tva.data", "tva.callbacks"},
