@@ -1,7 +1,9 @@
 """Every method: the same bits whatever the pieces, and what must hold of all of them."""
 
+import importlib.util
 import inspect
 import re
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
@@ -9,7 +11,7 @@ import torch
 
 from tva import TaskVector, open_weights, save_weights
 from tva.compose import compose
-from tva.merge import METHODS, Place
+from tva.merge import METHODS, Method, Place
 from tva.merge.sums import BLOCK, Sum
 from tva.recipe import Recipe
 
@@ -72,9 +74,9 @@ def files(tmp_path_factory):
     return gram
 
 
-def written(text, files, order="abc"):
+def written(text, files, order="abc", count=3):
     path = str(files if "regmean" in text else files.with_name("fisher.safetensors"))
-    return text.format(*order, files=[path] * 3)
+    return text.format(*order, files=[path] * count)
 
 
 def in_pieces(text, given, size):
@@ -142,25 +144,50 @@ def test_float64_is_the_same_up_to_rounding(text, files):
     assert int(away.sum()) <= (5 if "pcb" in text else 0)  # pcb jumps at its thresholds
 
 
-@pytest.mark.parametrize(
-    "text",
-    [
-        "breadcrumbs({0}, top=0, bottom=0)",
-        "consensus({0}, min_agree=1)",
-        "emr({0})",
-        "emr({0}, task=1)",
-        "lines({0}, first=1, last=1)",
-        "mean({0})",
-        "sign_consensus({0})",
-        "slerp({0}, {0}, t=0.25)",
-        "tall({0}, task=1)",
-        "ties({0}, density=1.0)",
-    ],
-)
+ONE = {  # method: how it gives one vector back bit for bit, or in what it differs by design
+    "analogy": "analogy({0}, {0}, {0})",
+    "breadcrumbs": "breadcrumbs({0}, top=0, bottom=0)",
+    "consensus": "consensus({0}, min_agree=1)",
+    "dare": "dare({0}, drop=0)",
+    "emr": "emr({0})",
+    "fisher": "up to rounding: it multiplies and divides",
+    "iso_c": "by design: all singular values become one",
+    "iso_cts": "by design: all singular values become one",
+    "lines": "lines({0}, first=1, last=1)",
+    "magnitude": "magnitude({0}, density=1.0)",
+    "mean": "mean({0})",
+    "pcb": "by design: it keeps a part, clamped",
+    "regmean": "regmean({0}, files={files})",
+    "sign_consensus": "sign_consensus({0})",
+    "slerp": "slerp({0}, {0}, t=0.25)",
+    "tall": "tall({0}, task=1)",
+    "ties": "ties({0}, density=1.0)",
+    "tsv": "up to rounding: it decomposes",
+    "wudi": "in its matrices alone",
+}
+EXACT = [text for text in ONE.values() if "(" in text]
+
+
+@pytest.mark.parametrize("text", [*EXACT, "emr({0}, task=1)"])
 def test_one_vector_in_gives_that_vector_bit_for_bit(text, files):
     given = vectors()
-    merged = Recipe(written(text, files), given).evaluate(given).deltas
+    merged = Recipe(written(text, files, count=1), given).evaluate(given).deltas
     assert all(torch.equal(merged[key], given["a"].deltas[key]) for key in SHAPES)
+
+
+@pytest.mark.parametrize(
+    ("text", "keys"),
+    [("fisher({0}, files={files})", SHAPES), ("tsv({0})", SHAPES), ("wudi({0}, exclude='')", ["h.0.matrix"])],
+)
+def test_one_vector_in_gives_that_vector_up_to_rounding(text, keys, files):
+    given = vectors()
+    merged = Recipe(written(text, files, count=1), given).evaluate(given).deltas
+    for key in keys:
+        torch.testing.assert_close(merged[key], given["a"].deltas[key], rtol=1e-5, atol=1e-8)
+
+
+def test_what_one_vector_gives_is_stated_of_every_method():
+    assert ONE.keys() == METHODS.keys()
 
 
 def test_sums_depend_on_no_pieces_and_are_right():
@@ -173,6 +200,11 @@ def test_sums_depend_on_no_pieces_and_are_right():
         totals.add(total.total)
     assert len(totals) == 1
     assert totals.pop() == pytest.approx(float(values.sum()), rel=1e-12)
+
+
+def test_no_option_of_a_method_hides_what_every_method_has():
+    for name, method in METHODS.items():
+        assert not {field.name for field in fields(method)} & set(dir(Method)), name
 
 
 def test_every_method_explains_its_options():
@@ -202,6 +234,25 @@ def test_the_method_in_the_documentation_works(monkeypatch, tmp_path):
     assert torch.equal(edited["h.0.long"], 0.25 * merged["h.0.long"])
 
 
-def test_the_documentation_names_every_method():
+def test_the_documentation_says_everything_of_every_method():
     page = (Path(__file__).parent.parent / "docs" / "methods.md").read_text()
-    assert all(f"`{name}" in page or f"{name}(" in page for name in METHODS)
+    sections = {  # the first line below a heading shows how a method is written
+        line: part
+        for part in re.split(r"^## .*\n", page, flags=re.M)
+        if (line := part.strip().split("\n")[0]).startswith("`")
+    }
+    for name in METHODS:
+        (section,) = {part for line, part in sections.items() if f"`{name}(" in line or f" {name}(" in line}
+        for label in ("Formula", "Paper", "Variant", "Parameters", "Helps", "Cost", "mergekit", "peft"):
+            assert re.search(rf"\*{label}s?\*", section), (name, label)
+        assert re.search(rf"^\|.*`{name}[`(].*\|$", page, flags=re.M), f"{name} is in no table"
+
+
+def test_the_benchmark_measures_every_method(monkeypatch):
+    path = Path(__file__).parent.parent / "benchmarks" / "merge.py"
+    spec = importlib.util.spec_from_file_location("merge_benchmark", path)
+    benchmark = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(benchmark)
+    monkeypatch.setattr(benchmark, "SIDE", 16)
+    for name in METHODS:
+        benchmark.run_ours(name, elements=16 * 40, vectors=2, piece=100)()

@@ -326,7 +326,9 @@ class Recipe(Expression):
                 method = self._methods[id(node)]
                 parts = [self.steps(place, states, sources, argument) for argument in args]
                 here = dataclasses.replace(self._place_of(node, place, sources), start=0)
-                return None if None in parts else method.steps(parts, states.get(_state_key(node, method, place)), here)
+                return (
+                    None if None in parts else method.in_steps(parts, states.get(_state_key(node, method, place)), here)
+                )
         raise AssertionError(f"unchecked node {ast.dump(node)}")
 
     def number(self, name: str, place: Place) -> float:

@@ -52,7 +52,7 @@ class Dare(Method):
         """Random bits that keep an element, as int32, are at least this."""
         return round(self.drop * 2**32) - 2**31
 
-    def steps(self, arguments: Sequence[Steps], state: Any, place: Place) -> Steps | None:
+    def in_steps(self, arguments: Sequence[Steps], state: Any, place: Place) -> Steps | None:
         if math.prod(place.shape) > _PIECE:
             return None
         return (*arguments[0], Step(DROP, self._lowest, (1 - self.drop,), _key(place, self.seed, 0)))

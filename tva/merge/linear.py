@@ -27,7 +27,7 @@ class Analogy(Method):
         a, b, c = deltas
         return c + (b - a)
 
-    def steps(self, arguments: Sequence[Steps], state: Any, place: Place) -> Steps:
+    def in_steps(self, arguments: Sequence[Steps], state: Any, place: Place) -> Steps:
         a, b, c = arguments
         return (*c, *b, *a, Step(SUB), Step(ADD))
 
@@ -45,7 +45,7 @@ class Mean(Method):
     def merge(self, deltas: Sequence[Tensor], state: Any, place: Place) -> Tensor:
         return add_up(deltas) / len(deltas)
 
-    def steps(self, arguments: Sequence[Steps], state: Any, place: Place) -> Steps:
+    def in_steps(self, arguments: Sequence[Steps], state: Any, place: Place) -> Steps:
         return (*sum_of(arguments), Step(DIV, numbers=(len(arguments),)))
 
 

@@ -82,7 +82,7 @@ class Method:
         """Combine one piece of each delta, float32 or float64, shape (elements,); the inputs are left unchanged."""
         raise NotImplementedError  # every subclass says how
 
-    def steps(self, arguments: Sequence[Steps], state: Any, place: Place) -> Steps | None:
+    def in_steps(self, arguments: Sequence[Steps], state: Any, place: Place) -> Steps | None:
         """Say in steps what `merge` does, which then runs fused; None where there are none for it.
 
         Args:

@@ -48,7 +48,7 @@ class Magnitude(Method):
     def merge(self, deltas: Sequence[Tensor], state: Threshold, place: Place) -> Tensor:
         return trim(deltas[0], state.value)
 
-    def steps(self, arguments: Sequence[Steps], state: Threshold, place: Place) -> Steps:
+    def in_steps(self, arguments: Sequence[Steps], state: Threshold, place: Place) -> Steps:
         return (*arguments[0], Step(TRIM, numbers=(state.limit,)))
 
 

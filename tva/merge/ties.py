@@ -86,7 +86,7 @@ class Ties(Method):
         elected = add_up([delta if weight == 1 else delta * weight for delta, weight in voters]).sign_()
         return merge_agreeing(trimmed, elected, self.combine == "mean", weights)
 
-    def steps(self, arguments: Sequence[Steps], state: list[Threshold], place: Place) -> Steps:
+    def in_steps(self, arguments: Sequence[Steps], state: list[Threshold], place: Place) -> Steps:
         weights = self.weights or [1.0] * len(arguments)
         rule = (float(self.combine == "mean"), float(self.elect == "weighted"), min(weights))
         numbers = (*rule, *(threshold.limit for threshold in state), *weights)
