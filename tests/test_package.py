@@ -16,7 +16,7 @@ ROOT = Path(__file__).parent.parent
 
 # Each module may import modules of its own layer's row or of rows above it, never below.
 LAYERS = [
-    {"tva.state_dict", "tva.console", "tva.version", "tva.steps"},
+    {"tva.state_dict", "tva.console", "tva.version", "tva.steps", "tva.parsing"},
     {"tva.kernels"},
     {"tva.weights", "tva.groups", "tva.kinds"},
     {"tva.merge"},

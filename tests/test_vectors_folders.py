@@ -244,8 +244,8 @@ def test_compare_draws_a_png_and_nothing_else(here, tmp_path, capsys):
         (["vectors"], "there is no command 'vectors'.*Did you mean 'vectors ls'"),
         (["inspect", "a", "b"], "'b' is one word too many; usage: tva inspect PATH"),
         (["inspect", "v/a/last.tv.safetensors", "--by", "module"], "by"),
-        (["compare"], "required: vectors"),
-        (["vectors", "ls"], "required: folder"),
+        (["compare"], "must be given; usage: tva compare VECTORS … "),
+        (["vectors", "ls"], "must be given; usage: tva vectors ls FOLDER "),
         (["vectors", "ls", "nowhere"], "A folder was expected at nowhere"),
     ],
 )

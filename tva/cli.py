@@ -8,12 +8,15 @@ import logging
 import os
 import sys
 import warnings
+from argparse import ArgumentError
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from importlib import import_module
 from inspect import signature
 from pathlib import Path
 from typing import Any
+
+from tva.parsing import explain, join_values, name_words
 
 COMMANDS = {
     "fit": "fine-tune a model; with TaskVectorCallback it writes task vectors beside its checkpoints",
@@ -87,23 +90,48 @@ def main(argv: Sequence[str] | None = None) -> None:
     if " ".join(argv[:2]) in COMMANDS:  # of two words
         argv = [" ".join(argv[:2]), *argv[2:]]
     if argv[0] not in COMMANDS:
-        near = difflib.get_close_matches(argv[0], COMMANDS, n=1)
+        both = " ".join(argv[:2]) if argv[0] == "vectors" else argv[0]
+        near = difflib.get_close_matches(both, COMMANDS, n=1)
         _fail(f"there is no command {argv[0]!r}; commands are {', '.join(COMMANDS)}." + _did_you_mean(near))
     if argv[0] in ("compose", "edit", "fit-many"):
         alone = [not after or after.startswith("--") for after in [*argv[1:], ""]]
         argv = [f"{word}=true" if word in FLAGS and last else word for word, last in zip(argv, alone, strict=True)]
+    argv = join_values(argv)
     try:
         with _arguments(argv):
             if argv[0] in FILE_COMMANDS:
                 holds = _on_files(argv[0], argv[1:])
             else:
                 holds = globals()[LIGHT[argv[0]]]() if argv[0] in LIGHT else _run(argv[0])
+            sys.stdout.flush()
+    except ArgumentError as error:
+        _fail(explain(error.message, argv[0], _options_of(argv[0])))
+    except KeyboardInterrupt:
+        more = (
+            " What is done is kept: the same command with --resume goes on." if argv[0] in ("compose", "revert") else ""
+        )
+        print(f"tva: interrupted.{more}", file=sys.stderr)
+        sys.exit(130)
+    except BrokenPipeError:  # as in tva … | head: nobody reads on
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python says so once more at its end
+        sys.exit(141)
     except (ValueError, OSError) as error:
         if os.environ.get("TVA_DEBUG"):
             raise
         _fail(f"{error}\n(TVA_DEBUG=1 shows where this comes from.)")
     if not holds:
         sys.exit(1)
+
+
+def _options_of(command: str) -> list[str]:
+    """Give the names of a command's options; of those that are Lightning's the first part."""
+    others = {"compose": ["tva.compose.compose"], "fit-many": ["tva.fit_many.fit_many"], "edit": ["tva.edit.run_edit"]}
+    names = ["config", "help", "json"]
+    names += ["model", "data", "trainer", "seed_everything", "output"] if command in ("fit", "edit") else []
+    for path in others.get(command) or FILE_COMMANDS.get(command, ())[:2]:
+        module, _, function = path.rpartition(".")
+        names += signature(getattr(import_module(module), function)).parameters
+    return names
 
 
 def _did_you_mean(near: Sequence[str]) -> str:
@@ -136,8 +164,9 @@ def _compose() -> bool:
     words = sys.argv[2:]
     as_json = "--json=true" in words
     words = [word for word in words if not word.startswith("--json=")]
+    options = {"as_positional": False, "exit_on_error": False}
     more = "--json prints what was done, or would be, as JSON."
-    done = auto_cli(compose, args=words, prog="tva compose", as_positional=False, epilog=more)
+    done = auto_cli(compose, args=words, prog="tva compose", epilog=more, **options)
     if as_json:
         print(json.dumps(to_json(done), indent=1, ensure_ascii=False))
     elif isinstance(done, ComposeReport):
@@ -154,42 +183,22 @@ def _on_files(command: str, words: Sequence[str]) -> bool:
     *called, order = FILE_COMMANDS[command]
     function, show = (getattr(import_module(path.rpartition(".")[0]), path.rpartition(".")[2]) for path in called)
     shown = " ".join(name.rstrip("…").upper() + " …" * name.endswith("…") for name in order.split())
-    parser = ArgumentParser(prog=f"tva {command}", usage=" ".join(["tva", command, *shown.split(), "[options]"]))
+    parameters = signature(function).parameters
+    needed = [name for name, each in parameters.items() if each.default is each.empty]
+    named = [f"--{name} {name.upper()}" for name in needed if name not in order.replace("…", "").split()]
+    usage = " ".join(["tva", command, *shown.split(), *named, "[options]"])
+    parser = ArgumentParser(prog=f"tva {command}", usage=usage, exit_on_error=False)
     parser.add_argument("--config", action="config", help="a YAML file with these options")
     parser.add_function_arguments(function, as_positional=False)
     parser.add_function_arguments(show, as_positional=False, skip={"result"})
-    parameters = signature(function).parameters
     flags = [key for f in (function, show) for key, each in signature(f).parameters.items() if each.default is False]
-    given = parser.parse_args(_named(list(words), order.split(), flags, parser.usage))
+    try:
+        given = parser.parse_args(name_words(list(words), order.split(), flags, usage))
+    except ArgumentError as error:
+        raise ValueError(explain(error.message, command, _options_of(command), usage)) from error
     options = {key: value for key, value in given.as_dict().items() if key != "config"}
     result = function(**{key: value for key, value in options.items() if key in parameters})
     return show(result, **{key: value for key, value in options.items() if key not in parameters}) is not False
-
-
-def _named(words: list[str], order: Sequence[str], flags: Sequence[str], usage: str) -> list[str]:
-    """Give names to words that have none, in order, and values to flags that stand alone.
-
-    Example:
-        >>> _named(["a", "--json", "b", "--by", "layer"], ["vectors…"], ["json"], "")
-        ['--json=true', '--by', 'layer', '--vectors=["a", "b"]']
-    """
-    free, named = [], []
-    while words:
-        word = words.pop(0)
-        if not word.startswith("-"):
-            free.append(word)
-        elif word[2:] in flags and words[:1] not in (["true"], ["false"]):
-            named.append(f"{word}=true")
-        else:
-            named.append(word)
-            named += [] if "=" in word or word in ("-h", "--help", "--print_config") or not words else [words.pop(0)]
-    for name in order if free else ():
-        many = name.endswith("…")
-        named += [f"--{name[:-1]}={json.dumps(free)}"] if many else [f"--{name}={free.pop(0)}"] if free else []
-        free = [] if many else free
-    if free:
-        raise ValueError(f"{free[0]!r} is one word too many; usage: {usage}")
-    return named
 
 
 def _fit_many() -> bool:
@@ -208,7 +217,7 @@ def _fit_many() -> bool:
         changes[key] = yaml.safe_load(value if equals else words.pop(at))
     if changes:
         words += ["--changes", json.dumps(changes)]
-    results = auto_cli(fit_many, args=words, prog="tva fit-many", as_positional=False)
+    results = auto_cli(fit_many, args=words, prog="tva fit-many", as_positional=False, exit_on_error=False)
     print_results(results)
     if "--plan=true" not in sys.argv[2:] and any(result.state == "interrupted" for result in results):
         sys.exit(130)
@@ -296,7 +305,10 @@ def _run(command: str, instead: Callable[..., None] | None = None) -> bool:
             save_config_callback=None if command == "edit" else SaveConfigCallback,
             # With it on, every data module in the config but the first gets the first one's hyperparameters.
             load_from_checkpoint_support=False,
-            parser_kwargs={name: {"usage": f"tva {name} [options]"} for name in ("fit", "edit")},
+            parser_kwargs={
+                "exit_on_error": False,
+                **{name: {"usage": f"tva {name} [options]", "exit_on_error": False} for name in ("fit", "edit")},
+            },
         )
     except MisconfigurationException as error:
         raise ValueError(str(error)) from error

@@ -34,7 +34,18 @@ from tva.sources import Source, untie
 from tva.state_dict import NoEffectError, add_scaled, some
 from tva.steps import Program
 from tva.undo import BYTES_HELD, UndoFile, undo_path
-from tva.weights import Fingerprint, LazyWeights, Output, Spec, TensorHash, find, open_weights, side_files
+from tva.weights import (
+    Fingerprint,
+    LazyWeights,
+    Output,
+    Spec,
+    TensorHash,
+    find,
+    is_hub,
+    open_weights,
+    read_metadata,
+    side_files,
+)
 
 PIECE = 2**18  # elements; shorter ones leave the cores waiting for Python, longer ones for memory
 SLACK = 2**24  # bytes for what an allocator keeps, thread stacks and journals
@@ -161,8 +172,12 @@ def compose(
     checked = Recipe(recipe, vectors, coefs)
     if Path(output).suffix in (".bin", ".pt", ".pth", ".ckpt"):
         raise ValueError(f"output must end in .safetensors, or name a folder; found {output!r}.")
+    if not math.isfinite(scaling_coef):
+        raise ValueError(f"scaling_coef must be a finite number; found {scaling_coef}.")
+    check_output(output, {"base": base, **{f"vectors.{name}": path for name, path in vectors.items()}})
     options = {"allow_other_base": allow_other_base, "key_map": key_map or {}}
     composer = Composer.open(base, vectors, checked, scaling_coef, dtype, which=which, **options)
+    check_output(output, {f"a file of {recipe}": path for path in checked.files})
     weights, sources = composer.base, composer.sources
     kinds = {name: source.kind for name, source in sources.items()}
     if allow_other_kind and len(set(kinds.values())) > 1:
@@ -225,6 +240,30 @@ def compose(
         undo,
         undo_bytes,
     )
+
+
+def check_output(output: str, inputs: Mapping[str, str]) -> None:
+    """Check that what will be written is none of what is read.
+
+    Args:
+        output: A file or folder.
+        inputs: What an input is called, to its path.
+
+    Raises:
+        ValueError: It is, or is a file of a folder that is.
+    """
+    resolved = Path(output).resolve()
+    for name, path in inputs.items():
+        own = Path(path).resolve()
+        if is_hub(path) or not own.exists():
+            continue
+        # a base may be the folder in which one works, and an edit there may be made once more
+        inside = own in resolved.parents and resolved.is_file() and "tva.recipe" not in read_metadata(resolved)
+        if own == resolved or inside:
+            raise ValueError(
+                f"output {output} {'lies in' if inside else 'is'} what is given as {name}, {path}, and would replace "
+                f"it. Give another output."
+            )
 
 
 def _check_undo(keep_undo: bool | str, sources: Mapping[str, Source]) -> None:
@@ -479,15 +518,23 @@ class Composer:
             changed = int(torch.count_nonzero(change))
             change_square, base_square = (float(torch.dot(x, x)) for x in (change, base))
         if not math.isfinite(change_square) and not bool(torch.isfinite(part).all()):
-            raise ValueError(
-                f"The edited {opened.name!r} holds NaN or infinity: the coefficient is too large for {part.dtype}, or "
-                f"an input is damaged. Nothing was written."
-            )
+            raise self._not_finite(opened.name, part.dtype)
         effect.elements += moving
         effect.vanished += moving - changed
         effect.squared_change += change_square
         effect.squared_base += base_square
         return part
+
+    def _not_finite(self, name: str, dtype: torch.dtype) -> ValueError:
+        """Say why an edited tensor holds NaN or infinity."""
+        inputs = {f"the base {self.base.path}": self.base}
+        inputs |= {f"{source.weights.path}, the vector {key}": source.weights for key, source in self.sources.items()}
+        damaged = [what for what, weights in inputs.items() if name in weights and not weights[name].isfinite().all()]
+        if damaged:
+            why = f"{' and '.join(damaged[:3])} {'holds' if len(damaged) == 1 else 'hold'} such there. Take sound ones"
+        else:
+            why = f"the coefficient is too large for {dtype}. Give a smaller one"
+        return ValueError(f"The edited {name!r} would hold NaN or infinity: {why}. Nothing was written.")
 
     # --- the account
 
@@ -515,11 +562,17 @@ class Composer:
 
     def check(self) -> None:
         """Check, when all is written, that the edit did something."""
-        if self.scaling_coef != 0 and not any(effect.changed for effect in self.effects().values()):
-            raise NoEffectError(
-                f"The edit changed no element: every delta of {self.recipe.text} is zero, or vanishes in rounding to "
-                f"the output's dtype. Use a larger coefficient, or dtype='float32'."
+        effects = self.effects().values()
+        if self.scaling_coef == 0 or any(effect.changed for effect in effects):
+            return
+        if any(effect.elements for effect in effects):
+            why = "each delta vanishes in rounding to the output's dtype. Use a larger coefficient, or dtype='float32'"
+        else:
+            why = (
+                "every delta is zero. Check that the vectors are of fine-tuned models rather than of the base, and "
+                "that the recipe does not cancel them"
             )
+        raise NoEffectError(f"The edit {self.recipe.text} changed no element: {why}.")
 
 
 @contextmanager

@@ -7,7 +7,7 @@ from typing import Any
 from rich.table import Table
 
 from tva.compose import ComposeReport
-from tva.console import make_console
+from tva.console import make_console, size_text
 from tva.plan import Plan
 
 
@@ -59,7 +59,7 @@ def print_composed(report: ComposeReport) -> None:
     for note in report.notes:
         console.print(f"read {note}", highlight=False)
     console.print(
-        f"wrote {report.output}: {report.num_bytes / 1e6:.1f} MB in {report.seconds:.1f} s, {report.edited.digest}, "
+        f"wrote {report.output}: {size_text(report.num_bytes)} in {report.seconds:.1f} s, {report.edited.digest}, "
         f"from the base {report.base.digest}",
         highlight=False,
     )

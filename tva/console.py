@@ -17,8 +17,12 @@ def make_console() -> Console:
     """Make a console for tables."""
     from rich.console import Console
 
-    console = Console()
-    return console if console.is_terminal else Console(width=10_000)
+    class Quiet(Console):
+        def on_broken_pipe(self) -> None:
+            raise BrokenPipeError  # which the command line answers, in place of status 1
+
+    console = Quiet()
+    return console if console.is_terminal else Quiet(width=10_000)
 
 
 def progress(items: Sequence[T], description: str) -> Iterable[T]:
@@ -49,3 +53,17 @@ def counting(description: str | None) -> Iterator[Callable[[float], None]]:
     with Progress(console=console, transient=True) as bar:
         task = bar.add_task(description, total=None)
         yield lambda total: bar.update(task, advance=1, total=total if math.isfinite(total) else None)
+
+
+def size_text(num_bytes: float) -> str:
+    """Write a size for people.
+
+    Example:
+        >>> size_text(47848), size_text(3.33e6)
+        ('47.8 kB', '3.33 MB')
+    """
+    for unit in ("B", "kB", "MB"):
+        if num_bytes < 999.5:
+            return f"{num_bytes:.3g} {unit}"
+        num_bytes /= 1000
+    return f"{num_bytes:.3g} GB"

@@ -13,16 +13,39 @@ import difflib
 from collections.abc import Collection, Iterator, Mapping
 from typing import Any, Literal
 
+import torch
+
 from tva.groups import Coefficient
 from tva.merge import METHODS, Method
 from tva.state_dict import some
 
 Kind = Literal["vector", "number"]
+MAX = torch.finfo(torch.float32).max
 SYMBOLS = {ast.Add: "+", ast.Sub: "-", ast.Mult: "*", ast.Div: "/"}
 
 
 class RecipeError(ValueError):
     """A recipe cannot be read; the message shows it with a caret under the place."""
+
+
+def _check_options(kind: type[Method], options: Mapping[str, Any]) -> None:
+    """Check that numbers are given where a method's options are numbers, and the like."""
+    for field in dataclasses.fields(kind):
+        if field.name not in options:
+            continue
+        value, number = options[field.name], isinstance(options[field.name], int | float)
+        parts = value if isinstance(value, list | tuple) else ()
+        wanted = field.type if isinstance(field.type, str) else getattr(field.type, "__name__", "")
+        fits, what = {
+            "str": (isinstance(value, str), "a text in quotes"),
+            "bool": (number and value in (0, 1), "True or False"),  # a coefficient is a number
+            "int": (number and value % 1 == 0, "a whole number"),
+            "float": (number and abs(value) <= MAX, "a number"),
+            "Sequence[float]": (all(isinstance(part, int | float) for part in parts), "numbers, such as (1, 0.5)"),
+            "Sequence[str]": (all(isinstance(part, str) for part in parts), "texts in quotes"),
+        }.get("str" if wanted.startswith("Literal") else wanted, (True, ""))
+        if not fits:
+            raise ValueError(f"{field.name} must be {what}; found {value!r}.")
 
 
 class Expression:
@@ -57,14 +80,23 @@ class Expression:
                 f"Names in a recipe must be letters, digits and underscores, not beginning with a digit, so that the "
                 f"recipe can tell them from operators; found {some(odd)}."
             )
-        try:
-            self._tree = ast.parse(text.strip(), mode="eval").body
-        except SyntaxError as error:
-            raise self._error("This is not an expression", (error.offset or 1) - 1) from error
+        if not text.strip():
+            raise RecipeError("A recipe must be an expression of task vectors, such as 'a + b'; found nothing.")
         self._numbers: set[int] = set()  # parts that are no vectors
         self._methods: dict[int, Method] = {}
         self._observers: list[ast.Call] = []  # calls that must see the deltas first, inner before outer
-        if self._check(self._tree) != "vector":
+        try:
+            self._tree = ast.parse(text.strip(), mode="eval").body
+            kind = self._check(self._tree)
+        except SyntaxError as error:
+            end = len(text.strip().encode())
+            raise self._error(f"This is not an expression ({error.msg})", (error.offset or end + 1) - 1) from error
+        except (RecursionError, MemoryError) as error:
+            raise RecipeError(
+                f"A recipe must not nest hundreds of levels deep, and this one of {len(text.strip()):,} characters "
+                f"does; each + is a level. Write a sum of many vectors as their number times mean(a, b, …)."
+            ) from error
+        if kind != "vector":
             raise self._error(f"A recipe must give a task vector, but this is a number; known {self._names()}", 0)
 
     def _names_in(self, node: ast.expr) -> Iterator[str]:
@@ -79,6 +111,8 @@ class Expression:
     def _kind(self, node: ast.expr) -> Kind:
         match node:
             case ast.Constant(value=int() | float()) if not isinstance(node.value, bool):
+                if node.value > MAX:
+                    raise self._error("This number is beyond what float32 can hold", node.col_offset)
                 return "number"
             case ast.Name(id=name) if name in self._known:
                 if name not in self.vectors:
@@ -86,10 +120,15 @@ class Expression:
                 return "vector"
             case ast.Name(id=name) if name in self._values:
                 value = self._values[name]
+                if not isinstance(value, Mapping) and not abs(value) <= MAX:
+                    raise self._error(
+                        f"The coefficient {name!r} must be a finite number; found {value}", node.col_offset
+                    )
                 self.coefs[name] = value if isinstance(value, Mapping) else float(value)
                 return "number"
             case ast.Name(id=name):
-                raise self._error(f"{name!r} is unknown; known {self._names()}.{self._nearest(name)}", node.col_offset)
+                near = self._nearest(name) or f" If it is a coefficient, give its value: --coefs.{name} NUMBER"
+                raise self._error(f"{name!r} is unknown; known {self._names()}.{near}", node.col_offset)
             case ast.UnaryOp(op=ast.USub() | ast.UAdd()):
                 return self._check(node.operand)
             case ast.BinOp() if type(node.op) in SYMBOLS:
@@ -141,6 +180,7 @@ class Expression:
                 )
             options[keyword.arg] = self._option(keyword.value)
         try:
+            _check_options(kind, options)
             method = kind(**options)
         except (TypeError, ValueError) as error:
             raise self._error(f"{error} Written as {kind.usage}", node.col_offset) from error
@@ -158,8 +198,10 @@ class Expression:
         try:
             return ast.literal_eval(node)
         except ValueError as error:
+            found = ast.unparse(node)
             raise self._error(
-                "An option must be a number, a text in quotes or a coefficient", node.col_offset
+                f"An option must be a number, a text in quotes or a coefficient with a value; found {found}",
+                node.col_offset,
             ) from error
 
     # --- errors
@@ -168,7 +210,11 @@ class Expression:
         text = self.text.strip()
         # ast counts bytes of UTF-8; a caret stands under a character
         column = len(text.encode()[:offset].decode(errors="ignore"))
-        return RecipeError(f"{problem if problem.endswith('?') else problem + '.'}\n  {text}\n  {' ' * column}^")
+        problem = problem if problem.endswith(("?", ".")) else f"{problem}."
+        before, after = text[:column], text[column:]
+        before = f"…{before[-60:]}" if len(before) > 100 else before  # what is far away helps nobody
+        after = f"{after[:100]}…" if len(after) > 140 else after
+        return RecipeError(f"{problem}\n  {before}{after}\n  {' ' * len(before)}^")
 
     def _operator_offset(self, node: ast.BinOp) -> int:
         between = self.text.strip().encode()[node.left.end_col_offset : node.right.col_offset].decode(errors="ignore")

@@ -228,6 +228,9 @@ def compare(
     grouping = _grouping(by) if by is not None else lambda name: ""
     if len(vectors) < 2:
         raise ValueError(f"Two vectors or more can be compared; {len(vectors)} given.")
+    twice = [path for path in dict.fromkeys(vectors) if vectors.count(path) > 1]
+    if twice:
+        raise ValueError(f"Vectors must differ to be compared; {some(twice)} was given more than once. Leave it out.")
     opened_base = None if base is None else Base(base)
     options = {"allow_other_base": allow_other_base, "key_map": key_map, "which": which}
     opened = [open_vector(path, opened_base, **options) for path in vectors]

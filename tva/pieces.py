@@ -159,9 +159,11 @@ class OpenedTensor:
         """
         written = out.view(torch.uint8).numpy()
         floats = written.view(numpy.float32) if out.dtype == torch.float32 else numpy.empty(0, numpy.float32)
+        with numpy.errstate(over="ignore"):  # what overflows is an error of the edit, said there
+            coef = numpy.float32(scaling_coef)
         return kernels.edit(
             *self._prepared(program, start, len(out)),
-            numpy.float32(scaling_coef),
+            coef,
             FUSED_DTYPES[out.dtype],
             len(out),
             written.view(numpy.uint16),

@@ -9,7 +9,8 @@ from json import dumps, loads
 from pathlib import Path
 from typing import Any
 
-from tva.compose import Composer, parse_bytes
+from tva.compose import Composer, check_output, parse_bytes
+from tva.console import size_text
 from tva.recipe import Recipe
 from tva.record import EDITED, Record, check_inputs, open_edited, open_recipe
 from tva.sources import Source
@@ -43,7 +44,7 @@ class RevertReport:
 
     def __str__(self) -> str:
         return (
-            f"wrote {self.output}: {self.num_bytes / 1e6:.1f} MB in {self.seconds:.1f} s, {self.base}, which is the "
+            f"wrote {self.output}: {size_text(self.num_bytes)} in {self.seconds:.1f} s, {self.base}, which is the "
             f"fingerprint recorded of the base; used {self.undo}, {self.undo_bytes:,} bytes"
         )
 
@@ -82,6 +83,7 @@ def revert(
     started = time.monotonic()
     weights = open_edited(edited)
     opened = _open_undo(edited, weights, undo)
+    check_output(output, {"the edited checkpoint": edited, "undo": str(opened.path)})
     composer = _way_back(edited, weights, opened, vectors or {})
     composer.fit_into(max_memory)
     if composer.piece < opened.block and not composer.recipe.needs_whole_tensors:

@@ -103,15 +103,22 @@ def _open_checkpoint(path: str, base: LazyWeights, key_map: Mapping[str, str], w
 
 
 def _check_names(path: str, weights: LazyWeights, names: Collection[str], base: LazyWeights) -> None:
-    shapes = [name for name in weights if name in base and weights.spec(name).shape != base.spec(name).shape]
+    shapes = [
+        f"{name} {list(base.spec(name).shape)} and {list(weights.spec(name).shape)}"
+        for name in sorted(weights)
+        if name in base and weights.spec(name).shape != base.spec(name).shape
+    ]
     problems = {
         f"{path} lacks": base.keys() - names,
         "the base lacks": names - base.keys(),
-        "shapes differ in": shapes,
+        "shapes differ:": shapes,
     }
     if any(problems.values()):
         found = "; ".join(f"{what} {some(sorted(which))}" for what, which in problems.items() if which)
-        raise MismatchError(f"The base and {path} must have the same keys and shapes, but {found}.")
+        raise MismatchError(
+            f"The base and {path} must have the same keys and shapes, but {found}. Take both "
+            f"from the same architecture."
+        )
 
 
 def untie(base: LazyWeights, sources: Iterable[Source]) -> dict[str, str]:

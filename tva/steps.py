@@ -73,4 +73,6 @@ def encode(steps: Steps) -> Program:
         top += 1 - step.count if step.kind == TIES else _PUSHED.get(step.kind, 0)
         depth = max(depth, top)
     loaded = frozenset(step.count for step in steps if step.kind == LOAD)
-    return Program(numpy.array(rows, numpy.int64).reshape(-1, 5), numpy.array(numbers, numpy.float32), depth, loaded)
+    with numpy.errstate(over="ignore"):  # what overflows is an error of the edit, said there
+        narrow = numpy.array(numbers, numpy.float32)
+    return Program(numpy.array(rows, numpy.int64).reshape(-1, 5), narrow, depth, loaded)

@@ -14,7 +14,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from tva.compress import CompressReport
-from tva.console import make_console
+from tva.console import make_console, size_text
 from tva.extract import Extracted
 from tva.look import Compared, Inspection, Row
 from tva.match import Fit, Matched
@@ -43,7 +43,7 @@ def show_extracted(result: Extracted, json: bool = False) -> None:
     _line(
         console,
         f"wrote {result.output}: task {result.task}, {result.moved} tensors moved{left}, norm {result.norm:.4g}, "
-        f"{_size(result.num_bytes)} in {result.seconds:.1f} s, from the base {result.base}",
+        f"{size_text(result.num_bytes)} in {result.seconds:.1f} s, from the base {result.base}",
     )
 
 
@@ -83,7 +83,7 @@ def show_inspection(result: Inspection, json: bool = False) -> None:
         return _print_json(result)
     console = make_console()
     whole = result.whole
-    _line(console, f"[bold]{escape(result.path)}[/]: {result.kind}, {_size(result.num_bytes)}", markup=True)
+    _line(console, f"[bold]{escape(result.path)}[/]: {result.kind}, {size_text(result.num_bytes)}", markup=True)
     facts = {key: _fact(value) for key, value in result.facts.items()}
     for reason, names in result.untouched.items():
         facts[reason] = f"{_count(len(names), 'tensor')}: {some(names)}"
@@ -187,7 +187,7 @@ def show_listing(result: Listing, json: bool = False) -> None:
                 "–" if listed.step is None else f"{listed.step:,}",
                 "–" if listed.norm is None else f"{listed.norm:.4g}",
                 listed.encoding or "–",
-                _size(listed.num_bytes),
+                size_text(listed.num_bytes),
                 (listed.created or "–").replace("T", " ").replace("Z", ""),
             )
         console.print(table)
@@ -354,14 +354,6 @@ def _fact(value: Any) -> str:
 
 def _count(number: int, what: str) -> str:
     return f"{number:,} {what}{'' if number == 1 else 's'}"
-
-
-def _size(num_bytes: float) -> str:
-    for unit in ("B", "kB", "MB"):
-        if num_bytes < 999.5:
-            return f"{num_bytes:.3g} {unit}"
-        num_bytes /= 1000
-    return f"{num_bytes:.3g} GB"
 
 
 def _print_json(result: Any) -> None:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from tva.compose import Composer
+from tva.console import size_text
 from tva.record import Record, check_inputs, open_edited, open_recipe
 from tva.state_dict import some
 from tva.task_vector import BATCH_NORM_STATISTICS
@@ -64,7 +65,7 @@ class VerifyReport:
         return {"holds": self.holds, **vars(self), "output": str(self.output), "changed": changed}
 
     def __str__(self) -> str:
-        compared = f"{self.num_tensors} tensors, {self.num_bytes / 1e6:.1f} MB, in {self.seconds:.1f} s"
+        compared = f"{self.num_tensors} tensors, {size_text(self.num_bytes)}, in {self.seconds:.1f} s"
         lines = []
         if self.holds:
             lines.append(

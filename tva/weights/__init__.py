@@ -4,6 +4,7 @@ from tva.weights.adapter import open_adapter, open_finetuned
 from tva.weights.files import find, open_weights, read_metadata
 from tva.weights.fingerprint import Fingerprint, TensorHash, fingerprint, tensor_digest
 from tva.weights.hashed import HashedWeights
+from tva.weights.hub import is_hub
 from tva.weights.lazy import Entry, Info, LazyWeights, Spec
 from tva.weights.names import NameMatch, canonical_names, canonical_state_dict, map_names, match_names
 from tva.weights.output import Output, num_bytes, side_files
@@ -25,6 +26,7 @@ __all__ = [
     "canonical_state_dict",
     "find",
     "fingerprint",
+    "is_hub",
     "make_room",
     "map_names",
     "match_names",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import json
 import os
 from pathlib import Path
@@ -16,6 +17,7 @@ from tva.weights.hub import fetch, is_hub
 from tva.weights.lazy import Entry, Info, LazyWeights, OpenFile, Stored
 from tva.weights.names import KeyMap, canonical_names, map_names
 from tva.weights.torch_files import Which, open_torch
+from tva.weights.writing import begins_as_text
 from tva.weights.zero import is_zero, open_zero
 
 SAFETENSORS_DTYPES = {
@@ -92,8 +94,11 @@ def find(path: str | os.PathLike[str]) -> Path:
         return fetch(path)
     path = Path(path)
     if not path.exists():
-        near = sorted(p.name for p in path.parent.glob("*")) if path.parent.is_dir() else None
-        found = f"{path.parent} does not exist" if near is None else f"{path.parent} holds {some(near) or 'nothing'}"
+        there = path.parent.is_dir()
+        names = sorted(p.name for p in path.parent.iterdir() if not p.name.startswith(".")) if there else []
+        near = difflib.get_close_matches(path.name, names, n=1, cutoff=0.75)
+        holds = f"{path.parent} holds {some(near or names) or 'nothing'}{' and others' * bool(near)}"
+        found = holds if there else f"{path.parent} does not exist"
         raise FileNotFoundError(f"A checkpoint was expected at {path}, but nothing is there ({found}). Check the path.")
     return path
 
@@ -193,8 +198,8 @@ def open_safetensors(path: Path) -> LazyWeights:
             metadata = checked.metadata()
     except (SafetensorError, OSError) as error:
         raise ValueError(
-            f"{path} is no safetensors file, or is damaged or cut off ({error}; it has {path.stat().st_size} bytes). "
-            f"Write it again from its source."
+            f"{path} is no safetensors file, or is damaged or cut off ({error}; it has {path.stat().st_size} bytes"
+            f"{begins_as_text(path)}). Write it again from its source."
         ) from error
     file = OpenFile(path)
     length = int.from_bytes(file.read(0, 8), "little")

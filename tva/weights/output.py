@@ -23,7 +23,7 @@ from tva.state_dict import some
 from tva.weights.files import NAMES_OF_DTYPES, open_safetensors
 from tva.weights.fingerprint import TensorHash
 from tva.weights.lazy import Entry, Info, LazyWeights, Spec
-from tva.weights.writing import make_room
+from tva.weights.writing import can_write, make_room
 
 try:
     import fcntl
@@ -166,8 +166,9 @@ class Output:
     # --- the context: partial files, and a thread that syncs them
 
     def __enter__(self) -> Output:
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        self._journal = self._journal_path.open("a+")
+        with can_write(self.path):
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self._journal = self._journal_path.open("a+")
         try:
             self._lock()
             if self._resume:

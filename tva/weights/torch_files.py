@@ -13,6 +13,7 @@ from torch import Tensor
 from tva.state_dict import some
 from tva.weights.lazy import Entry, Info, InMemory, LazyWeights, OpenFile
 from tva.weights.pickles import DAMAGED, Inert, load_archive
+from tva.weights.writing import begins_as_text
 
 Which = Literal["checkpoint", "raw", "averaged"]
 
@@ -61,6 +62,8 @@ def load_torch(path: Path) -> tuple[Any, set[str]]:
                 f"{path} is no PyTorch checkpoint, or is damaged ({_reason(error)}; it has {file.size} bytes). Write "
                 f"it again from its source."
             ) from error
+    if as_text := begins_as_text(path):
+        raise ValueError(f"{path} is no PyTorch checkpoint (it has {file.size} bytes{as_text}). Take the file itself.")
     try:  # the format before torch 1.6 mixes pickles and bytes; torch reads it whole
         content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:

@@ -25,10 +25,11 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
         ['a.txt']
     """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
+    with can_write(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
         temporary.touch()
+    try:
         mode = temporary.stat().st_mode  # as the umask has it; safetensors would leave files to their owner alone
         yield temporary
         temporary.chmod(mode)
@@ -37,6 +38,18 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def can_write(path: Path) -> Iterator[None]:
+    """Let an error in making a file or its folder say what was to be written and what to do."""
+    try:
+        yield
+    except OSError as error:
+        raise type(error)(
+            f"{path} cannot be written: {error.strerror} ({error.filename}). Give an output in a folder that can be "
+            f"written to."
+        ) from error
 
 
 def make_room(file: int, size: int) -> None:
@@ -73,3 +86,13 @@ def save_weights(
 def cache_folder() -> Path:
     """Folder of what can be computed again: ``TVA_CACHE``, else ``~/.cache/tva``."""
     return Path(os.environ.get("TVA_CACHE") or Path.home() / ".cache" / "tva")
+
+
+def begins_as_text(path: Path) -> str:
+    """Tell, for an error about a file that cannot be read, that it is text: a page, a note, a pointer of Git LFS."""
+    with path.open("rb") as file:
+        start = file.read(60)
+    if start.startswith(b"version https://git-lfs"):
+        return "; it is a pointer of Git LFS, in whose place 'git lfs pull' puts the file"
+    readable = bool(start) and start.isascii() and all(byte >= 32 or byte in b"\t\r\n" for byte in start)
+    return f"; it is text that begins with {start[:30].decode()!r}" if readable else ""
