@@ -1,5 +1,6 @@
 """Mistakes on the command line: status 2, no traceback, nothing written, and words that say what to do."""
 
+import json
 import re
 import subprocess
 import sys
@@ -224,3 +225,16 @@ def test_a_reader_that_goes_away_is_no_error(place, command):
         process.stdout.close()
         assert process.stderr.read() == ""
     assert process.returncode == 141
+
+
+def test_json_of_an_edit_by_zero_or_of_a_base_of_zeros_is_json(place, capsys):
+    def refuse(constant):
+        raise AssertionError(f"{constant} is no JSON")
+
+    zeros = {name: torch.zeros_like(value) for name, value in open_weights("base.safetensors").items()}
+    save_weights(zeros, "zeros.safetensors")
+    options = ["--recipe", "digits", "--output", "out.safetensors", "--json"]
+    for more, change in ((["--scaling_coef", "0"], 0), (["--base", "zeros.safetensors", "--allow_other_base"], None)):
+        main([*COMPOSE, *more, *options])
+        effects = json.loads(capsys.readouterr().out, parse_constant=refuse)["effects"]
+        assert {effect["relative_change"] for effect in effects.values()} == {change}

@@ -74,7 +74,9 @@ class GroupEffect:
 
     @property
     def relative_change(self) -> float:
-        """Norm of the change divided by that of the base."""
+        """Norm of the change divided by that of the base; 0 where nothing changed, infinite where the base is 0."""
+        if not self.squared_change:
+            return 0.0
         return (self.squared_change / self.squared_base) ** 0.5 if self.squared_base else float("inf")
 
     def add(self, other: GroupEffect) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from rich.table import Table
@@ -80,9 +81,10 @@ def to_json(done: ComposeReport | Plan) -> dict[str, Any]:
             for row in done.rows
         ]
         return {**vars(done), "rows": rows}
-    effects = {
-        group: {**vars(effect), "relative_change": effect.relative_change} for group, effect in done.effects.items()
-    }
+    effects = {group: {**vars(effect)} for group, effect in done.effects.items()}
+    for group, effect in done.effects.items():
+        change = effect.relative_change
+        effects[group]["relative_change"] = change if math.isfinite(change) else None  # JSON has no infinity
     digests = {"base": done.base.digest, "edited": done.edited.digest}
     undo = None if done.undo is None else str(done.undo)
     return {**vars(done), "output": str(done.output), **digests, "effects": effects, "undo": undo}
