@@ -186,7 +186,9 @@ def test_a_failing_gate_exits_with_1_and_writes_no_weights(runs, tmp_path, capsy
     assert "FAILS on test data: other/accuracy >= base + 1" in capsys.readouterr().out
 
 
-def test_no_feasible_coefficient_shows_the_closest_and_writes_nothing(runs, tmp_path, capsys):
+def test_no_feasible_coefficient_shows_the_closest_and_writes_a_page_and_no_weights(runs, tmp_path, capsys):
+    edit(runs, tmp_path, scaling_coef=0.5)
+    assert (tmp_path / "out/edited.safetensors").exists()
     with pytest.raises(SystemExit) as stop:
         edit(runs, tmp_path, rule="largest", subject_to=["blobs1/accuracy >= 1.5"])
     assert stop.value.code == 1
@@ -200,7 +202,13 @@ def test_no_feasible_coefficient_shows_the_closest_and_writes_nothing(runs, tmp_
     inputs, labels = Blobs(1).val_dataloader().dataset.tensors
     accuracy = float((model(inputs).argmax(-1) == labels).float().mean())
     assert re.search(rf"blobs1 +target +val +60 +\S+ \[.*?\] +\S+ \[.*?\] +{accuracy:.1%} \[", printed)
-    assert not (tmp_path / "out").exists()
+    names = ["config.yaml", "edit.json", "report.html"]
+    assert sorted(file.name for file in (tmp_path / "out").iterdir()) == names  # and not the weights of the run before
+    main(["report", str(tmp_path / "out")])
+    assert "no feasible coefficient" in capsys.readouterr().out
+    status, message = status_and_message(capsys, "push", tmp_path / "out", "me/x")
+    assert status == 2
+    assert "has no edited weights to push, for its constraints do not hold: NO EDIT: no coefficient meets" in message
 
 
 def test_scaling_coef_zero_gives_the_base_and_its_scores(runs, tmp_path):

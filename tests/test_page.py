@@ -27,6 +27,7 @@ KINDS = {
     },
     "given": {"scaling_coef": 0.5, "controls": {}, "recipe": "a", "targets": {"a": Task(1)}, "random_seed": None},
     "refused": {"scaling_coef": 0.5, "subject_to": ["other/accuracy >= 2"]},
+    "infeasible": {"subject_to": ["other/accuracy >= 2"]},
     "two coefficients": {"recipe": "s*a + l*b", "search": Grid(num=3, ranges={"s": [0, 1], "l": [0, 2]})},
     "shared": {"recipe": "s*a + l*b", "search": Grid(num=3, ranges={"s": [0, 1], "l": [0, 1]}, shared=True)},
     "two metrics": {"maximize": None, "minimize": "a/loss", "controls": {}},
@@ -97,7 +98,7 @@ def test_a_page_and_a_card_say_the_numbers_of_edit_json(runs):
     for kind, folder in runs.items():
         content = read_report(folder)
         page = words((folder / "report.html").read_text())
-        texts = [page] if kind == "refused" else [page, (folder / "README.md").read_text()]
+        texts = [page] if kind in ("refused", "infeasible") else [page, (folder / "README.md").read_text()]
         for text in texts:
             assert content["recipe"] in text
             assert content["command"] in text
@@ -125,8 +126,27 @@ def test_the_verdict_is_in_words(runs):
     assert "There is no control task" in said["given"]
     assert "9 choices of s and l were tried" in said["two coefficients"]
     assert "goes from" in said["shared"]
-    assert not (runs["refused"] / "README.md").exists()
-    assert not (runs["refused"] / "edited.safetensors").exists()
+    for kind in ("refused", "infeasible"):
+        assert sorted(file.name for file in runs[kind].iterdir()) == ["edit.json", "report.html"]
+
+
+def test_a_page_without_a_feasible_coefficient_says_so_and_shows_the_closest(runs):
+    content = read_report(runs["infeasible"])
+    closest = content["coefficients"]["scaling_coef"]
+    assert content["edited"] is None
+    assert {entry["split"] for entry in content["tasks"].values()} == {"val"}
+    assert {split for splits in content["data"].values() for split in splits} == {"val"}
+    page = words((runs["infeasible"] / "report.html").read_text())
+    assert "No edit; what follows is of the closest coefficient" in page
+    verdict = f"no coefficient meets 'other/accuracy >= 2' on validation data; the closest is {closest:g}"
+    assert f"✕ No feasible coefficient NO EDIT: {verdict}" in page
+    assert "other/accuracy >= 2: fails" in page
+    spec = (runs["infeasible"] / "report.html").read_text()
+    assert f"closest: λ = {closest:g}" in spec
+    assert "chosen: λ" not in spec
+    assert "diamond" not in page
+    both = words(comparison_page({kind: read_report(runs[kind]) for kind in ("searched", "infeasible")}))
+    assert "No coefficient met the constraints of infeasible: those numbers are of the closest, on validation" in both
 
 
 def test_every_chart_is_drawn_without_scripts_and_has_its_numbers_in_words(runs):
@@ -140,7 +160,15 @@ def test_every_chart_is_drawn_without_scripts_and_has_its_numbers_in_words(runs)
             assert "<svg" in figure
             assert figure.count("<tr>") > 1
     # dots, curve, plane, three matrices; "two metrics" has a chart for each of them
-    assert counts == {"searched": 6, "given": 1, "refused": 2, "two coefficients": 3, "shared": 3, "two metrics": 3}
+    assert counts == {
+        "searched": 6,
+        "given": 1,
+        "refused": 2,
+        "infeasible": 3,
+        "two coefficients": 3,
+        "shared": 3,
+        "two metrics": 3,
+    }
 
 
 def test_a_page_is_one_file_without_addresses_and_small(runs):

@@ -71,7 +71,7 @@ def test_mistakes_are_told(run, tmp_path, capsys):
         revisit([str(tmp_path)])
     (tmp_path / "begun").mkdir()
     (tmp_path / "begun.evaluations.jsonl").touch()
-    with pytest.raises(FileNotFoundError, match="Its edit was not finished, or nothing met its constraints"):
+    with pytest.raises(FileNotFoundError, match="Its edit was not finished; the same command goes on from"):
         revisit([str(tmp_path / "begun")])
     with pytest.raises(ValueError, match="A run is given twice"):
         revisit([str(run), str(run)])

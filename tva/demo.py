@@ -167,11 +167,16 @@ def draw_curves(reports: Mapping[str, Sequence[Mapping[str, Any]]], path: Path) 
                 axis.fill_between(coefs, list(map(min, values)), list(map(max, values)), color=color, alpha=0.15, lw=0)
             chosen = [run["coefficients"]["scaling_coef"] for run in runs]
             edited = [run["tasks"][task]["edited"]["value"] for run in runs]
-            random = [run["tasks"][task]["random"]["value"] for run in runs]
+            random = [
+                (coef, run["tasks"][task]["random"]["value"])
+                for coef, run in zip(chosen, runs, strict=True)
+                if "random" in run["tasks"][task]  # not where no coefficient was feasible
+            ]
             axis.scatter([0], [first["base"]["value"]], color=color, marker="_", s=90)
             label = f"{task} ({first['role']})"
             axis.scatter(chosen, edited, color=color, marker="o", s=28, zorder=3, label=label)
-            axis.scatter(chosen, random, color=color, marker="x", s=28, zorder=3)
+            for coef, value in random:
+                axis.scatter([coef], [value], color=color, marker="x", s=28, zorder=3)
         axis.set_title(f"{edit}:  {runs[0]['recipe']}")
         axis.set_xlabel("scaling coefficient λ")
         axis.grid(alpha=0.3)

@@ -99,7 +99,8 @@ def run_edit(
             same name is compared with its fine-tuned model.
         recipe: Expression of those names, such as ``-digits`` or ``analogy(a, b, c)``. Names that are no vectors are
             coefficients, with a value in ``coefs`` or a range in the search.
-        output: Folder for ``edited.safetensors``, ``edit.json``, ``report.html`` and the model card ``README.md``.
+        output: Folder for ``edit.json`` and ``report.html``, and if the constraints hold for ``edited.safetensors`` and
+            the model card ``README.md``.
         targets: Data modules of the tasks that the edit means to change, by name.
         controls: Data modules of the tasks that it must leave alone.
         base: Checkpoint of the base model.
@@ -311,7 +312,7 @@ def run_edit(
     vector.check_effect(live, editor.base, coef)
     if report.holds:
         report = replace(report, edited={"path": EDITED, "fingerprint": fingerprint(live).digest})
-    if choice.feasible and trainer.is_global_zero:
+    if trainer.is_global_zero:
         folder, record = Path(output), None
         undo_path(folder / EDITED).unlink(missing_ok=True)
         if report.holds:

@@ -149,7 +149,7 @@ class EditReport:
     def verdict(self) -> str:
         """One sentence: whether the constraints hold, and on which data."""
         if self.split == "val":
-            return f"NO EDIT: {self.reason}. Nothing was written."
+            return f"NO EDIT: {self.reason}. No weights were written."
         failing = [constraint for constraint in self.constraints if not constraint.holds]
         if failing:
             details = "; ".join(f"{c.text}: {c.compared} against {c.bound:.4g}" for c in failing)
@@ -243,9 +243,9 @@ def read_report(path: Path) -> dict[str, Any]:
         if below:
             hint = f"The runs below it are {some(below)}."
         elif log.exists():
-            hint = f"Its edit was not finished, or nothing met its constraints; the same command goes on from {log}."
+            hint = f"Its edit was not finished; the same command goes on from {log}."
         else:
-            hint = "An edit whose gate found no coefficient writes none."
+            hint = "Every edit that came to its end leaves one there."
         raise FileNotFoundError(f"No report at {file}. {hint}")
     try:
         content = json.loads(file.read_text(encoding="utf-8"))

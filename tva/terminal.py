@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from tva.console import make_console
-from tva.page.series import axes, coefficient, curve, interval, number, symbol
+from tva.page.series import axes, coefficient, curve, interval, is_feasible, number, symbol
 from tva.report import PAGE, EditReport, Score, TaskReport
 
 WIDE = 150  # columns of a terminal that has room for all of the table
@@ -62,7 +62,7 @@ def print_report(report: EditReport, console: Console | None = None, folder: Pat
         _print_extra(console, title, found)
     style = "bold green" if report.holds else "bold red"
     console.print(f"[{style}]{'holds' if report.holds else 'refused'}[/]: {report.verdict}", highlight=False)
-    if folder is not None and report.split == "test":
+    if folder is not None:
         console.print(f"{folder / PAGE} shows all of it", highlight=False)
 
 
@@ -98,7 +98,7 @@ def sparklines(content: Mapping[str, Any], most: int = 41) -> list[str]:
     return [
         f"{symbol(axis)} from {places[0]:g} to {places[-1]:g} on validation data:",
         *rows,
-        f"{' ' * (width + 11 + nearest)}▲ {chosen:g}",
+        f"{' ' * (width + 11 + nearest)}▲ {chosen:g}{'' if is_feasible(content) else ', the closest'}",
     ]
 
 

@@ -106,11 +106,12 @@ class Benchmark:
         return self.output / "edits" / "-".join(RULES[rule]) / name / f"seed={seed}"
 
     def reports(self, name: str, seeds: Sequence[int], rule: str = "folded") -> list[dict[str, Any]]:
-        """Reports of an edit for all seeds; a seed without one found no feasible coefficient."""
+        """Reports of an edit for all seeds that found a feasible coefficient."""
+        from tva.page.series import is_feasible
         from tva.report import read_report
 
         folders = [self.folder(name, seed, rule) for seed in seeds]
-        return [read_report(folder) for folder in folders if (folder / "edit.json").exists()]
+        return list(filter(is_feasible, (read_report(folder) for folder in folders if (folder / "edit.json").exists())))
 
     def adapt(self, node: Any, seed: int, batch_norm: str) -> Any:
         """Give a configuration another seed, output folder and rule for BatchNorm; the files are for seed 0."""

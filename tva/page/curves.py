@@ -12,6 +12,7 @@ from tva.page.series import (
     coefficient,
     curve,
     interval,
+    is_feasible,
     is_share,
     number,
     points,
@@ -53,7 +54,7 @@ def _curves(
     lines: Mapping[str, Sequence[tuple[float, Point]]],
     name: str,
 ) -> Chart:
-    letter = symbol(axis)
+    letter, word = symbol(axis), "chosen" if is_feasible(content) else "closest"
     tried, tested, sentences = [], [], []
     for task, line in lines.items():
         entry = content["tasks"][task]
@@ -75,7 +76,7 @@ def _curves(
     color = {"field": "task", "type": "nominal", "sort": order, "legend": {"columns": 2}}
     color["scale"] = {"domain": order, "range": [PALETTE[number % len(PALETTE)] for number in range(len(order))]}
     fades = {"condition": {"param": "pick", "value": 1}, "value": 0.15}
-    x = quantity("coef", f"{letter}, chosen on validation data", scale={"nice": False})
+    x = quantity("coef", f"{letter}, on validation data", scale={"nice": False})
     y = quantity("value", metric, metric)
     dash = {
         "field": "role",
@@ -107,7 +108,7 @@ def _curves(
         },
     ]
     if chosen is not None:
-        at = {"values": [{"coef": chosen, "label": f"chosen: {letter} = {coefficient(chosen)}"}]}
+        at = {"values": [{"coef": chosen, "label": f"{word}: {letter} = {coefficient(chosen)}"}]}
         right = chosen > sum(extent := [min(r["coef"] for r in tried), max(r["coef"] for r in tried)]) / 2
         layers += [
             {"data": at, "mark": {"type": "rule", "strokeDash": [3, 3], "opacity": 0.7}, "encoding": {"x": x}},
@@ -155,7 +156,7 @@ def _curves(
     return Chart(
         name,
         f"{metric} against {letter}",
-        f"On validation data {'; '.join(sentences)}. Chosen: {letter} = {coefficient(chosen)}.",
+        f"On validation data {'; '.join(sentences)}. {word.capitalize()}: {letter} = {coefficient(chosen)}.",
         make_spec(300, layers),
         ("task", letter, metric, "95 % interval", "examples"),
         [
@@ -199,11 +200,12 @@ def coefficient_map(content: Content) -> Iterator[Chart]:
     ]
     others = f" ({len(searched)} coefficients were searched; two are drawn)" if len(searched) > 2 else ""
     values = [point.value for point in tried]
+    choice = "choice" if is_feasible(content) else "closest"
     yield Chart(
         "map",
         f"{task} {metric} over {symbol(first)} and {symbol(second)}",
         f"{len(tried)} choices of {' and '.join(map(symbol, searched))} were tried on validation data{others}; {task} "
-        f"ranges from {number(min(values), metric)} to {number(max(values), metric)}. The ring is the choice.",
+        f"ranges from {number(min(values), metric)} to {number(max(values), metric)}. The ring is the {choice}.",
         make_spec(320, layers),
         (*map(symbol, searched), metric, "95 % interval"),
         [

@@ -10,7 +10,7 @@ from tva.page.curves import coefficient_map, curves
 from tva.page.draw import draw, library
 from tva.page.planes import planes
 from tva.page.scores import compared, dots, matrix
-from tva.page.series import Content, axes, coefficient, formula, interval, number, symbol
+from tva.page.series import Content, axes, coefficient, formula, interval, is_feasible, number, symbol
 from tva.page.vega import Chart
 
 if TYPE_CHECKING:
@@ -52,6 +52,7 @@ def edit_page(content: Content, notices: Sequence[str] = ()) -> str:
         content=content,
         notices=notices,
         state=state_of(content),
+        feasible=is_feasible(content),
         headline=list(_headline(content)),
         before=_before(content),
         dots=list(dots(content)),
@@ -110,6 +111,12 @@ def differences(contents: Mapping[str, Content]) -> Iterator[str]:
     if len(set(bases.values())) > 1:
         named = "; ".join(f"{run}: {(digest or 'unknown')[:12]}" for run, digest in bases.items())
         yield (f"These edits start from different bases ({named}): differences are not due to the edits alone.")
+    without = [run for run, content in contents.items() if not is_feasible(content)]
+    if without:
+        yield (
+            f"No coefficient met the constraints of {' and '.join(without)}: those numbers are of the closest, on "
+            f"validation data, and no edit was made."
+        )
     tasks = dict.fromkeys(task for content in contents.values() for task in content["tasks"])
     for task in tasks:
         having = {run: content for run, content in contents.items() if task in content["tasks"]}
@@ -123,6 +130,8 @@ def differences(contents: Mapping[str, Content]) -> Iterator[str]:
 
 def state_of(content: Content) -> dict[str, str]:
     """Say the verdict in one word, with the color it is shown in."""
+    if not is_feasible(content):
+        return {"name": "refused", "word": "No feasible coefficient", "sign": "✕"}
     if not content["holds"]:
         return {"name": "refused", "word": "Refused", "sign": "✕"}
     if not content["constraints"]:

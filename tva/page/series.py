@@ -85,6 +85,11 @@ def curve(content: Content, task: str, axis: str) -> list[tuple[float, Point]]:
     return sorted((pair for pair in found if axis == SCALING or not pair[1].is_base), key=lambda pair: pair[0])
 
 
+def is_feasible(content: Content) -> bool:
+    """Whether a coefficient met the constraints where it was chosen; if not, all is about the closest one."""
+    return all(entry["split"] != "val" for entry in content["tasks"].values())
+
+
 def symbol(axis: str) -> str:
     """Name a coefficient as people write it."""
     return "λ" if axis == SCALING else axis

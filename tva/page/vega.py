@@ -40,6 +40,7 @@ CONFIG = {
         "direction": "horizontal",
         "columns": 2,
         "symbolSize": 70,
+        "columnPadding": 26,  # fonts here may be wider than where the drawing without scripts was made
         "symbolOpacity": 1,
     },
     "text": {"color": "currentColor", "fontSize": 12},
