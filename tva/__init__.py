@@ -14,23 +14,29 @@ from tva.version import __version__
 
 if TYPE_CHECKING:
     from tva.origin import Origin
+    from tva.report import EditReport
     from tva.state_dict import MismatchError, NoEffectError
     from tva.task_vector import TaskVector
+    from tva.trainer import edit_model
     from tva.weights import Fingerprint, fingerprint, open_weights, save_weights
 
 _MODULES = {
+    "tva.report": ["EditReport"],
     "tva.state_dict": ["MismatchError", "NoEffectError"],
     "tva.origin": ["Origin"],
     "tva.task_vector": ["TaskVector"],
+    "tva.trainer": ["edit_model"],
     "tva.weights": ["Fingerprint", "fingerprint", "open_weights", "save_weights"],
 }
 __all__ = [
+    "EditReport",
     "Fingerprint",
     "MismatchError",
     "NoEffectError",
     "Origin",
     "TaskVector",
     "__version__",
+    "edit_model",
     "fingerprint",
     "open_weights",
     "save_weights",

@@ -85,7 +85,7 @@ class GroupEffect:
             setattr(self, name, getattr(self, name) + getattr(other, name))
 
 
-@dataclass
+@dataclass(repr=False)
 class ComposeReport:
     """What `compose` did.
 
@@ -112,6 +112,22 @@ class ComposeReport:
     notes: list[str] = field(default_factory=list)
     undo: Path | None = None
     undo_bytes: int = 0
+
+    def __repr__(self) -> str:
+        moved = sum(effect.tensors for effect in self.effects.values())
+        return f"ComposeReport({self.output}, {self.edited.digest}: {moved} tensors moved, {self.num_bytes:,} bytes)"
+
+    def _repr_html_(self) -> str:
+        """Show it in a notebook: what was written, and the change by group of tensors."""
+        from tva.page.cells import composed_cell
+
+        facts = {"base": self.base.digest, "edited": self.edited.digest, "bytes": f"{self.num_bytes:,}"}
+        facts |= {"undo file": f"{self.undo}, {self.undo_bytes:,} bytes"} if self.undo else {}
+        effects = {
+            group: (each.changed, each.tensors, each.relative_change, each.vanished / max(1, each.elements))
+            for group, each in self.effects.items()
+        }
+        return composed_cell(str(self.output), facts, effects, self.notes)
 
 
 def compose(

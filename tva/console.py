@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, TypeVar
@@ -13,16 +14,22 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 
+def in_notebook() -> bool:
+    """Whether a notebook's kernel runs this."""
+    ipython = sys.modules.get("IPython")
+    return ipython is not None and getattr(ipython.get_ipython(), "kernel", None) is not None
+
+
 def make_console() -> Console:
     """Make a console for tables."""
     from rich.console import Console
 
-    class Quiet(Console):
-        def on_broken_pipe(self) -> None:
-            raise BrokenPipeError  # which the command line answers, in place of status 1
+    class Piped(Console):
+        def on_broken_pipe(self) -> None:  # rich would end the process with status 1, which means something else here
+            raise BrokenPipeError
 
-    console = Quiet()
-    return console if console.is_terminal else Quiet(width=10_000)
+    console = Piped()
+    return console if console.is_terminal or console.is_jupyter else Piped(width=10_000)
 
 
 def progress(items: Sequence[T], description: str) -> Iterable[T]:

@@ -133,7 +133,8 @@ def run_edit(
             round.
 
     Returns:
-        The report, also printed by the command line. ``report.holds`` is the verdict.
+        The report, also printed by the command line. ``report.holds`` is the verdict. Where no coefficient met the
+        constraints on validation data, it is of the closest one, on those data.
 
     Raises:
         HarnessError: Coefficient 0 did not reproduce the base's scores; nothing was written.
@@ -299,7 +300,7 @@ def run_edit(
             "python": platform.python_version(),
         },
         seed=int(os.environ["PL_GLOBAL_SEED"]) if "PL_GLOBAL_SEED" in os.environ else None,
-        command=shlex.join(["tva", *sys.argv[1:]]),
+        command=getattr(trainer, "command", None) or _call(),
         model=bench.facts["model"],
         precision=bench.facts["precision"],
         data=bench.data(),
@@ -324,6 +325,13 @@ def run_edit(
                 write_undo(temporary, before, back, record)
         write_report(report, folder, live if record else None, record.metadata() if record else {})
     return report
+
+
+def _call() -> str:
+    """Say what made an edit that no command made."""
+    if not sys.argv[0] or Path(sys.argv[0]).stem == "ipykernel_launcher":
+        return "tva.edit_model(…) in an interactive Python session, with the options above"
+    return shlex.join(["python", *sys.argv])
 
 
 def _in_memory(weights: Mapping[str, Tensor]) -> LazyWeights:

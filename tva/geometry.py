@@ -2,29 +2,18 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from tva.groups import block_of
 from tva.state_dict import MismatchError, some
 from tva.task_vector import TaskVector
 
 PIECE = 2**18  # elements of all vectors together that are looked at at once; as float64 they stay in the cache
 LEAST_PIECE = 2**12  # of one vector, however many there are
-
-
-def block_of(name: str) -> str:
-    """Give the block of layers that a tensor lies in: its name up to the first number, else its module.
-
-    Example:
-        >>> block_of("encoder.blocks.3.attn.weight"), block_of("encoder.proj.weight"), block_of("scale")
-        ('encoder.blocks.3', 'encoder.proj', 'scale')
-    """
-    numbered = re.match(r"(.*?(?:^|\.)\d+)(?:\.|$)", name)
-    return numbered[1] if numbered else name.rpartition(".")[0] or name
 
 
 def blocks(names: Iterable[str]) -> dict[str, list[str]]:
@@ -33,23 +22,6 @@ def blocks(names: Iterable[str]) -> dict[str, list[str]]:
     for name in names:
         found.setdefault(block_of(name), []).append(name)
     return found
-
-
-def in_layer_order(names: Iterable[str]) -> list[str]:
-    """Put names of layers in the order of their numbers, where the first of them stands; files sort them as text.
-
-    Example:
-        >>> in_layer_order(["emb", "h.0", "h.1", "h.10", "h.2", "norm"])
-        ['emb', 'h.0', 'h.1', 'h.2', 'h.10', 'norm']
-    """
-    first: dict[str, int] = {}
-
-    def place(name: str) -> tuple[int, int]:
-        numbered = re.match(r"(.*?)(?<![^.])(\d+)(?![^.])", name)
-        start, number = (numbered[1], int(numbered[2])) if numbered else (name, 0)
-        return first.setdefault(start, len(first)), number
-
-    return sorted(names, key=place)
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Coefficients by group of tensors: one number for names that match a pattern, or a ramp over the layers."""
+"""Groups of tensors by their names, and coefficients by group: one for names that match a pattern, or a ramp."""
 
 from __future__ import annotations
 
@@ -95,3 +95,31 @@ def _along(values: Sequence[float], layer: int, num_layers: int) -> float:
     position = layer * (len(values) - 1) / max(1, num_layers - 1)
     left = min(int(position), len(values) - 2)
     return values[left] + (values[left + 1] - values[left]) * (position - left)
+
+
+def block_of(name: str) -> str:
+    """Give the block of layers that a tensor lies in: its name up to the first number, else its module.
+
+    Example:
+        >>> block_of("encoder.blocks.3.attn.weight"), block_of("encoder.proj.weight"), block_of("scale")
+        ('encoder.blocks.3', 'encoder.proj', 'scale')
+    """
+    numbered = re.match(r"(.*?(?:^|\.)\d+)(?:\.|$)", name)
+    return numbered[1] if numbered else name.rpartition(".")[0] or name
+
+
+def in_layer_order(names: Iterable[str]) -> list[str]:
+    """Put names of layers in the order of their numbers, where the first of them stands; files sort them as text.
+
+    Example:
+        >>> in_layer_order(["emb", "h.0", "h.1", "h.10", "h.2", "norm"])
+        ['emb', 'h.0', 'h.1', 'h.2', 'h.10', 'norm']
+    """
+    first: dict[str, int] = {}
+
+    def place(name: str) -> tuple[int, int]:
+        numbered = re.match(r"(.*?)(?<![^.])(\d+)(?![^.])", name)
+        start, number = (numbered[1], int(numbered[2])) if numbered else (name, 0)
+        return first.setdefault(start, len(first)), number
+
+    return sorted(names, key=place)

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from tva.geometry import Sums, block_of, in_layer_order, measure, total
+from tva.geometry import Sums, measure, total
+from tva.groups import block_of, in_layer_order
 from tva.state_dict import MismatchError, is_edited, some
 from tva.vectors import Base, Vector, header_facts, labels, open_vector, size_of, stored
 from tva.weights import fingerprint, open_weights
 from tva.weights.torch_files import Which
 
+MOST_PAIRS = 6  # that are named in one line
 By = Literal["group", "layer", "tensor"]
 GROUPINGS: dict[str, Callable[[str], str]] = {
     "group": lambda name: ".".join(name.split(".")[:2]),
@@ -173,7 +176,7 @@ class Pairs:
         return cls(sums.norms(), sums.cosines(), sums.conflicts())
 
 
-@dataclass
+@dataclass(repr=False)
 class Compared:
     """What `compare` found.
 
@@ -196,6 +199,17 @@ class Compared:
     groups: dict[str, Pairs]
     not_finite: list[str]
     notes: list[str] = field(default_factory=list)
+
+    def __repr__(self) -> str:
+        pairs = itertools.combinations(enumerate(self.names), 2)
+        found = [f"{a}, {b} {self.whole.cosines[i][j]:.3g}" for (i, a), (j, b) in itertools.islice(pairs, MOST_PAIRS)]
+        return f"Compared({len(self.names)} vectors; cosines {'; '.join(found)}{' …' if next(pairs, None) else ''})"
+
+    def _repr_html_(self) -> str:
+        """Show it in a notebook: norms, and the matrices of cosines and of sign conflicts."""
+        from tva.page.cells import compared_cell
+
+        return compared_cell(list(self.names), self.whole.norms, self.whole.cosines, self.whole.conflicts, self.base)
 
 
 def compare(

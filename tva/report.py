@@ -6,24 +6,26 @@ import json
 import math
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from torch import Tensor
 
+from tva.console import in_notebook
 from tva.kinds import KEY
-from tva.page import edit_page
+from tva.page import PAGE, edit_page
 from tva.page.card import CARD, check_card, model_card
+from tva.page.series import formula, number
 from tva.record import EDITED
 from tva.state_dict import some
+from tva.terminal import print_report
 from tva.weights import atomic_path, find, save_weights
 
 if TYPE_CHECKING:  # scipy takes seconds to load
     from tva.statistics import Comparison
 
 EDIT_JSON = "edit.json"
-PAGE = "report.html"
 CONFIG = "config.yaml"
 
 
@@ -108,7 +110,7 @@ class ConstraintReport:
         return f"{self.value:.4g}{limit}"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class EditReport:
     """All that is known of one edit; the attributes are the keys of ``edit.json``."""
 
@@ -157,6 +159,51 @@ class EditReport:
         sure = f" with {self.confidence:.0%} confidence" if self.confidence is not None else ""
         return f"all constraints hold on test data{sure}" if self.constraints else "no constraint was set"
 
+    def __repr__(self) -> str:
+        changes = [
+            " → ".join(number(task.scores[label].value, task.metric) for label in ("base", "edited"))
+            for task in self.tasks.values()
+        ]
+        said = ", ".join(f"{name} {change}" for name, change in zip(self.tasks, changes, strict=True))
+        return f"EditReport({formula(vars(self))}; {'holds' if self.holds else 'refused'}; on {self.split} data {said})"
+
+    def _repr_html_(self) -> str:
+        """Show it in a notebook: formula, verdict, the table before and after, the curve of the search."""
+        from tva.page.cells import edit_cell
+
+        return edit_cell(self.to_json())
+
+    def show(self) -> None:
+        """Show it: in a notebook as a page, elsewhere as a table in the terminal."""
+        if not in_notebook():
+            return print_report(self)
+        from IPython.display import display
+
+        display(self)
+
+    @classmethod
+    def load(cls, run: str | os.PathLike[str]) -> EditReport:
+        """Read the report of an edit that was made before.
+
+        Args:
+            run: Its folder, or the ``edit.json`` in it.
+
+        Raises:
+            FileNotFoundError: There is none.
+            ValueError: It is something else, or of another version of tva.
+        """
+        from tva.statistics import Comparison
+
+        content = read_report(Path(run))
+        content.pop("verdict", None)
+        known = {field.name for field in fields(cls)}
+        if content.keys() != known:
+            odd = sorted(content.keys() ^ known)
+            raise ValueError(f"{run} is of another version of tva: it differs in {some(odd)}. Make the edit again.")
+        tasks = {name: _task_of(entry, Comparison) for name, entry in content["tasks"].items()}
+        constraints = [ConstraintReport(**{**c, **_real(c, "value", "bound")}) for c in content["constraints"]]
+        return cls(**{**content, "tasks": tasks, "constraints": constraints})
+
     def to_json(self) -> dict[str, Any]:
         """Give plain values, in the form of ``edit.json``."""
         tasks = {
@@ -174,6 +221,22 @@ class EditReport:
         }
         constraints = [vars(constraint) for constraint in self.constraints]
         return _plain({**vars(self), "tasks": tasks, "constraints": constraints, "verdict": self.verdict})
+
+
+def _task_of(entry: Mapping[str, Any], comparison: type[Comparison]) -> TaskReport:
+    """Read what an edit did to one task."""
+    names = ("role", "split", "metric", "higher_is_better", "num_examples")
+    labels = [label for label in entry if isinstance(entry[label], Mapping) and label != "comparison"]
+    return TaskReport(
+        **{name: entry[name] for name in names},
+        scores={label: Score(**{**entry[label], **_real(entry[label], "value")}) for label in labels},
+        comparison=comparison(**entry["comparison"]) if entry["comparison"] else None,
+    )
+
+
+def _real(entry: Mapping[str, Any], *names: str) -> dict[str, float]:
+    """Give numbers that must be some; null was none."""
+    return {name: math.nan if entry[name] is None else entry[name] for name in names}
 
 
 def _plain(value: Any) -> Any:

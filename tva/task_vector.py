@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import os
+from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import replace
 from numbers import Real
@@ -16,6 +17,7 @@ import torch
 import xxhash
 from torch import Tensor
 
+from tva.groups import block_of, in_layer_order
 from tva.kinds import check_kinds
 from tva.origin import SUFFIX, Origin, read_origin, vector_header
 from tva.state_dict import (
@@ -167,6 +169,31 @@ class TaskVector:
         task = f"task={self.origin.task!r}, " if self.origin.task else ""
         size = sum(delta.numel() for delta in self.deltas.values())
         return f"TaskVector({task}{len(self.deltas)} deltas of {size:,} elements, norm {self.norm():.4g})"
+
+    def _repr_html_(self) -> str:
+        """Show it in a notebook: where it comes from, and its norm by block of layers."""
+        from tva.page.cells import vector_cell
+
+        elements: dict[str, int] = {}
+        squares: dict[str, float] = {}
+        for name, delta in self.deltas.items():
+            block = block_of(name)
+            elements[block] = elements.get(block, 0) + delta.numel()
+            squares[block] = squares.get(block, 0.0) + float(delta.double().square().sum())
+        return vector_cell(
+            {
+                "task": self.origin.task,
+                "base": self.origin.base.digest if self.origin.base else None,
+                "step": self.origin.step,
+                "kind": self.origin.kind,
+                "metrics": dict(self.origin.metrics),
+                "tensors": len(self.deltas),
+                "buffers": len(self.buffers),
+                "untouched": dict(Counter(self.untouched.values())),
+                "num_bytes": sum(tensor.nbytes for tensor in self._tensors().values()),
+            },
+            {block: (elements[block], squares[block]) for block in in_layer_order(elements)},
+        )
 
     # --- operators
 

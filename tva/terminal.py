@@ -10,18 +10,18 @@ from rich.console import Console
 from rich.table import Table
 
 from tva.console import make_console
+from tva.page import PAGE
 from tva.page.series import axes, coefficient, curve, interval, is_feasible, number, symbol
-from tva.report import PAGE, EditReport, Score, TaskReport
 
 WIDE = 150  # columns of a terminal that has room for all of the table
 BARS = "▁▂▃▄▅▆▇█"
 
 
-def print_report(report: EditReport, console: Console | None = None, folder: Path | None = None) -> None:
+def print_report(report: Any, console: Console | None = None, folder: Path | None = None) -> None:
     """Print one table: each task before and after, with 95 % intervals, the curve of the search, and the verdict.
 
     Args:
-        report: What to print.
+        report: A `tva.report.EditReport`.
         console: By default the terminal. Where the output is piped every task is one line.
         folder: Where the report was written.
     """
@@ -122,7 +122,7 @@ def _print_extra(console: Console, title: str, found: Any) -> None:
         console.print(f"[dim]{found['reason']}[/]", highlight=False)
 
 
-def _footnote(report: EditReport) -> str:
+def _footnote(report: Any) -> str:
     sizes = [
         f"{task} {split.get('val', 0):,} / {split.get('test', 0):,}" for task, split in report.sizes.items() if split
     ]
@@ -132,12 +132,12 @@ def _footnote(report: EditReport) -> str:
     return f"in brackets: 95 % intervals; examples to choose on / to report on: {'; '.join(sizes)}; {spent}"
 
 
-def _score(score: Score, metric: str) -> str:
+def _score(score: Any, metric: str) -> str:
     between = interval(vars(score), metric)
     return number(score.value, metric) + (f"\n[dim]\\{between}[/]" if between else "")
 
 
-def _ratio(task: TaskReport) -> str:
+def _ratio(task: Any) -> str:
     found = task.comparison
     if found is None or found.ratio is None or found.ratio_low is None or found.ratio_high is None:
         before, after = task.scores["base"].value, task.scores["edited"].value
@@ -145,7 +145,7 @@ def _ratio(task: TaskReport) -> str:
     return f"{found.ratio:.1%}\n[dim]\\[{found.ratio_low:.1%}, {found.ratio_high:.1%}][/]"
 
 
-def _verdict(report: EditReport, name: str) -> str:
+def _verdict(report: Any, name: str) -> str:
     of_task = [constraint for constraint in report.constraints if constraint.task == name]
     if of_task:
         return "\n".join(f"{c.text}: {c.compared}, {'holds' if c.holds else 'FAILS'}" for c in of_task)

@@ -8,9 +8,12 @@ from typing import Any
 
 import lightning as L
 
+from tva.console import in_notebook
 from tva.edit import run_edit
+from tva.origin import SUFFIX
 from tva.report import CONFIG, EDIT_JSON, EditReport, read_report
 from tva.terminal import print_report
+from tva.validate import quiet
 from tva.weights import atomic_path
 
 
@@ -19,9 +22,11 @@ class Trainer(L.Trainer):
 
     Attributes:
         report: What the last edit did.
+        command: The command line that it serves, if any, by which an edit can be made again.
     """
 
     report: EditReport | None = None
+    command: str | None = None
 
     def edit(
         self,
@@ -43,14 +48,55 @@ class Trainer(L.Trainer):
             **kwargs: Those of `tva.edit.run_edit`.
 
         Returns:
-            The report, which is also printed.
+            The report, which is also printed, but in a notebook.
         """
         self.report = run_edit(self, model, output=output, **kwargs)
+        if in_notebook():  # which shows what a cell returns
+            return self.report
         if self.is_global_zero and json:
             print(dumps(self.report.to_json(), indent=1, ensure_ascii=False))
         elif self.is_global_zero:
             print_report(self.report, folder=Path(output))
         return self.report
+
+    def describe_fit(self) -> dict[str, Any]:
+        """Say in JSON values what a fit reached and wrote."""
+        found = [path for each in self.checkpoint_callbacks for path in (each.best_model_path, each.last_model_path)]
+        checkpoints = list(dict.fromkeys(filter(None, found)))
+        vectors = [path.removesuffix(".ckpt") + SUFFIX for path in checkpoints]
+        return {
+            "steps": self.global_step,
+            "epochs": self.current_epoch,
+            "metrics": {name: float(value) for name, value in self.callback_metrics.items()},
+            "checkpoints": checkpoints,
+            "vectors": [vector for vector in vectors if Path(vector).is_file()],
+        }
+
+
+def edit_model(
+    model: L.LightningModule, *, output: str, trainer: L.Trainer | None = None, **options: Any
+) -> EditReport:
+    """Combine task vectors, choose the coefficient, edit the model and prove it, as ``tva edit`` does, from Python.
+
+    Args:
+        model: Any LightningModule with validation and test steps; its weights are the base unless ``base`` is given.
+            Left with the edited weights.
+        output: Folder for ``edit.json``, the page, and if the constraints hold the weights and the model card.
+        trainer: Any Trainer; by default a quiet one for this machine.
+        **options: Those of `tva.edit.run_edit`, such as ``vectors``, ``recipe``, ``targets`` and ``controls``.
+
+    Returns:
+        The report; ``report.show()`` shows it, in a notebook as a page and elsewhere as a table.
+
+    Raises:
+        ValueError: Something does not fit; nothing was written.
+        FileNotFoundError: A checkpoint or data file is not there.
+    """
+    with quiet():
+        if trainer is None:
+            bars = {"enable_progress_bar": False, "enable_model_summary": False, "enable_checkpointing": False}
+            trainer = Trainer(logger=False, **bars)
+        return run_edit(trainer, model, output=output, **options)
 
 
 def write_config(trainer: Trainer, folder: Path, text: str) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from tva.geometry import block_of
+from tva.groups import block_of
 
 
 def make_optimizer(

@@ -3,4 +3,6 @@
 from tva.page.page import comparison_page, edit_page
 from tva.page.series import formula, interval, number, points
 
-__all__ = ["comparison_page", "edit_page", "formula", "interval", "number", "points"]
+PAGE = "report.html"  # what its file is called, in the folder of its edit
+
+__all__ = ["PAGE", "comparison_page", "edit_page", "formula", "interval", "number", "points"]

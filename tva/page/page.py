@@ -54,7 +54,7 @@ def edit_page(content: Content, notices: Sequence[str] = ()) -> str:
         state=state_of(content),
         feasible=is_feasible(content),
         headline=list(_headline(content)),
-        before=_before(content),
+        before=before_table(content),
         dots=list(dots(content)),
         curves=[*curves(content), *coefficient_map(content)],
         no_curve=_no_curve(content),
@@ -154,7 +154,7 @@ def _headline(content: Content) -> Iterator[dict[str, str]]:
         }
 
 
-def _before(content: Content) -> dict[str, Any]:
+def before_table(content: Content) -> dict[str, Any]:
     labels = [
         label
         for label in ("base", "edited", "finetuned", "random")
@@ -273,7 +273,7 @@ def _lineage(content: Content) -> dict[str, Any]:
 
 
 @functools.cache
-def _environment() -> Environment:
+def environment() -> Environment:
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
     return Environment(
@@ -286,7 +286,7 @@ def _environment() -> Environment:
 
 
 def _render(template: str, **facts: Any) -> str:
-    page = _environment().get_template(template)
+    page = environment().get_template(template)
     return page.render(**facts, draw=_drawn, about=ABOUT, library=library) + "\n"
 
 

@@ -16,7 +16,7 @@ from torch.func import functional_call
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
-from tva.geometry import block_of
+from tva.groups import block_of
 from tva.search.problem import Candidate, Choice, Problem, Search
 from tva.task_vector import TaskVector
 from tva.validate import Evaluation, quiet
