@@ -88,6 +88,25 @@ def test_every_setting_scores_as_the_same_model_edited_by_hand(playground, vecto
         assert (row.live, row.num_examples, row.metric) == (pytest.approx(expected), size, "accuracy")
 
 
+def test_a_glance_is_of_the_first_examples_of_the_same_order(playground, vectors, monkeypatch):  # noqa: F811
+    monkeypatch.setattr("tva.play.NUM_GLANCED", 16)
+    setting = {"scaling_coef": 0.7, "s": 0.4}
+    view, whole = playground.glance(setting), playground.at(setting)
+    model, loaded = Net(), {name: TaskVector.load(path) for name, path in vectors.items()}
+    model.load_state_dict((0.4 * loaded["a"] + loaded["b"]).apply_to(model.state_dict(), 0.7))
+    order = torch.randperm(200, generator=torch.Generator().manual_seed(0))[:16]
+    for row, seed in zip(view.rows, (1, 2, 3), strict=True):
+        inputs, labels = Task(seed).val_dataloader().dataset.dataset[order]
+        assert row.live == pytest.approx((model(inputs).argmax(-1) == labels).double().mean().item())
+        assert row.num_examples == 16
+    assert (view.rough, view.constraints, view.examples) == (True, [], [])
+    assert [row.edited for row in view.rows] == [row.edited for row in whole.rows]
+    assert "≈ " in table_html(view)
+    assert "≈ " not in table_html(whole)
+    with pytest.raises(ValueError, match="There is no coefficient 'z' to set"):
+        playground.glance({"z": 1.0})
+
+
 def test_the_base_and_the_chosen_point_are_what_their_settings_score(playground, content):
     chosen, base = playground.at(), playground.at({"scaling_coef": 0.0})
     assert {slider.name: slider.chosen for slider in playground.sliders} == content["coefficients"]

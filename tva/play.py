@@ -28,6 +28,7 @@ from tva.validate import Evaluation
 
 SEED = 0  # of the validation examples that are taken
 NUM_SHOWN = 6  # examples a task
+NUM_GLANCED = 64  # examples a task that are enough for a first look
 
 
 @dataclass(frozen=True)
@@ -91,6 +92,7 @@ class View:
         constraints: Whether each holds on these examples.
         examples: A few predictions.
         time_s: What it took.
+        rough: Whether it is from a few examples alone, without constraints and predictions.
     """
 
     coefs: Mapping[str, float]
@@ -98,6 +100,7 @@ class View:
     constraints: Sequence[ConstraintReport]
     examples: Sequence[Example]
     time_s: float
+    rough: bool = False
 
 
 class Playground:
@@ -211,13 +214,14 @@ class Playground:
                     f"{before}. Make the edit again, or give the files it was made with."
                 )
 
-    def _evaluate(self, coefs: Mapping[str, float]) -> dict[str, Evaluation]:
+    def _evaluate(self, coefs: Mapping[str, float], most: int | None = None) -> dict[str, Evaluation]:
         values = tuple((name, value) for name, value in coefs.items() if name != SCALING)
         everything = tuple({**self._fixed, **coefs}.items())
         vector = functools.partial(self._vector_with, values)
         state = State("live", self.content["recipe"], everything, vector, self._statistics)
         found = {}
         for task, size in self._sizes.items():
+            size = size if most is None else min(size, most)
             part = size < self._bench.base(task, "val").num_examples
             window = ({task: (0, size)}, SEED) if part else ()
             found |= self._bench([state], [task], "val", *window)[0]
@@ -253,23 +257,10 @@ class Playground:
             ValueError: The recipe has no such coefficient.
         """
         started = time.monotonic()
-        everything = {slider.name: slider.chosen for slider in self.sliders}
-        unknown = sorted((coefs or {}).keys() - everything.keys())
-        if unknown:
-            raise ValueError(f"There is no coefficient {unknown[0]!r} to set; there are {', '.join(everything)}.")
-        everything |= coefs or {}
+        everything = self._setting(coefs)
         with self._lock:
             live = self._evaluate(everything)
-        rows = [
-            Row(
-                task,
-                entry["role"],
-                entry["metric"],
-                self._sizes[task],
-                *(found[task].metrics[entry["metric"]] for found in (self._base, self._edited, live)),
-            )
-            for task, entry in self.content["tasks"].items()
-        ]
+        rows = self._rows(live)
         constraints = [
             verdict_on(c, live[c.task], self._base[c.task], None, self._confidence) for c in self._constraints
         ]
@@ -283,6 +274,38 @@ class Playground:
             for task, row, image, label in self._shown
         ]
         return View(everything, rows, constraints, examples, time.monotonic() - started)
+
+    def glance(self, coefs: Mapping[str, float] | None = None) -> View:
+        """Say roughly what a state does, by the first examples of each task alone; constraints need all of `at`.
+
+        Args:
+            coefs: As in `at`.
+        """
+        started = time.monotonic()
+        everything = self._setting(coefs)
+        with self._lock:
+            live = self._evaluate(everything, NUM_GLANCED)
+        return View(everything, self._rows(live), [], [], time.monotonic() - started, rough=True)
+
+    def _setting(self, coefs: Mapping[str, float] | None) -> dict[str, float]:
+        """Give all coefficients, those that are left out as the edit has them."""
+        everything = {slider.name: slider.chosen for slider in self.sliders}
+        unknown = sorted((coefs or {}).keys() - everything.keys())
+        if unknown:
+            raise ValueError(f"There is no coefficient {unknown[0]!r} to set; there are {', '.join(everything)}.")
+        return everything | dict(coefs or {})
+
+    def _rows(self, live: Mapping[str, Evaluation]) -> list[Row]:
+        return [
+            Row(
+                task,
+                entry["role"],
+                entry["metric"],
+                live[task].num_examples,
+                *(found[task].metrics[entry["metric"]] for found in (self._base, self._edited, live)),
+            )
+            for task, entry in self.content["tasks"].items()
+        ]
 
     def _class(self, task: str, index: int) -> str:
         names = getattr(self._tasks[task], "class_names", [])

@@ -10,10 +10,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib import resources
 from importlib.util import find_spec
+from json import dumps
 from pathlib import Path
 from typing import Any
 
 from tva.page import formula, number
+from tva.page.series import is_feasible
 from tva.play import Playground, View, open_run
 from tva.search import SCALING
 
@@ -92,17 +94,23 @@ def check_port(port: int) -> None:
             ) from error
 
 
-def serve(result: Page, show: bool = False) -> None:
+def serve(result: Page, show: bool = False, json: bool = False) -> None:
     """Serve the page until interrupted.
 
     Args:
         result: What `prepare` gave.
         show: Open it in a browser.
+        json: Print where it is, and its sliders, as JSON in one line.
     """
     from nicegui import ui
 
     style = (resources.files("tva.page") / "templates" / "style.css").read_text() + STYLE
-    print(f"http://{HOST}:{result.port} shows {result.run}; Ctrl-C ends it", flush=True)
+    url = f"http://{HOST}:{result.port}"
+    if json:
+        sliders = [vars(slider) for slider in result.playground.sliders]
+        print(dumps({"url": url, "run": result.run, "sliders": sliders}, ensure_ascii=False), flush=True)
+    else:
+        print(f"{url} shows {result.run}; Ctrl-C ends it", flush=True)
     ui.run(
         lambda: _build(ui, result, style),
         host=HOST,
@@ -133,7 +141,9 @@ def _build(ui: Any, page: Page, style: str) -> None:
             done = 0
             while done != asked[0]:
                 done = asked[0]
-                show(await run.io_bound(playground.at, dict(coefs)))
+                show_rough(await run.io_bound(playground.glance, dict(coefs)))
+                if done == asked[0]:  # else the slider has moved on
+                    show(await run.io_bound(playground.at, dict(coefs)))
         finally:
             busy[0] = False
 
@@ -141,6 +151,10 @@ def _build(ui: Any, page: Page, style: str) -> None:
         table.set_content(table_html(view))
         examples.set_content(examples_html(view))
         pace.set_text(f"updated in {view.time_s:.2f} s")
+
+    def show_rough(view: View) -> None:
+        table.set_content(table_html(view))
+        pace.set_text(f"≈ of the first {min(row.num_examples for row in view.rows)} examples, in {view.time_s:.2f} s …")
 
     async def moved(name: str, value: float) -> None:
         coefs[name] = float(value)
@@ -190,10 +204,13 @@ def heading_html(page: Page) -> str:
     recorded = page.playground.content["sizes"]
     fewer = any(size < recorded.get(task, {}).get("val", 0) for task, size in sizes.items())
     counts = ", ".join(f"{task} {count:,}" for task, count in sizes.items())
+    chosen, proved = "The edit was chosen", "; what it does is shown on test data in the report."
+    if not is_feasible(page.playground.content):
+        chosen, proved = "No coefficient was feasible", ": as chosen stands for the closest."
     return (
         f"<h1>{html.escape(page.run)}</h1><p class='formula'>{html.escape(formula(page.playground.content))}</p>"
         f"<p class='notice'>{sum(sizes.values()):,} cached validation examples ({html.escape(counts)}): no proof. "
-        f"The edit was chosen on such data; what it does is shown on test data in the report."
+        f"{chosen} on such data{proved}"
         f"{' On fewer examples than it was chosen on, a constraint may fail that held.' if fewer else ''}</p>"
     )
 
@@ -212,8 +229,8 @@ def table_html(view: View) -> str:
         rows.append(
             f"<tr><th>{html.escape(row.task)}<small>{row.role}, {html.escape(row.metric)}</small></th>"
             f"<td class='num'>{base}</td><td class='num'>{edited}</td>"
-            f"<td class='num edited live-value' data-task='{html.escape(row.task)}'>{live}</td>"
-            f"<td>{''.join(_constraints(view, row.task)) or '–'}</td></tr>"
+            f"<td class='num edited live-value' data-task='{html.escape(row.task)}'>{'≈ ' * view.rough}{live}</td>"
+            f"<td>{''.join(_constraints(view, row.task)) or ('…' if view.rough else '–')}</td></tr>"
         )
     heads = "<th>task</th><th class='num'>base</th><th class='num'>as chosen</th><th class='num'>now</th>"
     return (
