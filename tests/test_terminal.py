@@ -10,7 +10,7 @@ import sys
 import pytest
 import torch
 from rich.console import Console
-from test_cli import blobs, edit_config, runs, write_yaml  # noqa: F401 (a fixture)
+from test_cli import blobs, edit_config, fit_config, runs, write_yaml  # noqa: F401 (a fixture)
 from test_edit import edit, vectors  # noqa: F401 (a fixture)
 
 from tva import save_weights
@@ -66,7 +66,7 @@ def test_the_curve_is_a_line_of_bars_with_the_choice_below():
 
     values = {"a": [0.0, 0.5, 1.0], "long": [1.0, 1.0, 0.0]}
     content = {
-        "tasks": {task: {"metric": "accuracy"} for task in values},
+        "tasks": {task: {"metric": "accuracy", "split": "test"} for task in values},
         "coefficients": {"scaling_coef": 0.5},
         "evaluations": [entry(at / 2, task, found[at]) for task, found in values.items() for at in range(3)],
     }
@@ -96,6 +96,71 @@ def test_json_is_all_that_is_printed(runs, tmp_path, capsys):  # noqa: F811
     assert done["output"] == str(tmp_path / "edited.safetensors")
     assert re.fullmatch("[0-9a-f]{32}", done["edited"])
     assert done["effects"]["w"]["relative_change"] is None or done["effects"]["w"]["changed"] == 1
+
+
+def test_every_command_prints_json(runs, tmp_path, monkeypatch, capsys):  # noqa: F811
+    monkeypatch.chdir(tmp_path)
+
+    def found(*words):
+        main([*words, "--json"])
+        return json.loads(capsys.readouterr().out)
+
+    states = {"base": torch.zeros(4), "a": torch.ones(4), "b": torch.tensor([1.0, -1.0, 0.0, 2.0])}
+    for name, values in states.items():
+        save_weights({"h.0.w": values}, f"{name}.safetensors")
+    both = ("a.tv.safetensors", "b.tv.safetensors")
+    for vector in both:
+        made = found(
+            "extract", "--base", "base.safetensors", "--finetuned", vector.replace(".tv", ""), "--output", vector
+        )
+        assert made["output"] == vector
+    assert found("inspect", both[0])["whole"]["norm"] == 2
+    assert found("compare", *both)["whole"]["cosines"][0][1] == pytest.approx(2 / (2 * 6**0.5))
+    assert found("compress", both[0], "--output", "small.safetensors", "--encoding", "int8")["num_bytes"] > 0
+    assert len(next(iter(found("vectors", "ls", ".")["bases"].values()))) == 3
+    assert found("vectors", "match", "a.safetensors", "--base", "base.safetensors", both[0])["fits"][0]["coef"] == 1
+    files = ["--base", "base.safetensors", "--vectors.a", both[0], "--recipe", "a", "--output", "o.safetensors"]
+    assert found("compose", *files, "--keep_undo")["output"] == "o.safetensors"
+    assert found("verify", "o.safetensors")["holds"] is True
+    assert found("revert", "o.safetensors", "--output", "again.safetensors")["output"] == "again.safetensors"
+    assert {row["path"] for row in found("data")} > {"preset:cars", "builtin:digits"}
+    fit = fit_config(tmp_path / "fit")
+    done = found("fit", "--config", write_yaml(tmp_path / "fit.yaml", fit), "--trainer.max_epochs", "1")
+    assert (done["steps"], done["epochs"]) == (3, 1)
+    assert done["vectors"] == [str(tmp_path / "fit/last.tv.safetensors")]
+    assert 0 <= done["metrics"]["val_accuracy"] <= 1
+    many = {"tasks": ["x"], "output": "many", "shared": {key: fit[key] for key in ("model", "data")}}
+    (planned,) = found("fit-many", "--config", write_yaml(tmp_path / "many.yaml", many), "--plan")
+    assert (planned["task"], planned["state"], planned["vector"]) == ("x", "new", None)
+    write_yaml(tmp_path / "edit.yaml", edit_config(runs, "out", scaling_coef=0.3))
+    edited = found("edit", "--config", "edit.yaml")
+    assert (edited["holds"], edited["command"]) == (True, "tva edit --config edit.yaml --json=true")
+    assert found("report", "out")["pages"] == ["out/report.html"]
+    assert "edited.safetensors" in found("push", "out", "me/x", "--dry_run")["files"]
+    pytest.importorskip("nicegui")
+    monkeypatch.setattr("nicegui.ui.run", lambda *_, **__: None)
+    assert found("play", "out", "--port", "8917")["sliders"][0]["name"] == "scaling_coef"
+
+
+@pytest.mark.parametrize("words", [["--help"], pytest.param(["data", "--json"], marks=pytest.mark.slow)])
+def test_a_reader_that_leaves_ends_a_command_quietly(words):
+    command = [sys.executable, "-m", "tva", *words]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process.stdout.close()
+    assert process.stderr.read() == ""
+    assert process.wait(60) == 141  # what a shell says of a program that a closed pipe has ended
+    process.stderr.close()
+
+
+def test_a_pipe_that_breaks_elsewhere_is_an_error(monkeypatch, capsys):
+    def broken():
+        raise BrokenPipeError(32, "the hub hung up")
+
+    monkeypatch.setattr("tva.cli._data", broken)
+    with pytest.raises(SystemExit) as stop:
+        main(["data"])
+    assert stop.value.code == 2
+    assert "the hub hung up" in capsys.readouterr().err
 
 
 @pytest.mark.slow

@@ -6,15 +6,17 @@ import difflib
 import json
 import logging
 import os
+import select
+import shlex
 import sys
 import warnings
 from argparse import ArgumentError
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext, redirect_stdout
 from importlib import import_module
 from inspect import signature
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from tva.parsing import explain, join_values, name_words
 
@@ -61,9 +63,9 @@ commands:
 {commands}
 
 tva COMMAND --help lists a command's options; every option can also stand in a YAML file given with --config.
-compose, edit, verify, revert, report and push print their result as JSON with --json.
+with --json every command prints its result as JSON, and nothing else on the standard output.
 exit status: 0 done; 1 an edit whose constraints or record do not hold, or one of many fits failed; 2 something in what
-was given is wrong.
+was given is wrong; 141 the reader of a pipe left early, as head does.
 """
 
 
@@ -75,8 +77,31 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     Raises:
         SystemExit: Status 1 if the constraints or the record of an edit do not hold, 2 if something is wrong with what
-            was given.
+            was given, 141 if the standard output is a pipe whose reader has left.
     """
+    try:
+        try:
+            _main(argv)
+        finally:
+            sys.stdout.flush()
+    except BrokenPipeError:
+        if not _is_unread(sys.stdout):
+            raise
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains when it flushes at its end
+        sys.exit(141)  # 128 + SIGPIPE, as a shell says of a program that ends so
+
+
+def _is_unread(stream: TextIO) -> bool:
+    """Whether a stream is a pipe that nobody reads any more."""
+    try:
+        poll = select.poll()
+        poll.register(stream.fileno(), 0)  # errors are told without being asked for
+    except (OSError, ValueError):
+        return False
+    return bool(poll.poll(0))
+
+
+def _main(argv: Sequence[str] | None) -> None:
     argv = list(sys.argv[1:] if argv is None else argv)
     if not argv or argv[0] in ("-h", "--help"):
         width = max(map(len, COMMANDS))
@@ -93,7 +118,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         both = " ".join(argv[:2]) if argv[0] == "vectors" else argv[0]
         near = difflib.get_close_matches(both, COMMANDS, n=1)
         _fail(f"there is no command {argv[0]!r}; commands are {', '.join(COMMANDS)}." + _did_you_mean(near))
-    if argv[0] in ("compose", "edit", "fit-many"):
+    if argv[0] in ("compose", "data", "edit", "fit", "fit-many"):
         alone = [not after or after.startswith("--") for after in [*argv[1:], ""]]
         argv = [f"{word}=true" if word in FLAGS and last else word for word, last in zip(argv, alone, strict=True)]
     argv = join_values(argv)
@@ -103,7 +128,6 @@ def main(argv: Sequence[str] | None = None) -> None:
                 holds = _on_files(argv[0], argv[1:])
             else:
                 holds = globals()[LIGHT[argv[0]]]() if argv[0] in LIGHT else _run(argv[0])
-            sys.stdout.flush()
     except ArgumentError as error:
         _fail(explain(error.message, argv[0], _options_of(argv[0])))
     except KeyboardInterrupt:
@@ -112,11 +136,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         )
         print(f"tva: interrupted.{more}", file=sys.stderr)
         sys.exit(130)
-    except BrokenPipeError:  # as in tva … | head: nobody reads on
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python says so once more at its end
-        sys.exit(141)
     except (ValueError, OSError) as error:
-        if os.environ.get("TVA_DEBUG"):
+        if os.environ.get("TVA_DEBUG") or (isinstance(error, BrokenPipeError) and _is_unread(sys.stdout)):
             raise
         _fail(f"{error}\n(TVA_DEBUG=1 shows where this comes from.)")
     if not holds:
@@ -161,9 +182,7 @@ def _compose() -> bool:
     from tva.compose import ComposeReport, compose
     from tva.composed import print_composed, print_plan, to_json
 
-    words = sys.argv[2:]
-    as_json = "--json=true" in words
-    words = [word for word in words if not word.startswith("--json=")]
+    words, as_json = _without_json(sys.argv[2:])
     options = {"as_positional": False, "exit_on_error": False}
     more = "--json prints what was done, or would be, as JSON."
     done = auto_cli(compose, args=words, prog="tva compose", epilog=more, **options)
@@ -174,6 +193,11 @@ def _compose() -> bool:
     else:
         print_plan(done)
     return True
+
+
+def _without_json(words: Sequence[str]) -> tuple[list[str], bool]:
+    """Take ``--json`` from words, and say whether it was there."""
+    return [word for word in words if not word.startswith("--json=")], "--json=true" in words
 
 
 def _on_files(command: str, words: Sequence[str]) -> bool:
@@ -206,10 +230,10 @@ def _fit_many() -> bool:
     import yaml
     from jsonargparse import auto_cli
 
-    from tva.fit_many import fit_many, print_results
+    from tva.fit_many import fit_many, print_results, to_json
 
     # jsonargparse would put --shared.trainer.max_steps in the place of the whole of shared.trainer
-    words, changes = sys.argv[2:], {}
+    (words, as_json), changes = _without_json(sys.argv[2:]), {}
     while (at := next((at for at, word in enumerate(words) if word.startswith("--shared.")), None)) is not None:
         key, equals, value = words.pop(at).removeprefix("--shared.").partition("=")
         if not equals and at == len(words):
@@ -217,8 +241,14 @@ def _fit_many() -> bool:
         changes[key] = yaml.safe_load(value if equals else words.pop(at))
     if changes:
         words += ["--changes", json.dumps(changes)]
-    results = auto_cli(fit_many, args=words, prog="tva fit-many", as_positional=False, exit_on_error=False)
-    print_results(results)
+    with redirect_stdout(sys.stderr) if as_json else nullcontext():
+        more = "--json prints what became of every fit as JSON."
+        options = {"as_positional": False, "exit_on_error": False}
+        results = auto_cli(fit_many, args=words, prog="tva fit-many", epilog=more, **options)
+    if as_json:
+        print(json.dumps([to_json(result) for result in results], indent=1, ensure_ascii=False))
+    else:
+        print_results(results)
     if "--plan=true" not in sys.argv[2:] and any(result.state == "interrupted" for result in results):
         sys.exit(130)
     return not any(result.state in ("failed", "changed") for result in results)
@@ -226,14 +256,18 @@ def _fit_many() -> bool:
 
 def _data() -> bool:
     """Run ``data``."""
-    if sys.argv[2:] in (["-h"], ["--help"]):
-        print(f"usage: tva data [ls]\n\n{COMMANDS['data']}")
+    words, as_json = _without_json(sys.argv[2:])
+    if words in (["-h"], ["--help"]):
+        print(f"usage: tva data [ls] [--json]\n\n{COMMANDS['data']}; --json prints it as JSON.")
         return True
-    if sys.argv[2:] not in ([], ["ls"]):
-        raise ValueError(f"tva data lists the data sets that have a name, and takes no options; found {sys.argv[2:]}.")
-    from tva.data.presets import print_presets
+    if words not in ([], ["ls"]):
+        raise ValueError(f"tva data lists the data sets that have a name; its one option is --json. Found {words}.")
+    from tva.data.presets import describe_presets, print_presets
 
-    print_presets()
+    if as_json:
+        print(json.dumps(describe_presets(), indent=1, ensure_ascii=False))
+    else:
+        print_presets()
     return True
 
 
@@ -268,9 +302,12 @@ def _run(command: str, instead: Callable[..., None] | None = None) -> bool:
             if instead is not None:
                 instead(trainer=self.trainer, **options)
                 return
-            self.trainer.edit(**options)
-            text = self._parser("edit").dump(self.config["edit"], skip_none=False)
-            write_config(self.trainer, Path(options["output"]), text)
+            self.trainer.command = shlex.join(["tva", *sys.argv[1:]])
+            try:
+                self.trainer.edit(**options)
+            finally:  # what it prints may find no reader
+                text = self._parser("edit").dump(self.config["edit"], skip_none=False)
+                write_config(self.trainer, Path(options["output"]), text)
 
         def _parse_ckpt_path(self) -> None:
             """Resume with the model that the command describes.
@@ -279,6 +316,9 @@ def _run(command: str, instead: Callable[..., None] | None = None) -> bool:
             that saves its own for arguments of the abstract LightningModule.
             """
 
+    as_json = command == "fit" and "--json=true" in sys.argv
+    if as_json:
+        sys.argv.remove("--json=true")
     interactive = sys.stderr.isatty()
     defaults: dict[str, Any] = {
         "fit": {"gradient_clip_val": 1.0, "enable_progress_bar": interactive},
@@ -296,20 +336,23 @@ def _run(command: str, instead: Callable[..., None] | None = None) -> bool:
     warnings.filterwarnings("ignore", message=r".*isinstance\(treespec, LeafSpec\).*")
     warnings.filterwarnings("ignore", category=DeprecationWarning, module="lightning.*")
     try:
-        cli = TvaCLI(
-            trainer_class=Trainer,
-            trainer_defaults=defaults,
-            seed_everything_default=0,
-            auto_configure_optimizers=False,
-            save_config_kwargs={"overwrite": True},
-            save_config_callback=None if command == "edit" else SaveConfigCallback,
-            # With it on, every data module in the config but the first gets the first one's hyperparameters.
-            load_from_checkpoint_support=False,
-            parser_kwargs={
-                "exit_on_error": False,
-                **{name: {"usage": f"tva {name} [options]", "exit_on_error": False} for name in ("fit", "edit")},
-            },
-        )
+        with redirect_stdout(sys.stderr) if as_json else nullcontext():
+            cli = TvaCLI(
+                trainer_class=Trainer,
+                trainer_defaults=defaults,
+                seed_everything_default=0,
+                auto_configure_optimizers=False,
+                save_config_kwargs={"overwrite": True},
+                save_config_callback=None if command == "edit" else SaveConfigCallback,
+                # With it on, every data module in the config but the first gets the first one's hyperparameters.
+                load_from_checkpoint_support=False,
+                parser_kwargs={
+                    "exit_on_error": False,
+                    **{name: {"usage": f"tva {name} [options]", "exit_on_error": False} for name in ("fit", "edit")},
+                },
+            )
     except MisconfigurationException as error:
         raise ValueError(str(error)) from error
+    if as_json and cli.trainer.is_global_zero:
+        print(json.dumps(cli.trainer.describe_fit(), indent=1, ensure_ascii=False))
     return cli.trainer.report is None or cli.trainer.report.holds

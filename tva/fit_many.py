@@ -328,6 +328,12 @@ def _write(path: Path, text: str) -> None:
     os.replace(part, path)
 
 
+def to_json(result: Result) -> dict[str, Any]:
+    """Give plain values."""
+    fit = {"task": result.fit.task, "seed": result.fit.seed, "folder": str(result.fit.folder)}
+    return {**fit, **vars(result), "fit": result.fit.digest, "vector": result.vector and str(result.vector)}
+
+
 def print_results(results: Sequence[Result]) -> None:
     """Print a table, and below it what there is to know about each fit."""
     from rich.table import Table
