@@ -5,16 +5,17 @@ import sys
 
 CODE = """
 import multiprocessing, sys, threading
-from tva.compose import _anonymous_memory, compose
+from tva.compose import compose
+from tva.memory import anonymous_memory
 from tva.revert import revert
 from tva.verify import verify
 
 def run(statement, spare):
-    before, done = _anonymous_memory(), threading.Event()
+    before, done = anonymous_memory(), threading.Event()
     peak, budget = [before], before // 2**20 + spare
     def watch():
         while not done.wait(0.005):
-            peak[0] = max(peak[0], _anonymous_memory())
+            peak[0] = max(peak[0], anonymous_memory())
     thread = threading.Thread(target=watch, daemon=True)
     thread.start()
     exec(statement, globals() | {"memory": f"{budget}MiB"})

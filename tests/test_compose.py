@@ -13,9 +13,10 @@ import torch
 from safetensors import safe_open
 from small_memory import assert_within
 
-import tva.compose
+import tva.composer
 from tva import MismatchError, NoEffectError, TaskVector, fingerprint, open_weights, save_weights
-from tva.compose import compose, parse_bytes
+from tva.compose import compose
+from tva.memory import parse_bytes
 from tva.recipe import Recipe
 from tva.weights import open_finetuned, read_metadata
 
@@ -31,6 +32,7 @@ RECIPES = [
     '0.4 * ties(dare(a, drop=0.5), magnitude(b, density=0.5), c, trim="tensor")',
     "ties(ties(a, b), c)",
     'ties(a, b, -c / 3, elect="unweighted", weights=(1, 0.5, 2), trim="tensor")',
+    'ties(a, b, c, undecided="positive") + breadcrumbs(a)',
     "consensus(dare(a), 2 * b, c) - emr(a, b + c)",
 ]
 
@@ -67,7 +69,7 @@ def in_memory(base, vectors, recipe, coef):
 @pytest.mark.parametrize("recipe", RECIPES)
 @pytest.mark.parametrize("piece", [7, 100, 2**18])
 def test_the_bytes_are_those_of_the_in_memory_path_whatever_the_pieces(files, tmp_path, monkeypatch, recipe, piece):
-    monkeypatch.setattr(tva.compose, "PIECE", piece)
+    monkeypatch.setattr(tva.composer, "PIECE", piece)
     base, vectors = files
     report = compose(base, vectors, recipe, str(tmp_path / "out.safetensors"), scaling_coef=0.7)
     expected = fingerprint(in_memory(base, vectors, recipe, 0.7))
@@ -390,7 +392,7 @@ compose({base!r}, {vectors!r}, "dare(a) + ties(b, c)", {str(out)!r})
 
 @pytest.mark.parametrize("piece", [1000, 2**17])
 def test_matrix_methods_and_adapters_stream_to_the_in_memory_bytes(files, tmp_path, monkeypatch, piece):
-    monkeypatch.setattr(tva.compose, "PIECE", piece)
+    monkeypatch.setattr(tva.composer, "PIECE", piece)
     base, vectors = files
     (tmp_path / "adapter").mkdir()
     factors = {"l.0.w": (torch.randn(2, 30), torch.randn(40, 2)), "l.1.w": (torch.randn(2, 40), torch.randn(25, 2))}

@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 from small_models import MixedNet, fit
 from tva.callbacks import TaskVectorCallback
 
-import tva.compose
+import tva.composer
 import tva.encoder
 from tva import TaskVector, fingerprint, open_weights, save_weights
 from tva.cli import main
@@ -175,7 +175,7 @@ def test_a_piece_is_the_same_bytes_whatever_the_piece(files, monkeypatch, text):
 @pytest.mark.parametrize("recipe", ["0.5 * (v + w)", "ties(v, w, density=0.3)", "dare(v, drop=0.5) - w"])
 @pytest.mark.parametrize("piece", [1000, 2**18])
 def test_compose_takes_compressed_vectors_and_gives_the_bytes_of_the_in_memory_path(files, monkeypatch, recipe, piece):
-    monkeypatch.setattr(tva.compose, "PIECE", piece)
+    monkeypatch.setattr(tva.composer, "PIECE", piece)
     paths = {}
     for name, text in (("v", "int8"), ("w", "low_rank(rank=2)")):
         paths[name] = str(files / f"{name}.c.tv.safetensors")
@@ -222,7 +222,7 @@ def test_any_safetensors_reader_sees_the_parts_as_documented(files):
 
 
 def test_low_rank_counts_its_factors_against_max_memory(tmp_path, monkeypatch):
-    monkeypatch.setattr(tva.compose, "_anonymous_memory", lambda: 0)
+    monkeypatch.setattr(tva.composer, "anonymous_memory", lambda: 0)
     save_weights({"w": torch.ones(8, 1_000_000)}, tmp_path / "base.safetensors")
     vector = TaskVector({"w": torch.ones(8, 1) @ noise(0, 1, 1_000_000)})
     vector.save(tmp_path / "v.tv.safetensors", encoding="low_rank(rank=2)")

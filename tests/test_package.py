@@ -16,7 +16,7 @@ ROOT = Path(__file__).parent.parent
 
 # Each module may import modules of its own layer's row or of rows above it, never below.
 LAYERS = [
-    {"tva.state_dict", "tva.console", "tva.version", "tva.steps", "tva.parsing"},
+    {"tva.state_dict", "tva.console", "tva.version", "tva.steps", "tva.parsing", "tva.memory"},
     {"tva.kernels"},
     {"tva.weights", "tva.groups", "tva.kinds"},
     {"tva.page"},
@@ -32,6 +32,7 @@ LAYERS = [
     {"tva.match"},
     {"tva.plan", "tva.pieces"},
     {"tva.undo"},
+    {"tva.composer"},
     {"tva.compose"},
     {"tva.compress", "tva.verify", "tva.revert"},
     {"tva.callbacks", "tva.data"},
@@ -68,6 +69,8 @@ TORCH_ONLY = {
     "tva.plan",
     "tva.pieces",
     "tva.compose",
+    "tva.composer",
+    "tva.memory",
     "tva.compress",
     "tva.encoding",
     "tva.encoder",

@@ -13,10 +13,10 @@ from pathlib import Path
 
 import torch
 
-from tva.compose import parse_bytes
 from tva.console import progress
 from tva.encoder import Encoder
 from tva.encoding import Encoding, check_names, encoded_header, relative_error
+from tva.memory import parse_bytes
 from tva.origin import read_origin
 from tva.state_dict import some
 from tva.weights import LazyWeights, Spec, atomic_path, open_weights

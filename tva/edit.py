@@ -19,12 +19,14 @@ from torch import Tensor
 
 from tva.baselines import Baseline, run_baselines
 from tva.batches import BatchCache, Place
-from tva.compose import Composer, parse_bytes, write_undo
+from tva.compose import write_undo
+from tva.composer import Composer
 from tva.diagnose import Diagnosis, recipe_numbers, run_diagnostics
 from tva.editor import Bench, Editor, State, Statistics
 from tva.evaluations import EvaluationLog
 from tva.finished import Finished
 from tva.kinds import KEY, check_kinds, kind_of
+from tva.memory import parse_bytes
 from tva.models.tangent import check_at_base
 from tva.origin import Origin, is_vector_file
 from tva.page.card import check_card

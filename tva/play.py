@@ -16,10 +16,10 @@ import numpy as np
 from torch import Tensor
 
 from tva.batches import BatchCache, through_cache
-from tva.compose import parse_bytes
 from tva.edit import open_editor, verdict_on
 from tva.editor import Bench, State
 from tva.evaluations import EvaluationLog
+from tva.memory import parse_bytes
 from tva.recipe import Recipe
 from tva.report import CONFIG, ConstraintReport, read_report
 from tva.search import SCALING, Constraint, Grid

@@ -9,8 +9,10 @@ from json import dumps, loads
 from pathlib import Path
 from typing import Any
 
-from tva.compose import Composer, check_output, parse_bytes
+from tva.compose import check_output
+from tva.composer import Composer
 from tva.console import size_text
+from tva.memory import parse_bytes
 from tva.recipe import Recipe
 from tva.record import EDITED, Record, check_inputs, open_edited, open_recipe
 from tva.sources import Source

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tva.compose import Composer
+from tva.composer import Composer
 from tva.console import size_text
 from tva.record import Record, check_inputs, open_edited, open_recipe
 from tva.state_dict import some

@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from tva.compose import parse_bytes
 from tva.data.cache import Decoder, SampleCache
 from tva.data.presets import find_preset
 from tva.data.sources import load_splits
 from tva.data.streaming import Stream, make_streams
 from tva.data.task import LabeledTask
+from tva.memory import parse_bytes
 
 
 class ImageTask(LabeledTask):

@@ -1,0 +1,367 @@
+"""Computes the tensors of an edit piece by piece, several at once, within a stated memory, and keeps account of it.
+
+Every element is computed as the in-memory path computes it, so the bytes do not depend on pieces, memory or threads.
+Where they go is for a `Sink` to say: `tva.compose` writes them, `tva.verify` compares, `tva.revert` undoes.
+"""
+
+from __future__ import annotations
+
+import gc
+import math
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from tva.console import progress
+from tva.memory import anonymous_memory, parse_bytes
+from tva.merge import Place
+from tva.pieces import FUSED_DTYPES, Deltas, NewSpace, OpenedTensor, Space
+from tva.recipe import Look, Piece, Recipe
+from tva.sources import Source, untie
+from tva.state_dict import NoEffectError, add_scaled
+from tva.steps import Program
+from tva.weights import Fingerprint, LazyWeights, Spec, TensorHash, open_weights
+
+PIECE = 2**18  # elements; shorter ones leave the cores waiting for Python, longer ones for memory
+SLACK = 2**24  # bytes for what an allocator keeps, thread stacks and journals
+DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass
+class GroupEffect:
+    """What an edit did to one group of tensors (those that share the first two parts of their names).
+
+    Attributes:
+        tensors: Tensors in the group that the recipe moves.
+        changed: Tensors of which at least one element changed.
+        elements: Elements whose delta is not zero.
+        vanished: Of these, those that rounding to the output dtype left as they were.
+        squared_change: Sum of squares of the change, after rounding.
+        squared_base: Sum of squares of the base.
+    """
+
+    tensors: int = 0
+    changed: int = 0
+    elements: int = 0
+    vanished: int = 0
+    squared_change: float = 0.0
+    squared_base: float = 0.0
+
+    @property
+    def relative_change(self) -> float:
+        """Norm of the change divided by that of the base; 0 where nothing changed, infinite where the base is 0."""
+        if not self.squared_change:
+            return 0.0
+        return (self.squared_change / self.squared_base) ** 0.5 if self.squared_base else float("inf")
+
+    def add(self, other: GroupEffect) -> None:
+        """Count another's in."""
+        for name in self.__dataclass_fields__:
+            setattr(self, name, getattr(self, name) + getattr(other, name))
+
+
+class Sink(Protocol):
+    """What takes the tensors that a `Composer` computes, from any of its threads; `Output` is one."""
+
+    done: Mapping[str, Any]  # by name the records of tensors that need not be computed
+
+    def write(self, name: str, start: int, piece: Tensor) -> None:
+        """Take elements of a tensor, flattened, from ``start`` on; the pieces of one tensor come in order."""
+
+    def finish(self, name: str, record: Mapping[str, Any]) -> None:
+        """Take the digests of a tensor that is whole."""
+
+
+class Composer:
+    """Computes the output tensor by tensor, several at once, and keeps account of what changed."""
+
+    def __init__(
+        self,
+        base: LazyWeights,
+        sources: Mapping[str, Source],
+        recipe: Recipe,
+        scaling_coef: float,
+        dtype: torch.dtype | Mapping[str, torch.dtype] | None,
+        tied: Mapping[str, str],
+    ) -> None:
+        self.base, self.sources, self.recipe, self.tied = base, sources, recipe, tied
+        self.scaling_coef, self.dtype = scaling_coef, dtype
+        self.names = [name for name in base if name not in tied]
+        # Running statistics are kept: their deltas mean something at coefficient 1 alone.
+        self.statistics = set().union(*(source.buffers for source in sources.values()))
+        # Decompositions use all cores themselves; all else is done by one thread a tensor.
+        self.piece, self.workers = PIECE, 1 if recipe.needs_whole_tensors else torch.get_num_threads()
+        self.identities: dict[str, str] = {}
+        self.model_states: dict[tuple[int, str], Any] = {}
+        self.records: dict[str, Mapping[str, Any]] = {}
+        self._space = NewSpace() if recipe.needs_whole_tensors else Space()
+        self.beside = 0  # bytes that a sink holds of each element of a piece
+        self._stop = False
+
+    def layout(self) -> dict[str, Spec]:
+        """Give the dtype and shape of every output tensor, in the order written."""
+        return {name: Spec(self._output_dtype(name), self.base.spec(name).shape) for name in self.names}
+
+    def _output_dtype(self, name: str) -> torch.dtype:
+        stored = self.base.spec(name).dtype
+        if isinstance(self.dtype, Mapping):
+            return self.dtype[name]
+        return self.dtype if self.dtype is not None and stored.is_floating_point else stored
+
+    @classmethod
+    def open(
+        cls,
+        base: str,
+        vectors: Mapping[str, str],
+        recipe: Recipe,
+        scaling_coef: float,
+        dtype: str | None = None,
+        *,
+        allow_other_base: bool = False,
+        key_map: Mapping[str, str] | None = None,
+        which: str = "checkpoint",
+    ) -> Composer:
+        """Open the files of an edit; the arguments are those of `compose`."""
+        if dtype is not None and dtype not in DTYPES:
+            raise ValueError(f"dtype must be one of {', '.join(DTYPES)}; found {dtype!r}.")
+        weights = open_weights(base)
+        sources = {
+            name: Source(name, vectors[name], weights, allow_other_base, key_map or {}, which)
+            for name in recipe.vectors
+        }
+        chosen = {source.weights.info.which for source in sources.values()}
+        if which != "checkpoint" and which not in chosen:
+            raise ValueError(f"which={which!r}: no vector holds both raw and averaged weights. Leave it out.")
+        recipe.bind(weights.keys())
+        wanted = None if dtype is None else DTYPES[dtype]
+        return cls(weights, sources, recipe, scaling_coef, wanted, untie(weights, sources.values()))
+
+    def back(self, edited: LazyWeights, with_vectors: bool) -> Composer:
+        """Give the composer that predicts this one's base from what this one has computed.
+
+        Its output is the edited weights in the base's dtypes, with vectors minus ``scaling_coef * recipe``.
+        """
+        sources = {name: source.unchecked() for name, source in self.sources.items()} if with_vectors else {}
+        recipe = self.recipe if with_vectors else Recipe("nothing", ["nothing"])
+        dtypes = {name: self.base.spec(name).dtype for name in self.base}
+        back = Composer(edited, sources, recipe, -self.scaling_coef, dtypes, self.base.ties())
+        back.piece, back.workers = self.piece, self.workers
+        return back
+
+    # --- memory
+
+    def need(self) -> int:
+        """Predict the anonymous memory in bytes, at the piece size and number of workers chosen."""
+        held, unparted, largest = 4 * (2 * len(self.sources) + 8) + self.beside, 0, 0
+        for name in self.names:
+            entries = [w.entry(name) for w in (self.base, *(s.weights for s in self.sources.values())) if name in w]
+            unparted = max(unparted, sum(entry.held_bytes for entry in entries))
+            largest = max(largest, entries[0].shape.numel() if len(entries) > 1 else 0)
+        piece = largest if self.recipe.needs_whole_tensors else self.piece
+        return anonymous_memory() + SLACK + self.workers * (piece * held + unparted)
+
+    def fit_into(self, max_memory: str | None) -> None:
+        """Choose how much to hold at once, fewer workers before smaller pieces.
+
+        Args:
+            max_memory: That this process may take, or None for 1 GiB more than it takes already.
+
+        Raises:
+            ValueError: It does not fit however little is held.
+        """
+        limit = anonymous_memory() + 2**30 if max_memory is None else parse_bytes(max_memory)
+        while self.need() > limit:
+            if self.workers > 1:
+                self.workers -= 1
+            elif self.piece > 1024 and not self.recipe.needs_whole_tensors:
+                self.piece //= 2
+            else:
+                raise ValueError(
+                    f"max_memory must be {self.need() / 2**20 + 1:.0f}MiB or more for this recipe and these formats, "
+                    f"of which the process takes {anonymous_memory() / 2**20:.0f} MiB by itself; found "
+                    f"{limit / 2**20:.0f} MiB."
+                )
+
+    # --- computing
+
+    def run(self, out: Sink) -> None:
+        """Compute and write every tensor that is not done."""
+        self.records = dict(out.done)
+        if self.recipe.is_random:
+            self.identities = {name: source.identity() for name, source in self.sources.items()}
+        else:
+            self.identities = {name: name for name in self.sources}
+        todo = sorted((name for name in self.names if name not in out.done), key=self._size, reverse=True)
+        with _threads(self.workers) as pool:
+            if todo and self.recipe.observing:
+                by_size = sorted(self.names, key=self._size, reverse=True)
+
+                def spread(look: Look) -> None:
+                    list(pool.map(lambda name: look(self._pieces(self._open(name))), by_size))
+
+                self.model_states = self.recipe.observe(list, self.identities, over_model=True, spread=spread)
+            futures = [pool.submit(self._compose, name, out) for name in todo]
+            try:
+                for future in progress(futures, "composing"):
+                    future.result()
+            except BaseException:
+                self._stop = True
+                raise
+
+    def _size(self, name: str) -> int:
+        return self.base.spec(name).shape.numel()
+
+    def _open(self, name: str, space: Space | None = None) -> OpenedTensor:
+        piece = max(1, self._size(name)) if self.recipe.needs_whole_tensors else self.piece
+        return OpenedTensor(name, self.base, self.sources, piece, name not in self.statistics, space or self._space)
+
+    def _pieces(self, opened: OpenedTensor) -> Iterator[Piece]:
+        """Give the deltas of one tensor, if the recipe moves it."""
+        if opened.vectors:
+            for start in opened.starts():
+                yield self._place(opened, start), Deltas(opened, opened.base_piece(start), start)
+
+    def _place(self, opened: OpenedTensor, start: int) -> Place:
+        return Place(opened.name, start, shape=tuple(opened.spec.shape))
+
+    def _compose(self, name: str, out: Sink) -> None:
+        """Compute and write one tensor."""
+        opened = self._open(name)
+        dtype = self._output_dtype(name)
+        states = self.model_states
+        moved = bool(opened.vectors) and self.scaling_coef != 0
+        if moved and self.recipe.observing:
+            inner = self.recipe.observe(lambda: self._pieces(opened), self.identities, over_model=False, known=states)
+            states = {**states, **inner}
+        program = self._program(opened, states) if moved else None
+        effect = GroupEffect(tensors=int(bool(opened.vectors)))
+        before, after = TensorHash(opened.spec), TensorHash(opened.spec, dtype)
+        for start in opened.starts():
+            if self._stop:
+                return
+            base = opened.base_piece(start)
+            before.update(base)
+            part = self._edit(opened, program, base, start, states, effect) if moved else base.to(dtype)
+            after.update(part)
+            out.write(name, start, part)
+        effect.changed = int(effect.elements > effect.vanished)
+        record = {"base": before.hexdigest(), "edited": after.hexdigest(), "vectors": {}, "effect": asdict(effect)}
+        for key, source in self.sources.items():
+            source.check(name, record["base"])
+            if name in source.weights:
+                record["vectors"][key] = source.weights.digest(name)
+        out.finish(name, record)
+        self.records[name] = record
+
+    def _program(self, opened: OpenedTensor, states: Mapping[tuple[int, str], Any]) -> Program | None:
+        """Give what computes the whole recipe in one tensor, if methods and dtypes allow."""
+        if not opened.fused or self._output_dtype(opened.name) not in FUSED_DTYPES:
+            return None
+        steps = self.recipe.steps(self._place(opened, 0), states, self.identities)
+        return None if steps is None else opened.program(steps)
+
+    def _edit(
+        self,
+        opened: OpenedTensor,
+        program: Program | None,
+        base: Tensor,
+        start: int,
+        states: Mapping[tuple[int, str], Any],
+        effect: GroupEffect,
+    ) -> Tensor:
+        """Compute one piece of the output and count what it changes."""
+        space = opened.space
+        part = space.take(self._output_dtype(opened.name), len(base))
+        if program is not None:
+            moving, changed, change_square, base_square = opened.edit(program, start, self.scaling_coef, part)
+        else:
+            deltas, free = Deltas(opened, base, start), space.give_back
+            place, base = self._place(opened, start), opened.widened(base)
+            delta = self.recipe.merge(place, deltas, states, self.identities, fresh=opened.vectors, free=free)
+            moving = int(torch.count_nonzero(delta))
+            add_scaled(base, delta, self.scaling_coef, out=part, overwrite=True)
+            change = delta.copy_(part).sub_(base)
+            changed = int(torch.count_nonzero(change))
+            change_square, base_square = (float(torch.dot(x, x)) for x in (change, base))
+        if not math.isfinite(change_square) and not bool(torch.isfinite(part).all()):
+            raise self._not_finite(opened.name, part.dtype)
+        effect.elements += moving
+        effect.vanished += moving - changed
+        effect.squared_change += change_square
+        effect.squared_base += base_square
+        return part
+
+    def _not_finite(self, name: str, dtype: torch.dtype) -> ValueError:
+        """Say why an edited tensor holds NaN or infinity."""
+        inputs = {f"the base {self.base.path}": self.base}
+        inputs |= {f"{source.weights.path}, the vector {key}": source.weights for key, source in self.sources.items()}
+        damaged = [what for what, weights in inputs.items() if name in weights and not weights[name].isfinite().all()]
+        if damaged:
+            why = f"{' and '.join(damaged[:3])} {'holds' if len(damaged) == 1 else 'hold'} such there. Take sound ones"
+        else:
+            why = f"the coefficient is too large for {dtype}. Give a smaller one"
+        return ValueError(f"The edited {name!r} would hold NaN or infinity: {why}. Nothing was written.")
+
+    # --- the account
+
+    def effects(self) -> dict[str, GroupEffect]:
+        """Sum up what changed, by group of tensors that the recipe moves."""
+        groups: dict[str, GroupEffect] = {}
+        for name in self.names:
+            effect = GroupEffect(**self.records[name]["effect"])
+            if effect.tensors:
+                groups.setdefault(".".join(name.split(".")[:2]), GroupEffect()).add(effect)
+        return groups
+
+    def fingerprint(self, which: str) -> Fingerprint:
+        """Give the fingerprint of the ``"base"`` or the ``"edited"`` weights."""
+        found = {name: self.records[name][which] for name in self.names}
+        return Fingerprint.from_tensors({**found, **{alias: found[kept] for alias, kept in self.tied.items()}})
+
+    def vector_fingerprints(self) -> dict[str, str]:
+        """Give the fingerprint of each vector's file, by its name in the recipe."""
+        digests = {}
+        for key, source in self.sources.items():
+            found = {name: self.records[self.tied.get(name, name)]["vectors"][key] for name in source.weights}
+            digests[key] = Fingerprint.from_tensors(found).digest
+        return digests
+
+    def check(self) -> None:
+        """Check, when all is written, that the edit did something."""
+        effects = self.effects().values()
+        if self.scaling_coef == 0 or any(effect.changed for effect in effects):
+            return
+        if any(effect.elements for effect in effects):
+            why = "each delta vanishes in rounding to the output's dtype. Use a larger coefficient, or dtype='float32'"
+        else:
+            why = (
+                "every delta is zero. Check that the vectors are of fine-tuned models rather than of the base, and "
+                "that the recipe does not cancel them"
+            )
+        raise NoEffectError(f"The edit {self.recipe.text} changed no element: {why}.")
+
+
+@contextmanager
+def _threads(workers: int) -> Iterator[ThreadPoolExecutor]:
+    """Give threads for tensors, each with one core to itself if there are several.
+
+    Python's garbage collector rests meanwhile: pieces leave no cycles, but so many of them would make it walk over all
+    that torch has loaded, again and again (measured: more than half of the time).
+    """
+    before, collecting = torch.get_num_threads(), gc.isenabled()
+    gc.disable()
+    pool = ThreadPoolExecutor(workers, thread_name_prefix="tva-compose")
+    try:
+        if workers > 1:
+            torch.set_num_threads(1)
+        yield pool
+    finally:
+        pool.shutdown(cancel_futures=True)
+        torch.set_num_threads(before)
+        if collecting:
+            gc.enable()

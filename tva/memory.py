@@ -1,0 +1,29 @@
+"""Sizes of memory as people write them, and what this process takes."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+
+def parse_bytes(text: str) -> int:
+    """Read a size such as ``512MiB`` or ``2 GB``.
+
+    Example:
+        >>> parse_bytes("512MiB"), parse_bytes("2 GB"), parse_bytes("1000")
+        (536870912, 2000000000, 1000)
+    """
+    units = {"": 1, "B": 1}
+    for power, letter in enumerate("KMGT", start=1):
+        units |= {f"{letter}B": 1000**power, f"{letter}IB": 1024**power}
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", text)
+    if not found or found[2].upper() not in units:
+        raise ValueError(f"A size must read like '512MiB' or '2 GB'; found {text!r}.")
+    return int(float(found[1]) * units[found[2].upper()])
+
+
+def anonymous_memory() -> int:
+    """Bytes of anonymous memory of this process; 0 where the system does not say."""
+    status = Path("/proc/self/status")
+    found = re.search(r"RssAnon:\s+(\d+) kB", status.read_text()) if status.exists() else None
+    return int(found[1]) * 1024 if found else 0
