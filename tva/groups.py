@@ -91,6 +91,17 @@ def layers_of(names: Iterable[str]) -> dict[str, tuple[int, int]]:
     return {name: (ranks[match[1]][int(match[2])], len(ranks[match[1]])) for name, match in found.items()}
 
 
+def label_of(name: str) -> str:
+    """Give a name with ``*`` in place of its layer's number, if it has one.
+
+    Example:
+        >>> label_of("h.0.w"), label_of("layer1.1.w"), label_of("emb.w")
+        ('h.*.w', 'layer*.1.w', 'emb.w')
+    """
+    match = _NUMBERED.match(name)
+    return f"{match[1]}*{name[match.end() :]}" if match else name
+
+
 def _along(values: Sequence[float], layer: int, num_layers: int) -> float:
     position = layer * (len(values) - 1) / max(1, num_layers - 1)
     left = min(int(position), len(values) - 2)

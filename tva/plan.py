@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 
-from tva.groups import layers_of
+from tva.groups import label_of
 from tva.merge import Place
 from tva.recipe import Recipe
 from tva.sources import Source
@@ -82,10 +81,9 @@ def make_plan(
         memory_bytes: What was predicted.
     """
     rows: dict[tuple[str, Spec, bool], PlanRow] = {}
-    layers = layers_of(layout)
     for name, spec in layout.items():
         moved = is_edited(spec) and name not in kept and any(name in source.weights for source in sources.values())
-        label = re.sub(r"(?<![^.])\d+(?![^.])", "*", name, count=1) if name in layers else name
+        label = label_of(name)
         row = rows.setdefault((label, spec, moved), PlanRow(label, spec))
         row.names.append(name)
         row.coefs.append(_coefs(recipe, scaling_coef, Place(name, shape=tuple(spec.shape))) if moved else {})
