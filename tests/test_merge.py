@@ -91,6 +91,18 @@ def test_threshold_is_the_kth_largest_whatever_the_pieces():
             assert threshold.value == ordered[max(1, int(density * len(values) + 1e-9)) - 1]
 
 
+def test_undecided_votes_stay_at_the_base_or_are_positive_as_in_mergekit():
+    given = vectors()
+    text = 'ties(a, b, density=0.5, trim="tensor"{})'
+    for key, delta in evaluate(text.format(', undecided="positive"'), given).items():
+        trimmed = torch.stack([keep_largest(given[name].deltas[key].reshape(-1), 0.5) for name in "ab"])
+        agrees = trimmed.sign() == torch.where(trimmed.sum(0) >= 0, 1.0, -1.0)
+        expected = (trimmed * agrees).sum(0) / agrees.sum(0).clamp(min=1)
+        assert torch.equal(delta.reshape(-1), expected), key
+    assert evaluate(text.format(', undecided="positive"'), given)["ties"].tolist() == [1, 1, 1, 0, 2, 2]
+    assert evaluate(text.format(""), given)["ties"].tolist() == [0] * 6
+
+
 def test_dare_drops_the_right_share_and_keeps_the_mean():
     given = {"a": TaskVector({"w": torch.ones(200_000)})}
     for drop in (0.1, 0.5, 0.9, 0.99):

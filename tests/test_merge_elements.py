@@ -262,6 +262,7 @@ def test_lines_needs_numbered_layers():
         ("lines(a)", "first"),
         ('ties(a, elect="some")', "elect 'weighted' or 'unweighted'"),
         ("ties(a, weights=(0, 1))", "weights are positive"),
+        ('ties(a, undecided="no")', "undecided 'base' or 'positive'"),
     ],
 )
 def test_options_out_of_range_are_refused(text, message):

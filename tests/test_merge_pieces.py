@@ -48,6 +48,7 @@ TEXTS = [
     "tall({0}, {1}, {2}, task=2)",
     "ties({0}, {1}, {2})",
     'ties({0}, {1}, {2}, trim="tensor", weights=(1, 2, 3), elect="unweighted")',
+    'ties({0}, {1}, {2}, undecided="positive")',
     "tsv({0}, {1}, {2})",
     "wudi({0}, {1}, {2}, steps=5)",
     'lines(pcb(magnitude({0}, density=0.5), slerp({1}, emr({2}, {0}, task=1)), ratio=0.5), first=0.2, last=1)',

@@ -102,10 +102,10 @@ def _ties(stack, top, count, numbers, at, size):
     """Trim, elect and merge the topmost ``count`` values, in the order of `tva.merge.ties`."""
     first, zero, one = top - count, numpy.float32(0), numpy.float32(1)
     elected, agreeing, merged = stack[-1, :size], stack[-2, :size], stack[first, :size]
-    mean, weighted, least = numbers[at], numbers[at + 1], numbers[at + 2]
+    mean, weighted, least, positive = numbers[at], numbers[at + 1], numbers[at + 2], numbers[at + 3]
     for t in range(count):
-        values, limit = stack[first + t, :size], numbers[at + 3 + t]
-        factor = numbers[at + 3 + count + t] if weighted != 0 else one
+        values, limit = stack[first + t, :size], numbers[at + 4 + t]
+        factor = numbers[at + 4 + count + t] if weighted != 0 else one
         for i in range(size):
             value = values[i]
             value = zero if abs(value) <= limit else value
@@ -113,10 +113,10 @@ def _ties(stack, top, count, numbers, at, size):
             elected[i] = value * factor if t == 0 else elected[i] + value * factor
     for i in range(size):
         total = elected[i]
-        elected[i] = (one if total > 0 else zero) - (one if total < 0 else zero)
+        elected[i] = (one if total > 0 else positive) - (one + positive if total < 0 else zero)
         agreeing[i] = zero
     for t in range(count):
-        values, weight = stack[first + t, :size], numbers[at + 3 + count + t]
+        values, weight = stack[first + t, :size], numbers[at + 4 + count + t]
         for i in range(size):
             part = values[i] * elected[i]
             agreeing[i] += weight if part > 0 else zero

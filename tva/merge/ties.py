@@ -22,8 +22,12 @@ class Ties(Method):
 
     Each vector keeps its ``density`` largest magnitudes, :math:`\hat\tau_t`. The elected sign of an element is that of
     :math:`\sum_t \hat\tau_t`; the result is the mean (or sum) of the :math:`\hat\tau_t` that are not zero and have that
-    sign. An element whose sum is exactly zero has no elected sign and stays at the base. Vectors vote as they are
+    sign. Vectors vote as they are
     given: ``ties(2 * a, b)`` weights a's vote and its part of the mean. Two sweeps.
+
+    mergekit's rule is ``trim="tensor", undecided="positive"``, but for one thing: of elements that equal the smallest
+    magnitude kept, all are kept here, and there as many as fill the fraction, those that an unstable sort happens to
+    bring to the front.
 
     Args:
         density: Fraction to keep, in (0, 1]; the paper's default is 0.2.
@@ -33,6 +37,8 @@ class Ties(Method):
             ``"unweighted"``, as in peft.
         combine: ``"mean"`` of those that agree, as in the paper, or their ``"sum"``; both are weighted by ``weights``.
         weights: A positive number for each vector; by default all are 1.
+        undecided: An element whose sum is exactly zero has no elected sign and stays at the ``"base"``, or takes the
+            ``"positive"`` sign, as in mergekit.
 
     Source: Yadav et al., "TIES-Merging: resolving interference when merging models", NeurIPS 2023.
     """
@@ -42,6 +48,7 @@ class Ties(Method):
     elect: Literal["weighted", "unweighted"] = "weighted"
     combine: Literal["mean", "sum"] = "mean"
     weights: Sequence[float] = ()
+    undecided: Literal["base", "positive"] = "base"
 
     usage = 'ties(a, b, …, density=0.2, trim="model" or "tensor", combine="mean" or "sum", elect=…, weights=…)'
     num_sweeps = 2
@@ -54,6 +61,8 @@ class Ties(Method):
             )
         if self.elect not in ("weighted", "unweighted"):
             raise ValueError(f"ties has elect 'weighted' or 'unweighted'; found {self.elect!r}.")
+        if self.undecided not in ("base", "positive"):
+            raise ValueError(f"ties has undecided 'base' or 'positive'; found {self.undecided!r}.")
         if not isinstance(self.weights, Sequence) or not all(weight > 0 for weight in self.weights):
             raise ValueError(f"weights are positive numbers, such as (1, 0.5); found {self.weights!r}.")
 
@@ -83,12 +92,14 @@ class Ties(Method):
         trimmed = [trim(delta, threshold.value) for delta, threshold in zip(deltas, state, strict=True)]
         weights = self.weights or [1.0] * len(deltas)
         voters = zip(trimmed, weights, strict=True) if self.elect == "weighted" else ((t, 1.0) for t in trimmed)
-        elected = add_up([delta if weight == 1 else delta * weight for delta, weight in voters]).sign_()
+        elected = add_up([delta if weight == 1 else delta * weight for delta, weight in voters])
+        elected = elected.sign_() if self.undecided == "base" else torch.where(elected < 0, -1.0, 1.0).to(elected)
         return merge_agreeing(trimmed, elected, self.combine == "mean", weights)
 
     def in_steps(self, arguments: Sequence[Steps], state: list[Threshold], place: Place) -> Steps:
         weights = self.weights or [1.0] * len(arguments)
-        rule = (float(self.combine == "mean"), float(self.elect == "weighted"), min(weights))
+        positive = float(self.undecided == "positive")
+        rule = (float(self.combine == "mean"), float(self.elect == "weighted"), min(weights), positive)
         numbers = (*rule, *(threshold.limit for threshold in state), *weights)
         return (*chain(*arguments), Step(TIES, len(arguments), numbers))
 
