@@ -1,5 +1,5 @@
 """Run the command line as ``python -m tva``."""
 
-from tva.cli import main
+from tva.cli import run
 
-main()
+run()
