@@ -50,7 +50,7 @@ class Ties(Method):
     weights: Sequence[float] = ()
     undecided: Literal["base", "positive"] = "base"
 
-    usage = 'ties(a, b, …, density=0.2, trim="model" or "tensor", combine="mean" or "sum", elect=…, weights=…)'
+    usage = 'ties(a, b, …, density=0.2, trim="model" or "tensor", combine=…, elect=…, weights=…, undecided=…)'
     num_sweeps = 2
 
     def __post_init__(self) -> None:
