@@ -15,7 +15,7 @@ from tva.batches import BatchCache
 from tva.edit import run_edit
 from tva.editor import HarnessError
 from tva.geometry import blocks
-from tva.search import Grid, Learned, Race
+from tva.search import Grid, Learned, Race, learned
 from tva.trainer import Trainer
 from tva.validate import evaluate
 
@@ -338,6 +338,31 @@ def test_learned_coefficients_are_what_is_applied(vectors, tmp_path, loss, per, 
     assert all(value.requires_grad for value in model.parameters())
     means = [sum(r.tasks[t].normalized for t in "ab") / 2 for r in (start, report)]
     assert means[1] > means[0] - 0.02
+
+
+def test_a_training_that_was_cut_off_goes_on_to_the_same_coefficients(vectors, tmp_path, monkeypatch):
+    monkeypatch.setattr(learned, "KEEP_EVERY", 8)
+    search = Learned(num_steps=20, learning_rate=0.02, batch_size=64)
+    straight = edit(vectors, tmp_path / "x", search=search).search
+    step, steps = learned.CoefficientLearner.training_step, []
+
+    def stopped(self, *args):
+        steps.append(1)
+        if len(steps) == 13:
+            raise RuntimeError("the machine went down")
+        return step(self, *args)
+
+    monkeypatch.setattr(learned.CoefficientLearner, "training_step", stopped)
+    with pytest.raises(RuntimeError, match="went down"):
+        edit(vectors, tmp_path / "y", search=search)
+    resumed = edit(vectors, tmp_path / "y", search=search).search
+    assert (straight["steps_kept"], resumed["steps_kept"], len(steps)) == (0, 8, 13 + 12)
+    assert resumed["coefficients"] == straight["coefficients"]
+    assert resumed["loss"] == straight["loss"]
+    again = edit(vectors, tmp_path / "y", search=search).search
+    assert (again["steps_kept"], again["coefficients"], len(steps)) == (20, straight["coefficients"], 25)
+    other = Learned(num_steps=20, learning_rate=0.03, batch_size=64)
+    assert edit(vectors, tmp_path / "y", search=other).search["steps_kept"] == 0
 
 
 def test_learned_coefficients_forget_under_a_constraint(vectors, tmp_path):

@@ -37,7 +37,7 @@ LAYERS = [
     {"tva.compress", "tva.verify", "tva.revert"},
     {"tva.callbacks", "tva.data"},
     {"tva.models"},
-    {"tva.statistics", "tva.batches"},
+    {"tva.statistics", "tva.batches", "tva.ranks"},
     {"tva.report", "tva.validate", "tva.tables"},
     {"tva.revisit", "tva.composed"},
     {"tva.push"},
@@ -57,6 +57,7 @@ LAYERS = [
 TORCH_ONLY = {
     "tva.state_dict",
     "tva.steps",
+    "tva.fused",
     "tva.groups",
     "tva.information",
     "tva.kinds",

@@ -152,7 +152,7 @@ def _ascend(
     device = editor.trainer.strategy.root_device
     trainer = L.Trainer(
         accelerator="cpu" if device.type == "cpu" else "auto",
-        devices=1,
+        devices=1 if device.index is None else [device.index],
         precision=editor.trainer.precision,
         max_steps=num_steps,
         max_epochs=-1,
@@ -177,4 +177,4 @@ def _ascend(
             module.training = modes.get(name, module.training)
     model.cpu()
     editor.set(None, 0.0)
-    return snapshots.states
+    return editor.trainer.strategy.broadcast(snapshots.states)  # processes must not differ by a rounding

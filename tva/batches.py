@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
+import itertools
 import shutil
 import tempfile
 import weakref
@@ -94,7 +95,11 @@ def example_order(num_examples: int, seed: int | None) -> Tensor:
 
 
 class _Batches:
-    """What stands in for a loader: its batches, or those of a part of an order, through a cache."""
+    """What stands in for a loader: its batches, or those of a part of an order, through a cache.
+
+    Of several processes each takes the batches whose number leaves its rank over; none is taken twice, which
+    Lightning's own sampler does to make their numbers even.
+    """
 
     def __init__(
         self,
@@ -104,6 +109,8 @@ class _Batches:
         device: torch.device,
         part: tuple[int, int] | None,
         seed: int | None,
+        rank: int,
+        num_ranks: int,
     ) -> None:
         self.loader, self.cache, self.key, self.device = loader, cache, key, device
         count = len(loader.dataset)
@@ -111,8 +118,17 @@ class _Batches:
             count -= count % loader.batch_size
         start, stop = part or (0, count)
         order, size = example_order(count, seed), loader.batch_size
-        self.rows = [order[at : min(at + size, stop)].tolist() for at in range(start, stop, size)]
-        self.keys = [(*key, seed, start + size * number, len(rows)) for number, rows in enumerate(self.rows)]
+        starts = list(range(start, stop, size))
+        if len(starts) < num_ranks:  # smaller batches, so that no process is left without one
+            if stop - start < num_ranks:
+                raise ValueError(
+                    f"Each process must have an example, but {num_ranks} processes have {stop - start}. Use fewer "
+                    f"devices."
+                )
+            starts = [start + (stop - start) * number // num_ranks for number in range(num_ranks)]
+        windows = list(itertools.pairwise([*starts, stop]))[rank::num_ranks]
+        self.rows = [order[first:last].tolist() for first, last in windows]
+        self.keys = [(*key, seed, *window) for window in windows]
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -146,6 +162,8 @@ def through_cache(
     cache: BatchCache | None,
     device: torch.device,
     part: tuple[tuple[int, int], int | None] | None = None,
+    rank: int = 0,
+    num_ranks: int = 1,
 ) -> Iterator[None]:
     """Let a data module's loader of one split give its batches through a cache, or a part of its examples.
 
@@ -156,9 +174,11 @@ def through_cache(
         device: Where batches are evaluated.
         part: (first, last + 1) examples of the order that a seed gives, and the seed; all in the data set's order
             without it.
+        rank: Which of the processes that share the batches this one is.
+        num_ranks: How many there are.
 
     Raises:
-        ValueError: The loader shuffles, or a part is asked of data without an order.
+        ValueError: The loader shuffles, or a part, or a process's share, is asked of data without an order.
     """
     name = f"{split}_dataloader"
     make = getattr(datamodule, name)
@@ -177,15 +197,17 @@ def through_cache(
                 f"{type(datamodule).__name__}.{name} shuffles, but models are compared on the same examples in the "
                 f"same order. Set shuffle=False."
             )
-        if not indexed and part is not None:
+        if not indexed and (part is not None or num_ranks > 1):
+            advice = "Use the Grid." if num_ranks == 1 else "Use a Trainer with devices=1."
             raise ValueError(
                 f"{type(datamodule).__name__}.{name} must give one DataLoader over a map-style data set in its own "
-                f"order, so that a part of its examples can be taken; found {type(loader).__name__}. Use the Grid."
+                f"order, so that a part of its examples can be taken; found {type(loader).__name__}. {advice}"
             )
-        if not indexed or (cache is None and part is None):
+        if not indexed or (cache is None and part is None and num_ranks == 1):
             return loader
         window, seed = part if part is not None else (None, None)
-        return _Batches(loader, cache or BatchCache(0), (id(datamodule), split), device, window, seed)
+        key = (id(datamodule), split)
+        return _Batches(loader, cache or BatchCache(0), key, device, window, seed, rank, num_ranks)
 
     before = datamodule.__dict__.get(name)
     setattr(datamodule, name, wrapped)

@@ -383,4 +383,5 @@ def _run(command: str, instead: Callable[..., None] | None = None) -> bool:
         raise ValueError(str(error)) from error
     if as_json and cli.trainer.is_global_zero:
         print(json.dumps(cli.trainer.describe_fit(), indent=1, ensure_ascii=False))
-    return cli.trainer.report is None or cli.trainer.report.holds
+    # the first process tells the verdict; Lightning kills it, whatever it is writing, if another one ends with status 1
+    return not cli.trainer.is_global_zero or cli.trainer.report is None or cli.trainer.report.holds

@@ -30,6 +30,7 @@ from tva.memory import parse_bytes
 from tva.models.tangent import check_at_base
 from tva.origin import Origin, is_vector_file
 from tva.page.card import check_card
+from tva.ranks import check_strategy
 from tva.recipe import Recipe
 from tva.record import EDITED, Record
 from tva.report import ConstraintReport, EditReport, Score, TaskReport, stamp, write_report
@@ -144,6 +145,7 @@ def run_edit(
         FileNotFoundError: A checkpoint or data file is not there.
     """
     check_card(Path(output))
+    check_strategy(trainer)
     targets, controls = dict(targets or {}), dict(controls or {})
     twice = sorted(targets.keys() & controls.keys())
     if twice:
@@ -192,9 +194,7 @@ def run_edit(
     vector_with(tuple(named.items()))  # whatever does not fit is said before anything is evaluated
     log = os.fspath(Path(output)) + ".evaluations.jsonl" if log is None else log
     mentioned = _mentioned(objective, constraints)
-    # processes would have to agree on what is in the log: each sees its own part of the data
-    records = EvaluationLog(log if trainer.world_size == 1 else None)
-    bench = Bench(editor, loaded, records, BatchCache(parse_bytes(cache), cache_in), mentioned)
+    bench = Bench(editor, loaded, EvaluationLog(log, trainer), BatchCache(parse_bytes(cache), cache_in), mentioned)
     normalizing = {task: task for task in objective.normalized} if objective else {}
     if scaling_coef is None:
         needed = list(dict.fromkeys([*(objective.tasks if objective else ()), *(c.task for c in constraints)]))
@@ -210,6 +210,7 @@ def run_edit(
             bench.finetuned(normalizing, "val"),
             lambda candidate: candidate.scaling_coef == 0 or not _moves(state_of(candidate).vector()),
             lambda: _workshop(bench, state_of(Candidate.of(scaling_coef=1.0)), checked, loaded, targets, controls),
+            trainer,
         )
         choice = search.run(problem)
         spent = {"num_scored": problem.num_scored}
@@ -434,7 +435,19 @@ def _workshop(
         bench.base(task, "val")  # which sets its data module up, and makes the model's head for it
     editor = bench.editor
     editor.set(None, 0.0)
-    return Workshop(editor.trainer, editor.model, editor.base, parts, targets, controls, bench.buffers, evaluate)
+    log = bench.log.path
+    return Workshop(
+        trainer=editor.trainer,
+        model=editor.model,
+        base=editor.base,
+        vectors=parts,
+        targets=targets,
+        controls=controls,
+        buffers=bench.buffers,
+        evaluate=evaluate,
+        inputs={**bench.facts, "recipe": recipe.text, "coefficients": recipe.coefs, "data": bench.data()},
+        kept=None if log is None else log.with_name(log.name + ".learned"),
+    )
 
 
 def _learned(vector: TaskVector, recipe: Recipe, statistics: Statistics) -> State:

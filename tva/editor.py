@@ -357,7 +357,7 @@ class Bench:
         for (key, state), evaluation in zip(states.items(), found, strict=True):
             self._known[key] = evaluation
             self._note(state.label, dict(state.coefs), task, split, evaluation, window, seed)
-            if not base.extra and self.editor.trainer.is_global_zero:
+            if not base.extra:
                 self.log.add(self._describe(state, task, split, window, seed), evaluation)
 
     def _describe(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import functools
 import json
 import os
 import time
@@ -10,6 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import lightning as L
 import numpy as np
 import xxhash
 
@@ -21,22 +23,30 @@ class EvaluationLog:
 
     Args:
         path: JSON lines; made when the first evaluation is written. None keeps nothing.
+        trainer: Its processes evaluate together: the first reads and writes the file, and all find the same.
 
     Attributes:
         num_reused: Evaluations that were found there.
     """
 
-    def __init__(self, path: str | os.PathLike[str] | None) -> None:
+    def __init__(self, path: str | os.PathLike[str] | None, trainer: L.Trainer | None = None) -> None:
         self.path = None if path is None else Path(path)
         self.num_reused = 0
-        self._found: dict[str, dict[str, Any]] = {}
-        if self.path is not None and self.path.exists():
+        self._trainer = trainer
+        self._writes = trainer is None or trainer.is_global_zero
+
+    @functools.cached_property
+    def _found(self) -> dict[str, dict[str, Any]]:
+        """Read what is there, when it is first asked for: only then do all processes run."""
+        found = {}
+        if self._writes and self.path is not None and self.path.exists():
             for line in self.path.read_text().splitlines():
                 try:
                     entry = json.loads(line)
                 except json.JSONDecodeError:  # a process was stopped while it wrote this line
                     continue
-                self._found[entry["key"]] = entry
+                found[entry["key"]] = entry
+        return found if self._trainer is None else self._trainer.strategy.broadcast(found)
 
     def get(self, facts: Mapping[str, Any]) -> Evaluation | None:
         """Look up an evaluation by all that it depends on."""
@@ -69,6 +79,8 @@ class EvaluationLog:
             "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         }
         self._found[entry["key"]] = entry
+        if not self._writes:
+            return
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with open(self.path, "ab+") as file:
             if file.tell():

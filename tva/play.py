@@ -157,6 +157,11 @@ class Playground:
     ) -> None:
         if num_examples < 1:
             raise ValueError(f"At least 1 example a task is needed; found num_examples={num_examples}.")
+        if trainer.world_size > 1:
+            raise ValueError(
+                f"Sliders are answered by one process, and the edit's trainer has {trainer.world_size}. Set devices: 1 "
+                f"under trainer: in the edit's configuration."
+            )
         if content["search"]["strategy"] == "Learned":
             raise ValueError(
                 f"The coefficients of {content['recipe']!r} were learned, one for each group of tensors, and no slider "

@@ -23,6 +23,7 @@ from torchmetrics import Metric, MetricCollection
 
 from tva.batches import BatchCache, shallow_copy, through_cache
 from tva.console import counting
+from tva.ranks import check_strategy, gather, in_turn
 from tva.state_dict import some
 from tva.statistics import (
     Comparison,
@@ -155,52 +156,90 @@ def find_metric(name: str, num_classes: int) -> Metric:
     return getattr(classification, found)(num_classes=num_classes)
 
 
+@dataclass
+class _Batch:
+    """What one batch left.
+
+    Attributes:
+        num_examples: Its size.
+        logged: (name, value, weight) of each number that was logged.
+        returned: By key what the step returned.
+        hashes: Digests of its tensors.
+    """
+
+    num_examples: int = 0
+    logged: list[tuple[str, float, float]] = field(default_factory=list)
+    returned: dict[str, Tensor] = field(default_factory=dict)
+    hashes: list[str] = field(default_factory=list)
+
+
 class _Recorder:
-    """What one edit logged and returned in a pass."""
+    """What one edit logged and returned in a pass, batch by batch."""
 
     def __init__(self, hashed: bool = False, whole: bool = False) -> None:
         self.whole = whole  # whether predictions must be kept as they are, for metrics that the model does not log
-        self.digest = xxhash.xxh3_128() if hashed else None
-        self.sums: dict[str, list[float]] = {}  # name -> [weighted sum, weight]
+        self.hashed = hashed
+        self.batches: list[_Batch] = []
         self.metrics: dict[str, Metric] = {}
-        self.num_examples = 0
-        self.returned: dict[str, list[Tensor]] = {}
         self.batch: Any = None
+
+    def begin(self, batch: Any) -> None:
+        self.batch = batch
+        self.batches.append(_Batch())
 
     def log(self, name: str, value: Any, batch_size: int | None = None, **_: Any) -> None:
         if isinstance(value, Metric):
             self.metrics[name] = value
             return
         weight = float(extract_batch_size(self.batch) if batch_size is None else batch_size)
-        total = self.sums.setdefault(name, [0.0, 0.0])
-        total[0] += float(value) * weight
-        total[1] += weight
+        self.batches[-1].logged.append((name, float(value), weight))
 
-    def take(self, outputs: Any, batch: Any) -> None:
-        first = next(iter(batch.values())) if isinstance(batch, Mapping) else batch
+    def take(self, outputs: Any) -> None:
+        here, first = self.batches[-1], self.batch
+        if isinstance(first, Mapping):
+            first = next(iter(first.values()))
         while isinstance(first, (list, tuple)):
             first = first[0]
-        self.num_examples += len(first)
-        if self.digest is not None:
-            apply_to_collection(batch, Tensor, self._hash)
+        here.num_examples = len(first)
+        if self.hashed:
+            apply_to_collection(self.batch, Tensor, lambda tensor: here.hashes.append(tensor_digest(tensor)))
         if not isinstance(outputs, Mapping):
             return
         for key in ("correct", "preds", "target") if self.whole else ("correct",):
             if outputs.get(key) is not None:
-                self.returned.setdefault(key, []).append(outputs[key].detach().cpu())
+                here.returned[key] = outputs[key].detach().cpu()
         preds = outputs.get("preds")
         if preds is not None and preds.ndim == 2:
-            self.returned.setdefault("predicted", []).append(preds.argmax(dim=-1).int().cpu())
+            here.returned["predicted"] = preds.argmax(dim=-1).int().cpu()
         for metric, scores in (outputs.get("scores") or {}).items():
-            self.returned.setdefault(f"scores/{metric}", []).append(scores.detach().cpu())
+            here.returned[f"scores/{metric}"] = scores.detach().cpu()
 
-    def _hash(self, tensor: Tensor) -> None:
-        assert self.digest is not None
-        self.digest.update(tensor_digest(tensor).encode())
+    @property
+    def num_examples(self) -> int:
+        return sum(batch.num_examples for batch in self.batches)
+
+    def returned(self) -> dict[str, Tensor]:
+        keys = dict.fromkeys(key for batch in self.batches for key in batch.returned)
+        return {key: torch.cat([b.returned[key] for b in self.batches if key in b.returned]) for key in keys}
+
+    def data_digest(self) -> str | None:
+        if not self.hashed:
+            return None
+        return xxhash.xxh3_128(
+            "".join(digest for batch in self.batches for digest in batch.hashes).encode()
+        ).hexdigest()
+
+    def means(self) -> dict[str, float]:
+        sums: dict[str, list[float]] = {}
+        for batch in self.batches:
+            for name, value, weight in batch.logged:
+                total = sums.setdefault(name, [0.0, 0.0])
+                total[0] += value * weight
+                total[1] += weight
+        return {name: total / weight for name, (total, weight) in sums.items()}
 
     def logged(self) -> dict[str, float]:
-        values = {name: total / weight for name, (total, weight) in self.sums.items()}
-        return values | {name: float(metric.compute()) for name, metric in self.metrics.items()}
+        return self.means() | {name: float(metric.compute()) for name, metric in self.metrics.items()}
 
     def evaluation(
         self, model: Any, split: str, logged: Mapping[str, float], shareable: bool, extra: Sequence[str]
@@ -220,7 +259,7 @@ class _Recorder:
                 f"{type(model).__name__} logged no metric on the {split} split; its "
                 f"{'validation' if split == 'val' else 'test'}_step must call self.log."
             )
-        returned = {key: torch.cat(values) for key, values in self.returned.items()}
+        returned = self.returned()
         scores = {key.removeprefix("scores/"): v.numpy() for key, v in returned.items() if key.startswith("scores/")}
         if "correct" in returned:
             scores["accuracy"] = returned["correct"].bool().numpy()
@@ -244,7 +283,7 @@ class _Recorder:
             found,
             shareable,
             returned["predicted"].numpy() if "predicted" in returned else None,
-            None if self.digest is None else self.digest.hexdigest(),
+            self.data_digest(),
         )
 
 
@@ -283,7 +322,8 @@ def evaluate(
     """Evaluate a model, or several edits of it, on one split of a task.
 
     With several edits every batch is read once, and evaluated under each edit before the next is read, where the model
-    logs all its metrics in its step, on one device; else the edits are evaluated one after the other.
+    logs all its metrics in its step; else the edits are evaluated one after the other. The processes of a Trainer with
+    several devices share the batches out, and all return the same evaluation of all examples, each counted once.
 
     Args:
         trainer: Any Trainer; its callbacks take part.
@@ -306,9 +346,11 @@ def evaluate(
         ``val_accuracy`` are both ``accuracy``.
 
     Raises:
-        ValueError: The step logged nothing, or two metrics of one name; or scores by example contradict a metric.
+        ValueError: The step logged nothing, or two metrics of one name; or scores by example contradict a metric; or
+            several processes cannot share the task.
     """
-    if edits is not None and (not share or trainer.world_size > 1):
+    check_strategy(trainer)
+    if edits is not None and not share:
         options = {"cache": cache, "part": part, "extra": extra, "progress": progress}
         results = []
         for edit in edits:
@@ -321,10 +363,15 @@ def evaluate(
         quiet(),
         counting(progress if trainer.is_global_zero else None) as count,
         _recording(model, split, recorders, edits, count),
-        through_cache(datamodule, split, cache, device, part),
+        through_cache(datamodule, split, cache, device, part, trainer.global_rank, trainer.world_size),
     ):
         run = trainer.validate if split == "val" else trainer.test
         results = run(model, datamodule=datamodule, verbose=False)
+        own = recorders[0].means()
+        for recorder, shares in zip(
+            recorders, zip(*gather(trainer, [r.batches for r in recorders]), strict=True), strict=True
+        ):
+            recorder.batches = in_turn(list(shares))
         logged = [recorder.logged() for recorder in recorders] if edits is not None else []
     if edits is not None:
         return [
@@ -333,21 +380,29 @@ def evaluate(
         ]
     by_lightning = dict(results[0]) if results else {}
     recorder = recorders[0]
-    if trainer.world_size > 1:
-        recorder.returned.clear()
-        recorder.num_examples *= trainer.world_size
-        return recorder.evaluation(model, split, by_lightning, False, extra)
-    ours = {name: total / weight for name, (total, weight) in recorder.sums.items()}
+    ours = recorder.means()
     ours |= {name: by_lightning[name] for name in recorder.metrics if name in by_lightning}
+    late = sorted(by_lightning.keys() - ours.keys())
+    if late and trainer.world_size > 1:
+        raise ValueError(
+            f"{type(model).__name__} logs {some(late)} outside its {_step_name(split)}, where {trainer.world_size} "
+            f"processes know their own examples alone. Log in the step, or use a Trainer with devices=1."
+        )
+    agree = ours.keys() == by_lightning.keys() and all(
+        # of several processes Lightning gives the mean of all, or this one's, as the model says
+        np.isclose([ours[name], own.get(name, ours[name])], by_lightning[name], rtol=1e-4, equal_nan=True).any()
+        for name in ours
+    )
     hooks = ("start", "end", "batch_start", "batch_end")
     stage = "validation" if split == "val" else "test"
     names = [f"on_{stage}_{'epoch_' if 'batch' not in hook else ''}{hook}" for hook in hooks]
-    shareable = (
-        ours.keys() == by_lightning.keys()
-        and all(np.isclose(ours[name], by_lightning[name], rtol=1e-4, equal_nan=True) for name in ours)
-        and not any(is_overridden(name, model) for name in names)
-    )
-    return recorder.evaluation(model, split, ours if shareable else by_lightning, shareable, extra)
+    shareable = all(gather(trainer, agree)) and not any(is_overridden(name, model) for name in names)
+    values = ours if shareable or trainer.world_size > 1 else by_lightning
+    return recorder.evaluation(model, split, values, shareable, extra)
+
+
+def _step_name(split: str) -> str:
+    return "validation_step" if split == "val" else "test_step"
 
 
 @contextlib.contextmanager
@@ -363,27 +418,36 @@ def _recording(
     With edits, what the step logs does not reach the Trainer, and torchmetrics objects in the model stand aside for a
     copy of each edit's own.
     """
-    name = "validation_step" if split == "val" else "test_step"
+    name = _step_name(split)
     step, log = getattr(model, name), model.log
     before = {key: model.__dict__[key] for key in (name, "log") if key in model.__dict__}
-    present: list[_Recorder] = [recorders[0]]
+    present: list[_Recorder] = []  # the one whose step runs, if one does
     originals: list[tuple[Any, str, Any]] = []
     copies: list[list[tuple[Any, str, Any]]] = []
 
     @functools.wraps(log)
     def noted_log(name: str, value: Any, *args: Any, **kwargs: Any) -> None:
-        present[0].log(name, value, **kwargs)
+        for recorder in present:
+            recorder.log(name, value, **kwargs)
         if edits is None:
             log(name, value, *args, **kwargs)
+
+    def noted_step(recorder: _Recorder, kept: Any, *args: Any, **kwargs: Any) -> Any:
+        recorder.begin(kept)
+        present.append(recorder)
+        try:
+            outputs = step(*args, **kwargs)
+        finally:
+            present.clear()
+        recorder.take(outputs)
+        return outputs
 
     @functools.wraps(step)
     def every_step(batch: Any, *args: Any, **kwargs: Any) -> Any:
         batches = model.trainer.num_val_batches if split == "val" else model.trainer.num_test_batches
         total = sum(batches) * len(recorders)
         if edits is None:
-            recorders[0].batch = kept = shallow_copy(batch)
-            outputs = step(batch, *args, **kwargs)
-            recorders[0].take(outputs, kept)
+            outputs = noted_step(recorders[0], shallow_copy(batch), batch, *args, **kwargs)
             count(total)
             return outputs
         if not copies:  # only now has the model been set up for the task
@@ -393,9 +457,7 @@ def _recording(
             edit()
             for parent, child, metric in metrics:
                 parent._modules[child] = metric
-            present[0], own = recorder, shallow_copy(batch)
-            recorder.batch = batch
-            recorder.take(step(own, *args, **kwargs), batch)
+            noted_step(recorder, batch, shallow_copy(batch), *args, **kwargs)
             count(total)
         return None
 
@@ -439,6 +501,9 @@ def quiet() -> Iterator[None]:
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=r".*does not have many workers.*")
+            # what several processes log is put together here
+            warnings.filterwarnings("ignore", message=r".*It is recommended to use `self.log\(.*sync_dist=True\)`.*")
+            warnings.filterwarnings("ignore", message=r".*recommended to use .*devices=1.* to ensure each sample.*")
             # torch 2.15 deprecates a call that lightning 2.6.6 makes at every evaluation
             warnings.filterwarnings("ignore", message=r".*isinstance\(treespec, LeafSpec\).*")
             yield

@@ -4,26 +4,34 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
+import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 import lightning as L
+import numpy as np
 import torch
+import xxhash
 from lightning.pytorch.utilities import CombinedLoader
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional as F
-from torch.utils.data import DataLoader
+from torch.utils.data import BatchSampler, DataLoader, RandomSampler
 
 from tva.groups import block_of
+from tva.ranks import gather
 from tva.search.problem import Candidate, Choice, Problem, Search
 from tva.task_vector import TaskVector
 from tva.validate import Evaluation, quiet
-from tva.weights import canonical_state_dict
+from tva.weights import atomic_path, canonical_state_dict
 
 Per = Literal["tensor", "layer", "vector"]
 Loss = Literal["entropy", "cross_entropy"]
+
+KEEP_EVERY = 50  # steps
 
 
 @dataclass(frozen=True)
@@ -40,6 +48,8 @@ class Workshop:
         controls: Data modules of the tasks to leave alone, set up where they decide.
         buffers: By task the buffers that the model makes for it and does not save, such as its head.
         evaluate: Evaluates the base moved along a vector, on validation data.
+        inputs: All that training depends on besides its options, as JSON values.
+        kept: File for the state of a training that is cut off; None keeps none.
     """
 
     trainer: L.Trainer
@@ -50,13 +60,17 @@ class Workshop:
     controls: Mapping[str, L.LightningDataModule]
     buffers: Mapping[str, Mapping[str, Tensor]]
     evaluate: Callable[[TaskVector], dict[str, Evaluation]]
+    inputs: Mapping[str, Any]
+    kept: Path | None
 
 
 class Learned(Search):
     r"""Train the coefficients :math:`\theta^l = \theta_0^l + \sum_t \lambda_t^l \tau_t^l` on validation data.
 
     Only the coefficients are trained; the model runs unchanged under `torch.func.functional_call`. Test data is never
-    seen, and validation labels only by ``"cross_entropy"``.
+    seen, and validation labels only by ``"cross_entropy"``. A training that was cut off goes on at a multiple of 50
+    steps, and a finished one when ``num_steps`` is raised. The processes of a Trainer with several devices share every
+    batch out and train the same coefficients.
 
     Args:
         loss: ``"entropy"`` of the predictions on the targets, which needs no label (AdaMerging; the model's ``forward``
@@ -100,50 +114,136 @@ class Learned(Search):
                 "Learned coefficients serve an objective to maximize (rule='best'), and with loss='cross_entropy' also "
                 "one to minimize: entropy makes a model surer, which forgets nothing."
             )
-        if shop.trainer.world_size > 1:
-            raise ValueError("Coefficients are learned on one device: use a Trainer with devices=1.")
         kept = [c.task for c in problem.constraints if c.task in shop.controls]
         tasks = {**shop.targets} | ({name: shop.controls[name] for name in kept} if forget else {})
         signs = {task: -1.0 if forget and task in shop.targets else 1.0 for task in tasks}
         learner = CoefficientLearner(shop, self, signs)
-        loaders = CombinedLoader({task: self._loader(tasks[task]) for task in tasks}, "max_size_cycle")
+        kept = _Kept(shop, {**vars(self), "num_steps": None, "signs": signs}, learner)
+        done = kept.restore(self.num_steps)
+        loaders = {task: self._loader(tasks[task], shop.trainer, done) for task in tasks}
+        # the mean over processes of each one's weighted mean is the mean over the batch
+        learner.weights = {task: loader.batch_sampler.weight for task, loader in loaders.items()}
+        several = shop.trainer.world_size > 1
         trainer = L.Trainer(
             accelerator="cpu" if shop.trainer.strategy.root_device.type == "cpu" else "auto",
-            devices=1,
+            devices=shop.trainer.num_devices if several else 1,
+            num_nodes=shop.trainer.num_nodes,
+            strategy="ddp" if several else "auto",
+            use_distributed_sampler=False,
             precision=shop.trainer.precision,
-            max_steps=self.num_steps,
-            max_epochs=-1,
+            max_steps=self.num_steps - done,
+            max_epochs=1,
+            callbacks=[kept],
             logger=False,
             enable_checkpointing=False,
             enable_progress_bar=False,
             enable_model_summary=False,
         )
-        with evaluating(shop.model), quiet():
-            trainer.fit(learner, loaders)
+        if done < self.num_steps:
+            with evaluating(shop.model), quiet():
+                trainer.fit(learner, CombinedLoader(loaders, "min_size"))
         shop.model.cpu()
         vector = learner.vector()
         candidate = Candidate.of(scaling_coef=1.0)
         problem.record(candidate, shop.evaluate(vector), problem.base)
         choice = problem.choose([candidate])
         reason = f"{self.num_steps} steps of {self.loss} on validation data, one coefficient a {self.per}"
-        details = {"coefficients": learner.table(), "loss": learner.losses[:: max(1, len(learner.losses) // 50)]}
+        losses = kept.losses()
+        details = {
+            "coefficients": learner.table(),
+            "loss": losses[:: max(1, len(losses) // 50)],
+            "steps_kept": done,
+        }
         return Choice(candidate, choice.feasible, reason if choice.feasible else choice.reason, vector, details)
 
-    def _loader(self, datamodule: L.LightningDataModule) -> DataLoader:
+    def _loader(self, datamodule: L.LightningDataModule, trainer: L.Trainer, done: int = 0) -> DataLoader:
         loader = datamodule.val_dataloader()
         if not isinstance(loader, DataLoader):
             raise ValueError(
                 f"Learning coefficients needs one DataLoader; {type(datamodule).__name__}.val_dataloader gives a "
                 f"{type(loader).__name__}."
             )
-        return DataLoader(
-            loader.dataset,
-            batch_size=self.batch_size,
-            shuffle=True,
-            collate_fn=loader.collate_fn,
-            drop_last=len(loader.dataset) > self.batch_size,
-            generator=torch.Generator().manual_seed(self.seed),
+        size = min(self.batch_size, len(loader.dataset))
+        if size < trainer.world_size:
+            raise ValueError(
+                f"Each of {trainer.world_size} processes must have an example of every task in a step, but a step has "
+                f"{size}. Use a larger batch_size, or fewer devices."
+            )
+        sampler = RandomSampler(loader.dataset, generator=torch.Generator().manual_seed(self.seed))
+        share = _Share(
+            BatchSampler(sampler, size, drop_last=True),
+            range(done, self.num_steps),
+            trainer.global_rank,
+            trainer.world_size,
         )
+        return DataLoader(loader.dataset, batch_sampler=share, collate_fn=loader.collate_fn)
+
+
+class _Share:
+    """One process's examples of every step's batch, each batch the same for any number of processes.
+
+    Args:
+        batches: Those of one epoch; each epoch has its own.
+        steps: Which steps to take, counted through all epochs.
+        rank: Of this process.
+        num_ranks: How many there are.
+    """
+
+    def __init__(self, batches: BatchSampler, steps: range, rank: int, num_ranks: int) -> None:
+        self.batches, self.steps, self.rank, self.num_ranks = batches, steps, rank, num_ranks
+        self.weight = len(range(rank, batches.batch_size, num_ranks)) * num_ranks / batches.batch_size
+
+    def __len__(self) -> int:
+        return len(self.steps)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        endless = itertools.chain.from_iterable(itertools.repeat(self.batches))
+        for rows in itertools.islice(endless, self.steps.start, self.steps.stop):
+            yield rows[self.rank :: self.num_ranks]
+
+
+class _Kept(L.Callback):
+    """A training's state in a file, from which the next run with the same inputs and options goes on.
+
+    Args:
+        shop: Where the file is, and what the training depends on.
+        options: What else it depends on, as JSON values.
+        learner: What is trained.
+    """
+
+    def __init__(self, shop: Workshop, options: Mapping[str, Any], learner: CoefficientLearner) -> None:
+        self.shop, self.learner = shop, learner
+        described = json.dumps([shop.inputs, options], sort_keys=True, default=repr)
+        self.key = xxhash.xxh3_128_hexdigest(described.encode())
+
+    def restore(self, num_steps: int) -> int:
+        """Take up a state of at most so many steps; give how many are done."""
+        trainer, found = self.shop.trainer, None
+        if trainer.is_global_zero and self.shop.kept is not None and self.shop.kept.exists():
+            found = torch.load(self.shop.kept, weights_only=True)
+        found = trainer.strategy.broadcast(found)
+        if found is None or found["key"] != self.key or len(found["losses"]) > num_steps:
+            return 0
+        with torch.no_grad():
+            self.learner.coefs.copy_(found["coefs"])
+        self.learner.optimizer_state = found["optimizer"]
+        self.learner.losses = found["losses"]
+        return len(found["losses"])
+
+    def losses(self) -> list[float]:
+        """Give each step's loss, the mean of all processes; all must call this."""
+        return np.mean(gather(self.shop.trainer, self.learner.losses), axis=0).tolist()
+
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
+        if len(self.learner.losses) % KEEP_EVERY and trainer.global_step < trainer.max_steps:
+            return
+        losses = self.losses()
+        if not trainer.is_global_zero or self.shop.kept is None:
+            return
+        self.shop.kept.parent.mkdir(parents=True, exist_ok=True)
+        with atomic_path(self.shop.kept) as temporary:
+            coefs, optimizer = self.learner.coefs.detach().cpu(), trainer.optimizers[0].state_dict()
+            torch.save({"key": self.key, "coefs": coefs, "optimizer": optimizer, "losses": losses}, temporary)
 
 
 class CoefficientLearner(L.LightningModule):
@@ -166,6 +266,8 @@ class CoefficientLearner(L.LightningModule):
         self.group_of = {name: self.groups.index(place(name)) for name in moved}
         self.coefs = nn.Parameter(torch.full((len(shop.vectors), len(self.groups)), options.start))  # (vectors, groups)
         self.losses: list[float] = []
+        self.weights = dict.fromkeys(signs, 1.0)  # of this process's examples in the mean
+        self.optimizer_state: dict[str, Any] | None = None
         self._deltas: list[dict[str, Tensor]] = [dict(vector.deltas) for vector in shop.vectors.values()]
         self._base = dict(shop.base)
         state = shop.model.state_dict()
@@ -198,12 +300,15 @@ class CoefficientLearner(L.LightningModule):
                 loss = torch.special.entr(probabilities).sum(dim=-1).mean()
             else:
                 loss = _cross_entropy(model, tensors, part, batch_idx)
-            total = total + self.signs[task] * loss
+            total = total + self.signs[task] * self.weights[task] * loss
         self.losses.append(float(total.detach()))
         return total
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        return torch.optim.Adam(self.parameters(), lr=self.options.learning_rate)
+        optimizer = torch.optim.Adam(self.parameters(), lr=self.options.learning_rate)
+        if self.optimizer_state is not None:
+            optimizer.load_state_dict(self.optimizer_state)
+        return optimizer
 
     @torch.no_grad()
     def _values(self) -> Tensor:

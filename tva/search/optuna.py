@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import warnings
 from pathlib import Path
@@ -58,63 +59,95 @@ class Optuna(Search):
         if problem.rule != "best":
             raise ValueError("Optuna searches the best objective: set rule='best', or use Grid, Bisect or Race.")
         optuna.logging.set_verbosity(optuna.logging.WARNING)
-        study = optuna.create_study(
+        trials = _Trials(self, problem)
+        while (values := problem.once(trials.ask)) is not None:
+            candidate = Candidate.of(**values)
+            problem.score([candidate])
+            problem.once(functools.partial(trials.tell, candidate))
+        finished = problem.once(trials.finished)
+        for attributes in finished:
+            candidate = Candidate.of(**attributes["coefs"])
+            problem.tried[candidate] = attributes["scores"]
+            problem.slack |= {(candidate, text): value for text, value in attributes["slack"].items()}
+        choice = problem.choose()
+        return Choice(
+            choice.candidate, choice.feasible, choice.reason, details={"trials": len(finished), "seed": self.seed}
+        )
+
+
+class _Trials:
+    """The study of one search; of several processes that evaluate together the first alone opens it."""
+
+    def __init__(self, search: Optuna, problem: Problem) -> None:
+        self.search, self.problem = search, problem
+        self.trial: Any = None
+
+    @functools.cached_property
+    def study(self) -> Any:
+        import optuna
+
+        return optuna.create_study(
             storage=self._open_storage(),
             sampler=self._make_sampler(),
-            study_name=self.study,
+            study_name=self.search.study,
             direction="minimize",
             load_if_exists=True,
         )
-        finished = [optuna.trial.TrialState.COMPLETE]
-        names = list(self.ranges)[:1] if self.shared else list(self.ranges)
-        while len(study.get_trials(deepcopy=False, states=finished)) < self.num_trials:
-            trial = study.ask()
-            values = {name: trial.suggest_float(name, *self.ranges[name]) for name in names}
-            if self.shared:
-                values = dict.fromkeys(self.ranges, values[names[0]])
-            candidate = Candidate.of(**values)
-            problem.score([candidate])
-            scores, base = problem.tried[candidate], {task: e.metrics for task, e in problem.base.items()}
-            slack = {c.text: problem.slack.get((candidate, c.text), 0.0) for c in problem.constraints}
-            trial.set_user_attr("coefs", values)
-            trial.set_user_attr("scores", {task: dict(metrics) for task, metrics in scores.items()})
-            trial.set_user_attr("slack", slack)
-            short = {c.text: min(c.shortfall(scores, base, slack[c.text]), 1e9) for c in problem.constraints}
-            if self.sampler == "tpe":
-                for text, shortfall in short.items():
-                    trial.set_constraint(text, shortfall)
-            assert problem.objective is not None
-            value = problem.objective.value(scores)
-            loss = -value if problem.objective.maximize else value
-            # a sampler that knows no constraints must see them in the value
-            penalty = 0.0 if self.sampler == "tpe" or not any(short.values()) else 1e3 + 1e3 * sum(short.values())
-            study.tell(trial, loss + penalty if math.isfinite(loss) else 1e12)
-        complete = study.get_trials(deepcopy=False, states=finished)
-        for trial in complete:
-            candidate = Candidate.of(**trial.user_attrs["coefs"])
-            problem.tried[candidate] = trial.user_attrs["scores"]
-            problem.slack |= {(candidate, text): value for text, value in trial.user_attrs["slack"].items()}
-        choice = problem.choose()
-        return Choice(
-            choice.candidate, choice.feasible, choice.reason, details={"trials": len(complete), "seed": self.seed}
-        )
+
+    def ask(self) -> dict[str, float] | None:
+        """Give the coefficients of the next trial; None when there are enough."""
+        search = self.search
+        if len(self.finished()) >= search.num_trials:
+            return None
+        self.trial = self.study.ask()
+        names = list(search.ranges)[:1] if search.shared else list(search.ranges)
+        values = {name: self.trial.suggest_float(name, *search.ranges[name]) for name in names}
+        return dict.fromkeys(search.ranges, values[names[0]]) if search.shared else values
+
+    def tell(self, candidate: Candidate) -> None:
+        """Put what the candidate scored into the study."""
+        problem, tpe = self.problem, self.search.sampler == "tpe"
+        scores, base = problem.tried[candidate], {task: e.metrics for task, e in problem.base.items()}
+        slack = {c.text: problem.slack.get((candidate, c.text), 0.0) for c in problem.constraints}
+        self.trial.set_user_attr("coefs", dict(candidate.coefs))
+        self.trial.set_user_attr("scores", {task: dict(metrics) for task, metrics in scores.items()})
+        self.trial.set_user_attr("slack", slack)
+        short = {c.text: min(c.shortfall(scores, base, slack[c.text]), 1e9) for c in problem.constraints}
+        if tpe:
+            for text, shortfall in short.items():
+                self.trial.set_constraint(text, shortfall)
+        assert problem.objective is not None
+        value = problem.objective.value(scores)
+        loss = -value if problem.objective.maximize else value
+        # a sampler that knows no constraints must see them in the value
+        penalty = 0.0 if tpe or not any(short.values()) else 1e3 + 1e3 * sum(short.values())
+        self.study.tell(self.trial, loss + penalty if math.isfinite(loss) else 1e12)
+
+    def finished(self) -> list[dict[str, Any]]:
+        """Give the coefficients, scores and slacks of the trials that all processes have finished."""
+        import optuna
+
+        states = [optuna.trial.TrialState.COMPLETE]
+        return [trial.user_attrs for trial in self.study.get_trials(deepcopy=False, states=states)]
 
     def _open_storage(self) -> Any:
         from optuna.storages import JournalStorage
         from optuna.storages.journal import JournalFileBackend
 
-        if self.storage is None or "://" in self.storage:
-            return self.storage
-        Path(self.storage).parent.mkdir(parents=True, exist_ok=True)
-        return JournalStorage(JournalFileBackend(self.storage))
+        storage = self.search.storage
+        if storage is None or "://" in storage:
+            return storage
+        Path(storage).parent.mkdir(parents=True, exist_ok=True)
+        return JournalStorage(JournalFileBackend(storage))
 
     def _make_sampler(self) -> Any:
         import optuna
 
-        if self.sampler == "random":
-            return optuna.samplers.RandomSampler(seed=self.seed)
-        if self.sampler == "cmaes":
-            return optuna.samplers.CmaEsSampler(seed=self.seed)
+        seed = self.search.seed
+        if self.search.sampler == "random":
+            return optuna.samplers.RandomSampler(seed=seed)
+        if self.search.sampler == "cmaes":
+            return optuna.samplers.CmaEsSampler(seed=seed)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-            return optuna.samplers.TPESampler(seed=self.seed, constant_liar=True)
+            return optuna.samplers.TPESampler(seed=seed, constant_liar=True)

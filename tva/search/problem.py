@@ -8,6 +8,7 @@ from collections.abc import Callable, Collection, Hashable, Iterable, Mapping, S
 from dataclasses import dataclass, field
 from typing import Any
 
+import lightning as L
 import numpy as np
 
 from tva.batches import example_order
@@ -95,6 +96,7 @@ class Problem:
         finetuned: Evaluations of the tasks' own fine-tuned models, where the objective is normalized.
         is_identity: Whether a candidate edits nothing.
         workshop: Makes what a strategy needs that trains; see `tva.search.learned`.
+        trainer: Its processes all run the strategy, and must all evaluate the same candidates.
 
     Attributes:
         num_scored: Examples evaluated under a candidate so far, over all tasks: the forward passes spent.
@@ -111,6 +113,7 @@ class Problem:
         finetuned: Mapping[str, Evaluation] | None = None,
         is_identity: Callable[[Candidate], bool] = lambda candidate: candidate.scaling_coef == 0,
         workshop: Callable[[], Any] | None = None,
+        trainer: L.Trainer | None = None,
     ) -> None:
         self._evaluate = evaluate
         self.base = base
@@ -121,6 +124,7 @@ class Problem:
         self.finetuned = dict(finetuned or {})
         self.is_identity = is_identity
         self.workshop = workshop
+        self._trainer = trainer
         self.num_scored = 0
         self.tried: dict[Candidate, Scores] = {}
         self.slack: dict[tuple[Candidate, str], float] = {}
@@ -144,6 +148,12 @@ class Problem:
         ranges = {task: window for task, window in ranges.items() if tasks is None or task in tasks}
         self.num_scored += len(candidates) * sum(stop - start for start, stop in ranges.values())
         return self._evaluate(candidates, ranges, seed)
+
+    def once(self, make: Callable[[], Any]) -> Any:
+        """Call a function in the first process alone, and give its value in all."""
+        if self._trainer is None:
+            return make()
+        return self._trainer.strategy.broadcast(make() if self._trainer.is_global_zero else None)
 
     def score(self, candidates: Sequence[Candidate], tasks: Collection[str] | None = None) -> None:
         """Evaluate candidates on all validation examples, so that `choose` can take one of them."""
