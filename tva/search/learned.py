@@ -123,12 +123,12 @@ class Learned(Search):
         loaders = {task: self._loader(tasks[task], shop.trainer, done) for task in tasks}
         # the mean over processes of each one's weighted mean is the mean over the batch
         learner.weights = {task: loader.batch_sampler.weight for task, loader in loaders.items()}
-        several = shop.trainer.world_size > 1
+        on_cpu = shop.trainer.strategy.root_device.type == "cpu"
         trainer = L.Trainer(
-            accelerator="cpu" if shop.trainer.strategy.root_device.type == "cpu" else "auto",
-            devices=shop.trainer.num_devices if several else 1,
+            accelerator="cpu" if on_cpu else "auto",
+            devices=shop.trainer.num_devices if on_cpu else shop.trainer.device_ids,
             num_nodes=shop.trainer.num_nodes,
-            strategy="ddp" if several else "auto",
+            strategy="ddp" if shop.trainer.world_size > 1 else "auto",
             use_distributed_sampler=False,
             precision=shop.trainer.precision,
             max_steps=self.num_steps - done,
