@@ -96,7 +96,7 @@ def test_two_processes_give_what_one_gives(vectors, tmp_path, search, more):  # 
     assert two[0]["baselines"] == one["baselines"]
     assert two[0]["diagnostics"] == one["diagnostics"]
     assert one["sizes"]["a"]["test"] == NUM["a"]
-    written = [open_weights(tmp_path / name / "out/edited.safetensors").fingerprint() for name in ("one", "two")]
+    written = [fingerprint(open_weights(tmp_path / name / "out/edited.safetensors")) for name in ("one", "two")]
     assert written[0] == written[1]
     logs = [(tmp_path / name / "out.evaluations.jsonl").read_text().splitlines() for name in ("one", "two")]
     entries = [[{k: v for k, v in json.loads(line).items() if k != "time"} for line in log] for log in logs]
@@ -189,7 +189,7 @@ def test_the_command_line_edits_with_two_devices(vectors, tmp_path):  # noqa: F8
     assert done.stdout.count("base + scaling_coef") == 1  # one process tells
     report = json.loads((tmp_path / "out/edit.json").read_text())
     assert report["sizes"] == {"a": {"val": 50, "test": 50}}
-    assert report["edited"]["fingerprint"] == open_weights(tmp_path / "out/edited.safetensors").fingerprint().digest
+    assert report["edited"]["fingerprint"] == fingerprint(open_weights(tmp_path / "out/edited.safetensors")).digest
     command += ["--subject_to", '["a/accuracy > base + 2"]', "--output", str(tmp_path / "no")]
     done = subprocess.run(command, env=environment, timeout=200, capture_output=True, text=True)
     assert done.returncode == 1, done.stderr
