@@ -12,12 +12,12 @@ from torchmetrics.classification import MulticlassAccuracy
 
 from tva import TaskVector
 from tva.batches import BatchCache
-from tva.edit import run_edit
+from tva.edit import _metric, run_edit
 from tva.editor import HarnessError
 from tva.geometry import blocks
 from tva.search import Grid, Learned, Race, learned
 from tva.trainer import Trainer
-from tva.validate import evaluate
+from tva.validate import Evaluation, evaluate
 
 
 class Counted(Dataset):
@@ -293,6 +293,15 @@ def test_a_metric_that_the_model_does_not_log_is_computed_from_its_predictions(v
     assert not report.tasks["other"].higher_is_better
     with pytest.raises(ValueError, match="torchmetrics has no multi-class metric 'f2'"):
         edit(vectors, tmp_path, maximize="mean(f2)")
+
+
+def test_a_task_that_nothing_names_is_reported_by_accuracy_or_else_by_the_metric_of_the_others():
+    logged = Evaluation({"loss": 1.0, "perplexity": 2.7}, 10)
+    assert _metric(logged, {"a": ["perplexity"]}, "other") == "perplexity"
+    assert _metric(logged, {"a": ["f1_score"]}, "other") == "loss"
+    assert _metric(logged, {"other": ["loss"], "a": ["perplexity"]}, "other") == "loss"
+    classified = Evaluation({"loss": 1.0, "accuracy": 0.5}, 10)
+    assert _metric(classified, {"a": ["loss"]}, "other") == "accuracy"
 
 
 # --- other coefficients

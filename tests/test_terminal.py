@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -50,6 +51,15 @@ def test_a_terminal_is_not_overrun(report, width):
     assert ("fine-tuned" in head) == (width > 100)
     assert "edited" in head
     assert any(re.match(r"a +target +.*\d%", line) for line in lines)
+
+
+def test_what_is_measured_is_said_where_it_is_not_accuracy_throughout(report):
+    assert "metric" not in next(line for line in printed(report) if line.startswith("task"))
+    tasks = {**report.tasks, "other": replace(report.tasks["other"], metric="loss")}
+    lines = printed(replace(report, tasks=tasks))
+    assert re.match("task +metric +role", next(line for line in lines if line.startswith("task")))
+    assert any(re.match("other +loss +control", line) for line in lines)
+    assert any(re.match("a +accuracy +target", line) for line in lines)
 
 
 def test_the_curve_is_a_line_of_bars_with_the_choice_below():

@@ -245,7 +245,7 @@ def run_edit(
         objective=objective,
         rule=rule,
         confidence=confidence,
-        metrics={task: _metric(before[task], mentioned.get(task)) for task in tasks},
+        metrics={task: _metric(before[task], mentioned, task) for task in tasks},
         split=split,
         joint=joint,
     )
@@ -471,11 +471,12 @@ def _mentioned(objective: Objective | None, constraints: Sequence[Constraint]) -
     return found
 
 
-def _metric(evaluation: Evaluation, mentioned: Sequence[str] | None) -> str:
-    """Choose the metric that is reported: the one that is mentioned, else accuracy, else the first."""
-    if mentioned:
-        return mentioned[0]
-    return next(metric for metric in ("accuracy", *evaluation.metrics) if metric in evaluation.metrics)
+def _metric(evaluation: Evaluation, mentioned: Mapping[str, Sequence[str]], task: str) -> str:
+    """Choose the metric that is reported: what is asked of the task; accuracy; what is asked of others; the first."""
+    if task in mentioned:
+        return mentioned[task][0]
+    others = (metric for metrics in mentioned.values() for metric in metrics)
+    return next(metric for metric in ("accuracy", *others, *evaluation.metrics) if metric in evaluation.metrics)
 
 
 def verdict_on(

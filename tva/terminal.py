@@ -31,6 +31,8 @@ def print_report(report: Any, console: Console | None = None, folder: Path | Non
     left, numbers = ["task", "role", "split", "n"], ["base", "fine-tuned", "edited", "random", "normalized", "of base"]
     if console.width < WIDE:
         left, numbers = ["task", "role"], ["base", "edited"]
+    if any(task.metric != "accuracy" for task in report.tasks.values()):  # which percentages say by themselves
+        left.insert(1, "metric")
     table = Table(box=None, header_style="bold", pad_edge=False)
     for heading in left:
         table.add_column(heading)
@@ -41,6 +43,7 @@ def print_report(report: Any, console: Console | None = None, folder: Path | Non
         scores = {label: _score(score, task.metric) for label, score in task.scores.items()}
         cells = {
             "task": name,
+            "metric": task.metric,
             "role": task.role,
             "split": task.split,
             "n": f"{task.num_examples:,}",
