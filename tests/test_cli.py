@@ -322,6 +322,15 @@ def test_help_needs_no_heavy_import():
     assert "fit" in done.stdout
 
 
+@pytest.mark.parametrize(("command", "own"), [("edit", "--recipe"), ("fit", "--ckpt_path")])
+def test_help_begins_with_the_commands_own_options(command, own, capsys):
+    with pytest.raises(SystemExit):
+        main([command, "--help"])
+    shown = capsys.readouterr().out
+    assert 0 < shown.index(f"\n  {own} ") < shown.index("\n  --model ") < shown.index("\n  --trainer.devices ")
+    assert "<class" not in shown
+
+
 def test_python_dash_m_tva_and_version():
     done = subprocess.run([sys.executable, "-m", "tva", "--version"], capture_output=True, text=True, check=True)
     assert done.stdout.startswith("tva 0.")

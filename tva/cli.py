@@ -326,6 +326,17 @@ def _run(command: str, instead: Callable[..., None] | None = None) -> bool:
         def subcommands() -> dict[str, set[str]]:
             return {"fit": LightningCLI.subcommands()["fit"], "edit": {"model", "datamodule"}}
 
+        def _prepare_subcommand_parser(self, klass: type, subcommand: str, **options: Any) -> Any:
+            """Let help begin with the command's own options; those of the Trainer come last, being so many."""
+            parser = super()._prepare_subcommand_parser(klass, subcommand, **options)
+            groups = parser._action_groups
+            first = groups.index(next(group for group in groups if group.title == "options")) + 1
+            trainer, *middle, own = groups[first:]
+            for group, title in zip((trainer, *middle), ("Lightning's Trainer", "The model", "The data"), strict=False):
+                group.title = title
+            groups[first:] = [own, *middle, trainer]
+            return parser
+
         def edit(self, **options: Any) -> None:
             if instead is not None:
                 instead(trainer=self.trainer, **options)
