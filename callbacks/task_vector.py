@@ -13,6 +13,7 @@ from typing import Any, Literal, get_args
 import lightning as L
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.utilities import rank_zero_info
 from torch.nn.parameter import UninitializedTensorMixin
 from tva.callbacks.averaging import Weights, check_averaging, choose_weights
 from tva.callbacks.base import SNAPSHOT, Base
@@ -268,6 +269,10 @@ class TaskVectorCallback(L.Callback):
         self._previous = None
         if self.push_to is not None and trainer.is_global_zero and not trainer.fast_dev_run:
             self._push()
+        if self._writer.written and trainer.is_global_zero:
+            count, last = len(self._writer.written), list(self._writer.written)[-1]
+            many = f", the last of {count}" if count > 1 else ""
+            rank_zero_info(f"Task vector: {last}{many}, against the base {self._base.path}")
         failures, self._writer.failures = self._writer.failures, []
         if failures and trainer.is_global_zero:
             warnings.warn(f"{len(failures)} things were not done while fitting: {some(failures)}", stacklevel=2)

@@ -37,6 +37,16 @@ def test_a_vector_goes_when_save_top_k_drops_its_checkpoint(tmp_path):
     assert_vector_is_checkpoint_minus_base(tmp_path, "last")
 
 
+def test_the_end_of_a_fit_says_where_the_vectors_are(tmp_path, monkeypatch):
+    said = []
+    monkeypatch.setattr("tva.callbacks.task_vector.rank_zero_info", said.append)
+    fit(tmp_path)
+    (base,) = tmp_path.glob("base-*")
+    assert said == [f"Task vector: {tmp_path}/epoch=1-step=8.tv.safetensors, the last of 2, against the base {base}"]
+    fit(tmp_path / "none", TaskVectorCallback(with_checkpoints=False))
+    assert len(said) == 1
+
+
 def test_resuming_keeps_the_original_base(tmp_path):
     fit(tmp_path / "first", epochs=1)
     fit(tmp_path / "second", epochs=2, ckpt_path=tmp_path / "first/epoch=0-step=4.ckpt")
