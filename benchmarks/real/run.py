@@ -1,6 +1,6 @@
 """Run the benchmark on real images: fine-tune, forget, add, infer, and compare the rules for BatchNorm.
 
-    python benchmarks/real/run.py DATA [--seeds 0 1 2] [--only forget add analogy batchnorm] [--output runs/real]
+    python benchmarks/real/run.py DATA [--seeds 0 1 2] [--only forget confidence …] [--output runs/real]
 
 DATA is the folder with ``images/*.parquet`` and ``unpack.py``. Every step is one ``tva`` command on a configuration
 that is written beside its result, with the seed of training, of the held-out part and of the subsets drawn. What is
@@ -40,6 +40,7 @@ RULES = {  # name -> how it is trained, what the edit does with the statistics
     "trained, delta": ("train", "delta"),
     "trained, re-estimated": ("train", "reestimate"),
 }
+CONFIDENCE = 0.95
 BATCHNORM = ("batchnorm_single", "batchnorm_forget", "batchnorm_add")
 
 
@@ -88,29 +89,33 @@ class Benchmark:
         if not (root / "checkpoints" / "last.tv.safetensors").exists():
             self.run("fit", config, root / "run.yaml")
 
-    def edit(self, name: str, seed: int, rule: str = "folded") -> None:
+    def edit(self, name: str, seed: int, rule: str = "folded", confidence: float | None = None) -> None:
         """Make one edit, unless its report, or the sign that no coefficient was feasible, is there."""
         batch_norm, statistics = RULES[rule]
         config = merged(read("edit/common"), read(f"edit/{name}"))
         config["model"]["init_args"]["batch_norm"] = batch_norm
         config = self.adapt(config, seed, batch_norm) | {"statistics": statistics}
-        folder = self.folder(name, seed, rule)
-        config["output"] = str(folder)
+        folder = self.folder(name, seed, rule, confidence)
+        config |= {"output": str(folder), "confidence": confidence}
+        config["log"] = f"{self.folder(name, seed, rule)}.evaluations.jsonl"  # what needs no second evaluation
         if not (folder / "status").exists():
             status = self.run("edit", config, folder / "run.yaml")
             (folder / "edited.safetensors").unlink(missing_ok=True)  # 19 MB each; `tva edit` makes it again
             (folder / "status").write_text(f"{status}\n")
 
-    def folder(self, name: str, seed: int, rule: str = "folded") -> Path:
+    def folder(self, name: str, seed: int, rule: str = "folded", confidence: float | None = None) -> Path:
         """Folder of an edit."""
+        name = name if confidence is None else f"{name}-confidence={confidence}"
         return self.output / "edits" / "-".join(RULES[rule]) / name / f"seed={seed}"
 
-    def reports(self, name: str, seeds: Sequence[int], rule: str = "folded") -> list[dict[str, Any]]:
+    def reports(
+        self, name: str, seeds: Sequence[int], rule: str = "folded", confidence: float | None = None
+    ) -> list[dict[str, Any]]:
         """Reports of an edit for all seeds that found a feasible coefficient."""
         from tva.page.series import is_feasible
         from tva.report import read_report
 
-        folders = [self.folder(name, seed, rule) for seed in seeds]
+        folders = [self.folder(name, seed, rule, confidence) for seed in seeds]
         return list(filter(is_feasible, (read_report(folder) for folder in folders if (folder / "edit.json").exists())))
 
     def adapt(self, node: Any, seed: int, batch_norm: str) -> Any:
@@ -182,6 +187,12 @@ def run_forget(benchmark: Benchmark, seed: int) -> None:
         benchmark.edit(edit, seed)
 
 
+def run_confidence(benchmark: Benchmark, seed: int) -> None:
+    run_forget(benchmark, seed)
+    for edit in FORGET:
+        benchmark.edit(edit, seed, confidence=CONFIDENCE)
+
+
 def run_add(benchmark: Benchmark, seed: int) -> None:
     for edit in ADD:
         for task in read(f"edit/{edit}")["vectors"]:
@@ -206,6 +217,7 @@ def run_batchnorm(benchmark: Benchmark, seed: int) -> None:
 
 PARTS: dict[str, Callable[[Benchmark, int], None]] = {
     "forget": run_forget,
+    "confidence": run_confidence,
     "add": run_add,
     "analogy": run_analogy,
     "batchnorm": run_batchnorm,
@@ -276,6 +288,35 @@ def forget_table(benchmark: Benchmark, seeds: Sequence[int]) -> Iterator[str]:
     yield from edit_table(benchmark, FORGET, seeds)
 
 
+def confidence_table(benchmark: Benchmark, seeds: Sequence[int]) -> Iterator[str]:
+    yield "### Forgetting, by point estimate and with a stated confidence\n"
+    lines = []
+    for edit in FORGET:
+        for confidence in (None, CONFIDENCE):
+            for seed in seeds:
+                how = "point estimate" if confidence is None else f"confidence {confidence}"
+                start = [f"`-{edit.removeprefix('forget_')}`, seed {seed}", how]
+                found = benchmark.reports(edit, [seed], confidence=confidence)
+                if not found:
+                    lines.append([*start, "no feasible λ", "", "", ""])
+                    continue
+                (report,) = found
+                target = report["tasks"][edit.removeprefix("forget_")]
+                kept = {
+                    c["task"]: c["value"] / report["tasks"][c["task"]]["base"]["value"] for c in report["constraints"]
+                }
+                lines.append(
+                    [
+                        *start,
+                        coefs(found),
+                        f"{target['base']['value']:.3f} → {target['edited']['value']:.3f}",
+                        ", ".join(f"{task} {ratio:.3f}" for task, ratio in kept.items()),
+                        "yes" if report["holds"] else "**no**",
+                    ]
+                )
+    yield from rows(["edit", "constraints hold by", "λ", "target", "controls, of base", "gate passed"], lines)
+
+
 def add_table(benchmark: Benchmark, seeds: Sequence[int]) -> Iterator[str]:
     yield "### Addition\n"
     yield from edit_table(benchmark, ADD, seeds)
@@ -321,6 +362,7 @@ def batchnorm_table(benchmark: Benchmark, seeds: Sequence[int]) -> Iterator[str]
 
 TABLES: dict[str, Callable[[Benchmark, Sequence[int]], Iterator[str]]] = {
     "forget": forget_table,
+    "confidence": confidence_table,
     "add": add_table,
     "analogy": analogy_table,
     "batchnorm": batchnorm_table,
