@@ -12,6 +12,7 @@ from tva.cli import main
 from tva.compose import compose
 from tva.edit import run_edit
 from tva.record import Record
+from tva.revert import revert
 from tva.verify import verify
 from tva.weights import HashedWeights, fingerprint, read_metadata
 
@@ -280,6 +281,15 @@ def test_what_edit_wrote_is_verified_too(trained, capsys, statistics, base):
     replace("edited/edited.safetensors", lambda weights: weights["norm.running_mean"].add_(1))
     assert run(*words) == 1
     assert "changed after the edit" in capsys.readouterr().out
+
+
+def test_the_base_that_lies_beside_a_vector_needs_no_naming(trained, capsys):
+    base = open_weights("base.safetensors")
+    save_weights(dict(base), f"base-{fingerprint(base).digest}.safetensors")  # as TaskVectorCallback writes it
+    edit(vectors={"a": "a.safetensors"}, recipe="a")
+    assert run("verify", "edited") == 0
+    with pytest.raises(FileNotFoundError, match=r"the base itself is still at base-[0-9a-f]{32}.*: copy it"):
+        revert("edited", output="again.safetensors")
 
 
 def test_an_edit_with_learned_coefficients_says_that_it_cannot_be_computed_again(trained):

@@ -8,7 +8,7 @@ import platform
 import shlex
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
@@ -354,13 +354,13 @@ def _record(
     """Make the record that `tva.verify` reads; the vectors' files are read once more for their fingerprints."""
     opened = _in_memory(base_weights)
     sources = {name: Source(name, vectors[name], opened, allow_other_base) for name in recipe.vectors}
-    coefs = dict(state.coefs)
+    coefs, digest = dict(state.coefs), fingerprint(base_weights).digest
     return Record(
         recipe=state.recipe,
         coefs={name: coefs[name] for name in recipe.coefs},
         scaling_coef=state.scaling_coef,
         dtype="",
-        base=base or "",
+        base=base or _base_beside(vectors.values(), digest),
         vectors={name: vectors[name] for name in recipe.vectors},
         options={
             "allow_other_base": allow_other_base,
@@ -370,9 +370,15 @@ def _record(
         },
         vector_fingerprints={name: source.weights.fingerprint().digest for name, source in sources.items()},
         file_fingerprints={path: file.fingerprint().digest for path, file in recipe.files.items()},
-        base_fingerprint=fingerprint(base_weights).digest,
+        base_fingerprint=digest,
         edited_fingerprint=fingerprint(edited).digest,
     )
+
+
+def _base_beside(vectors: Iterable[str], digest: str) -> str:
+    """Find the base that TaskVectorCallback wrote beside a vector, by its name; empty if there is none."""
+    places = [Path(path).parent / f"base-{digest}.safetensors" for path in vectors]
+    return next((str(place) for place in places if place.is_file()), "")
 
 
 def open_editor(

@@ -155,7 +155,7 @@ def _without_undo(edited: str, weights: HashedWeights, path: Path) -> str:
         where = f"at {record.base}, where it was, " + ("is nothing" if found is None else f"is another one, {found}")
     return (
         f"{text}Give it by --undo if it has moved. Without it the base {record.base_fingerprint} cannot be restored "
-        f"from {edited}; {where}. An undo file is written by tva compose … --keep_undo."
+        f"from {edited}; {where}. tva compose and tva edit write one with --keep_undo."
     )
 
 
