@@ -62,6 +62,11 @@ def test_what_is_measured_is_said_where_it_is_not_accuracy_throughout(report):
     assert any(re.match("a +accuracy +target", line) for line in lines)
 
 
+def test_an_edit_without_a_constraint_is_not_said_to_hold(report):
+    assert any(line.startswith("holds: all constraints hold") for line in printed(report))
+    assert "not checked: no constraint was set" in printed(replace(report, constraints=[]))
+
+
 def test_the_curve_is_a_line_of_bars_with_the_choice_below():
     def entry(coef, task, value):
         return {

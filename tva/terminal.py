@@ -63,8 +63,9 @@ def print_report(report: Any, console: Console | None = None, folder: Path | Non
         console.print(line, highlight=False, markup=False)
     for title, found in (*report.baselines.items(), *report.diagnostics.items()):
         _print_extra(console, title, found)
-    style = "bold green" if report.holds else "bold red"
-    console.print(f"[{style}]{'holds' if report.holds else 'refused'}[/]: {report.verdict}", highlight=False)
+    checked = ("bold green", "holds") if report.constraints else ("bold blue", "not checked")
+    style, word = checked if report.holds else ("bold red", "refused")
+    console.print(f"[{style}]{word}[/]: {report.verdict}", highlight=False)
     if folder is not None:
         console.print(f"{folder / PAGE} shows all of it", highlight=False)
 
