@@ -67,11 +67,53 @@ def test_workers_read_the_epoch_and_never_set_it(parquet, monkeypatch):
     assert len(everything(loader)[0]) == 34
 
 
-def test_ranks_share_a_stream_without_overlap(parquet):
-    alone = everything(stream(parquet, val_size=4).train_dataloader())[0]
-    parts = [everything(stream(parquet, rank, 2, val_size=4).train_dataloader())[0] for rank in (0, 1)]
-    assert [len(part) for part in parts] == [18, 18]
-    assert as_set([*parts[0], *parts[1]]) == as_set(alone)
+@pytest.fixture
+def folder(tmp_path):
+    """Several files a split, which streams are tempted to share out."""
+    (tmp_path / "many").mkdir()
+    for split, count in (("train", 46), ("test", 13)):
+        for index in range(4):
+            table(count, seed=index).shard(4, index).to_parquet(tmp_path / "many" / f"{split}-{index}-of-4.parquet")
+    return str(tmp_path / "many")
+
+
+@pytest.mark.parametrize(("ranks", "num_workers"), [(2, 0), pytest.param(2, 2, marks=pytest.mark.slow), (3, 0)])
+def test_ranks_and_workers_take_together_what_one_process_takes(folder, ranks, num_workers):
+    def steps(part, ranks, num_workers, epoch=1):
+        loaders = []
+        for rank in range(ranks):
+            task = stream(folder, rank, ranks, val_size=7, batch_size=6 // ranks, num_workers=num_workers)
+            loaders.append(getattr(task, f"{part}_dataloader")())
+            if part == "train":
+                loaders[-1].sampler.set_epoch(epoch)
+        found = [[as_set(images) for images, _ in loader] for loader in loaders]
+        longest = max(map(len, found))
+        padded = [batches + [[]] * (longest - len(batches)) for batches in found]
+        return [sorted(image for batch in step for image in batch) for step in zip(*padded, strict=True)], found
+
+    for part in ("val", "test"):
+        assert steps(part, ranks, num_workers)[0] == steps(part, 1, 0)[0]
+    alone, _ = steps("train", 1, 0)
+    shared, found = steps("train", ranks, num_workers)
+    assert len({tuple(map(len, batches)) for batches in found}) == 1  # else a rank would wait for one that has ended
+    assert shared[:-1] == alone[:-1]
+    assert set(shared[-1]) <= set(alone[-1])
+    assert len(shared[-1]) == 39 % 6 // ranks * ranks
+
+
+def test_what_is_held_out_of_a_stream_is_never_trained_on(folder):
+    held = as_set(everything(stream(folder, val_size=7).val_dataloader())[0])
+    for rank in range(2):
+        task = stream(folder, rank, 2, val_size=7)
+        trained = as_set(everything(task.train_dataloader())[0])
+        assert len(held) == 7
+        assert not set(held) & set(trained)
+
+
+def test_heads_are_made_of_all_training_examples_on_every_rank(folder):
+    seen = [everything(stream(folder, rank, 2).prototype_dataloader())[0] for rank in (0, 1)]
+    assert len(seen[0]) == 40
+    assert seen[0].equal(seen[1])
 
 
 def test_streams_keep_the_named_rows_and_limits(parquet):
@@ -109,7 +151,7 @@ def test_mistakes_with_streams_say_what_to_do(parquet, options, message):
 
 
 def test_what_cannot_be_streamed_is_refused(parquet):
-    with pytest.raises(ValueError, match="takes a hub set's name, a mapping from split to file"):
+    with pytest.raises(ValueError, match="takes a hub set's name, a folder, a mapping from split to file"):
         stream("builtin:digits")
     with pytest.raises(ValueError, match="must be there and of one format"):
         stream({"train": "a.npz"})

@@ -1,6 +1,7 @@
 """TextTask and LanguageTask: tokens of the model's own tokenizer, splits, blocks, order, and a newcomer's mistakes."""
 
 import gzip
+from itertools import zip_longest
 from types import SimpleNamespace
 
 import datasets
@@ -175,7 +176,108 @@ def test_sequence_to_sequence_models_get_prompt_and_answer_apart(parquet, tmp_pa
     assert (len(first), len(second)) == (8, 8)
 
 
+# --- streams
+
+
+@pytest.fixture
+def shards(tmp_path):
+    """Several files a split."""
+    (tmp_path / "shards").mkdir()
+    for split, count, seed in (("train", 90, 0), ("test", 26, 1)):
+        table = datasets.Dataset.from_dict(reviews(count, seed))
+        for index in range(3):
+            table.shard(3, index).to_parquet(tmp_path / "shards" / f"{split}-{index}-of-3.parquet")
+    return str(tmp_path / "shards")
+
+
+KINDS = [
+    (lambda path, **o: TextTask(path, class_names=["negative", "positive"], **o), "bert"),
+    (lambda path, **o: LanguageTask(path, block_length=16, **o), "causal"),
+    (lambda path, **o: LanguageTask(path, prompt_column="text", target_column="text", **o), "causal"),
+    (lambda path, **o: LanguageTask(path, prompt_column="text", target_column="text", **o), "seq2seq"),
+]
+
+
+def examples_of(batches):
+    """Give every example of batches without its padding."""
+    pairs = []
+    for batch in batches:
+        left, right = batch.values() if isinstance(batch, dict) else batch
+        for tokens, wanted in zip(left, right, strict=True):
+            pairs.append((tuple(tokens[tokens >= 0].tolist()), tuple(wanted[wanted != -100].reshape(-1).tolist())))
+    return pairs
+
+
+@pytest.mark.parametrize(("make", "kind"), KINDS, ids=["classes", "blocks", "causal", "seq2seq"])
+def test_a_stream_of_texts_gives_the_examples_of_the_table(shards, make, kind):
+    indexed = ready(make(shards, val_split="train"), kind)
+    streamed = ready(make(shards, streaming=True, val_size=5, limit_train=20), kind, max_steps=1)
+    train = examples_of(indexed.val_dataloader())
+    assert examples_of(streamed.test_dataloader()) == examples_of(indexed.test_dataloader())
+    assert examples_of(streamed.val_dataloader()) == train[:5]
+    trained = examples_of(streamed.train_dataloader())
+    assert len(trained) == 20
+    if make is not KINDS[1][0]:
+        assert examples_of(streamed.prototype_dataloader()) == train[5:25]
+
+
+def test_running_text_of_a_stream_leaves_out_the_rows_that_are_held_out(shards):
+    task = ready(LanguageTask(shards, block_length=16, streaming=True, val_size=1), "causal", max_steps=1)
+    tokenizer, texts = make_tokenizer(kind="causal"), reviews(90, 0)["text"]
+    rest = [token for text in texts for token in [*tokenizer(text)["input_ids"], 6]]
+    blocks = [block for block, _ in examples_of(task.prototype_dataloader())]
+    ordered = [token for block in blocks for token in block]
+    starts = [at for at in range(len(rest)) if rest[at : at + len(ordered)] == ordered]
+    assert starts
+    assert starts[0] >= 16
+
+
+@pytest.mark.parametrize("num_workers", [0, pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(("make", "kind"), KINDS[:3], ids=["classes", "blocks", "causal"])
+def test_ranks_and_workers_stream_together_what_one_process_streams(shards, make, kind, num_workers):
+    def steps(part, ranks, num_workers, epoch=1):
+        found = []
+        for rank in range(ranks):
+            task = make(shards, streaming=True, val_size=5, batch_size=8 // ranks, num_workers=num_workers)
+            ready(task, kind, max_steps=1, world_size=ranks, global_rank=rank)
+            loader = getattr(task, f"{part}_dataloader")()
+            if part == "train":
+                loader.sampler.set_epoch(epoch)
+            else:  # another epoch would take the files in another order, and limits other examples
+                assert not hasattr(loader.sampler, "set_epoch")
+            found.append([examples_of([batch]) for batch in loader])
+        return [sorted(pair for batch in step for pair in batch) for step in zip_longest(*found, fillvalue=[])]
+
+    for part in ("train", "val", "test"):
+        alone, shared = steps(part, 1, 0), steps(part, 2, num_workers)
+        full = sum(map(len, alone)) // 8 if part == "train" else len(alone)  # ranks have equally many to train on
+        assert shared[:full] == alone[:full]
+    assert steps("train", 1, num_workers) == steps("train", 1, 0) != steps("train", 1, 0, epoch=2)
+
+
 # --- mistakes
+
+
+def test_mistakes_with_streams_of_text(shards, tmp_path):
+    classes = {"class_names": ["negative", "positive"], "streaming": True}
+    with pytest.raises(ValueError, match="no tenth can be held out. Set val_split, or val_size"):
+        ready(TextTask(shards, **classes))
+    with pytest.raises(ValueError, match="streamed labels in 'label' have no class names; pass class_names"):
+        ready(TextTask(shards, streaming=True, val_size=5))
+    with pytest.raises(ValueError, match="no column 'review'; its columns are 'text', 'label'"):
+        ready(TextTask(shards, text_column="review", **classes))
+    with pytest.raises(ValueError, match="where names the column 'stars', not one of 'text', 'label'"):
+        ready(TextTask(shards, where={"stars": 1}, val_size=5, **classes))
+    with pytest.raises(ValueError, match="training needs trainer.max_steps"):
+        ready(TextTask(shards, val_size=5, **classes), max_steps=-1)
+    with pytest.raises(ValueError, match="column 'label' must hold texts; a row holds 0. Set text_column"):
+        list(ready(TextTask(shards, text_column="label", val_size=5, **classes)).test_dataloader())
+    with pytest.raises(ValueError, match=r"labels must lie in 0 … 0; found 1. Give one class name for each class"):
+        list(ready(TextTask(shards, class_names=["bad"], streaming=True, val_size=5)).test_dataloader())
+    with pytest.raises(ValueError, match="999 examples are to be held out, and the training split has"):
+        ready(LanguageTask(shards, block_length=16, streaming=True, val_size=999), "causal")
+    with pytest.raises(ValueError, match="Files to stream must be there and of one format"):
+        ready(LanguageTask(write_running_text(tmp_path), streaming=True, val_size=5), "causal")
 
 
 @pytest.mark.parametrize(

@@ -12,8 +12,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from tva.data.cache import Decoder, SampleCache
 from tva.data.presets import find_preset
-from tva.data.sources import load_splits
-from tva.data.streaming import Stream, make_streams
+from tva.data.streaming import make_streams
 from tva.data.task import LabeledTask
 from tva.memory import parse_bytes
 
@@ -34,32 +33,17 @@ class ImageTask(LabeledTask):
             Environment variables (``$DATA``) are filled in. Relative paths start at the working directory.
         name: Name in log keys and reports; by default the last part of ``path``.
         config: Configuration of a hub data set, such as ``plain_text``.
-        revision: Revision of a hub data set, so that the data cannot change under you.
         image_column: Column that holds the images.
         label_column: Column that holds the labels: class indices, or class names.
         class_names: Names in the order of the labels, or the name of a preset to take them from; by default the data
             set's own.
         templates: Prompts in which ``{}`` stands for the class name, or the name of a preset; by default a built-in
             set's own, else ``a photo of a {}.``
-        train_split: Split to train on.
-        val_split: Split to choose on. By default a part of the training split is held out: min(10 %, 5,000) examples,
-            the paper's rule.
-        val_size: Hold out so many training examples instead, where there is no ``val_split``.
-        test_split: Split to report on.
-        where: Keep the rows whose column holds one of the given values, such as
-            ``{style: [sketch], label: [cat, dog]}``.
         prototype_where: As ``where``, instead of it, for the training examples that class-mean heads are taken from.
-        batch_size: Examples a batch.
-        num_workers: Processes that decode; 0 decodes in this one.
-        seed: Of the held-out part, so that it is the same in every run; also of the order of training where the run has
-            no seed (``seed_everything``).
-        limit_train: Train on so many examples at most, the first of a seeded shuffle.
-        limit_val: Validate on so many at most, likewise.
-        limit_test: Test on so many at most, likewise.
+        batch_size: Examples a batch, on each rank.
         local: For a preset, where a copy of the data lies instead of the hub: anything that ``path`` may be.
         cache: What decoded examples may take on this machine, such as ``500MiB``; the rest is decoded each time.
-        streaming: Read from beginning to end without an index, for sets too large for the disk: a hub set, or local
-            parquet, arrow, csv or json files. Needs ``val_split`` or ``val_size``, and ``trainer.max_steps``.
+        **options: Those of `tva.data.task.Task`.
 
     Raises:
         FileNotFoundError: A local file is not there.
@@ -79,26 +63,15 @@ class ImageTask(LabeledTask):
         path: str | dict[str, str],
         name: str | None = None,
         config: str | None = None,
-        revision: str | None = None,
         image_column: str = "image",
         label_column: str = "label",
         class_names: list[str] | str | None = None,
         templates: list[str] | str | None = None,
-        train_split: str = "train",
-        val_split: str | None = None,
-        val_size: int | None = None,
-        test_split: str = "test",
-        where: dict[str, Any] | None = None,
         prototype_where: dict[str, Any] | None = None,
         batch_size: int = 128,
-        num_workers: int = 0,
-        seed: int = 0,
-        limit_train: int | None = None,
-        limit_val: int | None = None,
-        limit_test: int | None = None,
         local: str | dict[str, str] | None = None,
         cache: str = "2GiB",
-        streaming: bool = False,
+        **options: Any,
     ) -> None:
         preset = None
         if isinstance(path, str) and path.startswith("preset:"):
@@ -113,19 +86,7 @@ class ImageTask(LabeledTask):
             class_names = find_preset(class_names).name_classes([], class_names)
         if isinstance(templates, str):
             templates = find_preset(templates).templates
-        super().__init__(
-            path=path,
-            name=name,
-            config=config,
-            revision=revision,
-            splits={"train": train_split, "val": val_split, "test": test_split},
-            val_size=val_size,
-            where=where,
-            batch_size=batch_size,
-            num_workers=num_workers,
-            seed=seed,
-            limits={"train": limit_train, "val": limit_val, "test": limit_test},
-        )
+        super().__init__(path, name=name, config=config, batch_size=batch_size, **options)
         self.preset = preset
         self.image_column = image_column
         self.label_column = label_column
@@ -133,7 +94,6 @@ class ImageTask(LabeledTask):
         self.templates = list(templates) if templates is not None else _default_templates(self.path)
         self.prototype_where = None if prototype_where is None else dict(prototype_where)
         self._cache_bytes_left = parse_bytes(cache)
-        self.streaming = streaming
 
     # --- splits
 
@@ -144,23 +104,28 @@ class ImageTask(LabeledTask):
                 "ImageTask needs a model that says how images reach it: its image_transform takes a PIL image and "
                 f"gives a tensor, and {type(getattr(self.trainer, 'lightning_module', None)).__name__} has none."
             )
-        if self.streaming and stage == "fit" and getattr(self.trainer, "max_steps", None) == -1:
-            raise ValueError(f"{self.name}: a stream's length is unknown, so training needs trainer.max_steps. Set it.")
+        self._check_streaming(stage)
         if not self._examples:
             self._examples = self._load(transform)
         for examples in self._examples.values():
-            examples.set_transform(transform)
+            (examples.finish if self.streaming else examples).set_transform(transform)
 
     def _load(self, transform: Callable[[Any], Tensor]) -> dict[str, Any]:
         if self.streaming:
-            return make_streams(self, self._load_splits(), transform)
+            if self.prototype_where is not None:
+                raise ValueError(
+                    f"{self.name}: prototype_where picks rows by number, which a stream has not. Leave one out."
+                )
+            return make_streams(self, self._stream_tables(), ImageRow(self, transform))
         return {
             part: Examples(table[self.image_column], self._read_labels(table), transform)
             for part, table in self._select().items()
         }
 
     def _load_splits(self) -> Mapping[str, Any]:
-        splits = load_splits(self.path, self.config, self.revision, self.folder_format, self.streaming)
+        splits = super()._load_splits()
+        if self.streaming:  # who reads an image need not decode it
+            splits = {split: table.decode(False) if table.features else table for split, table in splits.items()}
         return splits if self.preset is None else self.preset.standardize(splits)
 
     def _choose_rows(self, tables: dict[str, Any]) -> dict[str, np.ndarray]:
@@ -178,18 +143,13 @@ class ImageTask(LabeledTask):
             return self.preset.name_classes(own, self.name)
         return super()._default_class_names(own, labels)
 
+    def _stream_class_names(self, own: list[str]) -> list[str]:
+        return super()._stream_class_names(own) if self.preset is None else self.preset.name_classes(own, self.name)
+
     def _loader(self, part: str, shuffle: bool = False) -> DataLoader:
         examples, trainer = self._examples[part], self.trainer
-        if isinstance(examples, Stream):
-            loader = DataLoader(
-                examples,
-                batch_size=self.batch_size,
-                num_workers=self.num_workers,
-                persistent_workers=self.num_workers > 0,
-                pin_memory=torch.cuda.is_available(),
-            )
-            loader.sampler.set_epoch = examples.set_epoch  # Lightning tells samplers the epoch, and no data set
-            return loader
+        if self.streaming:
+            return super()._loader(part, shuffle)
         # Here and not in a worker, so that all share one file; ranks on one machine share the budget.
         used = examples.open_cache(self._cache_bytes_left // getattr(trainer, "num_devices", 1))
         self._cache_bytes_left -= used * getattr(trainer, "num_devices", 1)
@@ -244,6 +204,32 @@ class Examples(Dataset):
         else:
             kept = self.cache.take(indices, self._decode)
         return list(zip(self.decoder.finish(kept), self.labels[torch.as_tensor(indices)], strict=True))
+
+
+class ImageRow:
+    """Makes an example of a row of a stream.
+
+    Args:
+        task: Says which columns, and what the classes are.
+        transform: From a PIL image to a tensor.
+    """
+
+    def __init__(self, task: ImageTask, transform: Callable[[Any], Tensor]) -> None:
+        self.columns = task.image_column, task.label_column
+        self.class_index = task.label_reader()
+        self.set_transform(transform)
+
+    def set_transform(self, transform: Callable[[Any], Tensor]) -> None:
+        """Change the transform."""
+        self.transform = transform
+
+    def __call__(self, row: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
+        import datasets
+
+        image, label = (row[column] for column in self.columns)
+        if isinstance(image, dict):
+            image = datasets.Image().decode_example(image)
+        return self.transform(image.convert("RGB")), torch.tensor(self.class_index(label))
 
 
 def _default_templates(path: str | Mapping[str, str]) -> list[str]:

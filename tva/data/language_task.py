@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -11,8 +13,9 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset
 
+from tva.data.streaming import make_streams
 from tva.data.task import Task
-from tva.data.text_task import PADDING, texts_of, tokenize, tokenizer_of
+from tva.data.text_task import PADDING, TextReader, texts_of, tokenize, tokenizer_of
 
 IGNORED = -100  # a target that no loss is taken of; what torch's cross-entropy leaves out by default
 
@@ -35,27 +38,13 @@ class LanguageTask(Task):
             ``{split}`` stands for the split's name; a folder of the latter or one written by ``save_to_disk``; a
             mapping from split to file; or the name of a data set on the Hugging Face hub. Environment variables
             (``$DATA``) are filled in.
-        name: Name in log keys and reports; by default the last part of ``path``.
-        config: Configuration of a hub data set, such as ``wikitext-103-raw-v1``.
-        revision: Revision of a hub data set, so that the data cannot change under you.
         text_column: Column that holds running text; unused where there are prompts.
         prompt_column: Column that holds prompts; together with ``target_column``.
         target_column: Column that holds what should follow: texts, or class indices of a set that names its classes.
         prompt: What a prompt is put into, in the place of ``{}``, such as ``"review: {} sentiment:"``.
         block_length: Tokens of a block. With prompts, tokens at most of a prompt with its target (causal: the prompt's
             beginning is cut off) or of each of the two (sequence to sequence: their ends are).
-        train_split: Split to train on.
-        val_split: Split to choose on. By default a part of the training split is held out: min(10 %, 5,000) examples,
-            the paper's rule.
-        val_size: Hold out so many training examples instead, where there is no ``val_split``.
-        test_split: Split to report on.
-        where: Keep the rows whose column holds one of the given values, such as ``{label: [toxic]}``.
-        batch_size: Examples a batch, on each rank.
-        num_workers: Processes that make batches.
-        seed: Of the held-out part, so that it is the same in every run.
-        limit_train: Train on so many examples (blocks) at most, the first of a seeded shuffle.
-        limit_val: Validate on so many at most, likewise.
-        limit_test: Test on so many at most, likewise.
+        **options: Those of `tva.data.task.Task`; limits count blocks, where text is cut into them.
 
     Raises:
         FileNotFoundError: A local file is not there.
@@ -65,39 +54,14 @@ class LanguageTask(Task):
     def __init__(
         self,
         path: str | dict[str, str],
-        name: str | None = None,
-        config: str | None = None,
-        revision: str | None = None,
         text_column: str = "text",
         prompt_column: str | None = None,
         target_column: str | None = None,
         prompt: str = "{}",
         block_length: int = 256,
-        train_split: str = "train",
-        val_split: str | None = None,
-        val_size: int | None = None,
-        test_split: str = "test",
-        where: dict[str, Any] | None = None,
-        batch_size: int = 32,
-        num_workers: int = 0,
-        seed: int = 0,
-        limit_train: int | None = None,
-        limit_val: int | None = None,
-        limit_test: int | None = None,
+        **options: Any,
     ) -> None:
-        super().__init__(
-            path=path,
-            name=name,
-            config=config,
-            revision=revision,
-            splits={"train": train_split, "val": val_split, "test": test_split},
-            val_size=val_size,
-            where=where,
-            batch_size=batch_size,
-            num_workers=num_workers,
-            seed=seed,
-            limits={"train": limit_train, "val": limit_val, "test": limit_test},
-        )
+        super().__init__(path, **options)
         if (prompt_column is None) != (target_column is None):
             raise ValueError(
                 f"prompt_column and target_column go together; found {prompt_column!r} and {target_column!r}. Give "
@@ -115,17 +79,28 @@ class LanguageTask(Task):
 
     def setup(self, stage: str | None = None) -> None:
         tokenizer = tokenizer_of(self, self.block_length)
+        self._check_streaming(stage)
         split_in_two = bool(getattr(self.trainer.lightning_module, "encoder_decoder", False))
         if self._made_for == (tokenizer, split_in_two):
             return
         if self.prompt_column is None:
-            blocks = self._blocks(tokenizer)
-            self._examples = {part: Blocks(rows, split_in_two) for part, rows in blocks.items()}
+            self._examples = self._running_text(tokenizer, split_in_two)
         else:
-            self._examples = {
-                part: self._pairs(table, tokenizer, split_in_two) for part, table in self._select().items()
-            }
+            self._examples = self._prompts(tokenizer, split_in_two)
         self._made_for = tokenizer, split_in_two
+
+    def _running_text(self, tokenizer: Any, split_in_two: bool) -> dict[str, Any]:
+        if self.streaming:
+            finish = functools.partial(block_example, split_in_two=split_in_two)
+            return make_streams(self, self._stream_tables(), finish, BlockCutter(self, tokenizer))
+        return {part: Blocks(rows, split_in_two) for part, rows in self._blocks(tokenizer).items()}
+
+    def _prompts(self, tokenizer: Any, split_in_two: bool) -> dict[str, Any]:
+        if self.streaming:
+            tables = self._stream_tables()
+            names = self._value_names(tables["train"], self.target_column or "")
+            return make_streams(self, tables, PairMaker(self, tokenizer, split_in_two, names))
+        return {part: self._pairs(table, tokenizer, split_in_two) for part, table in self._select().items()}
 
     def _blocks(self, tokenizer: Any) -> dict[str, np.ndarray]:
         tables, cut = self._tables(self._load_splits()), {}
@@ -144,7 +119,7 @@ class LanguageTask(Task):
         return {part: cut.get(part, cut["train"])[self._limit(part, indices)] for part, indices in rows.items()}
 
     def _pairs(self, table: Any, tokenizer: Any, split_in_two: bool) -> Pairs:
-        prompts = [self.prompt.replace("{}", text) for text in texts_of(self, table, "prompt_column")]
+        prompts = texts_of(self, table, "prompt_column")
         names = self._value_names(table, self.target_column or "")
         if names:
             answers = [names[label] for label in table[self.target_column]]
@@ -156,19 +131,7 @@ class LanguageTask(Task):
                 f"{self.name}: a target must hold text; {len(empty)} of {len(answers)} are empty, the first in row "
                 f"{empty[0]}. Leave those rows out."
             )
-        if split_in_two:
-            tokens = tokenize(tokenizer, prompts, self.block_length)
-            return Pairs(tokens, tokenize(tokenizer, answers, self.block_length))
-        starts = tokenize(tokenizer, prompts)
-        starts = [ids[:-1] if len(ids) and ids[-1] == tokenizer.eos_token_id else ids for ids in starts]
-        ends = [ended(ids, tokenizer) for ids in tokenize(tokenizer, answers, special=False)]
-        tokens, targets = [], []
-        for start, end in zip(starts, ends, strict=True):
-            end = end[: self.block_length - 1]
-            start = start[max(0, len(start) + len(end) - self.block_length) :]
-            tokens.append(np.concatenate([start, end]))
-            targets.append(np.concatenate([np.full(len(start), IGNORED, np.int32), end]))
-        return Pairs(tokens, targets)
+        return PairMaker(self, tokenizer, split_in_two, names).make(prompts, answers)
 
     @staticmethod
     def collate(examples: Sequence[tuple[Tensor, Tensor]]) -> dict[str, Tensor]:
@@ -196,9 +159,76 @@ class Blocks(Dataset):
         return len(self.blocks)
 
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
-        block = torch.from_numpy(self.blocks[index]).long()
-        middle = len(block) // 2
-        return (block[:middle], block[middle:]) if self.split_in_two else (block, block)
+        return block_example(self.blocks[index], self.split_in_two)
+
+
+def block_example(ids: np.ndarray, split_in_two: bool) -> tuple[Tensor, Tensor]:
+    """Make an example of a block of token ids."""
+    block = torch.from_numpy(ids).long()
+    middle = len(block) // 2
+    return (block[:middle], block[middle:]) if split_in_two else (block, block)
+
+
+class BlockCutter:
+    """Cuts blocks out of the texts of a stream's rows; what fills none at the end is left out.
+
+    Args:
+        task: Says which column, and how long a block is.
+        tokenizer: The model's.
+    """
+
+    def __init__(self, task: LanguageTask, tokenizer: Any) -> None:
+        self.text, self.length, self.tokenizer = TextReader(task, "text_column"), task.block_length, tokenizer
+
+    def __call__(self, rows: Iterable[Mapping[str, Any]], at_once: int) -> Iterator[np.ndarray]:
+        rows, left = iter(rows), np.zeros(0, np.int32)
+        while texts := [self.text(row) for row in islice(rows, at_once)]:
+            left = np.concatenate([left, *(ended(ids, self.tokenizer) for ids in tokenize(self.tokenizer, texts))])
+            whole = len(left) // self.length * self.length
+            yield from left[:whole].reshape(-1, self.length)
+            left = left[whole:]
+
+
+class PairMaker:
+    """Makes tokens and targets of prompts and answers.
+
+    Args:
+        task: Says which columns, what prompts are put into, and how long they may be.
+        tokenizer: The model's.
+        split_in_two: Whether the model takes prompt and answer apart.
+        names: Of the answers, where the target column holds class indices.
+    """
+
+    def __init__(
+        self, task: LanguageTask, tokenizer: Any, split_in_two: bool, names: Sequence[str] | None = None
+    ) -> None:
+        self.task, self.prompt, self.block_length = task.name, task.prompt, task.block_length
+        self.prompt_of, self.target_of = TextReader(task, "prompt_column"), TextReader(task, "target_column")
+        self.tokenizer, self.split_in_two, self.names = tokenizer, split_in_two, names
+
+    def __call__(self, row: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
+        """Make an example of a row of a stream."""
+        answer = self.names[row[self.target_of.column]] if self.names else self.target_of(row)
+        if not answer.strip():
+            raise ValueError(f"{self.task}: a target must hold text, and one is empty. Leave such rows out.")
+        return self.make([self.prompt_of(row)], [answer])[0]
+
+    def make(self, prompts: Sequence[str], answers: Sequence[str]) -> Pairs:
+        """Make examples of as many prompts as answers."""
+        prompts = [self.prompt.replace("{}", text) for text in prompts]
+        tokenizer, longest = self.tokenizer, self.block_length
+        if self.split_in_two:
+            return Pairs(tokenize(tokenizer, prompts, longest), tokenize(tokenizer, list(answers), longest))
+        starts = tokenize(tokenizer, prompts)
+        starts = [ids[:-1] if len(ids) and ids[-1] == tokenizer.eos_token_id else ids for ids in starts]
+        ends = [ended(ids, tokenizer) for ids in tokenize(tokenizer, list(answers), special=False)]
+        tokens, targets = [], []
+        for start, end in zip(starts, ends, strict=True):
+            end = end[: longest - 1]
+            start = start[max(0, len(start) + len(end) - longest) :]
+            tokens.append(np.concatenate([start, end]))
+            targets.append(np.concatenate([np.full(len(start), IGNORED, np.int32), end]))
+        return Pairs(tokens, targets)
 
 
 class Pairs(Dataset):

@@ -53,7 +53,7 @@ def load_splits(
         Split names to `datasets.Dataset`, or to `datasets.IterableDataset` where they are streamed.
     """
     if streaming:
-        return _streamed(path, config, revision)
+        return _streamed(path, config, revision, folder)
     if isinstance(path, str) and path.startswith("builtin:"):
         return _builtin(path.removeprefix("builtin:"))
     import datasets
@@ -69,16 +69,7 @@ def load_splits(
     if isinstance(path, str):
         local = Path(path)
         if local.is_dir():
-            if (local / "dataset_dict.json").exists():
-                return datasets.load_from_disk(path)
-            kinds = {_FORMATS.get(file.suffix) for file in local.iterdir()} - {None}
-            kind = kinds.pop() if len(kinds) == 1 else folder
-            if kind is None:
-                raise ValueError(
-                    f"The folder {path} must hold files of one format, one of {', '.join(_FORMATS)}, or be one that "
-                    f"save_to_disk wrote; name the file instead."
-                )
-            return datasets.load_dataset(kind, data_dir=path)
+            return _read_folder(local, folder, streaming=False)
         if not local.suffix and not local.is_absolute() and not path.startswith("."):
             return datasets.load_dataset(path, name=config, revision=revision)  # the hub
         if local.suffix == ".npz" and local.exists():
@@ -102,8 +93,29 @@ def load_splits(
     return datasets.load_dataset(_FORMATS[suffix], data_files={split: str(file) for split, file in files.items()})
 
 
-def _streamed(path: str | Mapping[str, str], config: str | None, revision: str | None) -> Mapping[str, Any]:
+def _read_folder(path: Path, folder: str | None, streaming: bool) -> Mapping[str, Any]:
     import datasets
+
+    if (path / "dataset_dict.json").exists():
+        tables = datasets.load_from_disk(path)
+        return {split: table.to_iterable_dataset() for split, table in tables.items()} if streaming else tables
+    kinds = {_FORMATS.get(file.suffix) for file in path.iterdir()} - {None}
+    kind = kinds.pop() if len(kinds) == 1 else folder
+    if kind is None:
+        raise ValueError(
+            f"The folder {path} must hold files of one format, one of {', '.join(_FORMATS)}, or be one that "
+            f"save_to_disk wrote; name the file instead."
+        )
+    return datasets.load_dataset(kind, data_dir=str(path), streaming=streaming)
+
+
+def _streamed(
+    path: str | Mapping[str, str], config: str | None, revision: str | None, folder: str | None
+) -> Mapping[str, Any]:
+    import datasets
+
+    if isinstance(path, str) and Path(path).is_dir():
+        return _read_folder(Path(path), folder, streaming=True)
 
     if isinstance(path, str) and "{split}" in path:
         path = {split: path.format(split=split) for split in ("train", "val", "validation", "test")}
@@ -117,8 +129,8 @@ def _streamed(path: str | Mapping[str, str], config: str | None, revision: str |
         return datasets.load_dataset(_FORMATS[suffixes.pop()], data_files=dict(path), streaming=True)
     if ":" in path or Path(path).is_absolute() or path.startswith(".") or Path(path).suffix:
         raise ValueError(
-            f"streaming=true takes a hub set's name, a mapping from split to file, or a path with {{split}}; found "
-            f"{path!r}. Leave streaming out."
+            f"streaming=true takes a hub set's name, a folder, a mapping from split to file, or a path with {{split}}; "
+            f"found {path!r}. Leave streaming out."
         )
     return datasets.load_dataset(path, name=config, revision=revision, streaming=True)
 

@@ -1,127 +1,134 @@
-"""Labeled images read from beginning to end, for sets too large for this disk."""
+"""Examples read from beginning to end, for sets too large for this disk."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from itertools import islice
 from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor
-from torch.utils.data import IterableDataset
-
-from tva.state_dict import some
+import fsspec.asyn
+from torch.utils.data import IterableDataset, get_worker_info
 
 if TYPE_CHECKING:
-    from tva.data.image_task import ImageTask
+    from tva.data.task import Task
 
-BUFFER = 10_000  # examples among which the order is shuffled
+BUFFER = 10_000  # rows among which the order is shuffled
+READ = 100  # rows that are read at once
+
+Cut = Callable[[Iterable[Mapping[str, Any]], int], Iterator[Any]]  # from rows, of which so many are taken at once
 
 
 class Stream(IterableDataset):
-    """Examples of one part, in the order of the files or shuffled within a buffer.
+    """Examples of one part. Every rank and worker reads all rows, and makes examples of its share of them alone.
+
+    So the batches are the same with any number of workers, and in each step n ranks take what one process with n times
+    the batch takes; no rank gets more batches to train on than another, which would then wait for it for ever.
 
     Args:
-        table: A `datasets.IterableDataset` of this rank's rows.
-        task: Says which columns, and what the classes are.
-        transform: From a PIL image to a tensor.
+        table: A `datasets.IterableDataset`, not shared out.
+        finish: Makes an example of a row, or of an item.
+        cut: Makes items of rows, where a row is not an example.
+        limit: Items at most.
+        batch_size: Items a batch on each rank.
+        rank: This rank.
+        ranks: Their number.
+        even: Leave out the last items that are too few for all ranks.
     """
 
-    def __init__(self, table: Any, task: ImageTask, transform: Callable[[Any], Tensor]) -> None:
+    def __init__(
+        self,
+        table: Any,
+        finish: Callable[[Any], Any],
+        cut: Cut | None = None,
+        limit: int | None = None,
+        batch_size: int = 1,
+        rank: int = 0,
+        ranks: int = 1,
+        even: bool = False,
+    ) -> None:
         self.table = table
-        self.columns = task.image_column, task.label_column
-        self.class_names = list(task.class_names)
-        self.name = task.name
-        self.set_transform(transform)
-
-    def set_transform(self, transform: Callable[[Any], Tensor]) -> None:
-        """Change the transform."""
-        self.transform = transform
+        self.finish = finish
+        self.cut = cut
+        self.limit = limit
+        self.batch_size = batch_size
+        self.rank = rank
+        self.ranks = ranks
+        self.even = even
 
     def set_epoch(self, epoch: int) -> None:
         """Shuffle the next pass as that epoch's; to be called where the loader is, not in its workers."""
         self.table.set_epoch(epoch)  # in memory that the workers share: if each of them set it, they would race
 
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        image_column, label_column = self.columns
-        for row in self.table:
-            yield self.transform(row[image_column].convert("RGB")), torch.tensor(self._label(row[label_column]))
-
-    def _label(self, label: Any) -> int:
-        if isinstance(label, str):
-            if label not in self.class_names:
-                raise ValueError(f"{self.name}: label {label!r} is not in class_names {some(self.class_names, 8)}.")
-            return self.class_names.index(label)
-        if not 0 <= label < len(self.class_names):
-            raise ValueError(
-                f"{self.name}: labels must lie in 0 … {len(self.class_names) - 1}; found {label}. Give one class name "
-                f"for each class."
-            )
-        return int(label)
+    def __iter__(self) -> Iterator[Any]:
+        worker = get_worker_info()
+        number, workers = (worker.id, worker.num_workers) if worker else (0, 1)
+        if worker:
+            fsspec.asyn.reset_lock()  # a forked process that reads from a network would wait for one of its parent's
+        mine: list[Any] = []  # at most one item, until all ranks have theirs
+        rows = read(self.table)
+        for position, item in enumerate(islice(rows if self.cut is None else self.cut(rows, READ), self.limit)):
+            step = position // (self.ranks * self.batch_size)
+            if step % workers == number and position % self.ranks == self.rank:
+                mine.append(item)
+            if mine and (not self.even or position % self.ranks == self.ranks - 1):
+                yield self.finish(mine.pop())
 
 
-def make_streams(task: ImageTask, splits: Mapping[str, Any], transform: Callable[[Any], Tensor]) -> dict[str, Stream]:
-    """Make the parts of a task of streamed splits.
+def read(table: Any) -> Iterator[dict[str, Any]]:
+    """Give the rows of a `datasets.IterableDataset`, all of them in a worker too, which iterating would share out."""
+    for rows in table.iter(batch_size=READ):
+        yield from (dict(zip(rows, values, strict=True)) for values in zip(*rows.values(), strict=True))
+
+
+def make_streams(
+    task: Task, tables: Mapping[str, Any], finish: Callable[[Any], Any], cut: Cut | None = None
+) -> dict[str, Stream]:
+    """Make the parts of a task of streamed tables.
 
     Args:
-        task: Where ``class_names`` is empty, it is filled in.
-        splits: Split names to `datasets.IterableDataset`.
-        transform: From a PIL image to a tensor.
+        task: Says what is held out, the limits, and who reads.
+        tables: ``train``, ``test`` and, unless it is to be held out, ``val``.
+        finish: As for `Stream`.
+        cut: As for `Stream`.
+
+    Returns:
+        The three parts, and ``prototype``: all of train in order, on every rank.
 
     Raises:
-        ValueError: A split or column is missing, classes have no names, or it is not said what to validate on.
+        ValueError: It is not said how many examples to hold out, or there are fewer.
     """
-    if task.prototype_where is not None:
-        raise ValueError(f"{task.name}: prototype_where picks rows by number, which a stream has not. Leave one out.")
-    train = _rows(task, splits, "train")
-    names = getattr((train.features or {}).get(task.label_column), "names", None) or []
-    if not task.class_names:
-        if task.preset is None and not names:
+    tables, limits = dict(tables), dict(task.limits)
+    if "val" not in tables:
+        if task.val_size is None:
             raise ValueError(
-                f"{task.name}: streamed labels in {task.label_column!r} have no class names; pass class_names."
+                f"{task.name}: a stream's length is unknown, so no tenth can be held out. Set val_split, or val_size, "
+                f"so many examples from the beginning."
             )
-        task.class_names = task.preset.name_classes(names, task.name) if task.preset else list(names)
-    parts = {"train": train, "test": _rows(task, splits, "test")}
-    if task.splits["val"] is not None:
-        parts["val"] = _rows(task, splits, "val")
-    elif task.val_size is None:
-        raise ValueError(
-            f"{task.name}: a stream's length is unknown, so no tenth can be held out. Set val_split, or val_size, so "
-            f"many examples from the beginning."
-        )
-    else:
-        parts["train"], parts["val"] = train.skip(task.val_size), train.take(task.val_size)
-    from datasets.distributed import split_dataset_by_node
-
+        held = _rows_of(task.name, tables["train"], task.val_size, cut)
+        tables["train"], tables["val"] = tables["train"].skip(held), tables["train"].take(held)
+        limits["val"] = min(task.val_size, limits.get("val") or task.val_size)
     rank, ranks = getattr(task.trainer, "global_rank", 0), getattr(task.trainer, "world_size", 1)
-    streams = {}
-    for part, table in parts.items():
-        if task.limits.get(part) is not None:
-            table = table.take(task.limits[part])
-        if part == "train":
-            table = table.shuffle(seed=task.order_seed, buffer_size=BUFFER)
-        if ranks > 1:
-            table = split_dataset_by_node(table, rank, ranks)
-        streams[part] = Stream(table, task, transform)
+    streams = {"prototype": Stream(tables["train"], finish, cut, limits.get("train"))}
+    for part, table in tables.items():
+        train = part == "train"
+        table = table.shuffle(seed=task.order_seed, buffer_size=BUFFER) if train else table
+        streams[part] = Stream(table, finish, cut, limits.get(part), task.batch_size, rank, ranks, even=train)
     return streams
 
 
-def _rows(task: ImageTask, splits: Mapping[str, Any], part: str) -> Any:
-    name = task.splits[part]
-    if name not in splits:
-        raise ValueError(
-            f"{task.name} has no split {name!r}; its splits are {some(splits, 8)}. Set {part}_split to one of them."
-        )
-    table = splits[name]
-    columns = table.column_names or list(next(iter(table)))
-    for column in (task.image_column, task.label_column, *task.where):
-        if column not in columns:
-            raise ValueError(f"{task.name} has no column {column!r}; its columns are {some(columns, 8)}.")
-    for column, values in task.where.items():
-        wanted = set(values) if isinstance(values, (list, tuple, set)) else {values}
-        names = getattr((table.features or {}).get(column), "names", None) or []
-        unknown = [value for value in wanted if names and isinstance(value, str) and value not in names]
-        if unknown:
-            raise ValueError(f"{task.name}: where asks {column} for {some(unknown)}; it holds {some(names, 12)}.")
-        wanted |= {names.index(value) for value in wanted if value in names}
-        table = table.filter(lambda value, wanted=wanted: value in wanted, input_columns=[column])
-    return table
+def _rows_of(name: str, table: Any, wanted: int, cut: Cut | None) -> int:
+    """Count the rows from the beginning that so many items are made of."""
+    if cut is None:
+        return wanted
+    count = 0
+
+    def counted() -> Iterator[Mapping[str, Any]]:
+        nonlocal count
+        for row in read(table):
+            count += 1
+            yield row
+
+    found = sum(1 for _ in islice(cut(counted(), 1), wanted))
+    if found < wanted:
+        raise ValueError(f"{name}: {wanted} examples are to be held out, and the training split has {found}.")
+    return count

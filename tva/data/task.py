@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
@@ -14,6 +15,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, DistributedSampler
 
 from tva.data.sources import default_name, expand, load_splits
+from tva.data.streaming import Stream
 from tva.state_dict import some
 
 
@@ -21,17 +23,27 @@ class Task(L.LightningDataModule, ABC):
     """A task over Hugging Face `datasets`: its splits, a held-out part, rows that are kept, limits and loaders.
 
     Args:
-        path: As for `ImageTask`.
+        path: A data set, as each kind of task says.
         name: Name in log keys and reports; by default the last part of ``path``.
-        config: Configuration of a hub data set.
-        revision: Revision of a hub data set.
-        splits: Names of the splits ``train``, ``val`` (None: a part of train is held out) and ``test``.
-        val_size: Hold out so many training examples, where there is no ``val`` split.
-        where: Keep the rows whose column holds one of the given values.
-        batch_size: Examples a batch.
-        num_workers: Processes that load.
-        seed: Of the held-out part and of limits.
-        limits: Examples of ``train``, ``val`` and ``test`` at most, the first of a seeded shuffle.
+        config: Configuration of a hub data set, such as ``sst2``.
+        revision: Revision of a hub data set, so that the data cannot change under you.
+        train_split: Split to train on.
+        val_split: Split to choose on. By default a part of the training split is held out: min(10 %, 5,000) examples,
+            the paper's rule.
+        val_size: Hold out so many training examples instead, where there is no ``val_split``.
+        test_split: Split to report on.
+        where: Keep the rows whose column holds one of the given values, such as
+            ``{style: [sketch], label: [cat, dog]}``.
+        batch_size: Examples a batch, on each rank.
+        num_workers: Processes that make batches; 0 makes them in this one.
+        seed: Of the held-out part, so that it is the same in every run; also of the order of training where the run has
+            no seed (``seed_everything``).
+        limit_train: Train on so many examples at most, the first of a seeded shuffle, or of a stream.
+        limit_val: Validate on so many at most, likewise.
+        limit_test: Test on so many at most, likewise.
+        streaming: Read from beginning to end without an index, for sets too large for the disk: a hub set, or local
+            parquet, arrow, csv or json files. Needs ``val_split`` or ``val_size``, whose examples are then the first of
+            the training split, and ``trainer.max_steps``.
     """
 
     column_options: tuple[str, ...] = ()  # attributes that name columns which the data must have
@@ -41,16 +53,21 @@ class Task(L.LightningDataModule, ABC):
     def __init__(
         self,
         path: str | dict[str, str],
-        name: str | None,
-        config: str | None,
-        revision: str | None,
-        splits: Mapping[str, str | None],
-        val_size: int | None,
-        where: Mapping[str, Any] | None,
-        batch_size: int,
-        num_workers: int,
-        seed: int,
-        limits: Mapping[str, int | None],
+        name: str | None = None,
+        config: str | None = None,
+        revision: str | None = None,
+        train_split: str = "train",
+        val_split: str | None = None,
+        val_size: int | None = None,
+        test_split: str = "test",
+        where: dict[str, Any] | None = None,
+        batch_size: int = 32,
+        num_workers: int = 0,
+        seed: int = 0,
+        limit_train: int | None = None,
+        limit_val: int | None = None,
+        limit_test: int | None = None,
+        streaming: bool = False,
     ) -> None:
         super().__init__()
         # Plain attributes rather than save_hyperparameters: LightningCLI can give one data module another's.
@@ -58,13 +75,14 @@ class Task(L.LightningDataModule, ABC):
         self.name = name or default_name(self.path)
         self.config = config
         self.revision = revision
-        self.splits = dict(splits)
+        self.splits = {"train": train_split, "val": val_split, "test": test_split}
         self.val_size = val_size
         self.where = dict(where or {})
         self.batch_size = batch_size
         self.num_workers = num_workers
         self.seed = seed
-        self.limits = dict(limits)
+        self.limits = {"train": limit_train, "val": limit_val, "test": limit_test}
+        self.streaming = streaming
         self._examples: dict[str, Any] = {}
 
     @property
@@ -75,7 +93,7 @@ class Task(L.LightningDataModule, ABC):
     # --- splits
 
     def _load_splits(self) -> Mapping[str, Any]:
-        return load_splits(self.path, self.config, self.revision, self.folder_format)
+        return load_splits(self.path, self.config, self.revision, self.folder_format, self.streaming)
 
     def _tables(self, splits: Mapping[str, Any]) -> dict[str, Any]:
         """Give the table that each part is taken from; without a ``val`` split that of train."""
@@ -90,13 +108,44 @@ class Task(L.LightningDataModule, ABC):
                 f"{self.name} has no split {name!r}; its splits are {some(splits, 8)}. Set {part}_split to one of them."
             )
         table = splits[name]
+        columns = table.column_names or list(next(iter(table)))  # some streams tell them by their first row alone
         for option in self.column_options:
             column = getattr(self, option)
-            if column is not None and column not in table.column_names:
+            if column is not None and column not in columns:
                 raise ValueError(
-                    f"{self.name} has no column {column!r}; its columns are {some(table.column_names, 8)}. Set "
-                    f"{option} to one of them."
+                    f"{self.name} has no column {column!r}; its columns are {some(columns, 8)}. Set {option} to one of "
+                    f"them."
                 )
+        return table
+
+    # --- streams
+
+    def _check_streaming(self, stage: str | None) -> None:
+        if self.streaming and stage == "fit" and getattr(self.trainer, "max_steps", None) == -1:
+            raise ValueError(f"{self.name}: a stream's length is unknown, so training needs trainer.max_steps. Set it.")
+
+    def _stream_tables(self) -> dict[str, Any]:
+        """Give the rows of each part that has a split of its own, as streams."""
+        splits = self._load_splits()
+        tables = {part: self._split(splits, part) for part, name in self.splits.items() if name is not None}
+        self._read_stream_names(tables["train"])
+        return {part: self._keep_rows(table) for part, table in tables.items()}
+
+    def _read_stream_names(self, table: Any) -> None:
+        """Read what must be known before the first row."""
+
+    def _keep_rows(self, table: Any) -> Any:
+        columns = table.column_names or list(next(iter(table)))
+        for column, values in self.where.items():
+            if column not in columns:
+                raise ValueError(f"{self.name}: where names the column {column!r}, not one of {some(columns, 8)}.")
+            wanted = set(values) if isinstance(values, (list, tuple, set)) else {values}
+            names = self._value_names(table, column) or []
+            unknown = [value for value in wanted if names and isinstance(value, str) and value not in names]
+            if unknown:
+                raise ValueError(f"{self.name}: where asks {column} for {some(unknown)}; it holds {some(names, 12)}.")
+            wanted |= {names.index(value) for value in wanted if value in names}
+            table = table.filter(lambda value, wanted=wanted: value in wanted, input_columns=[column])
         return table
 
     def _hold_out(self, rows: dict[str, np.ndarray]) -> None:
@@ -159,7 +208,7 @@ class Task(L.LightningDataModule, ABC):
 
     def _value_names(self, table: Any, column: str) -> list[str] | None:
         """Name the values of a column of class indices."""
-        return getattr(table.features[column], "names", None)
+        return getattr((table.features or {}).get(column), "names", None)
 
     # --- loaders
 
@@ -181,10 +230,13 @@ class Task(L.LightningDataModule, ABC):
 
     def _loader(self, part: str, shuffle: bool = False) -> DataLoader:
         examples, sampler = self._examples[part], None
-        if shuffle:  # the same order, and a new one each epoch, on any number of ranks; Lightning counts the epochs
+        streamed = isinstance(examples, Stream)
+        if (
+            shuffle and not streamed
+        ):  # the same order, and a new one each epoch, on any number of ranks; Lightning counts the epochs
             ranks, rank = getattr(self.trainer, "world_size", 1), getattr(self.trainer, "global_rank", 0)
             sampler = DistributedSampler(examples, num_replicas=ranks, rank=rank, seed=self.order_seed)
-        return DataLoader(
+        loader = DataLoader(
             examples,
             batch_size=self.batch_size,
             sampler=sampler,
@@ -193,6 +245,9 @@ class Task(L.LightningDataModule, ABC):
             persistent_workers=self.num_workers > 0,
             pin_memory=torch.cuda.is_available(),
         )
+        if streamed and shuffle:
+            loader.sampler.set_epoch = examples.set_epoch  # Lightning tells samplers the epoch, and no data set
+        return loader
 
 
 class LabeledTask(Task):
@@ -223,10 +278,7 @@ class LabeledTask(Task):
             return self._default_class_names(own, labels)
         required = len(own) or max(labels) + 1
         if len(self.class_names) != required:
-            raise ValueError(
-                f"{self.name} has {required} classes, but class_names has {len(self.class_names)}: "
-                f"{some(self.class_names)}. Give one name for each class, in the order of the labels."
-            )
+            raise ValueError(self._miscounted(required))
         return self.class_names
 
     def _default_class_names(self, own: list[str], labels: Sequence[Any]) -> list[str]:
@@ -237,6 +289,30 @@ class LabeledTask(Task):
                 f"labels in {self.label_column!r}."
             )
         return own
+
+    def _read_stream_names(self, table: Any) -> None:
+        own = list(getattr((table.features or {}).get(self.label_column), "names", None) or [])
+        if not self.class_names:
+            self.class_names = self._stream_class_names(own)
+        elif own and len(own) != len(self.class_names):
+            raise ValueError(self._miscounted(len(own)))
+
+    def _stream_class_names(self, own: list[str]) -> list[str]:
+        if not own:
+            raise ValueError(
+                f"{self.name}: streamed labels in {self.label_column!r} have no class names; pass class_names."
+            )
+        return own
+
+    def label_reader(self) -> Callable[[int | str], int]:
+        """Give the function from a label of one row to its class index; it goes to worker processes."""
+        return functools.partial(class_index, self.name, list(self.class_names))
+
+    def _miscounted(self, required: int) -> str:
+        return (
+            f"{self.name} has {required} classes, but class_names has {len(self.class_names)}: "
+            f"{some(self.class_names)}. Give one name for each class, in the order of the labels."
+        )
 
     def _read_labels(self, table: Any) -> Tensor:
         labels = list(table[self.label_column])
@@ -255,3 +331,20 @@ class LabeledTask(Task):
                 f"to {int(labels.max())}. Give one class name for each class."
             )
         return labels
+
+
+def class_index(task: str, class_names: Sequence[str], label: int | str) -> int:
+    """Give the class index of one label.
+
+    Raises:
+        ValueError: No class has it.
+    """
+    if isinstance(label, str):
+        if label not in class_names:
+            raise ValueError(f"{task}: label {label!r} is not in class_names {some(class_names, 8)}.")
+        return class_names.index(label)
+    if not 0 <= label < len(class_names):
+        raise ValueError(
+            f"{task}: labels must lie in 0 … {len(class_names) - 1}; found {label}. Give one class name for each class."
+        )
+    return int(label)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset
 
+from tva.data.streaming import make_streams
 from tva.data.task import LabeledTask
 from tva.state_dict import some
 
@@ -18,7 +19,7 @@ PADDING = -1  # in token ids: no tokenizer has it, so that no attention mask mus
 
 
 class TextTask(LabeledTask):
-    """One text classification task over Hugging Face `datasets`, split as `ImageTask` does.
+    """One text classification task over Hugging Face `datasets`.
 
     Batches are ``tokens, labels``: int64 token ids of the model's own tokenizer, shape (batch, length), padded at the
     end with -1 to the longest of the batch; and int64 class indices, shape (batch,). The order of training depends on
@@ -29,9 +30,6 @@ class TextTask(LabeledTask):
         path: A local parquet, arrow, csv or json file, where ``{split}`` stands for the split's name; a folder of them
             or one written by ``save_to_disk``; a mapping from split to file; or the name of a data set on the Hugging
             Face hub. Environment variables (``$DATA``) are filled in.
-        name: Name in log keys and reports; by default the last part of ``path``.
-        config: Configuration of a hub data set, such as ``sst2``.
-        revision: Revision of a hub data set, so that the data cannot change under you.
         text_column: Column that holds the texts.
         label_column: Column that holds the labels: class indices, or class names.
         class_names: Names in the order of the labels; by default the data set's own.
@@ -39,18 +37,7 @@ class TextTask(LabeledTask):
             made of; by default its name.
         templates: What descriptions are put into, in the place of ``{}``.
         max_length: Tokens of a text at most; the rest is cut off.
-        train_split: Split to train on.
-        val_split: Split to choose on. By default a part of the training split is held out: min(10 %, 5,000) examples,
-            the paper's rule.
-        val_size: Hold out so many training examples instead, where there is no ``val_split``.
-        test_split: Split to report on.
-        where: Keep the rows whose column holds one of the given values, such as ``{label: [spam]}``.
-        batch_size: Examples a batch, on each rank.
-        num_workers: Processes that make batches.
-        seed: Of the held-out part, so that it is the same in every run.
-        limit_train: Train on so many examples at most, the first of a seeded shuffle.
-        limit_val: Validate on so many at most, likewise.
-        limit_test: Test on so many at most, likewise.
+        **options: Those of `tva.data.task.Task`.
 
     Raises:
         FileNotFoundError: A local file is not there.
@@ -63,40 +50,15 @@ class TextTask(LabeledTask):
     def __init__(
         self,
         path: str | dict[str, str],
-        name: str | None = None,
-        config: str | None = None,
-        revision: str | None = None,
         text_column: str = "text",
         label_column: str = "label",
         class_names: list[str] | None = None,
         class_descriptions: dict[str, list[str] | str] | None = None,
         templates: list[str] | None = None,
         max_length: int = 128,
-        train_split: str = "train",
-        val_split: str | None = None,
-        val_size: int | None = None,
-        test_split: str = "test",
-        where: dict[str, Any] | None = None,
-        batch_size: int = 32,
-        num_workers: int = 0,
-        seed: int = 0,
-        limit_train: int | None = None,
-        limit_val: int | None = None,
-        limit_test: int | None = None,
+        **options: Any,
     ) -> None:
-        super().__init__(
-            path=path,
-            name=name,
-            config=config,
-            revision=revision,
-            splits={"train": train_split, "val": val_split, "test": test_split},
-            val_size=val_size,
-            where=where,
-            batch_size=batch_size,
-            num_workers=num_workers,
-            seed=seed,
-            limits={"train": limit_train, "val": limit_val, "test": limit_test},
-        )
+        super().__init__(path, **options)
         self.text_column = text_column
         self.label_column = label_column
         self.class_names = list(class_names or [])
@@ -107,12 +69,16 @@ class TextTask(LabeledTask):
 
     def setup(self, stage: str | None = None) -> None:
         tokenizer = tokenizer_of(self, self.max_length)
+        self._check_streaming(stage)
         if tokenizer is self._tokenizer:
             return
-        examples = {}
-        for part, table in self._select().items():
-            ids = tokenize(tokenizer, texts_of(self, table, "text_column"), self.max_length)
-            examples[part] = TokenExamples(ids, self._read_labels(table))
+        examples: dict[str, Any] = {}
+        if self.streaming:
+            examples = make_streams(self, self._stream_tables(), TextRow(self, tokenizer))
+        else:
+            for part, table in self._select().items():
+                ids = tokenize(tokenizer, texts_of(self, table, "text_column"), self.max_length)
+                examples[part] = TokenExamples(ids, self._read_labels(table))
         self._check_descriptions()
         self._examples, self._tokenizer = examples, tokenizer
 
@@ -155,6 +121,46 @@ class TokenExamples(Dataset):
 
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
         return torch.from_numpy(self.ids[index]).long(), self.labels[index]
+
+
+class TextRow:
+    """Makes an example of a row of a stream.
+
+    Args:
+        task: Says which columns, how long, and what the classes are.
+        tokenizer: The model's.
+    """
+
+    def __init__(self, task: TextTask, tokenizer: Any) -> None:
+        self.label_column, self.max_length = task.label_column, task.max_length
+        self.text = TextReader(task, "text_column")
+        self.class_index = task.label_reader()
+        self.tokenizer = tokenizer
+
+    def __call__(self, row: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
+        (ids,) = tokenize(self.tokenizer, [self.text(row)], self.max_length)
+        return torch.from_numpy(ids).long(), torch.tensor(self.class_index(row[self.label_column]))
+
+
+class TextReader:
+    """Reads the text of a row of a stream.
+
+    Args:
+        task: Whose column it is.
+        option: The task's option that names the column.
+    """
+
+    def __init__(self, task: Any, option: str) -> None:
+        self.task, self.option, self.column = task.name, option, getattr(task, option)
+
+    def __call__(self, row: Mapping[str, Any]) -> str:
+        text = row[self.column]
+        if not isinstance(text, str):
+            raise ValueError(
+                f"{self.task}: the column {self.column!r} must hold texts; a row holds {text!r}. Set {self.option} to "
+                f"another column."
+            )
+        return text
 
 
 def tokenizer_of(task: Any, length: int) -> Any:
