@@ -1,5 +1,10 @@
 """What the classifiers share: heads that are probed or learned, layer-wise decay, options of memory and speed."""
 
+import os
+import platform
+import subprocess
+import sys
+
 import lightning as L
 import numpy as np
 import pytest
@@ -270,3 +275,45 @@ def test_bfloat16_mixed_trains_float32_weights(tmp_path, task):
     model = ClipClassifier(channels_last=True, gradient_checkpointing=True)
     make_trainer(tmp_path, max_steps=2, precision="bf16-mixed").fit(model, task())
     assert {tensor.dtype for tensor in model.state_dict().values()} == {torch.float32}
+
+
+def test_the_fused_kernel_trains_to_the_same_weights(tmp_path, task):
+    ends, base = [], ClipClassifier().state_dict()
+    for fused in (False, True):
+        model = ClipClassifier(learning_rate=1e-3, warmup_steps=0, fused=fused)
+        trainer = make_trainer(tmp_path, max_steps=3, gradient_clip_val=1.0)
+        L.seed_everything(0)
+        trainer.fit(model, task())
+        assert bool(trainer.optimizers[0].param_groups[0]["fused"]) == fused
+        ends.append(model.state_dict())
+    moved = sum((ends[0][name] - base[name]).pow(2).sum() for name in base).sqrt()
+    apart = sum((ends[0][name] - ends[1][name]).pow(2).sum() for name in base).sqrt()
+    assert moved > 0.1
+    assert apart < 0.01 * moved
+
+
+FAULTS = """
+import resource, torch
+from tva.models.training import keep_freed_memory
+
+def step():
+    kept = [torch.ones(4 * 2**20) for _ in range(6)]  # 96 MiB; glibc gives back what exceeds 32 on its own
+
+def faults():
+    step()
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(4):
+        step()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+print(faults(), keep_freed_memory(), faults())
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another C library")
+def test_what_a_step_frees_is_used_by_the_next_without_new_pages():
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("MALLOC_")}
+    run = subprocess.run([sys.executable, "-c", FAULTS], env=environment, capture_output=True, text=True, check=True)
+    before, kept, after = run.stdout.split()
+    assert kept == "True"
+    assert int(after) < 0.1 * int(before)

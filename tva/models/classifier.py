@@ -57,6 +57,7 @@ class FrozenHeadClassifier(L.LightningModule, ABC):
         lora: See there.
         tangent: See there.
         layer_decay: What the learning rate is multiplied by from one layer to that below it, such as 0.75.
+        fused: Let AdamW update all parameters by one kernel, which is faster.
         gradient_checkpointing: Compute activations again in the backward pass: less memory, more time.
         channels_last: Lay the weights of convolutions out by pixel, which is often faster; for image encoders.
         compile: Compile the encoder with ``torch.compile`` when it is first used; names of weights stay.
@@ -80,6 +81,7 @@ class FrozenHeadClassifier(L.LightningModule, ABC):
         lora: Lora | None = None,
         tangent: bool = False,
         layer_decay: float | None = None,
+        fused: bool = False,
         gradient_checkpointing: bool = False,
         channels_last: bool = False,
         compile: bool = False,
@@ -103,6 +105,7 @@ class FrozenHeadClassifier(L.LightningModule, ABC):
         self.weight_decay = weight_decay
         self.warmup_steps = warmup_steps
         self.layer_decay = check_layer_decay(layer_decay)
+        self.fused = fused
         self._options = (gradient_checkpointing, channels_last, compile)
         self.task = "task"
         self._heads: dict[str, Tensor] = {}
@@ -311,4 +314,6 @@ class FrozenHeadClassifier(L.LightningModule, ABC):
         return self._step(batch, "test")
 
     def configure_optimizers(self) -> dict[str, Any]:
-        return make_optimizer(self, self.learning_rate, self.weight_decay, self.warmup_steps, self.layer_decay)
+        return make_optimizer(
+            self, self.learning_rate, self.weight_decay, self.warmup_steps, self.layer_decay, self.fused
+        )

@@ -69,6 +69,7 @@ class LanguageModel(L.LightningModule, ABC):
         weight_decay: AdamW's, on every trained parameter.
         warmup_steps: Optimizer steps of linear warm-up, before cosine decay to 0.
         layer_decay: What the learning rate is multiplied by from one layer to that below it, such as 0.75.
+        fused: Let AdamW update all parameters by one kernel, which is faster.
         gradient_checkpointing: Compute activations again in the backward pass: less memory, more time.
         compile: Compile the network with ``torch.compile`` when it is first used; names of weights stay.
         train_only: What of the network is trained, as the next two; see `tva.models.adapters.adapt`.
@@ -95,6 +96,7 @@ class LanguageModel(L.LightningModule, ABC):
         weight_decay: float = 0.1,
         warmup_steps: int = 200,
         layer_decay: float | None = None,
+        fused: bool = False,
         gradient_checkpointing: bool = False,
         compile: bool = False,
         train_only: str | list[str] | None = None,
@@ -115,6 +117,7 @@ class LanguageModel(L.LightningModule, ABC):
         self.weight_decay = weight_decay
         self.warmup_steps = warmup_steps
         self.layer_decay = check_layer_decay(layer_decay)
+        self.fused = fused
         self.task = "task"
         self.network = load_network(self.kind, name)
         self.tokenizer = load_tokenizer(name, tokenizer, self.network)
@@ -206,7 +209,9 @@ class LanguageModel(L.LightningModule, ABC):
         return [self.tokenizer.decode(row.tolist(), skip_special_tokens=True) for row in rows]
 
     def configure_optimizers(self) -> dict[str, Any]:
-        return make_optimizer(self, self.learning_rate, self.weight_decay, self.warmup_steps, self.layer_decay)
+        return make_optimizer(
+            self, self.learning_rate, self.weight_decay, self.warmup_steps, self.layer_decay, self.fused
+        )
 
 
 class CausalLM(LanguageModel):
