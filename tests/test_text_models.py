@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import lightning as L
 import pytest
 import torch
+from lightning.pytorch.callbacks import EMAWeightAveraging
 from small_models import run_ranks
 from small_text import WORDS, make_tokenizer, make_trainer, reviews, write_model, write_reviews, write_running_text
 from torch.nn import functional as F
@@ -244,6 +245,25 @@ def test_training_lowers_the_loss(folder, tmp_path, kind):
     before = evaluate(trainer, model, data, "test").metrics["perplexity"]
     trainer.fit(model, data)
     assert evaluate(trainer, model, data, "test").metrics["perplexity"] < 0.7 * before
+
+
+@pytest.mark.parametrize("compile", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kind", ["causal", "seq2seq", "bert"])
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
+def test_options_of_speed_and_memory_go_together_for_every_model(folder, tmp_path, kind, compile):
+    make = {"causal": CausalLM, "seq2seq": Seq2SeqLM, "bert": TextClassifier}[kind]
+    options = {"layer_decay": 0.9, "gradient_checkpointing": True, "fused": True, "compile": compile}
+    model = make(str(folder / kind), learning_rate=1e-2, warmup_steps=0, **options)
+    callbacks = [EMAWeightAveraging(decay=0.5), TaskVectorCallback(dirpath=tmp_path, at_train_end=True)]
+    data = texts(folder, class_descriptions=DESCRIPTIONS) if kind == "bert" else prose(folder)
+    make_trainer(tmp_path, max_steps=4, callbacks=callbacks, precision="bf16-mixed").fit(model, data)
+    vector, plain = TaskVector.load(tmp_path / "final.tv.safetensors"), make(str(folder / kind))
+    assert vector.names == plain.state_dict().keys()
+    assert 0 < float(vector.norm()) < float("inf")
+    plain.load_state_dict(vector.apply_to(plain.state_dict()))
+    for name, tensor in model.state_dict().items():
+        assert tensor.dtype == torch.float32
+        torch.testing.assert_close(plain.state_dict()[name], tensor)  # the averages, which stay in the model
 
 
 @pytest.mark.parametrize("options", [{"train_only": "attention"}, {"lora": {"r": 2}}, {"tangent": True}])

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from torchmetrics.classification import MulticlassAccuracy
 
 from tva.models.adapters import Lora, adapt
-from tva.models.heads import TrainedHead, class_means, examples_digest, fit_probe
+from tva.models.heads import HeldHead, TrainedHead, class_means, examples_digest, fit_probe
 from tva.models.training import check_layer_decay, make_optimizer, prepare
 from tva.state_dict import some
 from tva.weights import cache_folder, fingerprint, open_weights, save_weights
@@ -114,16 +114,25 @@ class FrozenHeadClassifier(L.LightningModule, ABC):
         self._data_digests: weakref.WeakKeyDictionary[Any, str] = weakref.WeakKeyDictionary()
         self.trained_head: TrainedHead | None = None
         self.accuracy = nn.ModuleDict()
-        self.register_buffer("head", None, persistent=False)
 
     def _finish(self) -> None:
         """Take the base's fingerprint, load ``weights``, set options; the last line of a subclass's constructor."""
         if self.head_kind != "zero_shot":  # which is not made of the encoder's features
             self._base_digest = fingerprint(self.encoder.state_dict()).digest
+        self._held = HeldHead()  # after the encoder
         prepare(self.encoder.train(), *self._options)
         adapt(self, self.weights, **self.adaptation)
 
     # --- the head
+
+    @property
+    def head(self) -> Tensor:
+        """The head that is not trained, shape (classes, features); None before setup."""
+        return self._held.weight
+
+    @head.setter
+    def head(self, weight: Tensor) -> None:
+        self._held.weight = weight
 
     @abstractmethod
     def load_base(self) -> nn.Module:

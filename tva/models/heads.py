@@ -126,3 +126,15 @@ class TrainedHead(nn.Module):
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         pass
+
+
+class HeldHead(nn.Module):
+    """Where a frozen head moves between devices with a model, in no state dict.
+
+    A module of its own, so that it can be a model's last: Lightning's WeightAveraging pairs the buffers of the model
+    with those of a copy from before the head was there, by their order.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("weight", None, persistent=False)
