@@ -124,8 +124,9 @@ def test_a_learned_head_is_trained_and_stays_out_of_the_vector(tmp_path, task):
 
 
 def test_an_edit_compares_all_models_under_the_learned_head(tmp_path, task):
+    L.seed_everything(0)
     model = make_vision(tmp_path, head="learned")
-    make_trainer(tmp_path, TaskVectorCallback(), last(tmp_path / "run"), max_epochs=2).fit(model, task())
+    make_trainer(tmp_path, TaskVectorCallback(), last(tmp_path / "run"), max_epochs=6).fit(model, task())
     vector = tmp_path / "run/last.tv.safetensors"
     assert all(name.startswith("encoder.") for name in TaskVector.load(vector).untouched)
     heads = {"colors": str(tmp_path / "run/last.ckpt")}
