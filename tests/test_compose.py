@@ -16,7 +16,7 @@ from small_memory import assert_within
 import tva.composer
 from tva import MismatchError, NoEffectError, TaskVector, fingerprint, open_weights, save_weights
 from tva.compose import compose
-from tva.memory import parse_bytes
+from tva.memory import anonymous_memory, parse_bytes
 from tva.recipe import Recipe
 from tva.weights import open_finetuned, read_metadata
 
@@ -283,7 +283,7 @@ def test_a_plan_is_made_from_headers_and_writes_nothing(tmp_path):
     assert plan.rows[0].coefs == [{"a": -1.0}]
     assert [row["a"] for row in plan.rows[1].coefs] == pytest.approx([-0.5 * i / 79 for i in range(80)])
     assert plan.rows[2].coefs == [{}]  # statistics are kept
-    assert plan.memory_bytes < 2**30
+    assert plan.memory_bytes < anonymous_memory() + 2**28  # of which this process holds what tests before it left
     whole = compose(*arguments[:2], "tsv(a)", arguments[3], plan=True)
     assert whole.largest == "embed.w"
     assert whole.memory_bytes > 4 * width * width * 8

@@ -289,8 +289,9 @@ def test_an_adapter_of_torchs_attention_cannot_be_kept_as_it_is(tmp_path):
 
 def test_an_edit_takes_the_plain_model(tmp_path):
     options = {"vectors": {"a": "none"}, "recipe": "a", "output": str(tmp_path), "scaling_coef": 1.0}
+    trainer = L.Trainer(accelerator="cpu", logger=False, enable_checkpointing=False)
     with pytest.raises(ValueError, match="takes the plain model, and this one holds LoRA. Leave lora out"):
-        run_edit(None, ClipClassifier(lora={}), targets={"a": ImageTask("builtin:digits")}, **options)
+        run_edit(trainer, ClipClassifier(lora={}), targets={"a": ImageTask("builtin:digits")}, **options)
 
 
 # --- as a user types it
