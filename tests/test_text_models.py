@@ -247,12 +247,10 @@ def test_training_lowers_the_loss(folder, tmp_path, kind):
     assert evaluate(trainer, model, data, "test").metrics["perplexity"] < 0.7 * before
 
 
-@pytest.mark.parametrize("compile", [False, pytest.param(True, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("kind", ["causal", "seq2seq", "bert"])
-@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
-def test_options_of_speed_and_memory_go_together_for_every_model(folder, tmp_path, kind, compile):
+def test_options_of_speed_and_memory_go_together_for_every_model(folder, tmp_path, kind):
     make = {"causal": CausalLM, "seq2seq": Seq2SeqLM, "bert": TextClassifier}[kind]
-    options = {"layer_decay": 0.9, "gradient_checkpointing": True, "fused": True, "compile": compile}
+    options = {"layer_decay": 0.9, "gradient_checkpointing": True, "fused": True}
     model = make(str(folder / kind), learning_rate=1e-2, warmup_steps=0, **options)
     callbacks = [EMAWeightAveraging(decay=0.5), TaskVectorCallback(dirpath=tmp_path, at_train_end=True)]
     data = texts(folder, class_descriptions=DESCRIPTIONS) if kind == "bert" else prose(folder)
