@@ -6,7 +6,7 @@ import torch
 from tva import TaskVector
 from tva.merge import METHODS, Place
 from tva.merge.dare import random_bits
-from tva.merge.select import Threshold
+from tva.merge.select import SWEEPS, OrderStatistics, Threshold
 from tva.recipe import Recipe, RecipeError
 
 SHAPES = {"scalar": (), "one": (1,), "small": (7,), "matrix": (20, 30), "ties": (6,), "empty": (0,)}
@@ -84,7 +84,7 @@ def test_threshold_is_the_kth_largest_whatever_the_pieces():
     for density in (1e-9, 0.013, 0.2, 0.5, 0.997, 1.0):
         for size in (7, 1000, len(values)):
             threshold = Threshold(density)
-            for sweep in (0, 1):
+            for sweep in range(SWEEPS):
                 for piece in values.split(size):
                     threshold.observe(piece, sweep)
                 threshold.finish(sweep)
@@ -220,3 +220,29 @@ def test_every_method_says_what_it_is():
     for name, method in METHODS.items():
         assert method.usage.startswith(f"{name}("), name
         assert method.__doc__
+
+
+def test_order_statistics_are_found_wherever_the_first_piece_lets_them_be_expected():
+    generator = torch.Generator().manual_seed(0)
+    narrow = torch.randn(300_000, generator=generator)
+    misleading = narrow.clone()
+    misleading[:200_000] *= 1e-9  # the first piece lies elsewhere
+    misleading[::61] = 1e9  # and so does what is sampled
+    wide = narrow * torch.exp(8 * torch.randn(len(narrow), generator=generator))
+    odd = torch.cat([narrow.bfloat16().float(), torch.tensor([torch.inf, -torch.inf, 0.0, -0.0, 1e-45, -1e-45])])
+    taken = {}
+    for name, values in {"narrow": narrow, "misleading": misleading, "wide": wide, "odd": odd}.items():
+        for signed in (False, True):
+            count = len(values)
+            ranks = [0, count // 3, 4 * count // 5, count - 1]
+            statistics = OrderStatistics(lambda _, ranks=ranks: ranks, signed)
+            for sweep in range(SWEEPS):
+                for piece in values.split(6100):
+                    statistics.observe(piece, sweep)
+                statistics.finish(sweep)
+                if statistics.found:
+                    break
+            ordered = (values if signed else values.abs()).sort().values
+            assert statistics.values == ordered[ranks].tolist(), (name, signed)
+            taken[name] = max(sweep, taken.get(name, 0))
+    assert taken["misleading"] == SWEEPS - 1

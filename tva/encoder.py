@@ -17,7 +17,7 @@ from torch import Tensor
 
 from tva.encoding import PARAMETERS, Encoding, check_names, encoded_header, relative_error
 from tva.merge.matrices import leading
-from tva.merge.select import Threshold, num_kept
+from tva.merge.select import SWEEPS, Threshold, num_kept
 from tva.weights import Spec
 from tva.weights.encoded import BLOCK, KINDS, PLAIN, matrix_shape, part_name
 from tva.weights.lazy import Entry, InMemory
@@ -133,7 +133,7 @@ class Encoder:
     def _top_k(self, encoding: Encoding) -> dict[str, Tensor]:
         """Keep exactly so many: of those that equal the smallest one kept, the first."""
         flat, threshold = self._rows().reshape(-1), Threshold(encoding.size)
-        for sweep in (0, 1):
+        for sweep in range(SWEEPS):
             for start in range(0, len(flat), PIECE):
                 threshold.observe(flat[start : start + PIECE], sweep)
             threshold.finish(sweep)

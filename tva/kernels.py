@@ -17,6 +17,7 @@ from numba.extending import intrinsic
 from tva.steps import ADD, DIV, DROP, LOAD, MUL, NEG, SUB, TIES, TRIM, ZERO
 
 BLOCK = 2048  # elements: a few rows of float32 stay in the first-level cache
+LANES = 64  # values that are compared at once
 BFLOAT16, FLOAT16, FLOAT32 = range(3)
 _OPTIONS: dict[str, Any] = {"nogil": True, "cache": True, "error_model": "numpy"}
 
@@ -198,9 +199,17 @@ def evaluate(steps, numbers, depth, halves, floats, kinds, relative, start, out)
     """
     base = numpy.empty(BLOCK, numpy.float32)
     stack = numpy.empty((depth + 2, BLOCK), numpy.float32)  # two rows more for TIES
+    alone = len(steps) == 1 and steps[0, 0] == LOAD  # a delta, which goes where it belongs at once
     for low in range(0, len(out), BLOCK):
         size = min(BLOCK, len(out) - low)
         _widen(kinds[0], halves[0, low : low + size], floats[0, low : low + size], base[:size])
+        if alone:
+            row, values = steps[0, 1], out[low : low + size]
+            _widen(kinds[row], halves[row, low : low + size], floats[row, low : low + size], values)
+            if relative[row]:
+                for i in range(size):
+                    values[i] = values[i] - base[i]
+            continue
         _block(steps, numbers, stack, halves, floats, kinds, relative, base, low, size, start)
         for i in range(size):
             out[low + i] = stack[0, i]
@@ -279,40 +288,88 @@ def count_upper(values, signed, counts):
         counts[_key(values[i], signed) >> numpy.uint32(16)] += 1
 
 
+@intrinsic
+def _compare(context, values, at, signed, start, last):
+    """Compare the keys of 64 values with a window, in vector registers, whatever their width.
+
+    The arguments are a contiguous float32 array, an index, and as uint32 all ones or zeros, the first key and the
+    number of further ones; the result is two masks: of the keys before the window, and of those within.
+    """
+    many, word, mask = ir.VectorType(ir.IntType(32), LANES), ir.IntType(32), ir.IntType(LANES)
+    result = types.UniTuple(types.uint64, 2)
+
+    def generate(context, builder, signature, arguments):
+        def every(value):
+            one = builder.insert_element(ir.Constant(many, ir.Undefined), value, ir.Constant(word, 0))
+            return builder.shuffle_vector(one, ir.Constant(many, ir.Undefined), ir.Constant(many, [0] * LANES))
+
+        def constant(value):
+            return ir.Constant(many, [value] * LANES)
+
+        array = context.make_array(signature.args[0])(context, builder, arguments[0])
+        place = builder.gep(array.data, [arguments[1]])
+        floats = ir.VectorType(ir.FloatType(), LANES)
+        value = builder.load(builder.bitcast(place, floats.as_pointer()), align=4)
+        bits = builder.bitcast(builder.fadd(value, ir.Constant(floats, [0.0] * LANES)), many)
+        signed, start, last = (every(argument) for argument in arguments[2:])
+        # magnitudes lose their sign; of signed values the negative are turned, and the others get a bit above them
+        turn = builder.and_(builder.ashr(bits, constant(31)), builder.or_(signed, constant(0x80000000)))
+        key = builder.xor(bits, builder.or_(turn, builder.and_(signed, constant(0x80000000))))
+        masks = (
+            builder.icmp_unsigned("<", key, start),
+            builder.icmp_unsigned("<=", builder.sub(key, start), last),
+        )
+        return context.make_tuple(builder, signature.return_type, [builder.bitcast(m, mask) for m in masks])
+
+    return result(values, types.int64, types.uint32, types.uint32, types.uint32), generate
+
+
+@intrinsic
+def _count_ones(context, bits):
+    return types.int64(types.uint64), lambda context, builder, signature, arguments: builder.ctpop(arguments[0])
+
+
+@intrinsic
+def _lowest(context, bits):
+    def generate(context, builder, signature, arguments):
+        return builder.cttz(arguments[0], ir.Constant(ir.IntType(1), 1))
+
+    return types.int64(types.uint64), generate
+
+
 @njit(**_OPTIONS)
-def count_both(values, signed, counts, first, near):
-    """Count float32 values by the upper 16 bits of their keys, and in some bins by the lower 16 bits too.
+def count_window(values, signed, start, shift, counts):
+    """Count float32 values whose keys lie before, in each bin of, and behind a window.
 
     Args:
-        values: Any length.
+        values: Contiguous, any length.
         signed: Whether keys are of values or of their magnitudes.
-        counts: By the upper bits, shape (2¹⁶,).
-        first: The first of the bins that are looked into, uint32, for each stretch of them.
-        near: Their counts, shape (stretches, bins of a stretch × 2¹⁶).
+        start: The first key.
+        shift: A bin holds the keys that are the same but for so many lower bits, counted from ``start``.
+        counts: Added to: those before, those in each bin, those behind; shape (bins + 2,).
     """
-    reach, last = numpy.uint32(near.shape[1]), len(first) - 1
-    low = numpy.uint32(first[last] << numpy.uint32(16))
-    for i in range(len(values)):
+    bins = len(counts) - 2
+    first, turned = numpy.uint32(start), numpy.uint32(0xFFFFFFFF if signed else 0)
+    last = numpy.uint32(min((bins << shift) - 1, 0xFFFFFFFF - start))
+    before, within, whole = 0, 0, len(values) // LANES * LANES
+    for i in range(0, whole, LANES):
+        below, inside = _compare(values, i, turned, first, last)
+        before += _count_ones(below)
+        within += _count_ones(inside)
+        while inside:
+            place = numpy.uint32(_key(values[i + _lowest(inside)], signed) - first)
+            counts[1 + (place >> shift)] += 1
+            inside &= inside - numpy.uint64(1)
+    for i in range(whole, len(values)):
         key = _key(values[i], signed)
-        counts[key >> numpy.uint32(16)] += 1
-        place = numpy.uint32(key - low)
-        if place < reach:
-            near[last, place] += 1
-    for j in range(last):
-        low = numpy.uint32(first[j] << numpy.uint32(16))
-        for i in range(len(values)):
-            place = numpy.uint32(_key(values[i], signed) - low)
-            if place < reach:
-                near[j, place] += 1
-
-
-@njit(**_OPTIONS)
-def count_lower(values, signed, upper, counts):
-    """Count, of the float32 values whose keys have the upper 16 bits ``upper``, the lower 16 bits."""
-    for i in range(len(values)):
-        key = _key(values[i], signed)
-        if key >> numpy.uint32(16) == upper:
-            counts[key & numpy.uint32(0xFFFF)] += 1
+        place = numpy.uint32(key - first)
+        if key < first:
+            before += 1
+        elif place <= last:
+            counts[1 + (place >> shift)] += 1
+            within += 1
+    counts[0] += before
+    counts[-1] += len(values) - before - within
 
 
 @njit(**_OPTIONS)

@@ -43,7 +43,7 @@ class Plan:
         memory_bytes: Anonymous memory at most.
         read_bytes: Bytes that are read, counting each pass.
         write_bytes: Bytes that are written, and taken on the disk.
-        passes: How often the vectors are read.
+        passes: How often the vectors are read, mostly: methods that count may need one pass more.
         largest: Name of the largest tensor that is held whole, if the recipe needs whole tensors.
         notes: What was decided in reading the inputs.
     """
@@ -89,7 +89,7 @@ def make_plan(
         row.coefs.append(_coefs(recipe, scaling_coef, Place(name, shape=tuple(spec.shape))) if moved else {})
     opened = [base, *(source.weights for source in sources.values())]
     in_bytes = [sum(weights.entry(name).stored_bytes for name in weights) for weights in opened]
-    passes = 1 + sum(method.num_sweeps for method in recipe.observing)
+    passes = 1 + sum(method.usual_sweeps for method in recipe.observing)
     hashed = sum(in_bytes[1:]) if recipe.is_random else 0  # a vector's identity keys its random numbers
     largest = max(layout, key=lambda name: layout[name].shape.numel(), default=None)
     return Plan(

@@ -44,7 +44,7 @@ class Method:
         num_vectors: How many vectors it takes; None for one or more.
         linear: Whether it is a fixed linear combination, so that it also applies to running statistics.
         random: Whether it draws random numbers, keyed by the vectors' identities.
-        num_sweeps: Passes over the deltas before the one that combines.
+        num_sweeps: Passes over the deltas before the one that combines, at most.
         whole: Whether every piece must be a whole tensor, of shape ``place.shape`` when viewed as such.
     """
 
@@ -59,6 +59,11 @@ class Method:
     def over_model(self) -> bool:
         """Whether what it collects is collected over the whole model rather than tensor by tensor."""
         return False
+
+    @property
+    def usual_sweeps(self) -> int:
+        """How many of these passes are mostly made, for a plan."""
+        return self.num_sweeps
 
     def inputs(self) -> Mapping[str, HashedWeights]:
         """Give the files that it reads besides the vectors, by path."""

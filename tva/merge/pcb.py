@@ -12,7 +12,7 @@ from torch import Tensor
 
 from tva.merge.linear import add_up
 from tva.merge.method import Method, Place
-from tva.merge.select import OrderStatistics, num_kept
+from tva.merge.select import SWEEPS, OrderStatistics, num_kept
 
 
 @dataclass
@@ -33,8 +33,8 @@ class Pcb(Method):
     :math:`\sum_t w_t c_t / \sum_t w_t`. An element that is among the largest of no vector stays at the base.
 
     The authors publish two variants; this is the one of their package. That of their stand-alone script has
-    :math:`\tanh(\tau_t \sum_s \tau_s)` and clamps less: ``pcb(a, b, between="raw", clamp=0.0001)``. Four sweeps over
-    the model. The paper multiplies each vector by 1.2: ``1.2 * pcb(a, b)``.
+    :math:`\tanh(\tau_t \sum_s \tau_s)` and clamps less: ``pcb(a, b, between="raw", clamp=0.0001)``. Two to four
+    sweeps over the model. The paper multiplies each vector by 1.2: ``1.2 * pcb(a, b)``.
 
     Args:
         ratio: Fraction of elements of each vector that keep a weight, in (0, 1].
@@ -50,7 +50,7 @@ class Pcb(Method):
     between: Literal["normalized", "raw"] = "normalized"
 
     usage = 'pcb(a, b, …, ratio=0.05, clamp=0.01, between="normalized" or "raw")'
-    num_sweeps = 4
+    num_sweeps = 2 * SWEEPS
     over_model = True
 
     def __post_init__(self) -> None:
@@ -62,6 +62,10 @@ class Pcb(Method):
 
         if self.between not in ("normalized", "raw"):
             raise ValueError(f"pcb has between 'normalized' or 'raw'; found {self.between!r}.")
+
+    @property
+    def usual_sweeps(self) -> int:
+        return 4
 
     def start(self, num_vectors: int) -> _State:
         vectors = range(num_vectors)
@@ -77,18 +81,18 @@ class Pcb(Method):
         return [count - num_kept(self.ratio, count), count - 1]
 
     def observe(self, state: _State, deltas: Sequence[Tensor], place: Place, sweep: int) -> None:
-        seen = deltas if sweep < 2 else (score for _, score in self._scores(deltas, state))
-        for statistics, values in zip(state.magnitudes if sweep < 2 else state.scores, seen, strict=True):
-            statistics.observe(values, sweep % 2)
+        seen = deltas if sweep < SWEEPS else (score for _, score in self._scores(deltas, state))
+        for statistics, values in zip(state.magnitudes if sweep < SWEEPS else state.scores, seen, strict=True):
+            statistics.observe(values, sweep % SWEEPS)
 
     def finish(self, state: _State, sweep: int) -> None:
-        for statistics in state.magnitudes if sweep < 2 else state.scores:
-            statistics.finish(sweep % 2)
-        if sweep < 2:
+        for statistics in state.magnitudes if sweep < SWEEPS else state.scores:
+            statistics.finish(sweep % SWEEPS)
+        if sweep < SWEEPS:
             state.bounds = [(low, high) for low, high in (s.values or [0.0, 0.0] for s in state.magnitudes)]
 
     def ready(self, state: _State, sweep: int) -> bool:
-        return sweep % 2 == 1 and all(s.found for s in (state.magnitudes if sweep < 2 else state.scores))
+        return all(s.found for s in (state.magnitudes if sweep < SWEEPS else state.scores))
 
     def merge(self, deltas: Sequence[Tensor], state: _State, place: Place) -> Tensor:
         merged, total = torch.zeros_like(deltas[0]), torch.zeros_like(deltas[0])

@@ -5,36 +5,76 @@ from __future__ import annotations
 import math
 import threading
 from collections.abc import Callable
-from typing import Any
+from contextlib import suppress
+from dataclasses import dataclass
 
 import numpy
 import torch
 from torch import Tensor
 
-_BINS = 2**16  # values of the upper, and of the lower, 16 bits of a float32
-_ENOUGH = 2**17  # elements, from which a rank is known to a bin
-_LOOKED_INTO = 3  # bins around each rank expected, each an interval of less than 0.8 % of its value
+SWEEPS = 4  # passes that `OrderStatistics` takes at most; one, or two, are usual
+_WINDOW = 2**18  # keys that are counted each by itself; those of 0.8 to 1.6 % of a value's neighbours on either side
+_COARSE = 16  # lower bits that a sample's counts leave out
+_ENOUGH = 2**17  # elements of the first piece, from which a rank's place is expected
+_SAMPLED = 61  # of so many elements of every piece one is sampled
+
+_spare: list[numpy.ndarray] = []  # counts, all zero: new memory would cost more than what is counted in it
+
+
+@dataclass
+class _Wanted:
+    """A rank's value: keys between which it lies, and the window in which it is looked for.
+
+    Attributes:
+        low: The smallest key that it may have.
+        high: The largest.
+        start: First key of the window.
+        shift: Keys are counted by their bits above so many.
+    """
+
+    low: int
+    high: int
+    start: int = 0
+    shift: int = 0
+
+    def expect(self, key: int) -> None:
+        """Look around a key, where that is possible."""
+        self.start, self.shift = min(max(self.low, key - _WINDOW // 2), max(self.low, self.high - _WINDOW + 1)), 0
+
+    def narrow(self, position: int) -> None:
+        """Take note that the key was found before the window (0), in one of its bins, or behind it."""
+        if position == 0:
+            self.high = self.start - 1
+        elif position > _WINDOW:
+            self.low = self.start + (_WINDOW << self.shift)
+        else:
+            self.low = self.start + ((position - 1) << self.shift)
+            self.high = self.low + (1 << self.shift) - 1
+        self.start = self.low
+        self.shift = max(0, (self.high - self.low).bit_length() - _WINDOW.bit_length() + 1)
 
 
 class OrderStatistics:
-    """Find some of the values that sorting would bring to given ranks, by counting, from pieces seen twice.
+    """Find some of the values that sorting would bring to given ranks, by counting, from pieces seen a few times.
 
-    The bits of float32 values, turned where negative, order as the values do. The first pass counts their upper 16 bits
-    and finds the bin of each rank wanted; the second counts the lower 16 bits within these bins. The first pass counts
-    those of a few bins too, where the first piece lets the ranks be expected: mostly the second is not needed. Counts
-    depend neither on the pieces nor on their order, nor on what was expected. Float64 input is rounded to float32.
+    The bits of float32 values, turned where negative, are keys that order as the values do. A pass counts how many keys
+    lie before a window in which a rank is expected, and the keys within it, each by itself: nearly all that has to be
+    done is to compare. Where the window lies says the beginning of the first piece, and in the second pass a sample of
+    all; should the rank be outside both times, a third pass counts all that is left coarsely and a fourth finds it. The
+    values depend neither on the pieces nor on their order, nor on what was expected. Float64 input is rounded to
+    float32.
 
     Args:
         ranks: Gives the ranks wanted, from 0 for the smallest, when told how many values there are (at least one).
         signed: Whether values may be negative; their magnitudes are meant otherwise.
 
     Attributes:
-        values: After both passes, or when they are found: the value of each rank; empty if nothing was seen.
-        found: Whether a second pass is not needed.
+        values: When they are found: the value of each rank; empty if nothing was seen.
+        found: Whether no further pass is needed; so it is after ``SWEEPS``.
 
     Example:
         >>> median = OrderStatistics(lambda count: [count // 2])
-        >>> for sweep in (0, 1):
+        >>> for sweep in range(SWEEPS):
         ...     median.observe(torch.tensor([3.0, -1.0, 2.0]), sweep)
         ...     median.finish(sweep)
         >>> median.values
@@ -45,56 +85,47 @@ class OrderStatistics:
         self.values: list[float] = []
         self.found = False
         self._ranks, self._signed = ranks, signed
-        self._num_bins = _BINS if signed else _BINS // 2
+        self._num_keys = 2**32 if signed else 2**31
         self._lock = threading.Lock()
-        self._counts: dict[tuple[int, int], numpy.ndarray] = {}  # of each thread: all bins (-1), or within one
-        self._near: dict[int, numpy.ndarray] = {}  # of each thread: within the bins that are looked into at once
-        self._first: numpy.ndarray | None = None  # of these bins, for each rank
-        self._wanted: list[tuple[int, int]] = []  # bin, and rank within the bin
+        self._wanted: list[_Wanted] = []
+        self._counts: dict[tuple[int, int], numpy.ndarray] = {}  # of each thread and rank: before, each bin, behind
+        self._sample: dict[int, numpy.ndarray] = {}  # of each thread: by the upper bits
 
     def observe(self, piece: Tensor, sweep: int) -> None:
         """Count one piece, flat; several threads may at once."""
-        from tva.kernels import count_both, count_lower
+        from tva.kernels import count_upper, count_window
 
-        if self.found:
-            return
         values = piece.detach().float().contiguous().cpu().numpy()
+        if self.found or len(values) == 0:
+            return
+        thread = threading.get_ident()
         if sweep == 0:
-            if len(values) == 0:
-                return
             with self._lock:
-                if self._first is None:
-                    self._first = self._expect(values)
-            near = _own(self._near, threading.get_ident(), len(self._first), _LOOKED_INTO * _BINS)
-            count_both(values, self._signed, self._mine(-1), self._first, near)
-        else:
-            for high in {high for high, _ in self._wanted}:
-                count_lower(values, self._signed, high, self._mine(high))
+                if not self._wanted:
+                    first = self._zeros_of_sample()
+                    count_upper(values[:_ENOUGH], self._signed, first)
+                    self._wanted = [_Wanted(0, self._num_keys - 1) for _ in self._ranks(1)]
+                    self._expect(first)
+            if thread not in self._sample:
+                self._sample[thread] = self._zeros_of_sample()
+            count_upper(numpy.ascontiguousarray(values[::_SAMPLED]), self._signed, self._sample[thread])
+        for j, wanted in enumerate(self._wanted):
+            counts = self._counts.get((thread, j))
+            if counts is None:
+                with suppress(IndexError):  # none is left
+                    counts = _spare.pop()
+                self._counts[thread, j] = counts = _zeros(_WINDOW + 2) if counts is None else counts
+            count_window(values, self._signed, wanted.start, wanted.shift, counts)
 
-    def _expect(self, values: numpy.ndarray) -> numpy.ndarray:
-        """Say which bins to look into at once, from the beginning of the first piece."""
-        from tva.kernels import count_upper, locate
+    def _zeros_of_sample(self) -> numpy.ndarray:
+        return _zeros(self._num_keys >> _COARSE)
 
-        values = values[:_ENOUGH]
-        counts = _zeros(self._num_bins)
-        count_upper(values, self._signed, counts)
-        bins = [locate(counts, rank)[0] for rank in self._ranks(len(values))]
-        return numpy.array(sorted({max(0, high - _LOOKED_INTO // 2) for high in bins}), numpy.uint32)
+    def _expect(self, sample: numpy.ndarray) -> None:
+        """Set the windows around where the ranks lie in a sample."""
+        from tva.kernels import locate
 
-    def _mine(self, which: int) -> numpy.ndarray:
-        return _own(self._counts, (threading.get_ident(), which), self._num_bins if which < 0 else _BINS)
-
-    def _all(self, which: int) -> numpy.ndarray:
-        """Sum up what the threads have counted."""
-        return _total([counts for (_, mine), counts in self._counts.items() if mine == which])
-
-    def _seen_within(self, high: int) -> numpy.ndarray | None:
-        """Give the counts within a bin, if the first pass looked into it."""
-        for j, first in enumerate([] if self._first is None else self._first):
-            if first <= high < first + _LOOKED_INTO:
-                start = (high - first) * _BINS
-                return _total([near[j, start : start + _BINS] for near in self._near.values()])
-        return None
+        for wanted, rank in zip(self._wanted, self._ranks(int(sample.sum())), strict=True):
+            wanted.expect((locate(sample, rank)[0] << _COARSE) + (1 << _COARSE) // 2)
 
     def finish(self, sweep: int) -> None:
         """Close a pass."""
@@ -102,20 +133,20 @@ class OrderStatistics:
 
         if self.found:
             return
-        if sweep == 0:
-            counts = self._all(-1)
-            count = int(counts.sum())
-            self._wanted = [locate(counts, rank) for rank in self._ranks(count)] if count else []
-            within = {high: self._seen_within(high) for high, _ in self._wanted}
-            self.found = all(counts is not None for counts in within.values())
-            self._near = {}
-        else:
-            within = {high: self._all(high) for high, _ in self._wanted}
-        if sweep == 1 or self.found:
-            for high, rank in self._wanted:
-                self.values.append(_value(high * _BINS + locate(within[high], rank)[0], self._signed))
-            self.found = True
+        for j, wanted in enumerate(self._wanted):
+            counts = _total([counts for (_, mine), counts in self._counts.items() if mine == j])
+            wanted.narrow(locate(counts, self._ranks(int(counts.sum()))[j])[0])
+        for counts in self._counts.values():
+            counts.fill(0)
+            _spare.append(counts)
         self._counts = {}
+        self.found = all(wanted.low == wanted.high for wanted in self._wanted)
+        if self.found:
+            self.values = [_value(wanted.low, self._signed) for wanted in self._wanted]
+        elif sweep == 0:
+            self._expect(_total(list(self._sample.values())))
+        if self.found or sweep == 0:
+            self._sample = {}
 
 
 class Threshold(OrderStatistics):
@@ -130,7 +161,7 @@ class Threshold(OrderStatistics):
 
     @property
     def value(self) -> float:
-        """After both passes: magnitudes of at least this are kept; 0 keeps all."""
+        """When found: magnitudes of at least this are kept; 0 keeps all."""
         return self.values[0] if self.values else 0.0
 
     @property
@@ -164,18 +195,12 @@ def after(value: float, towards: float = math.inf) -> float:
     return float(numpy.nextafter(numpy.float32(value), numpy.float32(towards)))
 
 
-def _zeros(*shape: int) -> numpy.ndarray:
-    return numpy.zeros(shape, numpy.int64)
+def _zeros(count: int) -> numpy.ndarray:
+    return numpy.zeros(count, numpy.int64)
 
 
 def _total(counts: list[numpy.ndarray]) -> numpy.ndarray:
-    return counts[0] if len(counts) == 1 else sum(counts, _zeros(1))
-
-
-def _own(counts: dict[Any, numpy.ndarray], key: object, *shape: int) -> numpy.ndarray:
-    if key not in counts:
-        counts[key] = _zeros(*shape)
-    return counts[key]
+    return counts[0] if len(counts) == 1 else sum(counts[1:], counts[0])
 
 
 def _value(key: int, signed: bool) -> float:

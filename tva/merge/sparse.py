@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from tva.merge.method import Method, Place
-from tva.merge.select import OrderStatistics, Threshold, after, check_density, trim
+from tva.merge.select import SWEEPS, OrderStatistics, Threshold, after, check_density, trim
 from tva.steps import TRIM, Step, Steps
 
 
@@ -18,7 +18,7 @@ from tva.steps import TRIM, Step, Steps
 class Magnitude(Method):
     """Keep the fraction ``density`` of elements of largest magnitude in each tensor, and zero the others.
 
-    Elements that equal the smallest one kept are kept too. Two sweeps.
+    Elements that equal the smallest one kept are kept too. One sweep, or two.
 
     Args:
         density: Fraction to keep, in (0, 1].
@@ -28,10 +28,14 @@ class Magnitude(Method):
 
     usage = "magnitude(v, density=0.2)"
     num_vectors = 1
-    num_sweeps = 2
+    num_sweeps = SWEEPS
 
     def __post_init__(self) -> None:
         check_density(self.density)
+
+    @property
+    def usual_sweeps(self) -> int:
+        return 1
 
     def start(self, num_vectors: int) -> Threshold:
         return Threshold(self.density)
@@ -58,7 +62,7 @@ class Breadcrumbs(Method):
 
     Of a tensor of :math:`n` elements the ``floor(top * n)`` largest and the ``floor(bottom * n)`` smallest magnitudes
     go; elements that equal the largest or smallest one kept are kept too. The paper sums such vectors:
-    ``0.3 * (breadcrumbs(a) + breadcrumbs(b))``. This is the paper's rule, over whole tensors, in two sweeps; its
+    ``0.3 * (breadcrumbs(a) + breadcrumbs(b))``. This is the paper's rule, over whole tensors, in one sweep or two; its
     authors' code goes row by row instead: ``rows=True``, which needs whole tensors and no sweep.
 
     Args:
@@ -85,7 +89,11 @@ class Breadcrumbs(Method):
 
     @property
     def num_sweeps(self) -> int:
-        return 0 if self.rows else 2
+        return 0 if self.rows else SWEEPS
+
+    @property
+    def usual_sweeps(self) -> int:
+        return min(self.num_sweeps, 1)
 
     @property
     def whole(self) -> bool:

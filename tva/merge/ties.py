@@ -12,7 +12,7 @@ from torch import Tensor
 
 from tva.merge.linear import add_up
 from tva.merge.method import Method, Place
-from tva.merge.select import Threshold, check_density, trim
+from tva.merge.select import SWEEPS, Threshold, check_density, trim
 from tva.steps import TIES, Step, Steps
 
 
@@ -23,7 +23,7 @@ class Ties(Method):
     Each vector keeps its ``density`` largest magnitudes, :math:`\hat\tau_t`. The elected sign of an element is that of
     :math:`\sum_t \hat\tau_t`; the result is the mean (or sum) of the :math:`\hat\tau_t` that are not zero and have that
     sign. Vectors vote as they are
-    given: ``ties(2 * a, b)`` weights a's vote and its part of the mean. Two sweeps.
+    given: ``ties(2 * a, b)`` weights a's vote and its part of the mean. One sweep, or two.
 
     mergekit's rule is ``trim="tensor", undecided="positive"``, but for one thing: of elements that equal the smallest
     magnitude kept, all are kept here, and there as many as fill the fraction, those that an unstable sort happens to
@@ -51,7 +51,7 @@ class Ties(Method):
     undecided: Literal["base", "positive"] = "base"
 
     usage = 'ties(a, b, …, density=0.2, trim="model" or "tensor", combine=…, elect=…, weights=…, undecided=…)'
-    num_sweeps = 2
+    num_sweeps = SWEEPS
 
     def __post_init__(self) -> None:
         check_density(self.density)
@@ -70,6 +70,10 @@ class Ties(Method):
     def over_model(self) -> bool:
         return self.trim == "model"
 
+    @property
+    def usual_sweeps(self) -> int:
+        return 2 if self.over_model else 1
+
     def start(self, num_vectors: int) -> list[Threshold]:
         if self.weights and len(self.weights) != num_vectors:
             raise ValueError(
@@ -86,7 +90,7 @@ class Ties(Method):
             threshold.finish(sweep)
 
     def ready(self, state: list[Threshold], sweep: int) -> bool:
-        return sweep > 0 and all(threshold.found for threshold in state)
+        return all(threshold.found for threshold in state)
 
     def merge(self, deltas: Sequence[Tensor], state: list[Threshold], place: Place) -> Tensor:
         trimmed = [trim(delta, threshold.value) for delta, threshold in zip(deltas, state, strict=True)]
