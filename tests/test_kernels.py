@@ -103,3 +103,33 @@ def test_the_account_counts_what_rounding_takes_away():
     edited, (moving, changed, _, _) = run(stored, [Step(LOAD, 1)], coef=0.1)
     assert (moving, changed) == (2, 1)  # 1 + 0.00078 rounds to 1
     assert edited.tolist() == [1.0, 1.0, 2.0, float(torch.tensor(0.05).bfloat16())]
+
+
+@pytest.mark.parametrize("signed", [False, True])
+def test_counts_of_a_window_are_those_of_each_key_by_itself(signed):
+    generator = torch.Generator().manual_seed(0)
+    bits = torch.randint(-(2**31), 2**31, (1000,), generator=generator, dtype=torch.int64).numpy()
+    top = 2**32 if signed else 2**31
+    for start, shift, bins in [(0, 14, 2**18), (0x3F800000, 0, 64), (0x3F800000, 3, 512), (0x40000000, 10, 1024)]:
+        last = start + (bins << shift) - 1
+        edges = [key for key in (start - 1, start, start + 1, last - 1, last, last + 1) if 0 <= key < top]
+        keys = numpy.array(edges * 40, numpy.uint64)
+        stored = keys
+        if signed:  # undo the turning of `kernels._key`
+            stored = numpy.where(keys >= 2**31, keys ^ numpy.uint64(2**31), keys ^ numpy.uint64(2**32 - 1))
+        values = numpy.concatenate([bits & 0xFFFFFFFF, stored.astype(numpy.int64)]).astype(numpy.uint32)
+        values = values[~numpy.isnan(values.view(numpy.float32))].view(numpy.float32)
+        expected = numpy.zeros(bins + 2, numpy.int64)
+        for key in (int(kernels._key(value, signed)) for value in values):
+            expected[0 if key < start else -1 if key > last else 1 + ((key - start) >> shift)] += 1
+        counts = numpy.zeros(bins + 2, numpy.int64)
+        kernels.count_window(values, signed, start, shift, counts)
+        assert counts.tolist() == expected.tolist(), (start, shift)
+        assert start == 0 or counts[[0, 1, -2, -1]].all(), "keys on both sides of both ends were counted"
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_a_delta_alone_is_the_difference(dtype):
+    generator = torch.Generator().manual_seed(0)
+    stored = torch.randn(2, 5000, generator=generator).to(dtype)
+    assert torch.equal(run(stored, [Step(LOAD, 1)]), stored[1].float() - stored[0].float())

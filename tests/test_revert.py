@@ -315,7 +315,7 @@ def test_output_and_undo_file_appear_together_and_a_run_can_go_on(folder, monkey
     with pytest.raises(OSError, match="the power went; what was done is kept"):
         compose(*words, keep_undo=True)
     monkeypatch.undo()
-    os.chdir(folder)
+    monkeypatch.chdir(folder)
     assert replaced == ["out.undo.safetensors", "out.safetensors"]  # the undo file first
     assert "out.safetensors" not in files()
     report = compose(*words, keep_undo=True, resume=True)
@@ -336,7 +336,7 @@ def test_a_full_disk_leaves_neither(folder, monkeypatch, output):
         compose(*words, keep_undo=True)
     assert not {"out", "out.safetensors", "out.undo.safetensors", ".out.undo.safetensors.partial"} & set(files())
     monkeypatch.undo()
-    os.chdir(folder)
+    monkeypatch.chdir(folder)
     assert compose(*words, keep_undo=True, resume=True).resumed == 9
     revert(output, output="again.safetensors")
     assert_base_is_back("again.safetensors")
@@ -357,7 +357,7 @@ def test_revert_goes_on_where_it_stopped(folder, monkeypatch):
         revert("out.safetensors", output="again.safetensors")
     assert "again.safetensors" not in files()
     monkeypatch.undo()
-    os.chdir(folder)
+    monkeypatch.chdir(folder)
     assert run("revert", "out.safetensors", "--output", "again.safetensors", "--resume") == 0
     assert_base_is_back("again.safetensors")
 
