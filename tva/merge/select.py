@@ -17,6 +17,7 @@ _WINDOW = 2**18  # keys that are counted each by itself; those of 0.8 to 1.6 % o
 _COARSE = 16  # lower bits that a sample's counts leave out
 _ENOUGH = 2**17  # elements of the first piece, from which a rank's place is expected
 _SAMPLED = 61  # of so many elements of every piece one is sampled
+_KEPT = 16  # counts, of 2 MiB each
 
 _spare: list[numpy.ndarray] = []  # counts, all zero: new memory would cost more than what is counted in it
 
@@ -137,8 +138,9 @@ class OrderStatistics:
             counts = _total([counts for (_, mine), counts in self._counts.items() if mine == j])
             wanted.narrow(locate(counts, self._ranks(int(counts.sum()))[j])[0])
         for counts in self._counts.values():
-            counts.fill(0)
-            _spare.append(counts)
+            if len(_spare) < _KEPT:
+                counts.fill(0)
+                _spare.append(counts)
         self._counts = {}
         self.found = all(wanted.low == wanted.high for wanted in self._wanted)
         if self.found:
