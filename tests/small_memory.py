@@ -23,7 +23,8 @@ def run(statement, spare):
     thread.join()
     assert peak[0] <= budget * 2**20, (peak[0] / 2**20, before / 2**20, budget)
 
-for statement in sys.argv[2:]:  # each in a fork, which begins with what the imports take and nothing of the others
+exec(sys.argv[2])
+for statement in sys.argv[3:]:  # each in a fork, which begins with what the imports take and nothing of the others
     case = multiprocessing.get_context("fork").Process(target=run, args=(statement, int(sys.argv[1])))
     case.start()
     case.join()
@@ -32,14 +33,15 @@ for statement in sys.argv[2:]:  # each in a fork, which begins with what the imp
 """
 
 
-def assert_within(folder, spare, *statements):
+def assert_within(folder, spare, *statements, first=""):
     """Run statements one by one in a folder, and check that each stays within ``memory``.
 
     Args:
         folder: Where they run.
         spare: MiB above what the process held before; ``memory`` in a statement is the sum, for ``max_memory``.
         statements: Python, with ``compose``, ``verify`` and ``revert``.
+        first: Python that runs before all is measured, such as ``import torch``, which `compose` alone can do without.
     """
-    command = [sys.executable, "-c", CODE, str(spare), *statements]
+    command = [sys.executable, "-c", CODE, str(spare), first, *statements]
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]

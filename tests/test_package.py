@@ -10,12 +10,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from tva import save_weights
+from tva import TaskVector, open_weights, save_weights
 
 ROOT = Path(__file__).parent.parent
 
 # Each module may import modules of its own layer's row or of rows above it, never below.
 LAYERS = [
+    {"tva.later"},
     {"tva.state_dict", "tva.console", "tva.version", "tva.steps", "tva.parsing", "tva.memory"},
     {"tva.kernels"},
     {"tva.weights", "tva.groups", "tva.kinds"},
@@ -55,6 +56,7 @@ LAYERS = [
     {"tva.playground"},
 ]
 TORCH_ONLY = {
+    "tva.later",
     "tva.state_dict",
     "tva.steps",
     "tva.fused",
@@ -181,6 +183,7 @@ def run_python(code, *options, **environment):
 
 def test_import_tva_loads_torch_and_no_more():
     code = "import sys, tva; tva.TaskVector, tva.open_weights; print(*{m.split('.')[0] for m in sys.modules})"
+    assert "torch" not in run_python(code.replace("tva.TaskVector, ", ""))
     assert not {"lightning", "open_clip", "datasets", "timm", "sklearn", "rich"} & set(run_python(code))
 
 
@@ -210,6 +213,42 @@ def test_commands_on_files_never_load_lightning(tmp_path):
         verify out.safetensors
         revert out.safetensors --output again.safetensors"""
     done = subprocess.run([sys.executable, "-c", ON_FILES, commands], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+NO_TORCH = """
+import sys
+from tva.cli import main
+
+for line in sys.stdin:
+    main(line.split())
+    assert 'torch' not in sys.modules, line
+"""
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_sums_and_selections_of_safetensors_never_load_torch(tmp_path, dtype):
+    """Nor do plans and checks of them; loading it would take longer than the arithmetic."""
+    state = {"l.0.w": torch.randn(40, 30), "l.1.w": torch.randn(300), "empty": torch.zeros(0), "one": torch.ones(())}
+    state = {name: tensor.to(dtype) for name, tensor in state.items()} | {"steps": torch.tensor(3)}
+    save_weights(state, tmp_path / "base.safetensors")
+    for name, like in (("a", state), ("b", state)):
+        moved = {key: torch.randn_like(x) if x.is_floating_point() and key != "one" else x for key, x in like.items()}
+        save_weights(moved, tmp_path / f"{name}.safetensors")
+    vector = TaskVector.between(open_weights(tmp_path / "base.safetensors"), open_weights(tmp_path / "b.safetensors"))
+    vector.save(tmp_path / "v.tv.safetensors")
+    call = "compose --base base.safetensors --vectors.a a.safetensors --vectors.b b.safetensors --recipe="
+    call_on_vector = "compose --base base.safetensors --vectors.v v.tv.safetensors --output v.safetensors --recipe="
+    commands = f"""{call}0.5*(a+b) --output sum.safetensors
+        {call}0.5*(a+b) --output sum.safetensors --plan
+        {call}ties(a,b) --output folder
+        {call}ties(a,b,trim="tensor")-dare(a)/3 --output ties.safetensors --json
+        {call}magnitude(mean(a,b),density=0.3) --output some.safetensors
+        {call}s*analogy(a,b,a) --coefs={{"s":{{"l.0":2,".*":0.5}}}} --output analogy.safetensors
+        {call_on_vector}-v
+        verify sum.safetensors"""
+    run = [sys.executable, "-c", NO_TORCH]
+    done = subprocess.run(run, input=commands, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
 
 

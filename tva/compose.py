@@ -17,6 +17,7 @@ from typing import Literal
 from tva.composer import Composer, GroupEffect
 from tva.groups import Coefficient
 from tva.kinds import KEY, check_kinds
+from tva.later import load_torch
 from tva.memory import parse_bytes
 from tva.plan import Plan, make_plan
 from tva.recipe import Recipe
@@ -149,7 +150,8 @@ def compose(
         return make_plan(weights, composer.layout(), sources, checked, scaling_coef, kept, need)
 
     if keep_undo:
-        composer.beside = BYTES_HELD * max((weights.spec(name).dtype.itemsize for name in weights), default=0)
+        load_torch()  # which undo files take, and so the memory that is left
+        composer.beside = BYTES_HELD * max((weights.spec(name).itemsize for name in weights), default=0)
         _check_undo(keep_undo, sources)
     composer.fit_into(max_memory)
     record = Record(

@@ -21,9 +21,9 @@ def print_plan(plan: Plan) -> None:
     for heading in ("number", "shape", "dtype", *plan.columns):
         table.add_column(heading, justify="right")
     for row in plan.rows:
-        dtype = str(row.spec.dtype).removeprefix("torch.")
+        dtype = row.spec.dtype_name
         coefs = [_ramp([coefs[key] for coefs in row.coefs if key in coefs]) for key in plan.columns]
-        table.add_row(row.label, f"{len(row.names)}", f"{list(row.spec.shape)}", dtype, *coefs)
+        table.add_row(row.label, f"{len(row.names)}", f"{list(row.spec.sizes)}", dtype, *coefs)
     console.print(table)
     for note in plan.notes:
         console.print(f"read {note}", highlight=False)
@@ -77,7 +77,12 @@ def to_json(done: ComposeReport | Plan) -> dict[str, Any]:
     """Give what `tva.compose` did, or would do, as plain values."""
     if isinstance(done, Plan):
         rows = [
-            {"tensors": row.names, "dtype": str(row.spec.dtype), "shape": list(row.spec.shape), "coefs": row.coefs}
+            {
+                "tensors": row.names,
+                "dtype": f"torch.{row.spec.dtype_name}",
+                "shape": list(row.spec.sizes),
+                "coefs": row.coefs,
+            }
             for row in done.rows
         ]
         return {**vars(done), "rows": rows}

@@ -14,22 +14,20 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any, Protocol
 
-import torch
-from torch import Tensor
-
 from tva.console import progress
+from tva.later import Tensor, load_torch, num_threads, torch, torch_is_loaded
 from tva.memory import anonymous_memory, parse_bytes
 from tva.merge import Place
-from tva.pieces import FUSED_DTYPES, Deltas, NewSpace, OpenedTensor, Space
+from tva.pieces import FUSED_DTYPES, Deltas, NewSpace, OpenedTensor, Space, is_fusible
 from tva.recipe import Look, Piece, Recipe
 from tva.sources import Source, untie
-from tva.state_dict import NoEffectError, add_scaled
+from tva.state_dict import NoEffectError, add_scaled, is_edited
 from tva.steps import Program
-from tva.weights import Fingerprint, LazyWeights, Spec, TensorHash, open_weights
+from tva.weights import Elements, Fingerprint, LazyWeights, Spec, TensorHash, open_weights
 
 PIECE = 2**18  # elements; shorter ones leave the cores waiting for Python, longer ones for memory
 SLACK = 2**24  # bytes for what an allocator keeps, thread stacks and journals
-DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+DTYPES = ("float64", "float32", "bfloat16", "float16")
 
 
 @dataclass
@@ -59,6 +57,13 @@ class GroupEffect:
             return 0.0
         return (self.squared_change / self.squared_base) ** 0.5 if self.squared_base else float("inf")
 
+    def count(self, moving: int, changed: int, change_square: float, base_square: float) -> None:
+        """Count one piece in."""
+        self.elements += moving
+        self.vanished += moving - changed
+        self.squared_change += change_square
+        self.squared_base += base_square
+
     def add(self, other: GroupEffect) -> None:
         """Count another's in."""
         for name in self.__dataclass_fields__:
@@ -70,7 +75,7 @@ class Sink(Protocol):
 
     done: Mapping[str, Any]  # by name the records of tensors that need not be computed
 
-    def write(self, name: str, start: int, piece: Tensor) -> None:
+    def write(self, name: str, start: int, piece: Elements) -> None:
         """Take elements of a tensor, flattened, from ``start`` on; the pieces of one tensor come in order."""
 
     def finish(self, name: str, record: Mapping[str, Any]) -> None:
@@ -86,7 +91,7 @@ class Composer:
         sources: Mapping[str, Source],
         recipe: Recipe,
         scaling_coef: float,
-        dtype: torch.dtype | Mapping[str, torch.dtype] | None,
+        dtype: str | Mapping[str, str] | None,
         tied: Mapping[str, str],
     ) -> None:
         self.base, self.sources, self.recipe, self.tied = base, sources, recipe, tied
@@ -94,8 +99,10 @@ class Composer:
         self.names = [name for name in base if name not in tied]
         # Running statistics are kept: their deltas mean something at coefficient 1 alone.
         self.statistics = set().union(*(source.buffers for source in sources.values()))
+        if not self._is_fusible():
+            load_torch()  # now, so that the memory that it takes is known
         # Decompositions use all cores themselves; all else is done by one thread a tensor.
-        self.piece, self.workers = PIECE, 1 if recipe.needs_whole_tensors else torch.get_num_threads()
+        self.piece, self.workers = PIECE, 1 if recipe.needs_whole_tensors else num_threads()
         self.identities: dict[str, str] = {}
         self.model_states: dict[tuple[int, str], Any] = {}
         self.records: dict[str, Mapping[str, Any]] = {}
@@ -105,13 +112,29 @@ class Composer:
 
     def layout(self) -> dict[str, Spec]:
         """Give the dtype and shape of every output tensor, in the order written."""
-        return {name: Spec(self._output_dtype(name), self.base.spec(name).shape) for name in self.names}
+        return {name: Spec(self._output_dtype(name), self.base.spec(name).sizes) for name in self.names}
 
-    def _output_dtype(self, name: str) -> torch.dtype:
-        stored = self.base.spec(name).dtype
+    def _output_dtype(self, name: str) -> str:
+        stored = self.base.spec(name)
         if isinstance(self.dtype, Mapping):
             return self.dtype[name]
-        return self.dtype if self.dtype is not None and stored.is_floating_point else stored
+        return self.dtype if self.dtype is not None and stored.is_floating_point() else stored.dtype_name
+
+    def _is_fusible(self) -> bool:
+        """Whether all can be computed without torch."""
+        if not self.recipe.is_fusible:
+            return False
+        for name in self.names:
+            entries = [weights.entry(name) for weights in self._inputs() if name in weights]
+            kept = len(entries) == 1 or not is_edited(entries[0].spec) or name in self.statistics
+            if not (entries[0].in_parts if kept else all(map(is_fusible, entries))):
+                return False
+            if self._output_dtype(name) != entries[0].spec.dtype_name:
+                return False
+        return True
+
+    def _inputs(self) -> list[LazyWeights]:
+        return [self.base, *(source.weights for source in self.sources.values())]
 
     @classmethod
     def open(
@@ -138,8 +161,7 @@ class Composer:
         if which != "checkpoint" and which not in chosen:
             raise ValueError(f"which={which!r}: no vector holds both raw and averaged weights. Leave it out.")
         recipe.bind(weights.keys())
-        wanted = None if dtype is None else DTYPES[dtype]
-        return cls(weights, sources, recipe, scaling_coef, wanted, untie(weights, sources.values()))
+        return cls(weights, sources, recipe, scaling_coef, dtype, untie(weights, sources.values()))
 
     def back(self, edited: LazyWeights, with_vectors: bool) -> Composer:
         """Give the composer that predicts this one's base from what this one has computed.
@@ -148,7 +170,7 @@ class Composer:
         """
         sources = {name: source.unchecked() for name, source in self.sources.items()} if with_vectors else {}
         recipe = self.recipe if with_vectors else Recipe("nothing", ["nothing"])
-        dtypes = {name: self.base.spec(name).dtype for name in self.base}
+        dtypes = {name: self.base.spec(name).dtype_name for name in self.base}
         back = Composer(edited, sources, recipe, -self.scaling_coef, dtypes, self.base.ties())
         back.piece, back.workers = self.piece, self.workers
         return back
@@ -159,9 +181,9 @@ class Composer:
         """Predict the anonymous memory in bytes, at the piece size and number of workers chosen."""
         held, unparted, largest = 4 * (2 * len(self.sources) + 8) + self.beside, 0, 0
         for name in self.names:
-            entries = [w.entry(name) for w in (self.base, *(s.weights for s in self.sources.values())) if name in w]
+            entries = [weights.entry(name) for weights in self._inputs() if name in weights]
             unparted = max(unparted, sum(entry.held_bytes for entry in entries))
-            largest = max(largest, entries[0].shape.numel() if len(entries) > 1 else 0)
+            largest = max(largest, entries[0].spec.numel() if len(entries) > 1 else 0)
         piece = largest if self.recipe.needs_whole_tensors else self.piece
         return anonymous_memory() + SLACK + self.workers * (piece * held + unparted)
 
@@ -214,7 +236,7 @@ class Composer:
                 raise
 
     def _size(self, name: str) -> int:
-        return self.base.spec(name).shape.numel()
+        return self.base.spec(name).numel()
 
     def _open(self, name: str, space: Space | None = None) -> OpenedTensor:
         piece = max(1, self._size(name)) if self.recipe.needs_whole_tensors else self.piece
@@ -224,10 +246,11 @@ class Composer:
         """Give the deltas of one tensor, if the recipe moves it."""
         if opened.vectors:
             for start in opened.starts():
-                yield self._place(opened, start), Deltas(opened, opened.base_piece(start), start)
+                base = opened.base_elements(start) if opened.fused else opened.base_piece(start)
+                yield self._place(opened, start), Deltas(opened, start, None if opened.fused else base)
 
     def _place(self, opened: OpenedTensor, start: int) -> Place:
-        return Place(opened.name, start, shape=tuple(opened.spec.shape))
+        return Place(opened.name, start, shape=opened.spec.sizes)
 
     def _compose(self, name: str, out: Sink) -> None:
         """Compute and write one tensor."""
@@ -241,13 +264,20 @@ class Composer:
         program = self._program(opened, states) if moved else None
         effect = GroupEffect(tensors=int(bool(opened.vectors)))
         before, after = TensorHash(opened.spec), TensorHash(opened.spec, dtype)
+        copied = not moved and dtype == opened.spec.dtype_name and self.base.entry(name).in_parts
         for start in opened.starts():
             if self._stop:
                 return
-            base = opened.base_piece(start)
-            before.update(base)
-            part = self._edit(opened, program, base, start, states, effect) if moved else base.to(dtype)
-            after.update(part)
+            if program is not None or copied:
+                base = opened.base_elements(start)
+                before.update(base.data)
+                part = base if copied else self._run(opened, program, base, start, effect)
+            else:
+                tensor = opened.base_piece(start)
+                before.update(tensor)
+                wanted = getattr(torch, dtype)
+                part = Elements.of(self._edit(opened, tensor, start, states, effect) if moved else tensor.to(wanted))
+            after.update(part.data)
             out.write(name, start, part)
         effect.changed = int(effect.elements > effect.vanished)
         record = {"base": before.hexdigest(), "edited": after.hexdigest(), "vectors": {}, "effect": asdict(effect)}
@@ -265,38 +295,41 @@ class Composer:
         steps = self.recipe.steps(self._place(opened, 0), states, self.identities)
         return None if steps is None else opened.program(steps)
 
+    def _run(self, opened: OpenedTensor, program: Program, base: Elements, start: int, effect: GroupEffect) -> Elements:
+        """Compute one piece of the output by a program, and count what it changes."""
+        dtype, count = self._output_dtype(opened.name), len(base.data) // opened.spec.itemsize
+        size = count * Spec(dtype, ()).itemsize
+        part = Elements(opened.space.bytes("edited", size)[0, :size], dtype)
+        moving, changed, change_square, base_square = opened.edit(program, start, self.scaling_coef, part)
+        if not math.isfinite(change_square) and not bool(torch.isfinite(part.tensor()).all()):
+            raise self._not_finite(opened.name, dtype)
+        effect.count(moving, changed, change_square, base_square)
+        return part
+
     def _edit(
         self,
         opened: OpenedTensor,
-        program: Program | None,
         base: Tensor,
         start: int,
         states: Mapping[tuple[int, str], Any],
         effect: GroupEffect,
     ) -> Tensor:
-        """Compute one piece of the output and count what it changes."""
-        space = opened.space
-        part = space.take(self._output_dtype(opened.name), len(base))
-        if program is not None:
-            moving, changed, change_square, base_square = opened.edit(program, start, self.scaling_coef, part)
-        else:
-            deltas, free = Deltas(opened, base, start), space.give_back
-            place, base = self._place(opened, start), opened.widened(base)
-            delta = self.recipe.merge(place, deltas, states, self.identities, fresh=opened.vectors, free=free)
-            moving = int(torch.count_nonzero(delta))
-            add_scaled(base, delta, self.scaling_coef, out=part, overwrite=True)
-            change = delta.copy_(part).sub_(base)
-            changed = int(torch.count_nonzero(change))
-            change_square, base_square = (float(torch.dot(x, x)) for x in (change, base))
+        """Compute one piece of the output in torch, and count what it changes."""
+        space, dtype = opened.space, self._output_dtype(opened.name)
+        part = space.take(getattr(torch, dtype), len(base))
+        deltas, place, base = Deltas(opened, start, base), self._place(opened, start), opened.widened(base)
+        delta = self.recipe.merge(place, deltas, states, self.identities, fresh=opened.vectors, free=space.give_back)
+        moving = int(torch.count_nonzero(delta))
+        add_scaled(base, delta, self.scaling_coef, out=part, overwrite=True)
+        change = delta.copy_(part).sub_(base)
+        changed = int(torch.count_nonzero(change))
+        change_square, base_square = (float(torch.dot(x, x)) for x in (change, base))
         if not math.isfinite(change_square) and not bool(torch.isfinite(part).all()):
-            raise self._not_finite(opened.name, part.dtype)
-        effect.elements += moving
-        effect.vanished += moving - changed
-        effect.squared_change += change_square
-        effect.squared_base += base_square
+            raise self._not_finite(opened.name, dtype)
+        effect.count(moving, changed, change_square, base_square)
         return part
 
-    def _not_finite(self, name: str, dtype: torch.dtype) -> ValueError:
+    def _not_finite(self, name: str, dtype: str) -> ValueError:
         """Say why an edited tensor holds NaN or infinity."""
         inputs = {f"the base {self.base.path}": self.base}
         inputs |= {f"{source.weights.path}, the vector {key}": source.weights for key, source in self.sources.items()}
@@ -304,7 +337,7 @@ class Composer:
         if damaged:
             why = f"{' and '.join(damaged[:3])} {'holds' if len(damaged) == 1 else 'hold'} such there. Take sound ones"
         else:
-            why = f"the coefficient is too large for {dtype}. Give a smaller one"
+            why = f"the coefficient is too large for torch.{dtype}. Give a smaller one"
         return ValueError(f"The edited {name!r} would hold NaN or infinity: {why}. Nothing was written.")
 
     # --- the account
@@ -353,15 +386,17 @@ def _threads(workers: int) -> Iterator[ThreadPoolExecutor]:
     Python's garbage collector rests meanwhile: pieces leave no cycles, but so many of them would make it walk over all
     that torch has loaded, again and again (measured: more than half of the time).
     """
-    before, collecting = torch.get_num_threads(), gc.isenabled()
+    alone, collecting = workers > 1 and torch_is_loaded(), gc.isenabled()
+    before = torch.get_num_threads() if alone else 0
     gc.disable()
     pool = ThreadPoolExecutor(workers, thread_name_prefix="tva-compose")
     try:
-        if workers > 1:
+        if alone:
             torch.set_num_threads(1)
         yield pool
     finally:
         pool.shutdown(cancel_futures=True)
-        torch.set_num_threads(before)
+        if alone:
+            torch.set_num_threads(before)
         if collecting:
             gc.enable()

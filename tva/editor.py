@@ -16,7 +16,8 @@ from torch import Tensor
 from tva.batches import BatchCache
 from tva.evaluations import EvaluationLog, digest_of
 from tva.kinds import kind_of
-from tva.task_vector import BATCH_NORM_STATISTICS, TaskVector
+from tva.state_dict import BATCH_NORM_STATISTICS
+from tva.task_vector import TaskVector
 from tva.validate import Evaluation, Split, evaluate
 from tva.version import __version__
 from tva.weights import canonical_state_dict, fingerprint

@@ -12,8 +12,7 @@ import torch
 from torch import Tensor
 
 from tva.origin import Origin, vector_header
-from tva.state_dict import NoEffectError, add_scaled, some, subtract
-from tva.task_vector import BATCH_NORM_STATISTICS
+from tva.state_dict import BATCH_NORM_STATISTICS, NoEffectError, add_scaled, some, subtract
 from tva.weights import Fingerprint, LazyWeights, Spec, TensorHash, atomic_path
 from tva.weights.late_header import LateHeaderFile
 from tva.weights.lazy import Entry
@@ -40,7 +39,7 @@ class Source:
         """Make one of a tensor in a file, which is read part by part where it can be."""
         length = entry.shape.numel()
         starts = range(0, length, PIECE)
-        spec = Spec(entry.dtype, entry.shape)
+        spec = entry.spec
         if not entry.in_parts:
             return cls(spec, lambda: [entry.read().reshape(-1)])
         return cls(spec, lambda: (entry.slice(start, min(start + PIECE, length)) for start in starts))

@@ -27,7 +27,7 @@ import torch
 
 from tva.merge.select import check_density, num_kept
 from tva.state_dict import some
-from tva.weights import Spec, num_bytes
+from tva.weights import Spec
 from tva.weights.encoded import KINDS, PLAIN, matrix_shape, part_name, part_specs
 
 PARAMETERS = {"top_k": ("density", 0.1), "low_rank": ("rank", 16)}
@@ -97,7 +97,7 @@ class Encoding:
 
     def num_bytes(self, spec: Spec) -> int:
         """Give the size of a tensor so stored."""
-        return sum(num_bytes(part) for part in self.specs("", spec).values())
+        return sum(part.num_bytes for part in self.specs("", spec).values())
 
     def suited(self, spec: Spec) -> Encoding:
         """Give this encoding, or bf16 for what it is not meant for.

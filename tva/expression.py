@@ -13,14 +13,14 @@ import difflib
 from collections.abc import Collection, Iterator, Mapping
 from typing import Any, Literal
 
-import torch
+import numpy
 
 from tva.groups import Coefficient
 from tva.merge import METHODS, Method
 from tva.state_dict import some
 
 Kind = Literal["vector", "number"]
-MAX = torch.finfo(torch.float32).max
+MAX = float(numpy.finfo(numpy.float32).max)
 SYMBOLS = {ast.Add: "+", ast.Sub: "-", ast.Mult: "*", ast.Div: "/"}
 
 

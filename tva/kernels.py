@@ -215,6 +215,22 @@ def evaluate(steps, numbers, depth, halves, floats, kinds, relative, start, out)
             out[low + i] = stack[0, i]
 
 
+@njit(**_OPTIONS)
+def agree(halves, floats, kinds, row, length):
+    """Whether so many values of a row equal those of the base, as numbers: NaN equals nothing."""
+    left, right = numpy.empty(BLOCK, numpy.float32), numpy.empty(BLOCK, numpy.float32)
+    for low in range(0, length, BLOCK):
+        size = min(BLOCK, length - low)
+        _widen(kinds[0], halves[0, low : low + size], floats[0, low : low + size], left[:size])
+        _widen(kinds[row], halves[row, low : low + size], floats[row, low : low + size], right[:size])
+        same = True
+        for i in range(size):
+            same &= left[i] == right[i]
+        if not same:
+            return False
+    return True
+
+
 @njit(fastmath={"reassoc"}, **_OPTIONS)
 def _account(delta, base, written):
     """Count what moves and what changes, and sum up squares; these sums alone may be taken in any order."""

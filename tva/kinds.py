@@ -6,10 +6,12 @@ A module says what kind its vectors are of by an attribute ``vector_kind``; ordi
 from __future__ import annotations
 
 from collections.abc import Mapping
-
-from torch import nn
+from typing import TYPE_CHECKING
 
 from tva.state_dict import MismatchError, some
+
+if TYPE_CHECKING:
+    from torch import nn
 
 TANGENT = "tangent"
 KEY = "tva.kind"  # in the headers of vectors and of weights

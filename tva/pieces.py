@@ -1,28 +1,27 @@
 """Tensors of a base and its vectors, read piece by piece into memory that is used over and over.
 
 Where the dtypes allow, a piece of the base and of each vector lies in a row of its own, as stored, and `tva.kernels`
-computes with the rows; else torch computes with one tensor after the other.
+computes with the rows, without torch; else torch computes with one tensor after the other.
 """
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Mapping
-from functools import cache
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy
-import torch
-from torch import Tensor
 
 from tva import kernels
+from tva.later import Tensor, torch
 from tva.sources import Source
 from tva.state_dict import is_edited, sum_dtype
 from tva.steps import LOAD, ZERO, Program, Step, Steps, encode
-from tva.weights import Entry, LazyWeights
+from tva.weights import Elements, Entry, LazyWeights
 
 AHEAD = 2**23  # elements that the system is told to read ahead
-FUSED_DTYPES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}  # as `tva.kernels` numbers them
+HEAD = 4096  # elements in which most fine-tuned tensors differ from the base
+FUSED_DTYPES = {"bfloat16": 0, "float16": 1, "float32": 2}  # as `tva.kernels` numbers them
 
 
 class Space(threading.local):
@@ -30,7 +29,7 @@ class Space(threading.local):
 
     def __init__(self) -> None:
         self._buffers: dict[torch.dtype, list[Tensor]] = {}
-        self._rows = torch.empty(0, 0, dtype=torch.uint8)
+        self._arrays: dict[str, numpy.ndarray] = {}
         self.next_piece()
 
     def next_piece(self) -> None:
@@ -54,11 +53,15 @@ class Space(threading.local):
         if taken and taken[-1] is tensor:
             taken.pop()
 
-    def rows(self, num_rows: int, num_bytes: int) -> Tensor:
-        """Give rows of at least so many bytes, with any contents; the next call gives the same memory."""
-        if self._rows.shape[0] < num_rows or self._rows.shape[1] < num_bytes:
-            self._rows = torch.empty(num_rows, -(-num_bytes // 64) * 64, dtype=torch.uint8)
-        return self._rows
+    def bytes(self, use: str, num_bytes: int, num_rows: int = 1) -> numpy.ndarray:
+        """Give rows of at least so many bytes, with any contents; the next call for this use gives the same memory."""
+        found = self._arrays.get(use)
+        if found is None or found.shape[0] < num_rows or found.shape[1] < num_bytes:
+            width = -(-num_bytes // 64) * 64
+            new = numpy.empty(num_rows * width + 64, numpy.uint8)
+            aligned = new[-new.ctypes.data % 64 :][: num_rows * width]
+            self._arrays[use] = found = aligned.reshape(num_rows, width)
+        return found
 
 
 class NewSpace(Space):
@@ -68,71 +71,92 @@ class NewSpace(Space):
         return torch.empty(length, dtype=dtype)
 
 
-Reader = Callable[[int, int, Space], Tensor]
+def is_fusible(entry: Entry) -> bool:
+    """Whether `tva.kernels` can compute with a tensor as it is stored."""
+    return entry.spec.dtype_name in FUSED_DTYPES and entry.in_parts
 
 
 class OpenedTensor:
-    """One tensor of the base and of the vectors that move it, read a piece at a time."""
+    """One tensor of the base and of the vectors that move it, read a piece at a time.
+
+    Attributes:
+        vectors: Which vectors move it, by name; empty if none does.
+        fused: Whether `tva.kernels` computes with it.
+    """
 
     def __init__(
         self, name: str, base: LazyWeights, sources: Mapping[str, Source], piece: int, edited: bool, space: Space
     ) -> None:
         self.name, self.spec, self.sources, self.space = name, base.spec(name), sources, space
-        self.length, self.piece = self.spec.shape.numel(), piece
+        self.length, self.piece = self.spec.numel(), piece
         inputs = [base, *(source.weights for source in sources.values())]
         self._entries = [weights.entry(name) if name in weights else None for weights in inputs]
-        self._base = self._reader(self._entries[0])
-        self.fused = False
-        self.vectors: dict[str, Reader | None] = {}
-        if edited and is_edited(self.spec):
-            found = {
-                key: None if entry is None else self._reader(entry)
-                for key, entry in zip(sources, self._entries[1:], strict=True)
-            }
+        self._whole: dict[int, Tensor] = {}  # what cannot be read in parts, or is no longer than a piece
+        self._loaded: set[int] = set()
+        self.vectors: dict[str, bool] = {}
+        present = [entry for entry in self._entries if entry is not None]
+        edited &= len(present) > 1 and is_edited(self.spec)
+        self.fused = edited and not isinstance(space, NewSpace) and all(map(is_fusible, present))
+        if self.fused:
+            width = min(piece, self.length) * max(entry.spec.itemsize for entry in present)
+            self._rows = space.bytes("rows", width, len(self._entries))
+            self._views = self._rows.view(numpy.uint16), self._rows.view(numpy.float32)
+            self._kinds = numpy.array([FUSED_DTYPES[e.spec.dtype_name] if e else 0 for e in self._entries])
+            self._relative = numpy.array([False, *(source.origin is None for source in sources.values())])
+        if edited:
             moving = {
-                key: read if read and (sources[key].origin is not None or self._differs(read)) else None
-                for key, read in found.items()
+                key: entry is not None and (sources[key].origin is not None or self._differs(row))
+                for row, (key, entry) in enumerate(zip(sources, self._entries[1:], strict=True), start=1)
             }
             self.vectors = moving if any(moving.values()) else {}
-        present = [entry for entry in self._entries if entry is not None]
-        self.fused = bool(self.vectors) and not isinstance(space, NewSpace)
-        self.fused &= all(entry.dtype in FUSED_DTYPES and entry.in_parts for entry in present)
-        if self.fused:
-            widest = max(entry.dtype.itemsize for entry in present)
-            self._rows = space.rows(len(self._entries), min(piece, self.length) * widest)
-            self._views = self._rows.numpy().view(numpy.uint16), self._rows.numpy().view(numpy.float32)
-            self._kinds = numpy.array([FUSED_DTYPES[entry.dtype] if entry else 0 for entry in self._entries])
-            self._relative = numpy.array([False, *(source.origin is None for source in sources.values())])
-            self._loaded: set[int] = set()
+        self.fused &= bool(self.vectors)
 
     def starts(self) -> range:
         """Give where the pieces begin; an empty tensor has one, so that every tensor is seen."""
         return range(0, max(1, self.length), self.piece)
 
-    def _reader(self, entry: Entry) -> Reader:
-        if self.length > self.piece and entry.in_parts:
-            return lambda start, stop, space: entry.slice_into(space.take(entry.dtype, stop - start), start)
-        whole = cache(lambda: entry.read().reshape(-1))
-        return lambda start, stop, space: whole()[start:stop]
-
     def base_piece(self, start: int) -> Tensor:
         """Read one piece of the base, into memory that is free again with the next piece."""
+        if self.fused:
+            return self.base_elements(start).tensor()
+        self._begin(start)
+        return self.read(0, start)
+
+    def base_elements(self, start: int) -> Elements:
+        """Read one piece of the base as it is stored, into memory that is free again with the next piece."""
+        self._begin(start)
+        if self.fused:
+            return self._load(0, start)
+        entry, length = self._entries[0], min(self.piece, self.length - start)
+        data = self.space.bytes("copied", length * self.spec.itemsize)[0, : length * self.spec.itemsize]
+        entry.read_into(data, start)
+        return Elements(data, self.spec.dtype_name)
+
+    def _begin(self, start: int) -> None:
         self.space.next_piece()
+        self._loaded.clear()
         if start % AHEAD < self.piece and self.length > AHEAD:  # let the system read while this is computed with
             for entry in filter(None, self._entries):
                 entry.will_need(min(start + AHEAD, self.length), min(start + 2 * AHEAD, self.length))
-        stop = min(start + self.piece, self.length)
-        if not self.fused:
-            return self._base(start, stop, self.space)
-        self._loaded.clear()
-        return self._load(0, start, stop)
 
-    def _load(self, row: int, start: int, stop: int) -> Tensor:
+    def _load(self, row: int, start: int) -> Elements:
         """Read a piece into its row."""
-        entry = self._entries[row]
-        out = self._rows[row, : (stop - start) * entry.dtype.itemsize].view(entry.dtype)
+        spec = self._entries[row].spec
+        data = self._rows[row, : min(self.piece, self.length - start) * spec.itemsize]
         self._loaded.add(row)
-        return entry.slice_into(out, start)
+        self._entries[row].read_into(data, start)
+        return Elements(data, spec.dtype_name)
+
+    def read(self, row: int, start: int) -> Tensor:
+        """Read a piece of the base (row 0) or a vector as a tensor."""
+        entry, stop = self._entries[row], min(start + self.piece, self.length)
+        if self.length > self.piece and entry.in_parts:
+            out = self.space.take(entry.dtype, stop - start)
+            entry.read_into(Elements.of(out).data, start)
+            return out
+        if row not in self._whole:
+            self._whole[row] = entry.read().reshape(-1)
+        return self._whole[row][start:stop]
 
     def program(self, steps: Steps) -> Program | None:
         """Turn steps into a program for this tensor's rows, if its dtypes allow."""
@@ -145,34 +169,31 @@ class OpenedTensor:
         )
         return encode(tuple(placed))
 
-    def run(self, program: Program, start: int, length: int) -> Tensor:
-        """Compute a program on the piece that `base_piece` has read; gives float32 in memory of the space."""
-        out = self.space.take(torch.float32, length)
-        kernels.evaluate(*self._prepared(program, start, length), out.numpy())
-        return out
+    def run(self, program: Program, start: int, out: numpy.ndarray) -> None:
+        """Compute a program on the piece that was begun, into float32."""
+        kernels.evaluate(*self._prepared(program, start), out)
 
-    def edit(self, program: Program, start: int, scaling_coef: float, out: Tensor) -> tuple[int, int, float, float]:
-        """Compute ``base + scaling_coef * program`` on the piece that `base_piece` has read.
+    def edit(self, program: Program, start: int, scaling_coef: float, out: Elements) -> tuple[int, int, float, float]:
+        """Compute ``base + scaling_coef * program`` on the piece that was begun.
 
         Returns:
             Elements whose delta is not zero; elements that change; sums of squares of the change and of the base.
         """
-        written = out.view(torch.uint8).numpy()
-        floats = written.view(numpy.float32) if out.dtype == torch.float32 else numpy.empty(0, numpy.float32)
+        wide = out.dtype_name == "float32"
         with numpy.errstate(over="ignore"):  # what overflows is an error of the edit, said there
             coef = numpy.float32(scaling_coef)
         return kernels.edit(
-            *self._prepared(program, start, len(out)),
+            *self._prepared(program, start),
             coef,
-            FUSED_DTYPES[out.dtype],
-            len(out),
-            written.view(numpy.uint16),
-            floats,
+            FUSED_DTYPES[out.dtype_name],
+            min(self.piece, self.length - start),
+            out.data.view(numpy.uint16),
+            out.data.view(numpy.float32) if wide else numpy.empty(0, numpy.float32),
         )
 
-    def _prepared(self, program: Program, start: int, length: int) -> tuple[Any, ...]:
+    def _prepared(self, program: Program, start: int) -> tuple[Any, ...]:
         for row in program.vectors - self._loaded:
-            self._load(row, start, start + length)
+            self._load(row, start)
         return program.steps, program.numbers, program.depth, *self._views, self._kinds, self._relative, start
 
     def widened(self, base: Tensor) -> Tensor:
@@ -183,38 +204,67 @@ class OpenedTensor:
         self.space.give_back(base)
         return wide
 
-    def _differs(self, read: Reader) -> bool:
-        """Whether any element differs from the base; stops at the first piece where one does."""
-        head = min(self.length, 4096)  # enough for most tensors
-        if not torch.equal(read(0, head, self.space), self._base(0, head, self.space)):
-            return True
+    def _differs(self, row: int) -> bool:
+        """Whether any element of a vector differs from the base; stops at the first piece where one does."""
+        if self.fused:
+            width = min(HEAD, self.length)
+            for one in (0, row):
+                entry = self._entries[one]
+                entry.read_into(self._rows[one, : width * entry.spec.itemsize], 0)
+            if not self._rows_agree(row, width):
+                return True
         for start in self.starts():
-            base = self.base_piece(start)
-            if not torch.equal(read(start, start + len(base), self.space), base):
+            if self.fused:
+                self._begin(start)
+                self._load(0, start)
+                self._load(row, start)
+                same = self._rows_agree(row, min(self.piece, self.length - start))
+            else:
+                same = torch.equal(self.base_piece(start), self.read(row, start))
+            if not same:
                 return True
         return False
+
+    def _rows_agree(self, row: int, length: int) -> bool:
+        return kernels.agree(*self._views, self._kinds, row, length)
 
 
 class Deltas(Mapping[str, Tensor]):
     """The deltas of one piece, each made anew when it is asked for: so the memory in use stays in the cache."""
 
-    def __init__(self, opened: OpenedTensor, base: Tensor, start: int) -> None:
-        self._opened, self._start, self._length = opened, start, len(base)
-        self._base = base if opened.fused else opened.widened(base)
+    def __init__(self, opened: OpenedTensor, start: int, base: Tensor | None = None) -> None:
+        self._opened, self._start = opened, start
+        self._length = min(opened.piece, opened.length - start)
+        self._base = base if base is None or opened.fused else opened.widened(base)
 
     def run(self, steps: Steps) -> Tensor | None:
         """Compute steps on this piece, where the dtypes allow."""
         program = self._opened.program(steps)
-        return None if program is None else self._opened.run(program, self._start, self._length)
+        if program is None:
+            return None
+        out = self._opened.space.take(torch.float32, self._length)
+        self._opened.run(program, self._start, out.numpy())
+        return out
+
+    @property
+    def fused(self) -> bool:
+        """Whether the dtypes allow to compute steps."""
+        return self._opened.fused
+
+    def run_array(self, steps: Steps) -> numpy.ndarray:
+        """Compute steps on this piece, where the dtypes allow, in memory that the next call uses again."""
+        program = self._opened.program(steps)
+        out = self._opened.space.bytes("floats", self._length * 4)[0, : self._length * 4].view(numpy.float32)
+        self._opened.run(program, self._start, out)
+        return out
 
     def __getitem__(self, key: str) -> Tensor:
         opened, space = self._opened, self._opened.space
         if opened.fused:
             return self.run((Step(LOAD, list(opened.sources).index(key)),))
-        read = opened.vectors[key]
-        if read is None:
+        if not opened.vectors[key]:
             return space.take(torch.float32, self._length).zero_()
-        stored = read(self._start, self._start + self._length, space)
+        stored = opened.read(1 + list(opened.sources).index(key), self._start)
         delta = opened.sources[key].delta(stored, self._base, space.take)
         space.give_back(stored)
         return delta

@@ -10,7 +10,7 @@ from tva.merge import Place
 from tva.recipe import Recipe
 from tva.sources import Source
 from tva.state_dict import is_edited
-from tva.weights import LazyWeights, Spec, num_bytes
+from tva.weights import LazyWeights, Spec
 
 
 @dataclass
@@ -86,20 +86,20 @@ def make_plan(
         label = label_of(name)
         row = rows.setdefault((label, spec, moved), PlanRow(label, spec))
         row.names.append(name)
-        row.coefs.append(_coefs(recipe, scaling_coef, Place(name, shape=tuple(spec.shape))) if moved else {})
+        row.coefs.append(_coefs(recipe, scaling_coef, Place(name, shape=spec.sizes)) if moved else {})
     opened = [base, *(source.weights for source in sources.values())]
     in_bytes = [sum(weights.entry(name).stored_bytes for name in weights) for weights in opened]
     passes = 1 + sum(method.usual_sweeps for method in recipe.observing)
     hashed = sum(in_bytes[1:]) if recipe.is_random else 0  # a vector's identity keys its random numbers
-    largest = max(layout, key=lambda name: layout[name].shape.numel(), default=None)
+    largest = max(layout, key=lambda name: layout[name].numel(), default=None)
     return Plan(
         formula=f"base + {scaling_coef:g} · ({recipe.text.strip()})",
         columns=list(dict.fromkeys(key for row in rows.values() for coefs in row.coefs for key in coefs)),
         rows=list(rows.values()),
-        num_elements=sum(spec.shape.numel() for spec in layout.values()),
+        num_elements=sum(spec.numel() for spec in layout.values()),
         memory_bytes=memory_bytes,
         read_bytes=passes * sum(in_bytes) + hashed,
-        write_bytes=sum(map(num_bytes, layout.values())),
+        write_bytes=sum(spec.num_bytes for spec in layout.values()),
         passes=passes,
         largest=largest if recipe.needs_whole_tensors else None,
         notes=[str(weights.info) for weights in opened if weights.info.notes],

@@ -7,19 +7,21 @@ import dataclasses
 import operator
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from itertools import chain
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor
+from numpy import ndarray
 
 from tva.expression import Expression
 from tva.expression import RecipeError as RecipeError
 from tva.groups import Coefficient, coefs_by_tensor, layers_of
+from tva.later import Tensor, torch
 from tva.merge import Method, Place
 from tva.origin import Origin
-from tva.steps import ADD, DIV, LOAD, MUL, NEG, SUB, Step, Steps
-from tva.task_vector import TaskVector
+from tva.steps import ADD, DIV, LOAD, MUL, NEG, SUB, Step, Steps, value_of
 from tva.weights import HashedWeights
+
+if TYPE_CHECKING:
+    from tva.task_vector import TaskVector
 
 Piece = tuple[Place, Mapping[str, Tensor]]  # where it lies, and the flattened deltas of the vectors by name
 Look = Callable[[Iterable[Piece]], None]
@@ -36,7 +38,7 @@ _OPERATORS: dict[type, Callable] = {
     ast.Div: operator.truediv,
 }
 _STEPS: dict[type, int] = {ast.Add: ADD, ast.Sub: SUB, ast.Mult: MUL, ast.Div: DIV}
-_INTO: dict[type, Callable] = {ast.Add: torch.add, ast.Sub: torch.sub, ast.Mult: torch.mul, ast.Div: torch.div}
+_INTO = {ast.Add: "add", ast.Sub: "sub", ast.Mult: "mul", ast.Div: "div"}
 
 
 def _apply(kind: type, first: Any, second: Any, own_first: bool, own_second: bool) -> tuple[Any, bool]:
@@ -49,7 +51,7 @@ def _apply(kind: type, first: Any, second: Any, own_first: bool, own_second: boo
         first, second, own_first, own_second = second, first, own_second, own_first
     for value, own in ((first, own_first), (second, own_second)):
         if own and value.is_floating_point() and all(value.dtype == other.dtype for other in tensors):
-            return _INTO[kind](first, second, out=value), True
+            return getattr(torch, _INTO[kind])(first, second, out=value), True
     return function(first, second), True
 
 
@@ -73,6 +75,7 @@ class Recipe(Expression):
 
     Example:
         >>> import torch
+        >>> from tva import TaskVector
         >>> a, b = TaskVector({"w": torch.tensor([1.0])}), TaskVector({"w": torch.tensor([4.0])})
         >>> Recipe("s * (b - a) / 2", vectors=["a", "b"], coefs={"s": 3.0}).evaluate({"a": a, "b": b}).deltas
         {'w': tensor([4.5000])}
@@ -107,6 +110,9 @@ class Recipe(Expression):
 
     def coef_of(self, vector: str, place: Place) -> float:
         """Give the number by which a linear recipe multiplies one vector in one tensor."""
+        steps = self.steps(place, {}, dict.fromkeys(self.vectors, ""))
+        if steps is not None:
+            return value_of(steps, [float(name == vector) for name in self.vectors])
         deltas = {name: torch.tensor([float(name == vector)], dtype=torch.float64) for name in self.vectors}
         return float(self.merge(place, deltas, {}, dict.fromkeys(self.vectors, "")))
 
@@ -122,6 +128,8 @@ class Recipe(Expression):
         Raises:
             MismatchError: The vectors come from different bases or architectures.
         """
+        from tva.task_vector import TaskVector
+
         used = {name: vectors[name] for name in self.vectors}
         whole = sum(used.values())  # checks that they belong together
         sources = {name: vector.origin.finetuned or name for name, vector in used.items()}
@@ -157,6 +165,16 @@ class Recipe(Expression):
     def is_random(self) -> bool:
         """Whether a method of the recipe draws random numbers."""
         return any(method.random for method in self._methods.values())
+
+    @property
+    def is_fusible(self) -> bool:
+        """Whether it can be computed in steps alone, whatever is observed."""
+        return all(
+            not method.whole
+            and type(method).in_steps is not Method.in_steps
+            and (method.counts or not method.num_sweeps)
+            for method in self._methods.values()
+        )
 
     @property
     def needs_whole_tensors(self) -> bool:
@@ -215,8 +233,8 @@ class Recipe(Expression):
                         key = _state_key(node, method, place)
                         if key not in states:
                             states[key] = seen[key] = method.start(len(node.args))
-                        arguments, here = self._arguments(node, place, deltas, seen, sources)
-                        method.observe(states[key], arguments, here, sweep)
+                        here = self._place_of(node, place, sources)
+                        method.observe(states[key], self._observed(node, place, deltas, seen, sources), here, sweep)
 
                 if spread is not None and method.over_model:
                     spread(look)
@@ -335,6 +353,21 @@ class Recipe(Expression):
         """Give a coefficient's value in one tensor."""
         by_tensor = self._by_tensor.get(name)
         return self.coefs[name] if by_tensor is None else by_tensor[place.tensor]
+
+    def _observed(
+        self,
+        call: ast.Call,
+        place: Place,
+        deltas: Mapping[str, Tensor],
+        states: Mapping[tuple[int, str], Any],
+        sources: Mapping[str, str],
+    ) -> Iterable[Tensor | ndarray]:
+        """Give what a method observes: one argument after the other in the same memory, where that will do."""
+        if self._methods[id(call)].counts and getattr(deltas, "fused", False):
+            steps = [self.steps(place, states, sources, argument) for argument in call.args]
+            if None not in steps:
+                return map(deltas.run_array, steps)
+        return self._arguments(call, place, deltas, states, sources)[0]
 
     def _arguments(
         self,

@@ -8,9 +8,8 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from tva.groups import Coefficient
+from tva.later import torch_version
 from tva.recipe import Recipe
 from tva.version import __version__
 from tva.weights import HashedWeights, LazyWeights, find, open_weights
@@ -51,7 +50,7 @@ class Record:
     base_fingerprint: str = UNKNOWN
     edited_fingerprint: str = UNKNOWN
     version: str = __version__
-    torch: str = torch.__version__
+    torch: str = field(default_factory=torch_version)
 
     def metadata(self) -> dict[str, str]:
         """Give the text for a header."""

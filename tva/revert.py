@@ -12,12 +12,13 @@ from typing import Any
 from tva.compose import check_output
 from tva.composer import Composer
 from tva.console import size_text
+from tva.later import load_torch
 from tva.memory import parse_bytes
 from tva.recipe import Recipe
 from tva.record import EDITED, Record, check_inputs, open_edited, open_recipe
 from tva.sources import Source
 from tva.undo import BYTES_HELD, OpenedUndo, Restoring, undo_path
-from tva.weights import Fingerprint, HashedWeights, Output, find, fingerprint, open_weights, side_files
+from tva.weights import Fingerprint, HashedWeights, Output, Spec, find, fingerprint, open_weights, side_files
 
 
 @dataclass
@@ -170,9 +171,10 @@ def _way_back(edited: str, weights: HashedWeights, undo: OpenedUndo, vectors: Ma
         recipe = open_recipe(edited, record, paths)
         recipe.bind(weights.keys())
         sources = {name: Source(name, paths[name], weights, allow_other_base=True) for name in recipe.vectors}
+    load_torch()  # which undo files take, and so the memory that is left
     composer = Composer(weights, sources, recipe, -record.scaling_coef, undo.dtypes, undo.ties)
     composer.piece = undo.block
-    composer.beside = BYTES_HELD * max((dtype.itemsize for dtype in undo.dtypes.values()), default=0)
+    composer.beside = BYTES_HELD * max((Spec(dtype, ()).itemsize for dtype in undo.dtypes.values()), default=0)
     return composer
 
 

@@ -5,13 +5,10 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Collection, Iterable, Mapping
 
-import torch
-from torch import Tensor
-
 from tva.kinds import KEY
+from tva.later import Tensor, torch
 from tva.origin import Origin, is_vector_file, read_origin
-from tva.state_dict import MismatchError, some, subtract, sum_dtype
-from tva.task_vector import BATCH_NORM_STATISTICS
+from tva.state_dict import BATCH_NORM_STATISTICS, MismatchError, some, subtract, sum_dtype
 from tva.weights import HashedWeights, LazyWeights, open_finetuned, open_weights
 
 
@@ -104,9 +101,9 @@ def _open_checkpoint(path: str, base: LazyWeights, key_map: Mapping[str, str], w
 
 def _check_names(path: str, weights: LazyWeights, names: Collection[str], base: LazyWeights) -> None:
     shapes = [
-        f"{name} {list(base.spec(name).shape)} and {list(weights.spec(name).shape)}"
+        f"{name} {list(base.spec(name).sizes)} and {list(weights.spec(name).sizes)}"
         for name in sorted(weights)
-        if name in base and weights.spec(name).shape != base.spec(name).shape
+        if name in base and weights.spec(name).sizes != base.spec(name).sizes
     ]
     problems = {
         f"{path} lacks": base.keys() - names,

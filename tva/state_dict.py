@@ -10,10 +10,10 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
-import torch
-from torch import Tensor
+from tva.later import Tensor, torch
 
 StateDict = Mapping[str, Tensor]
+BATCH_NORM_STATISTICS = ("running_mean", "running_var")
 
 
 class MismatchError(ValueError):
@@ -75,8 +75,8 @@ def check_same(
 
 
 def is_edited(like: Any) -> bool:
-    """Whether arithmetic applies to what has this dtype: floating point only, never integer or boolean buffers."""
-    return like.dtype.is_floating_point
+    """Whether arithmetic applies to a tensor, or one of this `Spec`: never to integers or booleans."""
+    return like.is_floating_point()
 
 
 def sum_dtype(*tensors: Tensor) -> torch.dtype:

@@ -6,6 +6,7 @@ the values are the same bits that their torch operations give.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 from functools import lru_cache
 from typing import NamedTuple
@@ -13,6 +14,7 @@ from typing import NamedTuple
 import numpy
 
 ZERO, LOAD, ADD, SUB, MUL, DIV, NEG, TRIM, DROP, TIES = range(10)
+_OF_NUMBERS = {ADD: operator.add, SUB: operator.sub, MUL: operator.mul, NEG: operator.mul, DIV: operator.truediv}
 _PUSHED = {ZERO: 1, LOAD: 1, ADD: -1, SUB: -1}
 
 
@@ -60,6 +62,23 @@ class Program(NamedTuple):
     numbers: numpy.ndarray
     depth: int
     vectors: frozenset[int]
+
+
+def value_of(steps: Steps, values: Sequence[float]) -> float:
+    """Compute a linear recipe's steps on numbers in place of deltas, in float64.
+
+    Example:
+        >>> value_of((Step(LOAD, 0), Step(LOAD, 1), Step(SUB), Step(MUL, numbers=(0.5,))), [3.0, 1.0])
+        1.0
+    """
+    stack: list[float] = []
+    for step in steps:
+        if step.kind in (ZERO, LOAD):
+            stack.append(values[step.count] if step.kind == LOAD else 0.0)
+            continue
+        last = -1.0 if step.kind == NEG else step.numbers[0] if step.numbers else stack.pop()
+        stack[-1] = _OF_NUMBERS[step.kind](stack[-1], last)
+    return stack[-1]
 
 
 @lru_cache(maxsize=256)

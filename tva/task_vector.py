@@ -21,6 +21,7 @@ from tva.groups import block_of, in_layer_order
 from tva.kinds import check_kinds
 from tva.origin import SUFFIX, Origin, read_origin, vector_header
 from tva.state_dict import (
+    BATCH_NORM_STATISTICS,
     MismatchError,
     NoEffectError,
     StateDict,
@@ -31,8 +32,6 @@ from tva.state_dict import (
     subtract,
 )
 from tva.weights import Fingerprint, fingerprint, open_weights, save_weights, tensor_digest
-
-BATCH_NORM_STATISTICS = ("running_mean", "running_var")
 
 Buffers = Literal["keep", "delta"]
 

@@ -16,12 +16,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
-
+from tva.later import Tensor, torch
 from tva.record import Record
 from tva.state_dict import some
-from tva.weights import LazyWeights, Output, TensorHash
+from tva.weights import Elements, LazyWeights, Output, TensorHash
 from tva.weights.files import open_safetensors
 
 if sys.version_info >= (3, 14):
@@ -31,7 +29,7 @@ else:
 
 FORMAT = "undo/1"
 BYTES_HELD = 8  # copies of a block that encoding and decoding hold
-_INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64, 16: torch.int64}
+_INTEGERS = {1: "int8", 2: "int16", 4: "int32", 8: "int64", 16: "int64"}
 _OPTIONS = {zstd.CompressionParameter.compression_level: 1, zstd.CompressionParameter.checksum_flag: 1}
 
 
@@ -51,7 +49,7 @@ def encode(original: Tensor, predicted: Tensor) -> bytes:
     Returns:
         Nothing where they are equal in every bit.
     """
-    kind = _INTEGERS[original.element_size()]
+    kind = getattr(torch, _INTEGERS[original.element_size()])
     difference = original.view(kind) - predicted.view(kind)  # wraps around
     if not difference.any():
         return b""
@@ -71,7 +69,7 @@ def decode(data: bytes, predicted: Tensor) -> Tensor:
         >>> torch.equal(decode(encode(base, edited), edited), base)
         True
     """
-    kind = _INTEGERS[predicted.element_size()]
+    kind = getattr(torch, _INTEGERS[predicted.element_size()])
     try:
         places = torch.frombuffer(bytearray(zstd.decompress(data)), dtype=torch.uint8)
     except zstd.ZstdError as error:
@@ -105,12 +103,12 @@ class UndoFile:
         self._metadata = {**record.metadata(), **(facts or {}), "tva.format": FORMAT, "tva.undo_block": str(block)}
         self._metadata["tva.undo_ties"] = json.dumps(base.ties())
         self._metadata["tva.undo_base_metadata"] = json.dumps(base.metadata)
-        self._metadata["tva.undo_dtypes"] = json.dumps({name: str(base.spec(name).dtype)[6:] for name in base})
+        self._metadata["tva.undo_dtypes"] = json.dumps({name: base.spec(name).dtype_name for name in base})
         self._places: dict[str, tuple[int, int]] = {}  # key to first and last byte of its data
         self._lock, self._whole = threading.Lock(), threading.local()
 
     def __enter__(self) -> UndoFile:
-        starts = {name: range(0, self.base.spec(name).shape.numel(), self.block) for name in self.base}
+        starts = {name: range(0, self.base.spec(name).numel(), self.block) for name in self.base}
         most = {f"{name}@{start}": (10**15, 10**15) for name, begins in starts.items() for start in begins}
         self._room = len(self._header(most))
         self._file = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o666)
@@ -136,10 +134,11 @@ class UndoFile:
         text = json.dumps(fields).encode()
         return text + b" " * (-len(text) % 8)
 
-    def write(self, name: str, start: int, piece: Tensor) -> None:
+    def write(self, name: str, start: int, piece: Elements) -> None:
         """Store what leads from elements that are predicted to those of the base."""
-        for first in range(0, len(piece), self.block):
-            predicted = piece[first : first + self.block]
+        tensor = piece.tensor()
+        for first in range(0, len(tensor), self.block):
+            predicted = tensor[first : first + self.block]
             data = encode(self._original(name, start + first, len(predicted)), predicted)
             if data:
                 with self._lock:
@@ -174,7 +173,7 @@ class OpenedUndo:
     Attributes:
         record: Of the edit that it undoes.
         block: Elements that are stored together.
-        dtypes: Of the base's tensors by name.
+        dtypes: Names of the dtypes of the base's tensors.
         ties: Names of the base that share a tensor, to the name it is stored by.
         base_metadata: Header of the base.
         metadata: All of its own header.
@@ -194,8 +193,7 @@ class OpenedUndo:
         self.block = int(self.metadata["tva.undo_block"])
         self.ties: dict[str, str] = json.loads(self.metadata["tva.undo_ties"])
         self.base_metadata: dict[str, str] = json.loads(self.metadata["tva.undo_base_metadata"])
-        dtypes = json.loads(self.metadata["tva.undo_dtypes"])
-        self.dtypes: dict[str, torch.dtype] = {name: getattr(torch, dtype) for name, dtype in dtypes.items()}
+        self.dtypes: dict[str, str] = json.loads(self.metadata["tva.undo_dtypes"])
 
     def check_names(self, edited: LazyWeights) -> None:
         """Check that the edited checkpoint has the base's names.
@@ -240,10 +238,10 @@ class Restoring:
         self.digests: dict[str, str] = {name: record["edited"] for name, record in out.done.items()}
         self._hashes: dict[str, TensorHash] = {}
 
-    def write(self, name: str, start: int, piece: Tensor) -> None:
+    def write(self, name: str, start: int, piece: Elements) -> None:
         """Restore and write some elements."""
-        restored = self.undo.restore(name, start, piece)
-        self._hashes.setdefault(name, TensorHash(self.out.spec(name))).update(restored)
+        restored = Elements.of(self.undo.restore(name, start, piece.tensor()))
+        self._hashes.setdefault(name, TensorHash(self.out.spec(name))).update(restored.data)
         self.out.write(name, start, restored)
 
     def finish(self, name: str, record: Mapping[str, Any]) -> None:

@@ -10,16 +10,15 @@ from json import dumps
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
+import numpy
 
 from tva.composer import Composer
 from tva.console import size_text
+from tva.later import torch, torch_version
 from tva.record import Record, check_inputs, open_edited, open_recipe
-from tva.state_dict import some
-from tva.task_vector import BATCH_NORM_STATISTICS
+from tva.state_dict import BATCH_NORM_STATISTICS, some
 from tva.version import __version__
-from tva.weights import HashedWeights, num_bytes
+from tva.weights import Elements, HashedWeights
 
 ESTIMATED = (*BATCH_NORM_STATISTICS, "num_batches_tracked")
 
@@ -162,7 +161,7 @@ def verify(
         Path(edited),
         formula=f"base + {record.scaling_coef:g} · ({record.recipe.strip()})",
         num_tensors=len(composer.names) - len(skipped),
-        num_bytes=sum(num_bytes(spec) for name, spec in composer.layout().items() if name not in skipped),
+        num_bytes=sum(spec.num_bytes for name, spec in composer.layout().items() if name not in skipped),
         different=comparison.different,
         changed={name: (recorded[name], found[name]) for name in recorded if recorded[name] != found[name]},
         unrecorded=sorted(found.keys() - recorded.keys()),
@@ -192,18 +191,24 @@ class _Comparison:
         self.different: dict[str, float] = {}
         self._lock = threading.Lock()
 
-    def write(self, name: str, start: int, piece: Tensor) -> None:
+    def write(self, name: str, start: int, piece: Elements) -> None:
         """Compare some elements."""
-        spec = self.edited.spec(name) if name in self.edited else None
-        if spec is None or spec.dtype != piece.dtype or start + len(piece) > spec.shape.numel():
+        entry = self.edited.entry(name) if name in self.edited else None
+        if (
+            entry is None
+            or entry.spec.dtype_name != piece.dtype_name
+            or start * entry.spec.itemsize + len(piece.data) > entry.spec.num_bytes
+        ):
             self.different[name] = float("nan")
             return
-        stored = self.edited.slice(name, start, start + len(piece))
-        if name in self.skipped or torch.equal(stored.view(torch.uint8), piece.contiguous().view(torch.uint8)):
+        stored = Elements(numpy.empty_like(piece.data), piece.dtype_name)
+        entry.read_into(stored.data, start)
+        if name in self.skipped or numpy.array_equal(stored.data, piece.data):
             return
         with self._lock:  # one at a time, for the memory it takes
-            wide = torch.complex128 if piece.is_complex() else torch.float64
-            largest = float(stored.to(wide).sub_(piece).abs().max())
+            mine, theirs = piece.tensor(), stored.tensor()
+            wide = torch.complex128 if mine.is_complex() else torch.float64
+            largest = float(theirs.to(wide).sub_(mine).abs().max())
             self.different[name] = max(largest, self.different.get(name, 0.0))
 
     def finish(self, name: str, record: Mapping[str, Any]) -> None:
@@ -232,8 +237,8 @@ def _is_estimated(name: str) -> bool:
     return name.rpartition(".")[2] in ESTIMATED
 
 
-def _versions(version: str = __version__, of_torch: str = torch.__version__) -> str:
-    return f"tva {version} with torch {of_torch}"
+def _versions(version: str = __version__, of_torch: str = "") -> str:
+    return f"tva {version} with torch {of_torch or torch_version()}"
 
 
 def _fingerprints(record: Record, composer: Composer, edited: HashedWeights) -> tuple[dict[str, str], dict[str, str]]:

@@ -5,9 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
-from torch import Tensor
-
+from tva.later import Tensor, torch
 from tva.merge.linear import add_up
 from tva.merge.method import Method, Place
 

@@ -7,10 +7,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 import xxhash
-from torch import Tensor
 
+from tva.later import Tensor, torch
 from tva.merge.method import Method, Place
 from tva.steps import DROP, Step, Steps
 

@@ -6,8 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor
-
+from tva.later import Tensor
 from tva.merge.method import Method, Place
 from tva.steps import ADD, DIV, SUB, Step, Steps, sum_of
 

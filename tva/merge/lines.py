@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from torch import Tensor
-
+from tva.later import Tensor
 from tva.merge.method import Method, Place
 
 

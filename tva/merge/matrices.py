@@ -7,9 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-import torch
-from torch import Tensor
-
+from tva.later import Tensor, torch
 from tva.merge.linear import add_up
 from tva.merge.method import Method, Place
 

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
-from torch import Tensor
-
+from tva.later import Tensor
 from tva.steps import Steps
 from tva.weights import HashedWeights
 
@@ -46,6 +45,8 @@ class Method:
         random: Whether it draws random numbers, keyed by the vectors' identities.
         num_sweeps: Passes over the deltas before the one that combines, at most.
         whole: Whether every piece must be a whole tensor, of shape ``place.shape`` when viewed as such.
+        counts: Whether `observe` takes the deltas one after the other, each gone when it asks for the next, and as
+            tensors or numpy arrays.
     """
 
     usage: ClassVar[str]
@@ -54,6 +55,7 @@ class Method:
     random: ClassVar[bool] = False
     num_sweeps: ClassVar[int] = 0
     whole: ClassVar[bool] = False
+    counts: ClassVar[bool] = False
 
     @property
     def over_model(self) -> bool:
@@ -73,7 +75,7 @@ class Method:
         """Make the empty state that `observe` fills."""
         return None
 
-    def observe(self, state: Any, deltas: Sequence[Tensor], place: Place, sweep: int) -> None:
+    def observe(self, state: Any, deltas: Iterable[Tensor], place: Place, sweep: int) -> None:
         """Look at one piece of each delta in pass ``sweep``, from 0; threads may look at several tensors at once."""
 
     def finish(self, state: Any, sweep: int) -> None:

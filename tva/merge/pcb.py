@@ -7,9 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
-import torch
-from torch import Tensor
-
+from tva.later import Tensor, torch
 from tva.merge.linear import add_up
 from tva.merge.method import Method, Place
 from tva.merge.select import SWEEPS, OrderStatistics, num_kept

@@ -9,8 +9,8 @@ from contextlib import suppress
 from dataclasses import dataclass
 
 import numpy
-import torch
-from torch import Tensor
+
+from tva.later import Tensor, torch
 
 SWEEPS = 4  # passes that `OrderStatistics` takes at most; one, or two, are usual
 _WINDOW = 2**18  # keys that are counted each by itself; those of 0.8 to 1.6 % of a value's neighbours on either side
@@ -92,11 +92,11 @@ class OrderStatistics:
         self._counts: dict[tuple[int, int], numpy.ndarray] = {}  # of each thread and rank: before, each bin, behind
         self._sample: dict[int, numpy.ndarray] = {}  # of each thread: by the upper bits
 
-    def observe(self, piece: Tensor, sweep: int) -> None:
-        """Count one piece, flat; several threads may at once."""
+    def observe(self, piece: Tensor | numpy.ndarray, sweep: int) -> None:
+        """Count one piece, flat; an array is of float32. Several threads may at once."""
         from tva.kernels import count_upper, count_window
 
-        values = piece.detach().float().contiguous().cpu().numpy()
+        values = piece if isinstance(piece, numpy.ndarray) else piece.detach().float().contiguous().cpu().numpy()
         if self.found or len(values) == 0:
             return
         thread = threading.get_ident()

@@ -7,8 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from torch import Tensor
-
+from tva.later import Tensor
 from tva.merge.method import Method, Place
 from tva.merge.sums import Sum
 

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-import torch
-from torch import Tensor
+from numpy import ndarray
 
+from tva.later import Tensor, torch
 from tva.merge.method import Method, Place
 from tva.merge.select import SWEEPS, OrderStatistics, Threshold, after, check_density, trim
 from tva.steps import TRIM, Step, Steps
@@ -29,6 +29,7 @@ class Magnitude(Method):
     usage = "magnitude(v, density=0.2)"
     num_vectors = 1
     num_sweeps = SWEEPS
+    counts = True
 
     def __post_init__(self) -> None:
         check_density(self.density)
@@ -40,8 +41,9 @@ class Magnitude(Method):
     def start(self, num_vectors: int) -> Threshold:
         return Threshold(self.density)
 
-    def observe(self, state: Threshold, deltas: Sequence[Tensor], place: Place, sweep: int) -> None:
-        state.observe(deltas[0], sweep)
+    def observe(self, state: Threshold, deltas: Iterable[Tensor | ndarray], place: Place, sweep: int) -> None:
+        for delta in deltas:
+            state.observe(delta, sweep)
 
     def finish(self, state: Threshold, sweep: int) -> None:
         state.finish(sweep)
@@ -79,6 +81,7 @@ class Breadcrumbs(Method):
 
     usage = "breadcrumbs(v, top=0.007, bottom=0.85) or breadcrumbs(v, top=0.1, bottom=0.7, rows=True)"
     num_vectors = 1
+    counts = True
 
     def __post_init__(self) -> None:
         if not (self.top >= 0 and self.bottom >= 0 and self.top + self.bottom < 1):
@@ -106,8 +109,9 @@ class Breadcrumbs(Method):
         dropped = [math.floor(fraction * count + 1e-9) for fraction in (self.bottom, self.top)]
         return [min(dropped[0], count - 1 - dropped[1]), count - 1 - dropped[1]]
 
-    def observe(self, state: OrderStatistics, deltas: Sequence[Tensor], place: Place, sweep: int) -> None:
-        state.observe(deltas[0], sweep)
+    def observe(self, state: OrderStatistics, deltas: Iterable[Tensor | ndarray], place: Place, sweep: int) -> None:
+        for delta in deltas:
+            state.observe(delta, sweep)
 
     def finish(self, state: OrderStatistics, sweep: int) -> None:
         state.finish(sweep)

@@ -8,9 +8,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-import torch
-from torch import Tensor
-
+from tva.later import Tensor, torch
 from tva.merge.matrices import EMBEDDINGS, MatrixMethod, OrientedMethod, pseudo_inverse
 from tva.merge.method import Method, Place
 from tva.merge.sums import Sum

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
-from torch import Tensor
-
+from tva.later import Tensor, torch
 from tva.merge.matrices import MatrixMethod, OrientedMethod, leading, polar
 from tva.merge.method import Place
 

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import math
 
-import torch
-from torch import Tensor
-
+from tva.later import Tensor, torch
 from tva.merge.method import Place
 
 BLOCK = 2**14  # elements; torch sums as many in one thread, in an order that depends on nothing else

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from typing import Literal
 
-import torch
-from torch import Tensor
+from numpy import ndarray
 
+from tva.later import Tensor, torch
 from tva.merge.linear import add_up
 from tva.merge.method import Method, Place
 from tva.merge.select import SWEEPS, Threshold, check_density, trim
@@ -52,6 +52,7 @@ class Ties(Method):
 
     usage = 'ties(a, b, …, density=0.2, trim="model" or "tensor", combine=…, elect=…, weights=…, undecided=…)'
     num_sweeps = SWEEPS
+    counts = True
 
     def __post_init__(self) -> None:
         check_density(self.density)
@@ -81,7 +82,7 @@ class Ties(Method):
             )
         return [Threshold(self.density) for _ in range(num_vectors)]
 
-    def observe(self, state: list[Threshold], deltas: Sequence[Tensor], place: Place, sweep: int) -> None:
+    def observe(self, state: list[Threshold], deltas: Iterable[Tensor | ndarray], place: Place, sweep: int) -> None:
         for threshold, delta in zip(state, deltas, strict=True):
             threshold.observe(delta, sweep)
 

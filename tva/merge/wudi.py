@@ -6,9 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-import torch
-from torch import Tensor
-
+from tva.later import Tensor, torch
 from tva.merge.matrices import EMBEDDINGS, OrientedMethod, pseudo_inverse
 from tva.merge.method import Place
 

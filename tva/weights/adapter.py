@@ -18,9 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
-
+from tva.later import Tensor, torch
 from tva.state_dict import MismatchError, add_scaled, some
 from tva.weights.files import find, open_safetensors, open_weights
 from tva.weights.lazy import Entry, Info, InMemory, LazyWeights

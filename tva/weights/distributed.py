@@ -12,9 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
-
+from tva.later import Tensor, torch
 from tva.state_dict import some
 from tva.weights.lazy import Entry, Info, LazyWeights, OpenFile
 from tva.weights.pickles import DAMAGED, Inert, InertUnpickler, load_archive

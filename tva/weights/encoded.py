@@ -13,11 +13,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy
-import torch
-from torch import Tensor
 
+from tva.later import Tensor, torch
 from tva.state_dict import some
-from tva.weights.lazy import Entry, Spec
+from tva.weights.lazy import Entry
+from tva.weights.spec import Spec
 
 BLOCK = 2**16  # elements that share one entry of ``top_k.start``, and that of a product are computed at a time
 PLAIN = ("exact", "bf16", "fp16")  # the tensor itself, under its own name
@@ -73,7 +73,9 @@ class Encoded(Entry):
     shape: torch.Size
     parts: Mapping[str, Entry]
 
-    dtype = torch.float32
+    @property
+    def dtype(self) -> torch.dtype:
+        return torch.float32
 
     @property
     def in_parts(self) -> bool:
@@ -160,7 +162,7 @@ class LowRank(Encoded):
 
 
 KINDS: dict[str, type[Encoded]] = {"int8": Int8, "sign": Sign, "top_k": TopK, "low_rank": LowRank}
-_PLAIN_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+_PLAIN_DTYPES = {"bf16": "bfloat16", "fp16": "float16"}
 
 
 def part_name(name: str, encoding: str, part: str) -> str:
@@ -195,7 +197,7 @@ def decoded(path: Path, stored: Mapping[str, Entry], text: str) -> dict[str, Ent
             found = left.pop(name, None)
             if found is None:
                 problems.append(f"{name!r} is not there")
-            elif found.shape != shape or found.dtype != _PLAIN_DTYPES.get(encoding, found.dtype):
+            elif found.shape != shape or found.spec.dtype_name != _PLAIN_DTYPES.get(encoding, found.spec.dtype_name):
                 problems.append(f"{name!r} is {found.dtype} {list(found.shape)}, not {encoding} {list(shape)}")
             else:
                 entries[name] = found

@@ -7,7 +7,6 @@ import json
 import os
 from pathlib import Path
 
-import torch
 from safetensors import SafetensorError, safe_open
 
 from tva.state_dict import some
@@ -16,18 +15,10 @@ from tva.weights.encoded import decoded
 from tva.weights.hub import fetch, is_hub
 from tva.weights.lazy import Entry, Info, LazyWeights, OpenFile, Stored
 from tva.weights.names import KeyMap, canonical_names, map_names
+from tva.weights.spec import SAFETENSORS_DTYPES, Spec
 from tva.weights.torch_files import Which, open_torch
 from tva.weights.writing import begins_as_text
 from tva.weights.zero import is_zero, open_zero
-
-SAFETENSORS_DTYPES = {
-    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "C64": torch.complex64,
-    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "BOOL": torch.bool,
-    "U64": torch.uint64, "U32": torch.uint32, "U16": torch.uint16, "U8": torch.uint8,
-    "F8_E4M3": torch.float8_e4m3fn, "F8_E4M3FNUZ": torch.float8_e4m3fnuz,
-    "F8_E5M2": torch.float8_e5m2, "F8_E5M2FNUZ": torch.float8_e5m2fnuz,
-}  # fmt: skip
-NAMES_OF_DTYPES = {dtype: name for name, dtype in SAFETENSORS_DTYPES.items()}
 
 
 def open_weights(
@@ -54,7 +45,7 @@ def open_weights(
             or has nothing under ``prefix``.
 
     Example:
-        >>> import tempfile
+        >>> import tempfile, torch
         >>> from tva.weights import save_weights
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     save_weights({"encoder.w": torch.ones(2)}, f"{folder}/m.safetensors")
@@ -194,7 +185,7 @@ def _open_sharded(index: Path) -> LazyWeights:
 def open_safetensors(path: Path) -> LazyWeights:
     """Open a safetensors file; see `tva.open_weights`."""
     try:
-        with safe_open(path, framework="pt", device="cpu") as checked:  # the library checks every offset in the header
+        with safe_open(path, framework="numpy") as checked:  # the library checks every offset in the header
             metadata = checked.metadata()
     except (SafetensorError, OSError) as error:
         raise ValueError(
@@ -212,10 +203,7 @@ def open_safetensors(path: Path) -> LazyWeights:
         )
     entries: dict[str, Entry] = {
         name: Stored(
-            file,
-            8 + length + fields["data_offsets"][0],
-            SAFETENSORS_DTYPES[fields["dtype"]],
-            torch.Size(fields["shape"]),
+            file, 8 + length + fields["data_offsets"][0], Spec(SAFETENSORS_DTYPES[fields["dtype"]], fields["shape"])
         )
         for name, fields in header.items()
     }

@@ -9,11 +9,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-import torch
+import numpy
 import xxhash
-from torch import Tensor
 
-from tva.weights.lazy import Spec
+from tva.later import Tensor, torch
+from tva.weights.spec import Elements, Spec, dtype_name
 
 
 @dataclass(frozen=True)
@@ -52,13 +52,14 @@ class TensorHash:
         dtype: Of the pieces; by default that of ``like``.
     """
 
-    def __init__(self, like: Tensor | Spec, dtype: torch.dtype | None = None) -> None:
-        self._digest = xxhash.xxh3_128(f"{dtype or like.dtype}{list(like.shape)}".encode())
+    def __init__(self, like: Tensor | Spec, dtype: torch.dtype | str | None = None) -> None:
+        spec = like if isinstance(like, Spec) else Spec(like.dtype, like.shape)
+        name = spec.dtype_name if dtype is None else dtype_name(dtype)
+        self._digest = xxhash.xxh3_128(f"torch.{name}{list(spec.sizes)}".encode())
 
-    def update(self, piece: Tensor) -> None:
-        """Take the next elements, in the order of the flattened tensor."""
-        piece = piece.contiguous().as_strided((piece.numel(),), (1,))  # one element is contiguous with any stride
-        self._digest.update(piece.view(torch.uint8).numpy())
+    def update(self, piece: Tensor | numpy.ndarray) -> None:
+        """Take the next elements, in the order of the flattened tensor, as a tensor or as bytes."""
+        self._digest.update(Elements.of(piece).data if isinstance(piece, Tensor) else piece)
 
     def hexdigest(self) -> str:
         """Give 32 hexadecimal digits."""

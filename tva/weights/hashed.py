@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import threading
 
-from torch import Tensor
+import numpy
 
+from tva.later import Tensor, torch
 from tva.weights.fingerprint import Fingerprint, TensorHash
-from tva.weights.lazy import Entry, LazyWeights, Spec
+from tva.weights.lazy import Entry, LazyWeights
+from tva.weights.spec import Elements, Spec
 
 PIECE = 2**18  # elements that are read at a time where nobody has read them
 
@@ -16,8 +18,20 @@ class Hashed(Entry):
     """An entry that hashes each element when it is first read in order; any reader and any thread may."""
 
     def __init__(self, entry: Entry) -> None:
-        self.entry, self.dtype, self.shape = entry, entry.dtype, entry.shape
-        self._hash, self._read, self._lock = TensorHash(Spec(entry.dtype, entry.shape)), 0, threading.Lock()
+        self.entry = entry
+        self._hash, self._read, self._lock = TensorHash(entry.spec), 0, threading.Lock()
+
+    @property
+    def spec(self) -> Spec:
+        return self.entry.spec
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.entry.dtype
+
+    @property
+    def shape(self) -> torch.Size:
+        return self.entry.shape
 
     @property
     def in_parts(self) -> bool:
@@ -39,27 +53,35 @@ class Hashed(Entry):
         self.entry.will_need(start, stop)
 
     def slice(self, start: int, stop: int) -> Tensor:
-        return self._take(self.entry.slice(start, stop), start)
+        part = self.entry.slice(start, stop)
+        self._take(Elements.of(part).data, start)
+        return part
 
-    def slice_into(self, out: Tensor, start: int) -> Tensor:
-        return self._take(self.entry.slice_into(out, start), start)
+    def read_into(self, out: numpy.ndarray, start: int) -> None:
+        self.entry.read_into(out, start)
+        self._take(out, start)
 
     def read(self) -> Tensor:
-        return self._take(self.entry.read(), 0)
+        whole = self.entry.read()
+        self._take(Elements.of(whole).data, 0)
+        return whole
 
-    def _take(self, part: Tensor, start: int) -> Tensor:
+    def _take(self, data: numpy.ndarray, start: int) -> None:
+        """Hash what of these elements is the next."""
+        width = self.entry.spec.itemsize
         with self._lock:
-            if start <= self._read < start + part.numel():
-                self._hash.update(part.reshape(-1)[self._read - start :])
-                self._read = start + part.numel()
-        return part
+            if start <= self._read < start + len(data) // width:
+                self._hash.update(data[(self._read - start) * width :])
+                self._read = start + len(data) // width
 
     def hexdigest(self) -> str:
         """Give the tensor's digest; what nobody has read yet is read for it."""
-        if not self.in_parts and self._read < self.shape.numel():
+        count = self.entry.spec.numel()
+        if not self.in_parts and self._read < count:
             self.read()
-        while self._read < self.shape.numel():
-            self.slice(self._read, min(self._read + PIECE, self.shape.numel()))
+        while self._read < count:
+            left = min(PIECE, count - self._read)
+            self.read_into(numpy.empty(left * self.entry.spec.itemsize, numpy.uint8), self._read)
         return self._hash.hexdigest()
 
 

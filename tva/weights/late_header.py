@@ -12,11 +12,8 @@ from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
-import torch
-from torch import Tensor
-
-from tva.weights.files import NAMES_OF_DTYPES
-from tva.weights.lazy import Spec
+from tva.later import Tensor, torch
+from tva.weights.spec import NAMES_OF_DTYPES, Spec
 from tva.weights.writing import make_room
 
 RESERVED = 2**26  # bytes of disk that are taken at once
@@ -35,8 +32,9 @@ class LateHeaderFile:
     """
 
     def __init__(self, path: Path, specs: Mapping[str, Spec], metadata: Mapping[str, str]) -> None:
-        total = 8 * sum(spec.shape.numel() for spec in specs.values())
-        largest = {name: self._entry(torch.float8_e4m3fnuz, spec.shape, total, total) for name, spec in specs.items()}
+        total = 8 * sum(spec.numel() for spec in specs.values())
+        longest = max(NAMES_OF_DTYPES, key=lambda dtype: len(NAMES_OF_DTYPES[dtype]))
+        largest = {name: self._entry(Spec(longest, spec.sizes), total, total) for name, spec in specs.items()}
         self._room = -(-(len(self._text(largest, metadata)) + 256) // 8) * 8
         self._file = path.open("wb", buffering=0)
         self._header: dict[str, object] = {}
@@ -45,8 +43,8 @@ class LateHeaderFile:
         self._waiting: deque[Future[None]] = deque()
 
     @staticmethod
-    def _entry(dtype: torch.dtype, shape: torch.Size, start: int, end: int) -> dict[str, object]:
-        return {"dtype": NAMES_OF_DTYPES[dtype], "shape": list(shape), "data_offsets": [start, end]}
+    def _entry(spec: Spec, start: int, end: int) -> dict[str, object]:
+        return {"dtype": NAMES_OF_DTYPES[spec.dtype_name], "shape": list(spec.sizes), "data_offsets": [start, end]}
 
     @staticmethod
     def _text(header: Mapping[str, object], metadata: Mapping[str, str]) -> bytes:
@@ -82,7 +80,7 @@ class LateHeaderFile:
 
     def keep(self, name: str, spec: Spec) -> None:
         """End the tensor."""
-        self._header[name] = self._entry(spec.dtype, spec.shape, self._start, self._end)
+        self._header[name] = self._entry(spec, self._start, self._end)
 
     def drop(self) -> None:
         """Forget the tensor."""

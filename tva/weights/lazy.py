@@ -13,19 +13,13 @@ import threading
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import NamedTuple
 
-import torch
-from torch import Tensor
+import numpy
+
+from tva.later import Tensor, torch
+from tva.weights.spec import Elements, Spec
 
 MAPPED_BYTES = 2**20  # from this size on a whole tensor is mapped; below, reading it costs less than a mapping
-
-
-class Spec(NamedTuple):
-    """What a header says of a tensor, known without reading it."""
-
-    dtype: torch.dtype
-    shape: torch.Size
 
 
 class OpenFile:
@@ -89,6 +83,11 @@ class Entry:
     shape: torch.Size
 
     @property
+    def spec(self) -> Spec:
+        """Dtype and shape."""
+        return Spec(self.dtype, self.shape)
+
+    @property
     def in_parts(self) -> bool:
         """Whether a part can be read at the cost of that part."""
         return True
@@ -96,7 +95,7 @@ class Entry:
     @property
     def stored_bytes(self) -> int:
         """Bytes that reading all of it reads."""
-        return self.shape.numel() * self.dtype.itemsize
+        return self.spec.num_bytes
 
     @property
     def held_bytes(self) -> int:
@@ -115,13 +114,13 @@ class Entry:
         """Read the elements from ``start`` to ``stop`` of the flattened tensor, as fresh memory of one dimension."""
         raise NotImplementedError
 
-    def slice_into(self, out: Tensor, start: int) -> Tensor:
-        """Read from ``start`` on as many elements as ``out`` has, of this dtype and one dimension; gives ``out``."""
-        return out.copy_(self.slice(start, start + len(out)))
+    def read_into(self, out: numpy.ndarray, start: int) -> None:
+        """Read from element ``start`` on as many bytes as ``out``, uint8, has."""
+        out[:] = Elements.of(self.slice(start, start + len(out) // self.spec.itemsize)).data
 
     def read(self) -> Tensor:
         """Read the whole tensor."""
-        return self.slice(0, self.shape.numel()).reshape(self.shape)
+        return self.slice(0, self.spec.numel()).reshape(self.shape)
 
 
 @dataclass(frozen=True)
@@ -130,9 +129,20 @@ class Stored(Entry):
 
     file: OpenFile
     offset: int
-    dtype: torch.dtype
-    shape: torch.Size
+    header: Spec  # what is said of it there
     stride: tuple[int, ...] | None = None
+
+    @property
+    def spec(self) -> Spec:
+        return self.header
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.spec.dtype
+
+    @property
+    def shape(self) -> torch.Size:
+        return self.spec.shape
 
     @property
     def in_parts(self) -> bool:
@@ -140,11 +150,10 @@ class Stored(Entry):
 
     @property
     def location(self) -> object:
-        empty = self.shape.numel() == 0
-        return None if empty else (str(self.file.path), self.offset, self.dtype, self.shape, self.stride)
+        return (str(self.file.path), self.offset, self.spec, self.stride) if self.spec.numel() else None
 
     def will_need(self, start: int, stop: int) -> None:
-        width = self.dtype.itemsize
+        width = self.spec.itemsize
         self.file.will_need(self.offset + start * width, (stop - start) * width)
 
     def slice(self, start: int, stop: int) -> Tensor:
@@ -158,14 +167,14 @@ class Stored(Entry):
             return flat[start:stop].clone()
         return self._elements(start, stop)
 
-    def slice_into(self, out: Tensor, start: int) -> Tensor:
+    def read_into(self, out: numpy.ndarray, start: int) -> None:
         if self.stride is not None:
-            return super().slice_into(out, start)
-        self.file.read_into(memoryview(out.view(torch.uint8).numpy()), self.offset + start * self.dtype.itemsize)
-        return out
+            super().read_into(out, start)
+        else:
+            self.file.read_into(memoryview(out), self.offset + start * self.spec.itemsize)
 
     def read(self) -> Tensor:
-        count, width = self.shape.numel(), self.dtype.itemsize
+        count, width = self.spec.numel(), self.spec.itemsize
         if self.stride is not None or count * width < MAPPED_BYTES or self.offset % width:
             return super().read()
         mapped, skip = self.file.map(self.offset, count * width)
@@ -173,7 +182,7 @@ class Stored(Entry):
 
     def _elements(self, start: int, stop: int) -> Tensor:
         out = torch.empty(stop - start, dtype=self.dtype)
-        self.file.read_into(memoryview(out.view(torch.uint8).numpy()), self.offset + start * self.dtype.itemsize)
+        self.file.read_into(memoryview(Elements.of(out).data), self.offset + start * self.spec.itemsize)
         return out
 
 
@@ -259,8 +268,7 @@ class LazyWeights(Mapping[str, Tensor]):
 
     def spec(self, name: str) -> Spec:
         """Give a tensor's dtype and shape without reading it."""
-        entry = self._entries[name]
-        return Spec(entry.dtype, entry.shape)
+        return self._entries[name].spec
 
     def slice(self, name: str, start: int, stop: int) -> Tensor:
         """Read a part of a tensor and no more.
@@ -277,8 +285,8 @@ class LazyWeights(Mapping[str, Tensor]):
             ValueError: The tensor has no such elements.
         """
         entry = self._entries[name]
-        if not 0 <= start <= stop <= entry.shape.numel():
-            raise ValueError(f"{name!r} has elements 0 to {entry.shape.numel()}; {start} to {stop} were asked for.")
+        if not 0 <= start <= stop <= entry.spec.numel():
+            raise ValueError(f"{name!r} has elements 0 to {entry.spec.numel()}; {start} to {stop} were asked for.")
         return entry.slice(start, stop)
 
     def __getitem__(self, name: str) -> Tensor:

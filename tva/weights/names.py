@@ -11,8 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor
-
+from tva.later import Tensor
 from tva.state_dict import MismatchError, some
 
 KeyMap = Mapping[str, str] | Sequence[str]

@@ -16,13 +16,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
+import numpy
 
+from tva.later import torch
 from tva.state_dict import some
-from tva.weights.files import NAMES_OF_DTYPES, open_safetensors
+from tva.weights.files import open_safetensors
 from tva.weights.fingerprint import TensorHash
-from tva.weights.lazy import Entry, Info, LazyWeights, Spec
+from tva.weights.lazy import Info, LazyWeights
+from tva.weights.spec import NAMES_OF_DTYPES, Elements, Spec, dtype_name
 from tva.weights.writing import can_write, make_room
 
 try:
@@ -52,19 +53,15 @@ class Shard:
         fields: dict[str, object] = {"__metadata__": dict(metadata)}
         ends = [0]
         for name, spec in self.tensors.items():
-            if spec.dtype not in NAMES_OF_DTYPES:
-                raise ValueError(f"{name!r} is {spec.dtype}, which cannot be written to safetensors.")
-            ends.append(ends[-1] + num_bytes(spec))
-            fields[name] = {"dtype": NAMES_OF_DTYPES[spec.dtype], "shape": list(spec.shape), "data_offsets": ends[-2:]}
+            if spec.dtype_name not in NAMES_OF_DTYPES:
+                raise ValueError(f"{name!r} is torch.{spec.dtype_name}, which cannot be written to safetensors.")
+            ends.append(ends[-1] + spec.num_bytes)
+            dtype = NAMES_OF_DTYPES[spec.dtype_name]
+            fields[name] = {"dtype": dtype, "shape": list(spec.sizes), "data_offsets": ends[-2:]}
         text = json.dumps(fields).encode()
         text += b" " * (-len(text) % 8)
         self.offsets = {name: 8 + len(text) + start for name, start in zip(self.tensors, ends, strict=False)}
         return len(text).to_bytes(8, "little") + text
-
-
-def num_bytes(spec: Spec | Entry) -> int:
-    """Give a tensor's size."""
-    return spec.shape.numel() * spec.dtype.itemsize
 
 
 def shard_tensors(tensors: Mapping[str, Spec], max_shard_bytes: int) -> list[dict[str, Spec]]:
@@ -72,11 +69,11 @@ def shard_tensors(tensors: Mapping[str, Spec], max_shard_bytes: int) -> list[dic
     shards: list[dict[str, Spec]] = [{}]
     filled = 0
     for name, spec in tensors.items():
-        if shards[-1] and filled + num_bytes(spec) > max_shard_bytes:
+        if shards[-1] and filled + spec.num_bytes > max_shard_bytes:
             shards.append({})
             filled = 0
         shards[-1][name] = spec
-        filled += num_bytes(spec)
+        filled += spec.num_bytes
     return shards
 
 
@@ -113,7 +110,7 @@ class Output:
         resume: bool = False,
     ) -> None:
         self.path, self.metadata, self.done = path, dict(metadata), {}
-        self.size = sum(map(num_bytes, tensors.values()))
+        self.size = sum(spec.num_bytes for spec in tensors.values())
         self._single = path.suffix == ".safetensors"
         self._partial = path.with_name(f".{path.name}.partial")
         self._journal_path = path.with_name(f".{path.name}.journal")
@@ -220,7 +217,7 @@ class Output:
             with shard.path.open("wb") as file:
                 file.write(header)
                 file.flush()
-                make_room(file.fileno(), len(header) + sum(map(num_bytes, shard.tensors.values())))
+                make_room(file.fileno(), len(header) + sum(spec.num_bytes for spec in shard.tensors.values()))
         self._journal.truncate(0)
         self._journal.write(json.dumps(self._job) + "\n")
         self._journal.flush()
@@ -245,11 +242,10 @@ class Output:
         for name, record in list(self.done.items()):
             shard = self._shard_of[name]
             spec, digest = shard.tensors[name], TensorHash(shard.tensors[name])
-            for start in range(0, num_bytes(spec), 2**22):
-                length = min(2**22, num_bytes(spec) - start)
+            for start in range(0, spec.num_bytes, 2**22):
+                length = min(2**22, spec.num_bytes - start)
                 data = os.pread(shard.file, length, shard.offsets[name] + start)
-                if data:
-                    digest.update(torch.frombuffer(bytearray(data), dtype=torch.uint8))
+                digest.update(numpy.frombuffer(data, numpy.uint8))
             if digest.hexdigest() != record["edited"]:
                 del self.done[name]
 
@@ -268,7 +264,7 @@ class Output:
 
     # --- writing
 
-    def write(self, name: str, start: int, piece: Tensor) -> None:
+    def write(self, name: str, start: int, piece: Elements) -> None:
         """Write elements of a tensor, flattened, from ``start`` on; any thread may.
 
         Raises:
@@ -277,8 +273,8 @@ class Output:
         if self._failed:
             raise self._failed
         shard = self._shard_of[name]
-        data = memoryview(piece.contiguous().view(torch.uint8).numpy())
-        offset = shard.offsets[name] + start * piece.element_size()
+        data = memoryview(piece.data)
+        offset = shard.offsets[name] + start * shard.tensors[name].itemsize
         while data.nbytes:
             count = os.pwrite(shard.file, data, offset)
             data, offset = data[count:], offset + count
@@ -287,7 +283,7 @@ class Output:
         """Note that a tensor is whole; ``record["edited"]`` is its digest."""
         with self._wake:
             self._finished.append((name, record))
-            self._unsynced += num_bytes(self._shard_of[name].tensors[name])
+            self._unsynced += self._shard_of[name].tensors[name].num_bytes
             if self._unsynced >= SYNC_BYTES:
                 self._wake.notify()
 
@@ -357,7 +353,7 @@ class Output:
         return {"model.safetensors.index.json": json.dumps(index, indent=2).encode()}
 
 
-def side_files(folder: Path, dtype: torch.dtype | None) -> dict[str, bytes]:
+def side_files(folder: Path, dtype: torch.dtype | str | None) -> dict[str, bytes]:
     """Read what lies beside a model's weights: configuration, tokenizer, code of its own.
 
     Args:
@@ -377,6 +373,6 @@ def side_files(folder: Path, dtype: torch.dtype | None) -> dict[str, bytes]:
     }
     if dtype is not None and "config.json" in found:
         config = json.loads(found["config.json"])
-        config |= {key: str(dtype).removeprefix("torch.") for key in ("torch_dtype", "dtype") if key in config}
+        config |= {key: dtype_name(dtype) for key in ("torch_dtype", "dtype") if key in config}
         found["config.json"] = json.dumps(config, indent=2).encode()
     return found

@@ -15,9 +15,9 @@ import zipfile
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import torch
-
+from tva.later import torch
 from tva.weights.lazy import Entry, OpenFile, Stored
+from tva.weights.spec import Spec
 
 TENSOR_TYPES = {"torch.Tensor", "torch._tensor.Tensor", "torch.nn.parameter.Parameter", "torch.nn.parameter.Buffer"}
 DAMAGED = (
@@ -76,7 +76,7 @@ PLAIN = {
     "collections.defaultdict": _Dict,
     "builtins.set": set,
     "builtins.frozenset": frozenset,
-    "torch.Size": torch.Size,
+    "torch.Size": tuple,
 }
 
 
@@ -168,7 +168,8 @@ def _rebuild(storage: Any, offset: int, size: Any, stride: Any, *rest: Any, dtyp
     same = (
         all(n == 1 or mine == theirs for n, mine, theirs in zip(shape, stride, contiguous, strict=True)) or 0 in shape
     )
-    return Stored(storage.file, storage.offset + offset * dtype.itemsize, dtype, shape, None if same else stride)
+    start = storage.offset + offset * dtype.itemsize
+    return Stored(storage.file, start, Spec(dtype, shape), None if same else stride)
 
 
 def _rebuild_v3(

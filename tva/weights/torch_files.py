@@ -7,9 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
-from torch import Tensor
-
+from tva.later import Tensor, torch
 from tva.state_dict import some
 from tva.weights.lazy import Entry, Info, InMemory, LazyWeights, OpenFile
 from tva.weights.pickles import DAMAGED, Inert, load_archive

@@ -8,8 +8,7 @@ import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from safetensors.torch import save_file
-from torch import Tensor
+from tva.later import Tensor
 
 
 @contextlib.contextmanager
@@ -79,6 +78,8 @@ def save_weights(
         pointer = tensor.untyped_storage().data_ptr()
         ready[name] = tensor.clone() if pointer in seen else tensor  # safetensors refuses shared memory
         seen.add(pointer)
+    from safetensors.torch import save_file
+
     with atomic_path(path) as temporary:
         save_file(ready, temporary, metadata=dict(metadata or {}))
 

@@ -10,8 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
-
+from tva.later import torch
 from tva.state_dict import some
 from tva.weights.lazy import Entry, Info, Joined, LazyWeights
 from tva.weights.pickles import Inert
