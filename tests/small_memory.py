@@ -5,6 +5,7 @@ import sys
 
 CODE = """
 import multiprocessing, sys, threading
+from tva import kernels
 from tva.compose import compose
 from tva.memory import anonymous_memory
 from tva.revert import revert
@@ -23,6 +24,7 @@ def run(statement, spare):
     thread.join()
     assert peak[0] <= budget * 2**20, (peak[0] / 2**20, before / 2**20, budget)
 
+kernels.load()
 exec(sys.argv[2])
 for statement in sys.argv[3:]:  # each in a fork, which begins with what the imports take and nothing of the others
     case = multiprocessing.get_context("fork").Process(target=run, args=(statement, int(sys.argv[1])))

@@ -34,6 +34,7 @@ RECIPES = [
     'ties(a, b, -c / 3, elect="unweighted", weights=(1, 0.5, 2), trim="tensor")',
     'ties(a, b, c, undecided="positive") + breadcrumbs(a)',
     "consensus(dare(a), 2 * b, c) - emr(a, b + c)",
+    "lines(breadcrumbs(b, top=0.1, bottom=0.6), first=0.3, last=1.7)",
 ]
 
 
@@ -452,3 +453,5 @@ def test_the_memory_measured_stays_within_the_memory_stated(tmp_path):
     recipes = ("a - b", 'ties(a, b, trim="tensor")', "ties(a, b)")
     call = f"compose('base.safetensors', {vectors}, %r, 'out.safetensors', max_memory=memory)"
     assert_within(tmp_path, 40, *(call % recipe for recipe in recipes))
+    many = f"ties({', '.join('ab' * 6)}, density=0.5)"  # whose counts take more than all else
+    assert_within(tmp_path, 50, call % many)

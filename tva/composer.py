@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any, Protocol
 
+from tva import kernels
 from tva.console import progress
 from tva.later import Tensor, load_torch, num_threads, torch, torch_is_loaded
 from tva.memory import anonymous_memory, parse_bytes
@@ -185,7 +186,9 @@ class Composer:
             unparted = max(unparted, sum(entry.held_bytes for entry in entries))
             largest = max(largest, entries[0].spec.numel() if len(entries) > 1 else 0)
         piece = largest if self.recipe.needs_whole_tensors else self.piece
-        return anonymous_memory() + SLACK + self.workers * (piece * held + unparted)
+        each = piece * held + unparted + self.recipe.observing_bytes
+        kernels_bytes = 0 if kernels.load.cache_info().currsize else kernels.LOADED_BYTES
+        return anonymous_memory() + kernels_bytes + SLACK + self.workers * each
 
     def fit_into(self, max_memory: str | None) -> None:
         """Choose how much to hold at once, fewer workers before smaller pieces.
@@ -196,6 +199,7 @@ class Composer:
         Raises:
             ValueError: It does not fit however little is held.
         """
+        kernels.load()
         limit = anonymous_memory() + 2**30 if max_memory is None else parse_bytes(max_memory)
         while self.need() > limit:
             if self.workers > 1:

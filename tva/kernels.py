@@ -7,6 +7,7 @@ itself, so that the bits are the same (tested); where a step or a dtype is not k
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 import numpy
@@ -14,10 +15,11 @@ from llvmlite import ir
 from numba import njit, types
 from numba.extending import intrinsic
 
-from tva.steps import ADD, DIV, DROP, LOAD, MUL, NEG, SUB, TIES, TRIM, ZERO
+from tva.steps import ADD, DIV, DROP, LOAD, MUL, NEG, SUB, TIES, TRIM, ZERO, Step, encode
 
 BLOCK = 2048  # elements: a few rows of float32 stay in the first-level cache
 LANES = 64  # values that are compared at once
+LOADED_BYTES = 28 * 2**20  # of memory that `load` takes
 BFLOAT16, FLOAT16, FLOAT32 = range(3)
 _OPTIONS: dict[str, Any] = {"nogil": True, "cache": True, "error_model": "numpy"}
 
@@ -396,3 +398,19 @@ def locate(counts, rank):
         rank -= counts[position]
         position += 1
     return position, rank
+
+
+@cache
+def load() -> None:
+    """Load the kernels that edits use, so that the memory that it takes (`LOADED_BYTES`, mostly numba) is known."""
+    rows, kinds = numpy.zeros((1, 64), numpy.uint8), numpy.zeros(1, numpy.int64)
+    halves, floats, out = rows.view(numpy.uint16), rows.view(numpy.float32), numpy.zeros(1, numpy.float32)
+    agree(halves, floats, kinds, 0, 1)
+    program = encode((Step(ZERO),))
+    inputs = (program.steps, program.numbers, program.depth, halves, floats, kinds, kinds != 0, 0)
+    evaluate(*inputs, out)
+    edit(*inputs, numpy.float32(1), BFLOAT16, 1, halves[0], floats[0])
+    counts = numpy.zeros(2**16, numpy.int64)
+    count_upper(out, False, counts)
+    count_window(out, False, 0, 0, counts)
+    locate(counts, 0)

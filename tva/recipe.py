@@ -191,6 +191,11 @@ class Recipe(Expression):
         """The methods that must look at the deltas before they merge."""
         return [self._methods[id(node)] for node in self._observers]
 
+    @property
+    def observing_bytes(self) -> int:
+        """Predicted memory that looking at the deltas takes of each thread."""
+        return sum(self._methods[id(node)].observing_bytes(len(node.args)) for node in self._observers)
+
     # --- computing, one piece of the model at a time
 
     def observe(

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from tva.later import Tensor
 from tva.merge.method import Method, Place
+from tva.steps import MUL, Step, Steps
 
 
 @dataclass(frozen=True)
@@ -32,9 +33,15 @@ class Lines(Method):
     num_vectors = 1
 
     def merge(self, deltas: Sequence[Tensor], state: None, place: Place) -> Tensor:
+        return deltas[0] * self._factor(place)
+
+    def in_steps(self, arguments: Sequence[Steps], state: None, place: Place) -> Steps:
+        return (*arguments[0], Step(MUL, numbers=(self._factor(place),)))
+
+    def _factor(self, place: Place) -> float:
         if not place.layers:
             raise ValueError(
                 "lines scales layers by their number, and no tensor's name has one, as in 'layers.3.weight'."
             )
         layer, count = place.layers.get(place.tensor, (0, 1))
-        return deltas[0] * (self.first + (self.last - self.first) * layer / max(1, count - 1))
+        return self.first + (self.last - self.first) * layer / max(1, count - 1)

@@ -67,6 +67,10 @@ class Method:
         """How many of these passes are mostly made, for a plan."""
         return self.num_sweeps
 
+    def observing_bytes(self, num_vectors: int) -> int:
+        """Predict the memory that a thread's looking takes, where that is more than a few numbers."""
+        return 0
+
     def inputs(self) -> Mapping[str, HashedWeights]:
         """Give the files that it reads besides the vectors, by path."""
         return {}

@@ -10,7 +10,7 @@ from typing import Literal
 from tva.later import Tensor, torch
 from tva.merge.linear import add_up
 from tva.merge.method import Method, Place
-from tva.merge.select import SWEEPS, OrderStatistics, num_kept
+from tva.merge.select import HELD_BYTES, SWEEPS, OrderStatistics, num_kept
 
 
 @dataclass
@@ -64,6 +64,9 @@ class Pcb(Method):
     @property
     def usual_sweeps(self) -> int:
         return 4
+
+    def observing_bytes(self, num_vectors: int) -> int:
+        return 2 * num_vectors * HELD_BYTES
 
     def start(self, num_vectors: int) -> _State:
         vectors = range(num_vectors)

@@ -19,6 +19,8 @@ _ENOUGH = 2**17  # elements of the first piece, from which a rank's place is exp
 _SAMPLED = 61  # of so many elements of every piece one is sampled
 _KEPT = 16  # counts, of 2 MiB each
 
+HELD_BYTES = 8 * (_WINDOW + 2 + 2**_COARSE)  # that each thread takes for each rank that is looked for
+
 _spare: list[numpy.ndarray] = []  # counts, all zero: new memory would cost more than what is counted in it
 
 
@@ -169,7 +171,7 @@ class Threshold(OrderStatistics):
     @property
     def limit(self) -> float:
         """The largest magnitude that is zeroed; negative if all are kept."""
-        return after(self.value, 0) if self.value else -1.0
+        return limit(self.value)
 
 
 def num_kept(density: float, count: int) -> int:
@@ -183,13 +185,18 @@ def check_density(density: float) -> None:
         raise ValueError(f"density is the fraction of elements to keep, in (0, 1]; found {density}.")
 
 
+def limit(threshold: float) -> float:
+    """Give the largest magnitude that a threshold zeroes; negative if it keeps all."""
+    return after(threshold, 0) if threshold else -1.0
+
+
 def trim(delta: Tensor, threshold: float) -> Tensor:
     """Zero the elements whose magnitude, in float32, is below a threshold; the result may be ``delta`` itself."""
     if threshold == 0:
         return delta
     if delta.dtype != torch.float32:
         return torch.where(delta.float().abs() >= threshold, delta, 0)
-    return torch.hardshrink(delta, after(threshold, 0))  # zeroes what is at most this: one pass, a tenth of the time
+    return torch.hardshrink(delta, limit(threshold))  # zeroes what is at most this: one pass, a tenth of the time
 
 
 def after(value: float, towards: float = math.inf) -> float:

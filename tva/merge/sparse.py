@@ -10,8 +10,8 @@ from numpy import ndarray
 
 from tva.later import Tensor, torch
 from tva.merge.method import Method, Place
-from tva.merge.select import SWEEPS, OrderStatistics, Threshold, after, check_density, trim
-from tva.steps import TRIM, Step, Steps
+from tva.merge.select import HELD_BYTES, SWEEPS, OrderStatistics, Threshold, after, check_density, limit, trim
+from tva.steps import SUB, TRIM, Step, Steps
 
 
 @dataclass(frozen=True)
@@ -37,6 +37,9 @@ class Magnitude(Method):
     @property
     def usual_sweeps(self) -> int:
         return 1
+
+    def observing_bytes(self, num_vectors: int) -> int:
+        return HELD_BYTES
 
     def start(self, num_vectors: int) -> Threshold:
         return Threshold(self.density)
@@ -102,6 +105,9 @@ class Breadcrumbs(Method):
     def whole(self) -> bool:
         return bool(self.rows)
 
+    def observing_bytes(self, num_vectors: int) -> int:
+        return 0 if self.rows else 2 * HELD_BYTES
+
     def start(self, num_vectors: int) -> OrderStatistics:
         return OrderStatistics(self._smallest_and_largest_kept)
 
@@ -126,6 +132,15 @@ class Breadcrumbs(Method):
             return deltas[0]
         smallest, largest = state.values
         return trim(deltas[0], smallest) - trim(deltas[0], after(largest))  # without rounding: all, one, or none is 0
+
+    def in_steps(self, arguments: Sequence[Steps], state: OrderStatistics | None, place: Place) -> Steps | None:
+        if state is None:
+            return None
+        if not state.values:
+            return arguments[0]
+        smallest, largest = state.values
+        upper = Step(TRIM, numbers=(limit(after(largest)),))
+        return (*arguments[0], Step(TRIM, numbers=(limit(smallest),)), *arguments[0], upper, Step(SUB))
 
     def _merge_rows(self, delta: Tensor, columns: int) -> Tensor:
         if not delta.numel():

@@ -12,7 +12,7 @@ from numpy import ndarray
 from tva.later import Tensor, torch
 from tva.merge.linear import add_up
 from tva.merge.method import Method, Place
-from tva.merge.select import SWEEPS, Threshold, check_density, trim
+from tva.merge.select import HELD_BYTES, SWEEPS, Threshold, check_density, trim
 from tva.steps import TIES, Step, Steps
 
 
@@ -74,6 +74,9 @@ class Ties(Method):
     @property
     def usual_sweeps(self) -> int:
         return 2 if self.over_model else 1
+
+    def observing_bytes(self, num_vectors: int) -> int:
+        return num_vectors * HELD_BYTES
 
     def start(self, num_vectors: int) -> list[Threshold]:
         if self.weights and len(self.weights) != num_vectors:
