@@ -4,14 +4,16 @@
 
 ``--mergekit`` names the Python of an environment in which mergekit 0.1.5 is installed (``python -m venv E && E/bin/pip
 install mergekit==0.1.5``). Whole processes are timed, each from page cache; every job runs ``--repeats`` times, tools
-in turn. Peak anonymous memory is polled from /proc every 10 ms. ``cat`` is the time that reading the same inputs and
-writing as many bytes as the output takes: the limit.
+in turn. Before each, what others have written goes to the disk and out of the page cache, and the inputs are read into
+it. Peak anonymous memory is polled from /proc every 10 ms. ``cat`` is the time that reading the same inputs and writing
+as many bytes as the output takes: the limit.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import platform
 import statistics
 import subprocess
@@ -73,6 +75,16 @@ def make_checkpoint(folder: Path, layers: int, seed: int, base: dict[str, torch.
     }
     (folder / "config.json").write_text(json.dumps(config))
     return state
+
+
+def settle(folder: Path, inputs: list[Path]) -> None:
+    """Begin as every run does: nothing waits to be written, and the page cache holds the inputs and no outputs."""
+    os.sync()
+    for file in [*folder.glob("*/*.safetensors"), *folder.glob("*.safetensors"), folder / "copy"]:
+        if file not in inputs and file.exists():
+            with file.open("rb") as opened:
+                os.posix_fadvise(opened.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    subprocess.run(["cat", *inputs], stdout=subprocess.DEVNULL, check=True)
 
 
 def measure(command: list[str]) -> tuple[float, float]:
@@ -141,9 +153,14 @@ def main() -> None:
     copy = (
         f"cat {' '.join(map(str, files))} > /dev/null; cp {files[0]} {options.folder}/copy; sync {options.folder}/copy"
     )
-    floor = statistics.median(measure(["sh", "-c", copy])[0] for _ in range(options.repeats))
+    floors = []
+    for _ in range(options.repeats):
+        settle(options.folder, files)
+        floors.append(measure(["sh", "-c", copy])[0])
+    floor = statistics.median(floors)
     imports = statistics.median(measure([sys.executable, "-c", IMPORTS])[0] for _ in range(options.repeats))
-    print(f"cat of the inputs and a copy of the output: {floor:.2f} s; interpreter and imports: {imports:.2f} s")
+    spread = f"({min(floors):.2f}–{max(floors):.2f})"
+    print(f"cat of the inputs and a copy of the output: {floor:.2f} s {spread}; interpreter, imports: {imports:.2f} s")
     for job in options.jobs:
         if job == "tiny":
             time_tiny(options.folder)
@@ -165,6 +182,7 @@ def main() -> None:
         for _ in range(options.repeats):
             for name, command in (("tva", ours), ("mergekit", theirs)):
                 if command:
+                    settle(options.folder, files)
                     results.setdefault(name, []).append(measure(command))
             digests.add(fingerprint(open_weights(options.folder / "ours.safetensors")).digest)
         print(f"{job:5} the same bytes in every run: {len(digests) == 1}" + agreement(options.folder, theirs))

@@ -31,7 +31,7 @@ try:
 except ImportError:  # no POSIX: two runs into one output are not noticed
     fcntl = None
 
-SYNC_BYTES = 2**28  # so much is written between two syncs; what is synced survives a loss of power
+SYNC_BYTES = 2**26  # so much is written between two syncs; what is synced survives a loss of power
 SIDE_FILES = (".json", ".txt", ".model", ".jinja", ".tiktoken", ".py")  # what describes a model, beside its weights
 NOT_CARRIED = ("trainer_state.json", "training_args.json", "adapter_config.json", "all_results.json")
 
