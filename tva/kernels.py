@@ -61,8 +61,21 @@ def _widen(kind, halves, floats, out):
 
 
 @njit(**_OPTIONS)
+def _load(kind, halves, floats, relative, base, out):
+    """Give stored values as deltas: without the base, where they are ``relative`` to it."""
+    if relative and kind == BFLOAT16:  # in one loop, as most are stored
+        for i in range(len(out)):
+            out[i] = _as_float(numpy.uint32(numpy.uint32(halves[i]) << numpy.uint32(16))) - base[i]
+        return
+    _widen(kind, halves, floats, out)
+    if relative:
+        for i in range(len(out)):
+            out[i] = out[i] - base[i]
+
+
+@njit(**_OPTIONS)
 def _round(kind, values, halves, floats):
-    """Round float32 values to the nearest stored ones, ties to even."""
+    """Round float32 values to the nearest stored ones, ties to even, in place as well."""
     if kind == FLOAT32:
         for i in range(len(values)):
             floats[i] = values[i]
@@ -70,10 +83,11 @@ def _round(kind, values, halves, floats):
         for i in range(len(values)):
             bits = _as_bits(values[i])
             odd = numpy.uint32((bits >> numpy.uint32(16)) & numpy.uint32(1))
-            rounded = numpy.uint32((bits + numpy.uint32(0x7FFF) + odd) >> numpy.uint32(16))
-            if numpy.uint32(bits & numpy.uint32(0x7FFFFFFF)) > numpy.uint32(0x7F800000):
+            rounded = numpy.uint32(numpy.uint32(bits + numpy.uint32(0x7FFF) + odd) >> numpy.uint32(16))
+            if values[i] != values[i]:
                 rounded = numpy.uint32(0x7FC0)
             halves[i] = numpy.uint16(rounded)
+            values[i] = _as_float(numpy.uint32(rounded << numpy.uint32(16)))
     else:
         for i in range(len(values)):
             bits = _as_bits(values[i])
@@ -88,6 +102,7 @@ def _round(kind, values, halves, floats):
             if size > numpy.uint32(0x7F800000):
                 rounded = numpy.uint32(0x7E00)
             halves[i] = numpy.uint16(rounded | numpy.uint32((bits >> numpy.uint32(16)) & numpy.uint32(0x8000)))
+        _widen(kind, halves, floats, values)
 
 
 @njit(**_OPTIONS)
@@ -137,11 +152,8 @@ def _block(steps, numbers, stack, halves, floats, kinds, relative, base, low, si
     for j in range(len(steps)):
         kind, count, at = steps[j, 0], steps[j, 1], steps[j, 2]
         if kind == LOAD:
-            values = stack[top, :size]
-            _widen(kinds[count], halves[count, low : low + size], floats[count, low : low + size], values)
-            if relative[count]:
-                for i in range(size):
-                    values[i] = values[i] - base[i]
+            row, wide = halves[count, low : low + size], floats[count, low : low + size]
+            _load(kinds[count], row, wide, relative[count], base, stack[top, :size])
             top += 1
         elif kind == ZERO:
             for i in range(size):
@@ -206,11 +218,8 @@ def evaluate(steps, numbers, depth, halves, floats, kinds, relative, start, out)
         size = min(BLOCK, len(out) - low)
         _widen(kinds[0], halves[0, low : low + size], floats[0, low : low + size], base[:size])
         if alone:
-            row, values = steps[0, 1], out[low : low + size]
-            _widen(kinds[row], halves[row, low : low + size], floats[row, low : low + size], values)
-            if relative[row]:
-                for i in range(size):
-                    values[i] = values[i] - base[i]
+            row, end = steps[0, 1], low + size
+            _load(kinds[row], halves[row, low:end], floats[row, low:end], relative[row], base[:size], out[low:end])
             continue
         _block(steps, numbers, stack, halves, floats, kinds, relative, base, low, size, start)
         for i in range(size):
@@ -235,16 +244,19 @@ def agree(halves, floats, kinds, row, length):
 
 @njit(fastmath={"reassoc"}, **_OPTIONS)
 def _account(delta, base, written):
-    """Count what moves and what changes, and sum up squares; these sums alone may be taken in any order."""
-    moving, changed = 0, 0
-    change_square, base_square = numpy.float32(0), numpy.float32(0)
+    """Count what moves and what changes, and sum up squares; these sums alone may be taken in any order.
+
+    The counts are of at most a block, so that float32 has them exactly.
+    """
+    zero, one = numpy.float32(0), numpy.float32(1)
+    moving, changed, change_square, base_square = zero, zero, zero, zero
     for i in range(len(delta)):
         change = written[i] - base[i]
-        moving += delta[i] != 0
-        changed += change != 0
+        moving += one if delta[i] != zero else zero
+        changed += one if change != zero else zero
         change_square += change * change
         base_square += base[i] * base[i]
-    return moving, changed, numpy.float64(change_square), numpy.float64(base_square)
+    return int(moving), int(changed), numpy.float64(change_square), numpy.float64(base_square)
 
 
 @njit(**_OPTIONS)
@@ -273,7 +285,6 @@ def edit(
         for i in range(size):
             written[i] = stack[0, i] * scaling_coef + base[i]
         _round(kind, written[:size], out_halves[low : low + size], out_floats[low : low + size])
-        _widen(kind, out_halves[low : low + size], out_floats[low : low + size], written[:size])
         more = _account(stack[0, :size], base[:size], written[:size])
         moving += more[0]
         changed += more[1]
