@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import subprocess
 import sys
 
@@ -298,6 +299,9 @@ def test_memory_is_bounded_whatever_the_size(tmp_path, module, function, call):
             {f"l.{i}.w": torch.randn(2**23, generator=generator) for i in range(3)}, tmp_path / f"{name}.safetensors"
         )
     code = MEMORY.format(module=module, function=function, call=call)
-    run = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    # By itself glibc keeps freed pieces to use them again, by chance up to 33 MiB of them; with a fixed threshold it
+    # gives each back, and what is measured is what the function holds.
+    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": str(2**17)}
+    run = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, env=environment)
     assert run.returncode == 0, run.stderr
-    assert float(run.stdout) < 30, "MiB; one of the nine tensors takes 32"
+    assert float(run.stdout) < 16, "MiB; one of the nine tensors takes 32"
