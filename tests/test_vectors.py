@@ -5,6 +5,7 @@ import math
 import os
 import subprocess
 import sys
+import time
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ from tva.geometry import cosine_matrix, measure, norms_by_block, parts_of, sign_
 from tva.look import compare, inspect
 from tva.vectors import short_paths
 from tva.weights import open_finetuned, read_metadata
+from tva.weights.late_header import LateHeaderFile
 
 SHAPES = {"l.0.w": (40, 30), "l.1.w": (25, 40), "scalar": (), "one": (1,), "empty": (0, 3), "bias": (25,)}
 
@@ -258,6 +260,27 @@ def test_not_a_number_is_said_and_not_averaged_away(files):
     found = compare(["bad.tv.safetensors", "b.tv.safetensors"])
     assert found.not_finite == ["bad"]
     assert math.isnan(found.whole.cosines[0][1])
+
+
+def test_a_slow_disk_gets_every_piece_as_it_was_computed(tmp_path, monkeypatch):
+    store = LateHeaderFile._store
+
+    def slowly(self, data, offset):
+        time.sleep(0.02)
+        store(self, data, offset)
+
+    monkeypatch.setattr(LateHeaderFile, "_store", slowly)
+    monkeypatch.setattr(tva.emission, "PIECE", 100)
+    torch.manual_seed(0)
+    base = {"w": torch.randn(805), "d": torch.randn(301, dtype=torch.float64)}
+    tuned = {name: tensor + torch.randn_like(tensor) for name, tensor in base.items()}
+    tuned["w"][200:400] = base["w"][200:400]  # two pieces are skipped
+    for name, weights in (("base", base), ("tuned", tuned)):
+        save_weights(weights, tmp_path / f"{name}.safetensors")
+    extract(*(str(tmp_path / f"{name}.safetensors") for name in ("base", "tuned", "x.tv")))
+    deltas = TaskVector.load(tmp_path / "x.tv.safetensors").deltas
+    for name in base:
+        assert torch.equal(deltas[name], tuned[name] - base[name])
 
 
 MEMORY = """

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from tva.origin import Origin, vector_header
-from tva.state_dict import BATCH_NORM_STATISTICS, NoEffectError, add_scaled, some, subtract
+from tva.state_dict import BATCH_NORM_STATISTICS, NoEffectError, add_scaled, some, subtract, sum_dtype
 from tva.weights import Fingerprint, LazyWeights, Spec, TensorHash, atomic_path
-from tva.weights.late_header import LateHeaderFile
+from tva.weights.late_header import AHEAD, LateHeaderFile
 from tva.weights.lazy import Entry
 
 PIECE = 2**18  # elements; a float32 piece with its base and delta fits the cache of one core
@@ -167,6 +167,8 @@ class _Pass:
         self.squares: list[float] = []
         self._dots: list[float] = []
         self._other_squares: list[float] = []
+        self._buffers: dict[torch.dtype, list[Tensor]] = {}
+        self._written = 0  # pieces
         self._bad: dict[str, None] = {}
         self._overflown: dict[str, None] = {}
 
@@ -199,7 +201,7 @@ class _Pass:
             if self.copy is not None:
                 self.copy.write(piece.clone())  # it may be a view of a shard, which is to go
             if reason is None:
-                delta = subtract(piece, base[start:stop]) if delta is None else delta
+                delta = self._subtract(piece, base[start:stop]) if delta is None else delta
                 moved |= self._delta(name, delta, None if other is None else other[start:stop])
             start = stop
         self.digests[name] = digest.hexdigest()
@@ -216,6 +218,14 @@ class _Pass:
         if plan.is_buffer(name):
             self.statistics.add(name)
         self.out.keep(name, plan.specs[name])
+
+    def _subtract(self, piece: Tensor, base: Tensor) -> Tensor:
+        # In buffers that take turns, one for each piece that may wait to be written and one more; of new ones, the
+        # allocator would keep tens of MiB.
+        dtype = sum_dtype(piece, base)
+        if dtype not in self._buffers:
+            self._buffers[dtype] = [torch.empty(PIECE, dtype=dtype) for _ in range(AHEAD + 1)]
+        return subtract(piece, base, self._buffers[dtype][self._written % (AHEAD + 1)][: len(piece)])
 
     def _pieces(self, source: Source, base: Tensor) -> Iterator[tuple[Tensor, Tensor | None]]:
         change, position = None if source.delta is None else source.delta(), 0
@@ -254,6 +264,7 @@ class _Pass:
         if stored != delta.dtype and not bool(torch.isfinite(rounded).all()):
             self._overflown[name] = None
         self.out.write(rounded)
+        self._written += 1
         return True
 
     def check(self) -> None:

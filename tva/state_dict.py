@@ -96,8 +96,10 @@ def subtract(finetuned: Tensor, base: Tensor, out: Tensor | None = None) -> Tens
         ``finetuned - base`` in float32, or float64 if either is float64; ``out``, or a new tensor.
     """
     dtype = sum_dtype(finetuned, base)
+    if finetuned.dtype == dtype:
+        return torch.sub(finetuned, base.to(dtype), out=out)
     wide = finetuned.to(dtype) if out is None else out.copy_(finetuned)
-    return wide - base.to(dtype) if wide is finetuned else wide.sub_(base.to(dtype))
+    return wide.sub_(base.to(dtype))
 
 
 def add_scaled(

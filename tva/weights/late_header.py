@@ -55,7 +55,7 @@ class LateHeaderFile:
         self._start = self._end
 
     def write(self, piece: Tensor) -> None:
-        """Write the next elements of the tensor; they may not change until the file is closed."""
+        """Write the next elements of the tensor; they may not change until `AHEAD` more pieces were."""
         data = memoryview(piece.contiguous().reshape(-1).view(torch.uint8).numpy())
         self._waiting.append(self._thread.submit(self._store, data, 8 + self._room + self._end))
         self._end += data.nbytes
