@@ -7,7 +7,7 @@ BIN := .venv/bin
 .PHONY: demo test quick lint install clean
 
 demo: install
-	$(BIN)/python -m tva.demo --seeds $(SEEDS)
+	$(BIN)/python -m examples.demo --seeds $(SEEDS)
 
 test: install lint
 	$(BIN)/python -m pytest

@@ -19,9 +19,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from examples.demo import CONFIGS, run
 from tva import TaskVector
-from tva.demo import CONFIGS, run
-from tva.report import read_report
+from tva.report.edit_report import read_report
 
 TASKS = ("digits", "letters", "textures")
 CHOICE_TASK, CHOICE_SEED = "letters", 0

@@ -33,8 +33,8 @@ from torch.utils.data import DataLoader, TensorDataset
 from tva.callbacks import TaskVectorCallback
 
 from tva import fingerprint, open_weights, save_weights
-from tva.emission import Plan, Source, emit
-from tva.origin import Origin
+from tva.vectors.header import Origin
+from tva.vectors.write import Plan, Source, emit
 
 
 class Timed(TaskVectorCallback):

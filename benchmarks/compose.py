@@ -25,10 +25,10 @@ import torch
 import yaml
 
 from tva import fingerprint, open_weights, save_weights
-from tva.compose import compose
+from tva.compose.apply import compose
 
 # As the command does it: without collecting garbage, and without taking down what was loaded.
-IMPORTS = "import gc, os; gc.disable(); import tva.compose, tva.composed, jsonargparse; os._exit(0)"
+IMPORTS = "import gc, os; gc.disable(); import tva.compose, tva.cli.commands.compose, jsonargparse; os._exit(0)"
 TOKENS, WIDTH, HIDDEN = 32_000, 1024, 2816
 JOBS = {
     "sum": ("0.25 * (a + b + c + d)", {"merge_method": "task_arithmetic"}, {"weight": 0.25}),

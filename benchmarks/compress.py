@@ -59,7 +59,7 @@ class Runner:
 
     def tva(self, command: str, *words: object) -> None:
         """Run one command in this process, showing it first."""
-        from tva.cli import main
+        from tva.cli.main import main
 
         print("$ tva", command, *words, flush=True)
         try:
@@ -155,7 +155,7 @@ class Runner:
         )
 
     def report(self, model: str, name: str, seed: int, choice: str) -> Mapping[str, Any]:
-        from tva.report import read_report
+        from tva.report.edit_report import read_report
 
         return read_report(self.folder(model, choice, seed) / name)
 

@@ -38,8 +38,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from tva.data import ImageTask
+from tva.edit.trainer import Trainer
 from tva.models import ClipClassifier
-from tva.trainer import Trainer
 
 RECIPE, FIT = "recipe", "tva fit"
 PEAK = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "RTX 4090": 165e12}  # dense bf16, by makers

@@ -58,8 +58,8 @@ def make(elements: int, vectors: int) -> list[list[torch.Tensor]]:
 def run_ours(name: str, elements: int, vectors: int, piece: int) -> Callable[[], None]:
     """Make the function that merges once."""
     from tva import save_weights
+    from tva.compose.recipe import Recipe
     from tva.merge import METHODS, Place
-    from tva.recipe import Recipe
 
     count = METHODS[name].num_vectors or vectors
     deltas = make(elements, count)

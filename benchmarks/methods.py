@@ -31,8 +31,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tva import TaskVector, save_weights
-from tva.information import measure_information
-from tva.recipe import Recipe
+from tva.compose.recipe import Recipe
+from tva.merge.model_statistics import measure_information
 
 NUM_INFORMATION = 256  # training examples for the statistics files
 GRID = (0.2, 0.3, 0.4, 0.5, 0.7, 1.0)  # times a method's own scale

@@ -33,16 +33,16 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
-from tva.cli import main as tva
+from tva.cli.main import main as tva
 from tva.data import ImageTask
 from tva.data.builtin import load_builtin
-from tva.edit import run_edit
-from tva.editor import Editor
+from tva.edit.editor import Editor
+from tva.edit.run import run_edit
+from tva.evaluation.evaluate import evaluate
+from tva.evaluation.intervals import compare, flip_test
 from tva.models import ClipClassifier
 from tva.search import Bisect, Grid, Race
-from tva.statistics import compare, flip_test
-from tva.task_vector import TaskVector
-from tva.validate import evaluate
+from tva.vectors.task_vector import TaskVector
 
 TASKS = ("digits", "letters", "textures")
 CONFIGS = Path("configs/demo/fit")
@@ -182,7 +182,7 @@ def choice(seeds: Sequence[int], output: Path, only: Sequence[str] | None = None
 
 def test_scores(log: Path, report: Any) -> dict[str, np.ndarray]:
     """Read the edited model's scores by example on test data from the log."""
-    from tva.evaluations import decode
+    from tva.evaluation.log import decode
 
     found = {}
     for line in log.read_text().splitlines():

@@ -7,7 +7,7 @@ from typing import Any
 
 import lightning as L
 from torch.utils.data import DataLoader
-from tva.callbacks.evaluation import evaluate_within_fit, log_now, prepare
+from tva.callbacks.evaluate_in_fit import evaluate_within_fit, log_now, prepare
 
 
 class ControlEvaluation(L.Callback):

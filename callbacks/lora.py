@@ -14,8 +14,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from tva.state_dict import some
-from tva.weights import save_weights
+from tva.checkpoints import save_weights
+from tva.errors import some
 
 
 class LoraView:
@@ -98,7 +98,7 @@ class LoraView:
         }
 
     def save_adapter(self, folder: Path, metadata: dict[str, str]) -> None:
-        """Write the active adapter of the one peft model as an adapter folder, which `tva.weights.open_adapter` reads.
+        """Write the active adapter of the one peft model as an adapter folder for `tva.checkpoints.open_adapter`.
 
         Raises:
             ValueError: There is not exactly one peft model with one active adapter.

@@ -14,8 +14,8 @@ import torch
 from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, SingleDeviceStrategy
 from torch.utils.data import DataLoader, IterableDataset
 
-from tva.information import measure_information
-from tva.weights import save_weights
+from tva.checkpoints import save_weights
+from tva.merge.model_statistics import measure_information
 
 KINDS = ("fisher", "gram")
 

@@ -10,14 +10,14 @@ from pathlib import Path
 import lightning as L
 import torch
 from torch.utils.data import DataLoader
-from tva.callbacks.evaluation import evaluate_within_fit
+from tva.callbacks.evaluate_in_fit import evaluate_within_fit
 from tva.callbacks.lora import LoraView
-from tva.callbacks.places import deliver, workplace
+from tva.callbacks.remote_files import deliver, workplace
 from tva.callbacks.sharding import is_sharded
 from tva.callbacks.task_vector import TaskVectorCallback
 
-from tva.state_dict import add_scaled, subtract
-from tva.weights import canonical_names, open_weights, save_weights
+from tva.arithmetic import add_scaled, subtract
+from tva.checkpoints import canonical_names, open_weights, save_weights
 
 
 class ScalingCurve(L.Callback):

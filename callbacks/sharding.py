@@ -25,11 +25,11 @@ from lightning.pytorch.strategies import (
 )
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Shard
-from tva.callbacks.zero import Layout, zero_state
+from tva.callbacks.deepspeed import Layout, zero_state
 
-from tva.emission import Source
-from tva.state_dict import MismatchError, some
-from tva.weights import Spec
+from tva.checkpoints import Spec
+from tva.errors import MismatchError, some
+from tva.vectors.write import Source
 
 T = TypeVar("T")
 

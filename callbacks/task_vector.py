@@ -16,17 +16,17 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_info
 from torch.nn.parameter import UninitializedTensorMixin
 from tva.callbacks.averaging import Weights, check_averaging, choose_weights
-from tva.callbacks.base import SNAPSHOT, Base
+from tva.callbacks.base_weights import SNAPSHOT, Base
 from tva.callbacks.lora import LoraView
-from tva.callbacks.places import exists, local_copy, open_anywhere, plain, remove
+from tva.callbacks.remote_files import exists, local_copy, open_anywhere, plain, remove
 from tva.callbacks.sharding import Shards, check_strategy, is_sharded, live_state
 from tva.callbacks.writer import ADAPTER, Job, Lora, SavedVector, VectorWriter, vector_path
 
-from tva.encoding import Encoding
-from tva.origin import SUFFIX
-from tva.state_dict import some
-from tva.weights import LazyWeights, canonical_state_dict
-from tva.weights.hub import push
+from tva.checkpoints import LazyWeights, canonical_state_dict
+from tva.checkpoints.hub import push
+from tva.errors import some
+from tva.vectors.encoding import Encoding
+from tva.vectors.header import SUFFIX
 
 Against = Literal["base", "previous"]
 

@@ -17,18 +17,18 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from tva.callbacks.averaging import Weights
-from tva.callbacks.base import SNAPSHOT, Base, buffer_names, names_of
+from tva.callbacks.base_weights import SNAPSHOT, Base, buffer_names, names_of
 from tva.callbacks.lora import LoraView
-from tva.callbacks.places import deliver, exists, local_copy, workplace
+from tva.callbacks.remote_files import deliver, exists, local_copy, workplace
 from tva.callbacks.sharding import Shards, is_shard
 
-from tva.compress import suited, write_encoded
-from tva.emission import Emitted, Plan, Source, emit
-from tva.encoding import Encoding
-from tva.kinds import kind_of
-from tva.origin import SUFFIX, Origin, vector_header
-from tva.state_dict import MismatchError, some
-from tva.weights import LazyWeights, canonical_state_dict, open_weights
+from tva.checkpoints import LazyWeights, canonical_state_dict, open_weights
+from tva.errors import MismatchError, some
+from tva.vectors.compress import suited, write_encoded
+from tva.vectors.encoding import Encoding
+from tva.vectors.header import SUFFIX, Origin, vector_header
+from tva.vectors.kind import kind_of
+from tva.vectors.write import Emitted, Plan, Source, emit
 
 Lora = Literal["merge", "adapter"]
 ADAPTER = ".adapter"  # how the name of an adapter's folder ends

@@ -11,7 +11,7 @@ import torch
 from transformers import BertConfig, BertForSequenceClassification, Trainer, TrainerCallback, TrainingArguments
 
 from tva import TaskVector, open_weights
-from tva.task_vector import Origin
+from tva.vectors.task_vector import Origin
 
 
 class TaskVectors(TrainerCallback):

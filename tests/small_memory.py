@@ -7,9 +7,9 @@ CODE = """
 import multiprocessing, sys, threading
 from tva import kernels
 from tva.compose import compose
-from tva.memory import anonymous_memory
-from tva.revert import revert
-from tva.verify import verify
+from tva.sizes import anonymous_memory
+from tva.compose.revert import revert
+from tva.compose.verify import verify
 
 def run(statement, spare):
     before, done = anonymous_memory(), threading.Event()

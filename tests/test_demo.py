@@ -5,8 +5,8 @@ import json
 import matplotlib.image
 import pytest
 
-import tva.editor
-from tva import demo
+import tva.edit.editor
+from examples import demo
 from tva.data import ImageTask
 from tva.data.builtin import load_builtin
 from tva.data.image_task import Examples
@@ -19,7 +19,7 @@ def run(tmp_path_factory):
     read: set[bytes] = set()
     phase = {"test": False}
     with pytest.MonkeyPatch.context() as patch:
-        get, evaluate = Examples.__getitems__, tva.editor.evaluate
+        get, evaluate = Examples.__getitems__, tva.edit.editor.evaluate
 
         def noted_get(self, indices):
             if not phase["test"]:
@@ -34,7 +34,7 @@ def run(tmp_path_factory):
                 phase["test"] = False
 
         patch.setattr(Examples, "__getitems__", noted_get)
-        patch.setattr(tva.editor, "evaluate", noted_evaluate)
+        patch.setattr(tva.edit.editor, "evaluate", noted_evaluate)
         demo.main(["--output", str(output)])
     reports = {edit: json.loads((output / edit / "seed=0/edit.json").read_text()) for edit in demo.EDITS}
     return output, reports, read

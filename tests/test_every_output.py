@@ -7,13 +7,13 @@ import torch
 from safetensors.torch import save_file
 
 from tva import TaskVector, open_weights, save_weights
-from tva.compose import compose
-from tva.compress import compress
-from tva.match import match
+from tva.checkpoints import fingerprint
+from tva.compose.apply import compose
+from tva.compose.revert import revert
+from tva.compose.verify import verify
 from tva.merge import METHODS
-from tva.revert import revert
-from tva.verify import verify
-from tva.weights import fingerprint
+from tva.vectors.compress import compress
+from tva.vectors.match import match
 
 SHAPES = {f"layers.{layer}.{name}.weight": (20, 24) for layer in range(3) for name in ("q", "mlp")}
 SHAPES |= {"layers.0.norm": (24,), "layers.2.scalar": (), "embed": (30, 20)}

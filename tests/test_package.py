@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import sysconfig
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -14,111 +15,39 @@ from tva import TaskVector, open_weights, save_weights
 
 ROOT = Path(__file__).parent.parent
 
-# Each module may import modules of its own layer's row or of rows above it, never below.
-LAYERS = [
-    {"tva.later"},
-    {"tva.state_dict", "tva.console", "tva.version", "tva.steps", "tva.parsing", "tva.memory"},
-    {"tva.kernels"},
-    {"tva.weights", "tva.groups", "tva.kinds"},
-    {"tva.page"},
-    {"tva.terminal"},
-    {"tva.merge"},
-    {"tva.encoding", "tva.expression", "tva.origin"},
-    {"tva.encoder"},
-    {"tva.task_vector"},
-    {"tva.recipe", "tva.geometry", "tva.emission", "tva.information"},
-    {"tva.sources", "tva.record"},
-    {"tva.vectors", "tva.extract"},
-    {"tva.look", "tva.registry"},
-    {"tva.match"},
-    {"tva.plan", "tva.pieces"},
-    {"tva.undo"},
-    {"tva.composer"},
-    {"tva.compose"},
-    {"tva.compress", "tva.verify", "tva.revert"},
-    {"tva.callbacks", "tva.data"},
-    {"tva.models"},
-    {"tva.statistics", "tva.batches", "tva.ranks"},
-    {"tva.report", "tva.validate", "tva.tables"},
-    {"tva.revisit", "tva.composed"},
-    {"tva.push"},
-    {"tva.search", "tva.evaluations"},
-    {"tva.locks"},
-    {"tva.jobs"},
-    {"tva.fit_many"},
-    {"tva.editor"},
-    {"tva.finished"},
-    {"tva.baselines", "tva.diagnose"},
+# A room may import rooms of rows above its own, and of its own row where that makes no circle.
+FLOORS = [
+    {"tva.errors", "tva._torch", "tva.console", "tva.sizes", "tva.version"},
+    {"tva.arithmetic", "tva.layers", "tva.data"},
+    {"tva.checkpoints"},
+    {"tva.merge", "tva.report"},
+    {"tva.vectors", "tva.evaluation"},
+    {"tva.compose", "tva.models", "tva.callbacks", "tva.search"},
     {"tva.edit"},
-    {"tva.trainer"},
-    {"tva.cli"},
-    {"tva.demo", "tva.__main__", "tva.play"},
-    {"tva.playground"},
+    {"tva.cli", "tva.__main__", "tva.weights"},
 ]
-TORCH_ONLY = {
-    "tva.later",
-    "tva.state_dict",
-    "tva.steps",
-    "tva.fused",
-    "tva.groups",
-    "tva.information",
-    "tva.kinds",
-    "tva.weights",
-    "tva.task_vector",
-    "tva.merge",
-    "tva.recipe",
-    "tva.sources",
-    "tva.record",
-    "tva.plan",
-    "tva.pieces",
-    "tva.compose",
-    "tva.composer",
-    "tva.memory",
-    "tva.compress",
-    "tva.encoding",
-    "tva.encoder",
-    "tva.expression",
-    "tva.origin",
-    "tva.verify",
-    "tva.revert",
-    "tva.undo",
-    "tva.geometry",
-    "tva.emission",
-    "tva.vectors",
-    "tva.extract",
-    "tva.look",
-    "tva.registry",
-    "tva.match",
-}
-DOORS = {
-    "huggingface_hub": {"tva.weights", "tva.page"},
-    "numba": {"tva.kernels"},
+ON_FILES = ("tva._torch", "tva.arithmetic", "tva.layers", "tva.checkpoints", "tva.merge", "tva.vectors", "tva.compose")
+LIGHT = {"torch", "numpy", "safetensors", "xxhash", "huggingface_hub", "tva", "__future__", "backports", "compression"}
+IMPORTERS = {
+    "huggingface_hub": {"tva.checkpoints", "tva.report"},
+    "numba": {"tva.merge.kernels"},
     "jsonargparse": {"tva.cli"},
-    "open_clip": {"tva.models", "tva.data"},  # tva.data: its ImageNet class names alone
+    "open_clip": {"tva.models", "tva.data"},  # tva.data: its ImageNet class names only
     "timm": {"tva.models"},
     "peft": {"tva.models", "tva.callbacks"},
     "deepspeed": {"tva.callbacks"},
     "transformers": {"tva.models"},
     "datasets": {"tva.data"},
-    "matplotlib": {"tva.tables", "tva.demo", "tva.data", "tva.callbacks"},
+    "matplotlib": {"tva.cli", "tva.data", "tva.callbacks"},
     "optuna": {"tva.search"},
-    "scipy": {"tva.statistics"},
-    "rich": {
-        "tva.composed",
-        "tva.console",
-        "tva.terminal",
-        "tva.tables",
-        "tva.revisit",
-        "tva.demo",
-        "tva.fit_many",
-        "tva.data",
-    },
-    "jinja2": {"tva.page"},
+    "scipy": {"tva.evaluation"},
+    "rich": {"tva.cli", "tva.console", "tva.report"},
+    "jinja2": {"tva.report"},
     "IPython": {"tva.report"},
-    "vl_convert": {"tva.page"},
-    "backports": {"tva.undo"},
-    "compression": {"tva.undo"},
-    "nicegui": {"tva.playground"},
+    "vl_convert": {"tva.report"},
+    "backports": {"tva.compose"},
+    "compression": {"tva.compose"},
+    "nicegui": {"tva.edit.play", "tva.cli.commands.play"},
 }
 
 
@@ -139,37 +68,54 @@ def imports(file):
             yield from (f"{node.module}.{alias.name}" for alias in node.names)
 
 
-def layer_of(name):
-    for position, layer in enumerate(LAYERS):
-        for known in layer:
-            if name == known or name.startswith(known + "."):
-                return position, known
-    return None
+def is_in(name, rooms):
+    return any(name == room or name.startswith(room + ".") for room in rooms)
+
+
+def room_of(name):
+    """Return the position of a module's floor and its room; None outside of tva."""
+    found = [(floor, room) for floor, rooms in enumerate(FLOORS) for room in rooms if is_in(name, {room})]
+    return found[0] if found else None
 
 
 def test_imports_run_one_way():
+    arrows = {}
     for name, file in modules():
         if name == "tva":
             continue
-        own = layer_of(name)
-        assert own is not None, f"{name} has no layer; add it to LAYERS"
+        own = room_of(name)
+        assert own is not None, f"{name} is in no row of FLOORS"
         for imported in imports(file):
-            other = layer_of(imported)
-            if other is not None:
-                assert other[0] < own[0] or other[1] == own[1], f"{name} must not import {imported}"
+            other = room_of(imported)
+            if other is not None and other[1] != own[1]:
+                assert other[0] <= own[0], f"{name} must not import {imported}"
+                arrows.setdefault(own[1], set()).add(other[1])
+    list(TopologicalSorter(arrows).static_order())  # raises where rooms of one row make a circle
 
 
-def test_each_heavy_dependency_has_one_door():
+def test_modules_of_a_room_make_no_circle():
+    files = dict(modules())
+    for room in {room for rooms in FLOORS for room in rooms}:
+        inside = {name: file for name, file in files.items() if is_in(name, {room}) and file.name != "__init__.py"}
+        arrows = {name: {other for other in imports(file) if other in inside} for name, file in inside.items()}
+        list(TopologicalSorter(arrows).static_order())
+
+
+def test_heavy_dependencies_are_imported_in_one_place():
     for name, file in modules():
-        own = layer_of(name)
         for imported in imports(file):
             top = imported.split(".")[0]
-            if top in DOORS:
-                assert own[1] in DOORS[top], f"{name} must not import {top}"
-            if own is not None and own[1] in TORCH_ONLY:
-                light = {"torch", "numpy", "safetensors", "xxhash", "huggingface_hub", "tva", "__future__"}
-                light |= {"backports", "compression"}
-                assert top in light | sys.stdlib_module_names, f"{name} must not import {top}"
+            if top in IMPORTERS:
+                assert is_in(name, IMPORTERS[top]), f"{name} must not import {top}"
+            if is_in(name, ON_FILES):
+                assert top in LIGHT | sys.stdlib_module_names | {"numba"}, f"{name} must not import {top}"
+
+
+def test_every_package_is_in_the_wheel():
+    text = (ROOT / "pyproject.toml").read_text()
+    for name, file in modules():
+        if file.name == "__init__.py":
+            assert f'"{name}"' in text, f"{name} is missing from packages in pyproject.toml"
 
 
 def run_python(code, *options, **environment):
@@ -189,7 +135,7 @@ def test_import_tva_loads_torch_and_no_more():
 
 ON_FILES = """
 import sys
-from tva.cli import main
+from tva.cli.main import main
 
 for line in sys.argv[1].splitlines():
     main(line.split())
@@ -218,7 +164,7 @@ def test_commands_on_files_never_load_lightning(tmp_path):
 
 NO_TORCH = """
 import sys
-from tva.cli import main
+from tva.cli.main import main
 
 for line in sys.stdin:
     main(line.split())

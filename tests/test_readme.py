@@ -12,7 +12,7 @@ import torch
 import yaml
 
 from tva import TaskVector, fingerprint, open_weights, save_weights
-from tva.cli import COMMANDS, main
+from tva.cli.main import COMMANDS, main
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]

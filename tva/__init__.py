@@ -13,20 +13,20 @@ from typing import TYPE_CHECKING, Any
 from tva.version import __version__
 
 if TYPE_CHECKING:
-    from tva.origin import Origin
-    from tva.report import EditReport
-    from tva.state_dict import MismatchError, NoEffectError
-    from tva.task_vector import TaskVector
-    from tva.trainer import edit_model
-    from tva.weights import Fingerprint, fingerprint, open_weights, save_weights
+    from tva.checkpoints import Fingerprint, fingerprint, open_weights, save_weights
+    from tva.edit.trainer import edit_model
+    from tva.errors import MismatchError, NoEffectError
+    from tva.report.edit_report import EditReport
+    from tva.vectors.header import Origin
+    from tva.vectors.task_vector import TaskVector
 
 _MODULES = {
-    "tva.report": ["EditReport"],
-    "tva.state_dict": ["MismatchError", "NoEffectError"],
-    "tva.origin": ["Origin"],
-    "tva.task_vector": ["TaskVector"],
-    "tva.trainer": ["edit_model"],
-    "tva.weights": ["Fingerprint", "fingerprint", "open_weights", "save_weights"],
+    "tva.report.edit_report": ["EditReport"],
+    "tva.arithmetic": ["MismatchError", "NoEffectError"],
+    "tva.vectors.header": ["Origin"],
+    "tva.vectors.task_vector": ["TaskVector"],
+    "tva.edit.trainer": ["edit_model"],
+    "tva.checkpoints": ["Fingerprint", "fingerprint", "open_weights", "save_weights"],
 }
 __all__ = [
     "EditReport",

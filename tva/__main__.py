@@ -1,5 +1,5 @@
 """Run the command line as ``python -m tva``."""
 
-from tva.cli import run
+from tva.cli.main import run
 
 run()

@@ -26,7 +26,7 @@ from run import CONFIDENCE, FORGET, Benchmark, rows
 from torch import Tensor
 
 from tva import TaskVector
-from tva.statistics import clears
+from tva.evaluation.intervals import clears
 
 KEEP = 0.95
 GRID = [step / 10 for step in range(11)]
@@ -36,8 +36,8 @@ Right = Mapping[str, Mapping[str, np.ndarray]]  # control -> split -> right or w
 
 def measure(config: Path) -> Right:
     """Evaluate the controls of an edit at every coefficient."""
-    from tva.cli import open_edit
-    from tva.validate import evaluate
+    from tva.cli.main import open_edit
+    from tva.evaluation.evaluate import evaluate
 
     opened = open_edit(str(config))
     trainer, model = opened["trainer"], opened["model"]

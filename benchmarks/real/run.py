@@ -112,8 +112,8 @@ class Benchmark:
         self, name: str, seeds: Sequence[int], rule: str = "folded", confidence: float | None = None
     ) -> list[dict[str, Any]]:
         """Reports of an edit for all seeds that found a feasible coefficient."""
-        from tva.page.series import is_feasible
-        from tva.report import read_report
+        from tva.report.edit_report import read_report
+        from tva.report.series import is_feasible
 
         folders = [self.folder(name, seed, rule, confidence) for seed in seeds]
         return list(filter(is_feasible, (read_report(folder) for folder in folders if (folder / "edit.json").exists())))
@@ -134,7 +134,7 @@ class Benchmark:
 
     def run(self, command: str, config: Mapping[str, Any], path: Path) -> int:
         """Run one tva command in this process on a configuration that is written first; give its exit status."""
-        from tva.cli import main as tva
+        from tva.cli.main import main as tva
 
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(yaml.safe_dump(dict(config), sort_keys=False))

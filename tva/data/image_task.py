@@ -10,11 +10,10 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from tva.data.cache import Decoder, SampleCache
+from tva.data.decode_cache import Decoder, SampleCache
 from tva.data.presets import find_preset
-from tva.data.streaming import make_streams
 from tva.data.task import LabeledTask
-from tva.memory import parse_bytes
+from tva.sizes import parse_bytes
 
 
 class ImageTask(LabeledTask):
@@ -116,7 +115,7 @@ class ImageTask(LabeledTask):
                 raise ValueError(
                     f"{self.name}: prototype_where picks rows by number, which a stream has not. Leave one out."
                 )
-            return make_streams(self, self._stream_tables(), ImageRow(self, transform))
+            return self._make_streams(ImageRow(self, transform))
         return {
             part: Examples(table[self.image_column], self._read_labels(table), transform)
             for part, table in self._select().items()

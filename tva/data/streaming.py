@@ -4,13 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import islice
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import fsspec.asyn
 from torch.utils.data import IterableDataset, get_worker_info
-
-if TYPE_CHECKING:
-    from tva.data.task import Task
 
 BUFFER = 10_000  # rows among which the order is shuffled
 READ = 100  # rows that are read at once
@@ -81,15 +78,31 @@ def read(table: Any) -> Iterator[dict[str, Any]]:
 
 
 def make_streams(
-    task: Task, tables: Mapping[str, Any], finish: Callable[[Any], Any], cut: Cut | None = None
+    tables: Mapping[str, Any],
+    finish: Callable[[Any], Any],
+    cut: Cut | None = None,
+    *,
+    name: str,
+    limits: Mapping[str, int | None],
+    val_size: int | None,
+    batch_size: int,
+    order_seed: int,
+    rank: int = 0,
+    ranks: int = 1,
 ) -> dict[str, Stream]:
     """Make the parts of a task of streamed tables.
 
     Args:
-        task: Says what is held out, the limits, and who reads.
         tables: ``train``, ``test`` and, unless it is to be held out, ``val``.
         finish: As for `Stream`.
         cut: As for `Stream`.
+        name: The task's, for messages.
+        limits: Items at most of each part.
+        val_size: Items of the training split to hold out where ``tables`` has no ``val``.
+        batch_size: Items a batch on each rank.
+        order_seed: Seed of the training order.
+        rank: This rank.
+        ranks: Their number.
 
     Returns:
         The three parts, and ``prototype``: all of train in order, on every rank.
@@ -97,22 +110,21 @@ def make_streams(
     Raises:
         ValueError: It is not said how many examples to hold out, or there are fewer.
     """
-    tables, limits = dict(tables), dict(task.limits)
+    tables, limits = dict(tables), dict(limits)
     if "val" not in tables:
-        if task.val_size is None:
+        if val_size is None:
             raise ValueError(
-                f"{task.name}: a stream's length is unknown, so no tenth can be held out. Set val_split, or val_size, "
+                f"{name}: a stream's length is unknown, so no tenth can be held out. Set val_split, or val_size, "
                 f"so many examples from the beginning."
             )
-        held = _rows_of(task.name, tables["train"], task.val_size, cut)
+        held = _rows_of(name, tables["train"], val_size, cut)
         tables["train"], tables["val"] = tables["train"].skip(held), tables["train"].take(held)
-        limits["val"] = min(task.val_size, limits.get("val") or task.val_size)
-    rank, ranks = getattr(task.trainer, "global_rank", 0), getattr(task.trainer, "world_size", 1)
+        limits["val"] = min(val_size, limits.get("val") or val_size)
     streams = {"prototype": Stream(tables["train"], finish, cut, limits.get("train"))}
     for part, table in tables.items():
         train = part == "train"
-        table = table.shuffle(seed=task.order_seed, buffer_size=BUFFER) if train else table
-        streams[part] = Stream(table, finish, cut, limits.get(part), task.batch_size, rank, ranks, even=train)
+        table = table.shuffle(seed=order_seed, buffer_size=BUFFER) if train else table
+        streams[part] = Stream(table, finish, cut, limits.get(part), batch_size, rank, ranks, even=train)
     return streams
 
 

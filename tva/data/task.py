@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, DistributedSampler
 
-from tva.data.sources import default_name, expand, load_splits
-from tva.data.streaming import Stream
-from tva.state_dict import some
+from tva.data.loading import default_name, expand, load_splits
+from tva.data.streaming import Cut, Stream, make_streams
+from tva.errors import some
 
 
 class Task(L.LightningDataModule, ABC):
@@ -130,6 +130,23 @@ class Task(L.LightningDataModule, ABC):
         tables = {part: self._split(splits, part) for part, name in self.splits.items() if name is not None}
         self._read_stream_names(tables["train"])
         return {part: self._keep_rows(table) for part, table in tables.items()}
+
+    def _make_streams(
+        self, finish: Callable[[Any], Any], cut: Cut | None = None, tables: Mapping[str, Any] | None = None
+    ) -> dict[str, Stream]:
+        """Make the streamed parts; the arguments are those of `make_streams`."""
+        return make_streams(
+            self._stream_tables() if tables is None else tables,
+            finish,
+            cut,
+            name=self.name,
+            limits=self.limits,
+            val_size=self.val_size,
+            batch_size=self.batch_size,
+            order_seed=self.order_seed,
+            rank=getattr(self.trainer, "global_rank", 0),
+            ranks=getattr(self.trainer, "world_size", 1),
+        )
 
     def _read_stream_names(self, table: Any) -> None:
         """Read what must be known before the first row."""
@@ -289,6 +306,23 @@ class LabeledTask(Task):
                 f"labels in {self.label_column!r}."
             )
         return own
+
+    def _make_streams(
+        self, finish: Callable[[Any], Any], cut: Cut | None = None, tables: Mapping[str, Any] | None = None
+    ) -> dict[str, Stream]:
+        """Make the streamed parts; the arguments are those of `make_streams`."""
+        return make_streams(
+            self._stream_tables() if tables is None else tables,
+            finish,
+            cut,
+            name=self.name,
+            limits=self.limits,
+            val_size=self.val_size,
+            batch_size=self.batch_size,
+            order_seed=self.order_seed,
+            rank=getattr(self.trainer, "global_rank", 0),
+            ranks=getattr(self.trainer, "world_size", 1),
+        )
 
     def _read_stream_names(self, table: Any) -> None:
         own = list(getattr((table.features or {}).get(self.label_column), "names", None) or [])

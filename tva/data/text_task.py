@@ -11,9 +11,8 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset
 
-from tva.data.streaming import make_streams
 from tva.data.task import LabeledTask
-from tva.state_dict import some
+from tva.errors import some
 
 PADDING = -1  # in token ids: no tokenizer has it, so that no attention mask must travel with them
 
@@ -74,7 +73,7 @@ class TextTask(LabeledTask):
             return
         examples: dict[str, Any] = {}
         if self.streaming:
-            examples = make_streams(self, self._stream_tables(), TextRow(self, tokenizer))
+            examples = self._make_streams(TextRow(self, tokenizer))
         else:
             for part, table in self._select().items():
                 ids = tokenize(tokenizer, texts_of(self, table, "text_column"), self.max_length)

@@ -3,19 +3,22 @@
 A method is one class in one file of this package, listed in `METHODS`; its fields are its parameters in a recipe.
 """
 
-from tva.merge.consensus import Consensus, Tall
-from tva.merge.dare import Dare
-from tva.merge.emr import Emr
-from tva.merge.linear import Analogy, Mean
-from tva.merge.lines import Lines
-from tva.merge.method import Method, Place
-from tva.merge.pcb import Pcb
-from tva.merge.slerp import Slerp
-from tva.merge.sparse import Breadcrumbs, Magnitude
-from tva.merge.statistics import Fisher, RegMean
-from tva.merge.subspace import IsoC, IsoCts, Tsv
-from tva.merge.ties import SignConsensus, Ties
-from tva.merge.wudi import Wudi
+from tva.merge.base import Method, Place
+from tva.merge.methods.breadcrumbs import Breadcrumbs
+from tva.merge.methods.consensus import Consensus, Tall
+from tva.merge.methods.dare import Dare
+from tva.merge.methods.emr import Emr
+from tva.merge.methods.fisher import Fisher
+from tva.merge.methods.iso import IsoC, IsoCts
+from tva.merge.methods.linear import Analogy, Mean
+from tva.merge.methods.lines import Lines
+from tva.merge.methods.magnitude import Magnitude
+from tva.merge.methods.pcb import Pcb
+from tva.merge.methods.regmean import RegMean
+from tva.merge.methods.slerp import Slerp
+from tva.merge.methods.ties import SignConsensus, Ties
+from tva.merge.methods.tsv import Tsv
+from tva.merge.methods.wudi import Wudi
 
 METHODS: dict[str, type[Method]] = {
     "analogy": Analogy,

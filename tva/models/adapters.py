@@ -12,10 +12,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from tva.kinds import KEY, TANGENT
+from tva.checkpoints import LazyWeights, open_weights
+from tva.errors import some
 from tva.models.tangent import linearize
-from tva.state_dict import some
-from tva.weights import LazyWeights, open_weights
+from tva.vectors.kind import KEY, TANGENT
 
 PRESETS = ("attention", "linear", "bias")
 _LINEAR = (nn.Linear, nn.MultiheadAttention)  # the latter's in_proj_weight and in_proj_bias are its own

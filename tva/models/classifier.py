@@ -17,11 +17,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torchmetrics.classification import MulticlassAccuracy
 
+from tva.checkpoints import cache_folder, fingerprint, open_weights, save_weights
+from tva.errors import some
 from tva.models.adapters import Lora, adapt
 from tva.models.heads import HeldHead, TrainedHead, class_means, examples_digest, fit_probe
-from tva.models.training import check_layer_decay, make_optimizer, prepare
-from tva.state_dict import some
-from tva.weights import cache_folder, fingerprint, open_weights, save_weights
+from tva.models.optim import check_layer_decay, make_optimizer, prepare
 
 START = "start"  # in heads: the head that a learned one would start from
 

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from tva.checkpoints import fingerprint
 from tva.models.classifier import FrozenHeadClassifier
-from tva.weights import fingerprint
 
 TINY = "tva-tiny"
 

@@ -11,7 +11,7 @@ import xxhash
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from tva.state_dict import some
+from tva.errors import some
 
 
 def prototype_batches(datamodule: L.LightningDataModule) -> Iterator[tuple[Tensor, Tensor]]:

@@ -15,8 +15,8 @@ from torchmetrics.functional.text import rouge_score
 from torchmetrics.text import BLEUScore
 
 from tva.models.adapters import Lora, adapt
-from tva.models.training import check_layer_decay, make_optimizer, prepare
-from tva.models.transformer import Kind, load_network, load_tokenizer, longest_input, split_padding
+from tva.models.huggingface import Kind, load_network, load_tokenizer, longest_input, split_padding
+from tva.models.optim import check_layer_decay, make_optimizer, prepare
 
 TextMetric = Literal["exact_match", "rouge1", "rouge2", "rougeL", "bleu"]
 IGNORED = -100  # a target that no loss is taken of

@@ -18,8 +18,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._pytree import tree_map
 
-from tva.kinds import TANGENT
-from tva.state_dict import MismatchError, some
+from tva.errors import MismatchError, some
+from tva.vectors.kind import TANGENT
 
 
 def linearize(network: nn.Module) -> None:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tva.models.classifier import FrozenHeadClassifier
-from tva.models.transformer import load_network, load_tokenizer, longest_input, split_padding
+from tva.models.huggingface import load_network, load_tokenizer, longest_input, split_padding
 
 Pooling = Literal["mean", "cls"]
 

@@ -12,9 +12,10 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
+from tva.arithmetic import check_same
+from tva.checkpoints import open_weights
+from tva.errors import some
 from tva.models.classifier import FrozenHeadClassifier
-from tva.state_dict import check_same, some
-from tva.weights import open_weights
 
 BatchNorm = Literal["fold", "freeze", "train"]
 

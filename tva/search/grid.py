@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tva.search.problem import SCALING, Candidate, Choice, Problem, Search
+from tva.search.base import SCALING, Candidate, Choice, Problem, Search
 
 
 class Grid(Search):

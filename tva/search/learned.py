@@ -21,12 +21,13 @@ from torch.func import functional_call
 from torch.nn import functional as F
 from torch.utils.data import BatchSampler, DataLoader, RandomSampler
 
-from tva.groups import block_of
-from tva.ranks import gather
-from tva.search.problem import Candidate, Choice, Problem, Search
-from tva.task_vector import TaskVector
-from tva.validate import Evaluation, quiet
-from tva.weights import atomic_path, canonical_state_dict
+from tva.checkpoints import atomic_path, canonical_state_dict
+from tva.evaluation.evaluate import quiet
+from tva.evaluation.ranks import gather
+from tva.evaluation.result import Evaluation
+from tva.layers import block_of
+from tva.search.base import Candidate, Choice, Problem, Search
+from tva.vectors.task_vector import TaskVector
 
 Per = Literal["tensor", "layer", "vector"]
 Loss = Literal["entropy", "cross_entropy"]

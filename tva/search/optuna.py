@@ -8,7 +8,7 @@ import warnings
 from pathlib import Path
 from typing import Any, Literal
 
-from tva.search.problem import Candidate, Choice, Problem, Search
+from tva.search.base import Candidate, Choice, Problem, Search
 
 Sampler = Literal["tpe", "cmaes", "random"]
 

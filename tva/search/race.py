@@ -8,10 +8,10 @@ from typing import Any
 
 import numpy as np
 
-from tva.search.language import Constraint
-from tva.search.problem import SCALING, Candidate, Choice, Problem, Search, joined, part_of
-from tva.statistics import clears, flip_test
-from tva.validate import Evaluation
+from tva.evaluation.intervals import clears, flip_test
+from tva.evaluation.result import Evaluation
+from tva.search.base import SCALING, Candidate, Choice, Problem, Search, joined, part_of
+from tva.search.goals import Constraint
 
 NUM_FINALISTS = 3
 

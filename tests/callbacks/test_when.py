@@ -1,0 +1,354 @@
+"""When and where TaskVectorCallback writes: along the way, at the end, on request; remote, linked, asynchronous."""
+
+import doctest
+import itertools
+import os
+
+import fsspec
+import huggingface_hub
+import lightning as L
+import pytest
+import torch
+import tva.callbacks.remote_files
+import tva.callbacks.writer
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.plugins.io import AsyncCheckpointIO
+from small_models import MixedNet, assert_vector_is_checkpoint_minus_base, fit, names
+from tva.callbacks import TaskVectorCallback
+
+from tva import MismatchError, TaskVector, fingerprint, open_weights
+from tva.checkpoints.stream_writer import LateHeaderFile
+
+LAST = "epoch=1-step=8"
+
+
+def load(file):
+    return TaskVector.load(file)
+
+
+# --- along the way
+
+
+def test_a_vector_every_n_steps_and_at_the_end(tmp_path):
+    fit(tmp_path, TaskVectorCallback(every_n_steps=3, at_train_end=True))
+    assert names(tmp_path / "trajectory") == ["step=00000003.tv.safetensors", "step=00000006.tv.safetensors"]
+    assert load(tmp_path / "trajectory/step=00000006.tv.safetensors").origin.step == 6
+    final, last = load(tmp_path / "final.tv.safetensors"), load(tmp_path / f"{LAST}.tv.safetensors")
+    assert final.origin.finetuned == last.origin.finetuned
+
+
+def test_accumulated_gradients_count_optimizer_steps(tmp_path):
+    fit(tmp_path, TaskVectorCallback(every_n_steps=1), accumulate_grad_batches=2)
+    assert [name[:13] for name in names(tmp_path / "trajectory")] == [f"step=0000000{n}" for n in (1, 2, 3, 4)]
+
+
+def test_without_checkpoints(tmp_path):
+    fit(tmp_path, TaskVectorCallback(every_n_steps=4, with_checkpoints=False))
+    assert names(tmp_path, "*.tv.safetensors") == []
+    assert len(names(tmp_path / "trajectory")) == 2
+
+
+def test_steps_against_the_previous_vector_chain_to_the_whole(tmp_path):
+    fit(tmp_path, TaskVectorCallback(every_n_steps=2, against="previous", at_train_end=True))
+    steps = [load(tmp_path / "trajectory" / name) for name in names(tmp_path / "trajectory")]
+    assert names(tmp_path / "trajectory", ".*") == []  # the weights at the last step are not kept
+    assert [step.origin.since_step for step in steps] == [0, 2, 4, 6]
+    assert steps[0].origin.base == fingerprint(MixedNet().state_dict())
+    for before, after in itertools.pairwise(steps):
+        assert after.origin.base.digest == before.origin.finetuned
+    final = load(tmp_path / "final.tv.safetensors")
+    assert steps[-1].origin.finetuned == final.origin.finetuned
+    for name, delta in final.deltas.items():
+        assert torch.allclose(sum(step.deltas[name] for step in steps), delta, atol=1e-6), name
+
+
+def test_resuming_goes_on_along_the_way(tmp_path):
+    options = {"every_n_steps": 3, "against": "previous"}
+
+    class Stop(L.Callback):
+        def on_train_batch_start(self, trainer, *_):
+            if trainer.global_step == 5:
+                raise RuntimeError("power failure")
+
+    with pytest.raises(RuntimeError, match="power failure"):
+        fit(tmp_path, TaskVectorCallback(**options), callbacks=[Stop()])
+    assert len(names(tmp_path / "trajectory", ".previous-*")) == 1
+    fit(tmp_path, TaskVectorCallback(**options), ckpt_path=tmp_path / "epoch=0-step=4.ckpt")
+    assert names(tmp_path / "trajectory") == ["step=00000003.tv.safetensors", "step=00000006.tv.safetensors"]
+    third, sixth = (load(tmp_path / f"trajectory/step=0000000{n}.tv.safetensors") for n in (3, 6))
+    assert sixth.origin.since_step == 3
+    assert sixth.origin.base.digest == third.origin.finetuned
+    assert sixth.origin.run == third.origin.run
+    fit(tmp_path / "moved", TaskVectorCallback(**options), ckpt_path=tmp_path / "epoch=0-step=4.ckpt")
+    chained = load(tmp_path / "moved/trajectory/step=00000006.tv.safetensors")
+    assert chained.origin.since_step == 4  # the weights of step 3 are gone: those resumed from take their place
+    assert chained.origin.base == fingerprint(open_weights(tmp_path / "epoch=0-step=4.ckpt"))
+
+
+def test_two_runs_into_one_folder_do_not_mix(tmp_path):
+    options = {"every_n_steps": 8, "at_train_end": True}
+    fit(tmp_path, TaskVectorCallback(**options))
+    before = {file: file.read_bytes() for file in tmp_path.rglob("*.safetensors")}
+    torch.manual_seed(7)
+    model = MixedNet()
+    torch.nn.init.ones_(model.body[0].weight)
+    fit(tmp_path, TaskVectorCallback(**options), model=model)
+    assert all(file.read_bytes() == content for file, content in before.items())
+    assert names(tmp_path, "final*") == ["final-v1.tv.safetensors", "final.tv.safetensors"]
+    assert len(names(tmp_path, "base-*")) == 2
+    pairs = {"final", f"{LAST}", "trajectory/step=00000008"}
+    for name in pairs:
+        old, new = load(tmp_path / f"{name}.tv.safetensors"), load(tmp_path / f"{name}-v1.tv.safetensors")
+        assert old.origin.run != new.origin.run
+        assert old.origin.base != new.origin.base
+        with pytest.raises(MismatchError):
+            old + new
+
+
+def test_a_second_fit_of_one_callback_is_another_run(tmp_path):
+    callback = TaskVectorCallback(at_train_end=True)
+    _, model = fit(tmp_path, callback)
+    fit(tmp_path, callback, model=model)
+    first, second = load(tmp_path / "final.tv.safetensors"), load(tmp_path / "final-v1.tv.safetensors")
+    assert first.origin.run != second.origin.run
+    assert first.origin.base == second.origin.base
+
+
+# --- on request, and who hears of it
+
+
+class Listener(L.Callback):
+    def __init__(self):
+        self.heard = []
+
+    def on_vector_saved(self, trainer, pl_module, saved):
+        self.heard.append((saved, os.path.exists(saved.path)))
+
+
+def test_on_request_and_the_hook(tmp_path):
+    callback, listener = TaskVectorCallback(with_checkpoints=False), Listener()
+
+    class Ask(L.Callback):
+        def on_train_batch_end(self, trainer, *_):
+            if trainer.global_step == 3:
+                self.saved = callback.save_vector(trainer, tmp_path / "asked.tv.safetensors")
+
+    ask = Ask()
+    fit(tmp_path, callback, callbacks=[ask, listener])
+    vector = load(tmp_path / "asked.tv.safetensors")
+    assert listener.heard == [(ask.saved, True)]
+    assert ask.saved.step == vector.origin.step == 3
+    assert ask.saved.norm == pytest.approx(vector.norm())
+    assert ask.saved.finetuned == vector.origin.finetuned
+    with pytest.raises(RuntimeError, match="save_vector needs a Trainer that is fitting"):
+        callback.save_vector(None, tmp_path / "late.tv.safetensors")
+
+
+def test_norm_and_cosine_are_logged(tmp_path):
+    logger = CSVLogger(tmp_path, name="logs", version=0)
+    checkpoint = ModelCheckpoint(dirpath=tmp_path, save_top_k=1, save_last=True)  # removes what is compared with
+    fit(tmp_path, TaskVectorCallback(every_n_steps=2), logger=logger, checkpoint=checkpoint, log_every_n_steps=1)
+    rows = (tmp_path / "logs/version_0/metrics.csv").read_text().splitlines()
+    table = [dict(zip(rows[0].split(","), row.split(","), strict=True)) for row in rows[1:]]
+    cosines = {row["step"]: row["task_vector/cosine_to_previous"] for row in table if row["task_vector/norm"]}
+    norms = {row["step"]: row["task_vector/norm"] for row in table if row["task_vector/norm"]}
+    second, fourth = (load(tmp_path / f"trajectory/step=0000000{n}.tv.safetensors") for n in (2, 4))
+    assert float(norms["4"]) == pytest.approx(fourth.norm())
+    assert cosines["2"] == ""
+    assert float(cosines["4"]) == pytest.approx(second.cosine(fourth), abs=1e-5)
+
+
+# --- where: links, remote file systems, asynchronous checkpoints
+
+
+def test_a_linked_last_checkpoint_has_a_linked_vector(tmp_path):
+    checkpoint = ModelCheckpoint(dirpath=tmp_path, save_top_k=1, save_last="link")
+    fit(tmp_path, checkpoint=checkpoint)
+    assert os.readlink(tmp_path / "last.ckpt") == f"{LAST}.ckpt"
+    assert os.readlink(tmp_path / "last.tv.safetensors") == f"{LAST}.tv.safetensors"
+    assert_vector_is_checkpoint_minus_base(tmp_path, "last")
+    assert names(tmp_path, "*.tv.safetensors") == [f"{LAST}.tv.safetensors", "last.tv.safetensors"]
+
+
+def test_checkpoints_that_are_written_behind_training(tmp_path):
+    fit(tmp_path, plugins=[AsyncCheckpointIO()])
+    assert_vector_is_checkpoint_minus_base(tmp_path, "epoch=0-step=4")
+    assert_vector_is_checkpoint_minus_base(tmp_path, LAST)
+
+
+@pytest.fixture
+def memory():
+    system = fsspec.filesystem("memory")
+    system.store.clear()
+    yield system
+    system.store.clear()
+
+
+def fetch(system, path, folder):
+    system.get_file(path, str(folder / os.path.basename(path)))
+    return folder / os.path.basename(path)
+
+
+def test_a_remote_folder(tmp_path, memory):
+    checkpoint = ModelCheckpoint(dirpath="memory://run", save_top_k=1, save_last=True)
+    fit(tmp_path, TaskVectorCallback(every_n_steps=4, at_train_end=True), checkpoint=checkpoint)
+    files = sorted(os.path.relpath(file, "/run") for file in memory.find("/run"))
+    digest = fingerprint(MixedNet().state_dict()).digest
+    assert files == [
+        f"base-{digest}.safetensors",
+        f"{LAST}.ckpt",
+        f"{LAST}.tv.safetensors",
+        "final.tv.safetensors",
+        "last.ckpt",
+        "last.tv.safetensors",
+        "trajectory/step=00000004.tv.safetensors",
+        "trajectory/step=00000008.tv.safetensors",
+    ]
+    assert names(tmp_path, "*.safetensors") == []
+    vector = load(fetch(memory, "/run/last.tv.safetensors", tmp_path))
+    assert vector.origin.finetuned == fingerprint(open_weights(fetch(memory, "/run/last.ckpt", tmp_path))).digest
+    again = ModelCheckpoint(dirpath="memory://run", save_last=True)
+    fit(tmp_path, TaskVectorCallback(), checkpoint=again, ckpt_path="memory://run/last.ckpt", epochs=3)
+    resumed = load(fetch(memory, "/run/epoch=2-step=12.tv.safetensors", tmp_path))
+    assert resumed.origin.base == vector.origin.base
+    assert len(memory.glob("/run/base-*")) == 1
+
+
+def test_a_remote_base_that_is_gone(tmp_path, memory):
+    fit(tmp_path, TaskVectorCallback(dirpath="memory://bases"))
+    memory.rm("/bases", recursive=True)
+    with pytest.raises(FileNotFoundError, match=r"expected at memory://bases/base-\w+.safetensors.*base=PATH"):
+        fit(tmp_path / "second", ckpt_path=tmp_path / f"{LAST}.ckpt", epochs=3)
+
+
+def test_a_path_with_the_local_protocol(tmp_path):
+    fit(tmp_path, TaskVectorCallback(dirpath=f"file://{tmp_path}/bases"))
+    assert len(names(tmp_path / "bases", "base-*")) == 1
+
+
+# --- the hub
+
+
+class LocalHub:
+    """Stands in for the hub's client: repositories are folders."""
+
+    root = None
+    broken = False
+
+    def create_repo(self, repo_id, *, private, exist_ok):
+        assert private
+        assert exist_ok
+        if self.broken:
+            raise ConnectionError("no network")
+        (self.root / repo_id).mkdir(parents=True, exist_ok=True)
+
+    def upload_file(self, *, repo_id, path_or_fileobj, path_in_repo):
+        (self.root / repo_id / path_in_repo).write_bytes(path_or_fileobj.read_bytes())
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    monkeypatch.setattr(LocalHub, "root", tmp_path / "hub")
+    monkeypatch.setattr(huggingface_hub, "HfApi", LocalHub)
+    return LocalHub
+
+
+def test_the_base_and_the_vectors_that_are_left_are_pushed_at_the_end(tmp_path, hub):
+    checkpoint = ModelCheckpoint(dirpath=tmp_path / "run", save_top_k=1)
+    fit(tmp_path / "run", TaskVectorCallback(push_to="me/vectors"), checkpoint=checkpoint)
+    digest = fingerprint(MixedNet().state_dict()).digest
+    assert names(tmp_path / "hub/me/vectors") == [f"base-{digest}.safetensors", f"{LAST}.tv.safetensors"]
+    pushed = load(tmp_path / f"hub/me/vectors/{LAST}.tv.safetensors")
+    assert pushed.origin == load(tmp_path / f"run/{LAST}.tv.safetensors").origin
+
+
+def test_a_hub_that_cannot_be_reached_does_not_lose_the_run(tmp_path, hub, monkeypatch):
+    monkeypatch.setattr(hub, "broken", True)
+    with pytest.warns(UserWarning, match="3 things were not done.*was not pushed to me/vectors: no network"):
+        fit(tmp_path, TaskVectorCallback(push_to="me/vectors"))
+    assert len(names(tmp_path, "*.tv.safetensors")) == 2
+
+
+# --- mistakes and misfortunes
+
+
+def test_a_full_disk_is_loud_and_leaves_nothing_half_written(tmp_path, monkeypatch):
+    store, stored = LateHeaderFile._store, []
+
+    def full(self, data, offset):
+        stored.append(offset)
+        if len(stored) > 3:
+            raise OSError(28, "No space left on device")
+        store(self, data, offset)
+
+    class Fill(L.Callback):
+        def on_train_start(self, *_):
+            monkeypatch.setattr(LateHeaderFile, "_store", full)
+
+    with pytest.warns(UserWarning, match="not written, and nothing is left of it; training goes on.*No space") as all_:
+        fit(tmp_path, callbacks=[Fill()])
+    assert any("2 things were not done while fitting" in str(warning.message) for warning in all_)
+    assert names(tmp_path, "*.ckpt") == ["epoch=0-step=4.ckpt", f"{LAST}.ckpt"]
+    assert [name for name in names(tmp_path) if not name.endswith(".ckpt")] == names(tmp_path, "base-*.safetensors")
+
+
+def test_a_full_disk_is_an_error_for_who_asked_and_at_the_start(tmp_path, monkeypatch):
+    def full(self, data, offset):
+        raise OSError(28, "No space left on device")
+
+    callback = TaskVectorCallback(with_checkpoints=False)
+
+    class Ask(L.Callback):
+        def on_train_start(self, trainer, *_):
+            monkeypatch.setattr(LateHeaderFile, "_store", full)
+            torch.nn.init.ones_(trainer.lightning_module.body[0].weight)
+            callback.save_vector(trainer, tmp_path / "asked.tv.safetensors")
+
+    with pytest.raises(OSError, match="No space left"):
+        fit(tmp_path, callback, callbacks=[Ask()])
+    with pytest.raises(OSError, match="No space left"):  # no base, no run: nothing is lost yet
+        fit(tmp_path / "second")
+    assert names(tmp_path / "second") == []
+
+
+@pytest.mark.parametrize("change", ["grown", "shrunk", "reshaped"])
+def test_a_model_whose_keys_changed_since_the_base_was_captured(tmp_path, change):
+    class Change(L.Callback):
+        def on_train_start(self, trainer, pl_module):
+            if change == "grown":
+                pl_module.late = torch.nn.Linear(1, 1)
+            elif change == "shrunk":
+                del pl_module.frozen
+            else:
+                pl_module.frozen = torch.nn.Linear(3, 2)
+
+    messages = {
+        "grown": "the model now has 'late.weight', 'late.bias'",
+        "shrunk": "it no longer has 'frozen.weight', 'frozen.bias'",
+        "reshaped": r"'frozen.weight' is \[2, 3\] now and \[2, 2\] in the base",
+    }
+    with pytest.raises(MismatchError, match=f"keys changed since the base .* was captured: {messages[change]}"):
+        fit(tmp_path, callbacks=[Change()])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"weights": "ema"}, "weights must be one of checkpoint, raw, averaged; found 'ema'"),
+        ({"lora": "keep"}, "lora must be one of merge, adapter; found 'keep'"),
+        ({"against": "last"}, "against must be one of base, previous; found 'last'"),
+        ({"every_n_steps": 0}, "every_n_steps must be at least 1"),
+        ({"against": "previous"}, "against='previous' needs every_n_steps"),
+    ],
+)
+def test_options_that_do_not_go_together(options, message):
+    with pytest.raises(ValueError, match=message):
+        TaskVectorCallback(**options)
+
+
+@pytest.mark.parametrize("module", [tva.callbacks.remote_files, tva.callbacks.writer])
+def test_docstrings_run(module):
+    results = doctest.testmod(module)
+    assert results.attempted > 0
+    assert results.failed == 0

@@ -1,0 +1,397 @@
+"""Opening checkpoints: every format gives the same mapping, and what is no checkpoint is refused with the reason."""
+
+import argparse
+import collections
+import json
+import os
+import re
+import stat
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+from tva import fingerprint, open_weights, save_weights
+from tva.checkpoints import atomic_path, canonical_names, tensor_digest
+from tva.checkpoints.lazy import MAPPED_BYTES, OpenFile
+
+STATE = {"a.w": torch.arange(6.0).reshape(2, 3), "a.b": torch.ones(3, dtype=torch.bfloat16), "n": torch.tensor(3)}
+
+
+def write(folder, kind):
+    if kind == "safetensors":
+        save_weights(STATE, folder / "m.safetensors")
+        return folder / "m.safetensors"
+    if kind in ("pt", "pth", "bin"):
+        torch.save(STATE, folder / f"m.{kind}")
+        return folder / f"m.{kind}"
+    if kind == "ckpt":
+        torch.save({"state_dict": STATE, "epoch": 3, "optimizer_states": [{"x": torch.ones(2)}]}, folder / "m.ckpt")
+        return folder / "m.ckpt"
+    if kind == "old zip-less pt":
+        torch.save(STATE, folder / "m.pt", _use_new_zipfile_serialization=False)
+        return folder / "m.pt"
+    if kind == "compiled":
+        torch.save({name.replace("a.", "a._orig_mod."): value for name, value in STATE.items()}, folder / "m.pt")
+        return folder / "m.pt"
+    if kind == "ddp":
+        torch.save({f"module.{name}": value for name, value in STATE.items()}, folder / "m.pt")
+        return folder / "m.pt"
+    if kind == "folder":
+        save_weights(STATE, folder / "model.safetensors")
+    if kind == "sharded":
+        save_file({"a.w": STATE["a.w"]}, folder / "model-1.safetensors")
+        save_file({"a.b": STATE["a.b"], "n": STATE["n"]}, folder / "model-2.safetensors")
+        shards = {"a.w": "model-1.safetensors", "a.b": "model-2.safetensors", "n": "model-2.safetensors"}
+        (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": shards}))
+    return folder
+
+
+KINDS = ["safetensors", "pt", "pth", "bin", "ckpt", "old zip-less pt", "compiled", "ddp", "folder", "sharded"]
+
+
+ODD = {
+    "scalar": torch.tensor(2.5, dtype=torch.float64),
+    "empty": torch.empty(0, 3),
+    "bool": torch.tensor([True, False, True]),
+    "complex": torch.tensor([1 + 2j]),
+    "float8": torch.tensor([1.0, -2.0, 0.5]).to(torch.float8_e4m3fn),
+    "uint16": torch.tensor([1, 65535], dtype=torch.uint16),
+    "transposed": torch.arange(6.0).reshape(2, 3).T,
+    "every second": torch.arange(10)[1::2],
+    "expanded": torch.ones(1, dtype=torch.float16).expand(3, 2),
+    "parameter": nn.Parameter(torch.arange(3.0)),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_format_gives_the_same_mapping(tmp_path, kind):
+    weights = open_weights(write(tmp_path, kind))
+    assert set(weights) == set(STATE)
+    assert fingerprint(weights) == fingerprint(STATE)
+    assert "a.w" in weights
+    assert "other" not in weights
+    with pytest.raises(KeyError):
+        weights["other"]
+
+
+@pytest.mark.parametrize("name", ["m.safetensors", "m.pt"])
+def test_odd_tensors_are_read_whole_and_in_part(tmp_path, name):
+    state = {**ODD, "tied": ODD["scalar"]}
+    save_weights(state, tmp_path / name) if name.endswith("safetensors") else torch.save(state, tmp_path / name)
+    weights = open_weights(tmp_path / name)
+    assert list(weights.keys() ^ state.keys()) == []
+    for key, tensor in state.items():
+        tensor = tensor.detach()
+        assert weights.spec(key) == (tensor.dtype, tensor.shape)
+        assert tensor_digest(weights[key]) == tensor_digest(tensor), key
+        for start in range(tensor.numel()):
+            part = weights.slice(key, start, tensor.numel())
+            assert tensor_digest(part) == tensor_digest(tensor.reshape(-1)[start:]), key
+    with pytest.raises(ValueError, match="has elements 0 to 3; 1 to 4 were asked for"):
+        weights.slice("bool", 1, 4)
+
+
+@pytest.mark.parametrize("name", ["m.safetensors", "m.pt"])
+def test_only_the_bytes_that_are_asked_for_are_read(tmp_path, name, monkeypatch):
+    state = {"large": torch.zeros(100_000), "small": torch.ones(8)}
+    save_weights(state, tmp_path / name) if name.endswith("safetensors") else torch.save(state, tmp_path / name)
+    read = []
+    real = OpenFile.read_into
+    monkeypatch.setattr(OpenFile, "read_into", lambda self, out, at: read.append(out.nbytes) or real(self, out, at))
+    weights = open_weights(tmp_path / name)
+    weights.spec("large")
+    assert sum(read) < 20_000
+    read.clear()
+    assert torch.equal(weights.slice("large", 7, 10), torch.zeros(3))
+    assert sum(read) == 12
+
+
+def test_editing_a_tensor_changes_neither_the_file_nor_a_later_read(tmp_path):
+    state = {"small": torch.arange(6.0), "large": torch.arange(MAPPED_BYTES // 4).float()}
+    for name in ("m.safetensors", "m.pt", "old.pt"):
+        if name == "m.safetensors":
+            save_weights(state, tmp_path / name)
+        else:
+            torch.save(state, tmp_path / name, _use_new_zipfile_serialization=name == "m.pt")
+        weights = open_weights(tmp_path / name)
+        for key, tensor in state.items():
+            first = weights[key]
+            first.zero_()
+            weights.slice(key, 0, 6).zero_()
+            assert torch.equal(weights[key], tensor), (name, key)
+            assert torch.equal(open_weights(tmp_path / name)[key], tensor), (name, key)
+            assert not first.any()
+
+
+def test_large_tensors_are_mapped_so_that_asking_for_one_reads_nothing(tmp_path, monkeypatch):
+    state = {"odd": torch.ones(1, dtype=torch.bool), "large": torch.arange(MAPPED_BYTES // 4).float()}
+    for name in ("m.safetensors", "m.pt"):
+        save_weights(state, tmp_path / name) if name.endswith("safetensors") else torch.save(state, tmp_path / name)
+        weights = open_weights(tmp_path / name)
+        with monkeypatch.context() as patch:
+            patch.setattr(OpenFile, "read_into", lambda *_: pytest.fail("read"))
+            assert torch.equal(weights["large"], state["large"])
+        os.truncate(tmp_path / name, MAPPED_BYTES // 2)
+        with pytest.raises(ValueError, match=rf"ended at byte {MAPPED_BYTES // 2} where \d+ more were expected"):
+            weights["large"]
+
+
+def test_a_file_that_is_replaced_is_still_read_as_it_was_opened(tmp_path):
+    path = write(tmp_path, "safetensors")
+    weights = open_weights(path)
+    save_weights({name: torch.zeros_like(tensor) for name, tensor in weights.items()}, path)
+    assert fingerprint(weights) == fingerprint(STATE)
+
+
+def test_what_is_cut_off_is_never_read_as_something_else(tmp_path):
+    for kind in ("safetensors", "pt"):
+        path = write(tmp_path, kind)
+        whole = path.read_bytes()
+        weights = open_weights(path)
+        os.truncate(path, 10)
+        with pytest.raises(ValueError, match=r"ended at byte \d+ where \d+ more were expected"):
+            weights["a.w"]
+        for size in range(0, len(whole), 61):
+            path.write_bytes(whole[:size])
+            with pytest.raises(ValueError, match="is damaged|no PyTorch checkpoint"):
+                open_weights(path)
+
+
+def averaged(folder, callback):
+    import lightning as L
+
+    class Module(L.LightningModule):
+        def __init__(self):
+            super().__init__()
+            self.net = nn.Linear(2, 1)
+
+        def training_step(self, batch):
+            return self.net(batch[0]).sum()
+
+        def configure_optimizers(self):
+            return torch.optim.SGD(self.parameters(), lr=0.5)
+
+        def train_dataloader(self):
+            return [torch.ones(1, 2)]
+
+    options = {"accelerator": "cpu", "logger": False, "enable_progress_bar": False, "enable_model_summary": False}
+    saver = L.pytorch.callbacks.ModelCheckpoint(dirpath=folder, filename="m", every_n_epochs=2)
+    trainer = L.Trainer(max_epochs=2, callbacks=[callback, saver] if callback else [saver], **options)
+    trainer.fit(Module())
+    return folder / "m.ckpt"
+
+
+def test_raw_and_averaged_weights_are_told_apart(tmp_path):
+    from lightning.pytorch.callbacks import EMAWeightAveraging
+
+    path = averaged(tmp_path, EMAWeightAveraging(decay=0.5))
+    stored = torch.load(path, weights_only=True)
+    default, mean, raw = (open_weights(path, which=which) for which in ("checkpoint", "averaged", "raw"))
+    assert default.info.format == "Lightning checkpoint"
+    assert (default.info.which, mean.info.which, raw.info.which) == ("averaged", "averaged", "raw")
+    assert fingerprint(default) == fingerprint(mean) == fingerprint(stored["state_dict"])
+    assert fingerprint(raw) == fingerprint(stored["current_model_state"])
+    assert not torch.equal(raw["net.bias"], mean["net.bias"])
+
+
+def test_asking_for_averaged_weights_that_are_not_there_says_what_is(tmp_path):
+    torch.save({"state_dict": STATE, "epoch": 1}, tmp_path / "m.ckpt")
+    with pytest.raises(ValueError, match="does not hold both raw and averaged.*it holds 'state_dict', 'epoch'"):
+        open_weights(tmp_path / "m.ckpt", which="averaged")
+    with pytest.raises(ValueError, match="is a safetensors file, which holds one set of weights"):
+        open_weights(write(tmp_path, "safetensors"), which="raw")
+
+
+def test_the_one_state_dict_in_a_file_is_found_and_several_are_refused(tmp_path):
+    torch.save({"model": STATE, "optimizer": {"state": {0: torch.ones(1)}}}, tmp_path / "m.pt")
+    weights = open_weights(tmp_path / "m.pt")
+    assert fingerprint(weights) == fingerprint(STATE)
+    assert weights.info.notes == ("the weights under 'model' were taken",)
+    torch.save({"model": STATE, "model_ema": STATE}, tmp_path / "m.pt")
+    with pytest.raises(ValueError, match="holds 2 state dicts, 'model', 'model_ema'"):
+        open_weights(tmp_path / "m.pt")
+
+
+def test_extra_state_is_left_out_and_said(tmp_path):
+    torch.save({**STATE, "a._extra_state": {"scale": 2}}, tmp_path / "m.pt")
+    weights = open_weights(tmp_path / "m.pt")
+    assert set(weights) == set(STATE)
+    assert weights.info.notes == ("left out as they are no tensors: 'a._extra_state'",)
+
+
+@pytest.mark.parametrize("tensor", [torch.eye(2).to_sparse(), torch.ones(2, device="meta")], ids=["sparse", "meta"])
+def test_tensors_that_are_not_plain_are_refused(tmp_path, tensor):
+    torch.save({"w": tensor, "b": torch.ones(1)}, tmp_path / "m.pt")
+    with pytest.raises(ValueError, match="holds no state dict"):
+        open_weights(tmp_path / "m.pt")
+
+
+def test_torchscript_is_refused_with_the_way_to_convert_it(tmp_path):
+    name = tmp_path / "m.pt"
+    with zipfile.ZipFile(name, "w") as archive:
+        archive.writestr("m/data.pkl", b"")
+        archive.writestr("m/constants.pkl", b"")
+    with pytest.raises(ValueError, match="TorchScript archive: load it with torch.jit.load"):
+        open_weights(name)
+
+
+def test_info_says_what_was_done_to_names(tmp_path):
+    weights = open_weights(write(tmp_path, "ddp"), prefix="a.", key_map={"^w$": "weight"})
+    assert set(weights) == {"weight", "b"}
+    assert "dropped what wrappers add ('module.', '_orig_mod') from 3 of 3 names" in str(weights.info)
+    assert "kept 2 of 3 names, those under 'a.', without it; key_map renamed 1 of 2 names" in str(weights.info)
+
+
+def test_prefix_keeps_and_strips(tmp_path):
+    path = write(tmp_path, "safetensors")
+    assert set(open_weights(path, prefix="a.")) == {"w", "b"}
+    with pytest.raises(ValueError, match=r"no weights under 'model\.'; its prefixes are 'a\.'"):
+        open_weights(path, prefix="model.")
+
+
+def test_names_that_would_fall_together_are_refused():
+    with pytest.raises(ValueError, match=r"would both be called 'net\.w'"):
+        canonical_names(["net.w", "net._orig_mod.w"])
+    assert canonical_names(["module.a", "b"]) == {"module.a": "module.a", "b": "b"}  # no wrapper: one name differs
+
+
+def test_a_missing_file_names_its_neighbors(tmp_path):
+    write(tmp_path, "pt")
+    with pytest.raises(FileNotFoundError, match=r"m\.pth.*holds 'm\.pt'"):
+        open_weights(tmp_path / "m.pth")
+    with pytest.raises(FileNotFoundError, match="does not exist"):
+        open_weights(tmp_path / "nowhere" / "m.pt")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("m.txt", b"hello", "name must end in"),
+        ("m.safetensors", b"hello", "no safetensors file, or is damaged"),
+        ("m.pt", b"hello", "no PyTorch checkpoint"),
+        ("m.ckpt", b"PK\x03\x04 cut off", "no PyTorch checkpoint, or is damaged"),
+        ("x.safetensors.index.json", b"[]", "no index of shards"),
+    ],
+)
+def test_what_is_no_checkpoint_is_refused(tmp_path, name, content, message):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=message):
+        open_weights(tmp_path / name)
+
+
+class Evil:
+    def __init__(self, marker):
+        self.marker = marker
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.marker),)
+
+
+@pytest.mark.parametrize("old_format", [False, True])
+def test_nothing_in_a_checkpoint_is_ever_executed(tmp_path, old_format):
+    marker, path = tmp_path / "executed", tmp_path / "m.ckpt"
+    for content in (Evil(marker), {"model": Evil(marker)}, {"w": torch.ones(1), "x": Evil(marker)}):
+        torch.save(content, path, _use_new_zipfile_serialization=not old_format)
+        with pytest.raises(ValueError, match=r"could run code when loaded|holds no state dict"):
+            open_weights(path)
+    torch.save({"state_dict": {"w": torch.ones(1)}, "callbacks": Evil(marker)}, path)
+    weights = open_weights(path)  # the weights are tensors; the rest is left as it is
+    assert torch.equal(weights["w"], torch.ones(1))
+    assert weights.info.notes == (f"classes not loaded: '{os.mkdir.__module__}.mkdir'",)
+    assert not marker.exists()
+
+
+def test_a_pickled_module_is_refused_with_the_way_to_convert_it(tmp_path):
+    path = tmp_path / "m.pt"
+    for content, part in ((nn.Linear(2, 1), ""), ({"model": nn.Linear(2, 1), "epoch": 3}, r"\['model'\]")):
+        torch.save(content, path)
+        with pytest.raises(ValueError, match="class torch.nn.modules.linear.Linear") as refused:
+            open_weights(path)
+        assert re.search(rf"weights_only=False\){part}\n", str(refused.value))
+        lines = [line.strip() for line in str(refused.value).splitlines()[1:]]
+        exec("\n".join(lines), {})
+        assert set(open_weights(tmp_path / "m-state-dict.pt")) == {"weight", "bias"}
+
+
+def test_foreign_hyperparameters_do_not_keep_weights_from_being_read(tmp_path):
+    hyper_parameters = {"path": Path("x"), "dtype": torch.float16, "args": argparse.Namespace(lr=0.1)}
+    hyper_parameters["found"] = collections.defaultdict(list, {"a": [1]})
+    content = {"state_dict": nn.Linear(2, 1).state_dict(), "hyper_parameters": hyper_parameters, "epoch": 1}
+    torch.save(content, tmp_path / "m.ckpt")
+    weights = open_weights(tmp_path / "m.ckpt")
+    assert fingerprint(weights) == fingerprint(content["state_dict"])
+    assert "argparse.Namespace" in str(weights.info)
+
+
+def test_a_file_without_a_state_dict_says_what_it_holds(tmp_path):
+    torch.save({"epoch": 3, "loss": 0.5}, tmp_path / "m.ckpt")
+    with pytest.raises(ValueError, match="holds no state dict.*'epoch', 'loss'"):
+        open_weights(tmp_path / "m.ckpt")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match="no checkpoint folder.*holds nothing"):
+        open_weights(tmp_path / "empty")
+
+
+def test_an_index_that_is_of_another_checkpoint_is_refused(tmp_path):
+    folder = write(tmp_path, "sharded")
+    save_file({"n": STATE["n"], "more": torch.ones(1)}, folder / "model-2.safetensors")
+    with pytest.raises(ValueError, match=r"says that 'a.b is in model-2.safetensors', but it is not there"):
+        open_weights(folder)
+    save_file({"n": STATE["n"], "a.b": STATE["a.b"], "more": torch.ones(1)}, folder / "model-2.safetensors")
+    weights = open_weights(folder / "model.safetensors.index.json")
+    assert set(weights) == set(STATE)
+    assert weights.info.format == "safetensors file, 2 shards"
+    assert weights.info.notes == ("left out 1 tensors that the index does not list: 'more'",)
+
+
+def test_sharded_bin_and_single_files_of_a_folder_are_found(tmp_path):
+    torch.save({"a.w": STATE["a.w"]}, tmp_path / "pytorch_model-1.bin")
+    torch.save({"a.b": STATE["a.b"], "n": STATE["n"]}, tmp_path / "pytorch_model-2.bin")
+    shards = {"a.w": "pytorch_model-1.bin", "a.b": "pytorch_model-2.bin", "n": "pytorch_model-2.bin"}
+    (tmp_path / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": shards}))
+    assert fingerprint(open_weights(tmp_path)) == fingerprint(STATE)
+    (tmp_path / "one").mkdir()
+    torch.save(STATE, tmp_path / "one" / "anything.pt")
+    assert fingerprint(open_weights(tmp_path / "one")) == fingerprint(STATE)
+    torch.save(STATE, tmp_path / "one" / "other.pt")
+    with pytest.raises(ValueError, match="one checkpoint and no other.*'anything.pt', 'other.pt'"):
+        open_weights(tmp_path / "one")
+
+
+def test_a_missing_shard_is_named(tmp_path):
+    write(tmp_path, "sharded")
+    (tmp_path / "model-2.safetensors").unlink()
+    with pytest.raises(
+        FileNotFoundError, match=r"names 2 shards, and 1 of them are not beside it: 'model-2\.safetensors'"
+    ):
+        open_weights(tmp_path)
+
+
+def test_atomic_path_leaves_the_old_file_or_none_when_writing_fails(tmp_path):
+    (tmp_path / "kept").write_text("old")
+    for name in ("kept", "new"):
+        with pytest.raises(RuntimeError), atomic_path(tmp_path / name) as temporary:
+            temporary.write_text("half")
+            raise RuntimeError
+    assert [file.name for file in tmp_path.iterdir()] == ["kept"]
+    assert (tmp_path / "kept").read_text() == "old"
+
+
+def test_files_are_readable_as_the_umask_says(tmp_path):
+    save_weights(STATE, tmp_path / "m.safetensors")
+    (tmp_path / "plain").touch()
+    assert stat.S_IMODE((tmp_path / "m.safetensors").stat().st_mode) == stat.S_IMODE(
+        (tmp_path / "plain").stat().st_mode
+    )
+
+
+def test_tied_weights_are_written_under_both_names(tmp_path):
+    tied = torch.arange(4.0)
+    save_weights({"a": tied, "b": tied, "part": tied[1:]}, tmp_path / "m.safetensors")
+    weights = open_weights(tmp_path / "m.safetensors")
+    assert torch.equal(weights["a"], weights["b"])
+    assert torch.equal(weights["part"], tied[1:])

@@ -1,0 +1,191 @@
+"""LoRA adapters: the fine-tuned weights are those of peft's own merge, and what peft would do otherwise is refused."""
+
+import json
+
+import pytest
+import torch
+from torch import nn
+
+from tva import MismatchError, open_weights, save_weights
+from tva.checkpoints import open_adapter
+
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.embed = nn.Embedding(11, 6)
+        self.block = nn.ModuleDict({"q": nn.Linear(6, 8), "k": nn.Linear(8, 6, bias=False)})
+        self.conv = nn.Conv2d(2, 4, 3)
+        self.point = nn.Conv2d(4, 3, 1)
+        self.head = nn.Linear(6, 3)
+
+
+def net():
+    torch.manual_seed(0)
+    return Net()
+
+
+def adapted(folder, base=None, safe=True, **settings):
+    """Train nothing, but give every factor a value, save with peft, and merge with peft as the reference."""
+    peft = pytest.importorskip("peft")
+    model = peft.get_peft_model(base or net(), peft.LoraConfig(**{"r": 3, "lora_alpha": 5, **settings}))
+    generator = torch.Generator().manual_seed(1)
+    for name, parameter in model.named_parameters():
+        if "lora_" in name or "modules_to_save" in name:
+            parameter.data.normal_(generator=generator)
+    model.save_pretrained(folder, safe_serialization=safe, save_embedding_layers=False)
+    return model.merge_and_unload().state_dict()
+
+
+LORAS = {
+    "plain": {"target_modules": ["q", "k"]},
+    "rslora": {"target_modules": ["q"], "use_rslora": True},
+    "patterns": {
+        "target_modules": ["q", "k", "head"],
+        "rank_pattern": {"q": 2, "block.k": 4},
+        "alpha_pattern": {r"block\.[qk]": 7},
+        "use_rslora": True,
+    },
+    "convolutions": {"target_modules": ["conv", "point"]},
+    "embedding": {"target_modules": ["embed", "q"]},
+    "modules_to_save": {"target_modules": ["q"], "modules_to_save": ["head"]},
+}
+
+
+@pytest.mark.parametrize("safe", [True, False], ids=["safetensors", "bin"])
+@pytest.mark.parametrize("kind", LORAS)
+def test_adapted_weights_are_those_of_peft_merge(tmp_path, kind, safe):
+    expected = adapted(tmp_path, safe=safe, **LORAS[kind])
+    save_weights(net().state_dict(), tmp_path / "base" / "model.safetensors")
+    base = open_weights(tmp_path / "base")
+    weights = open_adapter(tmp_path, base)
+    assert list(weights) == list(base)
+    moved = [name for name in base if not torch.equal(weights[name], base[name])]
+    assert moved == [name for name in base if not torch.equal(expected[name], base[name])]
+    assert moved
+    for name in weights:
+        assert weights.spec(name) == base.spec(name)
+        torch.testing.assert_close(weights[name], expected[name], rtol=0, atol=1e-6)
+    assert f"{len(moved)} of {len(base)} tensors" in str(weights.info) or kind == "modules_to_save"
+
+
+def test_a_part_of_an_adapted_tensor_is_that_part_of_the_whole_bit_for_bit(tmp_path):
+    adapted(tmp_path, target_modules=["q"])
+    weights = open_adapter(tmp_path, net().state_dict())
+    whole = weights["block.q.weight"].reshape(-1)
+    parts = [weights.slice("block.q.weight", start, min(start + 7, 48)) for start in range(0, 48, 7)]
+    assert torch.equal(torch.cat(parts), whole)
+
+
+def test_transposed_layers_follow_fan_in_fan_out(tmp_path):
+    conv1d = pytest.importorskip("transformers.pytorch_utils").Conv1D
+
+    class Gpt(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.c_attn = conv1d(9, 4)  # weight [in = 4, out = 9]
+
+    base = Gpt()
+    before = {name: tensor.clone() for name, tensor in base.state_dict().items()}
+    expected = adapted(tmp_path, base, target_modules=["c_attn"], fan_in_fan_out=True)
+    weights = open_adapter(tmp_path, before)
+    torch.testing.assert_close(weights["c_attn.weight"], expected["c_attn.weight"], rtol=0, atol=1e-6)
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    (tmp_path / "adapter_config.json").write_text(json.dumps({**config, "fan_in_fan_out": False}))
+    with pytest.raises(MismatchError, match=r"a delta of shape \[9, 4\] \(fan_in_fan_out: False\).*\[4, 9\]"):
+        open_adapter(tmp_path, before)
+
+
+def test_a_small_delta_survives_a_bfloat16_base_in_float32(tmp_path):
+    write(tmp_path, scale=1e-4)
+    base = {"a.q.weight": torch.ones(4, 3, dtype=torch.bfloat16)}
+    assert torch.equal(open_adapter(tmp_path, base)["a.q.weight"], base["a.q.weight"])
+    wide = open_adapter(tmp_path, base, dtype=torch.float32)
+    assert wide.spec("a.q.weight").dtype == torch.float32
+    assert (wide["a.q.weight"] - 1).allclose(torch.full((4, 3), 2e-4), atol=1e-6)
+
+
+def write(folder, scale=1.0, tensors=None, **settings):
+    """Write an adapter by hand: two of rank 1 for a.q, whose delta is 2 * scale everywhere."""
+    config = {"peft_type": "LORA", "r": 1, "lora_alpha": 2, "bias": "none", "init_lora_weights": True, **settings}
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    a, b = torch.full((1, 3), scale), torch.ones(4, 1)
+    factors = {"base_model.model.a.q.lora_A.weight": a, "base_model.model.a.q.lora_B.weight": b}
+    save_weights(factors | (tensors or {}), folder / "adapter_model.safetensors")
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ({"use_dora": True}, "use_dora=True, which is not supported.*merge_and_unload"),
+        ({"lora_bias": True}, "lora_bias=True"),
+        ({"bias": "all"}, "bias='all'"),
+        ({"init_lora_weights": "pissa_niter_4"}, "init_lora_weights='pissa_niter_4'"),
+        ({"layer_replication": [[0, 4]]}, "layer_replication="),
+        ({"trainable_token_indices": [1, 2]}, "trainable_token_indices="),
+        ({"target_parameters": ["experts"]}, "target_parameters="),
+        ({"a_variant_of_tomorrow": {"x": 1}}, "a_variant_of_tomorrow="),
+        ({"peft_type": "LOHA"}, "peft_type 'LOHA'; LORA alone is supported"),
+        ({"r": 0}, "must give r and lora_alpha"),
+        ({"r": 2}, "'a.q' has rank 2, but its factors are"),
+    ],
+)
+def test_other_variants_are_refused_by_name(tmp_path, setting, message):
+    with pytest.raises(ValueError, match=message):
+        open_adapter(write(tmp_path, **setting), {"a.q.weight": torch.ones(4, 3)})
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("base_model.model.a.q.lora_magnitude_vector", "of no supported kind"),
+        ("base_model.model.a.k.lora_A.weight", "'a.k' lacks A or B"),
+        ("a.stranger", "of no supported kind"),
+    ],
+)
+def test_other_tensors_are_refused_by_name(tmp_path, name, message):
+    write(tmp_path, tensors={name: torch.ones(2, 3)})
+    with pytest.raises(ValueError, match=message):
+        open_adapter(tmp_path, {"a.q.weight": torch.ones(4, 3), "a.k.weight": torch.ones(4, 3)})
+
+
+def test_an_adapter_of_another_base_is_refused(tmp_path):
+    write(tmp_path)
+    with pytest.raises(MismatchError, match=r"1 of 1 names are not the base's: 'a.q.weight'"):
+        open_adapter(tmp_path, {"b.k.weight": torch.ones(4, 3)})
+    with pytest.raises(MismatchError, match=r"the base's weight is \[5, 3\]"):
+        open_adapter(tmp_path, {"a.q.weight": torch.ones(5, 3)})
+    write(tmp_path, tensors={"base_model.model.head.weight": torch.ones(7, 2)})
+    base = {"a.q.weight": torch.ones(4, 3), "head.weight": torch.ones(6, 2)}
+    with pytest.raises(MismatchError, match=r"'head.weight' of shape \[7, 2\]; the base's is \[6, 2\]"):
+        open_adapter(tmp_path, base)
+
+
+def test_an_adapter_finds_its_base_under_one_prefix_only(tmp_path):
+    write(tmp_path)
+    base = {"model.a.q.weight": torch.ones(4, 3), "head": torch.ones(1)}
+    weights = open_adapter(tmp_path, base)
+    assert "added 'model.' to 1 of 1 names" in str(weights.info)
+    assert torch.equal(weights["model.a.q.weight"], torch.full((4, 3), 3.0))
+    twice = base | {"teacher.a.q.weight": torch.ones(4, 3)}
+    with pytest.raises(MismatchError, match="in more than one way: \"add 'model.'\", \"add 'teacher.'\""):
+        open_adapter(tmp_path, twice)
+    weights = open_adapter(tmp_path, twice, key_map=["^=teacher."])
+    assert torch.equal(weights["model.a.q.weight"], torch.ones(4, 3))
+
+
+def test_an_adapter_is_no_checkpoint_without_its_base(tmp_path):
+    write(tmp_path)
+    for path in (tmp_path, tmp_path / "adapter_model.safetensors"):
+        with pytest.raises(ValueError, match="is a PEFT adapter, which is no model without its base"):
+            open_weights(path)
+    (tmp_path / "adapter_model.safetensors").unlink()
+    with pytest.raises(FileNotFoundError, match="neither adapter_model.safetensors nor adapter_model.bin"):
+        open_adapter(tmp_path, {"a.q.weight": torch.ones(4, 3)})
+    (tmp_path / "adapter_config.json").write_text("[")
+    with pytest.raises(ValueError, match="is no JSON"):
+        open_adapter(tmp_path, {})
+    (tmp_path / "adapter_config.json").unlink()
+    with pytest.raises(FileNotFoundError, match="is no PEFT adapter"):
+        open_adapter(tmp_path, {})

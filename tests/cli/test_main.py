@@ -1,0 +1,402 @@
+"""The command line as people type it: fit, edit, the gate's exit status, and the mistakes of a newcomer."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from small_models import Blobs, ControlCallback, LinearNet, free_port
+
+from tva import TaskVector, fingerprint, open_weights, save_weights
+from tva.cli.main import main
+
+ROOT = Path(__file__).parents[2]
+CONFIGS = sorted(ROOT.glob("configs/**/*.yaml")) + sorted(ROOT.glob("benchmarks/**/*.yaml"))
+
+
+def blobs(seed, **options):
+    return {"class_path": "small_models.Blobs", "init_args": {"seed": seed, **options}}
+
+
+def write_yaml(path, content):
+    path.write_text(yaml.safe_dump(content))
+    return str(path)
+
+
+def fit_config(folder, seed=1, callbacks=(), **trainer):
+    return {
+        "trainer": {
+            "max_epochs": 3,
+            "accelerator": "cpu",
+            "logger": False,
+            "enable_model_summary": False,
+            "default_root_dir": str(folder),
+            "callbacks": [
+                {"class_path": "tva.callbacks.TaskVectorCallback"},
+                {
+                    "class_path": "lightning.pytorch.callbacks.ModelCheckpoint",
+                    "init_args": {"dirpath": str(folder), "filename": "last", "enable_version_counter": False},
+                },
+                *callbacks,
+            ],
+            **trainer,
+        },
+        "model": {"class_path": "small_models.LinearNet"},
+        "data": blobs(seed),
+    }
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """Task vectors of two blob tasks, made by `tva fit`."""
+    folder = tmp_path_factory.mktemp("runs")
+    for seed in (1, 2):
+        config = write_yaml(folder / f"fit{seed}.yaml", fit_config(folder / f"blobs{seed}", seed))
+        main(["fit", "--config", config])
+    return folder
+
+
+def edit_config(runs, output, **changes):
+    return {
+        "model": {"class_path": "small_models.LinearNet"},
+        "vectors": {name: str(runs / name / "last.tv.safetensors") for name in ("blobs1", "blobs2")},
+        "recipe": "blobs1 + blobs2",
+        "output": str(output),
+        "maximize": "mean(normalized_accuracy)",
+        "targets": {"blobs1": blobs(1), "blobs2": blobs(2)},
+        "controls": {"other": blobs(3)},
+        **changes,
+    }
+
+
+def edit(runs, tmp_path, *arguments, **changes):
+    config = write_yaml(tmp_path / "edit.yaml", edit_config(runs, tmp_path / "out", **changes))
+    main(["edit", "--config", config, *arguments])
+    return json.loads((tmp_path / "out/edit.json").read_text())
+
+
+def status_and_message(capsys, *arguments):
+    with pytest.raises(SystemExit) as stop:
+        main([str(argument) for argument in arguments])
+    return stop.value.code, capsys.readouterr().err
+
+
+# --- fit
+
+
+def test_fit_writes_a_task_vector_with_the_runs_facts(runs):
+    vector = TaskVector.load(runs / "blobs1/last.tv.safetensors")
+    assert vector.origin.base == fingerprint(LinearNet().state_dict())
+    assert vector.origin.task == "blobs1"
+    assert vector.origin.step == 9
+    assert vector.origin.hyperparameters["width"] == 8
+    assert set(vector.deltas) == set(LinearNet().state_dict())
+
+
+def test_every_data_module_keeps_its_own_hyperparameters_in_fit(tmp_path):
+    callback = {"class_path": "small_models.ControlCallback", "init_args": {"control": blobs(7)}}
+    main(["fit", "--config", write_yaml(tmp_path / "c.yaml", fit_config(tmp_path, 5, [callback], fast_dev_run=True))])
+    assert ControlCallback.seen == {"control": 7, "data": 5}
+
+
+def test_fit_resumed_on_the_command_line_ends_where_one_run_ends(runs, tmp_path):
+    config = write_yaml(tmp_path / "c.yaml", fit_config(tmp_path / "run", 1))
+    main(["fit", "--config", config, "--trainer.max_epochs", "1"])
+    main(["fit", "--config", config, "--ckpt_path", str(tmp_path / "run/last.ckpt")])
+    resumed, whole = (TaskVector.load(folder / "last.tv.safetensors") for folder in (tmp_path / "run", runs / "blobs1"))
+    assert resumed.origin.base == whole.origin.base
+    assert resumed.origin.finetuned == whole.origin.finetuned
+
+
+# --- edit
+
+
+def test_edit_adds_two_tasks_and_writes_what_it_reports(runs, tmp_path, capsys):
+    report = edit(runs, tmp_path, subject_to=["other/accuracy >= 0.1 * base"])
+    assert report["holds"] is True
+    assert {name: task["role"] for name, task in report["tasks"].items()} == {
+        "blobs1": "target",
+        "blobs2": "target",
+        "other": "control",
+    }
+    for task in report["tasks"].values():
+        assert task["split"] == "test"
+        assert task["num_examples"] == 60
+        assert task["edited"]["low"] <= task["edited"]["value"] <= task["edited"]["high"]
+    for name in ("blobs1", "blobs2"):
+        task = report["tasks"][name]
+        assert task["edited"]["value"] > task["base"]["value"]
+        assert task["normalized"] == pytest.approx(task["edited"]["value"] / task["finetuned"]["value"])
+    # the weights are base + λ (a + b), bit for bit
+    a, b = (TaskVector.load(runs / name / "last.tv.safetensors") for name in ("blobs1", "blobs2"))
+    expected = (a + b).apply_to(LinearNet().state_dict(), report["coefficients"]["scaling_coef"])
+    assert fingerprint(open_weights(tmp_path / "out/edited.safetensors")) == fingerprint(expected)
+    out = capsys.readouterr().out
+    assert "all constraints hold on test data" in out
+    assert "fine-tuned" in out
+
+
+def test_choice_uses_validation_data_and_every_evaluation_is_recorded(runs, tmp_path):
+    report = edit(runs, tmp_path, "--search", "Grid", "--search.num", "5")
+    tried = {(e["coefficients"]["scaling_coef"], e["task"], e["split"]) for e in report["evaluations"]}
+    assert {(coef, task, "val") for coef in (0, 0.25, 0.5, 0.75, 1) for task in ("blobs1", "blobs2")} <= tried
+    assert not {entry for entry in tried if entry[1] == "other" and entry[2] == "val"}  # not asked for: not looked at
+    values = {
+        (e["coefficients"]["scaling_coef"], e["task"]): e["value"]
+        for e in report["evaluations"]
+        if e["split"] == "val" and e["model"] in ("base", "edited")
+    }
+    ceiling = {
+        e["task"]: e["value"]
+        for e in report["evaluations"]
+        if e["model"].startswith("fine-tuned") and e["split"] == "val"
+    }
+    means = {c: sum(values[c, t] / ceiling[t] for t in ceiling) for c in (0.25, 0.5, 0.75, 1.0)}
+    best = max(means.values())
+    assert report["coefficients"]["scaling_coef"] == min(c for c, mean in means.items() if mean == best)
+
+
+def test_every_data_module_keeps_its_own_hyperparameters_in_edit(runs, tmp_path):
+    sizes = {"blobs1": 20, "blobs2": 40, "other": 80}
+    report = edit(
+        runs,
+        tmp_path,
+        scaling_coef=0.5,
+        targets={"blobs1": blobs(1, num_examples=20), "blobs2": blobs(2, num_examples=40)},
+        controls={"other": blobs(3, num_examples=80)},
+    )
+    assert {name: task["num_examples"] for name, task in report["tasks"].items()} == sizes
+
+
+def test_a_failing_gate_exits_with_1_and_writes_no_weights(runs, tmp_path, capsys):
+    edit(runs, tmp_path, scaling_coef=0.5)
+    assert (tmp_path / "out/edited.safetensors").exists()
+    with pytest.raises(SystemExit) as stop:
+        edit(runs, tmp_path, scaling_coef=0.5, subject_to=["other/accuracy >= base + 1"])
+    assert stop.value.code == 1
+    report = json.loads((tmp_path / "out/edit.json").read_text())
+    assert report["holds"] is False
+    assert report["constraints"][0]["holds"] is False
+    assert not (tmp_path / "out/edited.safetensors").exists()  # nor those of the run before
+    assert "FAILS on test data: other/accuracy >= base + 1" in capsys.readouterr().out
+
+
+def test_no_feasible_coefficient_shows_the_closest_and_writes_a_page_and_no_weights(runs, tmp_path, capsys):
+    edit(runs, tmp_path, scaling_coef=0.5)
+    assert (tmp_path / "out/edited.safetensors").exists()
+    with pytest.raises(SystemExit) as stop:
+        edit(runs, tmp_path, rule="largest", subject_to=["blobs1/accuracy >= 1.5"])
+    assert stop.value.code == 1
+    printed = capsys.readouterr().out
+    assert "no coefficient meets 'blobs1/accuracy >= 1.5'" in printed
+    # what is shown is the closest coefficient, on the validation data that it was judged on
+    closest = float(re.search(r"the closest is ([\d.]+)", printed)[1])
+    loaded = TaskVector.load(runs / "blobs1/last.tv.safetensors") + TaskVector.load(runs / "blobs2/last.tv.safetensors")
+    model = LinearNet()
+    model.load_state_dict(loaded.apply_to(model.state_dict(), closest))
+    inputs, labels = Blobs(1).val_dataloader().dataset.tensors
+    accuracy = float((model(inputs).argmax(-1) == labels).float().mean())
+    assert re.search(rf"blobs1 +target +val +60 +\S+ \[.*?\] +\S+ \[.*?\] +{accuracy:.1%} \[", printed)
+    names = ["config.yaml", "edit.json", "report.html"]
+    assert sorted(file.name for file in (tmp_path / "out").iterdir()) == names  # and not the weights of the run before
+    main(["report", str(tmp_path / "out")])
+    assert "no feasible coefficient" in capsys.readouterr().out
+    status, message = status_and_message(capsys, "push", tmp_path / "out", "me/x")
+    assert status == 2
+    assert "has no edited weights to push, for its constraints do not hold: NO EDIT: no coefficient meets" in message
+
+
+def test_scaling_coef_zero_gives_the_base_and_its_scores(runs, tmp_path):
+    report = edit(runs, tmp_path, scaling_coef=0.0)
+    assert fingerprint(open_weights(tmp_path / "out/edited.safetensors")) == fingerprint(LinearNet().state_dict())
+    for task in report["tasks"].values():
+        assert task["edited"] == task["base"]
+
+
+def test_a_finetuned_checkpoint_stands_for_its_task_vector(runs, tmp_path):
+    by_vector = edit(runs, tmp_path, scaling_coef=0.5)
+    checkpoints = {name: str(runs / name / "last.ckpt") for name in ("blobs1", "blobs2")}
+    by_checkpoint = edit(runs, tmp_path, scaling_coef=0.5, vectors=checkpoints)
+    assert by_vector["tasks"] == by_checkpoint["tasks"]
+
+
+def test_base_given_as_a_checkpoint(runs, tmp_path):
+    other = {name: value + 1 for name, value in LinearNet().state_dict().items()}
+    save_weights(other, tmp_path / "other.safetensors")
+    own = next((runs / "blobs1").glob("base-*.safetensors"))
+    assert edit(runs, tmp_path, "--base", str(own), scaling_coef=0.5)["base"]["path"] == str(own)
+
+
+def test_coefficients_in_the_recipe(runs, tmp_path):
+    report = edit(runs, tmp_path, "--coefs.s", "0.25", recipe="s * blobs1 - blobs2", scaling_coef=1.0)
+    assert report["coefficients"] == {"scaling_coef": 1.0, "s": 0.25}
+    a, b = (TaskVector.load(runs / name / "last.tv.safetensors") for name in ("blobs1", "blobs2"))
+    expected = (0.25 * a - b).apply_to(LinearNet().state_dict())
+    assert fingerprint(open_weights(tmp_path / "out/edited.safetensors")) == fingerprint(expected)
+
+
+# --- mistakes of a newcomer: status 2 and a message that helps
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"recipe": "-blosb1"}, "'blosb1' is unknown; .*Did you mean 'blobs1'?"),
+        (
+            {"vectors": {"blobs1": "nowhere/last.tv.safetensors"}, "recipe": "blobs1", "maximize": "blobs1/accuracy"},
+            "nothing is there",
+        ),
+        (
+            {"controls": {}, "subject_to": ["imagenet/accuracy >= 0.95 * base"]},
+            "Add a data module under controls.imagenet",
+        ),
+        ({"subject_to": ["other/accuracy = 1"]}, "must read like 'imagenet/accuracy >= 0.95"),
+        ({"maximize": None}, "say what is best"),
+        ({"maximize": None, "rule": "largest"}, "needs a constraint"),
+        ({"minimize": "other/accuracy"}, "Give one objective"),
+        ({"targets": {}, "controls": {}, "maximize": None}, "at least one data module"),
+        ({"controls": {"blobs1": blobs(3)}}, "a target or a control, not both: 'blobs1'"),
+        ({"targets": {"blobs9": blobs(1)}}, "'blobs9' has none: name its task vector like the task"),
+        ({"model": {"class_path": "small_models.LinearNet", "init_args": {"width": 9}}}, r"lives in|\[8, 4\]|is \[9"),
+        ({"subject_to": ["other/f1 >= 0.5"], "scaling_coef": 0.5}, "other has no metric 'f1'; it has 'accuracy'"),
+    ],
+)
+def test_mistakes_end_with_status_2(runs, tmp_path, capsys, changes, message):
+    config = write_yaml(tmp_path / "edit.yaml", edit_config(runs, tmp_path / "out", **changes))
+    status, text = status_and_message(capsys, "edit", "--config", config)
+    assert status == 2
+    assert re.search(message, text), text
+    assert text.startswith("tva: error: ")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_vector_from_another_base_names_both_and_what_to_do(runs, tmp_path, capsys):
+    base = {name: value + (1 if name.endswith("bias") else 0) for name, value in LinearNet().state_dict().items()}
+    save_weights(base, tmp_path / "other.safetensors")
+    config = write_yaml(tmp_path / "edit.yaml", edit_config(runs, tmp_path / "out", scaling_coef=0.5))
+    status, text = status_and_message(capsys, "edit", "--config", config, "--base", tmp_path / "other.safetensors")
+    assert status == 2
+    assert fingerprint(base).digest in text
+    assert fingerprint(LinearNet().state_dict()).digest in text
+    assert "2 of 4 tensors differ" in text
+    main(["edit", "--config", config, "--base", str(tmp_path / "other.safetensors"), "--allow_other_base", "true"])
+    assert (tmp_path / "out/edited.safetensors").exists()
+
+
+def test_a_checkpoint_that_is_no_checkpoint(runs, tmp_path, capsys):
+    (tmp_path / "notes.safetensors").write_text("not weights")
+    vectors = {"blobs1": str(tmp_path / "notes.safetensors")}
+    changes = {"vectors": vectors, "recipe": "blobs1", "targets": {"blobs1": blobs(1)}}
+    config = write_yaml(tmp_path / "edit.yaml", edit_config(runs, tmp_path / "out", **changes))
+    status, text = status_and_message(capsys, "edit", "--config", config)
+    assert (status, "no safetensors file" in text) == (2, True)
+
+
+def test_an_option_that_does_not_exist_is_refused_by_the_parser(runs, tmp_path, capsys):
+    config = write_yaml(tmp_path / "edit.yaml", edit_config(runs, tmp_path / "out"))
+    status, text = status_and_message(capsys, "edit", "--config", config, "--recipee", "x")
+    assert status == 2
+    assert "recipee" in text
+    assert len(text.splitlines()) < 10  # not a page of usage
+
+
+def test_an_unknown_command_names_the_nearest(capsys):
+    status, text = status_and_message(capsys, "edti")
+    assert (status, "Did you mean 'edit'?" in text) == (2, True)
+
+
+# --- help and configs
+
+
+def test_help_needs_no_heavy_import():
+    code = "import sys; from tva.cli.main import main; main(['--help']); "
+    code += "assert not {'torch', 'lightning'} & set(sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "edit" in done.stdout
+    assert "fit" in done.stdout
+
+
+@pytest.mark.parametrize(("command", "own"), [("edit", "--recipe"), ("fit", "--ckpt_path")])
+def test_help_begins_with_the_commands_own_options(command, own, capsys):
+    with pytest.raises(SystemExit):
+        main([command, "--help"])
+    shown = capsys.readouterr().out
+    assert 0 < shown.index(f"\n  {own} ") < shown.index("\n  --model ") < shown.index("\n  --trainer.devices ")
+    assert "<class" not in shown
+
+
+def test_python_dash_m_tva_and_version():
+    done = subprocess.run([sys.executable, "-m", "tva", "--version"], capture_output=True, text=True, check=True)
+    assert done.stdout.startswith("tva 0.")
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=[str(config.relative_to(ROOT)) for config in CONFIGS])
+def test_every_config_parses(config, capsys, monkeypatch):
+    monkeypatch.setenv("TVA_DATA", "data")
+    common = config.parent / "common.yaml"  # what the configs of one folder share stands there
+    files = [common, config] if common.exists() and config != common else [config]
+    command = re.search(r"# tva (fit-many|fit|edit|compose) --config", config.read_text())[1]
+    with pytest.raises(SystemExit) as stop:
+        main([command, *(word for file in files for word in ("--config", str(file))), "--print_config"])
+    assert stop.value.code == 0
+    assert yaml.safe_load(capsys.readouterr().out)
+
+
+def test_configs_exist():
+    assert len(CONFIGS) >= 8
+
+
+@pytest.mark.slow
+def test_fit_and_edit_under_ddp_with_two_processes(tmp_path):
+    config = write_yaml(tmp_path / "c.yaml", fit_config(tmp_path / "run", 1, devices=2, strategy="ddp"))
+    environment = {name: value for name, value in os.environ.items() if name != "PL_GLOBAL_SEED"}
+    environment |= {"PYTHONPATH": str(Path(__file__).parents[1]), "MASTER_PORT": str(free_port())}
+    subprocess.run([sys.executable, "-m", "tva", "fit", "--config", config], check=True, env=environment, timeout=300)
+    base, tuned = (open_weights(path) for path in (next((tmp_path / "run").glob("base-*")), tmp_path / "run/last.ckpt"))
+    vector = TaskVector.load(tmp_path / "run/last.tv.safetensors")
+    assert all(torch.equal(delta, tuned[name] - base[name]) for name, delta in vector.deltas.items())
+
+
+# --- compose
+
+
+def test_compose_on_the_command_line_and_from_yaml(runs, tmp_path, capsys):
+    base = next((runs / "blobs1").glob("base-*.safetensors"))
+    checkpoints = {name: str(runs / name / "last.ckpt") for name in ("blobs1", "blobs2")}
+    options = [f"--vectors.{name}={path}" for name, path in checkpoints.items()]
+    main(
+        [
+            *["compose", "--base", str(base), *options, "--recipe", "-0.5 * (blobs1 + blobs2)"],
+            *["--output", str(tmp_path / "one.safetensors"), "--scaling_coef", "0.5"],
+        ]
+    )
+    assert "lost in rounding" in capsys.readouterr().out
+    content = {"base": str(base), "vectors": checkpoints, "recipe": "-0.5 * (blobs1 + blobs2)", "scaling_coef": 0.5}
+    config = write_yaml(tmp_path / "c.yaml", {**content, "output": str(tmp_path / "two.safetensors")})
+    main(["compose", "--config", config])
+    a, b = (TaskVector.load(runs / name / "last.tv.safetensors") for name in ("blobs1", "blobs2"))
+    expected = fingerprint((-0.5 * (a + b)).apply_to(LinearNet().state_dict(), 0.5))
+    for name in ("one", "two"):
+        assert fingerprint(open_weights(tmp_path / f"{name}.safetensors")) == expected
+    status, text = status_and_message(capsys, "compose", "--config", config, "--recipe", "blobs1 + blobs3")
+    assert (status, "Did you mean 'blobs1'" in text or "Did you mean 'blobs2'" in text) == (2, True)
+
+
+def test_a_plan_is_printed_and_nothing_written(tmp_path, capsys):
+    for name, value in (("base", 1.0), ("a", 2.0)):
+        save_weights({f"h.{i}.w": torch.full((2, 3), value) for i in range(3)}, tmp_path / f"{name}.safetensors")
+    words = ["compose", "--base", str(tmp_path / "base.safetensors"), "--vectors.a", str(tmp_path / "a.safetensors")]
+    words += ["--recipe", "-s * a", "--coefs", '{"s": {"layer": [0, 1]}}', "--output", str(tmp_path / "out")]
+    main([*words, "--plan", "--scaling_coef", "0.5"])
+    printed = capsys.readouterr().out
+    assert "base + 0.5 · (-s * a)" in printed
+    assert re.search(r"h\.\*\.w +3 +\[2, 3\] +float32 +-?0 … -0.5", printed)
+    assert "Nothing was written." in printed
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.safetensors", "base.safetensors"]
+    main(words)
+    assert torch.equal(open_weights(tmp_path / "out")["h.1.w"], torch.full((2, 3), 0.5))

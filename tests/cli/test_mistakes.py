@@ -1,0 +1,240 @@
+"""Mistakes on the command line: status 2, no traceback, nothing written, and words that say what to do."""
+
+import json
+import re
+import subprocess
+import sys
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from tva import TaskVector, open_weights, save_weights
+from tva.checkpoints import atomic_path
+from tva.cli.arguments import explain
+from tva.cli.main import main
+from tva.compose.apply import compose
+from tva.compose.recipe import Recipe
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """A base, a fine-tuned model and its vector, and files that are none."""
+    folder = tmp_path_factory.mktemp("made")
+    base = {"layers.0.w": torch.randn(6, 5), "layers.1.w": torch.randn(4)}
+    save_weights(base, folder / "base.safetensors")
+    finetuned = {name: value + 0.1 for name, value in base.items()}
+    save_weights(finetuned, folder / "finetuned.safetensors")
+    TaskVector.between(base, finetuned).save(folder / "digits.tv.safetensors")
+    broken = {**finetuned, "layers.1.w": torch.full((4,), float("nan"))}
+    save_weights(broken, folder / "broken.safetensors")
+    save_weights({"layers.0.w": torch.randn(6, 9), "layers.1.w": torch.randn(4)}, folder / "wider.safetensors")
+    (folder / "page.ckpt").write_text("<html>404 not found</html>")
+    (folder / "pointer.safetensors").write_text("version https://git-lfs.github.com/spec/v1\nsize 9\n")
+    (folder / "notes.safetensors").write_text("remember the milk\n" * 9)
+    return folder
+
+
+@pytest.fixture
+def place(made, tmp_path, monkeypatch):
+    """A folder of one's own with those files."""
+    for file in made.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def run(capsys, *words):
+    """Run a command; gives its status and what it said on the standard error."""
+    try:
+        main([str(word) for word in words])
+    except SystemExit as stop:
+        return stop.code, capsys.readouterr().err
+    return 0, capsys.readouterr().err
+
+
+COMPOSE = ("compose", "--base", "base.safetensors", "--vectors.digits", "digits.tv.safetensors")
+
+
+def test_a_recipe_and_numbers_may_begin_with_a_minus(place, capsys):
+    status, text = run(
+        capsys, *COMPOSE, "--recipe", "-digits", "--scaling_coef", "-1e-1", "--output", "out.safetensors"
+    )
+    assert (status, text) == (0, "")
+    vector = TaskVector.load("digits.tv.safetensors")
+    expected = (-vector).apply_to(open_weights("base.safetensors"), -0.1)
+    assert torch.equal(open_weights("out.safetensors")["layers.0.w"], expected["layers.0.w"])
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--recpie", "digits"], r"no option --recpie. Did you mean --recipe\? 'tva compose --help' lists"),
+        (["digits"], "'digits' is one word too many: every value follows its option"),
+        (["--scaling_coef", "many"], "--scaling_coef must be a number; found 'many'."),
+        (["--coefs.s", "many"], r"--coefs.s must be float \| Mapping\[.*\]; found 'many'."),
+        (["--vectors", "digits.tv.safetensors"], "--vectors must be names with values, as in --vectors.NAME VALUE"),
+        (["--key_map", "x"], "--key_map must be names with values"),
+        (["--keep_undo", "maybe"], "--keep_undo must be true or false or 'with_vectors'; found 'maybe'."),
+        (["--recipe"], "--recipe must be followed by a value."),
+        ([], "--recipe must be given. 'tva compose --help' lists all options."),
+        (["--recipe", "digits", "--scaling_coef", ".inf"], "scaling_coef must be a finite number; found inf"),
+        (["--recipe", "digits", "--config", "none.yaml"], "File does not exist"),
+        (["--recipe", "digits", "--base", "bsae.safetensors"], r"\(. holds 'base.safetensors' and others"),
+        (["--recipe", "digits", "--base", "nowhere/b.safetensors"], "nowhere does not exist"),
+        (["--recipe", "digits", "--base", "pointer.safetensors"], "pointer of Git LFS.*git lfs pull"),
+        (["--recipe", "digits", "--base", "notes.safetensors"], "it is text that begins with 'remember the milk"),
+        (["--recipe", "digits", "--vectors.digits", "page.ckpt"], "no PyTorch checkpoint .*begins with '<html>404"),
+        (["--recipe", "digits", "--vectors.digits", "wider.safetensors"], r"differ: 'layers.0.w \[6, 5\] and \[6, 9"),
+        (["--recipe", "digits", "--vectors.digits", "broken.safetensors"], "'layers.1.w' .*: broken.safetensors, the"),
+        (["--recipe", "digits", "--scaling_coef", "1e39"], "too large for torch.float32. Give a smaller"),
+        (["--recipe", "digits", "--vectors.digits", "base.safetensors"], "every delta is zero. Check that the vectors"),
+        (["--recipe", "digits", "--scaling_coef", "1e-30"], "vanishes in rounding to the output's dtype. Use a larger"),
+        (["--recipe", "s * digits"], "If it is a coefficient, give its value: --coefs.s NUMBER"),
+        (["--recipe", " + ".join(["digits"] * 4000)], "must not nest hundreds of levels deep"),
+        (["--recipe", "digits", "--output", "base.safetensors/out.safetensors"], "cannot be written: .*in a folder"),
+    ],
+)  # fmt: skip
+@pytest.mark.filterwarnings("error")
+def test_mistakes_say_what_is_wrong_and_what_to_do(place, capsys, words, message):
+    before = {file.name for file in place.iterdir()}
+    words = words if "--output" in words else [*words, "--output", "out.safetensors"]
+    status, text = run(capsys, *COMPOSE, *words)
+    assert (status, text.startswith("tva: error: ")) == (2, True), text
+    assert re.search(message, text), text
+    assert "Traceback" not in text
+    assert len(text) < 800
+    assert {file.name for file in place.iterdir()} == before, "something was left behind"
+
+
+@pytest.mark.parametrize("output", ["base.safetensors", "digits.tv.safetensors", "./base.safetensors"])
+def test_an_input_is_never_overwritten(place, capsys, output):
+    before = (place / output).read_bytes()
+    status, text = run(capsys, *COMPOSE, "--recipe", "digits", "--output", output)
+    assert (status, "would replace it. Give another output" in text) == (2, True)
+    assert (place / output).read_bytes() == before
+
+
+def test_a_folder_may_be_base_and_hold_the_edit_but_keeps_its_weights(place):
+    (place / "model").mkdir()
+    (place / "base.safetensors").rename(place / "model/model.safetensors")
+    vectors = {"digits": "digits.tv.safetensors"}
+    for _ in range(2):  # once more over the first
+        compose("model", vectors, "digits", "model/edited.safetensors")
+    with pytest.raises(ValueError, match="lies in what is given as base, model, and would replace it"):
+        compose("model", vectors, "digits", "model/model.safetensors")
+
+
+def test_statistics_files_and_edits_that_are_reverted_are_inputs_too(place, capsys):
+    save_file(
+        {name: torch.ones_like(value) for name, value in open_weights("base.safetensors").items()}, "f.safetensors"
+    )
+    status, text = run(
+        capsys, *COMPOSE, "--recipe", "fisher(digits, files=('f.safetensors',))", "--output", "f.safetensors"
+    )
+    assert (status, "would replace it" in text) == (2, True)
+    assert run(capsys, *COMPOSE, "--recipe", "digits", "--output", "out.safetensors", "--keep_undo")[0] == 0
+    for output in ("out.safetensors", "out.undo.safetensors"):
+        status, text = run(capsys, "revert", "out.safetensors", "--output", output)
+        assert (status, "would replace it" in text) == (2, True)
+    assert run(capsys, "revert", "out.safetensors", "--output", "back.safetensors")[0] == 0
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["extract", "base.safetensors", "finetuned.safetensors"], "usage: tva extract --base BASE --fine"),
+        (["inspect"], "--path must be given; usage: tva inspect PATH "),
+        (["inspect", "digits.tv.safetensors", "--by", "color"], "--by must be 'group', 'layer', 'tensor'; found"),
+        (["compare", "digits.tv.safetensors", "digits.tv.safetensors"], "was given more than once. Leave it out"),
+        (["compress", "digits.tv.safetensors", "--outptu", "x"], r"no option --outptu. Did you mean --output\?"),
+        (["extract", "--base", "base.safetensors", "--finetuned", "finetuned.safetensors", "--output",
+          "base.safetensors/x.tv.safetensors"], "cannot be written: .*Give an output in a folder"),
+    ],
+)  # fmt: skip
+def test_mistakes_in_commands_on_files(place, capsys, words, message):
+    status, text = run(capsys, *words)
+    assert (status, text.startswith("tva: error: ")) == (2, True), text
+    assert re.search(message, text), text
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "must be an expression of task vectors, such as 'a . b'; found nothing"),
+        ("a +", r"This is not an expression .*\n  a \+\n     \^"),
+        ("1e400 * a", "beyond what float32 can hold"),
+        ("ties(a, density='0.2')", "density must be a number; found '0.2'"),
+        ("ties(a, density=many)", "found many"),
+        ("ties(a, trim=3)", "trim must be a text in quotes; found 3"),
+        ("dare(a, seed=0.5)", "seed must be a whole number; found 0.5"),
+        ("breadcrumbs(a, rows='yes')", "rows must be True or False; found 'yes'"),
+        ("ties(a, weights=('1',))", r"weights must be numbers, such as \(1, 0.5\)"),
+        ("fisher(a, files=(1,))", "files must be texts in quotes"),
+        ("tall(a, task='a')", "task must be a whole number; found 'a'"),
+    ],
+)
+def test_recipes_that_cannot_be_read(text, message):
+    with pytest.raises(ValueError, match=message):
+        Recipe(text, ["a"])
+
+
+def test_coefficients_are_finite():
+    with pytest.raises(ValueError, match="The coefficient 's' must be a finite number; found inf"):
+        Recipe("s * a", ["a"], {"s": float("inf")})
+
+
+def test_the_caret_of_a_long_recipe_stays_in_sight():
+    with pytest.raises(ValueError, match=r"'b' is unknown") as error:
+        Recipe("0.5 * (" + " + ".join(["a"] * 100) + " + b + " + " + ".join(["a"] * 100) + ")", ["a"])
+    _, shown, caret = str(error.value).split("\n")
+    assert max(len(shown), len(caret)) < 250
+    assert shown[len(caret) - 1] == "b"
+
+
+def test_a_parsers_words_that_are_not_known_stay():
+    assert explain("something else", "compose", []) == "something else"
+    assert explain('Parser key "x": something else', "compose", []) == 'Parser key "x": something else'
+
+
+def test_a_disk_that_is_full_is_not_called_a_wrong_folder(tmp_path):
+    with pytest.raises(OSError, match="no room"), atomic_path(tmp_path / "x"):
+        raise OSError(28, "no room")
+
+
+@pytest.mark.parametrize("command", ["compose", "inspect"])
+def test_an_interrupted_command_says_so_in_one_line(place, capsys, monkeypatch, command):
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    words = [*COMPOSE, "--recipe", "digits", "--output", "out.safetensors"]
+    if command == "compose":
+        monkeypatch.setattr("tva.compose.apply.Composer.run", interrupted)
+    else:
+        monkeypatch.setattr("tva.vectors.compare.open_weights", interrupted)
+        words = ["inspect", "digits.tv.safetensors"]
+    status, text = run(capsys, *words)
+    assert (status, text.startswith("tva: interrupted.")) == (130, True)
+    assert ("the same command with --resume goes on" in text) == (command == "compose")
+
+
+@pytest.mark.parametrize("command", ["inspect digits.tv.safetensors", "inspect digits.tv.safetensors --json"])
+def test_a_reader_that_goes_away_is_no_error(place, command):
+    words = [sys.executable, "-c", f"from tva.cli.main import main; main({command.split()})"]
+    with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        process.stdout.close()
+        assert process.stderr.read() == ""
+    assert process.returncode == 141
+
+
+def test_json_of_an_edit_by_zero_or_of_a_base_of_zeros_is_json(place, capsys):
+    def refuse(constant):
+        raise AssertionError(f"{constant} is no JSON")
+
+    zeros = {name: torch.zeros_like(value) for name, value in open_weights("base.safetensors").items()}
+    save_weights(zeros, "zeros.safetensors")
+    options = ["--recipe", "digits", "--output", "out.safetensors", "--json"]
+    for more, change in ((["--scaling_coef", "0"], 0), (["--base", "zeros.safetensors", "--allow_other_base"], None)):
+        main([*COMPOSE, *more, *options])
+        effects = json.loads(capsys.readouterr().out, parse_constant=refuse)["effects"]
+        assert {effect["relative_change"] for effect in effects.values()} == {change}

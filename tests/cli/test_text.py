@@ -1,0 +1,190 @@
+"""`tva fit` and `tva edit` on text, from YAML to verdict: tiny models, and real ones where they are."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from small_text import make_trainer, real_data, real_models, write_model, write_reviews, write_running_text
+
+from tva import TaskVector, fingerprint, open_weights
+from tva.cli.main import main
+from tva.data import LanguageTask
+from tva.evaluation.evaluate import evaluate
+from tva.models import CausalLM
+
+pytestmark = pytest.mark.slow
+ROOT = Path(__file__).parents[2]
+
+
+def fit_config(folder, model, data, **trainer):
+    return {
+        "trainer": {
+            "max_epochs": 4,
+            "accelerator": "cpu",
+            "logger": False,
+            "enable_model_summary": False,
+            "num_sanity_val_steps": 0,
+            "default_root_dir": str(folder),
+            "callbacks": [
+                {"class_path": "tva.callbacks.TaskVectorCallback"},
+                {
+                    "class_path": "lightning.pytorch.callbacks.ModelCheckpoint",
+                    "init_args": {"dirpath": str(folder), "filename": "last", "enable_version_counter": False},
+                },
+            ],
+            **trainer,
+        },
+        "model": model,
+        "data": data,
+    }
+
+
+def run(path, command, config, *arguments):
+    path.write_text(yaml.safe_dump(config))
+    status = 0
+    try:
+        main([command, "--config", str(path), *arguments])
+    except SystemExit as stop:
+        status = stop.code
+    return status
+
+
+def named(class_path, **init_args):
+    return {"class_path": class_path, "init_args": init_args}
+
+
+def test_text_classification_is_added_and_forgotten_from_yaml(tmp_path, capsys):
+    folder = write_model(tmp_path / "bert", "bert")
+    path = write_reviews(tmp_path)
+    descriptions = {"negative": ["bad", "poor"], "positive": "good"}
+    data = named("tva.data.TextTask", path=path, batch_size=16, class_descriptions=descriptions)
+    turned = named(
+        "tva.data.TextTask",
+        path=path,
+        name="turned",
+        batch_size=16,
+        class_descriptions={"negative": "food", "positive": "film"},
+    )
+    model = named("tva.models.TextClassifier", name=folder, learning_rate=3e-3, warmup_steps=0)
+    assert run(tmp_path / "fit.yaml", "fit", fit_config(tmp_path / "run", model, data, max_epochs=20)) == 0
+    vector = TaskVector.load(tmp_path / "run/last.tv.safetensors")
+    assert vector.origin.task == "reviews"
+    assert all(name.startswith("encoder.") for name in vector.deltas)
+    for recipe, objective in (("reviews", "reviews/accuracy"), ("-reviews", "reviews/loss")):
+        edit = {
+            "model": model,
+            "vectors": {"reviews": str(tmp_path / "run/last.tv.safetensors")},
+            "recipe": recipe,
+            "output": str(tmp_path / "out"),
+            "maximize": objective,
+            "targets": {"reviews": data},
+            "controls": {"turned": turned},
+        }
+        assert run(tmp_path / "edit.yaml", "edit", edit) == 0
+        report = json.loads((tmp_path / "out/edit.json").read_text())
+        base, tuned, edited = (report["tasks"]["reviews"][key]["value"] for key in ("base", "finetuned", "edited"))
+        if recipe == "reviews":
+            assert tuned > 0.9
+            assert edited > max(0.9, base)
+        else:
+            assert tuned < base < edited
+        assert report["tasks"]["turned"]["num_examples"] == 24
+    # and the edited weights are those of transformers, but for the prefix
+    edited = open_weights(tmp_path / "out/edited.safetensors")
+    from transformers import AutoModel
+
+    network = AutoModel.from_pretrained(folder)
+    network.load_state_dict({name.removeprefix("encoder."): edited[name] for name in edited}, strict=True)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_causal_model_forgets_under_a_constraint_on_perplexity(tmp_path, tied, capsys):
+    folder = write_model(tmp_path / "llama", "causal", tie_word_embeddings=tied)
+    reviews = named(
+        "tva.data.LanguageTask",
+        path=write_reviews(tmp_path),
+        name="bad",
+        where={"label": ["negative"]},
+        block_length=16,
+    )
+    prose = named("tva.data.LanguageTask", path=write_running_text(tmp_path), name="prose", block_length=16)
+    model = named("tva.models.CausalLM", name=folder, learning_rate=3e-3, warmup_steps=0)
+    assert run(tmp_path / "fit.yaml", "fit", fit_config(tmp_path / "run", model, reviews)) == 0
+    edit = {
+        "model": model,
+        "vectors": {"bad": str(tmp_path / "run/last.tv.safetensors")},
+        "recipe": "-bad",
+        "output": str(tmp_path / "out"),
+        "rule": "largest",
+        "maximize": "bad/loss",
+        "subject_to": ["prose/perplexity <= base + 0.5"],
+        "targets": {"bad": reviews},
+        "controls": {"prose": prose},
+    }
+    assert run(tmp_path / "edit.yaml", "edit", edit) in (0, 1)  # the test part may just miss what validation allows
+    report = json.loads((tmp_path / "out/edit.json").read_text())
+    assert 0 < report["coefficients"]["scaling_coef"] < 1
+    (verdict,) = report["constraints"]
+    before = report["tasks"]["prose"]["base"]["value"]
+    assert verdict["bound"] == pytest.approx(before + 0.5)
+    assert report["tasks"]["prose"]["metric"] == "perplexity"
+    assert report["tasks"]["prose"]["edited"]["value"] > before
+    bad = report["tasks"]["bad"]
+    assert bad["finetuned"]["value"] < bad["base"]["value"] < bad["edited"]["value"]
+    assert bad["edited"]["low"] < bad["edited"]["value"] < bad["edited"]["high"]  # loss has scores by example
+    edit |= {"scaling_coef": 0.01, "subject_to": ["prose/loss <= 1.1 * base"], "confidence": 0.95}
+    assert run(tmp_path / "edit.yaml", "edit", edit) == 0
+    edited = open_weights(tmp_path / "out/edited.safetensors")
+    same = torch.equal(edited["network.lm_head.weight"], edited["network.model.embed_tokens.weight"])
+    assert same == tied
+    again = {**model, "init_args": {**model["init_args"], "weights": str(tmp_path / "out/edited.safetensors")}}
+    assert run(tmp_path / "edit.yaml", "edit", {**edit, "model": again, "scaling_coef": 0.5, "subject_to": []}) == 2
+    assert fingerprint(edited) == fingerprint(open_weights(tmp_path / "out/edited.safetensors"))
+    assert "taken from" in capsys.readouterr().err  # its base is not the edited model
+
+
+def test_a_real_sentence_encoder_learns_and_forgets_questions(tmp_path, monkeypatch):
+    monkeypatch.setenv("TVA_DATA", str(real_data()))
+    monkeypatch.setenv("TVA_MODELS", str(real_models(tmp_path)))
+    root = real_config("fit/text")
+    root["trainer"] |= {"accelerator": "cpu", "max_epochs": 1, "default_root_dir": str(tmp_path / "run")}
+    root["data"]["init_args"] |= {"limit_train": 256, "limit_val": 100}
+    assert run(tmp_path / "fit.yaml", "fit", root) == 0
+    edit = real_config("edit/forget-text")
+    edit |= {
+        "vectors": {"trec6": str(tmp_path / "run/checkpoints/last.tv.safetensors")},
+        "output": str(tmp_path / "out"),
+        "scaling_coef": 1.0,
+        "subject_to": [],
+    }
+    for task in (edit["targets"]["trec6"], edit["controls"]["ag_news"]):
+        task["init_args"] |= {"limit_val": 100, "limit_test": 200}
+    assert run(tmp_path / "edit.yaml", "edit", edit) == 0
+    tasks = json.loads((tmp_path / "out/edit.json").read_text())["tasks"]
+    assert tasks["ag_news"]["base"]["value"] > 0.6  # four topics
+    assert tasks["trec6"]["finetuned"]["value"] > tasks["trec6"]["base"]["value"] + 0.1
+    assert tasks["trec6"]["edited"]["value"] < tasks["trec6"]["base"]["value"]
+
+
+def test_a_real_causal_model_knows_more_of_prose_than_a_guess(tmp_path):
+    data = LanguageTask(str(real_data() / "text/wikitext2-{split}.txt.gz"), block_length=512, limit_test=100)
+    model = CausalLM(str(real_models(tmp_path) / "stories260k"))
+    found = evaluate(make_trainer(tmp_path), model, data, "test")
+    assert 100 < found.metrics["perplexity"] < 320  # a guess among its 512 tokens would have 512
+
+
+def real_config(name):
+    return yaml.safe_load((ROOT / f"configs/{name}.yaml").read_text())
+
+
+BLOCKS = re.findall(r"```yaml\n(.*?)```", (ROOT / "docs/models.md").read_text(), flags=re.DOTALL)
+
+
+@pytest.mark.parametrize("block", BLOCKS)
+def test_every_block_of_the_documentation_parses(block, tmp_path, capsys):
+    assert run(tmp_path / "c.yaml", "fit", yaml.safe_load(block), "--print_config") == 0
+    shown = yaml.safe_load(capsys.readouterr().out)
+    assert "learning_rate" in shown["model"]["init_args"]  # shared options are seen through **options

@@ -1,0 +1,300 @@
+"""`tva verify` as a user runs it: what was written is what its record says, or else what has changed."""
+
+import json
+
+import lightning as L
+import numpy
+import pytest
+import torch
+from small_models import Blobs, LinearNet
+
+from tva import TaskVector, open_weights, save_weights
+from tva.checkpoints import HashedWeights, fingerprint, read_metadata
+from tva.cli.main import main
+from tva.compose.apply import compose
+from tva.compose.record import Record
+from tva.compose.revert import revert
+from tva.compose.verify import verify
+from tva.edit.run import run_edit
+
+
+def state(seed, dtype=torch.float32):
+    generator = torch.Generator().manual_seed(seed)
+    shapes = {"l.0.w": (40, 30), "l.1.w": (25, 40), "scalar": (), "empty": (0, 3), "bias": (25,)}
+    tensors = {name: torch.randn(shape, generator=generator).to(dtype) for name, shape in shapes.items()}
+    return {**tensors, "bn.running_mean": torch.randn(3, generator=generator), "steps": torch.tensor(seed)}
+
+
+@pytest.fixture(params=[torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+def folder(request, tmp_path, monkeypatch):
+    """A folder to work in: a base, a fine-tuned checkpoint, a task vector file and a file of statistics."""
+    monkeypatch.chdir(tmp_path)
+    base = state(0, request.param)
+    save_weights(base, "base.safetensors")
+    torch.save({"state_dict": state(1, request.param)}, "a.ckpt")
+    TaskVector.between(base, state(2, request.param)).save("b.tv.safetensors")
+    names = ("l.0.w", "l.1.w", "scalar", "empty", "bias")
+    save_weights({name: torch.rand(base[name].shape) for name in names}, "fisher.safetensors")
+    return tmp_path
+
+
+VECTORS = ["--vectors.a", "a.ckpt", "--vectors.b", "b.tv.safetensors"]
+
+
+def run(*words):
+    """Run a command and give its exit status."""
+    try:
+        main(list(map(str, words)))
+    except SystemExit as error:
+        return error.code
+    return 0
+
+
+def write(recipe, output="out.safetensors", *options):
+    assert run("compose", "--base", "base.safetensors", *VECTORS, "--recipe", recipe, "--output", output, *options) == 0
+
+
+def replace(path, change, **metadata):
+    """Write a checkpoint again with its header and one thing changed, as an accident would."""
+    weights, header = dict(open_weights(path)), read_metadata(path)
+    change(weights)
+    save_weights(weights, path, {**header, **metadata})
+
+
+@pytest.mark.parametrize(
+    ("recipe", "options"),
+    [
+        ("0.5 * (a - b)", []),
+        ("s * a", ["--coefs", '{"s": {"layer": [0.1, 0.7], ".*": 0.3}}', "--dtype", "float16"]),
+        ("ties(dare(a, drop=0.5), b, density=0.3)", ["--scaling_coef", "0.3"]),
+        ('fisher(b, files=("fisher.safetensors",)) + tsv(a, b)', ["--max_shard_size", "5KB"]),
+    ],
+)
+@pytest.mark.parametrize("output", ["out.safetensors", "out"])
+def test_what_compose_wrote_is_verified_and_nothing_is_written(folder, capsys, recipe, options, output):
+    write(recipe, output, *options)
+    before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
+    capsys.readouterr()
+    assert run("verify", output) == 0
+    text = capsys.readouterr().out
+    assert text.startswith(f"verified: {output} is base + ")
+    assert "the base, every other input and the stored weights have the recorded fingerprints" in text
+    assert before == {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
+
+
+def test_fingerprints_of_inputs_are_recorded_and_are_those_of_their_files(folder):
+    write('fisher(b, files=("fisher.safetensors",)) + a')
+    record = Record.read(open_weights("out.safetensors"))
+    for path, digest in {
+        "base.safetensors": record.base_fingerprint,
+        "out.safetensors": record.edited_fingerprint,
+        "a.ckpt": record.vector_fingerprints["a"],
+        "b.tv.safetensors": record.vector_fingerprints["b"],
+        "fisher.safetensors": record.file_fingerprints["fisher.safetensors"],
+    }.items():
+        assert fingerprint(open_weights(path)).digest == digest, path
+
+
+def test_elements_are_hashed_once_whatever_is_read_first(folder):
+    weights = open_weights("base.safetensors")
+    hashed = HashedWeights(weights)
+    hashed.slice("l.0.w", 0, 7)
+    hashed.slice("l.0.w", 100, 200)  # not in order: read again in the end
+    hashed.slice("l.0.w", 3, 20)
+    _ = hashed["l.1.w"], hashed["l.1.w"]
+    hashed.entry("bias").read_into(numpy.empty(5 * weights.spec("bias").itemsize, numpy.uint8), 0)
+    assert hashed.fingerprint() == fingerprint(weights)
+
+
+def test_weights_changed_after_the_edit_are_told_from_inputs_that_changed(folder, capsys):
+    write("0.5 * (a + b)")
+    replace("out.safetensors", lambda weights: weights["bias"][3].add_(0.25))
+    assert run("verify", "out.safetensors") == 1
+    text = capsys.readouterr().out
+    assert "NOT verified" in text
+    assert "1 of 7 tensors differ: 'bias'; largest difference 0.25, in 'bias'" in text
+    assert "stored weights: " in text
+    assert "changed after the edit" in text
+    assert "another one, or changed since" not in text
+
+    write("0.5 * (a + b)")
+    replace("b.tv.safetensors", lambda weights: weights["l.0.w"].mul_(2))
+    capsys.readouterr()
+    assert run("verify", "out.safetensors", "--json") == 1
+    found = json.loads(capsys.readouterr().out)
+    assert list(found["different"]) == ["l.0.w"]
+    assert list(found["changed"]) == ["vector b"]
+    assert found["changed"]["vector b"]["found"] == fingerprint(open_weights("b.tv.safetensors")).digest
+
+
+@pytest.mark.parametrize("changed", ["base", "fisher", "unused"])
+def test_every_input_counts_even_where_the_result_is_the_same(folder, capsys, changed):
+    write('0.5 * fisher(b, files=("fisher.safetensors",))')
+    if changed == "base":
+        replace("base.safetensors", lambda weights: weights["bias"].add_(1))
+        message = "base: "
+    elif changed == "fisher":
+        replace("fisher.safetensors", lambda weights: weights["bias"].add_(1))
+        message = "file fisher.safetensors: "
+    else:  # statistics of the vector, which the edit leaves out
+        replace("b.tv.safetensors", lambda weights: weights["bn.running_mean"].add_(1))
+        message = "no tensor differs from what the inputs give\nvector b: "
+    capsys.readouterr()
+    assert run("verify", "out.safetensors") == 1
+    text = capsys.readouterr().out
+    assert message in text
+    assert "another one, or changed since" in text
+
+
+def test_names_dtypes_and_shapes_count(folder):
+    write("a")
+    replace("out.safetensors", lambda weights: weights.update(more=torch.ones(2), bias=weights["bias"].double()))
+    report = verify("out.safetensors")
+    assert sorted(report.different) == ["bias", "more"]
+    replace("out.safetensors", lambda weights: weights.pop("scalar"))
+    assert "scalar" in verify("out.safetensors").different
+    assert "largest difference nan" in str(verify("out.safetensors"))
+
+
+def test_a_program_that_computes_otherwise_is_named(folder, capsys):
+    write("0.5 * a")
+    replace("out.safetensors", lambda weights: weights["bias"].add_(1))
+    other = fingerprint(open_weights("out.safetensors")).digest
+    header = {"tva.edited_fingerprint": other, "tva.version": "0.0.1"}  # as an older version might have written it
+    replace("out.safetensors", lambda weights: None, **header)
+    capsys.readouterr()
+    assert run("verify", "out.safetensors") == 1
+    assert "what computes is another. It was written by tva 0.0.1 with torch" in capsys.readouterr().out
+
+
+def test_inputs_that_moved_are_given(folder, capsys):
+    write("0.5 * (a + b)")
+    (folder / "moved").mkdir()
+    for name in ("base.safetensors", "a.ckpt"):
+        (folder / name).rename(folder / "moved" / name)
+    with pytest.raises(FileNotFoundError, match=r"was made from base.safetensors, and nothing is there.*give --base"):
+        verify("out.safetensors")
+    with pytest.raises(FileNotFoundError, match=r"was made from a.ckpt, and nothing is there.*give --vectors.a PATH"):
+        verify("out.safetensors", base="moved/base.safetensors")
+    with pytest.raises(ValueError, match=r"--vectors.c is no input of out.safetensors; its inputs are --base, --vecto"):
+        verify("out.safetensors", base="moved/base.safetensors", vectors={"c": "moved/a.ckpt"})
+    capsys.readouterr()
+    assert run("verify", "out.safetensors", "--base", "moved/base.safetensors", "--vectors.a", "moved/a.ckpt") == 0
+
+
+def test_a_file_of_statistics_that_is_gone_is_named(folder):
+    write('fisher(b, files=("fisher.safetensors",))')
+    (folder / "fisher.safetensors").unlink()
+    with pytest.raises(FileNotFoundError, match=r"fisher.safetensors.*The recipe of out.safetensors reads it"):
+        verify("out.safetensors")
+
+
+def test_a_checkpoint_without_a_record_is_refused(folder):
+    with pytest.raises(
+        ValueError, match=r"base.safetensors holds no record of an edit: .*lacks tva.base, .*tva compose"
+    ):
+        verify("base.safetensors")
+    with pytest.raises(FileNotFoundError, match="nothing is there"):
+        verify("nothing.safetensors")
+    write("a")
+    header = {key: text for key, text in read_metadata("out.safetensors").items() if "tor" not in key}
+    save_weights(dict(open_weights("out.safetensors")), "old.safetensors", {**header, "tva.vectors": '{"a": "a.ckpt"}'})
+    report = verify("old.safetensors")  # from before the inputs' fingerprints were recorded
+    assert report.holds
+    assert report.unrecorded == ["vector a"]
+    assert "no fingerprint was recorded of vector a" in str(report)
+
+
+def test_shards_of_different_edits_hold_no_common_record(folder):
+    for output, coef in (("out", "1"), ("other", "2")):
+        write("a", output, "--max_shard_size", "2KB", "--scaling_coef", coef)
+    shards = sorted(path.name for path in (folder / "out").glob("*.safetensors"))
+    (folder / "other" / shards[0]).replace(folder / "out" / shards[0])
+    with pytest.raises(ValueError, match="lacks tva.edited_fingerprint, tva.scaling_coef"):
+        verify("out")
+
+
+def test_raw_and_averaged_weights_are_told_apart(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    save_weights({"w": torch.zeros(4)}, "base.safetensors")
+    averaged, raw = {"w": torch.ones(4)}, {"w": torch.full((4,), 2.0)}
+    state = {"averaging_state": {"n_averaged": torch.tensor(3)}, "current_model_state": raw}
+    torch.save({"state_dict": averaged, **state}, "a.ckpt")
+    for which in ("raw", "averaged"):
+        compose("base.safetensors", {"a": "a.ckpt"}, "a", f"{which}.safetensors", which=which)
+        assert verify(f"{which}.safetensors").holds
+
+
+def test_memory_is_bounded(folder):
+    write("a")
+    with pytest.raises(ValueError, match="max_memory must be .*MiB or more"):
+        verify("out.safetensors", max_memory="1MiB")
+
+
+# --- what `tva edit` writes
+
+
+class NormNet(LinearNet):
+    """Has BatchNorm statistics."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm = torch.nn.BatchNorm1d(2)
+
+    def forward(self, inputs):
+        return self.norm(super().forward(inputs))
+
+
+def edit(**options):
+    trainer = L.Trainer(
+        accelerator="cpu",
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    return run_edit(trainer, NormNet(), output="edited", targets={"blobs": Blobs(1)}, scaling_coef=0.5, **options)
+
+
+@pytest.fixture
+def trained(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    base = NormNet().state_dict()
+    save_weights(base, "base.safetensors")
+    moved = {name: tensor + 0.1 * torch.randn(tensor.shape).abs() for name, tensor in base.items() if tensor.ndim}
+    save_weights({**base, **moved}, "a.safetensors")
+    TaskVector.between(base, {**base, **moved}).save("b.tv.safetensors")
+
+
+@pytest.mark.parametrize("statistics", ["keep", "delta", "reestimate"])
+@pytest.mark.parametrize("base", [None, "base.safetensors"])
+def test_what_edit_wrote_is_verified_too(trained, capsys, statistics, base):
+    vectors = {"a": "a.safetensors", "b": "b.tv.safetensors", "unused": "b.tv.safetensors"}
+    edit(vectors=vectors, recipe="s * (dare(a) + b)", coefs={"s": 0.5}, base=base, statistics=statistics)
+    if base is None:
+        with pytest.raises(ValueError, match="does not say where its base is, .* --base"):
+            verify("edited")
+    words = ["verify", "edited", *([] if base else ["--base", "base.safetensors"])]
+    capsys.readouterr()
+    assert run(*words) == 0
+    text = capsys.readouterr().out
+    assert ("not computed again: 3 running statistics" in text) == (statistics != "keep")
+    replace("edited/edited.safetensors", lambda weights: weights["norm.running_mean"].add_(1))
+    assert run(*words) == 1
+    assert "changed after the edit" in capsys.readouterr().out
+
+
+def test_the_base_that_lies_beside_a_vector_needs_no_naming(trained, capsys):
+    base = open_weights("base.safetensors")
+    save_weights(dict(base), f"base-{fingerprint(base).digest}.safetensors")  # as TaskVectorCallback writes it
+    edit(vectors={"a": "a.safetensors"}, recipe="a")
+    assert run("verify", "edited") == 0
+    with pytest.raises(FileNotFoundError, match=r"the base itself is still at base-[0-9a-f]{32}.*: copy it"):
+        revert("edited", output="again.safetensors")
+
+
+def test_an_edit_with_learned_coefficients_says_that_it_cannot_be_computed_again(trained):
+    edit(vectors={"a": "a.safetensors"}, recipe="a", base="base.safetensors")
+    replace("edited/edited.safetensors", lambda weights: None, **{"tva.recipe": "learned(a), 0123"})
+    with pytest.raises(ValueError, match="learned from data, tensor by tensor"):
+        verify("edited")

@@ -1,0 +1,137 @@
+"""Presets: columns and class names of the literature's sets, on copies on disk; the real hub path asks by its name."""
+
+import os
+from pathlib import Path
+
+import datasets
+import pytest
+from PIL import Image
+from test_image_task import everything, ready
+
+from tva.data import ImageTask
+from tva.data.presets import PRESETS, find_preset, list_presets
+
+IMAGES = Path(os.environ.get("TVA_DATA", Path(__file__).parents[3] / "shared" / "data")) / "images"
+
+
+def write(folder, names, labels, image="image", label="label", splits=("train", "test")):
+    """Write a parquet file a split, as a copy of a hub set."""
+    feature = datasets.Value("bool") if names == "bool" else datasets.ClassLabel(names=names)
+    features = datasets.Features({image: datasets.Image(), label: feature})
+    for split in splits:
+        rows = {image: [Image.new("RGB", (4, 4), (9 * at, 0, 0)) for at in range(len(labels))], label: labels}
+        datasets.Dataset.from_dict(rows, features=features).to_parquet(folder / f"{split}.parquet")
+    return str(folder / "{split}.parquet")
+
+
+def test_the_lists_of_the_literature_are_nested():
+    assert [len(list_presets(size)) for size in (8, 14, 20)] == [8, 14, 20]
+    assert set(list_presets(8)) < set(list_presets(14)) < set(list_presets(20)) == set(PRESETS) - {"imagenet"}
+    with pytest.raises(ValueError, match="of 8, 14 and 20; found 9"):
+        list_presets(9)
+
+
+@pytest.mark.parametrize("name", sorted(PRESETS))
+def test_every_preset_has_prompts_with_a_place_for_the_class_and_one_name_a_class(name):
+    preset = find_preset(name)
+    assert preset.templates
+    assert all("{}" in template for template in preset.templates)
+    assert len(set(preset.templates)) == len(preset.templates)
+    if preset.classes is not None:
+        assert len(preset.name_classes([], name)) == preset.num_classes
+
+
+def test_the_hub_is_asked_for_a_presets_repository_and_configuration(monkeypatch, tmp_path):
+    asked = []
+    files = write(tmp_path, [str(number) for number in range(10)], list(range(10)))
+
+    def load(path, name=None, revision=None, **options):
+        asked.append((path, name))
+        return {
+            split: datasets.Dataset.from_parquet(files.format(split=split), cache_dir=str(tmp_path))
+            for split in ("train", "test")
+        }
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    task = ready("preset:svhn")
+    assert asked == [("ufldl-stanford/svhn", "cropped_digits")]
+    assert (task.name, task.class_names[3], task.templates) == ("svhn", "3", ['a photo of the number: "{}".'])
+
+
+def test_columns_and_the_split_to_report_on_are_called_as_everywhere(tmp_path):
+    names = sorted(f"thing_{number}" for number in range(100))
+    copy = write(tmp_path, names, list(range(100)), image="img", label="fine_label")
+    task = ready("preset:cifar100", local=copy)
+    assert task.class_names[7] == "thing 15"
+    food = tmp_path / "food"
+    food.mkdir()
+    copy = write(food, [f"dish_{number}" for number in range(101)], list(range(101)), splits=("train", "validation"))
+    assert len(everything(ready("preset:food101", local=copy).test_dataloader())[1]) == 101
+
+
+def test_class_names_follow_the_datas_own_whatever_their_order(tmp_path):
+    archive = list(find_preset("eurosat").classes)
+    task = ready("preset:eurosat", local=write(tmp_path, archive[::-1], list(range(10))))
+    assert task.class_names[:2] == ["lake or sea", "river"]
+    prompts = list(find_preset("eurosat").classes.values())
+    task = ready("preset:eurosat", local=write(tmp_path, prompts, list(range(10))))
+    assert task.class_names == prompts
+
+
+def test_labels_that_everybody_numbers_alike_may_have_any_names(tmp_path):
+    words = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
+    task = ready("preset:mnist", local=write(tmp_path, words, list(range(10))))
+    assert task.class_names == list("0123456789")
+    assert ready("preset:mnist", local=write(tmp_path, list("9876543210"), list(range(10)))).class_names[0] == "9"
+    with pytest.raises(ValueError, match=r"mnist: the data's classes '1' are not this set's"):
+        ready("preset:mnist", local=write(tmp_path, ["1", *words[1:]], list(range(10))))
+
+
+def test_labels_that_are_true_or_false_become_indices(tmp_path):
+    task = ready("preset:pcam", local=write(tmp_path, "bool", [True, False] * 4))
+    assert everything(task.test_dataloader())[1].tolist() == [1, 0] * 4
+    assert task.class_names[1] == "lymph node containing metastatic tumor tissue"
+
+
+def test_imagenets_own_names_stand_in_the_order_of_clips():
+    from timm.data import ImageNetInfo
+
+    own = [name.split(":")[-1] for name in ImageNetInfo().label_descriptions()]
+    names = find_preset("imagenet").name_classes(own, "imagenet")
+    assert (len(names), names[0], names[999], len(find_preset("imagenet").templates)) == (1000, "tench", names[-1], 80)
+
+
+def test_a_class_list_can_be_taken_by_name(tmp_path):
+    task = ready(write(tmp_path, [f"sign {n}" for n in range(43)], list(range(43))), class_names="gtsrb")
+    assert task.class_names[14] == "stop"
+    assert ImageTask("x.parquet", templates="gtsrb").templates[0] == 'a zoomed in photo of a "{}" traffic sign.'
+
+
+def test_mistakes_with_presets_name_what_is_there(tmp_path):
+    with pytest.raises(ValueError, match="no preset is named 'minst'.*Did you mean 'mnist'"):
+        ImageTask("preset:minst")
+    with pytest.raises(ValueError, match="local= is where a preset's data lies, and 'mnist' is none"):
+        ImageTask("mnist", local="here")
+    with pytest.raises(ValueError, match="gtsrb should have 43 classes, but the data names 2: 'a', 'b'"):
+        ready("preset:gtsrb", local=write(tmp_path, ["a", "b"], [0, 1]))
+    with pytest.raises(ValueError, match="eurosat: the data's classes 'x0', 'x1'.*Pass class_names"):
+        ready("preset:eurosat", local=write(tmp_path, [f"x{n}" for n in range(10)], list(range(10))))
+    with pytest.raises(ValueError, match="cars takes its 196 class names from the data, which names none"):
+        ImageTask("x.parquet", class_names="cars")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "num_classes"), [("mnist", 10), ("gtsrb", 43), ("cifar10", 10)])
+def test_real_pictures_come_under_their_presets_names(name, num_classes):
+    if not IMAGES.is_dir():
+        pytest.skip(f"real pictures are not at {IMAGES}; TVA_DATA says where they are")
+    task = ready(f"preset:{name}", local=str(IMAGES / f"{name}-{{split}}.parquet"), limit_test=50, transform=_small)
+    assert len(task.class_names) == num_classes
+    assert everything(task.test_dataloader())[0].shape == (50, 3, 8, 8)
+
+
+def _small(image):
+    import numpy as np
+    import torch
+
+    return torch.from_numpy(np.array(image.resize((8, 8)))).permute(2, 0, 1)

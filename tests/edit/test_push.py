@@ -1,0 +1,147 @@
+"""Pushing an edit to a hub: a server on this machine that answers as the hub does, and refuses as it does."""
+
+import base64
+import json
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import huggingface_hub.constants
+import pytest
+from huggingface_hub import ModelCard
+from test_run import edit, vectors  # noqa: F401 (a fixture)
+
+from tva import TaskVector, fingerprint, open_weights, save_weights
+from tva.cli.main import main
+from tva.edit.push import push
+
+
+class Hub(BaseHTTPRequestHandler):
+    """The end points that a commit needs. Source: the client's own calls, huggingface_hub 2.4."""
+
+    def do_POST(self):
+        body = self.rfile.read(int(self.headers["Content-Length"]))
+        server = self.server
+        server.calls.append(self.path)
+        if self.headers.get("Authorization") != "Bearer right":
+            return self._answer(401, {"error": "Invalid credentials in Authorization header"})
+        if self.path == "/api/validate-yaml":
+            server.card = json.loads(body)["content"]
+            return self._answer(200, {"errors": [], "warnings": []})
+        if self.path == "/api/repos/create":
+            server.created = json.loads(body)
+            return self._answer(200, {"url": f"{server.url}/me/edited", "name": "me/edited"})
+        if self.path == "/api/models/me/edited/preupload/main":
+            files = [file["path"] for file in json.loads(body)["files"]]
+            modes = [{"path": path, "uploadMode": "regular", "shouldIgnore": False} for path in files]
+            return self._answer(200, {"files": modes})
+        if self.path == "/api/models/me/edited/commit/main":
+            for line in body.splitlines():
+                entry = json.loads(line)
+                if entry["key"] == "file":
+                    server.files[entry["value"]["path"]] = base64.b64decode(entry["value"]["content"])
+                else:
+                    server.message = entry["value"]["summary"]
+            return self._answer(200, {"commitUrl": f"{server.url}/me/edited/commit/1", "commitOid": "1" * 40})
+        return self._answer(404, {"error": self.path})
+
+    def _answer(self, status, content):
+        self.send_response(status)
+        self.send_header("Content-Type", "application/json")
+        self.end_headers()
+        self.wfile.write(json.dumps(content).encode())
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    server.url = f"http://127.0.0.1:{server.server_port}"
+    server.files, server.calls, server.created, server.card = {}, [], None, None
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", server.url)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setenv("HF_TOKEN", "right")
+    yield server
+    server.shutdown()
+    server.server_close()
+
+
+@pytest.fixture(scope="module")
+def run(vectors, tmp_path_factory):  # noqa: F811
+    folder = tmp_path_factory.mktemp("run")
+    edit(vectors, folder, scaling_coef=0.5)
+    return folder / "out"
+
+
+FILES = ["README.md", "edit.json", "edited.safetensors", "report.html", "vectors/a.tv.safetensors"]
+FILES += ["vectors/b.tv.safetensors"]
+
+
+def test_weights_vectors_and_card_go_up_in_one_commit(run, hub, tmp_path, capsys):
+    main(["push", str(run), "me/edited", "--base_model", "owner/base"])
+    assert f"pushed: {hub.url}/me/edited/commit/1" in capsys.readouterr().out
+    assert sorted(hub.files) == FILES
+    assert "private" in (hub.created.get("visibility"), "private" if hub.created.get("private") else None)
+    assert hub.message == "tva edit: a + b"
+    assert hub.calls.count("/api/models/me/edited/commit/main") == 1
+    for name, data in hub.files.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(data)
+    edited = fingerprint(open_weights(tmp_path / "edited.safetensors")).digest
+    assert edited == json.loads(hub.files["edit.json"])["edited"]["fingerprint"]
+    assert TaskVector.load(tmp_path / "vectors/a.tv.safetensors").norm() > 0
+    assert hub.files["README.md"].decode() == hub.card  # the hub was asked whether its metadata is valid
+    assert ModelCard(hub.card).data.base_model == "owner/base"
+
+
+def test_a_dry_run_sends_nothing_and_a_new_repository_can_be_public(run, hub, capsys):
+    main(["push", str(run), "me/edited", "--dry_run", "--json"])
+    found = json.loads(capsys.readouterr().out)
+    assert sorted(found["files"]) == FILES
+    assert found["files"]["edited.safetensors"] == (run / "edited.safetensors").stat().st_size
+    assert (found["url"], hub.calls) == (None, [])
+    main(["push", str(run), "me/edited", "--dry_run"])
+    assert "nothing was sent; this would go to me/edited" in capsys.readouterr().out
+    push(str(run), "me/edited", public=True, vectors=False)
+    assert hub.created.get("visibility", "public") == "public"
+    assert not hub.created.get("private")
+    assert sorted(hub.files) == FILES[:4]
+
+
+def test_a_hub_that_refuses_or_is_not_there_is_told_plainly(run, hub, monkeypatch, tmp_path, capsys):
+    monkeypatch.setenv("HF_TOKEN", "wrong")
+    with pytest.raises(OSError, match=r"not let this token write to me/edited \(status 401\): log in with `hf auth"):
+        push(str(run), "me/edited")
+    monkeypatch.delenv("HF_TOKEN")
+    monkeypatch.setattr(huggingface_hub.constants, "HF_TOKEN_PATH", str(tmp_path / "none"))
+    with pytest.raises(SystemExit):
+        main(["push", str(run), "me/edited"])
+    assert "log in with `hf auth login`, or set HF_TOKEN" in capsys.readouterr().err
+    monkeypatch.setenv("HF_TOKEN", "right")
+    with pytest.raises(OSError, match="'no name' is no repository's name"):
+        push(str(run), "no name")
+    with pytest.raises(OSError, match="The hub refused me/other: "):
+        push(str(run), "me/other")
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")
+    with pytest.raises(OSError, match="The hub cannot be reached for me/edited"):
+        push(str(run), "me/edited")
+    assert hub.files == {}
+
+
+def test_what_the_card_does_not_describe_is_not_pushed(vectors, hub, tmp_path):  # noqa: F811
+    edit(vectors, tmp_path, scaling_coef=0.5, subject_to=["other/accuracy >= 2"])
+    with pytest.raises(ValueError, match="has no edited weights to push, for its constraints do not hold: FAILS"):
+        push(str(tmp_path / "out"), "me/edited")
+    edit(vectors, tmp_path, scaling_coef=0.5)
+    weights = dict(open_weights(tmp_path / "out/edited.safetensors"))
+    save_weights({name: 2 * tensor for name, tensor in weights.items()}, tmp_path / "out/edited.safetensors")
+    with pytest.raises(ValueError, match="is not what the edit wrote: its fingerprint is .* Make the edit again"):
+        push(str(tmp_path / "out"), "me/edited")
+    (tmp_path / "out/edited.safetensors").unlink()
+    with pytest.raises(FileNotFoundError, match="edited.safetensors is missing"):
+        push(str(tmp_path / "out"), "me/edited")
+    with pytest.raises(FileNotFoundError, match="No report at"):
+        push(str(tmp_path), "me/edited")
+    assert hub.calls == []

@@ -1,0 +1,199 @@
+"""`tva edit` with a Trainer of two processes: the same choice, scores and weights as one, each example counted once."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import lightning as L
+import pytest
+import torch
+import torch.multiprocessing as mp
+import yaml
+from small_models import Blobs, run_ranks
+from test_run import LateNet, Net, vectors  # noqa: F401 (a fixture)
+from torch.utils.data import DataLoader
+
+from tva import fingerprint, open_weights
+from tva.edit.play.model import Playground
+from tva.edit.run import run_edit
+from tva.edit.trainer import Trainer
+from tva.evaluation.batch_cache import through_cache
+from tva.evaluation.evaluate import evaluate
+from tva.evaluation.ranks import check_strategy
+from tva.report import page
+from tva.search import Bisect, Grid, Learned, Optuna, Race
+
+pytestmark = pytest.mark.slow
+NUM = {"a": 201, "b": 130, "other": 30}  # batches of 20: odd numbers of them, and last ones that are not full
+
+
+def make_trainer(devices, kind=Trainer, **options):
+    return kind(
+        accelerator="cpu",
+        devices=devices,
+        strategy=options.pop("strategy", "ddp" if devices > 1 else "auto"),
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+
+
+def _edit(folder, vectors, devices, changes):  # noqa: F811
+    # in a fork of a process that has drawn, vl-convert waits for threads that stayed behind
+    page.draw, page.library = lambda spec, name: "<svg/>", lambda: ""
+    model, trainer = Net(), make_trainer(devices)
+    report = run_edit(
+        trainer,
+        model,
+        vectors=vectors,
+        output=str(folder / "out"),
+        **{
+            "recipe": "a + b",
+            "targets": {"a": Blobs(1, NUM["a"]), "b": Blobs(2, NUM["b"])},
+            "controls": {"other": Blobs(3, NUM["other"])},
+            "maximize": "mean(normalized_accuracy)",
+            "search": Grid(num=5),
+            **changes,
+        },
+    )
+    content = {**report.to_json(), "weights": fingerprint(model.state_dict()).digest}
+    (folder / f"rank{trainer.global_rank}.json").write_text(json.dumps(content))
+
+
+def _alone(rank, folder, vectors, changes):  # noqa: F811
+    torch.set_num_threads(1)
+    _edit(folder, vectors, 1, changes)
+
+
+def both(folder, vectors, **changes):  # noqa: F811
+    """Edit with one process, and with two; give the reports of the one and of each of the two."""
+    for name in ("one", "two"):
+        (folder / name).mkdir()
+    mp.start_processes(_alone, (folder / "one", vectors, changes), nprocs=1, start_method="fork")
+    run_ranks(_edit, folder / "two", vectors, 2, changes)
+    return [json.loads((folder / name).read_text()) for name in ("one/rank0.json", "two/rank0.json", "two/rank1.json")]
+
+
+def assert_same(one, *others):
+    for other in others:
+        for key in ("tasks", "coefficients", "constraints", "holds", "sizes", "data", "weights", "evaluations"):
+            assert other[key] == one[key], key
+
+
+@pytest.mark.parametrize(
+    ("search", "more"),
+    [
+        (Grid(num=5), {"baselines": ["average", "gradient_ascent"], "diagnostics": ["blame", "disentanglement"]}),
+        (Bisect(num=9), {"rule": "largest", "subject_to": ["other/accuracy >= 0.7 * base"], "confidence": 0.9}),
+        (Optuna({"s": [0, 1], "l": [0, 1]}, num_trials=6), {"recipe": "s * a + l * b"}),
+    ],
+    ids=["grid", "bisect", "optuna"],
+)
+def test_two_processes_give_what_one_gives(vectors, tmp_path, search, more):  # noqa: F811
+    one, *two = both(tmp_path, vectors, search=search, **more)
+    assert_same(one, *two)
+    assert two[0]["baselines"] == one["baselines"]
+    assert two[0]["diagnostics"] == one["diagnostics"]
+    assert one["sizes"]["a"]["test"] == NUM["a"]
+    written = [fingerprint(open_weights(tmp_path / name / "out/edited.safetensors")) for name in ("one", "two")]
+    assert written[0] == written[1]
+    logs = [(tmp_path / name / "out.evaluations.jsonl").read_text().splitlines() for name in ("one", "two")]
+    entries = [[{k: v for k, v in json.loads(line).items() if k != "time"} for line in log] for log in logs]
+    assert entries[1] == entries[0]
+
+
+def test_a_log_of_one_process_is_used_by_two(vectors, tmp_path):  # noqa: F811
+    changes = {"log": str(tmp_path / "log.jsonl")}
+    one, *two = both(tmp_path, vectors, **changes)
+    assert_same(one, *two)
+    assert two[0]["search"]["num_reused"] == two[1]["search"]["num_reused"] > 10
+    lines = (tmp_path / "log.jsonl").read_text().splitlines()
+    assert len({json.loads(line)["key"] for line in lines}) == len(lines)
+
+
+def test_a_race_of_two_processes_takes_parts_of_one_order(vectors, tmp_path):  # noqa: F811
+    one, *two = both(tmp_path, vectors, search=Race(num=11, first=7))
+    assert two[0]["coefficients"] == two[1]["coefficients"]
+    # batches of a few examples are cut smaller for two processes, so that a loss may differ in its last bit
+    assert one["coefficients"] == two[0]["coefficients"]
+    assert [r["left"] for r in two[0]["search"]["rounds"]] == [r["left"] for r in one["search"]["rounds"]]
+
+
+@pytest.mark.parametrize("loss", ["entropy", "cross_entropy"])
+def test_learned_coefficients_are_those_of_one_process(vectors, tmp_path, loss):  # noqa: F811
+    search = Learned(loss=loss, num_steps=25, learning_rate=0.02, batch_size=15)  # 8 and 7 examples
+    one, *two = both(tmp_path, vectors, search=search)
+    tables = [report["search"]["coefficients"] for report in (one, *two)]
+    assert tables[1] == tables[2]
+    for name, row in tables[0].items():
+        assert tables[1][name] == pytest.approx(row, abs=1e-5)
+        assert any(abs(value - 0.3) > 0.02 for value in row.values())
+    assert two[0]["search"]["loss"] == pytest.approx(one["search"]["loss"], abs=1e-5)
+    assert two[0]["tasks"] == one["tasks"]
+    assert two[0]["weights"] == two[1]["weights"]
+
+
+def _refused(folder):
+    trainer, task = make_trainer(2), Blobs(1, 1)
+    with pytest.raises(ValueError, match="Each process must have an example, but 2 processes have 1"):
+        evaluate(trainer, Net(), task, "val")
+    with pytest.raises(ValueError, match="LateNet logs 'val/late' outside its validation_step, where 2 processes"):
+        evaluate(trainer, LateNet(), Blobs(1, 50), "val")
+    iterable = Blobs(1, 50)
+    iterable.val_dataloader = lambda: DataLoader(list(iterable._loader(1).dataset), batch_sampler=[[0, 1], [2]])
+    with pytest.raises(ValueError, match="must give one DataLoader over a map-style data set.*devices=1"):
+        evaluate(trainer, Net(), iterable, "val")
+    with pytest.raises(ValueError, match="Each of 2 processes must have an example of every task in a step"):
+        Learned(batch_size=1)._loader(Blobs(1, 50), trainer)
+    with pytest.raises(ValueError, match="Sliders are answered by one process, and the edit's trainer has 2"):
+        Playground(trainer, Net(), {}, vectors={}, recipe="")
+    with pytest.raises(ValueError, match="which FSDPStrategy does not keep"):
+        check_strategy(type("Sharded", (), {"strategy": L.pytorch.strategies.FSDPStrategy()})())
+    with pytest.raises(ValueError, match="this strategy starts new ones each time"):
+        check_strategy(make_trainer(2, strategy="ddp_fork"))
+
+
+def test_what_several_processes_cannot_do_is_said(tmp_path):
+    run_ranks(_refused, tmp_path)
+
+
+@pytest.mark.parametrize("num", [1, 2, 3, 5, 7, 40])
+def test_every_example_is_in_one_share(num):
+    task = Blobs(1, num)
+    for ranks in range(1, min(num, 4) + 1):
+        rows = []
+        for rank in range(ranks):
+            with through_cache(task, "val", None, torch.device("cpu"), ((0, num), 3), rank, ranks):
+                rows += [row for batch in task.val_dataloader().rows for row in batch]
+        assert sorted(rows) == list(range(num))
+
+
+def test_the_command_line_edits_with_two_devices(vectors, tmp_path):  # noqa: F811
+    task = {"class_path": "small_models.Blobs", "init_args": {"seed": 1, "num_examples": 50}}
+    config = {
+        "trainer": {"accelerator": "cpu", "devices": 2, "strategy": "ddp"},
+        "model": {"class_path": "test_edit.Net"},
+        "vectors": vectors,
+        "recipe": "a",
+        "targets": {"a": task},
+        "maximize": "a/accuracy",
+        "output": str(tmp_path / "out"),
+    }
+    (tmp_path / "c.yaml").write_text(yaml.safe_dump(config))
+    environment = {name: value for name, value in os.environ.items() if name != "PL_GLOBAL_SEED"}
+    environment |= {"PYTHONPATH": str(Path(__file__).parents[1]), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "tva", "edit", "--config", str(tmp_path / "c.yaml")]
+    done = subprocess.run(command, env=environment, timeout=200, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("base + scaling_coef") == 1  # one process tells
+    report = json.loads((tmp_path / "out/edit.json").read_text())
+    assert report["sizes"] == {"a": {"val": 50, "test": 50}}
+    assert report["edited"]["fingerprint"] == fingerprint(open_weights(tmp_path / "out/edited.safetensors")).digest
+    command += ["--subject_to", '["a/accuracy > base + 2"]', "--output", str(tmp_path / "no")]
+    done = subprocess.run(command, env=environment, timeout=200, capture_output=True, text=True)
+    assert done.returncode == 1, done.stderr
+    assert "no coefficient meets" in done.stdout
+    assert not list((tmp_path / "no").glob("*.safetensors"))

@@ -1,0 +1,101 @@
+"""Finished edits looked at again: pages rebuilt from edit.json alone, side by side, and what has changed since."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+
+import pytest
+from test_run import edit, vectors  # noqa: F401 (a fixture)
+
+from tva import TaskVector
+from tva.cli.main import main
+from tva.edit.runs import changed_inputs, revisit
+from tva.report.edit_report import read_report
+
+
+@pytest.fixture
+def run(vectors, tmp_path):  # noqa: F811
+    """An edit with inputs of its own."""
+    own = {name: str(shutil.copy2(path, tmp_path / f"{name}.tv.safetensors")) for name, path in vectors.items()}
+    edit(own, tmp_path, scaling_coef=0.5)
+    return tmp_path / "out"
+
+
+def test_a_rebuilt_page_is_the_one_that_the_edit_wrote(run, tmp_path):
+    before = (run / "report.html").read_bytes()
+    (run / "report.html").unlink()
+    for given in (run, run / "edit.json"):
+        assert revisit([str(given)]).pages == [run / "report.html"]
+        assert (run / "report.html").read_bytes() == before
+    assert revisit([str(run)], str(tmp_path / "elsewhere.html")).pages == [tmp_path / "elsewhere.html"]
+
+
+def test_inputs_that_changed_since_are_said_at_the_top(run, tmp_path):
+    path = tmp_path / "a.tv.safetensors"
+    vector, content = TaskVector.load(path), read_report(run)
+    os.utime(path, (1, 1))
+    assert changed_inputs(content) == []  # another time, but the same contents
+    (2 * vector).save(path)
+    (notice,) = changed_inputs(content)
+    assert notice.startswith(f"The vector a has changed since this edit: {path} is now ")
+    assert f"was {content['vectors']['a']['deltas']}" in notice
+    assert revisit([str(run)]).notices == {"out": [notice]}
+    page = (run / "report.html").read_text()
+    assert page.index('role="alert"') < page.index(notice.split(":")[0]) < page.index('class="formula"')
+    path.unlink()
+    assert changed_inputs(content) == []  # it is not here, so nothing is known
+
+
+def test_several_runs_lie_side_by_side(run, tmp_path, capsys):
+    other = shutil.copytree(run, tmp_path / "other")
+    content = read_report(other)
+    content["base"]["fingerprint"] = "f" * 32
+    (other / "edit.json").write_text(json.dumps(content))
+    main(["report", str(run), str(other), "--output", str(tmp_path / "both.html")])
+    said = capsys.readouterr().out
+    assert "note: These edits start from different bases (out: " in said
+    assert f"wrote {tmp_path / 'both.html'}" in said
+    assert "start from different bases" in (tmp_path / "both.html").read_text()
+    main(["report", str(run), str(other), "--output", str(tmp_path / "both.html"), "--json"])
+    found = json.loads(capsys.readouterr().out)
+    assert found["runs"]["other"] == content
+    assert found["pages"][-1] == str(tmp_path / "both.html")
+
+
+def test_mistakes_are_told(run, tmp_path, capsys):
+    with pytest.raises(FileNotFoundError, match="No report at .*nowhere: a run's folder, or its edit.json"):
+        revisit([str(tmp_path / "nowhere")])
+    with pytest.raises(FileNotFoundError, match="No report at .*The runs below it are .*out"):
+        revisit([str(tmp_path)])
+    (tmp_path / "begun").mkdir()
+    (tmp_path / "begun.evaluations.jsonl").touch()
+    with pytest.raises(FileNotFoundError, match="Its edit was not finished; the same command goes on from"):
+        revisit([str(tmp_path / "begun")])
+    with pytest.raises(ValueError, match="A run is given twice"):
+        revisit([str(run), str(run)])
+    odd = tmp_path / "odd.json"
+    odd.write_text("no")
+    with pytest.raises(ValueError, match="is no report of an edit, for it is not JSON"):
+        revisit([str(odd)])
+    odd.write_text('{"recipe": "a"}')
+    with pytest.raises(ValueError, match="it lacks 'tasks', 'evaluations', 'holds'. Give a run that `tva edit` wrote"):
+        revisit([str(odd)])
+    odd.write_text(json.dumps({**read_report(run), "evaluations": []}))
+    with pytest.raises(ValueError, match="odd.json holds no evaluations, so there is nothing to draw"):
+        revisit([str(odd)])
+    with pytest.raises(SystemExit):
+        main(["report", str(tmp_path / "nowhere")])
+    assert "tva: error: No report at" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_rebuilding_needs_neither_lightning_nor_the_model(run):
+    code = (
+        "import sys; from tva.cli.main import main; main(sys.argv[1:]);"
+        "print(*{'lightning', 'open_clip', 'scipy.stats', 'datasets'} & sys.modules.keys())"
+    )
+    done = subprocess.run([sys.executable, "-c", code, "report", str(run)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.endswith(f"wrote {run / 'report.html'}\n\n")

@@ -1,0 +1,191 @@
+"""What a notebook shows of vectors, comparisons, composed checkpoints and edits; and the example notebook, run anew."""
+
+import html
+import json
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from test_run import Net, Task, edit, vectors  # noqa: F401 (a fixture)
+
+from tva import EditReport, TaskVector, edit_model, save_weights
+from tva.compose.apply import compose
+from tva.edit.trainer import Trainer
+from tva.report.edit_report import read_report
+from tva.vectors.compare import compare
+
+NOTEBOOK = Path(__file__).parents[2] / "examples/edit.ipynb"
+
+
+def words(cell):
+    """What a cell says, without its style and pictures."""
+    cell = re.sub(r"<(style|svg)\b.*?</\1>", " ", cell, flags=re.DOTALL)
+    return html.unescape(" ".join(re.sub(r"<[^>]+>", " ", cell).split()))
+
+
+def check_cell(cell, most):
+    """A notebook stores every cell: it is small, and asks for nothing from anywhere."""
+    assert len(cell.encode()) < most
+    assert not re.search(r"<script|https?://(?!www\.w3\.org/)|\bon\w+=", cell)
+    assert all(len(label) > 30 for label in re.findall(r'<div role="img" aria-label="([^"]*)"', cell))
+    assert cell.count("<svg") == cell.count('<div role="img"')
+
+
+@pytest.fixture(scope="module")
+def report(vectors, tmp_path_factory):  # noqa: F811
+    folder = tmp_path_factory.mktemp("run")
+    return edit(vectors, folder, subject_to=["other/accuracy >= 0.1 * base"]), folder / "out"
+
+
+def test_a_vector_shows_its_norms_by_block_and_they_make_up_the_whole(vectors):  # noqa: F811
+    vector = TaskVector.load(vectors["a"])
+    cell = vector._repr_html_()
+    check_cell(cell, 10_000)
+    text = words(cell)
+    assert vector.origin.base.digest in text
+    assert f"norm {vector.norm():.4g}" in text
+    norms = [float(found) for found in re.findall(r"net\.\d+ [\d,]+ ([\d.]+)", text)]
+    assert len(norms) == 2
+    assert sum(norm**2 for norm in norms) == pytest.approx(vector.norm() ** 2, rel=1e-3)
+    longest = max(float(width) for width in re.findall(r"width: ([\d.]+)%", cell))
+    assert longest == 100
+
+
+def test_a_vector_of_many_layers_is_shown_in_bounded_space_and_without_its_paths():
+    base = {f"layers.{i}.w": torch.zeros(3) for i in range(200)}
+    vector = TaskVector.between(base, {name: tensor + 1 for name, tensor in base.items()})
+    check_cell(vector._repr_html_(), 20_000)
+    assert "and 177 more blocks 531 23.04" in words(vector._repr_html_())
+    nothing = TaskVector.between(base, base)
+    assert "200 frozen" in words(nothing._repr_html_())
+    named = TaskVector(vector.deltas, origin=replace(vector.origin, task="<script>alert(1)</script>"))
+    assert "<script" not in named._repr_html_()
+
+
+def test_a_comparison_shows_every_cosine(vectors, tmp_path):  # noqa: F811
+    found = compare(list(vectors.values()))
+    cell = found._repr_html_()
+    check_cell(cell, 80_000)
+    assert f"a and b {found.whole.cosines[0][1]:.4g}" in html.unescape(cell)
+    assert repr(found) == f"Compared(2 vectors; cosines a, b {found.whole.cosines[0][1]:.3g})"
+    paths = [str(tmp_path / f"{i}.tv.safetensors") for i in range(22)]
+    for path in paths:
+        TaskVector.load(vectors["a"]).save(path)
+    many = compare(paths)
+    assert "The matrices of 22 vectors are not drawn" in words(many._repr_html_())
+    assert repr(many).endswith(" …)")
+
+
+def test_a_composed_checkpoint_shows_the_change_by_group(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    save_weights({"h.0.w": torch.ones(4), "h.1.w": torch.ones(4)}, "base.safetensors")
+    save_weights({"h.0.w": torch.full((4,), 2.0), "h.1.w": torch.ones(4)}, "a.safetensors")
+    done = compose("base.safetensors", {"a": "a.safetensors"}, "a", "edited.safetensors")
+    cell = done._repr_html_()
+    check_cell(cell, 10_000)
+    assert "Checkpoint edited.safetensors" in words(cell)
+    assert done.edited.digest in words(cell)
+    assert "h.0 1 of 1 1 " in words(cell)
+    assert repr(done).startswith("ComposeReport(edited.safetensors, ")
+
+
+def test_an_edit_shows_the_numbers_of_edit_json_and_its_curve(report):
+    found, folder = report
+    content = read_report(folder)
+    cell = found._repr_html_()
+    check_cell(cell, 150_000)
+    text = words(cell)
+    assert f"✓ Holds {content['verdict']}" in text
+    for task, entry in content["tasks"].items():
+        assert f"{task} {entry['role']}, accuracy {entry['base']['value']:.1%}" in text
+        assert f"{entry['edited']['value']:.1%}" in text
+    assert "accuracy against λ" in text
+    assert "goes from" in cell
+    assert repr(found).startswith(f"EditReport(base + {found.coefficients['scaling_coef']:g} · (a + b); holds; on test")
+    assert len(repr(found)) < 250
+
+
+def test_an_edit_is_read_from_its_folder_as_it_was(report, tmp_path):
+    found, folder = report
+    again = EditReport.load(folder)
+    assert again.to_json() == found.to_json() == read_report(folder)
+    assert again._repr_html_() == found._repr_html_()
+    content = read_report(folder)
+    content["tasks"]["a"]["edited"]["value"] = None  # what was no number
+    (tmp_path / "edit.json").write_text(json.dumps(content))
+    assert EditReport.load(tmp_path).to_json()["tasks"]["a"]["edited"]["value"] is None
+    del content["statistics"]
+    (tmp_path / "edit.json").write_text(json.dumps(content))
+    with pytest.raises(ValueError, match="is of another version of tva: it differs in 'statistics'. Make the edit"):
+        EditReport.load(tmp_path)
+
+
+def test_outside_a_notebook_an_edit_shows_itself_in_the_terminal(report, capsys):
+    report[0].show()
+    printed = capsys.readouterr().out
+    assert "holds: all constraints hold on test data" in printed
+    assert "λ from 0 to 1 on validation data" in printed
+
+
+def test_in_a_notebook_an_edit_is_shown_once(report, vectors, tmp_path, monkeypatch, capsys):  # noqa: F811
+    shown = []
+    monkeypatch.setattr("tva.report.edit_report.in_notebook", lambda: True)
+    monkeypatch.setattr("tva.edit.run.trainer.in_notebook", lambda: True)
+    monkeypatch.setattr("IPython.display.display", shown.append)
+    report[0].show()
+    assert shown == [report[0]]
+    trainer = Trainer(accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False)
+    tasks = {"targets": {"a": Task(1)}, "output": str(tmp_path / "out")}
+    assert trainer.edit(Net(), vectors=vectors, recipe="a", scaling_coef=0.5, **tasks).holds
+    assert capsys.readouterr().out == ""
+
+
+def test_an_edit_takes_one_call_from_python_and_says_what_made_it(vectors, tmp_path, monkeypatch, capsys):  # noqa: F811
+    monkeypatch.setattr("sys.argv", ["train.py", "--seed", "1"])
+    options = {"vectors": vectors, "recipe": "a", "targets": {"a": Task(1)}, "scaling_coef": 0.5}
+    made = edit_model(Net(), output=str(tmp_path / "out"), **options)
+    assert capsys.readouterr().out == ""
+    assert made.command == "python train.py --seed 1"
+    monkeypatch.setattr("sys.argv", ["/somewhere/ipykernel_launcher.py", "-f", "/somewhere/kernel.json"])
+    assert "somewhere" not in edit_model(Net(), output=str(tmp_path / "out"), **options).command
+
+
+@pytest.mark.slow
+def test_the_example_notebook_runs_anew_and_shows_what_it_holds(tmp_path):
+    nbformat, nbclient = pytest.importorskip("nbformat"), pytest.importorskip("nbclient")
+    kept = nbformat.read(NOTEBOOK, as_version=4)
+    text = NOTEBOOK.read_text()
+    assert len(text.encode()) < 200_000
+    assert not re.search(r"/(tmp|work|home|root|usr)/|site-packages|https?://(?!www\.w3\.org/)", text)
+    fresh = nbformat.read(NOTEBOOK, as_version=4)
+    for cell in fresh.cells:
+        if cell.cell_type == "code":
+            cell.update(outputs=[], execution_count=None)
+    nbclient.NotebookClient(fresh, timeout=280, resources={"metadata": {"path": str(tmp_path)}}).execute()
+
+    def kinds(notebook):
+        cells = [cell for cell in notebook.cells if cell.cell_type == "code"]
+        return [[(o.output_type, sorted(o.get("data", {}))) for o in cell.outputs] for cell in cells]
+
+    assert kinds(fresh) == kinds(kept)
+    assert not any(kind in ("stream", "error") for cell in kinds(kept) for kind, _ in cell)
+    for before, now in zip(_edits(kept), _edits(fresh), strict=True):
+        assert now[0] == before[0]  # whether it holds
+        assert now[1:] == pytest.approx(before[1:], abs=12)  # per cent: another machine trains other weights
+    (holds, _, edited, *_), (feasible, *_) = _edits(fresh)
+    assert (holds, feasible) == ("holds", "refused")
+    assert edited < 35
+    assert (tmp_path / "runs/forget/edited.safetensors").exists()
+    assert not (tmp_path / "runs/impossible/edited.safetensors").exists()
+    assert (tmp_path / "runs/impossible/report.html").exists()
+
+
+def _edits(notebook):
+    """The verdict and the accuracies, in per cent, of every edit that a notebook shows."""
+    outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]
+    shown = [output.data["text/plain"] for output in outputs if "text/plain" in output.get("data", {})]
+    for text in shown:
+        if text.startswith("EditReport("):
+            yield re.search(r"; (holds|refused);", text)[1], *map(float, re.findall(r"([\d.]+)%", text))

@@ -1,0 +1,120 @@
+"""Strict arithmetic on state dicts: the one place where keys, shapes and dtypes are checked and tensors are added.
+
+A state dict is any mapping of names to tensors, in memory or lazily read from a file. Sums are taken in float32
+(float64 where an input is float64) and rounded once to the output's dtype. Product and sum are rounded one after the
+other, never fused, so that a result depends on no chunk size and no instruction set.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from typing import Any
+
+from tva._torch import Tensor, torch
+from tva.errors import MismatchError, some
+
+StateDict = Mapping[str, Tensor]
+BATCH_NORM_STATISTICS = ("running_mean", "running_var")
+
+
+def check_same(
+    left: StateDict, right: StateDict, left_name: str, right_name: str, ignore: Collection[str] = ()
+) -> None:
+    """Check that two state dicts have the same keys and shapes.
+
+    Args:
+        left: Any state dict.
+        right: Any state dict.
+        left_name: What to call ``left`` in the error, such as ``"the base"``.
+        right_name: What to call ``right``.
+        ignore: Keys that may be on either side.
+
+    Raises:
+        MismatchError: All differences in one message, at most three of a kind by name.
+    """
+    ignore = set(ignore)
+    missing = [name for name in left if name not in right and name not in ignore]
+    extra = [name for name in right if name not in left and name not in ignore]
+    shapes = [
+        f"{name!r} is {list(left[name].shape)} in {left_name} but {list(right[name].shape)} in {right_name}"
+        for name in left
+        if name in right and name not in ignore and left[name].shape != right[name].shape
+    ]
+    problems = []
+    if missing:
+        problems.append(f"{right_name} lacks {some(missing)}")
+    if extra:
+        problems.append(f"{right_name} has {some(extra)}, which {left_name} lacks")
+    if shapes:
+        problems.append("; ".join(shapes[:3]) + (f" and {len(shapes) - 3} more shapes" if len(shapes) > 3 else ""))
+    if problems:
+        raise MismatchError(
+            f"{left_name} and {right_name} must have the same keys and shapes, but "
+            + "; ".join(problems)
+            + ". Take both from the same architecture, or name the prefix under which the weights lie."
+        )
+
+
+def is_edited(like: Any) -> bool:
+    """Whether arithmetic applies to a tensor, or one of this `Spec`: never to integers or booleans."""
+    return like.is_floating_point()
+
+
+def sum_dtype(*tensors: Tensor) -> torch.dtype:
+    """Give the dtype in which sums of these are taken: float64 if one of them is, else float32."""
+    return torch.float64 if any(tensor.dtype == torch.float64 for tensor in tensors) else torch.float32
+
+
+def subtract(finetuned: Tensor, base: Tensor, out: Tensor | None = None) -> Tensor:
+    """Take the delta of one tensor.
+
+    Args:
+        finetuned: Any floating dtype and shape.
+        base: The same shape.
+        out: Where to write; of that shape and of the result's dtype.
+
+    Returns:
+        ``finetuned - base`` in float32, or float64 if either is float64; ``out``, or a new tensor.
+    """
+    dtype = sum_dtype(finetuned, base)
+    if finetuned.dtype == dtype:
+        return torch.sub(finetuned, base.to(dtype), out=out)
+    wide = finetuned.to(dtype) if out is None else out.copy_(finetuned)
+    return wide.sub_(base.to(dtype))
+
+
+def add_scaled(
+    base: Tensor,
+    delta: Tensor,
+    scaling_coef: float,
+    out: Tensor | None = None,
+    dtype: torch.dtype | None = None,
+    overwrite: bool = False,
+) -> Tensor:
+    r"""Compute :math:`\theta = \theta_0 + \lambda \delta` for one tensor, rounded once.
+
+    Args:
+        base: Tensor of the base model, any floating dtype; left unchanged.
+        delta: Delta of the same shape; left unchanged unless ``overwrite``.
+        scaling_coef: :math:`\lambda`, unitless. 0 copies ``base`` bit for bit.
+        out: Where to write, with the shape of ``base``; may not share memory with ``base`` or ``delta``.
+        dtype: Of a new result; by default that of ``base``.
+        overwrite: The memory of ``delta`` may be used.
+
+    Returns:
+        ``out``, or a new tensor on the device of ``base``.
+
+    Example:
+        >>> add_scaled(torch.tensor([1.0, 2.0]), torch.tensor([0.5, 0.0]), -1.0)
+        tensor([0.5000, 2.0000])
+    """
+    if scaling_coef == 0:
+        return base.to(dtype or base.dtype, copy=True) if out is None else out.copy_(base)
+    wide = sum_dtype(base, delta)
+    if out is not None and out.dtype == wide:
+        return torch.mul(delta.to(wide), scaling_coef, out=out).add_(base.to(wide))
+    scaled = delta.to(wide)
+    if scaling_coef != 1 or not overwrite:
+        scaled = torch.mul(scaled, scaling_coef, out=scaled if overwrite else None)
+    moved = scaled.add_(base.to(wide))
+    return moved.to(dtype or base.dtype) if out is None else out.copy_(moved)

@@ -1,0 +1,43 @@
+"""Checkpoints as lazy, read-only mappings of names to tensors, their fingerprints, and atomic writing."""
+
+from tva.checkpoints.atomic import atomic_path, cache_folder, make_room, save_weights
+from tva.checkpoints.fingerprint import Fingerprint, TensorHash, fingerprint, tensor_digest
+from tva.checkpoints.hashed import HashedWeights
+from tva.checkpoints.hub import is_hub
+from tva.checkpoints.lazy import Entry, Info, LazyWeights
+from tva.checkpoints.names import NameMatch, canonical_names, canonical_state_dict, map_names, match_names
+from tva.checkpoints.open import find, open_weights, read_metadata
+from tva.checkpoints.peft_adapter import open_adapter, open_finetuned
+from tva.checkpoints.sharded_writer import Output, side_files
+from tva.checkpoints.spec import Elements, Spec, dtype_name
+
+__all__ = [
+    "Elements",
+    "Entry",
+    "Fingerprint",
+    "HashedWeights",
+    "Info",
+    "LazyWeights",
+    "NameMatch",
+    "Output",
+    "Spec",
+    "TensorHash",
+    "atomic_path",
+    "cache_folder",
+    "canonical_names",
+    "canonical_state_dict",
+    "dtype_name",
+    "find",
+    "fingerprint",
+    "is_hub",
+    "make_room",
+    "map_names",
+    "match_names",
+    "open_adapter",
+    "open_finetuned",
+    "open_weights",
+    "read_metadata",
+    "save_weights",
+    "side_files",
+    "tensor_digest",
+]

@@ -1,0 +1,99 @@
+"""Write files whole or not at all."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+from tva._torch import Tensor
+
+
+@contextlib.contextmanager
+def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """Give a temporary path beside ``path`` that takes its name on success and is removed on failure.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     with atomic_path(f"{folder}/a.txt") as temporary:
+        ...         _ = temporary.write_text("whole")
+        ...     [file.name for file in Path(folder).iterdir()]
+        ['a.txt']
+    """
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with can_write(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.touch()
+    try:
+        mode = temporary.stat().st_mode  # as the umask has it; safetensors would leave files to their owner alone
+        yield temporary
+        temporary.chmod(mode)
+        with temporary.open("rb") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def can_write(path: Path) -> Iterator[None]:
+    """Let an error in making a file or its folder say what was to be written and what to do."""
+    try:
+        yield
+    except OSError as error:
+        raise type(error)(
+            f"{path} cannot be written: {error.strerror} ({error.filename}). Give an output in a folder that can be "
+            f"written to."
+        ) from error
+
+
+def make_room(file: int, size: int) -> None:
+    """Let a file have a size, with its place on the disk where the system can: writing then takes half the time."""
+    try:
+        os.posix_fallocate(file, 0, size)
+    except (AttributeError, OSError) as error:
+        if getattr(error, "errno", None) == errno.ENOSPC:
+            raise
+        os.ftruncate(file, size)
+
+
+def save_weights(
+    weights: Mapping[str, Tensor], path: str | os.PathLike[str], metadata: Mapping[str, str] | None = None
+) -> None:
+    """Write a state dict as one safetensors file: whole under its name, or not at all.
+
+    Args:
+        weights: Names to tensors; tensors that share memory (tied weights) are written once a name.
+        path: Ends in ``.safetensors``; its folder is made if need be.
+        metadata: Text for the header.
+    """
+    seen: set[int] = set()
+    ready = {}
+    for name, tensor in weights.items():
+        tensor = tensor.detach().cpu().contiguous()
+        pointer = tensor.untyped_storage().data_ptr()
+        ready[name] = tensor.clone() if pointer in seen else tensor  # safetensors refuses shared memory
+        seen.add(pointer)
+    from safetensors.torch import save_file
+
+    with atomic_path(path) as temporary:
+        save_file(ready, temporary, metadata=dict(metadata or {}))
+
+
+def cache_folder() -> Path:
+    """Folder of what can be computed again: ``TVA_CACHE``, else ``~/.cache/tva``."""
+    return Path(os.environ.get("TVA_CACHE") or Path.home() / ".cache" / "tva")
+
+
+def begins_as_text(path: Path) -> str:
+    """Tell, for an error about a file that cannot be read, that it is text: a page, a note, a pointer of Git LFS."""
+    with path.open("rb") as file:
+        start = file.read(60)
+    if start.startswith(b"version https://git-lfs"):
+        return "; it is a pointer of Git LFS, in whose place 'git lfs pull' puts the file"
+    readable = bool(start) and start.isascii() and all(byte >= 32 or byte in b"\t\r\n" for byte in start)
+    return f"; it is text that begins with {start[:30].decode()!r}" if readable else ""

@@ -1,0 +1,92 @@
+"""Fingerprints: one short name for the contents of a state dict, the same whatever file format holds it.
+
+A fingerprint is a tree of XXH3-128 hashes: one over each tensor's dtype, shape and bytes, and one over the sorted names
+with their hashes. It guards against accidents (another base, a changed file), not against an adversary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy
+import xxhash
+
+from tva._torch import Tensor, torch
+from tva.checkpoints.spec import Elements, Spec, dtype_name
+
+
+@dataclass(frozen=True)
+class Fingerprint:
+    """The hash of a state dict and of each of its tensors.
+
+    Attributes:
+        digest: 32 hexadecimal digits over all names and tensor hashes.
+        tensors: For each name the 32 hexadecimal digits of its tensor.
+    """
+
+    digest: str
+    tensors: Mapping[str, str]
+
+    @classmethod
+    def from_tensors(cls, tensors: Mapping[str, str]) -> Fingerprint:
+        """Build the tree from the hash of each tensor, given in any order."""
+        tree = "".join(f"{name}\0{tensors[name]}\n" for name in sorted(tensors))
+        return cls(xxhash.xxh3_128_hexdigest(tree.encode()), dict(tensors))
+
+    def num_different(self, other: Mapping[str, str]) -> int:
+        """Count the names whose tensors differ, or that only one side has.
+
+        Args:
+            other: The ``tensors`` of another fingerprint.
+        """
+        names = self.tensors.keys() | other.keys()
+        return sum(self.tensors.get(name) != other.get(name) for name in names)
+
+
+class TensorHash:
+    """Hashes one tensor's dtype, shape and bytes as its pieces stream past.
+
+    Args:
+        like: What has the tensor's dtype and shape, such as itself or its `LazyWeights.spec`.
+        dtype: Of the pieces; by default that of ``like``.
+    """
+
+    def __init__(self, like: Tensor | Spec, dtype: torch.dtype | str | None = None) -> None:
+        spec = like if isinstance(like, Spec) else Spec(like.dtype, like.shape)
+        name = spec.dtype_name if dtype is None else dtype_name(dtype)
+        self._digest = xxhash.xxh3_128(f"torch.{name}{list(spec.sizes)}".encode())
+
+    def update(self, piece: Tensor | numpy.ndarray) -> None:
+        """Take the next elements, in the order of the flattened tensor, as a tensor or as bytes."""
+        self._digest.update(Elements.of(piece).data if isinstance(piece, Tensor) else piece)
+
+    def hexdigest(self) -> str:
+        """Give 32 hexadecimal digits."""
+        return self._digest.hexdigest()
+
+
+def tensor_digest(tensor: Tensor) -> str:
+    """Hash one tensor's dtype, shape and bytes; device and memory layout do not matter."""
+    digest = TensorHash(tensor)
+    digest.update(tensor.detach().cpu())
+    return digest.hexdigest()
+
+
+def fingerprint(weights: Mapping[str, Tensor]) -> Fingerprint:
+    """Fingerprint a state dict.
+
+    Args:
+        weights: Names to tensors, any dtypes; read one tensor at a time and left unchanged.
+
+    Returns:
+        The same fingerprint for the same names, dtypes, shapes and bytes, in any order and from any format.
+
+    Example:
+        >>> a, b = torch.zeros(2), torch.ones(3)
+        >>> fingerprint({"a": a, "b": b}) == fingerprint({"b": b, "a": a})
+        True
+        >>> fingerprint({"a": a}).num_different(fingerprint({"a": a + 1}).tensors)
+        1
+    """
+    return Fingerprint.from_tensors({name: tensor_digest(weights[name]) for name in weights})

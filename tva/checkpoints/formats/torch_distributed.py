@@ -1,0 +1,196 @@
+"""Folders of ``torch.distributed.checkpoint`` (FSDP, FSDP2, tensor parallel), read in one process and without it.
+
+torch reads a folder's ``.metadata`` by plain unpickling; here it is read inert (see
+`tva.checkpoints.formats.inert_pickle`), and the
+stored chunks are found and put together by it.
+"""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from tva._torch import Tensor, torch
+from tva.checkpoints.formats.inert_pickle import DAMAGED, Inert, InertUnpickler, load_archive
+from tva.checkpoints.lazy import Entry, Info, LazyWeights, OpenFile
+from tva.errors import some
+
+# Where trainers put the weights: Lightning's FSDP2 and FSDP strategies, and torch's own examples.
+SECTIONS = ("state_dict", "model")
+ALLOWED = ("torch.", "collections.", "builtins.", "pathlib.")
+
+
+def is_distributed(folder: Path) -> bool:
+    """Tell whether a folder was written by ``torch.distributed.checkpoint``."""
+    return (folder / ".metadata").exists()
+
+
+@dataclass
+class _Chunk:
+    """A box of a tensor, saved by itself at a place of a file."""
+
+    file: OpenFile
+    start: int
+    length: int
+    offsets: tuple[int, ...]
+    sizes: torch.Size
+    dtype: torch.dtype
+    _entry: Entry | None = field(default=None, repr=False)
+
+    def entry(self) -> Entry:
+        if self._entry is None:
+            try:
+                entry, _ = load_archive(self.file, self.start, self.length)
+            except DAMAGED as error:
+                raise ValueError(
+                    f"{self.file.path} is damaged at bytes {self.start} to {self.start + self.length} ({error}). Copy "
+                    f"the checkpoint again from its source."
+                ) from error
+            if not isinstance(entry, Entry) or entry.shape != self.sizes or entry.dtype != self.dtype:
+                raise ValueError(
+                    f"{self.file.path} does not hold what .metadata says: a tensor of shape {list(self.sizes)} and "
+                    f"{self.dtype} was expected at byte {self.start}. Copy the checkpoint again from its source."
+                )
+            self._entry = entry
+        return self._entry
+
+
+@dataclass(frozen=True)
+class Chunked(Entry):
+    """A tensor in boxes; a part is read from the boxes it touches where all are cut along the first dimension."""
+
+    dtype: torch.dtype
+    shape: torch.Size
+    chunks: tuple[_Chunk, ...]
+
+    def read(self) -> Tensor:
+        whole = torch.empty(self.shape, dtype=self.dtype)
+        for chunk in self.chunks:
+            box = tuple(slice(start, start + size) for start, size in zip(chunk.offsets, chunk.sizes, strict=True))
+            whole[box] = chunk.entry().read()
+        return whole
+
+    @property
+    def in_parts(self) -> bool:
+        return all(chunk.sizes[1:] == self.shape[1:] for chunk in self.chunks)
+
+    def slice(self, start: int, stop: int) -> Tensor:
+        if not self.in_parts:
+            return self.read().reshape(-1)[start:stop].clone()
+        out = torch.empty(stop - start, dtype=self.dtype)
+        row = self.shape[1:].numel()
+        for chunk in self.chunks:
+            first = chunk.offsets[0] * row if chunk.offsets else 0
+            low, high = max(start, first), min(stop, first + chunk.sizes.numel())
+            if low < high:
+                out[low - start : high - start] = chunk.entry().slice(low - first, high - first)
+        return out
+
+
+def open_distributed(folder: Path) -> LazyWeights:
+    """Open a folder of ``torch.distributed.checkpoint``.
+
+    Where the saved state had named parts, the weights are those under ``state_dict`` (Lightning with FSDP2) or
+    ``model`` (Lightning with FSDP), without that name in front; ``info.notes`` says so.
+
+    Raises:
+        ValueError: The metadata cannot be read, or parts of a tensor are missing.
+        FileNotFoundError: A shard is missing.
+    """
+    try:
+        return _open(folder, _read_metadata(folder))
+    except (LookupError, TypeError, AttributeError, RuntimeError) as error:
+        raise _refused(folder, error) from error
+
+
+def _refused(folder: Path, reason: BaseException) -> ValueError:
+    return ValueError(
+        f"{folder / '.metadata'} is refused: it is damaged, or not written by torch.distributed.checkpoint ({reason})."
+    )
+
+
+def _open(folder: Path, metadata: Mapping[str, Any]) -> LazyWeights:
+    described: Mapping[str, Any] = metadata["state_dict_metadata"]
+    paths: Mapping[str, Any] = metadata.get("planner_data") or {}
+    tensors = {name: value.state for name, value in described.items() if value.name.endswith(".TensorStorageMetadata")}
+    parts = {name: tuple(paths.get(name, (name,))) for name in described}
+    present = list(dict.fromkeys(str(path[0]) for path in parts.values() if len(path) > 1))
+    section = next((name for name in SECTIONS if name in present), None)
+    notes = []
+    if section is not None:
+        notes.append(f"the weights under {section!r} were taken, of {some(present)}")
+        names = {name: ".".join(map(str, path[1:])) for name, path in parts.items() if str(path[0]) == section}
+        names = {name: short for name, short in names.items() if short}
+    else:
+        names = {name: name for name in described}
+    left = [names[name] for name in names if name not in tensors]
+    if left:
+        notes.append(f"left out as they are no tensors: {some(left)}")
+    chunks = _stored_chunks(folder, metadata)
+    entries = {names[name]: _chunked(folder, name, tensors[name], chunks) for name in tensors if name in names}
+    if not entries:
+        raise ValueError(f"{folder} holds no tensors; its .metadata names {some(described) or 'nothing'}.")
+    return LazyWeights(Info(folder, "torch.distributed checkpoint", notes=tuple(notes)), entries)
+
+
+def _read_metadata(folder: Path) -> Mapping[str, Any]:
+    path = folder / ".metadata"
+    unpickler = InertUnpickler(path.read_bytes())
+    try:
+        made = unpickler.load()
+        foreign = sorted(name for name in unpickler.inert if not name.startswith(ALLOWED))
+        if foreign:
+            raise pickle.UnpicklingError(f"it names {some(foreign)}, which is no part of such a checkpoint")
+        if not isinstance(made, Inert) or made.name != "torch.distributed.checkpoint.metadata.Metadata":
+            raise pickle.UnpicklingError(f"it holds {made!r} where torch's Metadata was expected")
+        state = made.state
+        if not isinstance(state["state_dict_metadata"], Mapping) or not isinstance(state["storage_data"], Mapping):
+            raise pickle.UnpicklingError("it lacks the list of tensors or of their places")
+    except DAMAGED as error:
+        raise _refused(folder, error) from error
+    return state
+
+
+def _stored_chunks(
+    folder: Path, metadata: Mapping[str, Any]
+) -> dict[tuple[str, tuple[int, ...]], tuple[OpenFile, Any]]:
+    """Find the files and places of all chunks, by name and offsets."""
+    files: dict[str, OpenFile] = {}
+    found = {}
+    for index, info in metadata["storage_data"].items():
+        if index.state.get("offset") is None:
+            continue  # not a tensor
+        relative = str(info.state["relative_path"])
+        if relative not in files:
+            if Path(relative).name != relative or not (folder / relative).exists():
+                raise FileNotFoundError(
+                    f"{folder / '.metadata'} names the shard {relative}, which is not in {folder}. Copy it there."
+                )
+            files[relative] = OpenFile(folder / relative)
+        found[index.state["fqn"], tuple(index.state["offset"])] = files[relative], info.state
+    return found
+
+
+def _chunked(folder: Path, name: str, state: Mapping[str, Any], found: Mapping[Any, tuple[OpenFile, Any]]) -> Chunked:
+    dtype, shape = state["properties"].state[0], torch.Size(state["size"])
+    if not isinstance(dtype, torch.dtype):
+        raise TypeError(f"{name!r} has no dtype")
+    chunks = []
+    for chunk in state["chunks"]:
+        offsets, sizes = tuple(chunk.state["offsets"]), torch.Size(chunk.state["sizes"])
+        if (name, offsets) not in found:
+            raise ValueError(f"{folder} lacks the part of {name!r} at {list(offsets)}. Copy the checkpoint again.")
+        file, place = found[name, offsets]
+        if place.get("transform_descriptors"):
+            raise ValueError(
+                f"{folder} stores {name!r} transformed by {some(place['transform_descriptors'])}, which is not undone "
+                f"here. Save it without extensions."
+            )
+        chunks.append(_Chunk(file, place["offset"], place["length"], offsets, sizes, dtype))
+    stored = sum(chunk.sizes.numel() for chunk in chunks)
+    if stored != shape.numel():
+        raise ValueError(f"{folder} stores {stored} of the {shape.numel()} elements of {name!r}. Copy it again.")
+    return Chunked(dtype, shape, tuple(chunks))

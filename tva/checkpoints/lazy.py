@@ -1,0 +1,328 @@
+"""A checkpoint as a lazy, read-only mapping: names, what is known without reading, and bytes of files read on request.
+
+A whole tensor of some size is a private mapping of its bytes, which are read as they are touched; all else is read to
+fresh memory by byte range. Either way a tensor that is edited in place changes neither the file nor a later read, and a
+file that gets another one under its name is still read as it was opened.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+import threading
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy
+
+from tva._torch import Tensor, torch
+from tva.checkpoints.spec import Elements, Spec
+
+MAPPED_BYTES = 2**20  # from this size on a whole tensor is mapped; below, reading it costs less than a mapping
+
+
+class OpenFile:
+    """A file held open: when another file takes its name, reads still go to the one that was opened."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0))
+        self._lock = threading.Lock()
+        self.size = os.fstat(self._descriptor).st_size
+
+    def __del__(self) -> None:
+        if hasattr(self, "_descriptor"):
+            os.close(self._descriptor)
+
+    def read_into(self, buffer: memoryview, offset: int) -> None:
+        """Fill a buffer of bytes from ``offset`` on; threads and forked processes may read at once."""
+        while buffer.nbytes:
+            if hasattr(os, "preadv"):  # the file's position is shared with forked processes; this leaves it alone
+                count = os.preadv(self._descriptor, [buffer], offset)
+            else:
+                with self._lock:
+                    os.lseek(self._descriptor, offset, os.SEEK_SET)
+                    data = os.read(self._descriptor, buffer.nbytes)
+                count = len(data)
+                buffer[:count] = data
+            if count == 0:
+                raise self._ended(offset, buffer.nbytes)
+            buffer, offset = buffer[count:], offset + count
+
+    def map(self, offset: int, length: int) -> tuple[mmap.mmap, int]:
+        """Map some bytes, copied when written to; gives the mapping and where in it they start."""
+        size = os.fstat(self._descriptor).st_size
+        if size < offset + length:  # touching a page behind the end would kill the process
+            raise self._ended(size, offset + length - size)
+        skip = offset % mmap.ALLOCATIONGRANULARITY
+        return mmap.mmap(self._descriptor, length + skip, access=mmap.ACCESS_COPY, offset=offset - skip), skip
+
+    def will_need(self, offset: int, length: int) -> None:
+        """Let the system read some bytes ahead, where it can be told."""
+        if hasattr(os, "posix_fadvise"):
+            os.posix_fadvise(self._descriptor, offset, length, os.POSIX_FADV_WILLNEED)
+
+    def _ended(self, offset: int, lacking: int) -> ValueError:
+        return ValueError(
+            f"{self.path} ended at byte {offset} where {lacking} more were expected; it is cut off, or was changed "
+            f"while it was read. Write it again from its source."
+        )
+
+    def read(self, offset: int, length: int) -> bytes:
+        """Read some bytes."""
+        data = bytearray(length)
+        self.read_into(memoryview(data), offset)
+        return bytes(data)
+
+
+class Entry:
+    """A tensor that can be read, whole or in part. Subclasses say how."""
+
+    dtype: torch.dtype
+    shape: torch.Size
+
+    @property
+    def spec(self) -> Spec:
+        """Dtype and shape."""
+        return Spec(self.dtype, self.shape)
+
+    @property
+    def in_parts(self) -> bool:
+        """Whether a part can be read at the cost of that part."""
+        return True
+
+    @property
+    def stored_bytes(self) -> int:
+        """Bytes that reading all of it reads."""
+        return self.spec.num_bytes
+
+    @property
+    def held_bytes(self) -> int:
+        """Memory that reading a part takes, however small the part."""
+        return 0 if self.in_parts else self.stored_bytes
+
+    @property
+    def location(self) -> object:
+        """What is equal for two tensors that share their memory; None where that is not known."""
+        return None
+
+    def will_need(self, start: int, stop: int) -> None:
+        """Let the system read elements ahead, where it can."""
+
+    def slice(self, start: int, stop: int) -> Tensor:
+        """Read the elements from ``start`` to ``stop`` of the flattened tensor, as fresh memory of one dimension."""
+        raise NotImplementedError
+
+    def read_into(self, out: numpy.ndarray, start: int) -> None:
+        """Read from element ``start`` on as many bytes as ``out``, uint8, has."""
+        out[:] = Elements.of(self.slice(start, start + len(out) // self.spec.itemsize)).data
+
+    def read(self) -> Tensor:
+        """Read the whole tensor."""
+        return self.slice(0, self.spec.numel()).reshape(self.shape)
+
+
+@dataclass(frozen=True)
+class Stored(Entry):
+    """A tensor as bytes of a file; ``stride`` in elements where it is not contiguous."""
+
+    file: OpenFile
+    offset: int
+    header: Spec  # what is said of it there
+    stride: tuple[int, ...] | None = None
+
+    @property
+    def spec(self) -> Spec:
+        return self.header
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.spec.dtype
+
+    @property
+    def shape(self) -> torch.Size:
+        return self.spec.shape
+
+    @property
+    def in_parts(self) -> bool:
+        return self.stride is None
+
+    @property
+    def location(self) -> object:
+        return (str(self.file.path), self.offset, self.spec, self.stride) if self.spec.numel() else None
+
+    def will_need(self, start: int, stop: int) -> None:
+        width = self.spec.itemsize
+        self.file.will_need(self.offset + start * width, (stop - start) * width)
+
+    def slice(self, start: int, stop: int) -> Tensor:
+        if self.stride is not None:  # the whole span is read: its elements lie in another order
+            span = (
+                0
+                if self.shape.numel() == 0
+                else 1 + sum((n - 1) * s for n, s in zip(self.shape, self.stride, strict=True))
+            )
+            flat = self._elements(0, span).as_strided(self.shape, self.stride).reshape(-1)
+            return flat[start:stop].clone()
+        return self._elements(start, stop)
+
+    def read_into(self, out: numpy.ndarray, start: int) -> None:
+        if self.stride is not None:
+            super().read_into(out, start)
+        else:
+            self.file.read_into(memoryview(out), self.offset + start * self.spec.itemsize)
+
+    def read(self) -> Tensor:
+        count, width = self.spec.numel(), self.spec.itemsize
+        if self.stride is not None or count * width < MAPPED_BYTES or self.offset % width:
+            return super().read()
+        mapped, skip = self.file.map(self.offset, count * width)
+        return torch.frombuffer(mapped, dtype=self.dtype, count=count, offset=skip).view(self.shape)
+
+    def _elements(self, start: int, stop: int) -> Tensor:
+        out = torch.empty(stop - start, dtype=self.dtype)
+        self.file.read_into(memoryview(Elements.of(out).data), self.offset + start * self.spec.itemsize)
+        return out
+
+
+@dataclass(frozen=True, eq=False)
+class InMemory(Entry):
+    """A tensor that is in memory already."""
+
+    tensor: Tensor
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.tensor.dtype
+
+    @property
+    def shape(self) -> torch.Size:
+        return self.tensor.shape
+
+    def slice(self, start: int, stop: int) -> Tensor:
+        return self.tensor.detach().reshape(-1)[start:stop].clone()
+
+
+@dataclass(frozen=True)
+class Joined(Entry):
+    """A tensor whose flattened elements are stretches ``(entry, start, stop)`` of others, one after the other."""
+
+    parts: tuple[tuple[Entry, int, int], ...]
+    dtype: torch.dtype
+    shape: torch.Size
+
+    @property
+    def in_parts(self) -> bool:
+        return all(entry.in_parts for entry, _, _ in self.parts)
+
+    def slice(self, start: int, stop: int) -> Tensor:
+        pieces = [torch.empty(0, dtype=self.dtype)]
+        position = 0
+        for entry, first, last in self.parts:
+            low, high = max(start, position), min(stop, position + last - first)
+            if low < high:
+                pieces.append(entry.slice(first + low - position, first + high - position))
+            position += last - first
+        return torch.cat(pieces)
+
+
+@dataclass(frozen=True)
+class Info:
+    """Where weights come from and everything that was decided in reading them.
+
+    Attributes:
+        path: The file or folder.
+        format: The format's name.
+        which: ``"averaged"`` or ``"raw"`` where a weight-averaging callback has stored both, else ``"as stored"``.
+        notes: One line for every choice: a part that was taken, names that were changed, contents that were left.
+    """
+
+    path: Path
+    format: str
+    which: str = "as stored"
+    notes: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        which = "" if self.which == "as stored" else f", {self.which} weights"
+        return "; ".join([f"{self.path} ({self.format}{which})", *self.notes])
+
+
+class LazyWeights(Mapping[str, Tensor]):
+    """A read-only mapping of names to tensors that are read when asked for.
+
+    Attributes:
+        info: Where the weights come from and what was decided in reading them.
+        metadata: Header metadata of a safetensors file, of shards what all of them say; else empty.
+    """
+
+    def __init__(self, info: Info, entries: Mapping[str, Entry], metadata: Mapping[str, str] | None = None) -> None:
+        self.info = info
+        self.metadata = dict(metadata or {})
+        self._entries = dict(entries)
+
+    @property
+    def path(self) -> Path:
+        """The file or folder."""
+        return self.info.path
+
+    def spec(self, name: str) -> Spec:
+        """Give a tensor's dtype and shape without reading it."""
+        return self._entries[name].spec
+
+    def slice(self, name: str, start: int, stop: int) -> Tensor:
+        """Read a part of a tensor and no more.
+
+        Args:
+            name: The tensor's name.
+            start: First element of the flattened (row-major) tensor.
+            stop: One past the last element.
+
+        Returns:
+            A fresh tensor of ``stop - start`` elements.
+
+        Raises:
+            ValueError: The tensor has no such elements.
+        """
+        entry = self._entries[name]
+        if not 0 <= start <= stop <= entry.spec.numel():
+            raise ValueError(f"{name!r} has elements 0 to {entry.spec.numel()}; {start} to {stop} were asked for.")
+        return entry.slice(start, stop)
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._entries[name].read()
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._entries
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._entries)
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def __repr__(self) -> str:
+        return f"LazyWeights({str(self.path)!r}, {self.info.format}, {len(self)} tensors)"
+
+    def entry(self, name: str) -> Entry:
+        """Give the tensor as something that can be read later."""
+        return self._entries[name]
+
+    def ties(self) -> dict[str, str]:
+        """Give the names whose tensors share the memory of another one in the file, each with the first such name."""
+        first: dict[object, str] = {}
+        return {
+            name: first[place]
+            for name, entry in self._entries.items()
+            if (place := entry.location) is not None and first.setdefault(place, name) != name
+        }
+
+    def renamed(self, names: Mapping[str, str], *notes: str) -> LazyWeights:
+        """Give the same weights under other names.
+
+        Args:
+            names: New names to present ones; what it does not name is left out.
+            notes: What was done, for ``info.notes``.
+        """
+        info = replace(self.info, notes=(*self.info.notes, *notes))
+        return LazyWeights(info, {new: self._entries[old] for new, old in names.items()}, self.metadata)

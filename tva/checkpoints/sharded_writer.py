@@ -1,0 +1,378 @@
+"""Write a checkpoint of known names and shapes, in any order and from any thread: whole under its name, or not at all.
+
+Tensors go straight to their places in ``.NAME.partial``, which is synced while the arithmetic goes on; a journal beside
+it lists the tensors that are on disk, so that an interrupted run can be continued. The files take their names at the
+end.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import threading
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy
+
+from tva._torch import torch
+from tva.checkpoints.atomic import can_write, make_room
+from tva.checkpoints.fingerprint import TensorHash
+from tva.checkpoints.formats.safetensors import open_safetensors
+from tva.checkpoints.lazy import Info, LazyWeights
+from tva.checkpoints.spec import NAMES_OF_DTYPES, Elements, Spec, dtype_name
+from tva.errors import some
+
+try:
+    import fcntl
+except ImportError:  # no POSIX: two runs into one output are not noticed
+    fcntl = None
+
+SYNC_BYTES = 2**26  # so much is written between two syncs; what is synced survives a loss of power
+SIDE_FILES = (".json", ".txt", ".model", ".jinja", ".tiktoken", ".py")  # what describes a model, beside its weights
+NOT_CARRIED = ("trainer_state.json", "training_args.json", "adapter_config.json", "all_results.json")
+
+
+@dataclass
+class Shard:
+    """One safetensors file to be written: where in it each tensor begins, in bytes."""
+
+    path: Path
+    tensors: dict[str, Spec]
+    offsets: dict[str, int] = field(default_factory=dict)
+    file: int = -1
+
+    def header(self, metadata: Mapping[str, str]) -> bytes:
+        """Make the header, and note where the tensors begin.
+
+        Source: the format is described at https://github.com/huggingface/safetensors#format
+        """
+        fields: dict[str, object] = {"__metadata__": dict(metadata)}
+        ends = [0]
+        for name, spec in self.tensors.items():
+            if spec.dtype_name not in NAMES_OF_DTYPES:
+                raise ValueError(f"{name!r} is torch.{spec.dtype_name}, which cannot be written to safetensors.")
+            ends.append(ends[-1] + spec.num_bytes)
+            dtype = NAMES_OF_DTYPES[spec.dtype_name]
+            fields[name] = {"dtype": dtype, "shape": list(spec.sizes), "data_offsets": ends[-2:]}
+        text = json.dumps(fields).encode()
+        text += b" " * (-len(text) % 8)
+        self.offsets = {name: 8 + len(text) + start for name, start in zip(self.tensors, ends, strict=False)}
+        return len(text).to_bytes(8, "little") + text
+
+
+def shard_tensors(tensors: Mapping[str, Spec], max_shard_bytes: int) -> list[dict[str, Spec]]:
+    """Cut a checkpoint into shards of a size, in order; a tensor larger than that is a shard of its own."""
+    shards: list[dict[str, Spec]] = [{}]
+    filled = 0
+    for name, spec in tensors.items():
+        if shards[-1] and filled + spec.num_bytes > max_shard_bytes:
+            shards.append({})
+            filled = 0
+        shards[-1][name] = spec
+        filled += spec.num_bytes
+    return shards
+
+
+class Output:
+    """A checkpoint being written; use it as a context manager, and `commit` when every tensor is finished.
+
+    Left by an error in what was given (`ValueError`), it removes what it wrote; left in any other way, it keeps the
+    partial files and their journal, from which a later run with ``resume`` goes on.
+
+    Args:
+        path: A ``.safetensors`` file, or a folder that is new or empty.
+        tensors: Name to dtype and shape, in the order of the file.
+        metadata: Text for the header. `commit` may replace values by others of the same length.
+        job: What makes the bytes what they are: a run is continued only by an equal one.
+        max_shard_bytes: Of one file in a folder.
+        resume: Continue what an interrupted run has left.
+
+    Attributes:
+        done: Record of each tensor that an earlier run finished.
+        size: Bytes of all tensors.
+
+    Raises:
+        ValueError: Another run writes there, the folder is not empty, or the journal is of another job.
+        OSError: There is no room.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        tensors: Mapping[str, Spec],
+        metadata: Mapping[str, str],
+        job: Mapping[str, Any],
+        max_shard_bytes: int,
+        resume: bool = False,
+    ) -> None:
+        self.path, self.metadata, self.done = path, dict(metadata), {}
+        self.size = sum(spec.num_bytes for spec in tensors.values())
+        self._single = path.suffix == ".safetensors"
+        self._partial = path.with_name(f".{path.name}.partial")
+        self._journal_path = path.with_name(f".{path.name}.journal")
+        self._job = json.loads(json.dumps(dict(job)))
+        self._shards = self._cut(tensors, max_shard_bytes)
+        self._shard_of = {name: shard for shard in self._shards for name in shard.tensors}
+        self._headers = [shard.header(self.metadata) for shard in self._shards]
+        self._beside: dict[Path, Path] = {}
+        self._finished: list[tuple[str, Any]] = []  # not yet synced
+        self._unsynced = 0
+        self._wake = threading.Condition()
+        self._stopping = False
+        self._failed: OSError | None = None
+        self._resume = resume
+
+    def _cut(self, tensors: Mapping[str, Spec], max_shard_bytes: int) -> list[Shard]:
+        if self._single:
+            return [Shard(self._partial, dict(tensors))]
+        if self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
+            raise ValueError(
+                f"output must end in .safetensors, or be a new or empty folder; {self.path} is neither. Remove what is "
+                f"there, or give another one."
+            )
+        parts = shard_tensors(tensors, max_shard_bytes)
+        names = [f"model-{i:05}-of-{len(parts):05}.safetensors" for i in range(1, len(parts) + 1)]
+        names = names if len(parts) > 1 else ["model.safetensors"]
+        return [Shard(self._partial / name, part) for name, part in zip(names, parts, strict=True)]
+
+    def spec(self, name: str) -> Spec:
+        """Give the dtype and shape of a tensor."""
+        return self._shard_of[name].tensors[name]
+
+    def beside(self, path: Path) -> Path:
+        """Give where to write a file that gets its name together with the weights, just before them.
+
+        In a folder it is one step; beside a single file it is two, so that the file may be there alone for a moment.
+        """
+        if not self._single:
+            return self._partial / path.name
+        hidden = path.with_name(f".{path.name}.partial")
+        self._beside[hidden] = path
+        return hidden
+
+    def weights(self) -> LazyWeights:
+        """Open what was written so far."""
+        opened = [open_safetensors(shard.path) for shard in self._shards]
+        entries = {name: weights.entry(name) for weights in opened for name in weights}
+        return LazyWeights(Info(self.path, "not yet whole"), entries)
+
+    # --- the context: partial files, and a thread that syncs them
+
+    def __enter__(self) -> Output:
+        with can_write(self.path):
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self._journal = self._journal_path.open("a+")
+        try:
+            self._lock()
+            if self._resume:
+                self._read_journal()
+            if not self.done:
+                self._begin()
+            for shard in self._shards:
+                shard.file = os.open(shard.path, os.O_RDWR)
+            self._check_done()
+        except BaseException:
+            self._close()
+            raise
+        self._syncer = threading.Thread(target=self._sync_behind, name="tva-sync", daemon=True)
+        self._syncer.start()
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: object) -> None:
+        self._stop_syncing()
+        for hidden in self._beside:
+            hidden.unlink(missing_ok=True)
+        if error is None or isinstance(error, ValueError):  # whole by now, or wrong: nothing to go on with
+            self._journal_path.unlink(missing_ok=True)
+            self._remove_partial()
+        elif isinstance(error, OSError):
+            self._close()
+            kept = f"what was done is kept in {self._partial}: run again with resume to go on, or remove it"
+            raise OSError(error.errno, f"{error.strerror or error}; {kept}", str(self.path)) from error
+        self._close()
+
+    def _lock(self) -> None:
+        if fcntl is not None:
+            try:
+                fcntl.flock(self._journal, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                raise ValueError(f"Another run is writing {self.path}. Wait for it, or give another output.") from error
+
+    def _begin(self) -> None:
+        self._remove_partial()
+        needed = self.size + sum(map(len, self._headers))
+        free = shutil.disk_usage(self.path.parent).free
+        if needed > free:
+            self._journal_path.unlink(missing_ok=True)
+            raise OSError(
+                f"{self.path} takes {needed / 1e9:.2f} GB, and {free / 1e9:.2f} GB are free on its disk. Make room."
+            )
+        if not self._single:
+            self._partial.mkdir()
+        for shard, header in zip(self._shards, self._headers, strict=True):
+            with shard.path.open("wb") as file:
+                file.write(header)
+                file.flush()
+                make_room(file.fileno(), len(header) + sum(spec.num_bytes for spec in shard.tensors.values()))
+        self._journal.truncate(0)
+        self._journal.write(json.dumps(self._job) + "\n")
+        self._journal.flush()
+
+    def _read_journal(self) -> None:
+        self._journal.seek(0)
+        lines = self._journal.read().split("\n")
+        lines = lines[:-1]  # a line that was cut off has no end
+        if not lines or not all(shard.path.exists() for shard in self._shards):
+            return
+        job = json.loads(lines[0])
+        other = sorted(key for key in job.keys() | self._job.keys() if job.get(key) != self._job.get(key))
+        if other:
+            raise ValueError(
+                f"The run that was interrupted at {self.path} was another: {some(other)} differ. Give the same "
+                f"command, or leave out resume to begin anew."
+            )
+        self.done = dict(json.loads(line) for line in lines[1:])
+
+    def _check_done(self) -> None:
+        """Read back what an earlier run left: a tensor that is not what the journal says is done again."""
+        for name, record in list(self.done.items()):
+            shard = self._shard_of[name]
+            spec, digest = shard.tensors[name], TensorHash(shard.tensors[name])
+            for start in range(0, spec.num_bytes, 2**22):
+                length = min(2**22, spec.num_bytes - start)
+                data = os.pread(shard.file, length, shard.offsets[name] + start)
+                digest.update(numpy.frombuffer(data, numpy.uint8))
+            if digest.hexdigest() != record["edited"]:
+                del self.done[name]
+
+    def _remove_partial(self) -> None:
+        if self._partial.is_dir():
+            shutil.rmtree(self._partial)
+        else:
+            self._partial.unlink(missing_ok=True)
+
+    def _close(self) -> None:
+        self._journal.close()
+        for shard in self._shards:
+            if shard.file >= 0:
+                os.close(shard.file)
+                shard.file = -1
+
+    # --- writing
+
+    def write(self, name: str, start: int, piece: Elements) -> None:
+        """Write elements of a tensor, flattened, from ``start`` on; any thread may.
+
+        Raises:
+            OSError: The disk is full, or the file cannot be written.
+        """
+        if self._failed:
+            raise self._failed
+        shard = self._shard_of[name]
+        data = memoryview(piece.data)
+        offset = shard.offsets[name] + start * shard.tensors[name].itemsize
+        while data.nbytes:
+            count = os.pwrite(shard.file, data, offset)
+            data, offset = data[count:], offset + count
+
+    def finish(self, name: str, record: Mapping[str, Any]) -> None:
+        """Note that a tensor is whole; ``record["edited"]`` is its digest."""
+        with self._wake:
+            self._finished.append((name, record))
+            self._unsynced += self._shard_of[name].tensors[name].num_bytes
+            if self._unsynced >= SYNC_BYTES:
+                self._wake.notify()
+
+    def _sync_behind(self) -> None:
+        while True:
+            with self._wake:
+                self._wake.wait_for(lambda: self._stopping or self._unsynced >= SYNC_BYTES)
+                if self._stopping:
+                    return
+            try:
+                self._sync()
+            except OSError as error:  # raised by the next write
+                self._failed = error
+                return
+
+    def _sync(self) -> None:
+        with self._wake:
+            finished, self._finished, self._unsynced = self._finished, [], 0
+        for shard in {id(s): s for s in (self._shard_of[name] for name, _ in finished)}.values():
+            os.fdatasync(shard.file)
+        self._journal.write("".join(json.dumps([name, record]) + "\n" for name, record in finished))
+        self._journal.flush()
+        os.fdatasync(self._journal.fileno())
+
+    def _stop_syncing(self) -> None:
+        with self._wake:
+            self._stopping = True
+            self._wake.notify()
+        self._syncer.join()
+        try:
+            self._sync()
+        except OSError as error:
+            self._failed = self._failed or error
+
+    def commit(self, metadata: Mapping[str, str], side_files: Mapping[str, bytes]) -> None:
+        """Give the files their names.
+
+        Args:
+            metadata: Values of the header to replace, of the same length.
+            side_files: Name to contents of what lies beside the weights in a folder.
+        """
+        self._stop_syncing()
+        if self._failed:
+            raise self._failed
+        self.metadata |= metadata
+        for shard, header in zip(self._shards, self._headers, strict=True):
+            final = shard.header(self.metadata)
+            assert len(final) == len(header), "metadata of another length"
+            os.pwrite(shard.file, final, 0)
+            os.fsync(shard.file)
+        if not self._single:
+            for name, data in {**side_files, **self._index()}.items():
+                (self._partial / name).write_bytes(data)
+        for hidden, path in self._beside.items():
+            os.replace(hidden, path)
+        os.replace(self._partial, self.path)
+        if hasattr(os, "O_DIRECTORY"):
+            folder = os.open(self.path.parent, os.O_DIRECTORY)
+            os.fsync(folder)
+            os.close(folder)
+
+    def _index(self) -> dict[str, bytes]:
+        if len(self._shards) == 1:
+            return {}
+        weight_map = {name: shard.path.name for name, shard in self._shard_of.items()}
+        index = {"metadata": {"total_size": self.size}, "weight_map": weight_map}
+        return {"model.safetensors.index.json": json.dumps(index, indent=2).encode()}
+
+
+def side_files(folder: Path, dtype: torch.dtype | str | None) -> dict[str, bytes]:
+    """Read what lies beside a model's weights: configuration, tokenizer, code of its own.
+
+    Args:
+        folder: The base model's folder.
+        dtype: Of the edited model where it is not the base's: ``config.json`` then says so.
+
+    Returns:
+        Name to contents.
+    """
+    found = {
+        path.name: path.read_bytes()
+        for path in sorted(folder.iterdir())
+        if path.is_file()
+        and (path.suffix in SIDE_FILES or path.name.startswith("LICENSE"))
+        and path.name not in NOT_CARRIED
+        and not path.name.endswith(".index.json")
+    }
+    if dtype is not None and "config.json" in found:
+        config = json.loads(found["config.json"])
+        config |= {key: dtype_name(dtype) for key in ("torch_dtype", "dtype") if key in config}
+        found["config.json"] = json.dumps(config, indent=2).encode()
+    return found

@@ -1,0 +1,112 @@
+"""What is known of tensors and their elements without torch: dtypes by name, sizes, bytes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy
+
+from tva._torch import Tensor, torch
+
+SAFETENSORS_DTYPES = {
+    "F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "C64": "complex64",
+    "I64": "int64", "I32": "int32", "I16": "int16", "I8": "int8", "BOOL": "bool",
+    "U64": "uint64", "U32": "uint32", "U16": "uint16", "U8": "uint8",
+    "F8_E4M3": "float8_e4m3fn", "F8_E4M3FNUZ": "float8_e4m3fnuz",
+    "F8_E5M2": "float8_e5m2", "F8_E5M2FNUZ": "float8_e5m2fnuz",
+}  # fmt: skip
+NAMES_OF_DTYPES = {dtype: name for name, dtype in SAFETENSORS_DTYPES.items()}
+_ITEMSIZES = {
+    name: 1 if "8" in code or code == "BOOL" else int(code[-2:]) // 8 for name, code in NAMES_OF_DTYPES.items()
+}
+
+
+def dtype_name(dtype: torch.dtype | str) -> str:
+    """Give a dtype's name, such as ``"bfloat16"``."""
+    return str(dtype).removeprefix("torch.")
+
+
+class Spec:
+    """What a header says of a tensor, known without reading it.
+
+    Args:
+        dtype: Or its name.
+        shape: Its sizes.
+
+    Attributes:
+        dtype_name: Such as ``"bfloat16"``.
+        sizes: The shape as a plain tuple.
+
+    Example:
+        >>> Spec("bfloat16", (2, 3)) == (torch.bfloat16, torch.Size([2, 3]))
+        True
+    """
+
+    __slots__ = ("dtype_name", "sizes")
+
+    def __init__(self, dtype: torch.dtype | str, shape: Sequence[int]) -> None:
+        self.dtype_name, self.sizes = dtype_name(dtype), tuple(shape)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype."""
+        return getattr(torch, self.dtype_name)
+
+    @property
+    def shape(self) -> torch.Size:
+        """The shape."""
+        return torch.Size(self.sizes)
+
+    @property
+    def itemsize(self) -> int:
+        """Bytes of an element."""
+        return _ITEMSIZES.get(self.dtype_name) or self.dtype.itemsize
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of all elements."""
+        return self.numel() * self.itemsize
+
+    def numel(self) -> int:
+        """Number of elements."""
+        return math.prod(self.sizes)
+
+    def is_floating_point(self) -> bool:
+        """Whether the elements are real floating-point numbers."""
+        return self.dtype_name.startswith(("float", "bfloat"))
+
+    def __eq__(self, other: object) -> bool:
+        if isinstance(other, Spec):
+            return (self.dtype_name, self.sizes) == (other.dtype_name, other.sizes)
+        return (self.dtype, self.shape) == other
+
+    def __hash__(self) -> int:
+        return hash((self.dtype_name, self.sizes))
+
+    def __repr__(self) -> str:
+        return f"Spec({self.dtype_name}, {list(self.sizes)})"
+
+
+class Elements(NamedTuple):
+    """Some elements of a tensor, in order, as bytes.
+
+    Attributes:
+        data: Shape (bytes,), uint8.
+        dtype_name: Such as ``"bfloat16"``.
+    """
+
+    data: numpy.ndarray
+    dtype_name: str
+
+    @classmethod
+    def of(cls, tensor: Tensor) -> Elements:
+        """Give the elements of a tensor on the CPU, in its memory where that is contiguous."""
+        flat = tensor.contiguous().as_strided((tensor.numel(),), (1,))  # one element is contiguous with any stride
+        return cls(flat.view(torch.uint8).numpy(), dtype_name(tensor.dtype))
+
+    def tensor(self) -> Tensor:
+        """Give a tensor of one dimension in the same memory."""
+        data, dtype = torch.from_numpy(self.data), getattr(torch, self.dtype_name)
+        return data.view(dtype) if len(data) else data.to(dtype)

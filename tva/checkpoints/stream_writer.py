@@ -1,0 +1,102 @@
+"""Write a safetensors file whose header is known last.
+
+Source: the file format is described at https://github.com/huggingface/safetensors#format
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections import deque
+from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+
+from tva._torch import Tensor, torch
+from tva.checkpoints.atomic import make_room
+from tva.checkpoints.spec import NAMES_OF_DTYPES, Spec
+
+RESERVED = 2**26  # bytes of disk that are taken at once
+AHEAD = 2  # pieces that may wait to be written while others are computed
+
+
+class LateHeaderFile:
+    """A safetensors file whose tensors are written before its header is known; room for the header is left in front.
+
+    A thread writes while the next pieces are computed; what goes wrong there is raised by a later `write`, or `close`.
+
+    Args:
+        path: Where to write.
+        specs: All tensors that may be written.
+        metadata: At least as long as that which `close` will be given.
+    """
+
+    def __init__(self, path: Path, specs: Mapping[str, Spec], metadata: Mapping[str, str]) -> None:
+        total = 8 * sum(spec.numel() for spec in specs.values())
+        longest = max(NAMES_OF_DTYPES, key=lambda dtype: len(NAMES_OF_DTYPES[dtype]))
+        largest = {name: self._entry(Spec(longest, spec.sizes), total, total) for name, spec in specs.items()}
+        self._room = -(-(len(self._text(largest, metadata)) + 256) // 8) * 8
+        self._file = path.open("wb", buffering=0)
+        self._header: dict[str, object] = {}
+        self._end = self._start = self._reserved = 0
+        self._thread = ThreadPoolExecutor(1)
+        self._waiting: deque[Future[None]] = deque()
+
+    @staticmethod
+    def _entry(spec: Spec, start: int, end: int) -> dict[str, object]:
+        return {"dtype": NAMES_OF_DTYPES[spec.dtype_name], "shape": list(spec.sizes), "data_offsets": [start, end]}
+
+    @staticmethod
+    def _text(header: Mapping[str, object], metadata: Mapping[str, str]) -> bytes:
+        return json.dumps({"__metadata__": dict(metadata), **header}).encode()
+
+    def begin(self) -> None:
+        """Start a tensor."""
+        self._start = self._end
+
+    def write(self, piece: Tensor) -> None:
+        """Write the next elements of the tensor; they may not change until `AHEAD` more pieces were."""
+        data = memoryview(piece.contiguous().reshape(-1).view(torch.uint8).numpy())
+        self._waiting.append(self._thread.submit(self._store, data, 8 + self._room + self._end))
+        self._end += data.nbytes
+        self._wait(AHEAD)
+
+    def _wait(self, left: int) -> None:
+        while len(self._waiting) > left:
+            self._waiting.popleft().result()
+
+    def _store(self, data: memoryview, offset: int) -> None:
+        if offset + data.nbytes > self._reserved:
+            self._reserved = offset + max(data.nbytes, RESERVED)
+            with contextlib.suppress(OSError):  # a full disk fails when it is written to, if at all
+                make_room(self._file.fileno(), self._reserved)
+        self._file.seek(offset)
+        while data.nbytes:
+            data = data[self._file.write(data) :]
+
+    def skip(self, num_bytes: int) -> None:
+        """Write zeros, which take no time and, on most file systems, no space."""
+        self._end += num_bytes
+
+    def keep(self, name: str, spec: Spec) -> None:
+        """End the tensor."""
+        self._header[name] = self._entry(spec, self._start, self._end)
+
+    def drop(self) -> None:
+        """Forget the tensor."""
+        self._end = self._start
+
+    def close(self, metadata: Mapping[str, str] | None = None) -> None:
+        """Write the header, if the file is to be used, and close."""
+        try:
+            if metadata is not None:
+                self._wait(0)
+                text = self._text(self._header, metadata)
+                if len(text) > self._room:
+                    raise RuntimeError(f"The header takes {len(text)} bytes, but room was left for {self._room}.")
+                self._file.truncate(8 + self._room + self._end)  # a skipped end has not been written
+                start = self._room.to_bytes(8, "little") + text + b" " * (self._room - len(text))
+                self._store(memoryview(start), 0)
+        finally:
+            self._thread.shutdown(cancel_futures=True)
+            self._file.close()

@@ -1,0 +1,356 @@
+"""Fine-tune on many tasks: one ``tva fit`` a task and seed, each in a process and folder of its own."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from tva.checkpoints import open_weights
+from tva.cli.jobs import Job, Place, make_places, run_jobs
+from tva.console import make_console
+from tva.errors import some
+from tva.vectors.header import read_origin
+
+TVA_FIT = (sys.executable, "-m", "tva", "fit")
+DONE = "done.json"
+CONFIG = "fit.yaml"
+
+State = Literal["new", "interrupted", "changed", "skipped", "done", "failed", "elsewhere"]
+
+
+@dataclass(frozen=True)
+class Fit:
+    """One fit of the list.
+
+    Attributes:
+        task: Its task.
+        seed: Its ``seed_everything``.
+        folder: ``OUTPUT/TASK/seed=SEED``; everything it writes lies there.
+        config: What ``tva fit`` is given.
+    """
+
+    task: str
+    seed: int
+    folder: Path
+    config: dict[str, Any]
+
+    @property
+    def digest(self) -> str:
+        """Identify the config."""
+        return hashlib.sha256(json.dumps(self.config, sort_keys=True, default=str).encode()).hexdigest()[:32]
+
+
+@dataclass(frozen=True)
+class Result:
+    """What became of a fit.
+
+    Attributes:
+        fit: The fit.
+        state: ``done``; ``skipped`` (done before); ``failed``; ``changed`` (there are results of another config);
+            ``elsewhere`` (another process works on it); ``interrupted``; ``new``.
+        seconds: Of the run that finished it.
+        metric: Name and value, as the vector's header has them.
+        vector: Its task vector.
+        message: What to know or to do.
+    """
+
+    fit: Fit
+    state: State
+    seconds: float | None = None
+    metric: tuple[str, float] | None = None
+    vector: Path | None = None
+    message: str = ""
+
+
+def fit_many(
+    tasks: list[str] | dict | str,  # plain dict, of which jsonargparse makes no classes
+    shared: dict,
+    output: str,
+    changes: dict | None = None,
+    seeds: list[int] = [0],  # noqa: B006 (never changed; jsonargparse shows it)
+    jobs: int | None = None,
+    devices: str | int | None = None,
+    shard: str | None = None,
+    redo: bool = False,
+    plan: bool = False,
+) -> list[Result]:
+    """Fine-tune on many tasks, each in a process of its own; what is finished is skipped.
+
+    Args:
+        tasks: Names; or names with what differs from ``shared``, keys with dots allowed
+            (``cars: {trainer.max_steps: 3000}``); or ``preset:8``, ``preset:14``, ``preset:20``.
+        shared: Options of ``tva fit`` that all tasks share; ``{task}`` and ``{seed}`` in them are filled in.
+        output: Folder; each fit writes into ``OUTPUT/TASK/seed=SEED``.
+        changes: Laid over ``shared``, keys with dots allowed; ``--shared.trainer.max_steps 9`` is one of them.
+        seeds: Each task is fitted with each of these.
+        jobs: Fits at a time; by default one a device, or one without devices.
+        devices: GPUs to spread over, such as ``0,1`` or, two for each fit, ``0+1,2+3``; by default all; ``cpu`` for
+            none.
+        shard: ``1/4`` takes every fourth fit from the first. Several machines that share ``output`` need none: each
+            fit is locked while one works on it.
+        redo: Fit again what was done with another config; the old folder is kept under another name.
+        plan: Say what would be done, and do nothing.
+    """
+    fits = make_fits(tasks, merge(shared, _nested(changes or {})), output, seeds)
+    if shard is not None:
+        fits = _shard(fits, shard)
+    if plan:
+        return [_look(fit) for fit in fits]
+    places = make_places(jobs, devices)
+    print(f"{len(fits)} fits, {len(places)} at a time; each one's output is in fit.log in its folder", flush=True)
+    return run_fits(fits, places, redo=redo)
+
+
+# --- what to fit
+
+
+def make_fits(
+    tasks: Sequence[str] | Mapping[str, Any] | str, shared: Mapping[str, Any], output: str, seeds: Sequence[int]
+) -> list[Fit]:
+    """Make each fit's config.
+
+    Raises:
+        ValueError: A task or seed is named twice, or a config sets what belongs to the list.
+
+    Example:
+        >>> fit = make_fits(["a"], {"data": {"path": "builtin:{task}"}}, "runs", [3])[0]
+        >>> fit.config["data"], str(fit.folder), fit.config["seed_everything"]
+        ({'path': 'builtin:a'}, 'runs/a/seed=3', 3)
+    """
+    if isinstance(tasks, str):
+        tasks = _named_list(tasks)
+    changes = {str(task): {} for task in tasks} if not isinstance(tasks, Mapping) else {**tasks}
+    if not changes or len(changes) != len(tasks) or not seeds or len(set(seeds)) != len(seeds):
+        raise ValueError(f"tasks and seeds must be given, each once; found tasks {some(tasks, 9)} and seeds {seeds}.")
+    fits = []
+    for task, change in changes.items():
+        odd = change is not None and not isinstance(change, Mapping)
+        if odd or "/" in str(task):
+            raise ValueError(
+                f"Under tasks stand names without '/', each with options of tva fit; found {task}: {change}."
+            )
+        for seed in seeds:
+            config = _fill(merge(shared, _nested(change or {})), {"{task}": str(task), "{seed}": str(seed)})
+            trainer = config.setdefault("trainer", {})
+            if "seed_everything" in config or "default_root_dir" in trainer:
+                raise ValueError(
+                    f"{task}: seed_everything and trainer.default_root_dir follow from seeds and output. Leave them "
+                    f"out of shared and tasks."
+                )
+            folder = Path(output) / str(task) / f"seed={seed}"
+            config["seed_everything"], trainer["default_root_dir"] = seed, str(folder)
+            fits.append(Fit(str(task), seed, folder, config))
+    return fits
+
+
+def _named_list(name: str) -> list[str]:
+    from tva.data.presets import list_presets
+
+    size = name.removeprefix("preset:")
+    if size == name or not size.isdecimal():
+        raise ValueError(f"tasks must be names, or preset:8, preset:14 or preset:20; found {name!r}.")
+    return list_presets(int(size))
+
+
+def _nested(change: Mapping[str, Any]) -> dict[str, Any]:
+    """Write keys with dots as mappings within mappings."""
+    nested: dict[str, Any] = {}
+    for key, value in change.items():
+        for part in reversed(str(key).split(".")):
+            value = {part: value}
+        nested = merge(nested, value)
+    return nested
+
+
+def merge(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
+    """Lay one config over another: mappings are merged, anything else is replaced.
+
+    Another ``class_path`` drops the ``init_args`` of the one before, as in LightningCLI.
+
+    Example:
+        >>> merge({"a": {"b": 1, "c": [1]}}, {"a": {"c": [2]}})
+        {'a': {'b': 1, 'c': [2]}}
+    """
+    merged = dict(below)
+    if merged.get("class_path") != above.get("class_path", merged.get("class_path")):
+        merged.pop("init_args", None)
+    for key, value in above.items():
+        both = isinstance(value, Mapping) and isinstance(merged.get(key), Mapping)
+        merged[key] = merge(merged[key], value) if both else value
+    return merged
+
+
+def _fill(value: Any, words: Mapping[str, str]) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _fill(item, words) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_fill(item, words) for item in value]
+    if isinstance(value, str):
+        for word, text in words.items():
+            value = value.replace(word, text)
+    return value
+
+
+def _shard(fits: Sequence[Fit], shard: str) -> list[Fit]:
+    number, _, count = shard.partition("/")
+    if not (number.isdecimal() and count.isdecimal() and 1 <= int(number) <= int(count)):
+        raise ValueError(f"shard must read like 1/4, the first of four; found {shard!r}.")
+    return list(fits[int(number) - 1 :: int(count)])
+
+
+# --- what is there
+
+
+def _look(fit: Fit) -> Result:
+    """See how far a fit has come."""
+    marker = fit.folder / DONE
+    if marker.exists():
+        done = json.loads(marker.read_text())
+        if done["config"] == fit.digest:
+            vector = done["vector"] and fit.folder / done["vector"]
+            return Result(fit, "skipped", done["seconds"], done["metric"] and tuple(done["metric"]), vector)
+    checkpoint = find_checkpoint(fit.folder)
+    if not marker.exists() and checkpoint is None:
+        return Result(fit, "new")
+    file = fit.folder / CONFIG
+    before = yaml.safe_load(file.read_text()) if file.exists() else None
+    if before == fit.config and not marker.exists():
+        return Result(fit, "interrupted", message=f"goes on from {checkpoint}")
+    changes = _differences(before, fit.config) if before else ["its config is unknown"]
+    told = "; ".join(changes[:3]) + (f"; and {len(changes) - 3} more" if len(changes) > 3 else "")
+    return Result(fit, "changed", message=f"{told}. Pass --redo to fit it again, or another output.")
+
+
+def find_checkpoint(folder: Path) -> Path | None:
+    """Find the newest ``last.ckpt``, from which a fit can go on."""
+    found = [file for file in folder.rglob("last.ckpt") if file.exists()]
+    return max(found, key=lambda file: file.stat().st_mtime, default=None)
+
+
+def find_vector(folder: Path) -> Path | None:
+    """Find the task vector of a fit: the newer of ``last`` and ``final``, else the newest."""
+    found = list(folder.rglob("*.tv.safetensors"))
+    return max(found, key=lambda file: (file.name.startswith(("last.", "final.")), file.stat().st_mtime), default=None)
+
+
+def _differences(before: Any, after: Any, prefix: str = "") -> list[str]:
+    if isinstance(before, Mapping) and isinstance(after, Mapping):
+        keys = [*after, *(key for key in before if key not in after)]
+        return [line for key in keys for line in _differences(before.get(key), after.get(key), f"{prefix}.{key}")]
+    return [] if before == after else [f"{prefix.lstrip('.')}: {before} -> {after}"]
+
+
+def _metric(vector: Path | None) -> tuple[str, float] | None:
+    """Give the metric to show: an accuracy on validation data, else the first."""
+    metrics = read_origin(open_weights(vector))[0].metrics if vector else {}
+    names = sorted(metrics, key=lambda name: (not name.startswith("val"), "accuracy" not in name, name))
+    return (names[0], metrics[names[0]]) if names else None
+
+
+# --- fitting
+
+
+def run_fits(
+    fits: Sequence[Fit], places: Sequence[Place], command: Sequence[str] = TVA_FIT, redo: bool = False
+) -> list[Result]:
+    """Fit what is not finished, as many at a time as there are places.
+
+    Args:
+        fits: In the order in which they are begun.
+        places: Where they run.
+        command: What to run; ``--config PATH`` follows, and ``--ckpt_path PATH`` where a fit goes on.
+        redo: As in `fit_many`.
+
+    Returns:
+        What became of each, in their order.
+    """
+    results: dict[Path, Result] = {}
+
+    def prepare(fit: Fit) -> list[str] | None:
+        look = _look(fit)
+        if look.state == "changed" and redo:
+            number = next(n for n in range(1, 10**6) if not Path(f"{fit.folder}.replaced-{n}").exists())
+            os.rename(fit.folder, f"{fit.folder}.replaced-{number}")
+            look = _look(fit)
+        if look.state in ("skipped", "changed"):
+            results[fit.folder] = look
+            return None
+        fit.folder.mkdir(parents=True, exist_ok=True)
+        _write(fit.folder / CONFIG, yaml.safe_dump(fit.config, sort_keys=False))
+        words = [*command, "--config", str(fit.folder / CONFIG)]
+        if look.state == "interrupted":
+            words += ["--ckpt_path", str(find_checkpoint(fit.folder))]
+        return words
+
+    def finish(fit: Fit, status: int, seconds: float) -> Result:
+        if status:
+            lines = (fit.folder / "fit.log").read_text(errors="replace").split("\n")
+            lines = [line.strip() for line in lines if line.strip()]
+            last = ([line for line in lines if re.search(r"error\b", line, re.IGNORECASE)] or lines)[-1:]
+            told = f"exit status {status}: {last[0][:300] if last else 'no output'} (all in {fit.folder / 'fit.log'})"
+            results[fit.folder] = Result(fit, "failed", seconds, message=told)
+        else:
+            vector = find_vector(fit.folder)
+            metric = _metric(vector)
+            done = {
+                "config": fit.digest,
+                "seconds": round(seconds, 1),
+                "metric": metric,
+                "vector": vector and str(vector.relative_to(fit.folder)),
+                "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+            }
+            _write(fit.folder / DONE, json.dumps(done, indent=1))
+            message = "" if vector else "no task vector; give trainer.callbacks a TaskVectorCallback with at_train_end"
+            results[fit.folder] = Result(fit, "done", seconds, metric, vector, message)
+        return results[fit.folder]
+
+    work = [Job(f"{fit.task} seed={fit.seed}", fit.folder, fit, prepare, finish) for fit in fits]
+    told = run_jobs(work, places)
+    for fit in fits:
+        if fit.folder in told:
+            results[fit.folder] = Result(fit, told[fit.folder].state, message=told[fit.folder].message)
+    return [results.get(fit.folder) or _look(fit) for fit in fits]
+
+
+def _write(path: Path, text: str) -> None:
+    part = path.with_name(f"{path.name}.{os.getpid()}")
+    part.write_text(text)
+    os.replace(part, path)
+
+
+def to_json(result: Result) -> dict[str, Any]:
+    """Give plain values."""
+    fit = {"task": result.fit.task, "seed": result.fit.seed, "folder": str(result.fit.folder)}
+    return {**fit, **vars(result), "fit": result.fit.digest, "vector": result.vector and str(result.vector)}
+
+
+def print_results(results: Sequence[Result]) -> None:
+    """Print a table, and below it what there is to know about each fit."""
+    from rich.table import Table
+
+    table = Table(box=None, header_style="bold", pad_edge=False)
+    for heading in ("task", "seed", "state"):
+        table.add_column(heading)
+    table.add_column("seconds", justify="right")
+    table.add_column("metric")
+    table.add_column("vector", overflow="fold")
+    for result in results:
+        seconds = "–" if result.seconds is None else f"{result.seconds:.0f}"
+        metric = "–" if result.metric is None else f"{result.metric[0]} {result.metric[1]:.4f}"
+        table.add_row(result.fit.task, str(result.fit.seed), result.state, seconds, metric, str(result.vector or "–"))
+    console = make_console()
+    console.print(table)
+    for result in results:
+        if result.message:
+            line = f"{result.fit.task} seed={result.fit.seed} ({result.state}): {result.message}"
+            console.print(line, markup=False, highlight=False)

@@ -1,0 +1,263 @@
+"""Apply a recipe to a base checkpoint on disk, within a stated memory: the door to `tva.compose.engine`.
+
+No Trainer, no data and no knowledge of the architecture: names and shapes are all there is.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from tva._torch import load_torch
+from tva.checkpoints import Fingerprint, LazyWeights, Output, find, is_hub, read_metadata, side_files
+from tva.compose.engine import Composer, GroupEffect
+from tva.compose.plan import Plan, make_plan
+from tva.compose.recipe import Recipe
+from tva.compose.record import UNKNOWN, Record
+from tva.compose.undo import BYTES_HELD, UndoFile, undo_path
+from tva.errors import some
+from tva.layers import Coefficient
+from tva.sizes import parse_bytes
+from tva.vectors.kind import KEY, check_kinds
+from tva.vectors.sources import Source
+
+
+@dataclass(repr=False)
+class ComposeReport:
+    """What `compose` did.
+
+    Attributes:
+        output: The file or folder written.
+        base: Fingerprint of the base.
+        edited: Fingerprint of the output.
+        num_bytes: Size of the output's tensors.
+        seconds: Wall time.
+        resumed: Tensors that an interrupted run had finished.
+        effects: Effect by group of tensors.
+        notes: What was decided in reading the inputs: prefixes stripped, parts left out.
+        undo: The undo file, if one was asked for.
+        undo_bytes: Its size.
+    """
+
+    output: Path
+    base: Fingerprint
+    edited: Fingerprint
+    num_bytes: int
+    seconds: float
+    resumed: int = 0
+    effects: dict[str, GroupEffect] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+    undo: Path | None = None
+    undo_bytes: int = 0
+
+    def __repr__(self) -> str:
+        moved = sum(effect.tensors for effect in self.effects.values())
+        return f"ComposeReport({self.output}, {self.edited.digest}: {moved} tensors moved, {self.num_bytes:,} bytes)"
+
+    def _repr_html_(self) -> str:
+        """Show it in a notebook: what was written, and the change by group of tensors."""
+        from tva.report.notebook import composed_cell
+
+        facts = {"base": self.base.digest, "edited": self.edited.digest, "bytes": f"{self.num_bytes:,}"}
+        facts |= {"undo file": f"{self.undo}, {self.undo_bytes:,} bytes"} if self.undo else {}
+        effects = {
+            group: (each.changed, each.tensors, each.relative_change, each.vanished / max(1, each.elements))
+            for group, each in self.effects.items()
+        }
+        return composed_cell(str(self.output), facts, effects, self.notes)
+
+
+def compose(
+    base: str,
+    vectors: dict[str, str],
+    recipe: str,
+    output: str,
+    coefs: dict[str, Coefficient] | None = None,
+    scaling_coef: float = 1.0,
+    dtype: str | None = None,
+    max_memory: str | None = None,
+    max_shard_size: str = "5GB",
+    allow_other_base: bool = False,
+    key_map: dict[str, str] | None = None,
+    which: str = "checkpoint",
+    allow_other_kind: bool = False,
+    plan: bool = False,
+    resume: bool = False,
+    keep_undo: bool | Literal["with_vectors"] = False,
+) -> ComposeReport | Plan:
+    """Write ``base + scaling_coef * recipe`` without loading any model whole.
+
+    Args:
+        base: Checkpoint of the base model, in any format that `tva.open_weights` reads.
+        vectors: Names to task vector files, or to fine-tuned checkpoints of the same base.
+        recipe: Expression of those names, such as ``0.3 * (a + b)`` or ``ties(a, b, density=0.2)``.
+        output: A ``.safetensors`` file, or a folder to be made, with shards, their index and the base's configuration
+            and tokenizer; it appears under this name when it is whole.
+        coefs: Values of the coefficients in the recipe: a number, or numbers by group of tensors: regular expressions
+            searched for in their names, the first found counting, to a number or to ``[first, …, last]`` over the
+            layers; ``layer`` stands for all names with a layer's number.
+        scaling_coef: Coefficient of the whole recipe; 0 writes the base.
+        dtype: Of the output's floating tensors: float64, float32, bfloat16 or float16; by default the base's.
+        max_memory: Anonymous memory that this process may take at most, such as ``512MiB``, where the pages of mapped
+            files do not count; by default 1 GiB more than it takes already.
+        max_shard_size: Size of a shard in a folder.
+        allow_other_base: Apply task vector files to a base that they were not taken from.
+        key_map: Regular expressions to replacements, for fine-tuned checkpoints whose names differ from the base's by
+            more than one prefix.
+        which: Of fine-tuned Lightning checkpoints that a weight-averaging callback has written, the ``raw`` or the
+            ``averaged`` weights; ``checkpoint`` is what Lightning loads.
+        allow_other_kind: Mix vectors of linearized networks (``tangent``) with ordinary ones; the output is then
+            marked as an ordinary network's.
+        plan: Write nothing; tell what would be done, by headers alone: coefficients, memory, bytes to move.
+        resume: Go on where an interrupted run of the same command stopped; the bytes are the same.
+        keep_undo: Write an undo file beside the output, from which ``tva revert`` restores the base bit for bit. With
+            ``with_vectors`` it is far smaller, and useless without the same task vector files.
+
+    Returns:
+        What was written, and what the edit did; or the plan.
+
+    Raises:
+        RecipeError: The recipe cannot be read.
+        MismatchError: Keys, shapes or bases differ.
+        NoEffectError: Nothing changed.
+        ValueError: The output is not finite, or an option cannot be understood.
+        OSError: A file cannot be read, or there is no room for the output.
+    """
+    started = time.monotonic()
+    checked = Recipe(recipe, vectors, coefs)
+    if Path(output).suffix in (".bin", ".pt", ".pth", ".ckpt"):
+        raise ValueError(f"output must end in .safetensors, or name a folder; found {output!r}.")
+    if not math.isfinite(scaling_coef):
+        raise ValueError(f"scaling_coef must be a finite number; found {scaling_coef}.")
+    check_output(output, {"base": base, **{f"vectors.{name}": path for name, path in vectors.items()}})
+    options = {"allow_other_base": allow_other_base, "key_map": key_map or {}}
+    composer = Composer.open(base, vectors, checked, scaling_coef, dtype, which=which, **options)
+    check_output(output, {f"a file of {recipe}": path for path in checked.files})
+    weights, sources = composer.base, composer.sources
+    kinds = {name: source.kind for name, source in sources.items()}
+    if allow_other_kind and len(set(kinds.values())) > 1:
+        kinds = {}
+    kind = check_kinds(kinds, "pass allow_other_kind if the mixture is meant")
+    shard_bytes = parse_bytes(max_shard_size)
+    if plan:
+        kept, need = composer.statistics, composer.need()
+        return make_plan(weights, composer.layout(), sources, checked, scaling_coef, kept, need)
+
+    if keep_undo:
+        load_torch()  # which undo files take, and so the memory that is left
+        composer.beside = BYTES_HELD * max((weights.spec(name).itemsize for name in weights), default=0)
+        _check_undo(keep_undo, sources)
+    composer.fit_into(max_memory)
+    record = Record(
+        recipe=checked.text,
+        coefs=checked.coefs,
+        scaling_coef=scaling_coef,
+        dtype=dtype or "",
+        base=base,
+        vectors={name: vectors[name] for name in checked.vectors},
+        options={**options, "which": {name: source.weights.info.which for name, source in sources.items()}},
+        vector_fingerprints=dict.fromkeys(sources, UNKNOWN),
+        file_fingerprints=dict.fromkeys(checked.files, UNKNOWN),
+    )
+    metadata = {"format": "pt", **record.metadata(), **({KEY: kind} if kind else {}), **composer.tied}
+    job = {key: value for key, value in metadata.items() if key != "tva.version"}
+    inputs = (base, *record.vectors.values(), *checked.files)
+    job |= {"max_shard_size": shard_bytes, "inputs": [_stamp(path) for path in inputs]}
+    with Output(Path(output), composer.layout(), metadata, job, shard_bytes, resume) as out:
+        resumed = len(out.done)
+        composer.run(out)
+        composer.check()
+        found = {key: composer.fingerprint(key) for key in ("base", "edited")}
+        record = dataclasses.replace(
+            record,
+            vector_fingerprints=composer.vector_fingerprints(),
+            file_fingerprints={path: file.fingerprint().digest for path, file in checked.files.items()},
+            **{f"{key}_fingerprint": fingerprint.digest for key, fingerprint in found.items()},
+        )
+        beside = side_files(find(base), composer.dtype) if find(base).is_dir() else {}
+        undo = undo_path(Path(output)) if keep_undo else None
+        undo_bytes = 0
+        if undo is not None:
+            config = {} if find(base).is_file() else side_files(find(base), None)
+            back = composer.back(out.weights(), with_vectors=keep_undo == "with_vectors")
+            undo_bytes = write_undo(out.beside(undo), weights, back, record, config.get("config.json", b"").decode())
+        out.commit(record.metadata(), beside)
+    infos = [opened.info for opened in (weights, *(source.weights for source in sources.values()))]
+    notes = [str(info) for info in infos if info.notes or info.which != "as stored"]
+    return ComposeReport(
+        Path(output),
+        found["base"],
+        found["edited"],
+        out.size,
+        time.monotonic() - started,
+        resumed,
+        composer.effects(),
+        notes,
+        undo,
+        undo_bytes,
+    )
+
+
+def check_output(output: str, inputs: Mapping[str, str]) -> None:
+    """Check that what will be written is none of what is read.
+
+    Args:
+        output: A file or folder.
+        inputs: What an input is called, to its path.
+
+    Raises:
+        ValueError: It is, or is a file of a folder that is.
+    """
+    resolved = Path(output).resolve()
+    for name, path in inputs.items():
+        own = Path(path).resolve()
+        if is_hub(path) or not own.exists():
+            continue
+        # a base may be the folder in which one works, and an edit there may be made once more
+        inside = own in resolved.parents and resolved.is_file() and "tva.recipe" not in read_metadata(resolved)
+        if own == resolved or inside:
+            raise ValueError(
+                f"output {output} {'lies in' if inside else 'is'} what is given as {name}, {path}, and would replace "
+                f"it. Give another output."
+            )
+
+
+def _check_undo(keep_undo: bool | str, sources: Mapping[str, Source]) -> None:
+    checkpoints = [name for name, source in sources.items() if source.origin is None]
+    if keep_undo == "with_vectors" and checkpoints:
+        raise ValueError(
+            f"keep_undo='with_vectors' needs task vector files, and {some(checkpoints)} are fine-tuned checkpoints, "
+            f"whose deltas are not known without the base. Give task vector files, or keep_undo alone."
+        )
+
+
+def write_undo(path: Path, base: LazyWeights, back: Composer, record: Record, config: str = "") -> int:
+    """Write the undo file of an edit; base and edited weights are read once more for it.
+
+    Args:
+        path: Where to write.
+        base: The base.
+        back: What predicts the base; see `Composer.back`.
+        record: Of the edit.
+        config: The base's ``config.json``, if it has one.
+
+    Returns:
+        Its size in bytes.
+    """
+    facts = {"tva.undo_config": config, "tva.undo_with_vectors": json.dumps(bool(back.sources))}
+    with UndoFile(path, base, back.piece, record, facts) as undo:
+        back.run(undo)
+    return undo.num_bytes
+
+
+def _stamp(path: str) -> list[tuple[str, int, int]]:
+    """Note size and time of an input's files, by which a resumed run knows that they are the same."""
+    found = find(path)
+    files = sorted(found.rglob("*")) if found.is_dir() else [found]
+    return [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files if file.is_file()]

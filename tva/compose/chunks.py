@@ -1,0 +1,276 @@
+"""Tensors of a base and its vectors, read piece by piece into memory that is used over and over.
+
+Where the dtypes allow, a piece of the base and of each vector lies in a row of its own, as stored, and
+`tva.merge.kernels` computes with the rows, without torch; else torch computes with one tensor after the other.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import numpy
+
+from tva._torch import Tensor, torch
+from tva.arithmetic import is_edited, sum_dtype
+from tva.checkpoints import Elements, Entry, LazyWeights
+from tva.merge import kernels
+from tva.merge.program import LOAD, ZERO, Program, Step, Steps, encode
+from tva.vectors.sources import Source
+
+AHEAD = 2**23  # elements that the system is told to read ahead
+HEAD = 4096  # elements in which most fine-tuned tensors differ from the base
+FUSED_DTYPES = {"bfloat16": 0, "float16": 1, "float32": 2}  # as `tva.merge.kernels` numbers them
+
+
+class Space(threading.local):
+    """Memory that a thread uses over and over, taken and given back as from a stack, so that it stays in the cache."""
+
+    def __init__(self) -> None:
+        self._buffers: dict[torch.dtype, list[Tensor]] = {}
+        self._arrays: dict[str, numpy.ndarray] = {}
+        self.next_piece()
+
+    def next_piece(self) -> None:
+        """Take everything back."""
+        self._taken: dict[torch.dtype, list[Tensor]] = {}
+
+    def take(self, dtype: torch.dtype, length: int) -> Tensor:
+        """Give a tensor of one dimension, with any contents."""
+        taken = self._taken.setdefault(dtype, [])
+        buffers = self._buffers.setdefault(dtype, [])
+        if len(taken) == len(buffers):
+            buffers.append(torch.empty(length, dtype=dtype))
+        elif len(buffers[len(taken)]) < length:
+            buffers[len(taken)] = torch.empty(length, dtype=dtype)
+        taken.append(buffers[len(taken)][:length])
+        return taken[-1]
+
+    def give_back(self, tensor: Tensor) -> None:
+        """Free a tensor if it is the last of its dtype that was taken; others wait for the next piece."""
+        taken = self._taken.get(tensor.dtype)
+        if taken and taken[-1] is tensor:
+            taken.pop()
+
+    def bytes(self, use: str, num_bytes: int, num_rows: int = 1) -> numpy.ndarray:
+        """Give rows of at least so many bytes, with any contents; the next call for this use gives the same memory."""
+        found = self._arrays.get(use)
+        if found is None or found.shape[0] < num_rows or found.shape[1] < num_bytes:
+            width = -(-num_bytes // 64) * 64
+            new = numpy.empty(num_rows * width + 64, numpy.uint8)
+            aligned = new[-new.ctypes.data % 64 :][: num_rows * width]
+            self._arrays[use] = found = aligned.reshape(num_rows, width)
+        return found
+
+
+class NewSpace(Space):
+    """New memory each time, for pieces that are handed on."""
+
+    def take(self, dtype: torch.dtype, length: int) -> Tensor:
+        return torch.empty(length, dtype=dtype)
+
+
+def is_fusible(entry: Entry) -> bool:
+    """Whether `tva.merge.kernels` can compute with a tensor as it is stored."""
+    return entry.spec.dtype_name in FUSED_DTYPES and entry.in_parts
+
+
+class OpenedTensor:
+    """One tensor of the base and of the vectors that move it, read a piece at a time.
+
+    Attributes:
+        vectors: Which vectors move it, by name; empty if none does.
+        fused: Whether `tva.merge.kernels` computes with it.
+    """
+
+    def __init__(
+        self, name: str, base: LazyWeights, sources: Mapping[str, Source], piece: int, edited: bool, space: Space
+    ) -> None:
+        self.name, self.spec, self.sources, self.space = name, base.spec(name), sources, space
+        self.length, self.piece = self.spec.numel(), piece
+        inputs = [base, *(source.weights for source in sources.values())]
+        self._entries = [weights.entry(name) if name in weights else None for weights in inputs]
+        self._whole: dict[int, Tensor] = {}  # what cannot be read in parts, or is no longer than a piece
+        self._loaded: set[int] = set()
+        self.vectors: dict[str, bool] = {}
+        present = [entry for entry in self._entries if entry is not None]
+        edited &= len(present) > 1 and is_edited(self.spec)
+        self.fused = edited and not isinstance(space, NewSpace) and all(map(is_fusible, present))
+        if self.fused:
+            width = min(piece, self.length) * max(entry.spec.itemsize for entry in present)
+            self._rows = space.bytes("rows", width, len(self._entries))
+            self._views = self._rows.view(numpy.uint16), self._rows.view(numpy.float32)
+            self._kinds = numpy.array([FUSED_DTYPES[e.spec.dtype_name] if e else 0 for e in self._entries])
+            self._relative = numpy.array([False, *(source.origin is None for source in sources.values())])
+        if edited:
+            moving = {
+                key: entry is not None and (sources[key].origin is not None or self._differs(row))
+                for row, (key, entry) in enumerate(zip(sources, self._entries[1:], strict=True), start=1)
+            }
+            self.vectors = moving if any(moving.values()) else {}
+        self.fused &= bool(self.vectors)
+
+    def starts(self) -> range:
+        """Give where the pieces begin; an empty tensor has one, so that every tensor is seen."""
+        return range(0, max(1, self.length), self.piece)
+
+    def base_piece(self, start: int) -> Tensor:
+        """Read one piece of the base, into memory that is free again with the next piece."""
+        if self.fused:
+            return self.base_elements(start).tensor()
+        self._begin(start)
+        return self.read(0, start)
+
+    def base_elements(self, start: int) -> Elements:
+        """Read one piece of the base as it is stored, into memory that is free again with the next piece."""
+        self._begin(start)
+        if self.fused:
+            return self._load(0, start)
+        entry, length = self._entries[0], min(self.piece, self.length - start)
+        data = self.space.bytes("copied", length * self.spec.itemsize)[0, : length * self.spec.itemsize]
+        entry.read_into(data, start)
+        return Elements(data, self.spec.dtype_name)
+
+    def _begin(self, start: int) -> None:
+        self.space.next_piece()
+        self._loaded.clear()
+        if start % AHEAD < self.piece and self.length > AHEAD:  # let the system read while this is computed with
+            for entry in filter(None, self._entries):
+                entry.will_need(min(start + AHEAD, self.length), min(start + 2 * AHEAD, self.length))
+
+    def _load(self, row: int, start: int) -> Elements:
+        """Read a piece into its row."""
+        spec = self._entries[row].spec
+        data = self._rows[row, : min(self.piece, self.length - start) * spec.itemsize]
+        self._loaded.add(row)
+        self._entries[row].read_into(data, start)
+        return Elements(data, spec.dtype_name)
+
+    def read(self, row: int, start: int) -> Tensor:
+        """Read a piece of the base (row 0) or a vector as a tensor."""
+        entry, stop = self._entries[row], min(start + self.piece, self.length)
+        if self.length > self.piece and entry.in_parts:
+            out = self.space.take(entry.dtype, stop - start)
+            entry.read_into(Elements.of(out).data, start)
+            return out
+        if row not in self._whole:
+            self._whole[row] = entry.read().reshape(-1)
+        return self._whole[row][start:stop]
+
+    def program(self, steps: Steps) -> Program | None:
+        """Turn steps into a program for this tensor's rows, if its dtypes allow."""
+        if not self.fused:
+            return None
+        keys = list(self.sources)
+        placed = (
+            step if step.kind != LOAD else Step(LOAD, step.count + 1) if self.vectors[keys[step.count]] else Step(ZERO)
+            for step in steps
+        )
+        return encode(tuple(placed))
+
+    def run(self, program: Program, start: int, out: numpy.ndarray) -> None:
+        """Compute a program on the piece that was begun, into float32."""
+        kernels.evaluate(*self._prepared(program, start), out)
+
+    def edit(self, program: Program, start: int, scaling_coef: float, out: Elements) -> tuple[int, int, float, float]:
+        """Compute ``base + scaling_coef * program`` on the piece that was begun.
+
+        Returns:
+            Elements whose delta is not zero; elements that change; sums of squares of the change and of the base.
+        """
+        wide = out.dtype_name == "float32"
+        with numpy.errstate(over="ignore"):  # what overflows is an error of the edit, said there
+            coef = numpy.float32(scaling_coef)
+        return kernels.edit(
+            *self._prepared(program, start),
+            coef,
+            FUSED_DTYPES[out.dtype_name],
+            min(self.piece, self.length - start),
+            out.data.view(numpy.uint16),
+            out.data.view(numpy.float32) if wide else numpy.empty(0, numpy.float32),
+        )
+
+    def _prepared(self, program: Program, start: int) -> tuple[Any, ...]:
+        for row in program.vectors - self._loaded:
+            self._load(row, start)
+        return program.steps, program.numbers, program.depth, *self._views, self._kinds, self._relative, start
+
+    def widened(self, base: Tensor) -> Tensor:
+        """Give a piece of the base in the dtype of sums."""
+        if base.dtype == sum_dtype(base):
+            return base
+        wide = self.space.take(sum_dtype(base), len(base)).copy_(base)
+        self.space.give_back(base)
+        return wide
+
+    def _differs(self, row: int) -> bool:
+        """Whether any element of a vector differs from the base; stops at the first piece where one does."""
+        if self.fused:
+            width = min(HEAD, self.length)
+            for one in (0, row):
+                entry = self._entries[one]
+                entry.read_into(self._rows[one, : width * entry.spec.itemsize], 0)
+            if not self._rows_agree(row, width):
+                return True
+        for start in self.starts():
+            if self.fused:
+                self._begin(start)
+                self._load(0, start)
+                self._load(row, start)
+                same = self._rows_agree(row, min(self.piece, self.length - start))
+            else:
+                same = torch.equal(self.base_piece(start), self.read(row, start))
+            if not same:
+                return True
+        return False
+
+    def _rows_agree(self, row: int, length: int) -> bool:
+        return kernels.agree(*self._views, self._kinds, row, length)
+
+
+class Deltas(Mapping[str, Tensor]):
+    """The deltas of one piece, each made anew when it is asked for: so the memory in use stays in the cache."""
+
+    def __init__(self, opened: OpenedTensor, start: int, base: Tensor | None = None) -> None:
+        self._opened, self._start = opened, start
+        self._length = min(opened.piece, opened.length - start)
+        self._base = base if base is None or opened.fused else opened.widened(base)
+
+    def run(self, steps: Steps) -> Tensor | None:
+        """Compute steps on this piece, where the dtypes allow."""
+        program = self._opened.program(steps)
+        if program is None:
+            return None
+        out = self._opened.space.take(torch.float32, self._length)
+        self._opened.run(program, self._start, out.numpy())
+        return out
+
+    @property
+    def fused(self) -> bool:
+        """Whether the dtypes allow to compute steps."""
+        return self._opened.fused
+
+    def run_array(self, steps: Steps) -> numpy.ndarray:
+        """Compute steps on this piece, where the dtypes allow, in memory that the next call uses again."""
+        program = self._opened.program(steps)
+        out = self._opened.space.bytes("floats", self._length * 4)[0, : self._length * 4].view(numpy.float32)
+        self._opened.run(program, self._start, out)
+        return out
+
+    def __getitem__(self, key: str) -> Tensor:
+        opened, space = self._opened, self._opened.space
+        if opened.fused:
+            return self.run((Step(LOAD, list(opened.sources).index(key)),))
+        if not opened.vectors[key]:
+            return space.take(torch.float32, self._length).zero_()
+        stored = opened.read(1 + list(opened.sources).index(key), self._start)
+        delta = opened.sources[key].delta(stored, self._base, space.take)
+        space.give_back(stored)
+        return delta
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._opened.vectors)
+
+    def __len__(self) -> int:
+        return len(self._opened.vectors)

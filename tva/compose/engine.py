@@ -1,0 +1,406 @@
+"""Computes the tensors of an edit piece by piece, several at once, within a stated memory, and keeps account of it.
+
+Every element is computed as the in-memory path computes it, so the bytes do not depend on pieces, memory or threads.
+Where they go is for a `Sink` to say: `tva.compose.apply` writes them, `verify` compares them, `revert` undoes them.
+"""
+
+from __future__ import annotations
+
+import gc
+import math
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from typing import Any, Protocol
+
+from tva._torch import Tensor, load_torch, num_threads, torch, torch_is_loaded
+from tva.arithmetic import add_scaled, is_edited
+from tva.checkpoints import Elements, Fingerprint, LazyWeights, Spec, TensorHash, open_weights
+from tva.compose.chunks import FUSED_DTYPES, Deltas, NewSpace, OpenedTensor, Space, is_fusible
+from tva.compose.recipe import Look, Piece, Recipe
+from tva.console import progress
+from tva.errors import NoEffectError
+from tva.merge import Place, kernels
+from tva.merge.program import Program
+from tva.sizes import anonymous_memory, parse_bytes
+from tva.vectors.sources import Source, untie
+
+PIECE = 2**18  # elements; shorter ones leave the cores waiting for Python, longer ones for memory
+SLACK = 2**24  # bytes for what an allocator keeps, thread stacks and journals
+DTYPES = ("float64", "float32", "bfloat16", "float16")
+
+
+@dataclass
+class GroupEffect:
+    """What an edit did to one group of tensors (those that share the first two parts of their names).
+
+    Attributes:
+        tensors: Tensors in the group that the recipe moves.
+        changed: Tensors of which at least one element changed.
+        elements: Elements whose delta is not zero.
+        vanished: Of these, those that rounding to the output dtype left as they were.
+        squared_change: Sum of squares of the change, after rounding.
+        squared_base: Sum of squares of the base.
+    """
+
+    tensors: int = 0
+    changed: int = 0
+    elements: int = 0
+    vanished: int = 0
+    squared_change: float = 0.0
+    squared_base: float = 0.0
+
+    @property
+    def relative_change(self) -> float:
+        """Norm of the change divided by that of the base; 0 where nothing changed, infinite where the base is 0."""
+        if not self.squared_change:
+            return 0.0
+        return (self.squared_change / self.squared_base) ** 0.5 if self.squared_base else float("inf")
+
+    def count(self, moving: int, changed: int, change_square: float, base_square: float) -> None:
+        """Count one piece in."""
+        self.elements += moving
+        self.vanished += moving - changed
+        self.squared_change += change_square
+        self.squared_base += base_square
+
+    def add(self, other: GroupEffect) -> None:
+        """Count another's in."""
+        for name in self.__dataclass_fields__:
+            setattr(self, name, getattr(self, name) + getattr(other, name))
+
+
+class Sink(Protocol):
+    """What takes the tensors that a `Composer` computes, from any of its threads; `Output` is one."""
+
+    done: Mapping[str, Any]  # by name the records of tensors that need not be computed
+
+    def write(self, name: str, start: int, piece: Elements) -> None:
+        """Take elements of a tensor, flattened, from ``start`` on; the pieces of one tensor come in order."""
+
+    def finish(self, name: str, record: Mapping[str, Any]) -> None:
+        """Take the digests of a tensor that is whole."""
+
+
+class Composer:
+    """Computes the output tensor by tensor, several at once, and keeps account of what changed."""
+
+    def __init__(
+        self,
+        base: LazyWeights,
+        sources: Mapping[str, Source],
+        recipe: Recipe,
+        scaling_coef: float,
+        dtype: str | Mapping[str, str] | None,
+        tied: Mapping[str, str],
+    ) -> None:
+        self.base, self.sources, self.recipe, self.tied = base, sources, recipe, tied
+        self.scaling_coef, self.dtype = scaling_coef, dtype
+        self.names = [name for name in base if name not in tied]
+        # Running statistics are kept: their deltas mean something at coefficient 1 alone.
+        self.statistics = set().union(*(source.buffers for source in sources.values()))
+        if not self._is_fusible():
+            load_torch()  # now, so that the memory that it takes is known
+        # Decompositions use all cores themselves; all else is done by one thread a tensor.
+        self.piece, self.workers = PIECE, 1 if recipe.needs_whole_tensors else num_threads()
+        self.identities: dict[str, str] = {}
+        self.model_states: dict[tuple[int, str], Any] = {}
+        self.records: dict[str, Mapping[str, Any]] = {}
+        self._space = NewSpace() if recipe.needs_whole_tensors else Space()
+        self.beside = 0  # bytes that a sink holds of each element of a piece
+        self._stop = False
+
+    def layout(self) -> dict[str, Spec]:
+        """Give the dtype and shape of every output tensor, in the order written."""
+        return {name: Spec(self._output_dtype(name), self.base.spec(name).sizes) for name in self.names}
+
+    def _output_dtype(self, name: str) -> str:
+        stored = self.base.spec(name)
+        if isinstance(self.dtype, Mapping):
+            return self.dtype[name]
+        return self.dtype if self.dtype is not None and stored.is_floating_point() else stored.dtype_name
+
+    def _is_fusible(self) -> bool:
+        """Whether all can be computed without torch."""
+        if not self.recipe.is_fusible:
+            return False
+        for name in self.names:
+            entries = [weights.entry(name) for weights in self._inputs() if name in weights]
+            kept = len(entries) == 1 or not is_edited(entries[0].spec) or name in self.statistics
+            if not (entries[0].in_parts if kept else all(map(is_fusible, entries))):
+                return False
+            if self._output_dtype(name) != entries[0].spec.dtype_name:
+                return False
+        return True
+
+    def _inputs(self) -> list[LazyWeights]:
+        return [self.base, *(source.weights for source in self.sources.values())]
+
+    @classmethod
+    def open(
+        cls,
+        base: str,
+        vectors: Mapping[str, str],
+        recipe: Recipe,
+        scaling_coef: float,
+        dtype: str | None = None,
+        *,
+        allow_other_base: bool = False,
+        key_map: Mapping[str, str] | None = None,
+        which: str = "checkpoint",
+    ) -> Composer:
+        """Open the files of an edit; the arguments are those of `compose`."""
+        if dtype is not None and dtype not in DTYPES:
+            raise ValueError(f"dtype must be one of {', '.join(DTYPES)}; found {dtype!r}.")
+        weights = open_weights(base)
+        sources = {
+            name: Source(name, vectors[name], weights, allow_other_base, key_map or {}, which)
+            for name in recipe.vectors
+        }
+        chosen = {source.weights.info.which for source in sources.values()}
+        if which != "checkpoint" and which not in chosen:
+            raise ValueError(f"which={which!r}: no vector holds both raw and averaged weights. Leave it out.")
+        recipe.bind(weights.keys())
+        return cls(weights, sources, recipe, scaling_coef, dtype, untie(weights, sources.values()))
+
+    def back(self, edited: LazyWeights, with_vectors: bool) -> Composer:
+        """Give the composer that predicts this one's base from what this one has computed.
+
+        Its output is the edited weights in the base's dtypes, with vectors minus ``scaling_coef * recipe``.
+        """
+        sources = {name: source.unchecked() for name, source in self.sources.items()} if with_vectors else {}
+        recipe = self.recipe if with_vectors else Recipe("nothing", ["nothing"])
+        dtypes = {name: self.base.spec(name).dtype_name for name in self.base}
+        back = Composer(edited, sources, recipe, -self.scaling_coef, dtypes, self.base.ties())
+        back.piece, back.workers = self.piece, self.workers
+        return back
+
+    # --- memory
+
+    def need(self) -> int:
+        """Predict the anonymous memory in bytes, at the piece size and number of workers chosen."""
+        held, unparted, largest = 4 * (2 * len(self.sources) + 8) + self.beside, 0, 0
+        for name in self.names:
+            entries = [weights.entry(name) for weights in self._inputs() if name in weights]
+            unparted = max(unparted, sum(entry.held_bytes for entry in entries))
+            largest = max(largest, entries[0].spec.numel() if len(entries) > 1 else 0)
+        piece = largest if self.recipe.needs_whole_tensors else self.piece
+        each = piece * held + unparted + self.recipe.observing_bytes
+        kernels_bytes = 0 if kernels.load.cache_info().currsize else kernels.LOADED_BYTES
+        return anonymous_memory() + kernels_bytes + SLACK + self.workers * each
+
+    def fit_into(self, max_memory: str | None) -> None:
+        """Choose how much to hold at once, fewer workers before smaller pieces.
+
+        Args:
+            max_memory: That this process may take, or None for 1 GiB more than it takes already.
+
+        Raises:
+            ValueError: It does not fit however little is held.
+        """
+        kernels.load()
+        limit = anonymous_memory() + 2**30 if max_memory is None else parse_bytes(max_memory)
+        while self.need() > limit:
+            if self.workers > 1:
+                self.workers -= 1
+            elif self.piece > 1024 and not self.recipe.needs_whole_tensors:
+                self.piece //= 2
+            else:
+                raise ValueError(
+                    f"max_memory must be {self.need() / 2**20 + 1:.0f}MiB or more for this recipe and these formats, "
+                    f"of which the process takes {anonymous_memory() / 2**20:.0f} MiB by itself; found "
+                    f"{limit / 2**20:.0f} MiB."
+                )
+
+    # --- computing
+
+    def run(self, out: Sink) -> None:
+        """Compute and write every tensor that is not done."""
+        self.records = dict(out.done)
+        if self.recipe.is_random:
+            self.identities = {name: source.identity() for name, source in self.sources.items()}
+        else:
+            self.identities = {name: name for name in self.sources}
+        todo = sorted((name for name in self.names if name not in out.done), key=self._size, reverse=True)
+        with _threads(self.workers) as pool:
+            if todo and self.recipe.observing:
+                by_size = sorted(self.names, key=self._size, reverse=True)
+
+                def spread(look: Look) -> None:
+                    list(pool.map(lambda name: look(self._pieces(self._open(name))), by_size))
+
+                self.model_states = self.recipe.observe(list, self.identities, over_model=True, spread=spread)
+            futures = [pool.submit(self._compose, name, out) for name in todo]
+            try:
+                for future in progress(futures, "composing"):
+                    future.result()
+            except BaseException:
+                self._stop = True
+                raise
+
+    def _size(self, name: str) -> int:
+        return self.base.spec(name).numel()
+
+    def _open(self, name: str, space: Space | None = None) -> OpenedTensor:
+        piece = max(1, self._size(name)) if self.recipe.needs_whole_tensors else self.piece
+        return OpenedTensor(name, self.base, self.sources, piece, name not in self.statistics, space or self._space)
+
+    def _pieces(self, opened: OpenedTensor) -> Iterator[Piece]:
+        """Give the deltas of one tensor, if the recipe moves it."""
+        if opened.vectors:
+            for start in opened.starts():
+                base = opened.base_elements(start) if opened.fused else opened.base_piece(start)
+                yield self._place(opened, start), Deltas(opened, start, None if opened.fused else base)
+
+    def _place(self, opened: OpenedTensor, start: int) -> Place:
+        return Place(opened.name, start, shape=opened.spec.sizes)
+
+    def _compose(self, name: str, out: Sink) -> None:
+        """Compute and write one tensor."""
+        opened = self._open(name)
+        dtype = self._output_dtype(name)
+        states = self.model_states
+        moved = bool(opened.vectors) and self.scaling_coef != 0
+        if moved and self.recipe.observing:
+            inner = self.recipe.observe(lambda: self._pieces(opened), self.identities, over_model=False, known=states)
+            states = {**states, **inner}
+        program = self._program(opened, states) if moved else None
+        effect = GroupEffect(tensors=int(bool(opened.vectors)))
+        before, after = TensorHash(opened.spec), TensorHash(opened.spec, dtype)
+        copied = not moved and dtype == opened.spec.dtype_name and self.base.entry(name).in_parts
+        for start in opened.starts():
+            if self._stop:
+                return
+            if program is not None or copied:
+                base = opened.base_elements(start)
+                before.update(base.data)
+                part = base if copied else self._run(opened, program, base, start, effect)
+            else:
+                tensor = opened.base_piece(start)
+                before.update(tensor)
+                wanted = getattr(torch, dtype)
+                part = Elements.of(self._edit(opened, tensor, start, states, effect) if moved else tensor.to(wanted))
+            after.update(part.data)
+            out.write(name, start, part)
+        effect.changed = int(effect.elements > effect.vanished)
+        record = {"base": before.hexdigest(), "edited": after.hexdigest(), "vectors": {}, "effect": asdict(effect)}
+        for key, source in self.sources.items():
+            source.check(name, record["base"])
+            if name in source.weights:
+                record["vectors"][key] = source.weights.digest(name)
+        out.finish(name, record)
+        self.records[name] = record
+
+    def _program(self, opened: OpenedTensor, states: Mapping[tuple[int, str], Any]) -> Program | None:
+        """Give what computes the whole recipe in one tensor, if methods and dtypes allow."""
+        if not opened.fused or self._output_dtype(opened.name) not in FUSED_DTYPES:
+            return None
+        steps = self.recipe.steps(self._place(opened, 0), states, self.identities)
+        return None if steps is None else opened.program(steps)
+
+    def _run(self, opened: OpenedTensor, program: Program, base: Elements, start: int, effect: GroupEffect) -> Elements:
+        """Compute one piece of the output by a program, and count what it changes."""
+        dtype, count = self._output_dtype(opened.name), len(base.data) // opened.spec.itemsize
+        size = count * Spec(dtype, ()).itemsize
+        part = Elements(opened.space.bytes("edited", size)[0, :size], dtype)
+        moving, changed, change_square, base_square = opened.edit(program, start, self.scaling_coef, part)
+        if not math.isfinite(change_square) and not bool(torch.isfinite(part.tensor()).all()):
+            raise self._not_finite(opened.name, dtype)
+        effect.count(moving, changed, change_square, base_square)
+        return part
+
+    def _edit(
+        self,
+        opened: OpenedTensor,
+        base: Tensor,
+        start: int,
+        states: Mapping[tuple[int, str], Any],
+        effect: GroupEffect,
+    ) -> Tensor:
+        """Compute one piece of the output in torch, and count what it changes."""
+        space, dtype = opened.space, self._output_dtype(opened.name)
+        part = space.take(getattr(torch, dtype), len(base))
+        deltas, place, base = Deltas(opened, start, base), self._place(opened, start), opened.widened(base)
+        delta = self.recipe.merge(place, deltas, states, self.identities, fresh=opened.vectors, free=space.give_back)
+        moving = int(torch.count_nonzero(delta))
+        add_scaled(base, delta, self.scaling_coef, out=part, overwrite=True)
+        change = delta.copy_(part).sub_(base)
+        changed = int(torch.count_nonzero(change))
+        change_square, base_square = (float(torch.dot(x, x)) for x in (change, base))
+        if not math.isfinite(change_square) and not bool(torch.isfinite(part).all()):
+            raise self._not_finite(opened.name, dtype)
+        effect.count(moving, changed, change_square, base_square)
+        return part
+
+    def _not_finite(self, name: str, dtype: str) -> ValueError:
+        """Say why an edited tensor holds NaN or infinity."""
+        inputs = {f"the base {self.base.path}": self.base}
+        inputs |= {f"{source.weights.path}, the vector {key}": source.weights for key, source in self.sources.items()}
+        damaged = [what for what, weights in inputs.items() if name in weights and not weights[name].isfinite().all()]
+        if damaged:
+            why = f"{' and '.join(damaged[:3])} {'holds' if len(damaged) == 1 else 'hold'} such there. Take sound ones"
+        else:
+            why = f"the coefficient is too large for torch.{dtype}. Give a smaller one"
+        return ValueError(f"The edited {name!r} would hold NaN or infinity: {why}. Nothing was written.")
+
+    # --- the account
+
+    def effects(self) -> dict[str, GroupEffect]:
+        """Sum up what changed, by group of tensors that the recipe moves."""
+        groups: dict[str, GroupEffect] = {}
+        for name in self.names:
+            effect = GroupEffect(**self.records[name]["effect"])
+            if effect.tensors:
+                groups.setdefault(".".join(name.split(".")[:2]), GroupEffect()).add(effect)
+        return groups
+
+    def fingerprint(self, which: str) -> Fingerprint:
+        """Give the fingerprint of the ``"base"`` or the ``"edited"`` weights."""
+        found = {name: self.records[name][which] for name in self.names}
+        return Fingerprint.from_tensors({**found, **{alias: found[kept] for alias, kept in self.tied.items()}})
+
+    def vector_fingerprints(self) -> dict[str, str]:
+        """Give the fingerprint of each vector's file, by its name in the recipe."""
+        digests = {}
+        for key, source in self.sources.items():
+            found = {name: self.records[self.tied.get(name, name)]["vectors"][key] for name in source.weights}
+            digests[key] = Fingerprint.from_tensors(found).digest
+        return digests
+
+    def check(self) -> None:
+        """Check, when all is written, that the edit did something."""
+        effects = self.effects().values()
+        if self.scaling_coef == 0 or any(effect.changed for effect in effects):
+            return
+        if any(effect.elements for effect in effects):
+            why = "each delta vanishes in rounding to the output's dtype. Use a larger coefficient, or dtype='float32'"
+        else:
+            why = (
+                "every delta is zero. Check that the vectors are of fine-tuned models rather than of the base, and "
+                "that the recipe does not cancel them"
+            )
+        raise NoEffectError(f"The edit {self.recipe.text} changed no element: {why}.")
+
+
+@contextmanager
+def _threads(workers: int) -> Iterator[ThreadPoolExecutor]:
+    """Give threads for tensors, each with one core to itself if there are several.
+
+    Python's garbage collector rests meanwhile: pieces leave no cycles, but so many of them would make it walk over all
+    that torch has loaded, again and again (measured: more than half of the time).
+    """
+    alone, collecting = workers > 1 and torch_is_loaded(), gc.isenabled()
+    before = torch.get_num_threads() if alone else 0
+    gc.disable()
+    pool = ThreadPoolExecutor(workers, thread_name_prefix="tva-compose")
+    try:
+        if alone:
+            torch.set_num_threads(1)
+        yield pool
+    finally:
+        pool.shutdown(cancel_futures=True)
+        if alone:
+            torch.set_num_threads(before)
+        if collecting:
+            gc.enable()

@@ -1,0 +1,391 @@
+"""Recipes: the expressions that say how task vectors are combined, computed tensor by tensor."""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import operator
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from itertools import chain
+from typing import TYPE_CHECKING, Any
+
+from numpy import ndarray
+
+from tva._torch import Tensor, torch
+from tva.checkpoints import HashedWeights
+from tva.compose.syntax import Expression
+from tva.errors import RecipeError as RecipeError
+from tva.layers import Coefficient, coefs_by_tensor, layers_of
+from tva.merge import Method, Place
+from tva.merge.program import ADD, DIV, LOAD, MUL, NEG, SUB, Step, Steps, value_of
+from tva.vectors.header import Origin
+
+if TYPE_CHECKING:
+    from tva.vectors.task_vector import TaskVector
+
+Piece = tuple[Place, Mapping[str, Tensor]]  # where it lies, and the flattened deltas of the vectors by name
+Look = Callable[[Iterable[Piece]], None]
+
+
+def _state_key(node: ast.Call, method: Method, place: Place) -> tuple[int, str]:
+    return id(node), "" if method.over_model else place.tensor
+
+
+_OPERATORS: dict[type, Callable] = {
+    ast.Add: operator.add,
+    ast.Sub: operator.sub,
+    ast.Mult: operator.mul,
+    ast.Div: operator.truediv,
+}
+_STEPS: dict[type, int] = {ast.Add: ADD, ast.Sub: SUB, ast.Mult: MUL, ast.Div: DIV}
+_INTO = {ast.Add: "add", ast.Sub: "sub", ast.Mult: "mul", ast.Div: "div"}
+
+
+def _apply(kind: type, first: Any, second: Any, own_first: bool, own_second: bool) -> tuple[Any, bool]:
+    """Apply an operator, over an operand's memory where that is free and the dtype fits."""
+    tensors = [value for value in (first, second) if isinstance(value, Tensor)]
+    function = _OPERATORS[kind]
+    if not tensors:
+        return function(first, second), False
+    if not isinstance(first, Tensor):  # a number times a vector
+        first, second, own_first, own_second = second, first, own_second, own_first
+    for value, own in ((first, own_first), (second, own_second)):
+        if own and value.is_floating_point() and all(value.dtype == other.dtype for other in tensors):
+            return getattr(torch, _INTO[kind])(first, second, out=value), True
+    return function(first, second), True
+
+
+class Recipe(Expression):
+    """A checked recipe, which can be computed.
+
+    Args:
+        text: The expression.
+        vectors: Names that are task vectors.
+        coefs: Names that are numbers, with their values: a number; or one by group of tensors, from regular expressions
+            that are searched for in tensor names, the first that is found counting, to a number or to
+            ``[first, …, last]`` over the layers. ``layer`` stands for every name that has a layer's number in it.
+
+    Attributes:
+        text: The expression as written.
+        vectors: Names of the task vectors it uses, in order of appearance.
+        coefs: Names of the coefficients it uses, with their values as given.
+
+    Raises:
+        RecipeError: It is no expression of task vectors, or uses an unknown name.
+
+    Example:
+        >>> import torch
+        >>> from tva import TaskVector
+        >>> a, b = TaskVector({"w": torch.tensor([1.0])}), TaskVector({"w": torch.tensor([4.0])})
+        >>> Recipe("s * (b - a) / 2", vectors=["a", "b"], coefs={"s": 3.0}).evaluate({"a": a, "b": b}).deltas
+        {'w': tensor([4.5000])}
+    """
+
+    def __init__(self, text: str, vectors: Collection[str], coefs: Mapping[str, Coefficient] | None = None) -> None:
+        super().__init__(text, vectors, coefs)
+        self._by_tensor: dict[str, dict[str, float]] = {}  # of coefficients by group, once the names are known
+        self._layers: dict[str, tuple[int, int]] = {}  # likewise
+
+    def __repr__(self) -> str:
+        return f"Recipe({self.text!r})"
+
+    @property
+    def is_linear(self) -> bool:
+        """Whether the recipe is a fixed linear combination of its vectors."""
+        return all(method.linear for method in self._methods.values())
+
+    def bind(self, names: Collection[str]) -> None:
+        """Count the model's layers, and give every tensor its value of the coefficients that are given by group.
+
+        Args:
+            names: Those of all tensors of the model.
+
+        Raises:
+            ValueError: A tensor is in no group, or a group has no tensor.
+        """
+        self._layers = layers_of(names)
+        for name, groups in self.coefs.items():
+            if isinstance(groups, Mapping):
+                self._by_tensor[name] = coefs_by_tensor(name, groups, names)
+
+    def coef_of(self, vector: str, place: Place) -> float:
+        """Give the number by which a linear recipe multiplies one vector in one tensor."""
+        steps = self.steps(place, {}, dict.fromkeys(self.vectors, ""))
+        if steps is not None:
+            return value_of(steps, [float(name == vector) for name in self.vectors])
+        deltas = {name: torch.tensor([float(name == vector)], dtype=torch.float64) for name in self.vectors}
+        return float(self.merge(place, deltas, {}, dict.fromkeys(self.vectors, "")))
+
+    def evaluate(self, vectors: Mapping[str, TaskVector]) -> TaskVector:
+        """Compute the recipe in memory.
+
+        Args:
+            vectors: The task vectors by name, at least those in ``self.vectors``.
+
+        Returns:
+            A new task vector. Running statistics follow a linear recipe; under any other they do not move.
+
+        Raises:
+            MismatchError: The vectors come from different bases or architectures.
+        """
+        from tva.vectors.task_vector import TaskVector
+
+        used = {name: vectors[name] for name in self.vectors}
+        whole = sum(used.values())  # checks that they belong together
+        sources = {name: vector.origin.finetuned or name for name, vector in used.items()}
+        self.bind({*whole.deltas, *whole.buffers, *whole.untouched})
+
+        def pieces() -> Iterator[Piece]:
+            for name in sorted(whole.deltas):
+                yield (
+                    Place(name, shape=tuple(whole.deltas[name].shape)),
+                    {
+                        v: vector.deltas[name].reshape(-1)
+                        if name in vector.deltas
+                        else torch.zeros(whole.deltas[name].numel(), dtype=whole.deltas[name].dtype)
+                        for v, vector in used.items()
+                    },
+                )
+
+        observed = self.observe(pieces, sources)
+        deltas = {
+            place.tensor: self.merge(place, values, observed, sources).reshape(whole.deltas[place.tensor].shape)
+            for place, values in pieces()
+        }
+        buffers = {}
+        if self.is_linear:
+            zeros = {name: torch.zeros_like(delta) for name, delta in whole.buffers.items()}
+            for name in whole.buffers:
+                values = {v: vector.buffers.get(name, zeros[name]) for v, vector in used.items()}
+                buffers[name] = self.merge(Place(name), values, {}, sources)
+        untouched = {**dict.fromkeys(whole.buffers.keys() - buffers.keys(), "excluded"), **whole.untouched}
+        return TaskVector(deltas, buffers, untouched, Origin(base=whole.origin.base, kind=whole.origin.kind))
+
+    @property
+    def is_random(self) -> bool:
+        """Whether a method of the recipe draws random numbers."""
+        return any(method.random for method in self._methods.values())
+
+    @property
+    def is_fusible(self) -> bool:
+        """Whether it can be computed in steps alone, whatever is observed."""
+        return all(
+            not method.whole
+            and type(method).in_steps is not Method.in_steps
+            and (method.counts or not method.num_sweeps)
+            for method in self._methods.values()
+        )
+
+    @property
+    def needs_whole_tensors(self) -> bool:
+        """Whether a method of the recipe must see every tensor in one piece."""
+        return any(method.whole for method in self._methods.values())
+
+    @property
+    def files(self) -> dict[str, HashedWeights]:
+        """The files that methods read besides the vectors, by path."""
+        return {path: file for method in self._methods.values() for path, file in method.inputs().items()}
+
+    @property
+    def observing(self) -> list[Method]:
+        """The methods that must look at the deltas before they merge."""
+        return [self._methods[id(node)] for node in self._observers]
+
+    @property
+    def observing_bytes(self) -> int:
+        """Predicted memory that looking at the deltas takes of each thread."""
+        return sum(self._methods[id(node)].observing_bytes(len(node.args)) for node in self._observers)
+
+    # --- computing, one piece of the model at a time
+
+    def observe(
+        self,
+        pieces: Callable[[], Iterable[Piece]],
+        sources: Mapping[str, str],
+        *,
+        over_model: bool | None = None,
+        known: Mapping[tuple[int, str], Any] | None = None,
+        spread: Callable[[Look], None] | None = None,
+    ) -> dict[tuple[int, str], Any]:
+        """Let the methods that need it look at the deltas before they merge.
+
+        Args:
+            pieces: Gives all pieces anew at each call.
+            sources: What identifies each vector.
+            over_model: Only the methods that collect over the whole model (True), or tensor by tensor (False).
+            known: States of methods that have looked already.
+            spread: In place of going through ``pieces``: calls what it is given on the pieces of every tensor, several
+                tensors at once, for methods that collect over the model.
+
+        Returns:
+            States for `merge`, by method and tensor.
+        """
+        states: dict[tuple[int, str], Any] = {}
+        seen = dict(known or {})
+        for node in self._observers:  # inner calls come first: their states are ready for the outer ones
+            method = self._methods[id(node)]
+            if over_model is not None and method.over_model != over_model:
+                continue
+            if method.over_model:
+                states[id(node), ""] = seen[id(node), ""] = method.start(len(node.args))
+            for sweep in range(method.num_sweeps):
+                mine = [state for (owner, _), state in states.items() if owner == id(node)]
+                if mine and all(method.ready(state, sweep) for state in mine):
+                    continue
+
+                def look(some: Iterable[Piece], node=node, method=method, sweep=sweep) -> None:
+                    for place, deltas in some:
+                        key = _state_key(node, method, place)
+                        if key not in states:
+                            states[key] = seen[key] = method.start(len(node.args))
+                        here = self._place_of(node, place, sources)
+                        method.observe(states[key], self._observed(node, place, deltas, seen, sources), here, sweep)
+
+                if spread is not None and method.over_model:
+                    spread(look)
+                else:
+                    look(pieces())
+                for (owner, _), state in states.items():
+                    if owner == id(node):
+                        method.finish(state, sweep)
+        return states
+
+    def merge(
+        self,
+        place: Place,
+        deltas: Mapping[str, Tensor],
+        states: Mapping[tuple[int, str], Any],
+        sources: Mapping[str, str],
+        fresh: Collection[str] = (),
+        free: Callable[[Tensor], None] = lambda _: None,
+    ) -> Tensor:
+        """Compute one piece of the result.
+
+        Args:
+            place: Where the piece lies.
+            deltas: For each vector its flattened piece, float32 or float64; asked for each time a vector is named.
+                Where they have a method ``run`` that computes `Steps`, it is asked first.
+            states: From `observe`.
+            sources: What identifies each vector.
+            fresh: Vectors whose piece is made anew each time it is asked for, and may be overwritten.
+            free: Told of each tensor that is no longer needed.
+        """
+        return self._evaluate(self._tree, place, deltas, states, sources, fresh, free)[0]
+
+    def _evaluate(
+        self,
+        node: ast.expr,
+        place: Place,
+        deltas: Mapping[str, Tensor],
+        states: Mapping[tuple[int, str], Any],
+        sources: Mapping[str, str],
+        fresh: Collection[str] = (),
+        free: Callable[[Tensor], None] = lambda _: None,
+    ) -> tuple[Any, bool]:
+        """Give a value, and whether its memory is free to be overwritten; results are the same bits either way."""
+        if isinstance(node, ast.BinOp | ast.UnaryOp | ast.Call) and id(node) not in self._numbers:
+            steps = self.steps(place, states, sources, node) if hasattr(deltas, "run") else None
+            value = None if steps is None else deltas.run(steps)
+            if value is not None:
+                return value, True
+        match node:
+            case ast.Constant(value=value):
+                return float(value), False
+            case ast.Name(id=name):
+                return (deltas[name], name in fresh) if name in self._known else (self.number(name, place), False)
+            case ast.UnaryOp(op=op, operand=operand):
+                value, own = self._evaluate(operand, place, deltas, states, sources, fresh, free)
+                if not isinstance(op, ast.USub):
+                    return value, own
+                return (value.neg_() if own else -value), isinstance(value, Tensor)
+            case ast.BinOp(left=left, op=op, right=right):
+                first, own = self._evaluate(left, place, deltas, states, sources, fresh, free)
+                second, other = self._evaluate(right, place, deltas, states, sources, fresh, free)
+                if isinstance(op, ast.Div) and second == 0:
+                    raise self._error("This divides by zero", right.col_offset)
+                result = _apply(type(op), first, second, own, other)
+                if other and result[0] is not second:
+                    free(second)
+                return result
+            case ast.Call():
+                method = self._methods[id(node)]
+                arguments, here = self._arguments(node, place, deltas, states, sources)
+                return method.merge(arguments, states.get(_state_key(node, method, place)), here), True
+        raise AssertionError(f"unchecked node {ast.dump(node)}")
+
+    def steps(
+        self,
+        place: Place,
+        states: Mapping[tuple[int, str], Any],
+        sources: Mapping[str, str],
+        node: ast.expr | None = None,
+    ) -> Steps | None:
+        """Give the steps that compute the recipe, or a part of it, in one tensor; None if a method has none.
+
+        Args:
+            place: The tensor.
+            states: From `observe`.
+            sources: What identifies each vector.
+            node: A part that is a vector.
+        """
+        node = self._tree if node is None else node
+        match node:
+            case ast.Name(id=name):
+                return (Step(LOAD, self.vectors.index(name)),)
+            case ast.UnaryOp(op=op, operand=operand):
+                steps = self.steps(place, states, sources, operand)
+                return steps if steps is None or isinstance(op, ast.UAdd) else (*steps, Step(NEG))
+            case ast.BinOp(left=left, op=op, right=right):
+                if number := next((side for side in (left, right) if id(side) in self._numbers), None):
+                    vector, value = right if number is left else left, self._evaluate(number, place, {}, {}, {})[0]
+                    if isinstance(op, ast.Div) and value == 0:
+                        raise self._error("This divides by zero", right.col_offset)
+                    last, sides = Step(_STEPS[type(op)], numbers=(value,)), [vector]
+                else:
+                    last, sides = Step(_STEPS[type(op)]), [left, right]
+                parts = [self.steps(place, states, sources, side) for side in sides]
+                return None if None in parts else (*chain(*parts), last)
+            case ast.Call(args=args):
+                method = self._methods[id(node)]
+                parts = [self.steps(place, states, sources, argument) for argument in args]
+                here = dataclasses.replace(self._place_of(node, place, sources), start=0)
+                return (
+                    None if None in parts else method.in_steps(parts, states.get(_state_key(node, method, place)), here)
+                )
+        raise AssertionError(f"unchecked node {ast.dump(node)}")
+
+    def number(self, name: str, place: Place) -> float:
+        """Give a coefficient's value in one tensor."""
+        by_tensor = self._by_tensor.get(name)
+        return self.coefs[name] if by_tensor is None else by_tensor[place.tensor]
+
+    def _observed(
+        self,
+        call: ast.Call,
+        place: Place,
+        deltas: Mapping[str, Tensor],
+        states: Mapping[tuple[int, str], Any],
+        sources: Mapping[str, str],
+    ) -> Iterable[Tensor | ndarray]:
+        """Give what a method observes: one argument after the other in the same memory, where that will do."""
+        if self._methods[id(call)].counts and getattr(deltas, "fused", False):
+            steps = [self.steps(place, states, sources, argument) for argument in call.args]
+            if None not in steps:
+                return map(deltas.run_array, steps)
+        return self._arguments(call, place, deltas, states, sources)[0]
+
+    def _arguments(
+        self,
+        call: ast.Call,
+        place: Place,
+        deltas: Mapping[str, Tensor],
+        states: Mapping[tuple[int, str], Any],
+        sources: Mapping[str, str],
+    ) -> tuple[list[Tensor], Place]:
+        values = [self._evaluate(argument, place, deltas, states, sources)[0] for argument in call.args]
+        return values, self._place_of(call, place, sources)
+
+    def _place_of(self, call: ast.Call, place: Place, sources: Mapping[str, str]) -> Place:
+        """Add what a method is told of its arguments and of the model."""
+        named = tuple("+".join(sources[name] for name in self._names_in(argument)) for argument in call.args)
+        return dataclasses.replace(place, sources=named, layers=self._layers)

@@ -1,0 +1,133 @@
+"""The record of an edit: what the header of an edited checkpoint says of how it was made."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from tva._torch import torch_version
+from tva.checkpoints import HashedWeights, LazyWeights, find, open_weights
+from tva.compose.recipe import Recipe
+from tva.layers import Coefficient
+from tva.report.edit_report import EDITED
+from tva.version import __version__
+
+UNKNOWN = "0" * 32  # in place of a fingerprint until all has been read
+
+
+@dataclass(frozen=True)
+class Record:
+    """How an edited checkpoint was made; the attributes are keys of its header, with ``tva.`` before them.
+
+    Attributes:
+        recipe: Expression of the vectors.
+        coefs: Values of its coefficients.
+        scaling_coef: Coefficient of the whole recipe.
+        dtype: Of the floating tensors; empty where it is the base's.
+        base: Path of the base as it was given; empty where the base was a model in memory.
+        vectors: Name to path of each vector.
+        options: Other options that the bytes depend on.
+        vector_fingerprints: Name to fingerprint of each vector's file, by its base's names.
+        file_fingerprints: Path to fingerprint of other files that methods read.
+        base_fingerprint: Fingerprint of the base.
+        edited_fingerprint: Fingerprint of the edited weights.
+        version: Of tva.
+        torch: Version of torch.
+    """
+
+    recipe: str
+    coefs: Mapping[str, Coefficient]
+    scaling_coef: float
+    dtype: str
+    base: str
+    vectors: Mapping[str, str]
+    options: Mapping[str, Any] = field(default_factory=dict)
+    vector_fingerprints: Mapping[str, str] = field(default_factory=dict)
+    file_fingerprints: Mapping[str, str] = field(default_factory=dict)
+    base_fingerprint: str = UNKNOWN
+    edited_fingerprint: str = UNKNOWN
+    version: str = __version__
+    torch: str = field(default_factory=torch_version)
+
+    def metadata(self) -> dict[str, str]:
+        """Give the text for a header."""
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        return {f"tva.{name}": value if isinstance(value, str) else json.dumps(value) for name, value in values.items()}
+
+    @classmethod
+    def read(cls, weights: LazyWeights) -> Record:
+        """Read the record of an edited checkpoint.
+
+        Raises:
+            ValueError: Its header holds none.
+        """
+        found = {f.name: weights.metadata[f"tva.{f.name}"] for f in fields(cls) if f"tva.{f.name}" in weights.metadata}
+        found.setdefault("torch", "unknown")  # not recorded at first; nor were the fingerprints of vectors
+        needed = {f.name for f in fields(cls)} - {"vector_fingerprints", "file_fingerprints"}
+        lacking = sorted(needed - found.keys())
+        if lacking:
+            raise ValueError(
+                f"{weights.path} holds no record of an edit: its header must have tva.recipe and what goes with it, "
+                f"and lacks {', '.join(f'tva.{name}' for name in lacking[:3])}. Only what `tva compose` or `tva edit` "
+                f"wrote has one, and other programs that write the weights again leave it out."
+            )
+        texts = {"recipe", "dtype", "base", "version", "torch", "base_fingerprint", "edited_fingerprint"}
+        return cls(**{name: text if name in texts else json.loads(text) for name, text in found.items()})
+
+
+def open_edited(path: str) -> HashedWeights:
+    """Open an edited checkpoint: what `tva compose` wrote, or the folder of `tva edit`.
+
+    Raises:
+        FileNotFoundError: Nothing is there.
+        ValueError: It is no checkpoint.
+    """
+    inside = Path(path) / EDITED
+    return HashedWeights(open_weights(inside if inside.exists() else path))
+
+
+def check_inputs(output: str, paths: Mapping[str, str], others: Mapping[str, str]) -> None:
+    """Check that the inputs of an edit are there.
+
+    Args:
+        output: The edited checkpoint.
+        paths: Flag, such as ``--base``, to path.
+        others: Flag to path of what was given in place of what the record says.
+
+    Raises:
+        FileNotFoundError: An input is not there.
+        ValueError: A flag is of no input.
+    """
+    unknown = sorted(others.keys() - paths.keys())
+    if unknown:
+        raise ValueError(f"{unknown[0]} is no input of {output}; its inputs are {', '.join(sorted(paths))}.")
+    for flag, path in {**paths, **others}.items():
+        if not path:
+            raise ValueError(
+                f"{output} does not say where its base is, which was a model in memory. Give its checkpoint by --base."
+            )
+        try:
+            find(path)
+        except FileNotFoundError as error:
+            raise FileNotFoundError(
+                f"{output} was made from {path}, and nothing is there. If it has moved, give {flag} PATH; relative "
+                f"paths are from the folder that the edit was made in."
+            ) from error
+
+
+def open_recipe(output: str, record: Record, vectors: Mapping[str, str]) -> Recipe:
+    """Read the recipe of an edit, and open the files of statistics that it names.
+
+    Raises:
+        FileNotFoundError: One is not there.
+        RecipeError: This version of tva cannot read it.
+    """
+    try:
+        return Recipe(record.recipe, vectors, record.coefs)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(
+            f"{error} The recipe of {output} reads it; relative paths are from the folder that the edit was made in."
+        ) from error

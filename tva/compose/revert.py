@@ -1,0 +1,197 @@
+"""Restore the base of an edited checkpoint, bit for bit, from it and what was stored beside it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from json import loads
+from pathlib import Path
+from typing import Any
+
+from tva._torch import load_torch
+from tva.checkpoints import Fingerprint, HashedWeights, Output, Spec, find, fingerprint, open_weights, side_files
+from tva.compose.apply import check_output
+from tva.compose.engine import Composer
+from tva.compose.recipe import Recipe
+from tva.compose.record import Record, check_inputs, open_edited, open_recipe
+from tva.compose.undo import BYTES_HELD, OpenedUndo, Restoring, undo_path
+from tva.console import size_text
+from tva.report.edit_report import EDITED
+from tva.sizes import parse_bytes
+from tva.vectors.sources import Source
+
+
+@dataclass
+class RevertReport:
+    """What `revert` wrote.
+
+    Attributes:
+        output: The file or folder written.
+        base: Its fingerprint, which is that of the base as it was recorded.
+        num_bytes: Size of its tensors.
+        undo: The undo file that was used.
+        undo_bytes: Its size.
+        seconds: Wall time.
+    """
+
+    output: Path
+    base: str
+    num_bytes: int
+    undo: Path
+    undo_bytes: int
+    seconds: float
+
+    def to_json(self) -> dict[str, Any]:
+        """Give plain values."""
+        return {**vars(self), "output": str(self.output), "undo": str(self.undo)}
+
+    def __str__(self) -> str:
+        return (
+            f"wrote {self.output}: {size_text(self.num_bytes)} in {self.seconds:.1f} s, {self.base}, which is the "
+            f"fingerprint recorded of the base; used {self.undo}, {self.undo_bytes:,} bytes"
+        )
+
+
+def revert(
+    edited: str,
+    *,
+    output: str,
+    undo: str | None = None,
+    vectors: dict[str, str] | None = None,
+    max_memory: str | None = None,
+    max_shard_size: str = "5GB",
+    resume: bool = False,
+) -> RevertReport:
+    """Restore the base of an edited checkpoint, bit for bit, from it and its undo file.
+
+    Args:
+        edited: What ``tva compose`` or ``tva edit`` wrote with ``keep_undo``; nothing in it is changed.
+        output: A ``.safetensors`` file, or a folder to be made; it appears under this name when it is whole and has the
+            fingerprint that was recorded of the base.
+        undo: The undo file, if it no longer lies beside ``edited``.
+        vectors: For an undo file that was written ``with_vectors``: names to paths of vectors that have moved.
+        max_memory: Anonymous memory that this process may take at most, such as ``512MiB``; by default 1 GiB more than
+            it takes already.
+        max_shard_size: Size of a shard in a folder.
+        resume: Go on where an interrupted run of the same command stopped.
+
+    Returns:
+        What was written.
+
+    Raises:
+        FileNotFoundError: There is no undo file, or a vector is not there.
+        ValueError: The undo file is of another edit or damaged, or the edited checkpoint or a vector has changed since.
+        OSError: A file cannot be read, or there is no room for the output.
+    """
+    started = time.monotonic()
+    weights = open_edited(edited)
+    opened = _open_undo(edited, weights, undo)
+    check_output(output, {"the edited checkpoint": edited, "undo": str(opened.path)})
+    composer = _way_back(edited, weights, opened, vectors or {})
+    composer.fit_into(max_memory)
+    if composer.piece < opened.block and not composer.recipe.needs_whole_tensors:
+        raise ValueError(f"{opened.path} was written in blocks for which max_memory={max_memory!r} is too little.")
+    folder = _folder(edited, weights)
+    beside = side_files(folder, None) if folder else {}
+    if opened.metadata["tva.undo_config"] and "config.json" in beside:
+        beside["config.json"] = opened.metadata["tva.undo_config"].encode()
+    metadata = {"format": "pt", **opened.base_metadata, **opened.ties}
+    shard_bytes = parse_bytes(max_shard_size)
+    job = {**opened.record.metadata(), "max_shard_size": shard_bytes}
+    with Output(Path(output), composer.layout(), metadata, job, shard_bytes, resume) as out:
+        restoring = Restoring(opened, out)
+        composer.run(restoring)
+        found = {**restoring.digests, **{name: restoring.digests[kept] for name, kept in opened.ties.items()}}
+        _check(edited, weights, opened, composer, Fingerprint.from_tensors(found).digest)
+        out.commit({}, beside)
+    size = opened.path.stat().st_size
+    return RevertReport(
+        Path(output), opened.record.base_fingerprint, out.size, opened.path, size, time.monotonic() - started
+    )
+
+
+def _folder(edited: str, weights: HashedWeights) -> Path | None:
+    """Give the folder that `tva compose` wrote, if it is one."""
+    path = find(edited)
+    return path if path.is_dir() and weights.path.name != EDITED else None
+
+
+def _open_undo(edited: str, weights: HashedWeights, undo: str | None) -> OpenedUndo:
+    """Open the undo file and check that it is of this edit."""
+    path = Path(undo) if undo else undo_path(_folder(edited, weights) or weights.path)
+    if not path.exists():
+        raise FileNotFoundError(_without_undo(edited, weights, path))
+    opened = OpenedUndo(path)
+    stated = weights.metadata.get("tva.edited_fingerprint", opened.record.edited_fingerprint)
+    if stated != opened.record.edited_fingerprint:
+        raise ValueError(
+            f"{path} undoes another edit: it is for the edited weights {opened.record.edited_fingerprint}, and those "
+            f"in {edited} are {stated} by their record. Give the undo file of this edit by --undo."
+        )
+    return opened
+
+
+def _without_undo(edited: str, weights: HashedWeights, path: Path) -> str:
+    """Say what else there is where there is no undo file."""
+    record = Record.read(weights)
+    text = f"An undo file was expected at {path}, and nothing is there. "
+    try:
+        found = fingerprint(open_weights(record.base)).digest if record.base else None
+    except FileNotFoundError:
+        found = None
+    if found == record.base_fingerprint:
+        return f"{text}But the base itself is still at {record.base}, with the recorded fingerprint {found}: copy it."
+    where = "it was a model in memory"
+    if record.base:
+        where = f"at {record.base}, where it was, " + ("is nothing" if found is None else f"is another one, {found}")
+    return (
+        f"{text}Give it by --undo if it has moved. Without it the base {record.base_fingerprint} cannot be restored "
+        f"from {edited}; {where}. tva compose and tva edit write one with --keep_undo."
+    )
+
+
+def _way_back(edited: str, weights: HashedWeights, undo: OpenedUndo, vectors: Mapping[str, str]) -> Composer:
+    """Make the composer that predicts the base as it was predicted when the undo file was written."""
+    undo.check_names(weights)
+    record, sources, recipe = undo.record, {}, Recipe("nothing", ["nothing"])
+    if loads(undo.metadata["tva.undo_with_vectors"]):
+        given = {f"--vectors.{name}": path for name, path in vectors.items()}
+        check_inputs(edited, {f"--vectors.{name}": path for name, path in record.vectors.items()}, given)
+        paths = {**record.vectors, **vectors}
+        recipe = open_recipe(edited, record, paths)
+        recipe.bind(weights.keys())
+        sources = {name: Source(name, paths[name], weights, allow_other_base=True) for name in recipe.vectors}
+    load_torch()  # which undo files take, and so the memory that is left
+    composer = Composer(weights, sources, recipe, -record.scaling_coef, undo.dtypes, undo.ties)
+    composer.piece = undo.block
+    composer.beside = BYTES_HELD * max((Spec(dtype, ()).itemsize for dtype in undo.dtypes.values()), default=0)
+    return composer
+
+
+def _check(edited: str, weights: HashedWeights, undo: OpenedUndo, composer: Composer, restored: str) -> None:
+    """Check, when all is restored, that it is the base, and else say why not.
+
+    Raises:
+        ValueError: It is not.
+    """
+    record, found = undo.record, weights.fingerprint().digest
+    if found != record.edited_fingerprint:
+        raise ValueError(
+            f"{edited} was changed after the edit: its weights are {found}, and {record.edited_fingerprint} was "
+            f"recorded. The base cannot be restored from it, and nothing was written. Take the file as it was edited."
+        )
+    recorded = {**record.vector_fingerprints, **record.file_fingerprints}
+    inputs = {name: source.weights for name, source in composer.sources.items()} | composer.recipe.files
+    now = {name: opened.fingerprint().digest for name, opened in inputs.items()}
+    changed = [
+        f"{name} is {now[name]}, and {recorded[name]} was recorded" for name in now if now[name] != recorded[name]
+    ]
+    if changed:
+        raise ValueError(f"The base cannot be restored with other vectors: {'; '.join(changed)}. Nothing was written.")
+    if restored != record.base_fingerprint:
+        raise ValueError(
+            f"What was restored is {restored}, and the base was {record.base_fingerprint}: nothing was written. Either "
+            f"{undo.path} is damaged, or this program computes otherwise than tva {record.version} with torch "
+            f"{record.torch}, which wrote it: use that."
+        )

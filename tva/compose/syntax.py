@@ -1,0 +1,225 @@
+"""The language of recipes, such as ``-toxic`` or ``0.3 * (a + b - c)``: read, and checked in every part.
+
+A recipe is written in Python's expression syntax and read with `ast`; it is never run as code. Every part is either a
+task vector or a number: vectors add to vectors, numbers scale vectors, and anything else is refused at the place in the
+text where it stands.
+"""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import difflib
+from collections.abc import Collection, Iterator, Mapping
+from typing import Any, Literal
+
+import numpy
+
+from tva.errors import RecipeError, some
+from tva.layers import Coefficient
+from tva.merge import METHODS, Method
+
+Kind = Literal["vector", "number"]
+MAX = float(numpy.finfo(numpy.float32).max)
+SYMBOLS = {ast.Add: "+", ast.Sub: "-", ast.Mult: "*", ast.Div: "/"}
+
+
+def _check_options(kind: type[Method], options: Mapping[str, Any]) -> None:
+    """Check that numbers are given where a method's options are numbers, and the like."""
+    for field in dataclasses.fields(kind):
+        if field.name not in options:
+            continue
+        value, number = options[field.name], isinstance(options[field.name], int | float)
+        parts = value if isinstance(value, list | tuple) else ()
+        wanted = field.type if isinstance(field.type, str) else getattr(field.type, "__name__", "")
+        fits, what = {
+            "str": (isinstance(value, str), "a text in quotes"),
+            "bool": (number and value in (0, 1), "True or False"),  # a coefficient is a number
+            "int": (number and value % 1 == 0, "a whole number"),
+            "float": (number and abs(value) <= MAX, "a number"),
+            "Sequence[float]": (all(isinstance(part, int | float) for part in parts), "numbers, such as (1, 0.5)"),
+            "Sequence[str]": (all(isinstance(part, str) for part in parts), "texts in quotes"),
+        }.get("str" if wanted.startswith("Literal") else wanted, (True, ""))
+        if not fits:
+            raise ValueError(f"{field.name} must be {what}; found {value!r}.")
+
+
+class Expression:
+    """A recipe's text as a tree whose every part is known to be a task vector or a number.
+
+    Args:
+        text: The expression.
+        vectors: Names that are task vectors.
+        coefs: Names that are numbers, with their values as given.
+
+    Attributes:
+        text: The expression as written.
+        vectors: Names of the task vectors it uses, in order of appearance.
+        coefs: Names of the coefficients it uses, with their values as given.
+
+    Raises:
+        RecipeError: It is no expression of task vectors, or uses an unknown name.
+    """
+
+    def __init__(self, text: str, vectors: Collection[str], coefs: Mapping[str, Coefficient] | None = None) -> None:
+        self.text = text
+        self._known = set(vectors)
+        self._values = dict(coefs or {})
+        self.vectors: list[str] = []
+        self.coefs: dict[str, Coefficient] = {}
+        both = sorted(self._known & self._values.keys())
+        if both:
+            raise RecipeError(f"{some(both)} names both a task vector and a coefficient; rename one of them.")
+        odd = sorted(name for name in (*vectors, *self._values) if not name.isidentifier())
+        if odd:
+            raise RecipeError(
+                f"Names in a recipe must be letters, digits and underscores, not beginning with a digit, so that the "
+                f"recipe can tell them from operators; found {some(odd)}."
+            )
+        if not text.strip():
+            raise RecipeError("A recipe must be an expression of task vectors, such as 'a + b'; found nothing.")
+        self._numbers: set[int] = set()  # parts that are no vectors
+        self._methods: dict[int, Method] = {}
+        self._observers: list[ast.Call] = []  # calls that must see the deltas first, inner before outer
+        try:
+            self._tree = ast.parse(text.strip(), mode="eval").body
+            kind = self._check(self._tree)
+        except SyntaxError as error:
+            end = len(text.strip().encode())
+            raise self._error(f"This is not an expression ({error.msg})", (error.offset or end + 1) - 1) from error
+        except (RecursionError, MemoryError) as error:
+            raise RecipeError(
+                f"A recipe must not nest hundreds of levels deep, and this one of {len(text.strip()):,} characters "
+                f"does; each + is a level. Write a sum of many vectors as their number times mean(a, b, …)."
+            ) from error
+        if kind != "vector":
+            raise self._error(f"A recipe must give a task vector, but this is a number; known {self._names()}", 0)
+
+    def _names_in(self, node: ast.expr) -> Iterator[str]:
+        return (n.id for n in ast.walk(node) if isinstance(n, ast.Name) and n.id in self._known)
+
+    def _check(self, node: ast.expr) -> Kind:
+        kind = self._kind(node)
+        if kind == "number":
+            self._numbers.add(id(node))
+        return kind
+
+    def _kind(self, node: ast.expr) -> Kind:
+        match node:
+            case ast.Constant(value=int() | float()) if not isinstance(node.value, bool):
+                if node.value > MAX:
+                    raise self._error("This number is beyond what float32 can hold", node.col_offset)
+                return "number"
+            case ast.Name(id=name) if name in self._known:
+                if name not in self.vectors:
+                    self.vectors.append(name)
+                return "vector"
+            case ast.Name(id=name) if name in self._values:
+                value = self._values[name]
+                if not isinstance(value, Mapping) and not abs(value) <= MAX:
+                    raise self._error(
+                        f"The coefficient {name!r} must be a finite number; found {value}", node.col_offset
+                    )
+                self.coefs[name] = value if isinstance(value, Mapping) else float(value)
+                return "number"
+            case ast.Name(id=name):
+                near = self._nearest(name) or f" If it is a coefficient, give its value: --coefs.{name} NUMBER"
+                raise self._error(f"{name!r} is unknown; known {self._names()}.{near}", node.col_offset)
+            case ast.UnaryOp(op=ast.USub() | ast.UAdd()):
+                return self._check(node.operand)
+            case ast.BinOp() if type(node.op) in SYMBOLS:
+                return self._check_operator(node)
+            case ast.Call(func=ast.Name(id=name)):
+                return self._check_call(node, name)
+        raise self._error(
+            "Only names, numbers, + - * /, parentheses and functions are allowed here", getattr(node, "col_offset", 0)
+        )
+
+    def _check_operator(self, node: ast.BinOp) -> Kind:
+        left, right = self._check(node.left), self._check(node.right)
+        symbol = SYMBOLS[type(node.op)]
+        if symbol in "+-" and left == right:
+            return left
+        if symbol == "*" and "number" in (left, right):
+            return "number" if left == right else "vector"
+        if symbol == "/" and right == "number":
+            return left
+        place = self._operator_offset(node)
+        if symbol in "+-":
+            raise self._error("A task vector and a number cannot be added; a number can scale a task vector", place)
+        if symbol == "/":
+            raise self._error("Nothing can be divided by a task vector; divide by a number", place)
+        raise self._error("Two task vectors cannot be multiplied; multiply one by a number", place)
+
+    def _check_call(self, node: ast.Call, name: str) -> Kind:
+        if name not in METHODS:
+            raise self._error(
+                f"There is no function {name!r}; known are {', '.join(METHODS)}.{self._nearest(name, METHODS)}",
+                node.col_offset,
+            )
+        kind = METHODS[name]
+        for argument in node.args:
+            if self._check(argument) != "vector":
+                raise self._error(f"This is a number, but {name} takes task vectors: {kind.usage}", argument.col_offset)
+        if len(node.args) != kind.num_vectors if kind.num_vectors else not node.args:
+            wanted = kind.num_vectors or "at least one"
+            raise self._error(
+                f"{name} takes {wanted} task vectors and was given {len(node.args)}: {kind.usage}", node.col_offset
+            )
+        options = {}
+        known = [field.name for field in dataclasses.fields(kind)]
+        for keyword in node.keywords:
+            if keyword.arg not in known:
+                options_text = f"its options are {', '.join(known)}" if known else "it has no options"
+                raise self._error(
+                    f"{name} has no option {keyword.arg!r}; {options_text}: {kind.usage}", keyword.value.col_offset
+                )
+            options[keyword.arg] = self._option(keyword.value)
+        try:
+            _check_options(kind, options)
+            method = kind(**options)
+        except (TypeError, ValueError) as error:
+            raise self._error(f"{error} Written as {kind.usage}", node.col_offset) from error
+        self._methods[id(node)] = method
+        if method.num_sweeps:
+            self._observers.append(node)
+        return "vector"
+
+    def _option(self, node: ast.expr) -> Any:
+        if isinstance(node, ast.Name) and node.id in self._values:
+            if isinstance(self._values[node.id], Mapping):
+                raise self._error("An option is one number; this coefficient is given by group", node.col_offset)
+            self.coefs[node.id] = float(self._values[node.id])
+            return self.coefs[node.id]
+        try:
+            return ast.literal_eval(node)
+        except ValueError as error:
+            found = ast.unparse(node)
+            raise self._error(
+                f"An option must be a number, a text in quotes or a coefficient with a value; found {found}",
+                node.col_offset,
+            ) from error
+
+    # --- errors
+
+    def _error(self, problem: str, offset: int) -> RecipeError:
+        text = self.text.strip()
+        # ast counts bytes of UTF-8; a caret stands under a character
+        column = len(text.encode()[:offset].decode(errors="ignore"))
+        problem = problem if problem.endswith(("?", ".")) else f"{problem}."
+        before, after = text[:column], text[column:]
+        before = f"…{before[-60:]}" if len(before) > 100 else before  # what is far away helps nobody
+        after = f"{after[:100]}…" if len(after) > 140 else after
+        return RecipeError(f"{problem}\n  {before}{after}\n  {' ' * len(before)}^")
+
+    def _operator_offset(self, node: ast.BinOp) -> int:
+        between = self.text.strip().encode()[node.left.end_col_offset : node.right.col_offset].decode(errors="ignore")
+        return node.left.end_col_offset + between.index(SYMBOLS[type(node.op)])
+
+    def _names(self) -> str:
+        vectors = f"task vectors are {some(sorted(self._known), 8)}" if self._known else "task vectors: none"
+        return vectors + (f", coefficients {some(sorted(self._values), 8)}" if self._values else "")
+
+    def _nearest(self, name: str, known: Collection[str] | None = None) -> str:
+        near = difflib.get_close_matches(name, sorted(known or (self._known | self._values.keys())), n=1, cutoff=0.5)
+        return f" Did you mean {near[0]!r}?" if near else ""

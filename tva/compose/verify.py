@@ -1,0 +1,241 @@
+"""Check an edited checkpoint against its record: compute it again, piece by piece, and compare it bit by bit."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy
+
+from tva._torch import torch, torch_version
+from tva.arithmetic import BATCH_NORM_STATISTICS
+from tva.checkpoints import Elements, HashedWeights
+from tva.compose.engine import Composer
+from tva.compose.record import Record, check_inputs, open_edited, open_recipe
+from tva.console import size_text
+from tva.errors import some
+from tva.version import __version__
+
+ESTIMATED = (*BATCH_NORM_STATISTICS, "num_batches_tracked")
+
+
+@dataclass
+class VerifyReport:
+    """What `verify` found.
+
+    Attributes:
+        output: The edited checkpoint.
+        formula: What it was compared with.
+        num_tensors: Tensors that were computed again.
+        num_bytes: Their size.
+        different: Name to largest difference of each tensor that is not what was computed; NaN where there is no such
+            number: it is missing, is one too many, has another dtype or shape, or holds NaN.
+        changed: What is not as recorded, ``stored weights``, ``base``, a vector or a file, to its recorded and its
+            present fingerprint.
+        unrecorded: Inputs of which no fingerprint was recorded.
+        not_recomputed: Running statistics that the edit took from data.
+        written_by: Versions that wrote it.
+        seconds: Wall time.
+    """
+
+    output: Path
+    formula: str
+    num_tensors: int
+    num_bytes: int
+    different: dict[str, float]
+    changed: dict[str, tuple[str, str]]
+    unrecorded: list[str] = field(default_factory=list)
+    not_recomputed: list[str] = field(default_factory=list)
+    written_by: str = ""
+    seconds: float = 0.0
+
+    @property
+    def holds(self) -> bool:
+        """Whether all is as recorded, and equal to what was computed."""
+        return not self.different and not self.changed
+
+    def to_json(self) -> dict[str, Any]:
+        """Give plain values."""
+        changed = {name: {"recorded": old, "found": new} for name, (old, new) in self.changed.items()}
+        return {"holds": self.holds, **vars(self), "output": str(self.output), "changed": changed}
+
+    def __str__(self) -> str:
+        compared = f"{self.num_tensors} tensors, {size_text(self.num_bytes)}, in {self.seconds:.1f} s"
+        lines = []
+        if self.holds:
+            lines.append(
+                f"verified: {self.output} is {self.formula}, computed again and equal bit for bit ({compared})"
+            )
+            if not self.unrecorded:
+                lines.append("the base, every other input and the stored weights have the recorded fingerprints")
+        else:
+            lines.append(f"NOT verified: {self.output} against {self.formula} ({compared})")
+            lines.append(self._differences())
+        for name, (recorded, found) in self.changed.items():
+            when = ": changed after the edit" if name == STORED else ": another one, or changed since"
+            lines.append(f"{name}: {found}, and {recorded} was recorded{when}")
+        if self.different and not self.changed:
+            lines.append(
+                f"the stored weights are those recorded{'' if self.unrecorded else ', and so is every input'}: what "
+                f"computes is another. It was written by {self.written_by}; this is {_versions()}"
+            )
+        if self.unrecorded:
+            lines.append(f"no fingerprint was recorded of {', '.join(self.unrecorded)}")
+        if self.not_recomputed:
+            lines.append(f"not computed again: {len(self.not_recomputed)} running statistics, which the edit changed")
+        return "\n".join(lines)
+
+    def _differences(self) -> str:
+        if not self.different:
+            return "no tensor differs from what the inputs give"
+        largest = max(
+            self.different, key=lambda name: (self.different[name] == self.different[name], self.different[name])
+        )
+        return (
+            f"{len(self.different)} of {self.num_tensors} tensors differ: {some(sorted(self.different))}; "
+            f"largest difference {self.different[largest]:.3g}, in {largest!r}"
+        )
+
+
+STORED = "stored weights"
+
+
+def verify(
+    edited: str,
+    *,
+    base: str | None = None,
+    vectors: dict[str, str] | None = None,
+    max_memory: str | None = None,
+) -> VerifyReport:
+    """Compute an edited checkpoint again from its recorded recipe and inputs, and compare it bit by bit.
+
+    Args:
+        edited: What ``tva compose`` or ``tva edit`` wrote; nothing is changed.
+        base: Where the base is now, if it has moved.
+        vectors: Names to paths of vectors that have moved.
+        max_memory: Anonymous memory that this process may take at most, such as ``512MiB``; by default 1 GiB more than
+            it takes already.
+
+    Returns:
+        Whether it holds; if not, how many tensors differ, and whether the stored weights or the inputs have changed.
+
+    Raises:
+        ValueError: It holds no record, or one that cannot be computed again.
+        FileNotFoundError: An input is not there.
+        MismatchError: An input has other keys or shapes than the base.
+    """
+    started = time.monotonic()
+    weights = open_edited(edited)
+    record = Record.read(weights)
+    if record.recipe.startswith("learned("):
+        raise ValueError(
+            f"{edited} has coefficients that were learned from data, tensor by tensor, and its record does not hold "
+            f"them: it cannot be computed again."
+        )
+    others = {**({"--base": base} if base else {}), **_flags(vectors or {})}
+    check_inputs(edited, {"--base": record.base, **_flags(record.vectors)}, others)
+    paths = {**record.vectors, **(vectors or {})}
+    recipe = open_recipe(edited, record, paths)
+    composer = Composer.open(
+        base or record.base,
+        paths,
+        recipe,
+        record.scaling_coef,
+        record.dtype or None,
+        allow_other_base=True,  # whether it is the same base, its fingerprint tells
+        key_map=record.options["key_map"],
+        which="raw" if "raw" in record.options["which"].values() else "checkpoint",
+    )
+    skipped = [] if record.options.get("statistics", "keep") == "keep" else list(filter(_is_estimated, composer.names))
+    comparison = _Comparison(weights, skipped)
+    composer.beside = 8
+    composer.fit_into(max_memory)
+    composer.run(comparison)
+    comparison.compare_names(composer)
+    recorded, found = _fingerprints(record, composer, weights)
+    return VerifyReport(
+        Path(edited),
+        formula=f"base + {record.scaling_coef:g} · ({record.recipe.strip()})",
+        num_tensors=len(composer.names) - len(skipped),
+        num_bytes=sum(spec.num_bytes for name, spec in composer.layout().items() if name not in skipped),
+        different=comparison.different,
+        changed={name: (recorded[name], found[name]) for name in recorded if recorded[name] != found[name]},
+        unrecorded=sorted(found.keys() - recorded.keys()),
+        not_recomputed=skipped,
+        written_by=_versions(record.version, record.torch),
+        seconds=time.monotonic() - started,
+    )
+
+
+class _Comparison:
+    """Takes what is computed and compares it with what is stored."""
+
+    def __init__(self, edited: HashedWeights, skipped: list[str]) -> None:
+        self.edited, self.skipped = edited, set(skipped)
+        self.done: Mapping[str, Any] = {}
+        self.different: dict[str, float] = {}
+        self._lock = threading.Lock()
+
+    def write(self, name: str, start: int, piece: Elements) -> None:
+        """Compare some elements."""
+        entry = self.edited.entry(name) if name in self.edited else None
+        if (
+            entry is None
+            or entry.spec.dtype_name != piece.dtype_name
+            or start * entry.spec.itemsize + len(piece.data) > entry.spec.num_bytes
+        ):
+            self.different[name] = float("nan")
+            return
+        stored = Elements(numpy.empty_like(piece.data), piece.dtype_name)
+        entry.read_into(stored.data, start)
+        if name in self.skipped or numpy.array_equal(stored.data, piece.data):
+            return
+        with self._lock:  # one at a time, for the memory it takes
+            mine, theirs = piece.tensor(), stored.tensor()
+            wide = torch.complex128 if mine.is_complex() else torch.float64
+            largest = float(theirs.to(wide).sub_(mine).abs().max())
+            self.different[name] = max(largest, self.different.get(name, 0.0))
+
+    def finish(self, name: str, record: Mapping[str, Any]) -> None:
+        """Nothing is left to do."""
+
+    def compare_names(self, composer: Composer) -> None:
+        """Compare, when all is computed, names and shapes, and the other names of tied tensors."""
+        layout = composer.layout()
+        for name in self.edited.keys() | layout.keys():
+            kept = composer.tied.get(name)
+            if name not in self.edited or (kept is None and name not in layout):
+                same = False
+            elif kept is None:
+                same = self.edited.spec(name) == layout[name]
+            else:
+                same = self.edited.digest(name) == self.edited.digest(kept)
+            if not same:
+                self.different[name] = float("nan")
+
+
+def _flags(vectors: Mapping[str, str]) -> dict[str, str]:
+    return {f"--vectors.{name}": path for name, path in vectors.items()}
+
+
+def _is_estimated(name: str) -> bool:
+    return name.rpartition(".")[2] in ESTIMATED
+
+
+def _versions(version: str = __version__, of_torch: str = "") -> str:
+    return f"tva {version} with torch {of_torch or torch_version()}"
+
+
+def _fingerprints(record: Record, composer: Composer, edited: HashedWeights) -> tuple[dict[str, str], dict[str, str]]:
+    """Give the recorded and the present fingerprints of the stored weights and of every input."""
+    recorded = {STORED: record.edited_fingerprint, "base": record.base_fingerprint}
+    recorded |= {f"vector {name}": digest for name, digest in record.vector_fingerprints.items()}
+    recorded |= {f"file {path}": digest for path, digest in record.file_fingerprints.items()}
+    found = {STORED: edited.fingerprint().digest, "base": composer.fingerprint("base").digest}
+    found |= {f"vector {name}": digest for name, digest in composer.vector_fingerprints().items()}
+    found |= {f"file {path}": file.fingerprint().digest for path, file in composer.recipe.files.items()}
+    return recorded, found

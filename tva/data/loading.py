@@ -1,0 +1,181 @@
+"""Where data sets come from: files, folders, the hub or this package; the one door to Hugging Face `datasets`."""
+
+from __future__ import annotations
+
+import difflib
+import functools
+import gzip
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from tva.errors import some
+
+_FORMATS = {".parquet": "parquet", ".arrow": "arrow", ".csv": "csv", ".json": "json", ".jsonl": "json"}
+_OWN = (".npz", ".txt", ".txt.gz")
+
+
+def expand(path: str) -> str:
+    """Fill in environment variables and ``~``."""
+    expanded = os.path.expandvars(os.path.expanduser(path))
+    if "$" in expanded:
+        raise ValueError(f"The path {path!r} names an environment variable that is not set. Set it, or write the path.")
+    return expanded
+
+
+def default_name(path: str | Mapping[str, str]) -> str:
+    """Name a task by the last part of its path."""
+    if not isinstance(path, str):
+        path = next(iter(path.values()))
+    return Path(path.removeprefix("builtin:")).name.split(".")[0].replace("-{split}", "").replace("{split}", "images")
+
+
+def load_splits(
+    path: str | Mapping[str, str],
+    config: str | None = None,
+    revision: str | None = None,
+    folder: str | None = None,
+    streaming: bool = False,
+) -> Mapping[str, Any]:
+    """Open a data set by the rules of a task's ``path``.
+
+    Args:
+        path: As for `tva.data.ImageTask`; a ``.txt`` or ``.txt.gz`` file is one row with the column ``text``.
+        config: Configuration of a hub data set.
+        revision: Revision of a hub data set.
+        folder: How `datasets` reads a folder that holds none of these files, such as ``imagefolder``.
+        streaming: Read from beginning to end without an index.
+
+    Returns:
+        Split names to `datasets.Dataset`, or to `datasets.IterableDataset` where they are streamed.
+    """
+    if streaming:
+        return _streamed(path, config, revision, folder)
+    if isinstance(path, str) and path.startswith("builtin:"):
+        return _builtin(path.removeprefix("builtin:"))
+    import datasets
+
+    if isinstance(path, str) and "{split}" in path:
+        parent, pattern = Path(path).parent, Path(path).name
+        before, after = pattern.split("{split}")
+        found = sorted(parent.glob(pattern.replace("{split}", "*"))) if parent.is_dir() else []
+        path_of = {file.name[len(before) : len(file.name) - len(after)]: str(file) for file in found}
+        if not path_of:
+            raise FileNotFoundError(f"Files were expected at {path}, but none is there.{nearby(Path(path))}")
+        path = path_of
+    if isinstance(path, str):
+        local = Path(path)
+        if local.is_dir():
+            return _read_folder(local, folder, streaming=False)
+        if not local.suffix and not local.is_absolute() and not path.startswith("."):
+            return datasets.load_dataset(path, name=config, revision=revision)  # the hub
+        if local.suffix == ".npz" and local.exists():
+            return _read_npz(local)
+        path = {"train": path}
+    files = {split: Path(file) for split, file in path.items()}
+    for file in files.values():
+        if not file.exists():
+            raise FileNotFoundError(f"A data set was expected at {file}, but nothing is there.{nearby(file)}")
+    suffixes = {".txt.gz" if file.name.endswith(".txt.gz") else file.suffix for file in files.values()}
+    suffix = suffixes.pop()
+    if suffixes or suffix not in {*_FORMATS, *_OWN}:
+        raise ValueError(
+            f"A data set must be files of one format, one of {', '.join([*_FORMATS, *_OWN])}; found "
+            f"{some(str(file) for file in files.values())}."
+        )
+    if suffix == ".npz":
+        return {split: _read_npz(file)[split if len(files) == 1 else "train"] for split, file in files.items()}
+    if suffix in _OWN:
+        return {split: datasets.Dataset.from_dict({"text": [_read_text(file)]}) for split, file in files.items()}
+    return datasets.load_dataset(_FORMATS[suffix], data_files={split: str(file) for split, file in files.items()})
+
+
+def _read_folder(path: Path, folder: str | None, streaming: bool) -> Mapping[str, Any]:
+    import datasets
+
+    if (path / "dataset_dict.json").exists():
+        tables = datasets.load_from_disk(path)
+        return {split: table.to_iterable_dataset() for split, table in tables.items()} if streaming else tables
+    kinds = {_FORMATS.get(file.suffix) for file in path.iterdir()} - {None}
+    kind = kinds.pop() if len(kinds) == 1 else folder
+    if kind is None:
+        raise ValueError(
+            f"The folder {path} must hold files of one format, one of {', '.join(_FORMATS)}, or be one that "
+            f"save_to_disk wrote; name the file instead."
+        )
+    return datasets.load_dataset(kind, data_dir=str(path), streaming=streaming)
+
+
+def _streamed(
+    path: str | Mapping[str, str], config: str | None, revision: str | None, folder: str | None
+) -> Mapping[str, Any]:
+    import datasets
+
+    if isinstance(path, str) and Path(path).is_dir():
+        return _read_folder(Path(path), folder, streaming=True)
+
+    if isinstance(path, str) and "{split}" in path:
+        path = {split: path.format(split=split) for split in ("train", "val", "validation", "test")}
+        path = {split: file for split, file in path.items() if Path(file).exists()}
+    if not isinstance(path, str):
+        suffixes = {Path(file).suffix for file in path.values()}
+        if len(suffixes) != 1 or not suffixes <= set(_FORMATS):
+            raise ValueError(
+                f"Files to stream must be there and of one format, one of {', '.join(_FORMATS)}; found {dict(path)}."
+            )
+        return datasets.load_dataset(_FORMATS[suffixes.pop()], data_files=dict(path), streaming=True)
+    if ":" in path or Path(path).is_absolute() or path.startswith(".") or Path(path).suffix:
+        raise ValueError(
+            f"streaming=true takes a hub set's name, a folder, a mapping from split to file, or a path with {{split}}; "
+            f"found {path!r}. Leave streaming out."
+        )
+    return datasets.load_dataset(path, name=config, revision=revision, streaming=True)
+
+
+@functools.cache
+def _builtin(name: str) -> Mapping[str, Any]:
+    from tva.data.builtin import load_builtin
+
+    return load_builtin(name)
+
+
+def nearby(path: Path) -> str:
+    """Say which file of a similar name is there, for an error message."""
+    if not path.parent.is_dir():
+        return f" The folder {path.parent} does not exist."
+    near = difflib.get_close_matches(path.name, [file.name for file in path.parent.iterdir()], n=1, cutoff=0.5)
+    return f" Did you mean {path.parent / near[0]}?" if near else ""
+
+
+def _read_text(file: Path) -> str:
+    with gzip.open(file, "rt", encoding="utf-8") if file.suffix == ".gz" else file.open(encoding="utf-8") as lines:
+        return lines.read()
+
+
+def _read_npz(file: Path) -> dict[str, Any]:
+    """Read ``images`` (examples, height, width[, 3]) uint8 with ``labels``; or ``train_images``, ``test_labels`` …"""
+    import datasets
+    from PIL import Image
+
+    arrays = np.load(file, allow_pickle=False)
+    splits = {key.removesuffix("images").rstrip("_") or "train": key for key in arrays.files if key.endswith("images")}
+    if not splits:
+        raise ValueError(
+            f"{file} must hold arrays 'images' and 'labels', or 'train_images' …; it holds {arrays.files}."
+        )
+    tables = {}
+    for split, key in splits.items():
+        labels = key.removesuffix("images") + "labels"
+        if labels not in arrays.files or len(arrays[labels]) != len(arrays[key]) or arrays[key].dtype != np.uint8:
+            raise ValueError(
+                f"{file}: {key!r} must be uint8 and {labels!r} must hold one label for each; found {arrays[key].dtype} "
+                f"{arrays[key].shape} and {arrays[labels].shape if labels in arrays.files else 'nothing'}."
+            )
+        tables[split] = datasets.Dataset.from_dict(
+            {"image": [Image.fromarray(image) for image in arrays[key]], "label": arrays[labels].tolist()},
+            features=datasets.Features({"image": datasets.Image(), "label": datasets.Value("int64")}),
+        )
+    return tables

@@ -1,0 +1,1 @@
+"""Choose the coefficients, edit the model, and prove the edit on control tasks."""

@@ -1,0 +1,180 @@
+"""What an edit is compared with: baselines, each when it is asked for."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any, Literal
+
+import lightning as L
+import torch
+from torch import Tensor
+
+from tva.checkpoints import canonical_state_dict, open_finetuned
+from tva.edit.editor import Bench, State
+from tva.edit.outcome import Finished
+from tva.evaluation.evaluate import quiet
+from tva.search import Candidate, Grid, Problem
+from tva.vectors.header import Origin
+from tva.vectors.kind import KEY, check_kinds, kind_of
+from tva.vectors.task_vector import TaskVector
+
+Baseline = Literal["gradient_ascent", "average", "endpoints", "joint"]
+
+
+def run_baselines(names: Sequence[Baseline], finished: Finished) -> dict[str, Any]:
+    """Evaluate the baselines asked for, on the split that is reported."""
+    known = {
+        "gradient_ascent": gradient_ascent,
+        "average": weight_average,
+        "endpoints": endpoints,
+        "joint": joint_training,
+    }
+    return {name: known[name](finished) for name in names}
+
+
+def weight_average(finished: Finished) -> dict[str, Any]:
+    """The uniform average of the fine-tuned models: every vector times 1 / their number."""
+    count = len(finished.vectors)
+    vector = sum(finished.vectors.values()) / count
+    return {"rows": finished.rows([finished.moved(f"average of {count}", vector)])}
+
+
+def endpoints(finished: Finished) -> dict[str, Any]:
+    """Every fine-tuned model on every task: the ends between which an edit lies."""
+    states = [replace(finished.moved(name, vector), statistics="delta") for name, vector in finished.vectors.items()]
+    return {"rows": finished.rows(states)}
+
+
+def joint_training(finished: Finished) -> dict[str, Any]:
+    """One model that was fine-tuned on all tasks together, from the checkpoint that was given."""
+    base = finished.bench.editor.base
+    assert finished.joint is not None
+    opened = open_finetuned(finished.joint, base)
+    kinds = {"the joint model": opened.metadata.get(KEY), "the model": kind_of(finished.bench.editor.model)}
+    vector = TaskVector.between(base, opened, origin=Origin(kind=check_kinds(kinds, "leave the baseline out")))
+    return {
+        "rows": finished.rows([replace(finished.moved("joint fine-tuning", vector), statistics="delta")]),
+        "reason": f"from {os.fspath(finished.joint)}",
+    }
+
+
+class _Snapshots(L.Callback):
+    """Keep the weights every few steps, while they are finite."""
+
+    def __init__(self, every: int) -> None:
+        self.every = every
+        self.states: list[tuple[int, dict[str, Tensor]]] = []
+
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
+        if trainer.global_step % self.every:
+            return
+        state = {
+            name: tensor.detach().cpu().clone() for name, tensor in canonical_state_dict(pl_module.state_dict()).items()
+        }
+        if all(bool(torch.isfinite(tensor).all()) for tensor in state.values() if tensor.is_floating_point()):
+            self.states.append((trainer.global_step, state))
+        else:
+            trainer.should_stop = True
+
+
+def gradient_ascent(finished: Finished, num_steps: int = 100, num_stops: int = 20) -> dict[str, Any]:
+    """Train on each target with the loss turned round, and stop where the edit had to stop too.
+
+    The model's own optimizer, batches and schedule are used. Two versions are reported. "stopped": the last of
+    ``num_stops`` checkpoints before the constraints first fail on validation data. "interpolated": the line from the
+    base to the last checkpoint, with a coefficient chosen as the edit's was.
+
+    Source: the gradient ascent rows of Ilharco et al., ICLR 2023, table 1.
+    """
+    bench = finished.bench
+    rows, steps = {}, {}
+    for task, datamodule in finished.targets.items():
+        taken = _ascend(bench, datamodule, num_steps, max(1, num_steps // num_stops))
+        vectors = [(step, TaskVector.between(bench.editor.base, state)) for step, state in taken]
+        states = [replace(finished.moved(f"step {step}", vector), statistics="delta") for step, vector in vectors]
+        problem = _problem(
+            finished, lambda candidates, states=states: [states[int(c.scaling_coef)] for c in candidates]
+        )
+        order = [Candidate.of(scaling_coef=float(number)) for number in range(len(states))]
+        last = -1
+        if order:
+            problem.score(order)
+            while last + 1 < len(order) and problem.choose([order[last + 1]]).feasible:
+                last += 1
+        steps[task] = vectors[last][0] if last >= 0 else 0
+        stopped = states[last] if last >= 0 else finished.state_of(Candidate.of(scaling_coef=0.0))
+        rows |= finished.rows([replace(stopped, label=f"ascent on {task}, stopped")])
+        if vectors:
+            line = vectors[-1][1]
+
+            def along(candidates: Sequence[Candidate], line: TaskVector = line) -> list[State]:
+                return [finished.moved("interpolated", line, candidate.scaling_coef) for candidate in candidates]
+
+            choice = Grid().run(_problem(finished, along))
+            coef = choice.scaling_coef if choice.feasible else 0.0
+            label = f"ascent on {task}, interpolated at {coef:g}"
+            rows |= finished.rows([finished.moved(label, line, coef)])
+    reason = "stopped after step " + ", ".join(f"{step} of {num_steps} ({task})" for task, step in steps.items())
+    return {"rows": rows, "reason": reason}
+
+
+def _problem(finished: Finished, states: Callable[[Sequence[Candidate]], list[State]]) -> Problem:
+    """Make the same choice as the edit's among other states."""
+    bench, objective = finished.bench, finished.objective
+    needed = [*(objective.tasks if objective else ()), *(c.task for c in finished.constraints)]
+    return Problem(
+        lambda candidates, windows, seed: bench(states(candidates), windows, "val", windows, seed),
+        {task: bench.base(task, "val") for task in dict.fromkeys(needed or finished.targets)},
+        finished.constraints,
+        objective,
+        finished.rule,
+        finished.confidence,
+        bench.finetuned(objective.normalized, "val") if objective else {},
+        lambda candidate: False,
+    )
+
+
+def _ascend(
+    bench: Bench, datamodule: L.LightningDataModule, num_steps: int, every: int
+) -> list[tuple[int, dict[str, Tensor]]]:
+    editor = bench.editor
+    editor.set(None, 0.0)
+    model = editor.model
+    step, modes = model.training_step, {name: module.training for name, module in model.named_modules()}
+
+    def reversed_step(batch: Any, batch_idx: int) -> Any:
+        outputs = step(batch, batch_idx)
+        return {**outputs, "loss": -outputs["loss"]} if isinstance(outputs, Mapping) else -outputs
+
+    snapshots = _Snapshots(every)
+    device = editor.trainer.strategy.root_device
+    trainer = L.Trainer(
+        accelerator="cpu" if device.type == "cpu" else "auto",
+        devices=1 if device.index is None else [device.index],
+        precision=editor.trainer.precision,
+        max_steps=num_steps,
+        max_epochs=-1,
+        limit_val_batches=0,
+        gradient_clip_val=1.0,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        callbacks=[snapshots],
+    )
+    model.training_step = reversed_step
+    try:
+        with quiet(), torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            model.train()
+            trainer.fit(model, datamodule=datamodule)
+    finally:
+        del model.training_step
+        model.zero_grad(set_to_none=True)
+        for name, module in model.named_modules():
+            module.training = modes.get(name, module.training)
+    model.cpu()
+    editor.set(None, 0.0)
+    return editor.trainer.strategy.broadcast(snapshots.states)  # processes must not differ by a rounding

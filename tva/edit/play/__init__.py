@@ -1,0 +1,1 @@
+"""A finished edit on a local page, where sliders set its coefficients."""

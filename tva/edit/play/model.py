@@ -1,0 +1,335 @@
+"""A finished edit opened again: coefficients to metrics, constraints and predictions on cached validation batches."""
+
+from __future__ import annotations
+
+import functools
+import io
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import lightning as L
+import numpy as np
+from torch import Tensor
+
+from tva.compose.recipe import Recipe
+from tva.edit.editor import Bench, State
+from tva.edit.run import open_editor, verdict_on
+from tva.evaluation.batch_cache import BatchCache, through_cache
+from tva.evaluation.log import EvaluationLog
+from tva.evaluation.result import Evaluation
+from tva.report.edit_report import ConstraintReport
+from tva.search import SCALING, Constraint, Grid
+from tva.sizes import parse_bytes
+from tva.vectors.task_vector import TaskVector
+
+SEED = 0  # of the validation examples that are taken
+NUM_SHOWN = 6  # examples a task
+NUM_GLANCED = 64  # examples a task that are enough for a first look
+
+
+@dataclass(frozen=True)
+class Slider:
+    """A coefficient that can be set.
+
+    Attributes:
+        name: Its name in the recipe; ``scaling_coef`` for that of the whole recipe.
+        low: Least value.
+        high: Largest value.
+        chosen: The edit's own value.
+    """
+
+    name: str
+    low: float
+    high: float
+    chosen: float
+
+
+@dataclass(frozen=True)
+class Row:
+    """One metric of one task, of the base, the edited model and the present one, on the same examples."""
+
+    task: str
+    role: str
+    metric: str
+    num_examples: int
+    base: float
+    edited: float
+    live: float
+
+
+@dataclass(frozen=True)
+class Example:
+    """One validation example.
+
+    Attributes:
+        task: Its task.
+        image: A PNG, where the batch holds images.
+        label: Its class; None where the batch does not tell.
+        base: Class that the base predicts.
+        edited: That of the edited model.
+        live: That of the present one.
+    """
+
+    task: str
+    image: bytes | None
+    label: str | None
+    base: str
+    edited: str
+    live: str
+
+
+@dataclass(frozen=True)
+class View:
+    """What one setting of the coefficients does.
+
+    Attributes:
+        coefs: The setting.
+        rows: One for each task, targets first.
+        constraints: Whether each holds on these examples.
+        examples: A few predictions.
+        time_s: What it took.
+        rough: Whether it is from a few examples alone, without constraints and predictions.
+    """
+
+    coefs: Mapping[str, float]
+    rows: Sequence[Row]
+    constraints: Sequence[ConstraintReport]
+    examples: Sequence[Example]
+    time_s: float
+    rough: bool = False
+
+
+class Playground:
+    """A model in memory that is edited anew for every setting of the coefficients.
+
+    Args:
+        trainer: Trainer that evaluates.
+        model: The model that was edited, with its base's weights unless ``base`` is given.
+        content: The run's ``edit.json``.
+        num_examples: Validation examples a task, those of a seeded order; all where there are fewer.
+        vectors: As in `tva.edit.run.run_edit`, and all that follows.
+        recipe: Likewise.
+        targets: Likewise.
+        controls: Likewise.
+        base: Likewise.
+        search: Likewise; its ranges are those of the sliders.
+        subject_to: Likewise.
+        confidence: Likewise.
+        statistics: Likewise.
+        cache: Likewise.
+        cache_in: Likewise.
+        allow_other_base: Likewise.
+        allow_other_kind: Likewise.
+        **_: Options of the edit that change no model.
+
+    Attributes:
+        sliders: The coefficients that can be set.
+
+    Raises:
+        ValueError: The edit cannot be made again from these options, or base or vectors are not what they were.
+    """
+
+    def __init__(
+        self,
+        trainer: L.Trainer,
+        model: L.LightningModule,
+        content: Mapping[str, Any],
+        num_examples: int = 500,
+        *,
+        vectors: dict[str, str],
+        recipe: str,
+        targets: dict[str, L.LightningDataModule] | None = None,
+        controls: dict[str, L.LightningDataModule] | None = None,
+        base: str | None = None,
+        search: Any = None,
+        subject_to: list[str] | None = None,
+        confidence: float | None = None,
+        statistics: Any = "keep",
+        cache: str = "1GiB",
+        cache_in: Any = "memory",
+        allow_other_base: bool = False,
+        allow_other_kind: bool = False,
+        **_: Any,
+    ) -> None:
+        if num_examples < 1:
+            raise ValueError(f"At least 1 example a task is needed; found num_examples={num_examples}.")
+        if trainer.world_size > 1:
+            raise ValueError(
+                f"Sliders are answered by one process, and the edit's trainer has {trainer.world_size}. Set devices: 1 "
+                f"under trainer: in the edit's configuration."
+            )
+        if content["search"]["strategy"] == "Learned":
+            raise ValueError(
+                f"The coefficients of {content['recipe']!r} were learned, one for each group of tensors, and no slider "
+                f"sets those. Play with an edit whose coefficients were searched or given."
+            )
+        tasks = {**(targets or {}), **(controls or {})}
+        if tasks.keys() != content["tasks"].keys() or recipe.strip() != content["recipe"].strip():
+            raise ValueError(
+                f"The configuration is of another edit: it has the recipe {recipe!r} and the tasks "
+                f"{', '.join(tasks)}; the run has {content['recipe']!r} and {', '.join(content['tasks'])}."
+            )
+        self.content = content
+        self._tasks, self._statistics, self._confidence = tasks, statistics, confidence
+        self._constraints = [Constraint.parse(text, tasks) for text in subject_to or []]
+        self._lock = threading.Lock()  # one model
+        editor, self._loaded = open_editor(
+            trainer, model, vectors, base, tasks, statistics, targets or {}, allow_other_kind
+        )
+        metrics = {task: [entry["metric"]] for task, entry in content["tasks"].items()}
+        for constraint in self._constraints:
+            metrics[constraint.task].append(constraint.metric)
+        self._bench = Bench(
+            editor, self._loaded, EvaluationLog(None), BatchCache(parse_bytes(cache), cache_in), metrics
+        )
+        self._check_inputs()
+        self._fixed = {
+            name: value for name, value in content["coefficients"].items() if not isinstance(value, (int, float))
+        }
+        chosen = {name: value for name, value in content["coefficients"].items() if name not in self._fixed}
+        ranges = (search or Grid()).ranges
+        self.sliders = [_slider(name, value, ranges.get(name)) for name, value in chosen.items()]
+
+        @functools.lru_cache(maxsize=4)
+        def vector_with(values: tuple[tuple[str, float], ...]) -> TaskVector:
+            found = Recipe(recipe, vectors, {**self._fixed, **dict(values)}).evaluate(self._loaded)
+            found.check_base(editor.base, allow_other_base=allow_other_base)
+            return found
+
+        self._vector_with = vector_with
+        self._sizes = {task: min(num_examples, self._bench.base(task, "val").num_examples) for task in tasks}
+        self._base = self._evaluate({**chosen, SCALING: 0.0})
+        self._edited = self._evaluate(chosen)
+        self._shown = [shown for task in tasks for shown in self._choose_examples(task)]
+
+    def _check_inputs(self) -> None:
+        facts = self._bench.facts
+        inputs = {"the base": (self.content["base"]["fingerprint"], facts["base"])} | {
+            f"the vector {name}": (entry["deltas"], facts["vectors"].get(name))
+            for name, entry in self.content["vectors"].items()
+        }
+        for name, (before, now) in inputs.items():
+            if before != now:
+                raise ValueError(
+                    f"{name.capitalize()} is not what the run was made with: its fingerprint is {now}, and was "
+                    f"{before}. Make the edit again, or give the files it was made with."
+                )
+
+    def _evaluate(self, coefs: Mapping[str, float], most: int | None = None) -> dict[str, Evaluation]:
+        values = tuple((name, value) for name, value in coefs.items() if name != SCALING)
+        everything = tuple({**self._fixed, **coefs}.items())
+        vector = functools.partial(self._vector_with, values)
+        state = State("live", self.content["recipe"], everything, vector, self._statistics)
+        found = {}
+        for task, size in self._sizes.items():
+            size = size if most is None else min(size, most)
+            part = size < self._bench.base(task, "val").num_examples
+            window = ({task: (0, size)}, SEED) if part else ()
+            found |= self._bench([state], [task], "val", *window)[0]
+        return found
+
+    def _choose_examples(self, task: str) -> list[tuple[str, int, bytes | None, int | None]]:
+        """Take examples of the first batch: half of them, if there are, where the edit changed the prediction."""
+        base, edited = self._base[task].predicted, self._edited[task].predicted
+        if base is None or edited is None:
+            return []
+        size, total = self._sizes[task], self._bench.base(task, "val").num_examples
+        part = ((0, size), SEED) if size < total else None
+        trainer = self._bench.editor.trainer
+        with through_cache(self._tasks[task], "val", self._bench.cache, trainer.strategy.root_device, part):
+            batch = next(iter(self._tasks[task].val_dataloader()))
+        images, labels = batch if isinstance(batch, (list, tuple)) and len(batch) == 2 else (None, None)
+        count = min(size, len(labels) if isinstance(labels, Tensor) else size)
+        changed = np.flatnonzero(base[:count] != edited[:count])[: NUM_SHOWN // 2].tolist()
+        others = [row for row in range(count) if row not in changed][: NUM_SHOWN - len(changed)]
+        known = isinstance(labels, Tensor) and labels.ndim == 1 and not labels.is_floating_point()
+        return [
+            (task, row, _png(images[row]) if images is not None else None, int(labels[row]) if known else None)
+            for row in sorted([*changed, *others])
+        ]
+
+    def at(self, coefs: Mapping[str, float] | None = None) -> View:
+        """Put the model into a state and say what it does.
+
+        Args:
+            coefs: Values by name; those left out are the edit's own.
+
+        Raises:
+            ValueError: The recipe has no such coefficient.
+        """
+        started = time.monotonic()
+        everything = self._setting(coefs)
+        with self._lock:
+            live = self._evaluate(everything)
+        rows = self._rows(live)
+        constraints = [
+            verdict_on(c, live[c.task], self._base[c.task], None, self._confidence) for c in self._constraints
+        ]
+        examples = [
+            Example(
+                task,
+                image,
+                None if label is None else self._class(task, label),
+                *(self._class(task, int(found[task].predicted[row])) for found in (self._base, self._edited, live)),
+            )
+            for task, row, image, label in self._shown
+        ]
+        return View(everything, rows, constraints, examples, time.monotonic() - started)
+
+    def glance(self, coefs: Mapping[str, float] | None = None) -> View:
+        """Say roughly what a state does, by the first examples of each task alone; constraints need all of `at`.
+
+        Args:
+            coefs: As in `at`.
+        """
+        started = time.monotonic()
+        everything = self._setting(coefs)
+        with self._lock:
+            live = self._evaluate(everything, NUM_GLANCED)
+        return View(everything, self._rows(live), [], [], time.monotonic() - started, rough=True)
+
+    def _setting(self, coefs: Mapping[str, float] | None) -> dict[str, float]:
+        """Give all coefficients, those that are left out as the edit has them."""
+        everything = {slider.name: slider.chosen for slider in self.sliders}
+        unknown = sorted((coefs or {}).keys() - everything.keys())
+        if unknown:
+            raise ValueError(f"There is no coefficient {unknown[0]!r} to set; there are {', '.join(everything)}.")
+        return everything | dict(coefs or {})
+
+    def _rows(self, live: Mapping[str, Evaluation]) -> list[Row]:
+        return [
+            Row(
+                task,
+                entry["role"],
+                entry["metric"],
+                live[task].num_examples,
+                *(found[task].metrics[entry["metric"]] for found in (self._base, self._edited, live)),
+            )
+            for task, entry in self.content["tasks"].items()
+        ]
+
+    def _class(self, task: str, index: int) -> str:
+        names = getattr(self._tasks[task], "class_names", [])
+        return str(names[index]) if index < len(names) else str(index)
+
+
+def _slider(name: str, chosen: float, bounds: Sequence[float] | None) -> Slider:
+    low, high = bounds or (0.0, max(1.0, 2 * chosen))
+    return Slider(name, min(0.0, low, 2 * chosen), max(high, chosen), chosen)
+
+
+def _png(image: Any) -> bytes | None:
+    """Draw a tensor of shape (1 or 3, height, width), its least value black and its largest white."""
+    if not isinstance(image, Tensor) or image.ndim != 3 or len(image) not in (1, 3):
+        return None
+    from PIL import Image
+
+    image = image.float()
+    low, high = image.min(), image.max()
+    pixels = ((image - low) / (high - low).clamp(min=1e-12) * 255).round().byte().cpu().numpy()
+    file = io.BytesIO()
+    Image.fromarray(np.ascontiguousarray(np.moveaxis(pixels, 0, -1).squeeze())).save(file, "PNG")
+    return file.getvalue()

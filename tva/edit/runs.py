@@ -1,0 +1,129 @@
+"""Look at finished edits again: rebuild their pages from ``edit.json`` alone, and put several side by side."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tva.checkpoints import atomic_path, fingerprint, open_weights
+from tva.report import comparison_page, edit_page
+from tva.report.edit_report import EDIT_JSON, PAGE, read_report, stamp
+from tva.report.page import differences
+from tva.vectors.header import is_vector_file
+from tva.vectors.task_vector import TaskVector
+
+
+@dataclass(frozen=True)
+class Revisited:
+    """Runs that were looked at again.
+
+    Attributes:
+        contents: Their ``edit.json``, by name.
+        notices: What is said at the top of each page, by name; of the comparison under ``""``.
+        pages: The pages written.
+    """
+
+    contents: Mapping[str, Mapping[str, Any]]
+    notices: Mapping[str, Sequence[str]]
+    pages: Sequence[Path]
+
+    def to_json(self) -> dict[str, Any]:
+        """Give plain values."""
+        return {
+            "runs": dict(self.contents),
+            "notices": {name: list(said) for name, said in self.notices.items()},
+            "pages": [str(page) for page in self.pages],
+        }
+
+
+def revisit(runs: Sequence[str], output: str | None = None) -> Revisited:
+    """Rebuild the page of every run, and with several put them side by side.
+
+    Args:
+        runs: Folders of finished edits, or their ``edit.json``.
+        output: The page that compares them; by default ``comparison.html``. Of one run, where its page goes, by default
+            beside its ``edit.json``.
+
+    Raises:
+        FileNotFoundError: A run is none.
+        ValueError: A run holds no evaluations, or is given twice.
+    """
+    paths = [Path(run) for run in runs]
+    read = {path: read_report(path) for path in paths}
+    if len(read) < len(paths):
+        twice = next(path for path in paths if paths.count(path) > 1)
+        raise ValueError(f"A run is given twice: {twice}. Name each once.")
+    empty = [path for path, content in read.items() if not content["evaluations"]]
+    if empty:
+        raise ValueError(
+            f"{empty[0]} holds no evaluations, so there is nothing to draw. Make the edit again: "
+            f"what its log holds is not evaluated anew."
+        )
+    names = _names(paths)
+    contents = {names[path]: content for path, content in read.items()}
+    notices: dict[str, list[str]] = {name: changed_inputs(content) for name, content in contents.items()}
+    pages = []
+    for path in paths:
+        folder = path if path.is_dir() else path.parent
+        page = Path(output) if output is not None and len(paths) == 1 else folder / PAGE
+        pages.append(_write(page, edit_page(contents[names[path]], notices[names[path]])))
+    if len(paths) > 1:
+        said = [f"{name}: {notice}" for name, found in notices.items() for notice in found]
+        page = Path("comparison.html" if output is None else output)
+        pages.append(_write(page, comparison_page(contents, said)))
+        notices[""] = list(differences(contents))
+    return Revisited(contents, notices, pages)
+
+
+def _write(path: Path, page: str) -> Path:
+    with atomic_path(path) as temporary:
+        temporary.write_text(page, encoding="utf-8")
+    return path
+
+
+def _names(paths: Sequence[Path]) -> dict[Path, str]:
+    """Give each run the shortest name that tells it from the others: its path without what all have in common.
+
+    Example:
+        >>> list(_names([Path("runs/demo/add/seed=0"), Path("runs/demo/forget/seed=0/edit.json")]).values())
+        ['add/seed=0', 'forget/seed=0']
+    """
+    folders = {path: (path.parent if path.name == EDIT_JSON else path).absolute() for path in paths}
+    common = Path(os.path.commonpath(folders.values()))
+    return {
+        path: str(folder.relative_to(common)) if folder != common else folder.name for path, folder in folders.items()
+    }
+
+
+def changed_inputs(content: Mapping[str, Any]) -> list[str]:
+    """Say which inputs of an edit are not what they were; what is not here any more is not said.
+
+    Inputs of the same size and time are taken to be the same; the others are read again and compared by fingerprint.
+    """
+    return list(_changed(content))
+
+
+def _changed(content: Mapping[str, Any]) -> Iterator[str]:
+    inputs = {
+        "the base": content["base"],
+        **{f"the vector {name}": found for name, found in content["vectors"].items()},
+    }
+    for name, entry in inputs.items():
+        path = entry["path"]
+        if path is None or "modified_ns" not in entry or path.startswith("hf:") or not Path(path).exists():
+            continue
+        if stamp(path) == {key: entry[key] for key in ("bytes", "modified_ns")}:
+            continue
+        if name == "the base":
+            before, now = entry["fingerprint"], fingerprint(open_weights(path)).digest
+        elif is_vector_file(path):
+            vector = TaskVector.load(path)
+            before, now = entry["deltas"], fingerprint({**vector.deltas, **vector.buffers}).digest
+        else:
+            yield f"The checkpoint of {name}, {path}, has been written again since this edit."
+            continue
+        if before != now:
+            yield f"{name.capitalize()} has changed since this edit: {path} is now {now}, and was {before}."

@@ -1,0 +1,107 @@
+"""Lightning's Trainer with one more verb, ``edit``."""
+
+from __future__ import annotations
+
+from json import dumps
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+
+from tva.checkpoints import atomic_path
+from tva.console import in_notebook
+from tva.edit.run import run_edit
+from tva.evaluation.evaluate import quiet
+from tva.report.edit_report import CONFIG, EDIT_JSON, EditReport, read_report
+from tva.report.terminal import print_report
+from tva.vectors.header import SUFFIX
+
+
+class Trainer(L.Trainer):
+    """A Trainer that can also edit.
+
+    Attributes:
+        report: What the last edit did.
+        command: The command line that it serves, if any, by which an edit can be made again.
+    """
+
+    report: EditReport | None = None
+    command: str | None = None
+
+    def edit(
+        self,
+        model: L.LightningModule,
+        datamodule: L.LightningDataModule | None = None,
+        *,
+        output: str,
+        json: bool = False,
+        **kwargs: Any,
+    ) -> EditReport:
+        """Combine task vectors, choose the coefficient, edit the model and prove it on control tasks.
+
+        Args:
+            model: Any LightningModule with validation and test steps; its weights are the base unless ``base`` is
+                given.
+            datamodule: Unused; LightningCLI passes one if it has one. Tasks go into ``targets`` and ``controls``.
+            output: Folder for ``edited.safetensors``, ``edit.json``, ``report.html`` and the model card.
+            json: Print ``edit.json`` instead of a table.
+            **kwargs: Those of `tva.edit.run.run_edit`.
+
+        Returns:
+            The report, which is also printed, but in a notebook.
+        """
+        self.report = run_edit(self, model, output=output, **kwargs)
+        if in_notebook():  # which shows what a cell returns
+            return self.report
+        if self.is_global_zero and json:
+            print(dumps(self.report.to_json(), indent=1, ensure_ascii=False))
+        elif self.is_global_zero:
+            print_report(self.report, folder=Path(output))
+        return self.report
+
+    def describe_fit(self) -> dict[str, Any]:
+        """Say in JSON values what a fit reached and wrote."""
+        found = [path for each in self.checkpoint_callbacks for path in (each.best_model_path, each.last_model_path)]
+        checkpoints = list(dict.fromkeys(filter(None, found)))
+        vectors = [path.removesuffix(".ckpt") + SUFFIX for path in checkpoints]
+        return {
+            "steps": self.global_step,
+            "epochs": self.current_epoch,
+            "metrics": {name: float(value) for name, value in self.callback_metrics.items()},
+            "checkpoints": checkpoints,
+            "vectors": [vector for vector in vectors if Path(vector).is_file()],
+        }
+
+
+def edit_model(
+    model: L.LightningModule, *, output: str, trainer: L.Trainer | None = None, **options: Any
+) -> EditReport:
+    """Combine task vectors, choose the coefficient, edit the model and prove it, as ``tva edit`` does, from Python.
+
+    Args:
+        model: Any LightningModule with validation and test steps; its weights are the base unless ``base`` is given.
+            Left with the edited weights.
+        output: Folder for ``edit.json``, the page, and if the constraints hold the weights and the model card.
+        trainer: Any Trainer; by default a quiet one for this machine.
+        **options: Those of `tva.edit.run.run_edit`, such as ``vectors``, ``recipe``, ``targets`` and ``controls``.
+
+    Returns:
+        The report; ``report.show()`` shows it, in a notebook as a page and elsewhere as a table.
+
+    Raises:
+        ValueError: Something does not fit; nothing was written.
+        FileNotFoundError: A checkpoint or data file is not there.
+    """
+    with quiet():
+        if trainer is None:
+            bars = {"enable_progress_bar": False, "enable_model_summary": False, "enable_checkpointing": False}
+            trainer = Trainer(logger=False, **bars)
+        return run_edit(trainer, model, output=output, **options)
+
+
+def write_config(trainer: Trainer, folder: Path, text: str) -> None:
+    """Write the options of the trainer's last edit beside its ``edit.json``, if it wrote one."""
+    written = (folder / EDIT_JSON).exists() and trainer.report is not None
+    if trainer.is_global_zero and written and read_report(folder)["created"] == trainer.report.created:
+        with atomic_path(folder / CONFIG) as temporary:
+            temporary.write_text(text, encoding="utf-8")

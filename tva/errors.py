@@ -1,0 +1,33 @@
+"""The package's own error classes, and the words of their messages."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+
+class MismatchError(ValueError):
+    """Two state dicts or task vectors that must have the same keys, shapes or base do not."""
+
+
+class NoEffectError(ValueError):
+    """An edit changed no element: its task vector is zero, or vanishes in rounding to the base's dtype."""
+
+
+def some(items: Iterable[object], limit: int = 3) -> str:
+    """List at most ``limit`` items for an error message, with a count of the rest.
+
+    Example:
+        >>> some(["a", "b", "c", "d", "e"])
+        "'a', 'b', 'c' and 2 more"
+    """
+    items = list(items)
+    rest = f" and {len(items) - limit} more" if len(items) > limit else ""
+    return ", ".join(repr(item) if isinstance(item, str) else str(item) for item in items[:limit]) + rest
+
+
+class RecipeError(ValueError):
+    """A recipe cannot be read; the message shows it with a caret under the place."""
+
+
+class HarnessError(ValueError):
+    """An edit with coefficient 0 did not score as the base did: what is measured is not the edit alone."""

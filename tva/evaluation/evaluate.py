@@ -1,0 +1,136 @@
+"""Evaluate one model, or many edits of it at once, on a task through the Trainer, with the scores of every example."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import lightning as L
+import numpy as np
+from lightning.pytorch.utilities.model_helpers import is_overridden
+
+from tva.console import counting
+from tva.errors import some
+from tva.evaluation.batch_cache import BatchCache, through_cache
+from tva.evaluation.ranks import check_strategy, gather, in_turn
+from tva.evaluation.recorder import Recorder, recording, step_name
+from tva.evaluation.result import Split
+
+Part = tuple[tuple[int, int], int | None]  # (first, last + 1) examples of an order, and the order's seed
+
+
+def evaluate(
+    trainer: L.Trainer,
+    model: L.LightningModule,
+    datamodule: L.LightningDataModule,
+    split: Split,
+    *,
+    edits: Sequence[Callable[[], None]] | None = None,
+    share: bool = True,
+    cache: BatchCache | None = None,
+    part: Part | None = None,
+    extra: Sequence[str] = (),
+    progress: str | None = None,
+) -> Any:
+    """Evaluate a model, or several edits of it, on one split of a task.
+
+    With several edits every batch is read once, and evaluated under each edit before the next is read, where the model
+    logs all its metrics in its step; else the edits are evaluated one after the other. The processes of a Trainer with
+    several devices share the batches out, and all return the same evaluation of all examples, each counted once.
+
+    Args:
+        trainer: Any Trainer; its callbacks take part.
+        model: Any LightningModule with a ``validation_step`` (or ``test_step``) that logs its metrics. The step may
+            return ``correct`` (batch,) or ``scores``, a mapping from metric names to (batch,) scores; and ``preds``
+            (batch, classes) with ``target`` (batch,) for metrics that it does not log.
+        datamodule: The task.
+        split: ``"val"`` to choose on, ``"test"`` to report on.
+        edits: Functions that put the model into one state each; by default it is evaluated as it is. It is left in
+            the last state.
+        share: Whether the model allows the shared pass, as `Evaluation.shareable` of its base says.
+        cache: Keeps batches for later passes.
+        part: Evaluate a part of the examples.
+        extra: Names of torchmetrics metrics to compute from ``preds`` and ``target``, where the model does not log
+            them.
+        progress: What is written before a progress bar on a terminal; None draws none.
+
+    Returns:
+        An `Evaluation`, or a list with one for each edit. Metrics have their last name: ``val/mnist/accuracy`` and
+        ``val_accuracy`` are both ``accuracy``.
+
+    Raises:
+        ValueError: The step logged nothing, or two metrics of one name; or scores by example contradict a metric; or
+            several processes cannot share the task.
+    """
+    check_strategy(trainer)
+    if edits is not None and not share:
+        options = {"cache": cache, "part": part, "extra": extra, "progress": progress}
+        results = []
+        for edit in edits:
+            edit()
+            results.append(evaluate(trainer, model, datamodule, split, **options))
+        return results
+    recorders = [Recorder(hashed=edits is None, whole=bool(extra)) for _ in edits or [None]]
+    device = trainer.strategy.root_device
+    with (
+        quiet(),
+        counting(progress if trainer.is_global_zero else None) as count,
+        recording(model, split, recorders, edits, count),
+        through_cache(datamodule, split, cache, device, part, trainer.global_rank, trainer.world_size),
+    ):
+        run = trainer.validate if split == "val" else trainer.test
+        results = run(model, datamodule=datamodule, verbose=False)
+        own = recorders[0].means()
+        for recorder, shares in zip(
+            recorders, zip(*gather(trainer, [r.batches for r in recorders]), strict=True), strict=True
+        ):
+            recorder.batches = in_turn(list(shares))
+        logged = [recorder.logged() for recorder in recorders] if edits is not None else []
+    if edits is not None:
+        return [
+            recorder.evaluation(model, split, values, True, extra)
+            for recorder, values in zip(recorders, logged, strict=True)
+        ]
+    by_lightning = dict(results[0]) if results else {}
+    recorder = recorders[0]
+    ours = recorder.means()
+    ours |= {name: by_lightning[name] for name in recorder.metrics if name in by_lightning}
+    late = sorted(by_lightning.keys() - ours.keys())
+    if late and trainer.world_size > 1:
+        raise ValueError(
+            f"{type(model).__name__} logs {some(late)} outside its {step_name(split)}, where {trainer.world_size} "
+            f"processes know their own examples alone. Log in the step, or use a Trainer with devices=1."
+        )
+    agree = ours.keys() == by_lightning.keys() and all(
+        # of several processes Lightning gives the mean of all, or this one's, as the model says
+        np.isclose([ours[name], own.get(name, ours[name])], by_lightning[name], rtol=1e-4, equal_nan=True).any()
+        for name in ours
+    )
+    hooks = ("start", "end", "batch_start", "batch_end")
+    stage = "validation" if split == "val" else "test"
+    names = [f"on_{stage}_{'epoch_' if 'batch' not in hook else ''}{hook}" for hook in hooks]
+    shareable = all(gather(trainer, agree)) and not any(is_overridden(name, model) for name in names)
+    values = ours if shareable or trainer.world_size > 1 else by_lightning
+    return recorder.evaluation(model, split, values, shareable, extra)
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Silence what Lightning says about each of many short evaluations."""
+    logger = logging.getLogger("lightning.pytorch")
+    level = logger.level
+    logger.setLevel(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=r".*does not have many workers.*")
+            # what several processes log is put together here
+            warnings.filterwarnings("ignore", message=r".*It is recommended to use `self.log\(.*sync_dist=True\)`.*")
+            warnings.filterwarnings("ignore", message=r".*recommended to use .*devices=1.* to ensure each sample.*")
+            # torch 2.15 deprecates a call that lightning 2.6.6 makes at every evaluation
+            warnings.filterwarnings("ignore", message=r".*isinstance\(treespec, LeafSpec\).*")
+            yield
+    finally:
+        logger.setLevel(level)

@@ -1,0 +1,121 @@
+"""The log of all evaluations: JSON lines that the next run reads instead of evaluating again."""
+
+from __future__ import annotations
+
+import base64
+import functools
+import json
+import os
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import numpy as np
+import xxhash
+
+from tva.evaluation.result import Evaluation
+
+
+class EvaluationLog:
+    """Evaluations by what they depend on, kept in a file that any number of processes append to.
+
+    Args:
+        path: JSON lines; made when the first evaluation is written. None keeps nothing.
+        trainer: Its processes evaluate together: the first reads and writes the file, and all find the same.
+
+    Attributes:
+        num_reused: Evaluations that were found there.
+    """
+
+    def __init__(self, path: str | os.PathLike[str] | None, trainer: L.Trainer | None = None) -> None:
+        self.path = None if path is None else Path(path)
+        self.num_reused = 0
+        self._trainer = trainer
+        self._writes = trainer is None or trainer.is_global_zero
+
+    @functools.cached_property
+    def _found(self) -> dict[str, dict[str, Any]]:
+        """Read what is there, when it is first asked for: only then do all processes run."""
+        found = {}
+        if self._writes and self.path is not None and self.path.exists():
+            for line in self.path.read_text().splitlines():
+                try:
+                    entry = json.loads(line)
+                except json.JSONDecodeError:  # a process was stopped while it wrote this line
+                    continue
+                found[entry["key"]] = entry
+        return found if self._trainer is None else self._trainer.strategy.broadcast(found)
+
+    def get(self, facts: Mapping[str, Any]) -> Evaluation | None:
+        """Look up an evaluation by all that it depends on."""
+        entry = self._found.get(_key(facts))
+        if entry is None:
+            return None
+        self.num_reused += 1
+        scores = {name: decode(packed) for name, packed in entry["scores"].items()}
+        predicted = entry.get("predicted")
+        return Evaluation(
+            entry["metrics"],
+            entry["num_examples"],
+            scores,
+            entry["higher_is_better"],
+            predicted=None if predicted is None else decode(predicted),
+        )
+
+    def add(self, facts: Mapping[str, Any], evaluation: Evaluation) -> None:
+        """Append an evaluation in one write, so that lines of several processes do not mix."""
+        if self.path is None:
+            return
+        entry = {
+            "key": _key(facts),
+            **facts,
+            "metrics": dict(evaluation.metrics),
+            "num_examples": evaluation.num_examples,
+            "higher_is_better": dict(evaluation.higher_is_better),
+            "scores": {name: encode(scores) for name, scores in evaluation.scores.items()},
+            **({} if evaluation.predicted is None else {"predicted": encode(evaluation.predicted)}),
+            "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        }
+        self._found[entry["key"]] = entry
+        if not self._writes:
+            return
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with open(self.path, "ab+") as file:
+            if file.tell():
+                file.seek(-1, os.SEEK_END)
+                torn = file.read(1) != b"\n"
+            else:
+                torn = False
+            file.write((b"\n" if torn else b"") + json.dumps(entry).encode() + b"\n")
+
+
+def _key(facts: Mapping[str, Any]) -> str:
+    return xxhash.xxh3_128_hexdigest(json.dumps(facts, sort_keys=True).encode())
+
+
+def digest_of(evaluation: Evaluation) -> str:
+    """Hash an evaluation's numbers: another digest of the base means that other code or data made it."""
+    digest = xxhash.xxh3_128(json.dumps(dict(evaluation.metrics), sort_keys=True).encode())
+    for name in sorted(evaluation.scores):
+        digest.update(name.encode() + np.ascontiguousarray(evaluation.scores[name]).tobytes())
+    return digest.hexdigest()
+
+
+def encode(scores: np.ndarray) -> dict[str, Any]:
+    """Write scores by example for the log: bits where they are right or wrong, in base 64."""
+    packed = np.packbits(scores) if scores.dtype == np.bool_ else scores
+    return {
+        "dtype": str(scores.dtype),
+        "num": len(scores),
+        "data": base64.b64encode(np.ascontiguousarray(packed).tobytes()).decode(),
+    }
+
+
+def decode(packed: Mapping[str, Any]) -> np.ndarray:
+    """Read scores by example from an entry of the log."""
+    raw = base64.b64decode(packed["data"])
+    if packed["dtype"] == "bool":
+        return np.unpackbits(np.frombuffer(raw, np.uint8), count=packed["num"]).astype(bool)
+    return np.frombuffer(raw, packed["dtype"]).copy()

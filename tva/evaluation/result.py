@@ -1,0 +1,101 @@
+"""The result of an evaluation: metrics with intervals, and the scores they are means of."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+from torchmetrics import Metric
+
+from tva.evaluation.intervals import compare, compare_means, mean_interval, quick_interval, resamples, wilson_interval
+from tva.evaluation.metrics import compute
+from tva.report.edit_report import Comparison
+
+Split = Literal["val", "test"]
+
+
+NUM_METRIC_RESAMPLES = 200  # of metrics that are no mean over examples, each of which is computed anew
+
+
+_LOWER_IS_BETTER = ("loss", "perplexity", "error", "nll", "wer", "cer", "mae", "mse", "rmse", "ece")
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What a model scored on examples of one task.
+
+    Attributes:
+        metrics: Metric name to value; accuracies lie in [0, 1].
+        num_examples: Examples evaluated.
+        scores: Metric name to one score an example, shape (examples,), in the order of the examples; the metric is
+            their mean. ``accuracy`` has boolean scores where the model's step returns ``correct``.
+        higher_is_better: Metric name to its direction, where the metric says.
+        preds: What the model's step returned as ``preds``, where a metric was asked for that it does not log.
+        target: Likewise.
+        extra: Metrics computed from ``preds`` and ``target``.
+        shareable: Whether several edits can be evaluated in one pass: all that the model logs is logged in its step.
+        predicted: The predicted class of each example, where the model's step returns ``preds`` (batch, classes).
+        data_digest: Hash of all batches as the model's step got them, where one model was evaluated as it is.
+    """
+
+    metrics: Mapping[str, float]
+    num_examples: int
+    scores: Mapping[str, np.ndarray] = field(default_factory=dict)
+    higher_is_better: Mapping[str, bool] = field(default_factory=dict)
+    preds: Tensor | None = None
+    target: Tensor | None = None
+    extra: Mapping[str, Metric] = field(default_factory=dict)
+    shareable: bool = False
+    predicted: np.ndarray | None = None
+    data_digest: str | None = None
+
+    def higher(self, metric: str) -> bool:
+        """Whether larger values of a metric are better: as the metric says, else by its name."""
+        return self.higher_is_better.get(metric, not metric.endswith(_LOWER_IS_BETTER))
+
+    def interval(self, metric: str) -> tuple[float, float] | None:
+        """Give a metric's 95 % interval, where it can be known.
+
+        Wilson's of an accuracy, a bootstrap of another mean over examples or of a metric of predictions; None for a
+        metric whose examples are not known.
+        """
+        if metric in self.scores:
+            return mean_interval(self.scores[metric])
+        if metric in self.extra:
+            low, high = np.percentile(self._resampled(metric), [2.5, 97.5])
+            return min(self.metrics[metric], float(low)), max(self.metrics[metric], float(high))
+        return wilson_interval(self.metrics[metric], self.num_examples) if metric == "accuracy" else None
+
+    def quick_interval(self, metric: str) -> tuple[float, float] | None:
+        """Give a 95 % interval that costs nothing, for the many points of a curve; None where that cannot be."""
+        return quick_interval(self.scores[metric]) if metric in self.scores else None
+
+    def compare(self, base: Evaluation, metric: str) -> Comparison | None:
+        """Compare a metric with the base's on the same examples; None where examples are not known."""
+        if metric in self.scores and metric in base.scores:
+            return compare(self.scores[metric], base.scores[metric])
+        if metric in self.extra and metric in base.extra:
+            both = np.stack([self._resampled(metric), base._resampled(metric)], axis=1)
+            return compare_means(self.metrics[metric], base.metrics[metric], both)
+        return None
+
+    def _resampled(self, metric: str) -> np.ndarray:
+        assert self.preds is not None
+        assert self.target is not None
+        values = []
+        for row in (row for rows in resamples(len(self.target), NUM_METRIC_RESAMPLES) for row in rows):
+            rows = torch.from_numpy(row)
+            values.append(float(compute(self.extra[metric], self.preds[rows], self.target[rows])))
+        return np.array(values)
+
+    def same_as(self, other: Evaluation) -> bool:
+        """Whether two evaluations agree in every number, bit for bit."""
+        return (
+            dict(self.metrics) == dict(other.metrics)
+            and self.scores.keys() == other.scores.keys()
+            and all(np.array_equal(scores, other.scores[name], equal_nan=True) for name, scores in self.scores.items())
+        )

@@ -1,0 +1,104 @@
+"""What a merge method is: parameters, an optional look at the deltas, and a function of tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+from tva._torch import Tensor
+from tva.checkpoints import HashedWeights
+from tva.merge.program import Steps
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where the elements that a method sees lie, so that randomness depends on nothing else.
+
+    Attributes:
+        tensor: Name of the tensor.
+        start: Index of the first element in the flattened tensor.
+        sources: For each vector what identifies it: the fingerprint of its fine-tuned model, or its name.
+        shape: Shape of the whole tensor, of which the elements may be a part.
+        layers: For every tensor of the model that lies in a layer, which one, from 0, and how many there are.
+    """
+
+    tensor: str
+    start: int = 0
+    sources: tuple[str, ...] = ()
+    shape: tuple[int, ...] = ()
+    layers: Mapping[str, tuple[int, int]] = field(default_factory=dict, compare=False, repr=False)
+
+
+class Method:
+    """Base class of merge methods; a subclass is a frozen dataclass whose fields are its parameters.
+
+    A method is applied to a model piece by piece: `merge` sees the same elements of every vector, flattened, in pieces
+    of any length, and must give the same values whatever the pieces. What it must know of a whole tensor or of the
+    whole model beforehand it collects in ``num_sweeps`` earlier passes over the same pieces. A method that sets
+    ``whole`` sees every tensor in one piece, as decompositions of matrices need, at the cost of that memory.
+
+    Attributes:
+        usage: How it is written in a recipe.
+        num_vectors: How many vectors it takes; None for one or more.
+        linear: Whether it is a fixed linear combination, so that it also applies to running statistics.
+        random: Whether it draws random numbers, keyed by the vectors' identities.
+        num_sweeps: Passes over the deltas before the one that combines, at most.
+        whole: Whether every piece must be a whole tensor, of shape ``place.shape`` when viewed as such.
+        counts: Whether `observe` takes the deltas one after the other, each gone when it asks for the next, and as
+            tensors or numpy arrays.
+    """
+
+    usage: ClassVar[str]
+    num_vectors: ClassVar[int | None] = None
+    linear: ClassVar[bool] = False
+    random: ClassVar[bool] = False
+    num_sweeps: ClassVar[int] = 0
+    whole: ClassVar[bool] = False
+    counts: ClassVar[bool] = False
+
+    @property
+    def over_model(self) -> bool:
+        """Whether what it collects is collected over the whole model rather than tensor by tensor."""
+        return False
+
+    @property
+    def usual_sweeps(self) -> int:
+        """How many of these passes are mostly made, for a plan."""
+        return self.num_sweeps
+
+    def observing_bytes(self, num_vectors: int) -> int:
+        """Predict the memory that a thread's looking takes, where that is more than a few numbers."""
+        return 0
+
+    def inputs(self) -> Mapping[str, HashedWeights]:
+        """Give the files that it reads besides the vectors, by path."""
+        return {}
+
+    def start(self, num_vectors: int) -> Any:
+        """Make the empty state that `observe` fills."""
+        return None
+
+    def observe(self, state: Any, deltas: Iterable[Tensor], place: Place, sweep: int) -> None:
+        """Look at one piece of each delta in pass ``sweep``, from 0; threads may look at several tensors at once."""
+
+    def finish(self, state: Any, sweep: int) -> None:
+        """Close pass ``sweep``: all pieces have been seen."""
+
+    def ready(self, state: Any, sweep: int) -> bool:
+        """Whether pass ``sweep`` can be left out, since an earlier one has found all that it is for."""
+        return False
+
+    def merge(self, deltas: Sequence[Tensor], state: Any, place: Place) -> Tensor:
+        """Combine one piece of each delta, float32 or float64, shape (elements,); the inputs are left unchanged."""
+        raise NotImplementedError  # every subclass says how
+
+    def in_steps(self, arguments: Sequence[Steps], state: Any, place: Place) -> Steps | None:
+        """Say in steps what `merge` does, which then runs fused; None where there are none for it.
+
+        Args:
+            arguments: Steps that give the value of each vector.
+            state: What `observe` has collected.
+            place: The tensor, from its first element on.
+        """
+        return None

@@ -1,0 +1,107 @@
+"""Methods on whole weight matrices: which tensors are matrices, and their decompositions."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+from tva._torch import Tensor
+from tva.merge.base import Method, Place
+from tva.merge.methods.linear import add_up
+
+# Tables that are looked up, tied output layers, and the projection that the authors of TSV-M leave out too
+TABLES = r"embed_tokens|token_embedding|word_embeddings|\bshared\b|\bwte\b|lm_head|text_projection"
+EMBEDDINGS = r"embed|\bshared\b|\bwte\b|\bwpe\b|lm_head"  # tables of any kind: nothing flows into them
+RANK = 1e-6  # singular values below this part of the largest are rounding noise of float32, and count as 0
+
+
+@dataclass(frozen=True)
+class MatrixMethod(Method):
+    """Base class of methods that combine whole matrices; all other tensors are averaged.
+
+    Args:
+        exclude: Regular expression; matrices in whose names it is found are averaged. By default the tables of tokens.
+        conv: Kernels of convolutions are averaged (``"mean"``), or taken as matrices of one row for each output channel
+            (``"matrix"``).
+    """
+
+    exclude: str = TABLES
+    conv: Literal["mean", "matrix"] = "mean"
+
+    whole = True
+
+    def __post_init__(self) -> None:
+        if self.conv not in ("mean", "matrix"):
+            raise ValueError(f"conv is 'mean' or 'matrix'; found {self.conv!r}.")
+        try:
+            re.compile(self.exclude)
+        except re.error as error:
+            raise ValueError(f"exclude is no regular expression: {error}; found {self.exclude!r}.") from error
+
+    def merge(self, deltas: Sequence[Tensor], state: Any, place: Place) -> Tensor:
+        if not self.is_matrix(place):
+            return self.merge_others(deltas)
+        rows = place.shape[0]
+        merged = self.merge_matrices([delta.view(rows, -1).double() for delta in deltas], place)
+        return merged.reshape(-1).to(deltas[0].dtype)
+
+    def is_matrix(self, place: Place) -> bool:
+        """Whether the tensor is a matrix for this method."""
+        enough = len(place.shape) == 2 or (self.conv == "matrix" and len(place.shape) > 2)
+        return enough and 0 not in place.shape and not (self.exclude and re.search(self.exclude, place.tensor))
+
+    def merge_matrices(self, matrices: list[Tensor], place: Place) -> Tensor:
+        """Combine the matrices of all vectors, float64, shape (rows, columns)."""
+        raise NotImplementedError  # every subclass says how
+
+    def merge_others(self, deltas: Sequence[Tensor]) -> Tensor:
+        """Combine tensors that are no matrices: their mean."""
+        return add_up(deltas) / len(deltas)
+
+
+@dataclass(frozen=True)
+class OrientedMethod(MatrixMethod):
+    """Base class of methods for which it matters which side of a matrix the inputs are on.
+
+    Weights are (outputs, inputs), as those of `torch.nn.Linear`. Matrices with ``inputs_first`` in their names are
+    turned before and after. That cannot be read off a square matrix, and models of either kind share names; where names
+    and shapes are GPT-2's, it must be said.
+
+    Args:
+        exclude: Regular expression; matrices in whose names it is found are averaged. By default the tables of tokens.
+        conv: Kernels of convolutions are averaged (``"mean"``), or taken as matrices (``"matrix"``).
+        inputs_first: Regular expression; matrices in whose names it is found are (inputs, outputs).
+    """
+
+    inputs_first: str = ""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        try:
+            re.compile(self.inputs_first)
+        except re.error as error:
+            raise ValueError(f"inputs_first is no regular expression: {error}; found {self.inputs_first!r}.") from error
+
+    def merge(self, deltas: Sequence[Tensor], state: Any, place: Place) -> Tensor:
+        if not self.is_matrix(place):
+            return super().merge(deltas, state, place)
+        if not self.inputs_first and len(place.shape) == 2 and _looks_inputs_first(place):
+            raise ValueError(
+                f"{place.tensor!r} has shape {list(place.shape)}, which with this name is a Conv1D of GPT-2, stored "
+                f"(inputs, outputs); weights must be (outputs, inputs). Pass inputs_first='c_attn|c_fc|c_proj' to have "
+                f"such weights turned, or inputs_first='^$' if it is (outputs, inputs) nonetheless."
+            )
+        if not (self.inputs_first and len(place.shape) == 2 and re.search(self.inputs_first, place.tensor)):
+            return super().merge(deltas, state, place)
+        turned = [delta.view(place.shape).T.reshape(-1) for delta in deltas]
+        merged = super().merge(turned, state, replace(place, shape=place.shape[::-1]))
+        return merged.view(place.shape[::-1]).T.reshape(-1)
+
+
+def _looks_inputs_first(place: Place) -> bool:
+    """Whether a name of GPT-2's goes with a shape that `torch.nn.Linear` would not have there."""
+    rows, columns = place.shape
+    found = re.search(r"(?:^|\.)(c_attn|c_fc|mlp\.c_proj)\.weight$", place.tensor)
+    return found is not None and (rows > columns if found[1] == "mlp.c_proj" else rows < columns)

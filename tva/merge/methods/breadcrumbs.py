@@ -1,0 +1,104 @@
+"""Model Breadcrumbs: drop each tensor's largest and smallest deltas."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from numpy import ndarray
+
+from tva._torch import Tensor, torch
+from tva.merge.base import Method, Place
+from tva.merge.order_statistics import HELD_BYTES, SWEEPS, OrderStatistics, after, limit, trim
+from tva.merge.program import SUB, TRIM, Step, Steps
+
+
+@dataclass(frozen=True)
+class Breadcrumbs(Method):
+    r"""Zero the elements of smallest and of largest magnitude in each tensor, and keep those between.
+
+    Of a tensor of :math:`n` elements the ``floor(top * n)`` largest and the ``floor(bottom * n)`` smallest magnitudes
+    go; elements that equal the largest or smallest one kept are kept too. The paper sums such vectors:
+    ``0.3 * (breadcrumbs(a) + breadcrumbs(b))``. This is the paper's rule, over whole tensors, in one sweep or two; its
+    authors' code goes row by row instead: ``rows=True``, which needs whole tensors and no sweep.
+
+    Args:
+        top: Fraction of outliers to drop, in [0, 1); the paper keeps what is below its quantile 99.3 %.
+        bottom: Fraction of small elements to drop, in [0, 1); the paper's is 85 %. ``top + bottom`` is below 1.
+        rows: Take both fractions of every row, that is of the last dimension, instead of every tensor.
+
+    Source: Davari and Belilovsky, "Model breadcrumbs: scaling multi-task model merging with sparse masks", ECCV 2024.
+    """
+
+    top: float = 0.007
+    bottom: float = 0.85
+    rows: bool = False
+
+    usage = "breadcrumbs(v, top=0.007, bottom=0.85) or breadcrumbs(v, top=0.1, bottom=0.7, rows=True)"
+    num_vectors = 1
+    counts = True
+
+    def __post_init__(self) -> None:
+        if not (self.top >= 0 and self.bottom >= 0 and self.top + self.bottom < 1):
+            raise ValueError(
+                f"top and bottom are the fractions of elements to drop, at least 0 and together below 1; "
+                f"found top={self.top}, bottom={self.bottom}."
+            )
+
+    @property
+    def num_sweeps(self) -> int:
+        return 0 if self.rows else SWEEPS
+
+    @property
+    def usual_sweeps(self) -> int:
+        return min(self.num_sweeps, 1)
+
+    @property
+    def whole(self) -> bool:
+        return bool(self.rows)
+
+    def observing_bytes(self, num_vectors: int) -> int:
+        return 0 if self.rows else 2 * HELD_BYTES
+
+    def start(self, num_vectors: int) -> OrderStatistics:
+        return OrderStatistics(self._smallest_and_largest_kept)
+
+    def _smallest_and_largest_kept(self, count: int) -> list[int]:
+        dropped = [math.floor(fraction * count + 1e-9) for fraction in (self.bottom, self.top)]
+        return [min(dropped[0], count - 1 - dropped[1]), count - 1 - dropped[1]]
+
+    def observe(self, state: OrderStatistics, deltas: Iterable[Tensor | ndarray], place: Place, sweep: int) -> None:
+        for delta in deltas:
+            state.observe(delta, sweep)
+
+    def finish(self, state: OrderStatistics, sweep: int) -> None:
+        state.finish(sweep)
+
+    def ready(self, state: OrderStatistics, sweep: int) -> bool:
+        return state.found
+
+    def merge(self, deltas: Sequence[Tensor], state: OrderStatistics | None, place: Place) -> Tensor:
+        if state is None:
+            return self._merge_rows(deltas[0], place.shape[-1] if place.shape else 1)
+        if not state.values:
+            return deltas[0]
+        smallest, largest = state.values
+        return trim(deltas[0], smallest) - trim(deltas[0], after(largest))  # without rounding: all, one, or none is 0
+
+    def in_steps(self, arguments: Sequence[Steps], state: OrderStatistics | None, place: Place) -> Steps | None:
+        if state is None:
+            return None
+        if not state.values:
+            return arguments[0]
+        smallest, largest = state.values
+        upper = Step(TRIM, numbers=(limit(after(largest)),))
+        return (*arguments[0], Step(TRIM, numbers=(limit(smallest),)), *arguments[0], upper, Step(SUB))
+
+    def _merge_rows(self, delta: Tensor, columns: int) -> Tensor:
+        if not delta.numel():
+            return delta.clone()
+        rows = delta.view(-1, columns)
+        ordered = rows.abs().sort(dim=1).values
+        smallest, largest = (ordered[:, rank, None] for rank in self._smallest_and_largest_kept(columns))
+        return torch.where((rows.abs() >= smallest) & (rows.abs() <= largest), rows, 0).view(-1)

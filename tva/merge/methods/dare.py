@@ -1,0 +1,91 @@
+"""DARE: drop deltas at random and rescale the rest, by random numbers that depend on their place alone."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import xxhash
+
+from tva._torch import Tensor, torch
+from tva.merge.base import Method, Place
+from tva.merge.program import DROP, Step, Steps
+
+_PIECE = 2**32  # elements that share the upper part of their index
+
+
+@dataclass(frozen=True)
+class Dare(Method):
+    r"""Drop each element with probability ``drop`` and divide the others by ``1 - drop``.
+
+    Which elements are dropped depends on (seed, vector, tensor name, element index) alone: the same for any order of
+    tensors, any chunks, threads and device.
+
+    Args:
+        drop: Probability, in [0, 1).
+        seed: Any integer.
+
+    Source: Yu et al., "Language models are super Mario", ICML 2024.
+    """
+
+    drop: float = 0.9
+    seed: int = 0
+
+    usage = "dare(v, drop=0.9, seed=0)"
+    num_vectors = 1
+    random = True
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.drop < 1:
+            raise ValueError(f"drop must lie in [0, 1), where 0 keeps all; found {self.drop}.")
+
+    def merge(self, deltas: Sequence[Tensor], state: Any, place: Place) -> Tensor:
+        (delta,) = deltas
+        keep = (random_bits(delta.numel(), place, self.seed) >= self._lowest).to(delta.dtype)
+        return (delta / (1 - self.drop)).mul_(keep.to(delta.device))
+
+    @property
+    def _lowest(self) -> int:
+        """Random bits that keep an element, as int32, are at least this."""
+        return round(self.drop * 2**32) - 2**31
+
+    def in_steps(self, arguments: Sequence[Steps], state: Any, place: Place) -> Steps | None:
+        if math.prod(place.shape) > _PIECE:
+            return None
+        return (*arguments[0], Step(DROP, self._lowest, (1 - self.drop,), _key(place, self.seed, 0)))
+
+
+def random_bits(count: int, place: Place, seed: int) -> Tensor:
+    """Give uniform random int32 numbers for elements ``place.start`` and following.
+
+    Args:
+        count: How many elements.
+        place: Its tensor name, first source and start are the key.
+        seed: Any integer.
+
+    Returns:
+        Shape (count,), int32, uniform over all of its values.
+
+    Example:
+        >>> whole = random_bits(8, Place("w", 0, ("a",)), seed=0)
+        >>> torch.equal(whole[3:], random_bits(5, Place("w", 3, ("a",)), seed=0))
+        True
+    """
+    from tva.merge import kernels
+
+    bits = torch.empty(count, dtype=torch.int32)
+    start, stop = place.start, place.start + count
+    for upper in range(start // _PIECE, -(-stop // _PIECE)):
+        low, high = max(start, upper * _PIECE), min(stop, (upper + 1) * _PIECE)
+        part = bits[low - start : high - start].numpy()
+        kernels.random_bits(low - upper * _PIECE, *_key(place, seed, upper), part)
+    return bits
+
+
+def _key(place: Place, seed: int, upper: int) -> tuple[int, int]:
+    """Give the two halves of the key of a stretch of `_PIECE` elements."""
+    source = place.sources[0] if place.sources else ""
+    key = xxhash.xxh3_64_intdigest(f"{seed}\0{source}\0{place.tensor}\0{upper}".encode())
+    return key >> 32, key & 0xFFFFFFFF

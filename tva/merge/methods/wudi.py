@@ -1,0 +1,81 @@
+"""WUDI: the vector whose difference from each task's vector is least felt where that task's vector acts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from tva._torch import Tensor, torch
+from tva.merge.base import Place
+from tva.merge.linalg import pseudo_inverse
+from tva.merge.matrix import EMBEDDINGS, OrientedMethod
+
+
+@dataclass(frozen=True)
+class Wudi(OrientedMethod):
+    r"""Minimize :math:`\sum_t \|(\tau - \tau_t)\,\tau_t^\top\|_F^2 / \|\tau_t\|_F^2` for each matrix, without data.
+
+    The rows of a linear layer's delta stand for the inputs it was trained on, so that this is the interference felt on
+    them. The search starts from :math:`\sum_t \tau_t`. With ``solve="adam"`` it is the paper's: ``steps`` steps of Adam
+    at the rate ``lr``, which ends before the minimum. With ``solve="exact"`` it is the minimum nearest to the start, in
+    closed form. All tensors that are no matrices stay at
+    the base, and so do tables of tokens and positions. One vector gives that vector, in its matrices.
+
+    Args:
+        exclude: Regular expression; matrices in whose names it is found stay at the base.
+        conv: Kernels of convolutions stay at the base (``"mean"``), or are taken as matrices (``"matrix"``).
+        inputs_first: Regular expression; matrices in whose names it is found are (inputs, outputs), as GPT-2's
+            ``Conv1D``, rather than (outputs, inputs), as `torch.nn.Linear`.
+        solve: ``"adam"`` or ``"exact"``.
+        steps: Steps of Adam; the paper's are 300.
+        lr: Learning rate of Adam; the paper's is 1e-5.
+
+    Source: Cheng et al., "Whoever started the interference should end it: guiding data-free model merging via task
+    vectors", ICML 2025.
+    """
+
+    exclude: str = EMBEDDINGS
+    solve: Literal["adam", "exact"] = "adam"
+    steps: int = 300
+    lr: float = 1e-5
+
+    usage = 'wudi(a, b, …, solve="adam" or "exact", steps=300, lr=1e-5, inputs_first="regular expression")'
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.solve not in ("adam", "exact"):
+            raise ValueError(f"wudi has solve 'adam' or 'exact'; found {self.solve!r}.")
+        if not self.steps >= 0 or not self.lr > 0:
+            raise ValueError(f"wudi has steps of at least 0 and a positive lr; found {self.steps}, {self.lr}.")
+
+    def merge_matrices(self, matrices: list[Tensor], place: Place) -> Tensor:
+        start = sum(matrices)
+        columns = start.shape[1]
+        gram, slope = start.new_zeros(columns, columns), torch.zeros_like(start)
+        for matrix in matrices:
+            square = matrix.square().sum()
+            if square > 0:
+                own = matrix.T @ matrix / square  # (inputs, inputs)
+                gram += own
+                slope += (start - matrix) @ own  # half the gradient at the start; exactly 0 for one vector
+        if self.solve == "exact":
+            return start - slope @ pseudo_inverse(gram)
+        return start + _adam(gram, slope, int(self.steps), self.lr)
+
+    def merge_others(self, deltas: Sequence[Tensor]) -> Tensor:
+        return torch.zeros_like(deltas[0])
+
+
+def _adam(gram: Tensor, slope: Tensor, steps: int, lr: float) -> Tensor:
+    """Minimize the quadratic function with gradient ``2 (x gram + slope)`` from 0, all tasks in one product a step."""
+    # Moments of the gradient as in torch.optim.Adam at its defaults; in float32, where the cost lies
+    gram, slope = gram.float(), slope.float()
+    moved, first, second = (torch.zeros_like(slope) for _ in range(3))
+    for step in range(1, steps + 1):
+        gradient = torch.addmm(slope, moved, gram).mul_(2)
+        first.mul_(0.9).add_(gradient, alpha=0.1)
+        second.mul_(0.999).addcmul_(gradient, gradient, value=0.001)
+        scale = (second / (1 - 0.999**step)).sqrt_().add_(1e-8)
+        moved.addcdiv_(first, scale, value=-lr / (1 - 0.9**step))
+    return moved.double()

@@ -1,0 +1,147 @@
+"""What all models share in training: the paper's optimizer, slower layers below, and memory or time saved."""
+
+from __future__ import annotations
+
+import ctypes
+import math
+import os
+import platform
+import re
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import nn
+
+from tva.layers import block_of
+
+
+def make_optimizer(
+    module: Any,
+    learning_rate: float,
+    weight_decay: float,
+    warmup_steps: int,
+    layer_decay: float | None = None,
+    fused: bool = False,
+) -> dict[str, Any]:
+    """Make AdamW with linear warm-up and cosine decay to 0, as ``configure_optimizers`` gives it.
+
+    Args:
+        module: LightningModule with a Trainer; its parameters that require gradients are trained.
+        learning_rate: Peak learning rate.
+        weight_decay: AdamW's, on every trained parameter.
+        warmup_steps: Optimizer steps of warm-up.
+        layer_decay: What the learning rate is multiplied by from one layer to that below it, in (0, 1].
+        fused: Take torch's kernel that updates all parameters at once.
+
+    Source: the recipe is that of Ilharco et al., "Editing models with task arithmetic", ICLR 2023; layer-wise decay
+    that of Clark et al., "ELECTRA", ICLR 2020.
+    """
+    named = {name: parameter for name, parameter in module.named_parameters() if parameter.requires_grad}
+    if layer_decay is None:
+        groups: list[dict[str, Any]] = [{"params": list(named.values())}]
+    else:
+        depths = layer_depths(named)
+        top = max(depths.values())
+        groups = [
+            {
+                "params": [parameter for name, parameter in named.items() if depths[name] == depth],
+                "lr": learning_rate * layer_decay ** (top - depth),
+            }
+            for depth in sorted(set(depths.values()))
+        ]
+    if module.device.type == "cpu":
+        keep_freed_memory()
+    optimizer = torch.optim.AdamW(groups, lr=learning_rate, weight_decay=weight_decay)
+    for group in optimizer.param_groups if fused else ():
+        group["fused"] = True  # here, as Lightning 2.6 clips no gradients of an optimizer that was made with it
+    total = module.trainer.estimated_stepping_batches
+    warmup = min(warmup_steps, total)
+
+    def scale(step: int) -> float:
+        if step < warmup:
+            return (step + 1) / warmup
+        return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, total - warmup)))
+
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, scale)
+    return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+
+def keep_freed_memory() -> bool:
+    """Let glibc keep what a step frees for the next, where it would give the memory back and fault it in anew.
+
+    That costs milliseconds a step on a CPU, and varies with what else is allocated. The environment's ``MALLOC_…_`` go
+    before; other C libraries are left alone.
+
+    Returns:
+        Whether it does.
+
+    Source: mallopt(3).
+    """
+    if any(name.startswith("MALLOC_") for name in os.environ) or platform.libc_ver()[0] != "glibc":
+        return False
+    libc = ctypes.CDLL(None)
+    trim_threshold, mmap_threshold = -1, -3  # of malloc.h; 32 MiB is the most that the second takes
+    return all([libc.mallopt(mmap_threshold, 32 << 20), libc.mallopt(trim_threshold, 2**31 - 1)])
+
+
+def check_layer_decay(layer_decay: float | None) -> float | None:
+    """Give it back if it is in (0, 1], or None."""
+    if layer_decay is not None and not 0 < layer_decay <= 1:
+        raise ValueError(
+            f"layer_decay must lie in (0, 1], such as 0.75: each layer's learning rate is that times the one above it; "
+            f"found {layer_decay}."
+        )
+    return layer_decay
+
+
+def layer_depths(names: Iterable[str]) -> dict[str, int]:
+    """Say how deep each parameter lies: 0 before the first numbered layer, then one more with each.
+
+    Args:
+        names: In the order of registration, which is that of the forward pass in timm, open_clip and transformers,
+            except for open_clip's ``proj``, which comes last. What follows a layer without a number goes with it.
+
+    Example:
+        >>> layer_depths(["e.proj", "e.embed.weight", "e.blocks.0.weight", "e.blocks.1.weight", "e.norm.weight"])
+        {'e.proj': 2, 'e.embed.weight': 0, 'e.blocks.0.weight': 1, 'e.blocks.1.weight': 2, 'e.norm.weight': 2}
+    """
+    depth, last, depths = 0, None, {}
+    for name in names:
+        block = block_of(name)
+        if re.search(r"(^|\.)\d+$", block) and block != last:
+            depth, last = depth + 1, block
+        depths[name] = depth
+    return {name: depth if name.rpartition(".")[2] == "proj" else found for name, found in depths.items()}
+
+
+def prepare(
+    network: nn.Module, gradient_checkpointing: bool = False, channels_last: bool = False, compiled: bool = False
+) -> None:
+    """Set options of memory and speed that change neither names nor values of weights, in place.
+
+    Args:
+        network: A network of timm, open_clip or transformers.
+        gradient_checkpointing: Compute activations again in the backward pass instead of keeping them.
+        channels_last: Lay the weights of convolutions out by pixel.
+        compiled: Compile the network with ``torch.compile`` when it is first used.
+
+    Raises:
+        ValueError: The network knows no gradient checkpointing.
+    """
+    if gradient_checkpointing:
+        try:
+            for name in ("activation_checkpointing_enable", "gradient_checkpointing_enable"):  # the new name first
+                if hasattr(network, name):  # transformers
+                    getattr(network, name)({"use_reentrant": False})
+                    break
+            else:
+                network.set_grad_checkpointing(True)
+        except (AttributeError, AssertionError, ValueError) as error:
+            raise ValueError(
+                f"{type(network).__name__} knows no gradient checkpointing: {error} Leave gradient_checkpointing out."
+            ) from error
+    if channels_last:
+        network.to(memory_format=torch.channels_last)
+    if compiled:
+        network.compile()  # of the module itself, so that no name in the state dict gets a prefix

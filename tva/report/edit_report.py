@@ -1,0 +1,338 @@
+"""What an edit did, as a value, and as the files of its folder: ``edit.json``, page, weights and card."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any, Literal
+
+from torch import Tensor
+
+from tva.checkpoints import atomic_path, find, save_weights
+from tva.console import in_notebook
+from tva.errors import some
+from tva.report import PAGE, edit_page
+from tva.report.model_card import CARD, check_card, model_card
+from tva.report.series import formula, number
+from tva.report.terminal import print_report
+
+EDIT_JSON = "edit.json"
+CONFIG = "config.yaml"
+EDITED = "edited.safetensors"  # what `tva edit` calls it in its folder
+
+
+@dataclass(frozen=True)
+class Score:
+    """One number with its 95 % interval, where one is known.
+
+    Attributes:
+        value: The metric's value.
+        low: Lower end.
+        high: Upper end.
+    """
+
+    value: float
+    low: float | None = None
+    high: float | None = None
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """An edited model against the base on the same examples.
+
+    Attributes:
+        difference: Edited minus base.
+        difference_low: Lower end of its 95 % interval.
+        difference_high: Upper end.
+        ratio: Edited divided by base; None where the base is 0.
+        ratio_low: Lower end of its 95 % interval; None where the base is so near 0 that it has none.
+        ratio_high: Upper end, likewise.
+        p_value: Two-sided, of "nothing changed": McNemar's exact test where scores are right or wrong, else Student's
+            paired t; None where the metric is no mean of per-example scores.
+    """
+
+    difference: float
+    difference_low: float
+    difference_high: float
+    ratio: float | None
+    ratio_low: float | None
+    ratio_high: float | None
+    p_value: float | None
+
+
+@dataclass(frozen=True)
+class TaskReport:
+    """What an edit did to one task.
+
+    Attributes:
+        role: Whether the edit meant to change it.
+        split: Split that the scores are from.
+        metric: The metric's name.
+        higher_is_better: Its direction.
+        num_examples: Examples evaluated.
+        scores: ``base`` and ``edited``, and where known ``finetuned`` and ``random``.
+        comparison: The edited model against the base, example by example, where examples are known.
+    """
+
+    role: Literal["target", "control"]
+    split: str
+    metric: str
+    higher_is_better: bool
+    num_examples: int
+    scores: Mapping[str, Score]
+    comparison: Comparison | None
+
+    @property
+    def normalized(self) -> float | None:
+        """The edited model's score divided by that of the task's own fine-tuned model; the inverse for losses."""
+        if "finetuned" not in self.scores:
+            return None
+        above, below = self.scores["edited"].value, self.scores["finetuned"].value
+        if not self.higher_is_better:
+            above, below = below, above
+        return above / below if below else None
+
+
+@dataclass(frozen=True)
+class ConstraintReport:
+    """A constraint on the split that is reported.
+
+    Attributes:
+        text: As the user wrote it.
+        task: The task that it is on.
+        value: The edited model's metric.
+        bound: What it is compared with.
+        limit: The value's one-sided confidence limit, where a confidence is asked for; it decides then.
+        holds: Whether it holds.
+        metric: The metric that it is on.
+        above: Whether the metric must lie above the bound.
+        val_bound: The bound on validation data, where the coefficient was chosen there.
+    """
+
+    text: str
+    task: str
+    value: float
+    bound: float
+    limit: float | None
+    holds: bool
+    metric: str
+    above: bool
+    val_bound: float | None
+
+    @property
+    def compared(self) -> str:
+        """Say what its bound is compared with."""
+        limit = "" if self.limit is None else f", at the confidence limit {self.limit:.4g}"
+        return f"{self.value:.4g}{limit}"
+
+
+@dataclass(frozen=True, repr=False)
+class EditReport:
+    """All that is known of one edit; the attributes are the keys of ``edit.json``."""
+
+    recipe: str
+    coefficients: Mapping[str, float]
+    reason: str
+    base: Mapping[str, Any]
+    vectors: Mapping[str, Mapping[str, Any]]
+    rule: str
+    objective: str | None
+    confidence: float | None
+    statistics: str
+    random_seed: int | None
+    tasks: Mapping[str, TaskReport]
+    constraints: Sequence[ConstraintReport]
+    holds: bool
+    sizes: Mapping[str, Mapping[str, int]]
+    search: Mapping[str, Any]
+    baselines: Mapping[str, Any]
+    diagnostics: Mapping[str, Any]
+    evaluations: Sequence[Mapping[str, Any]]
+    versions: Mapping[str, str]
+    seed: int | None
+    command: str
+    model: str
+    precision: str
+    data: Mapping[str, Mapping[str, str | None]]
+    edited: Mapping[str, Any] | None
+    created: str
+    kind: str | None = None
+
+    @property
+    def split(self) -> str:
+        """The split reported: ``test``, or ``val`` when no coefficient was feasible."""
+        return next(iter(self.tasks.values())).split
+
+    @property
+    def verdict(self) -> str:
+        """One sentence: whether the constraints hold, and on which data."""
+        if self.split == "val":
+            return f"NO EDIT: {self.reason}. No weights were written."
+        failing = [constraint for constraint in self.constraints if not constraint.holds]
+        if failing:
+            details = "; ".join(f"{c.text}: {c.compared} against {c.bound:.4g}" for c in failing)
+            return f"FAILS on test data: {details}. The edited weights were not written."
+        sure = f" with {self.confidence:.0%} confidence" if self.confidence is not None else ""
+        return f"all constraints hold on test data{sure}" if self.constraints else "no constraint was set"
+
+    def __repr__(self) -> str:
+        changes = [
+            " → ".join(number(task.scores[label].value, task.metric) for label in ("base", "edited"))
+            for task in self.tasks.values()
+        ]
+        said = ", ".join(f"{name} {change}" for name, change in zip(self.tasks, changes, strict=True))
+        return f"EditReport({formula(vars(self))}; {'holds' if self.holds else 'refused'}; on {self.split} data {said})"
+
+    def _repr_html_(self) -> str:
+        """Show it in a notebook: formula, verdict, the table before and after, the curve of the search."""
+        from tva.report.notebook import edit_cell
+
+        return edit_cell(self.to_json())
+
+    def show(self) -> None:
+        """Show it: in a notebook as a page, elsewhere as a table in the terminal."""
+        if not in_notebook():
+            return print_report(self)
+        from IPython.display import display
+
+        display(self)
+
+    @classmethod
+    def load(cls, run: str | os.PathLike[str]) -> EditReport:
+        """Read the report of an edit that was made before.
+
+        Args:
+            run: Its folder, or the ``edit.json`` in it.
+
+        Raises:
+            FileNotFoundError: There is none.
+            ValueError: It is something else, or of another version of tva.
+        """
+
+        content = read_report(Path(run))
+        content.pop("verdict", None)
+        known = {field.name for field in fields(cls)}
+        if content.keys() != known:
+            odd = sorted(content.keys() ^ known)
+            raise ValueError(f"{run} is of another version of tva: it differs in {some(odd)}. Make the edit again.")
+        tasks = {name: _task_of(entry, Comparison) for name, entry in content["tasks"].items()}
+        constraints = [ConstraintReport(**{**c, **_real(c, "value", "bound")}) for c in content["constraints"]]
+        return cls(**{**content, "tasks": tasks, "constraints": constraints})
+
+    def to_json(self) -> dict[str, Any]:
+        """Give plain values, in the form of ``edit.json``."""
+        tasks = {
+            name: {
+                "role": task.role,
+                "split": task.split,
+                "metric": task.metric,
+                "num_examples": task.num_examples,
+                "higher_is_better": task.higher_is_better,
+                **{label: vars(score) for label, score in task.scores.items()},
+                "normalized": task.normalized,
+                "comparison": vars(task.comparison) if task.comparison else None,
+            }
+            for name, task in self.tasks.items()
+        }
+        constraints = [vars(constraint) for constraint in self.constraints]
+        return _plain({**vars(self), "tasks": tasks, "constraints": constraints, "verdict": self.verdict})
+
+
+def _task_of(entry: Mapping[str, Any], comparison: type[Comparison]) -> TaskReport:
+    """Read what an edit did to one task."""
+    names = ("role", "split", "metric", "higher_is_better", "num_examples")
+    labels = [label for label in entry if isinstance(entry[label], Mapping) and label != "comparison"]
+    return TaskReport(
+        **{name: entry[name] for name in names},
+        scores={label: Score(**{**entry[label], **_real(entry[label], "value")}) for label in labels},
+        comparison=comparison(**entry["comparison"]) if entry["comparison"] else None,
+    )
+
+
+def _real(entry: Mapping[str, Any], *names: str) -> dict[str, float]:
+    """Give numbers that must be some; null was none."""
+    return {name: math.nan if entry[name] is None else entry[name] for name in names}
+
+
+def _plain(value: Any) -> Any:
+    """Give what JSON can hold: numbers that are none become null."""
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def stamp(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """Note size and time of an input, by which a later look knows that it is the same."""
+    found = find(path)
+    files = [file for file in found.rglob("*") if file.is_file()] if found.is_dir() else [found]
+    newest = max((file.stat().st_mtime_ns for file in files), default=0)
+    return {"bytes": sum(file.stat().st_size for file in files), "modified_ns": newest}
+
+
+def write_report(
+    report: EditReport, folder: Path, weights: Mapping[str, Tensor] | None, header: Mapping[str, str]
+) -> None:
+    """Write ``edit.json`` and its page; if there are weights, ``edited.safetensors`` and their model card.
+
+    Args:
+        report: What to write.
+        folder: Made if need be. Weights of an earlier run in it are replaced, or removed if there are none now, so that
+            weights and report always belong together.
+        weights: The edited state dict, or None if the gate did not open.
+        header: Text for the weights' header.
+    """
+    content = report.to_json()
+    page = edit_page(content)
+    for name in (EDIT_JSON, PAGE, CONFIG):
+        (folder / name).unlink(missing_ok=True)
+    if weights is None:
+        (folder / EDITED).unlink(missing_ok=True)
+    else:
+        save_weights(weights, folder / EDITED, {**header, "tva.command": report.command})
+    with atomic_path(folder / EDIT_JSON) as temporary:
+        temporary.write_text(json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+    with atomic_path(folder / PAGE) as temporary:
+        temporary.write_text(page)
+    card = folder / CARD
+    if weights is not None:
+        with atomic_path(card) as temporary:
+            temporary.write_text(model_card(content), encoding="utf-8")
+    elif card.exists():
+        check_card(folder)
+        card.unlink()
+
+
+def read_report(path: Path) -> dict[str, Any]:
+    """Read an ``edit.json``, or that of a run's folder.
+
+    Raises:
+        FileNotFoundError: There is none.
+        ValueError: It is something else.
+    """
+    if not path.exists():
+        raise FileNotFoundError(f"No report at {path}: a run's folder, or its {EDIT_JSON}, was expected there.")
+    file = path / EDIT_JSON if path.is_dir() else path
+    if not file.exists():
+        below = [str(found.parent) for level in ("*", "*/*") for found in sorted(path.glob(f"{level}/{EDIT_JSON}"))]
+        log = Path(f"{path}.evaluations.jsonl")
+        if below:
+            hint = f"The runs below it are {some(below)}."
+        elif log.exists():
+            hint = f"Its edit was not finished; the same command goes on from {log}."
+        else:
+            hint = "Every edit that came to its end leaves one there."
+        raise FileNotFoundError(f"No report at {file}. {hint}")
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{file} is no report of an edit, for it is not JSON: {error}") from error
+    missing = [name for name in ("recipe", "tasks", "evaluations", "holds") if name not in content]
+    if missing:
+        raise ValueError(f"{file} is no report of an edit: it lacks {some(missing)}. Give a run that `tva edit` wrote.")
+    return content

@@ -1,0 +1,294 @@
+"""Put a page together: what is said, in which order; the look is in ``templates/``."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from tva.report.curves import coefficient_map, curves
+from tva.report.render import draw, library
+from tva.report.scores import compared, dots, matrix
+from tva.report.series import Content, axes, coefficient, formula, interval, is_feasible, number, symbol
+from tva.report.tradeoffs import planes
+from tva.report.vega import Chart
+
+if TYPE_CHECKING:
+    from jinja2 import Environment
+
+ABOUT = {
+    "cosine": "The angle between every pair of task vectors: 0 is a right angle, 1 the same direction.",
+    "signs": "The share of elements that two task vectors move in opposite directions, among those that both move.",
+    "disentanglement": "The share of predictions that the other vector changes, over a square of coefficients.",
+    "norms": "The Euclidean norm of each task vector, and of the edit, by block of layers.",
+    "linearity": "What the vectors' effects one by one would add up to, against what was measured.",
+    "blame": "The metric when one block of layers is left out of the edit: which layers carry the effect.",
+    "gradient_ascent": "Training on the target with the loss turned round, stopped by the same constraints.",
+    "average": "The uniform average of the fine-tuned models.",
+    "endpoints": "Every fine-tuned model on every task.",
+    "joint": "One model that was fine-tuned on all tasks together.",
+}
+MATRICES = {"cosine": ("cosine of the task vectors", True), "signs": ("share of opposite signs", False)}
+MATRICES |= {"disentanglement": ("disentanglement error", False)}
+
+
+def edit_page(content: Content, notices: Sequence[str] = ()) -> str:
+    """Make the page of one edit.
+
+    Args:
+        content: An ``edit.json``.
+        notices: What must be said before all else.
+    """
+    diagnostics = {name: found for name, found in content["diagnostics"].items() if found.get("rows")}
+    matrices = [
+        matrix(f"matrix-{name}", title, diagnostics[name], _matrix_text(name, diagnostics[name]), signed)
+        for name, (title, signed) in MATRICES.items()
+        if name in diagnostics
+    ]
+    extra = {**content["baselines"], **{k: v for k, v in content["diagnostics"].items() if k not in MATRICES}}
+    return _render(
+        "edit.html",
+        title=formula(content),
+        content=content,
+        notices=notices,
+        state=state_of(content),
+        feasible=is_feasible(content),
+        headline=list(_headline(content)),
+        before=before_table(content),
+        dots=list(dots(content)),
+        curves=[*curves(content), *coefficient_map(content)],
+        no_curve=_no_curve(content),
+        planes=list(planes(content)),
+        matrices=matrices,
+        extra={name: _table(found) for name, found in extra.items()},
+        lineage=_lineage(content),
+    )
+
+
+def comparison_page(contents: Mapping[str, Content], notices: Sequence[str] = ()) -> str:
+    """Make the page of several edits side by side.
+
+    Args:
+        contents: An ``edit.json`` for every run, by the run's name.
+        notices: What must be said before all else.
+    """
+    tasks = list(dict.fromkeys(task for content in contents.values() for task in content["tasks"]))
+    rows = []
+    for run, content in contents.items():
+        cells = []
+        for task in tasks:
+            entry = content["tasks"].get(task)
+            if entry is None:
+                cells.append(None)
+                continue
+            metric = entry["metric"]
+            cells.append(
+                {
+                    "metric": metric,
+                    "base": number(entry["base"]["value"], metric),
+                    "edited": number(entry["edited"]["value"], metric),
+                    "interval": interval(entry["edited"], metric),
+                    "role": entry["role"],
+                }
+            )
+        rows.append(
+            {"run": run, "content": content, "formula": formula(content), "state": state_of(content), "cells": cells}
+        )
+    return _render(
+        "compare.html",
+        title=f"{len(contents)} edits side by side",
+        notices=[*differences(contents), *notices],
+        tasks=tasks,
+        rows=rows,
+        charts=list(compared(contents)),
+        lineages={run: _lineage(content) for run, content in contents.items()},
+    )
+
+
+def differences(contents: Mapping[str, Content]) -> Iterator[str]:
+    """Say in what the runs differ besides their edits, so that their numbers are not compared unknowingly."""
+    bases = {run: content["base"]["fingerprint"] for run, content in contents.items()}
+    if len(set(bases.values())) > 1:
+        named = "; ".join(f"{run}: {(digest or 'unknown')[:12]}" for run, digest in bases.items())
+        yield (f"These edits start from different bases ({named}): differences are not due to the edits alone.")
+    without = [run for run, content in contents.items() if not is_feasible(content)]
+    if without:
+        yield (
+            f"No coefficient met the constraints of {' and '.join(without)}: those numbers are of the closest, on "
+            f"validation data, and no edit was made."
+        )
+    tasks = dict.fromkeys(task for content in contents.values() for task in content["tasks"])
+    for task in tasks:
+        having = {run: content for run, content in contents.items() if task in content["tasks"]}
+        metrics = {content["tasks"][task]["metric"] for content in having.values()}
+        digests = {content.get("data", {}).get(task, {}).get("test") for content in having.values()} - {None}
+        if len(metrics) > 1:
+            yield f"{task} is measured by {' and '.join(sorted(metrics))}: those numbers cannot be compared."
+        if len(digests) > 1:
+            yield f"{task} was not evaluated on the same test data in all runs."
+
+
+def state_of(content: Content) -> dict[str, str]:
+    """Say the verdict in one word, with the color it is shown in."""
+    if not is_feasible(content):
+        return {"name": "refused", "word": "No feasible coefficient", "sign": "✕"}
+    if not content["holds"]:
+        return {"name": "refused", "word": "Refused", "sign": "✕"}
+    if not content["constraints"]:
+        return {"name": "open", "word": "Not checked", "sign": "○"}
+    return {"name": "holds", "word": "Holds", "sign": "✓"}
+
+
+def _headline(content: Content) -> Iterator[dict[str, str]]:
+    """Give the numbers that the verdict is about: targets first."""
+    for task, entry in sorted(content["tasks"].items(), key=lambda pair: pair[1]["role"] != "target"):
+        metric = entry["metric"]
+        before, after = entry["base"]["value"], entry["edited"]["value"]
+        yield {
+            "task": task,
+            "role": entry["role"],
+            "metric": metric,
+            "before": number(before, metric),
+            "after": number(after, metric),
+            "interval": interval(entry["edited"], metric),
+        }
+
+
+def before_table(content: Content) -> dict[str, Any]:
+    labels = [
+        label
+        for label in ("base", "edited", "finetuned", "random")
+        if any(label in entry for entry in content["tasks"].values())
+    ]
+    heads = {"base": "base", "finetuned": "fine-tuned", "edited": "edited", "random": "random vector"}
+    rows = []
+    for task, entry in content["tasks"].items():
+        metric = entry["metric"]
+        cells = [
+            (number(entry[label]["value"], metric), interval(entry[label], metric)) if label in entry else ("–", "")
+            for label in labels
+        ]
+        found = entry["comparison"] or {}
+        ratio = number(found.get("ratio"), "accuracy")
+        within = interval({"low": found.get("ratio_low"), "high": found.get("ratio_high")}, "accuracy")
+        verdicts = [c for c in content["constraints"] if c["task"] == task]
+        rows.append(
+            {
+                "task": task,
+                "role": entry["role"],
+                "metric": metric,
+                "split": entry["split"],
+                "n": f"{entry['num_examples']:,}",
+                "cells": [
+                    *cells,
+                    (number(entry["normalized"], "accuracy"), ""),
+                    (ratio, _joined(within, found.get("p_value"))),
+                ],
+                "constraints": [{**c, "shown": _constraint(c)} for c in verdicts],
+            }
+        )
+    return {"heads": [heads[label] for label in labels] + ["normalized", "of base"], "rows": rows}
+
+
+def _joined(within: str, p_value: float | None) -> str:
+    return within if p_value is None else f"{within}\np = {p_value:.2g}"
+
+
+def _constraint(constraint: Mapping[str, Any]) -> str:
+    metric = constraint.get("metric", constraint["text"].split("/")[1].split()[0])
+    limit = constraint["limit"]
+    shown = f"{number(constraint['value'], metric)} against {number(constraint['bound'], metric)}"
+    return shown if limit is None else f"{shown}, at its confidence limit {number(limit, metric)}"
+
+
+def _no_curve(content: Content) -> str:
+    """Say why there is no curve, where there is none."""
+    searched = axes(content)
+    if content["rule"] == "given":
+        return f"λ = {coefficient(content['coefficients']['scaling_coef'])} was given, so nothing was searched."
+    if not searched:
+        return f"{content['search']['strategy']} evaluated a single choice of coefficients, so there is no curve."
+    return f"{' and '.join(map(symbol, searched))} were searched together; the numbers are in edit.json."
+
+
+def _matrix_text(name: str, found: Mapping[str, Any]) -> str:
+    pairs = [
+        (value, a, b)
+        for place, (a, cells) in enumerate(found["rows"].items())
+        for b, value in list(cells.items())[(place + 1 if name != "disentanglement" else 0) :]
+        if value is not None
+    ]
+    if not pairs:
+        return ABOUT[name]
+    (low, *first), (high, *second) = min(pairs), max(pairs)
+    return (
+        f"{ABOUT[name]} Smallest {number(low)} ({first[0]}, {first[1]}), largest {number(high)} "
+        f"({second[0]}, {second[1]})."
+    )
+
+
+def _table(found: Mapping[str, Any]) -> dict[str, Any]:
+    """Make a table of a baseline or diagnosis: rows of named numbers."""
+    rows = found.get("rows", {})
+    columns = list(dict.fromkeys(column for row in rows.values() for column in row))
+    cells = {
+        name: [cell if isinstance(cell := row.get(column), str) else number(cell) for column in columns]
+        for name, row in rows.items()
+    }
+    return {"columns": columns, "rows": cells, "reason": found.get("reason", "")}
+
+
+def _lineage(content: Content) -> dict[str, Any]:
+    """Give what the edit was made from and by."""
+    base = content["base"]
+    inputs = [("base", base["path"] or f"the weights of {content.get('model', 'the model')}", base["fingerprint"], "")]
+    for name, vector in content["vectors"].items():
+        step = f", step {vector['step']:,}" if vector.get("step") is not None else ""
+        inputs.append((name, vector["path"], vector["fingerprint"], f"norm {vector['norm']:.4g}{step}"))
+    if content.get("edited"):
+        inputs.append(("edited", content["edited"]["path"], content["edited"]["fingerprint"], "written by this edit"))
+    data = [
+        (task, split, f"{content['sizes'].get(task, {}).get(split, 0):,}", digest)
+        for task, splits in content.get("data", {}).items()
+        for split, digest in splits.items()
+    ]
+    search = content["search"]
+    facts = {
+        "rule": content["rule"],
+        "objective": content["objective"],
+        "confidence": content["confidence"],
+        "search": search["strategy"],
+        "examples evaluated": f"{search['num_forward']:,}",
+        "evaluations re-used": search["num_reused"] or None,
+        "BatchNorm statistics": content["statistics"],
+        "seed": content["seed"],
+        "seed of the random vector": content["random_seed"],
+        "model": content.get("model"),
+        "precision": content.get("precision"),
+        "versions": ", ".join(f"{name} {version}" for name, version in content["versions"].items()),
+        "made": content.get("created"),
+    }
+    facts = {name: value for name, value in facts.items() if value is not None}
+    return {"inputs": inputs, "data": data, "facts": facts, "command": content["command"]}
+
+
+@functools.cache
+def environment() -> Environment:
+    from jinja2 import Environment, PackageLoader, StrictUndefined
+
+    return Environment(
+        loader=PackageLoader("tva.report", "templates"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+
+
+def _render(template: str, **facts: Any) -> str:
+    page = environment().get_template(template)
+    return page.render(**facts, draw=_drawn, about=ABOUT, library=library) + "\n"
+
+
+def _drawn(chart: Chart) -> str:
+    return draw(chart.spec, chart.name)

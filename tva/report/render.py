@@ -1,0 +1,40 @@
+"""The door to vl-convert, which brings Vega-Lite and draws without a browser and without a network."""
+
+from __future__ import annotations
+
+import functools
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from tva.checkpoints import atomic_path, cache_folder
+
+VERSION = "6.4"  # of Vega-Lite, as the specifications are written for
+
+
+@functools.cache
+def library() -> str:
+    """Give the JavaScript that draws: Vega-Lite, Vega and vega-embed in one piece, put together once and kept."""
+    import vl_convert
+
+    made = f"vega-lite-{VERSION}-vl-convert-{vl_convert.__version__}.js"
+    file = cache_folder() / "page" / made
+    if not file.exists():
+        code = vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed;", VERSION)
+        with atomic_path(file) as temporary:
+            temporary.write_text(code.replace("</script", r"<\/script"), encoding="utf-8")
+    return file.read_text(encoding="utf-8")
+
+
+def draw(spec: Mapping[str, Any], name: str, width: int = 620) -> str:
+    """Draw a chart as SVG, for readers that run no scripts.
+
+    Args:
+        spec: Vega-Lite whose width is the page's.
+        name: Keeps the identifiers of several charts in one page apart.
+        width: In pixels.
+    """
+    import vl_convert
+
+    svg = vl_convert.vegalite_to_svg({**spec, "width": width}, vl_version=VERSION)
+    return re.sub(r"\b((?:clip|gradient)[\w-]*\d+)\b", rf"{name}-\1", svg)

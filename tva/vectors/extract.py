@@ -1,0 +1,112 @@
+"""Take a task vector from two checkpoints on disk, a piece at a time: the file that training would have written."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from tva.checkpoints import find, open_weights
+from tva.checkpoints.formats.pytorch import Which
+from tva.vectors import sources
+from tva.vectors import write as emission
+from tva.vectors.header import SUFFIX, Origin, is_vector_file
+
+
+@dataclass
+class Extracted:
+    """What `extract` wrote.
+
+    Attributes:
+        output: The task vector file.
+        task: The name in it.
+        base: Digest of the base's fingerprint.
+        finetuned: Digest of the fine-tuned weights' fingerprint.
+        norm: Euclidean norm over all parameters.
+        num_bytes: Size of the file.
+        moved: Tensors that the vector moves, running statistics among them.
+        untouched: For each reason (``frozen``, ``integer``) how many tensors it does not move.
+        seconds: Wall time.
+        notes: What was decided in reading the inputs: prefixes stripped, parts left out.
+    """
+
+    output: Path
+    task: str
+    base: str
+    finetuned: str
+    norm: float
+    num_bytes: int
+    moved: int
+    untouched: dict[str, int]
+    seconds: float
+    notes: list[str] = field(default_factory=list)
+
+
+def extract(
+    base: str,
+    finetuned: str,
+    output: str,
+    task: str | None = None,
+    key_map: dict[str, str] | None = None,
+    which: Which = "checkpoint",
+) -> Extracted:
+    """Write the task vector from a base to its fine-tuned checkpoint, without loading either of them whole.
+
+    The tensors in the file are bit for bit those of ``TaskVector.between(base, finetuned).save(output)``.
+
+    Args:
+        base: Checkpoint of the base model, in any format that `tva.open_weights` reads.
+        finetuned: Checkpoint of the fine-tuned model in any such format, or the folder of a PEFT LoRA adapter.
+        output: The task vector file; ends in ``.safetensors``, best in ``.tv.safetensors``.
+        task: Name of the task, for the header; by default the output's name without its ending.
+        key_map: Regular expressions to replacements, for names of the fine-tuned checkpoint that differ from the
+            base's by more than one prefix.
+        which: Of a fine-tuned Lightning checkpoint that a weight-averaging callback has written, the ``raw`` or the
+            ``averaged`` weights; ``checkpoint`` is what Lightning loads.
+
+    Returns:
+        What was written.
+
+    Raises:
+        MismatchError: Keys or shapes differ.
+        NoEffectError: The checkpoints are alike.
+        ValueError: The output's name is none for a task vector file, an input is no checkpoint or a task vector
+            already, or a delta is NaN or infinite.
+        OSError: A file cannot be read, or there is no room for the output.
+    """
+    started = time.monotonic()
+    if not output.endswith(".safetensors"):
+        raise ValueError(f"A task vector file's name must end in .safetensors, best in {SUFFIX}; found {output!r}.")
+    for flag, path in {"base": base, "finetuned": finetuned}.items():
+        if find(path).exists() and Path(output).exists() and find(path).samefile(output):
+            raise ValueError(f"output is the checkpoint given as {flag}, {path}. Give it a name of its own.")
+        if is_vector_file(path):
+            raise ValueError(
+                f"{flag} must be a checkpoint, and {path} is a task vector file already. Take two checkpoints; "
+                f"'tva inspect {path}' tells what is in it."
+            )
+    weights = open_weights(base)
+    source = sources.Source("finetuned", finetuned, weights, key_map=key_map, which=which)
+    moved = source.weights
+    if which != "checkpoint" and moved.info.which != which:
+        raise ValueError(f"which={which!r}: {finetuned} does not hold both raw and averaged weights. Leave it out.")
+    averaged = {"averaged": True, "raw": False}.get(moved.info.which)
+    task = task or Path(output).name.removesuffix(".safetensors").removesuffix(".tv")
+    plan = emission.Plan(
+        weights, None, {name: emission.Source.stored(moved.entry(name)) for name in weights}, must_move=True
+    )
+    origin = Origin(task=task, averaged=averaged, weights=which, kind=source.kind)
+    emitted = emission.emit(plan, Path(output), origin)
+    reasons = sorted(emitted.untouched.values())
+    return Extracted(
+        Path(output),
+        task,
+        emitted.origin.base.digest,
+        emitted.finetuned.digest,
+        emitted.norm,
+        Path(output).stat().st_size,
+        len(weights) - len(reasons),
+        {reason: reasons.count(reason) for reason in dict.fromkeys(reasons)},
+        time.monotonic() - started,
+        [str(info) for info in (weights.info, moved.info) if info.notes or info.which != "as stored"],
+    )

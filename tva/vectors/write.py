@@ -1,0 +1,315 @@
+"""One pass from weights to a task vector file: fingerprint, delta, norm and writing while a piece is in the cache."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from tva._torch import Tensor, torch
+from tva.arithmetic import BATCH_NORM_STATISTICS, add_scaled, subtract, sum_dtype
+from tva.checkpoints import Fingerprint, LazyWeights, Spec, TensorHash, atomic_path
+from tva.checkpoints.lazy import Entry
+from tva.checkpoints.stream_writer import AHEAD, LateHeaderFile
+from tva.errors import NoEffectError, some
+from tva.vectors.header import Origin, vector_header
+
+PIECE = 2**18  # elements; a float32 piece with its base and delta fits the cache of one core
+
+
+@dataclass(frozen=True)
+class Source:
+    """A tensor to be read once.
+
+    Attributes:
+        spec: Its dtype and shape.
+        parts: Gives its flattened elements, part by part and in order, on the CPU.
+        delta: Gives the flattened change where it is kept apart, as by LoRA; ``parts`` gives the weights without it.
+    """
+
+    spec: Spec
+    parts: Callable[[], Iterable[Tensor]]
+    delta: Callable[[], Tensor] | None = None
+
+    @classmethod
+    def stored(cls, entry: Entry) -> Source:
+        """Make one of a tensor in a file, which is read part by part where it can be."""
+        length = entry.shape.numel()
+        starts = range(0, length, PIECE)
+        spec = entry.spec
+        if not entry.in_parts:
+            return cls(spec, lambda: [entry.read().reshape(-1)])
+        return cls(spec, lambda: (entry.slice(start, min(start + PIECE, length)) for start in starts))
+
+    @classmethod
+    def of(cls, tensor: Tensor, delta: Callable[[], Tensor] | None = None) -> Source:
+        """Make one of a tensor on any device."""
+        spec = Spec(tensor.dtype, tensor.shape)
+        return cls(spec, lambda: [tensor.detach().cpu().contiguous().reshape(-1)], delta)
+
+
+@dataclass
+class Emitted:
+    """What a vector file holds.
+
+    Attributes:
+        origin: Where the vector comes from, with both fingerprints.
+        finetuned: Fingerprint of the weights, with each tensor's.
+        norm: Euclidean norm over all deltas of parameters.
+        cosine: To the vector compared with; None if there was none, NaN if one of the two is zero.
+        untouched: Names of the tensors that the vector does not move, each with the reason.
+    """
+
+    origin: Origin
+    finetuned: Fingerprint
+    norm: float
+    cosine: float | None = None
+    untouched: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass
+class Plan:
+    """What to write of which tensor.
+
+    Attributes:
+        base: The weights to subtract, lazily read.
+        base_tree: Their fingerprint; None where it is to be taken in the same pass, and then ``sources`` names all.
+        sources: The weights by the base's names; those not named are the base's.
+        buffers: Names of floating-point buffers, kept apart from parameters; by default BatchNorm's statistics.
+        exclude: Names to leave out.
+        dtype: Of the stored deltas; by default float32, float64 where a tensor is.
+        compare: A vector to take the cosine to, lazily read.
+        must_move: Whether a vector that moves nothing is an error.
+    """
+
+    base: LazyWeights
+    base_tree: Fingerprint | None
+    sources: Mapping[str, Source]
+    buffers: Collection[str] | None = None
+    exclude: Collection[str] = ()
+    dtype: torch.dtype | None = None
+    compare: LazyWeights | None = None
+    must_move: bool = False
+    specs: dict[str, Spec] = field(init=False)
+    order: list[str] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.specs = {}
+        for name in self.base:
+            spec = self.base.spec(name)
+            new = self.sources[name].spec.dtype if name in self.sources else spec.dtype
+            wide = torch.float64 if torch.float64 in (spec.dtype, new) else torch.float32
+            self.specs[name] = Spec(self.dtype or wide, spec.shape)
+        # Wide elements first, so that every tensor is aligned in the file.
+        self.order = sorted(self.specs, key=lambda name: -self.specs[name].dtype.itemsize)
+
+    def is_buffer(self, name: str) -> bool:
+        return name in self.buffers if self.buffers is not None else name.rpartition(".")[2] in BATCH_NORM_STATISTICS
+
+
+def emit(plan: Plan, path: Path, origin: Origin, snapshot: Path | None = None) -> Emitted:
+    """Write a task vector file, whole or not at all, reading every tensor once.
+
+    Args:
+        plan: What to write.
+        path: Where.
+        origin: What is known of the run.
+        snapshot: Where to write the weights themselves as well, in the same pass.
+
+    Raises:
+        OSError: The disk is full, or the like; nothing is left under either name.
+        NoEffectError: Nothing moved, and ``plan.must_move``.
+        ValueError: A delta is NaN or infinite, or does not fit ``plan.dtype``.
+    """
+    names = list(plan.base)
+    unknown = Fingerprint("0" * 32, dict.fromkeys(names, "0" * 32))
+    longest = replace(origin, base=plan.base_tree or unknown, finetuned=unknown.digest)
+    with ExitStack() as stack:
+        out = LateHeaderFile(
+            stack.enter_context(atomic_path(path)),
+            plan.specs,
+            vector_header(longest, names, dict.fromkeys(names, "excluded")),
+        )
+        stack.callback(out.close)
+        copy = None
+        if snapshot is not None:
+            copy = LateHeaderFile(
+                stack.enter_context(atomic_path(snapshot)), {name: plan.base.spec(name) for name in names}, {}
+            )
+            stack.callback(copy.close)
+        pass_ = _Pass(plan, out, copy)
+        for name in plan.order:
+            pass_.tensor(name)
+        pass_.check()
+        tree = Fingerprint.from_tensors(pass_.digests)
+        base_tree = plan.base_tree or Fingerprint.from_tensors({name: pass_.base_digests[name] for name in names})
+        origin = replace(origin, base=base_tree, finetuned=tree.digest)
+        untouched = {name: pass_.untouched[name] for name in names if name in pass_.untouched}
+        norm = math.sqrt(math.fsum(pass_.squares))
+        out.close(vector_header(origin, [name for name in names if name in pass_.statistics], untouched, norm))
+        if copy is not None:
+            copy.close({})
+    return Emitted(origin, tree, norm, pass_.cosine(), untouched)
+
+
+class _Pass:
+    """The account of one pass over all tensors."""
+
+    def __init__(self, plan: Plan, out: LateHeaderFile, copy: LateHeaderFile | None) -> None:
+        self.plan, self.out, self.copy = plan, out, copy
+        self.digests: dict[str, str] = {}
+        self.base_digests: dict[str, str] = {}
+        self.untouched: dict[str, str] = {}
+        self.statistics: set[str] = set()
+        self.squares: list[float] = []
+        self._dots: list[float] = []
+        self._other_squares: list[float] = []
+        self._buffers: dict[torch.dtype, list[Tensor]] = {}
+        self._written = 0  # pieces
+        self._bad: dict[str, None] = {}
+        self._overflown: dict[str, None] = {}
+
+    def tensor(self, name: str) -> None:
+        """Read one tensor and write its delta, if it has one."""
+        plan = self.plan
+        source = plan.sources.get(name)
+        old = plan.base.spec(name)
+        new = old if source is None else source.spec
+        floating = old.dtype.is_floating_point and new.dtype.is_floating_point
+        reason = "excluded" if name in plan.exclude else None if floating else "integer"
+        if source is None and self.copy is None:  # nothing to read: it is the base's
+            self.digests[name], self.untouched[name] = plan.base_tree.tensors[name], reason or "frozen"
+            return
+        source = source or Source(old, lambda: [plan.base[name].reshape(-1)])
+        digest, base_digest = TensorHash(new), None if plan.base_tree else TensorHash(old)
+        base = plan.base[name].reshape(-1)
+        other = None
+        if plan.compare is not None and name in plan.compare and reason is None and not plan.is_buffer(name):
+            other = plan.compare[name].reshape(-1)
+        if self.copy is not None:
+            self.copy.begin()
+        self.out.begin()
+        moved, start = False, 0
+        for piece, delta in self._pieces(source, base):
+            digest.update(piece)
+            stop = start + len(piece)
+            if base_digest is not None:
+                base_digest.update(base[start:stop])
+            if self.copy is not None:
+                self.copy.write(piece.clone())  # it may be a view of a shard, which is to go
+            if reason is None:
+                delta = self._subtract(piece, base[start:stop]) if delta is None else delta
+                moved |= self._delta(name, delta, None if other is None else other[start:stop])
+            start = stop
+        self.digests[name] = digest.hexdigest()
+        if base_digest is not None:
+            self.base_digests[name] = base_digest.hexdigest()
+        if self.copy is not None:
+            self.copy.keep(name, new)
+        if reason is None and not moved:
+            reason = "frozen"
+        if reason is not None:
+            self.untouched[name] = reason
+            self.out.drop()
+            return
+        if plan.is_buffer(name):
+            self.statistics.add(name)
+        self.out.keep(name, plan.specs[name])
+
+    def _subtract(self, piece: Tensor, base: Tensor) -> Tensor:
+        # In buffers that take turns, one for each piece that may wait to be written and one more; of new ones, the
+        # allocator would keep tens of MiB.
+        dtype = sum_dtype(piece, base)
+        if dtype not in self._buffers:
+            self._buffers[dtype] = [torch.empty(PIECE, dtype=dtype) for _ in range(AHEAD + 1)]
+        return subtract(piece, base, self._buffers[dtype][self._written % (AHEAD + 1)][: len(piece)])
+
+    def _pieces(self, source: Source, base: Tensor) -> Iterator[tuple[Tensor, Tensor | None]]:
+        change, position = None if source.delta is None else source.delta(), 0
+        for part in source.parts():
+            for start in range(0, len(part), PIECE):
+                piece, stop = part[start : start + PIECE], position + min(PIECE, len(part) - start)
+                if change is None:
+                    yield piece, None
+                else:  # exactly, where the weights below are the base's: the sum would round a small change away
+                    added, old = change[position:stop], base[position:stop]
+                    exact = torch.equal(piece, old)
+                    piece = add_scaled(piece, added, 1.0, dtype=source.spec.dtype)
+                    yield piece, added if exact else subtract(piece, old)
+                position = stop
+
+    def _delta(self, name: str, delta: Tensor, other: Tensor | None) -> bool:
+        """Write one piece of a delta; whether it moves anything."""
+        counts = not self.plan.is_buffer(name)
+        if other is not None:
+            other = other.to(delta.dtype)
+            self._dots.append(float(torch.dot(delta, other)))
+            self._other_squares.append(float(torch.dot(other, other)))
+        square = float(torch.dot(delta, delta))
+        if not math.isfinite(square):
+            if not bool(torch.isfinite(delta).all()):
+                self._bad[name] = None
+                return True
+            square = float(delta.double().square().sum())  # finite, but too large for the square to be
+        if counts:
+            self.squares.append(square)
+        stored = self.plan.specs[name].dtype
+        if square == 0 and not bool(delta.any()):
+            self.out.skip(len(delta) * stored.itemsize)
+            return False
+        rounded = delta.to(stored)
+        if stored != delta.dtype and not bool(torch.isfinite(rounded).all()):
+            self._overflown[name] = None
+        self.out.write(rounded)
+        self._written += 1
+        return True
+
+    def check(self) -> None:
+        """Refuse, when all is read, what cannot be a task vector."""
+        if self._bad:
+            raise ValueError(
+                f"A task vector must be finite, but the deltas of {some(self._bad)} hold NaN or infinity. "
+                f"Check that both models are sound (a diverged fine-tuning?)."
+            )
+        if self._overflown:
+            raise ValueError(
+                f"The deltas of {some(self._overflown)} do not fit {self.plan.dtype}; choose a dtype of wider range."
+            )
+        if self.plan.must_move and self.untouched.keys() == self.digests.keys():
+            raise NoEffectError(
+                f"The two checkpoints are alike: none of their {len(self.digests)} tensors moved, so there is no task "
+                f"vector. Check which of the two is the fine-tuned one, and that the base is the one it started from."
+            )
+
+    def cosine(self) -> float | None:
+        if self.plan.compare is None:
+            return None
+        norms = math.sqrt(math.fsum(self.squares) * self._all_other_squares())
+        return max(-1.0, min(1.0, math.fsum(self._dots) / norms)) if norms else math.nan
+
+    def _all_other_squares(self) -> float:
+        # What the other vector moves and this one does not has been compared with a delta of zero: it counts already.
+        return math.fsum(self._other_squares)
+
+
+def write_weights(sources: Mapping[str, Source], path: Path) -> Fingerprint:
+    """Write weights as a safetensors file, whole or not at all, and fingerprint them in the same pass."""
+    order = sorted(sources, key=lambda name: -sources[name].spec.dtype.itemsize)
+    digests = {}
+    with ExitStack() as stack:
+        specs = {name: source.spec for name, source in sources.items()}
+        out = LateHeaderFile(stack.enter_context(atomic_path(path)), specs, {})
+        stack.callback(out.close)
+        for name in order:
+            digest = TensorHash(specs[name])
+            out.begin()
+            for part in sources[name].parts():
+                for start in range(0, len(part), PIECE):
+                    digest.update(part[start : start + PIECE])
+                    out.write(part[start : start + PIECE])
+            out.keep(name, specs[name])
+            digests[name] = digest.hexdigest()
+        out.close({})
+    return Fingerprint.from_tensors(digests)
