@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 _MODULES = {
     "tva.report.edit_report": ["EditReport"],
-    "tva.arithmetic": ["MismatchError", "NoEffectError"],
+    "tva.errors": ["MismatchError", "NoEffectError"],
     "tva.vectors.header": ["Origin"],
     "tva.vectors.task_vector": ["TaskVector"],
     "tva.edit.trainer": ["edit_model"],

@@ -97,7 +97,7 @@ def test_an_option_on_the_command_line_changes_nothing_else_in_shared(tmp_path, 
     shared = {"trainer": {"max_steps": 5, "accelerator": "cpu"}, "model": {"class_path": "A", "init_args": {"x": 1}}}
     config = write_yaml(tmp_path / "c.yaml", {"tasks": ["a"], "shared": shared, "output": str(tmp_path / "out")})
     seen = []
-    monkeypatch.setattr("tva.cli.main.commands.fit_many.run_fits", lambda fits, places, redo: seen.extend(fits) or [])
+    monkeypatch.setattr("tva.cli.commands.fit_many.run_fits", lambda fits, places, redo: seen.extend(fits) or [])
     main(
         [
             "fit-many",

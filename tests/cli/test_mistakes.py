@@ -1,5 +1,6 @@
 """Mistakes on the command line: status 2, no traceback, nothing written, and words that say what to do."""
 
+import importlib
 import json
 import re
 import subprocess
@@ -211,7 +212,7 @@ def test_an_interrupted_command_says_so_in_one_line(place, capsys, monkeypatch, 
     if command == "compose":
         monkeypatch.setattr("tva.compose.apply.Composer.run", interrupted)
     else:
-        monkeypatch.setattr("tva.vectors.compare.open_weights", interrupted)
+        monkeypatch.setattr(importlib.import_module("tva.vectors.inspect"), "open_weights", interrupted)
         words = ["inspect", "digits.tv.safetensors"]
     status, text = run(capsys, *words)
     assert (status, text.startswith("tva: interrupted.")) == (130, True)

@@ -61,7 +61,7 @@ def run(vectors, tmp_path_factory):  # noqa: F811
     blobs = {name: {"class_path": "small_models.Blobs", "init_args": {"seed": seed}} for seed, name in enumerate("ab")}
     config = {
         "trainer": {"accelerator": "cpu"},
-        "model": {"class_path": "test_edit.Net"},
+        "model": {"class_path": "test_run.Net"},
         "vectors": vectors,
         "recipe": "a + b",
         "output": str(folder / "out"),
@@ -198,7 +198,7 @@ def test_a_port_in_use_is_named():
 
 def test_a_missing_library_is_named(run, monkeypatch):
     found = importlib.util.find_spec
-    monkeypatch.setattr("tva.edit.run.play.page.find_spec", lambda name: None if name == "nicegui" else found(name))
+    monkeypatch.setattr("tva.cli.commands.play.find_spec", lambda name: None if name == "nicegui" else found(name))
     with pytest.raises(ValueError, match=r"NiceGUI, which is not installed: pip install 'tva\[play\]'"):
         prepare(str(run))
 

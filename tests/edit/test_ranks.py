@@ -175,7 +175,7 @@ def test_the_command_line_edits_with_two_devices(vectors, tmp_path):  # noqa: F8
     task = {"class_path": "small_models.Blobs", "init_args": {"seed": 1, "num_examples": 50}}
     config = {
         "trainer": {"accelerator": "cpu", "devices": 2, "strategy": "ddp"},
-        "model": {"class_path": "test_edit.Net"},
+        "model": {"class_path": "test_run.Net"},
         "vectors": vectors,
         "recipe": "a",
         "targets": {"a": task},

@@ -279,7 +279,7 @@ def fitted(tmp_path_factory):
 def edit_config(folder, vector, tmp_path, tangent=True, **options):
     config = {
         "model": {
-            "class_path": "test_models_tangent.LinearizedNet",
+            "class_path": "test_tangent.LinearizedNet",
             "init_args": {"tangent": tangent, **options.pop("model", {})},
         },
         "trainer": {"accelerator": "cpu"},

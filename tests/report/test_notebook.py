@@ -132,7 +132,7 @@ def test_outside_a_notebook_an_edit_shows_itself_in_the_terminal(report, capsys)
 def test_in_a_notebook_an_edit_is_shown_once(report, vectors, tmp_path, monkeypatch, capsys):  # noqa: F811
     shown = []
     monkeypatch.setattr("tva.report.edit_report.in_notebook", lambda: True)
-    monkeypatch.setattr("tva.edit.run.trainer.in_notebook", lambda: True)
+    monkeypatch.setattr("tva.edit.trainer.in_notebook", lambda: True)
     monkeypatch.setattr("IPython.display.display", shown.append)
     report[0].show()
     assert shown == [report[0]]

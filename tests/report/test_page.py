@@ -12,9 +12,9 @@ import pytest
 from chromium import DESKTOP, PHONE, browser
 from test_run import Task, edit, vectors  # noqa: F401 (a fixture)
 
-from tva.report import comparison_page, edit_page
 from tva.report.edit_report import EditReport, read_report
 from tva.report.model_card import MADE_BY, model_card, with_base_model
+from tva.report.page import comparison_page, edit_page
 from tva.search import Grid
 
 DRAWN = "document.readyState == 'complete' && !document.querySelector('[data-spec]:not(.drawn)')"

@@ -12,7 +12,7 @@ from tva._torch import torch_version
 from tva.checkpoints import HashedWeights, LazyWeights, find, open_weights
 from tva.compose.recipe import Recipe
 from tva.layers import Coefficient
-from tva.report.edit_report import EDITED
+from tva.report.run_files import EDITED
 from tva.version import __version__
 
 UNKNOWN = "0" * 32  # in place of a fingerprint until all has been read

@@ -17,7 +17,7 @@ from tva.compose.recipe import Recipe
 from tva.compose.record import Record, check_inputs, open_edited, open_recipe
 from tva.compose.undo import BYTES_HELD, OpenedUndo, Restoring, undo_path
 from tva.console import size_text
-from tva.report.edit_report import EDITED
+from tva.report.run_files import EDITED
 from tva.sizes import parse_bytes
 from tva.vectors.sources import Source
 

@@ -115,7 +115,7 @@ class ImageTask(LabeledTask):
                 raise ValueError(
                     f"{self.name}: prototype_where picks rows by number, which a stream has not. Leave one out."
                 )
-            return self._make_streams(ImageRow(self, transform))
+            return self._make_streams(self._stream_tables(), ImageRow(self, transform))
         return {
             part: Examples(table[self.image_column], self._read_labels(table), transform)
             for part, table in self._select().items()

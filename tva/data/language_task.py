@@ -91,14 +91,14 @@ class LanguageTask(Task):
     def _running_text(self, tokenizer: Any, split_in_two: bool) -> dict[str, Any]:
         if self.streaming:
             finish = functools.partial(block_example, split_in_two=split_in_two)
-            return self._make_streams(finish, BlockCutter(self, tokenizer))
+            return self._make_streams(self._stream_tables(), finish, BlockCutter(self, tokenizer))
         return {part: Blocks(rows, split_in_two) for part, rows in self._blocks(tokenizer).items()}
 
     def _prompts(self, tokenizer: Any, split_in_two: bool) -> dict[str, Any]:
         if self.streaming:
             tables = self._stream_tables()
             names = self._value_names(tables["train"], self.target_column or "")
-            return self._make_streams(PairMaker(self, tokenizer, split_in_two, names), tables=tables)
+            return self._make_streams(tables, PairMaker(self, tokenizer, split_in_two, names))
         return {part: self._pairs(table, tokenizer, split_in_two) for part, table in self._select().items()}
 
     def _blocks(self, tokenizer: Any) -> dict[str, np.ndarray]:

@@ -132,11 +132,11 @@ class Task(L.LightningDataModule, ABC):
         return {part: self._keep_rows(table) for part, table in tables.items()}
 
     def _make_streams(
-        self, finish: Callable[[Any], Any], cut: Cut | None = None, tables: Mapping[str, Any] | None = None
+        self, tables: Mapping[str, Any], finish: Callable[[Any], Any], cut: Cut | None = None
     ) -> dict[str, Stream]:
-        """Make the streamed parts; the arguments are those of `make_streams`."""
+        """Return the streamed parts; the arguments are those of `make_streams`."""
         return make_streams(
-            self._stream_tables() if tables is None else tables,
+            tables,
             finish,
             cut,
             name=self.name,
@@ -308,11 +308,11 @@ class LabeledTask(Task):
         return own
 
     def _make_streams(
-        self, finish: Callable[[Any], Any], cut: Cut | None = None, tables: Mapping[str, Any] | None = None
+        self, tables: Mapping[str, Any], finish: Callable[[Any], Any], cut: Cut | None = None
     ) -> dict[str, Stream]:
-        """Make the streamed parts; the arguments are those of `make_streams`."""
+        """Return the streamed parts; the arguments are those of `make_streams`."""
         return make_streams(
-            self._stream_tables() if tables is None else tables,
+            tables,
             finish,
             cut,
             name=self.name,

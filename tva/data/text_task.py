@@ -73,7 +73,7 @@ class TextTask(LabeledTask):
             return
         examples: dict[str, Any] = {}
         if self.streaming:
-            examples = self._make_streams(TextRow(self, tokenizer))
+            examples = self._make_streams(self._stream_tables(), TextRow(self, tokenizer))
         else:
             for part, table in self._select().items():
                 ids = tokenize(tokenizer, texts_of(self, table, "text_column"), self.max_length)

@@ -10,8 +10,9 @@ from typing import Any
 from tva.checkpoints import find, fingerprint, open_weights
 from tva.checkpoints.hub import upload
 from tva.edit.runs import changed_inputs
-from tva.report.edit_report import EDIT_JSON, EDITED, PAGE, read_report
-from tva.report.model_card import CARD, model_card, with_base_model
+from tva.report.edit_report import read_report
+from tva.report.model_card import model_card, with_base_model
+from tva.report.run_files import CARD, EDIT_JSON, EDITED, PAGE
 from tva.vectors.header import is_vector_file
 
 

@@ -43,8 +43,9 @@ from tva.evaluation.log import EvaluationLog
 from tva.evaluation.ranks import check_strategy
 from tva.evaluation.result import Evaluation, Split
 from tva.models.tangent import check_at_base
-from tva.report.edit_report import EDITED, ConstraintReport, EditReport, Score, TaskReport, stamp, write_report
+from tva.report.edit_report import ConstraintReport, EditReport, Score, TaskReport, stamp, write_report
 from tva.report.model_card import check_card
+from tva.report.run_files import EDITED
 from tva.search import (
     NORMALIZED,
     SCALING,

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from tva.checkpoints import atomic_path, fingerprint, open_weights
-from tva.report import comparison_page, edit_page
-from tva.report.edit_report import EDIT_JSON, PAGE, read_report, stamp
-from tva.report.page import differences
+from tva.report.edit_report import read_report, stamp
+from tva.report.page import comparison_page, differences, edit_page
+from tva.report.run_files import EDIT_JSON, PAGE
 from tva.vectors.header import is_vector_file
 from tva.vectors.task_vector import TaskVector
 

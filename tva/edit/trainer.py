@@ -12,7 +12,8 @@ from tva.checkpoints import atomic_path
 from tva.console import in_notebook
 from tva.edit.run import run_edit
 from tva.evaluation.evaluate import quiet
-from tva.report.edit_report import CONFIG, EDIT_JSON, EditReport, read_report
+from tva.report.edit_report import EditReport, read_report
+from tva.report.run_files import CONFIG, EDIT_JSON
 from tva.report.terminal import print_report
 from tva.vectors.header import SUFFIX
 

@@ -15,14 +15,11 @@ from torch import Tensor
 from tva.checkpoints import atomic_path, find, save_weights
 from tva.console import in_notebook
 from tva.errors import some
-from tva.report import PAGE, edit_page
-from tva.report.model_card import CARD, check_card, model_card
+from tva.report.model_card import check_card, model_card
+from tva.report.page import edit_page
+from tva.report.run_files import CARD, CONFIG, EDIT_JSON, EDITED, PAGE
 from tva.report.series import formula, number
 from tva.report.terminal import print_report
-
-EDIT_JSON = "edit.json"
-CONFIG = "config.yaml"
-EDITED = "edited.safetensors"  # what `tva edit` calls it in its folder
 
 
 @dataclass(frozen=True)

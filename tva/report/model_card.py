@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from tva.errors import some
+from tva.report.run_files import CARD
 from tva.report.series import Content, coefficient, formula, interval, number
 
-CARD = "README.md"
 MADE_BY = "<!-- made by tva from edit.json, and made anew by every edit into this folder -->"
 
 

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from tva.console import make_console
-from tva.report import PAGE
+from tva.report.run_files import PAGE
 from tva.report.series import axes, coefficient, curve, interval, is_feasible, number, symbol
 
 WIDE = 150  # columns of a terminal that has room for all of the table

@@ -11,7 +11,8 @@ from pathlib import Path
 
 from tva.edit.play.model import Playground
 from tva.edit.play.page import HOST, STYLE, Page, build
-from tva.report.edit_report import CONFIG, read_report
+from tva.report.edit_report import read_report
+from tva.report.run_files import CONFIG
 
 
 def open_run(run: str, edit_config: str | None = None, num_examples: int = 500) -> Playground:

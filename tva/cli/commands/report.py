@@ -8,8 +8,8 @@ from rich.table import Table
 
 from tva.console import make_console
 from tva.edit.runs import Revisited
-from tva.report import interval, number
 from tva.report.page import state_of
+from tva.report.series import interval, number
 
 
 def show_revisited(result: Revisited, json: bool = False) -> None:

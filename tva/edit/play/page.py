@@ -10,8 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from tva.edit.play.model import Playground, View
-from tva.report import formula, number
-from tva.report.series import is_feasible
+from tva.report.series import formula, is_feasible, number
 from tva.search import SCALING
 
 HOST = "127.0.0.1"
