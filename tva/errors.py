@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Iterable
 
 
@@ -31,3 +32,14 @@ class RecipeError(ValueError):
 
 class HarnessError(ValueError):
     """An edit with coefficient 0 did not score as the base did: what is measured is not the edit alone."""
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """Return a sentence that names the nearest known word, with a space before it, or an empty string.
+
+    Example:
+        >>> did_you_mean("tise", ["ties", "dare"])
+        " Did you mean 'ties'?"
+    """
+    near = difflib.get_close_matches(word, list(known), n=1)
+    return f" Did you mean {near[0]!r}?" if near else ""
