@@ -36,7 +36,7 @@ Right = Mapping[str, Mapping[str, np.ndarray]]  # control -> split -> right or w
 
 def measure(config: Path) -> Right:
     """Evaluate the controls of an edit at every coefficient."""
-    from tva.cli.main import open_edit
+    from tva.cli.lightning import open_edit
     from tva.evaluation.evaluate import evaluate
 
     opened = open_edit(str(config))

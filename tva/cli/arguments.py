@@ -5,7 +5,9 @@ from __future__ import annotations
 import difflib
 import json
 import re
-from collections.abc import Collection, Iterable, Sequence
+import sys
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 
 _TYPES = {
     "<class 'float'>": "a number",
@@ -14,6 +16,17 @@ _TYPES = {
     "<class 'str'>": "a text",
     "<class 'NoneType'>": "null",
 }
+
+
+@contextmanager
+def replaced_argv(words: Sequence[str]) -> Iterator[None]:
+    """Let LightningCLI, and the processes that DDP starts, read these words from where they expect them."""
+    before = sys.argv
+    sys.argv = [before[0], *words]
+    try:
+        yield
+    finally:
+        sys.argv = before
 
 
 def join_values(words: Iterable[str]) -> list[str]:

@@ -6,21 +6,17 @@ import atexit
 import difflib
 import gc
 import json
-import logging
 import os
 import select
-import shlex
 import sys
-import warnings
 from argparse import ArgumentError
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext, redirect_stdout
 from importlib import import_module
 from inspect import signature
-from pathlib import Path
-from typing import Any, TextIO
+from typing import TextIO
 
-from tva.cli.arguments import explain, join_values, name_words
+from tva.cli.arguments import explain, join_values, name_words, replaced_argv
 
 COMMANDS = {
     "fit": "fine-tune a model; with TaskVectorCallback it writes task vectors beside its checkpoints",
@@ -125,11 +121,11 @@ def _main(argv: Sequence[str] | None) -> None:
         argv = [f"{word}=true" if word in FLAGS and last else word for word, last in zip(argv, alone, strict=True)]
     argv = join_values(argv)
     try:
-        with _arguments(argv):
+        with replaced_argv(argv):
             if argv[0] in FILE_COMMANDS:
                 holds = _on_files(argv[0], argv[1:])
             else:
-                holds = globals()[LIGHT[argv[0]]]() if argv[0] in LIGHT else _run(argv[0])
+                holds = globals()[LIGHT[argv[0]]]() if argv[0] in LIGHT else _run_lightning(argv[0])
     except ArgumentError as error:
         _fail(explain(error.message, argv[0], _options_of(argv[0])))
     except KeyboardInterrupt:
@@ -181,17 +177,6 @@ def _did_you_mean(near: Sequence[str]) -> str:
 def _fail(message: str) -> None:
     print(f"tva: error: {message}", file=sys.stderr)
     sys.exit(2)
-
-
-@contextmanager
-def _arguments(argv: Sequence[str]) -> Iterator[None]:
-    """Let LightningCLI, and the processes that DDP starts, read the arguments from where they expect them."""
-    before = sys.argv
-    sys.argv = [before[0], *argv]
-    try:
-        yield
-    finally:
-        sys.argv = before
 
 
 @contextmanager
@@ -303,100 +288,8 @@ def _data() -> bool:
     return True
 
 
-def open_edit(config: str) -> dict[str, Any]:
-    """Make the trainer and what an edit gets, from a YAML file with its options, and do not edit.
+def _run_lightning(command: str) -> bool:
+    """Run ``fit`` or ``edit``; these imports take seconds."""
+    from tva.cli.lightning import run_lightning
 
-    Returns:
-        The arguments of `tva.edit.trainer.Trainer.edit` by name, and the trainer.
-    """
-    opened: dict[str, Any] = {}
-    with _arguments(["edit", "--config", config]):
-        _run("edit", opened.update)
-    return opened
-
-
-def _run(command: str, instead: Callable[..., None] | None = None) -> bool:
-    """Run ``fit`` or ``edit``, or give what the edit would get to a function; these imports take seconds."""
-    from lightning.pytorch.cli import LightningCLI, SaveConfigCallback
-    from lightning.pytorch.utilities.exceptions import MisconfigurationException
-
-    import tva.callbacks  # these three so that their classes can be named without a module path
-    import tva.data
-    import tva.models  # noqa: F401
-    from tva.edit.trainer import Trainer, write_config
-
-    class TvaCLI(LightningCLI):
-        @staticmethod
-        def subcommands() -> dict[str, set[str]]:
-            return {"fit": LightningCLI.subcommands()["fit"], "edit": {"model", "datamodule"}}
-
-        def _prepare_subcommand_parser(self, klass: type, subcommand: str, **options: Any) -> Any:
-            """Let help begin with the command's own options; those of the Trainer come last, being so many."""
-            parser = super()._prepare_subcommand_parser(klass, subcommand, **options)
-            groups = parser._action_groups
-            first = groups.index(next(group for group in groups if group.title == "options")) + 1
-            trainer, *middle, own = groups[first:]
-            for group, title in zip((trainer, *middle), ("Lightning's Trainer", "The model", "The data"), strict=False):
-                group.title = title
-            groups[first:] = [own, *middle, trainer]
-            return parser
-
-        def edit(self, **options: Any) -> None:
-            if instead is not None:
-                instead(trainer=self.trainer, **options)
-                return
-            self.trainer.command = shlex.join(["tva", *sys.argv[1:]])
-            try:
-                self.trainer.edit(**options)
-            finally:  # what it prints may find no reader
-                text = self._parser("edit").dump(self.config["edit"], skip_none=False)
-                write_config(self.trainer, Path(options["output"]), text)
-
-        def _parse_ckpt_path(self) -> None:
-            """Resume with the model that the command describes.
-
-            Lightning 2.6 lets hyperparameters in the checkpoint override the command line, and takes those of a module
-            that saves its own for arguments of the abstract LightningModule.
-            """
-
-    as_json = command == "fit" and "--json=true" in sys.argv
-    if as_json:
-        sys.argv.remove("--json=true")
-    interactive = sys.stderr.isatty()
-    defaults: dict[str, Any] = {
-        "fit": {"gradient_clip_val": 1.0, "enable_progress_bar": interactive},
-        "edit": {
-            "logger": False,
-            "enable_checkpointing": False,
-            "enable_model_summary": False,
-            "enable_progress_bar": False,
-        },
-    }[command]
-    if command == "edit":
-        for name in ("lightning.pytorch", "lightning.fabric"):
-            logging.getLogger(name).setLevel(logging.WARNING)
-    # torch 2.15 and jsonargparse 4.49 deprecate calls that lightning 2.6.6 makes; its master no longer makes them
-    warnings.filterwarnings("ignore", message=r".*isinstance\(treespec, LeafSpec\).*")
-    warnings.filterwarnings("ignore", category=DeprecationWarning, module="lightning.*")
-    try:
-        with redirect_stdout(sys.stderr) if as_json else nullcontext():
-            cli = TvaCLI(
-                trainer_class=Trainer,
-                trainer_defaults=defaults,
-                seed_everything_default=0,
-                auto_configure_optimizers=False,
-                save_config_kwargs={"overwrite": True},
-                save_config_callback=None if command == "edit" else SaveConfigCallback,
-                # With it on, every data module in the config but the first gets the first one's hyperparameters.
-                load_from_checkpoint_support=False,
-                parser_kwargs={
-                    "exit_on_error": False,
-                    **{name: {"usage": f"tva {name} [options]", "exit_on_error": False} for name in ("fit", "edit")},
-                },
-            )
-    except MisconfigurationException as error:
-        raise ValueError(str(error)) from error
-    if as_json and cli.trainer.is_global_zero:
-        print(json.dumps(cli.trainer.describe_fit(), indent=1, ensure_ascii=False))
-    # the first process tells the verdict; Lightning kills it, whatever it is writing, if another one ends with status 1
-    return not cli.trainer.is_global_zero or cli.trainer.report is None or cli.trainer.report.holds
+    return run_lightning(command)

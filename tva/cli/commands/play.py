@@ -38,7 +38,7 @@ def open_run(run: str, edit_config: str | None = None, num_examples: int = 500) 
             f"{path} is not there: the model and the data of a run are opened by the options it was made with. Give "
             f"them with --edit_config, or make the edit again with `tva edit`, which leaves them there."
         )
-    from tva.cli.main import open_edit
+    from tva.cli.lightning import open_edit
 
     opened = open_edit(str(path))
     trainer, model = opened.pop("trainer"), opened.pop("model")
