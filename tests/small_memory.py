@@ -5,7 +5,7 @@ import sys
 
 CODE = """
 import multiprocessing, sys, threading
-from tva import kernels
+from tva.merge import kernels
 from tva.compose import compose
 from tva.sizes import anonymous_memory
 from tva.compose.revert import revert

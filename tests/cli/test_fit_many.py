@@ -294,7 +294,7 @@ def test_ctrl_c_ends_the_children_and_the_same_command_goes_on(stub, tmp_path, n
     }
     code = (
         "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); "  # ignored in the background
-        f"import sys, tva.fit_many as m; m.run_fits.__defaults__ = ({stub!r}, False); "
+        f"import sys, tva.cli.commands.fit_many as m; m.run_fits.__defaults__ = ({stub!r}, False); "
         f"from tva.cli.main import main; main(['fit-many', '--config', {write_yaml(tmp_path / 'c.yaml', config)!r}])"
     )
     parent = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)

@@ -184,7 +184,7 @@ def test_the_command_line_edits_with_two_devices(vectors, tmp_path):  # noqa: F8
     }
     (tmp_path / "c.yaml").write_text(yaml.safe_dump(config))
     environment = {name: value for name, value in os.environ.items() if name != "PL_GLOBAL_SEED"}
-    environment |= {"PYTHONPATH": str(Path(__file__).parents[1]), "OMP_NUM_THREADS": "1"}
+    environment |= {"PYTHONPATH": os.pathsep.join(map(str, Path(__file__).parents[:2])), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "tva", "edit", "--config", str(tmp_path / "c.yaml")]
     done = subprocess.run(command, env=environment, timeout=200, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

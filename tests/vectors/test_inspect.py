@@ -288,7 +288,7 @@ MEMORY = """
 import re, sys, threading
 from pathlib import Path
 import torch
-from tva.{module} import {function} as function
+from tva.vectors import {function} as function
 def anonymous():
     return int(re.search(r"RssAnon:\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1]) / 1024
 torch.ones(4, 4) @ torch.ones(4, 4)
@@ -309,20 +309,20 @@ print(most - before)
 @pytest.mark.slow
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 @pytest.mark.parametrize(
-    ("module", "function", "call"),
+    ("function", "call"),
     [
-        ("extract", "extract", 'function("base.safetensors", "a.safetensors", "x.tv.safetensors")'),
-        ("look", "compare", 'function(["a.safetensors", "b.safetensors"], "base.safetensors", by="layer")'),
-        ("look", "inspect", 'function("a.safetensors")'),
+        ("extract", 'function("base.safetensors", "a.safetensors", "x.tv.safetensors")'),
+        ("compare", 'function(["a.safetensors", "b.safetensors"], "base.safetensors", by="layer")'),
+        ("inspect", 'function("a.safetensors")'),
     ],
 )
-def test_memory_is_bounded_whatever_the_size(tmp_path, module, function, call):
+def test_memory_is_bounded_whatever_the_size(tmp_path, function, call):
     for seed, name in enumerate(("base", "a", "b")):
         generator = torch.Generator().manual_seed(seed)
         save_weights(
             {f"l.{i}.w": torch.randn(2**23, generator=generator) for i in range(3)}, tmp_path / f"{name}.safetensors"
         )
-    code = MEMORY.format(module=module, function=function, call=call)
+    code = MEMORY.format(function=function, call=call)
     # By itself glibc keeps freed pieces to use them again, by chance up to 33 MiB of them; with a fixed threshold it
     # gives each back, and what is measured is what the function holds.
     environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": str(2**17)}
