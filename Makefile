@@ -18,6 +18,8 @@ quick: install
 lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/vulture
 
 install: .venv/installed
 
@@ -27,4 +29,4 @@ install: .venv/installed
 	touch $@
 
 clean:
-	rm -rf build runs .pytest_cache .ruff_cache
+	rm -rf build runs .mypy_cache .pytest_cache .ruff_cache

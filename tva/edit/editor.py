@@ -314,7 +314,8 @@ class Bench:
                 self._evaluate({key: missing[key] for key in keys}, task, split, window, seed, whole)
             for state, result in zip(states, results, strict=True):
                 if task not in result:
-                    result[task] = self._known[(*state.key, task, split, window, seed)]
+                    key = (*state.key, task, split, window, seed)
+                    result[task] = self._known[key]
         return results
 
     def _evaluate(
