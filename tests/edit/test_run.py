@@ -292,7 +292,7 @@ def test_a_metric_that_the_model_does_not_log_is_computed_from_its_predictions(v
     assert task.scores["edited"].low < task.scores["edited"].value <= task.scores["edited"].high
     assert report.tasks["other"].metric == "loss"
     assert not report.tasks["other"].higher_is_better
-    with pytest.raises(ValueError, match="torchmetrics has no multi-class metric 'f2'"):
+    with pytest.raises(ValueError, match="There is no multi-class metric 'f2'"):
         edit(vectors, tmp_path, maximize="mean(f2)")
 
 

@@ -2,45 +2,137 @@
 
 from __future__ import annotations
 
+import inspect
 import re
+from collections.abc import Callable
+from typing import Any
 
+import torch
 from torch import Tensor
+from torch.nn import functional as F
 from torchmetrics import Metric
 
 from tva.errors import some
+from tva.plugins import installed, load
+
+Function = Callable[[Tensor, Tensor], Tensor]
+
+
+def brier_score(preds: Tensor, target: Tensor) -> Tensor:
+    """Compute the squared distance of each example's probabilities from its label, in [0, 2].
+
+    Args:
+        preds: Logits, or probabilities whose rows sum to 1, shape (examples, classes).
+        target: Labels, shape (examples,).
+
+    Returns:
+        One score an example, shape (examples,); the metric is their mean.
+
+    Source: Brier, "Verification of forecasts expressed in terms of probability", Monthly Weather Review 1950.
+
+    Example:
+        >>> brier_score(torch.tensor([[0.5, 0.5], [0.0, 1.0]]), torch.tensor([0, 1]))
+        tensor([0.5000, 0.0000])
+    """
+    # as torchmetrics does: what is not in [0, 1] is logits
+    probabilities = preds if bool(((preds >= 0) & (preds <= 1)).all()) else preds.softmax(dim=-1)
+    return (probabilities - F.one_hot(target.long(), preds.shape[-1])).square().sum(dim=-1)
+
+
+brier_score.higher_is_better = False  # type: ignore[attr-defined]
+
+# Metrics that torchmetrics lacks. One entry adds a metric: a torchmetrics class, or a function of ``preds`` and
+# ``target`` that returns one number, or one number an example (then the metric is their mean, and has intervals).
+METRICS: dict[str, type[Metric] | Function] = {"brier_score": brier_score}
+
+
+class FunctionMetric(Metric):
+    """A function of all predictions and labels as a metric.
+
+    Args:
+        function: Takes ``preds`` and ``target``, returns one number, or one an example. Its attribute
+            ``higher_is_better``, where it has one, is the metric's direction.
+    """
+
+    full_state_update = False
+    preds: list[Tensor]
+    target: list[Tensor]
+
+    def __init__(self, function: Function) -> None:
+        super().__init__()
+        self.function = function
+        self.add_state("preds", default=[], dist_reduce_fx="cat")
+        self.add_state("target", default=[], dist_reduce_fx="cat")
+
+    @property
+    def higher_is_better(self) -> bool | None:  # type: ignore[override]
+        """The function's direction, where it has one."""
+        return getattr(self.function, "higher_is_better", None)
+
+    def update(self, preds: Tensor, target: Tensor) -> None:
+        """Keep a batch."""
+        self.preds.append(preds)
+        self.target.append(target)
+
+    def compute(self) -> Tensor:
+        """Call the function on everything that was kept."""
+        return torch.as_tensor(self.function(torch.cat(self.preds), torch.cat(self.target)))
 
 
 def compute(metric: Metric, preds: Tensor, target: Tensor) -> Tensor:
+    """Compute a metric of given examples, and of these only."""
     metric.reset()
     metric.update(preds, target)
     return metric.compute()
 
 
 def find_metric(name: str, num_classes: int) -> Metric:
-    """Find the torchmetrics metric of a multi-class task by its name.
+    """Find the metric of a multi-class task by its name.
 
     Args:
-        name: Such as ``f1_score``, ``F1Score`` or ``MulticlassF1Score``.
-        num_classes: Classes of the task.
+        name: A name in `METRICS`; or torchmetrics' ``f1_score``, ``F1Score`` or ``MulticlassF1Score``; or that of an
+            entry point in the group ``tva.metrics``; or the dotted path of a torchmetrics class or of a function of
+            ``preds`` and ``target``, such as ``my_package.my_metric``.
+        num_classes: Classes of the task; passed to the class where it takes ``num_classes``.
 
     Raises:
-        ValueError: torchmetrics has none of that name.
+        ValueError: There is none of that name, or it is not a metric.
 
     Example:
         >>> find_metric("f1_score", 3)
         MulticlassF1Score()
     """
+    if name in METRICS:
+        return _made(METRICS[name], name, num_classes)
     from torchmetrics import classification
 
     known = {
-        re.sub(r"[_-]", "", kind.removeprefix("Multiclass")).lower(): kind
-        for kind in dir(classification)
-        if kind.startswith("Multiclass")
+        _plain(kind): getattr(classification, kind) for kind in dir(classification) if kind.startswith("Multiclass")
     }
-    found = known.get(re.sub(r"[_-]", "", name.removeprefix("Multiclass")).lower())
-    if found is None:
-        raise ValueError(
-            f"torchmetrics has no multi-class metric {name!r}; it has {some(sorted(known), 40)}. Name one of these, or "
-            f"a metric that the model logs."
-        )
-    return getattr(classification, found)(num_classes=num_classes)
+    if _plain(name) in known:
+        return known[_plain(name)](num_classes=num_classes)
+    points = installed("tva.metrics")
+    if name in points:
+        return _made(points[name].load(), name, num_classes)
+    if "." in name:
+        return _made(load(name), name, num_classes)
+    others = sorted([*METRICS, *points, *known])
+    raise ValueError(
+        f"There is no multi-class metric {name!r}; there are {some(others, 40)}. Name one of these, a metric that the "
+        f"model logs, or one of your own by its path, such as my_package.my_metric."
+    )
+
+
+def _plain(name: str) -> str:
+    return re.sub(r"[_-]", "", name.removeprefix("Multiclass")).lower()
+
+
+def _made(found: Any, name: str, num_classes: int) -> Metric:
+    if isinstance(found, type) and issubclass(found, Metric):
+        parameters = inspect.signature(found).parameters
+        return found(num_classes=num_classes) if "num_classes" in parameters else found()
+    if callable(found) and not isinstance(found, type):
+        return FunctionMetric(found)
+    raise ValueError(
+        f"The metric {name!r} must be a torchmetrics class or a function of preds and target; found {found!r}."
+    )

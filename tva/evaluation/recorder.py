@@ -135,13 +135,25 @@ class Recorder:
         _check_scores(model, scores, metrics, self.num_examples)
         # 950 of 1,000 is 0.95 and meets a bound of 0.95; the 0.94999999 that is logged in float32 does not
         metrics |= {name: float(values.mean(dtype=np.float64)) for name, values in scores.items() if name in metrics}
-        missing = [name for name in extra if name not in metrics]
-        preds, target, found = returned.get("preds"), returned.get("target"), {}
-        for name in missing if preds is not None and target is not None else ():
-            found[name] = find_metric(name, preds.shape[-1])
-            metrics[name] = float(compute(found[name], preds, target))
-            if found[name].higher_is_better is not None:
-                directions[name] = bool(found[name].higher_is_better)
+        found = {}
+        preds, target = returned.get("preds"), returned.get("target")
+        for name in extra if preds is not None and target is not None else ():
+            if name in metrics:
+                continue
+            metric = find_metric(name, preds.shape[-1])
+            value = compute(metric, preds, target)
+            if value.ndim == 1 and len(value) == self.num_examples:
+                scores[name] = value.double().numpy()
+                metrics[name] = float(scores[name].mean())
+            elif value.numel() == 1:
+                found[name], metrics[name] = metric, float(value)
+            else:
+                raise ValueError(
+                    f"The metric {name!r} must be one number, or one an example; of {self.num_examples} examples it "
+                    f"has the shape {list(value.shape)}."
+                )
+            if metric.higher_is_better is not None:
+                directions[name] = bool(metric.higher_is_better)
         return Evaluation(
             metrics,
             self.num_examples,

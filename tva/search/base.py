@@ -311,6 +311,22 @@ def _largeness(candidate: Candidate) -> float:
 class Search:
     """Base class of strategies; a subclass has one method that is given a function to score candidates.
 
+    A module in this folder adds its subclasses to ``tva.search``; so does an installed package by an entry point of the
+    group ``tva.searches``; any other importable class is named by its path, ``class_path: my_package.Halves``.
+
+    Example:
+        >>> class Halves(Search):
+        ...     "Try 1, ½, ¼ … of the range's end, and take the first that meets the constraints."
+        ...
+        ...     def run(self, problem):
+        ...         (name, (low, high)) = next(iter(self.ranges.items()))
+        ...         for step in range(6):
+        ...             candidate = Candidate.of(**{name: low + (high - low) / 2**step})
+        ...             problem.score([candidate])
+        ...             if problem.choose([candidate]).feasible:
+        ...                 break
+        ...         return problem.choose()
+
     Args:
         ranges: By coefficient the smallest and the largest value; ``scaling_coef`` is that of the whole recipe, which
             is 1 where others are searched and it is not named.

@@ -1,0 +1,124 @@
+"""Metrics by name: those of torchmetrics, tva's own, an installed package's, and any by its path."""
+
+import sys
+from importlib.metadata import EntryPoint
+
+import lightning as L
+import numpy as np
+import pytest
+import torch
+from small_models import Blobs, LinearNet
+
+from tva import plugins
+from tva.evaluation.evaluate import evaluate
+from tva.evaluation.metrics import compute, find_metric
+from tva.search import Constraint, Objective
+
+MODULE = """
+import torch
+from torchmetrics import Metric
+
+def share_of_class_0(preds, target):
+    return (preds.argmax(-1) == 0).float().mean()
+
+def distance(preds, target):
+    return (preds.argmax(-1) - target).abs().double()
+
+distance.higher_is_better = False
+
+class Count(Metric):
+    higher_is_better = True
+    full_state_update = False
+    def __init__(self):
+        super().__init__()
+        self.add_state("count", torch.tensor(0), dist_reduce_fx="sum")
+    def update(self, preds, target):
+        self.count += len(target)
+    def compute(self):
+        return self.count
+
+WRONG = 3
+
+def pairs(preds, target):
+    return preds
+"""
+
+
+@pytest.fixture
+def outside(tmp_path, monkeypatch):
+    (tmp_path / "metrics_from_outside.py").write_text(MODULE)
+    monkeypatch.syspath_prepend(tmp_path)
+    yield "metrics_from_outside"
+    sys.modules.pop("metrics_from_outside", None)
+
+
+class Predicting(LinearNet):
+    def validation_step(self, batch, batch_idx):
+        inputs, labels = batch
+        logits = self(inputs)
+        self.log("val_loss", torch.nn.functional.cross_entropy(logits, labels))
+        return {"preds": logits, "target": labels}
+
+
+def evaluated(*names):
+    trainer = L.Trainer(accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False)
+    model, data = Predicting(), Blobs(1)
+    with torch.no_grad():
+        inputs, labels = data.val_dataloader().dataset.tensors
+        logits = model(inputs)
+    return evaluate(trainer, model, data, "val", extra=names), logits, labels
+
+
+def test_a_metric_from_outside_by_its_path(outside):
+    names = [f"{outside}.{name}" for name in ("share_of_class_0", "distance", "Count")]
+    found, logits, labels = evaluated(*names)
+    assert found.metrics[names[0]] == pytest.approx(float((logits.argmax(-1) == 0).float().mean()))
+    distances = (logits.argmax(-1) - labels).abs().double().numpy()
+    assert np.array_equal(found.scores[names[1]], distances)  # one number an example: the metric is their mean
+    assert found.metrics[names[1]] == distances.mean()
+    assert found.higher(names[0])
+    assert not found.higher(names[1])
+    assert found.metrics[names[2]] == 60
+
+
+def test_a_path_is_a_metric_in_objectives_and_constraints(outside):
+    objective = Objective.parse(f"a/{outside}.distance", maximize=False, targets=["a"], tasks=["a"])
+    assert objective.terms == (("a", f"{outside}.distance"),)
+    over_targets = Objective.parse(f"mean({outside}.distance)", maximize=False, targets=["a", "b"], tasks=["a", "b"])
+    assert over_targets.terms == (("a", f"{outside}.distance"), ("b", f"{outside}.distance"))
+    constraint = Constraint.parse(f"a/{outside}.distance <= base + 0.1", ["a"])
+    assert (constraint.task, constraint.metric) == ("a", f"{outside}.distance")
+
+
+def test_a_metric_of_an_installed_package_by_the_name_it_has_there(outside, monkeypatch):
+    point = EntryPoint("distance", f"{outside}:distance", "tva.metrics")
+    monkeypatch.setattr(plugins, "entry_points", lambda group: [point] if group == "tva.metrics" else [])
+    plugins.installed.cache_clear()
+    try:
+        found, logits, labels = evaluated("distance")
+        assert found.metrics["distance"] == (logits.argmax(-1) != labels).double().mean()
+    finally:
+        plugins.installed.cache_clear()
+
+
+def test_what_is_not_a_metric_is_refused(outside):
+    with pytest.raises(ValueError, match="must be a torchmetrics class or a function of preds and target; found 3"):
+        find_metric(f"{outside}.WRONG", 3)
+    with pytest.raises(ValueError, match="the module metrics_from_outside has no 'nothing'"):
+        find_metric(f"{outside}.nothing", 3)
+    with pytest.raises(ValueError, match=r"must be one number, or one an example; of 60 examples .* \[60, 2\]"):
+        evaluated(f"{outside}.pairs")
+    with pytest.raises(ValueError, match="There is no multi-class metric 'f2'; there are .*'brier_score'"):
+        find_metric("f2", 3)
+
+
+def test_the_brier_score_is_the_squared_distance_from_the_label():
+    generator = np.random.default_rng(0)
+    logits, labels = generator.normal(size=(50, 3)), generator.integers(3, size=50)
+    shares = np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True)
+    reference = ((shares - np.eye(3)[labels]) ** 2).sum(axis=1)
+    metric = find_metric("brier_score", 3)
+    for given in (logits, shares):
+        found = compute(metric, torch.from_numpy(given), torch.from_numpy(labels))
+        np.testing.assert_allclose(found.numpy(), reference, atol=1e-12)
+    assert metric.higher_is_better is False
