@@ -3,7 +3,7 @@
     python benchmarks/merge.py [--elements 8000000] [--vectors 4] [--methods ties tsv …] [--mergekit PYTHON]
 
 Each method runs in a process of its own, ``--repeats`` times, tools in turn, over matrices of 1024 x 1024: all its
-sweeps and the merge, from float32 deltas in memory to a float32 delta; the second such run is timed if the first is
+passes and the merge, from float32 deltas in memory to a float32 delta; the second such run is timed if the first is
 short. mergekit gets the same tensors as models and a base of zeros, and makes a merged model. ``--mergekit`` names the
 Python of an environment in which mergekit 0.1.5 is installed. Times are the median of the repeats (lowest–highest), in
 nanoseconds for each parameter of each vector; memory is the largest resident size beyond that of the inputs, in bytes
@@ -55,11 +55,11 @@ def make(elements: int, vectors: int) -> list[list[torch.Tensor]]:
     return [[torch.randn(n, SIDE, generator=generator).mul_(1e-3) for n in rows] for _ in range(vectors)]
 
 
-def run_ours(name: str, elements: int, vectors: int, piece: int) -> Callable[[], None]:
+def run_ours(name: str, elements: int, vectors: int, chunk: int) -> Callable[[], None]:
     """Make the function that merges once."""
     from tva import save_weights
     from tva.compose.recipe import Recipe
-    from tva.merge import METHODS, Place
+    from tva.merge import METHODS, Chunk
 
     count = METHODS[name].num_vectors or vectors
     deltas = make(elements, count)
@@ -72,31 +72,31 @@ def run_ours(name: str, elements: int, vectors: int, piece: int) -> Callable[[],
         save_weights({k: gram if name == "regmean" else d.abs() for k, d in zip(keys, deltas[0], strict=True)}, path)
         options = options.format(files=[str(path)] * count)
     recipe = Recipe(f"{name}({', '.join(names)}{', ' + options if options else ''})", names)
-    size = 2**62 if recipe.needs_whole_tensors else piece
+    size = 2**62 if recipe.needs_whole_tensors else chunk
     flat = [{v: own[i].reshape(-1) for v, own in zip(names, deltas, strict=True)} for i in range(len(keys))]
 
-    def pieces_of(i: int):
+    def chunks_of(i: int):
         shape = tuple(deltas[0][i].shape)
         for start in range(0, deltas[0][i].numel(), size):
-            yield Place(keys[i], start, shape=shape), {v: d[start : start + size] for v, d in flat[i].items()}
+            yield Chunk(keys[i], start, shape=shape), {v: d[start : start + size] for v, d in flat[i].items()}
 
     sources = dict.fromkeys(names, "")
     recipe.bind(keys)
     out = [torch.zeros_like(delta).reshape(-1) for delta in deltas[0]]
 
     def merge() -> None:
-        everywhere = [p for i in range(len(keys)) for p in pieces_of(i)]
+        everywhere = [p for i in range(len(keys)) for p in chunks_of(i)]
         states = recipe.observe(lambda: everywhere, sources, over_model=True)
         for i in range(len(keys)):
-            inner = recipe.observe(lambda i=i: pieces_of(i), sources, over_model=False, known=states)
-            for place, values in pieces_of(i):
-                merged = recipe.merge(place, values, {**states, **inner}, sources)
-                out[i][place.start : place.start + len(merged)] = merged
+            inner = recipe.observe(lambda i=i: chunks_of(i), sources, over_model=False, known=states)
+            for chunk, values in chunks_of(i):
+                merged = recipe.merge(chunk, values, {**states, **inner}, sources)
+                out[i][chunk.start : chunk.start + len(merged)] = merged
 
     return merge
 
 
-def run_mergekit(name: str, elements: int, vectors: int, piece: int) -> Callable[[], None]:
+def run_mergekit(name: str, elements: int, vectors: int, chunk: int) -> Callable[[], None]:
     """Make the function that merges once with mergekit, matrix by matrix, as it does."""
     from mergekit.merge_methods import registry
     from mergekit.merge_methods.base import TensorGroup
@@ -125,7 +125,7 @@ def run_one(options: argparse.Namespace) -> None:
     """Run one method in this process and print its numbers as JSON."""
     torch.set_num_threads(options.threads)
     tool = run_ours if options.tool == "tva" else run_mergekit
-    merge = tool(options.one, options.elements, options.vectors, options.piece)
+    merge = tool(options.one, options.elements, options.vectors, options.chunk)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     seconds = []
     while len(seconds) < 2 and sum(seconds) < 10:  # the first run of a fast method pays for first pages and caches
@@ -143,7 +143,7 @@ def main() -> None:
     parser.add_argument("--vectors", type=int, default=4)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--piece", type=int, default=2**16, help="elements of a piece, where a method takes pieces")
+    parser.add_argument("--chunk", type=int, default=2**16, help="elements of a chunk, where a method takes chunks")
     parser.add_argument("--methods", nargs="+")
     parser.add_argument("--mergekit", help="Python of an environment with mergekit 0.1.5")
     parser.add_argument("--one", help=argparse.SUPPRESS)
@@ -154,7 +154,7 @@ def main() -> None:
         return
     from tva.merge import METHODS
 
-    shared = [f"--{key}={getattr(options, key)}" for key in ("elements", "vectors", "threads", "piece")]
+    shared = [f"--{key}={getattr(options, key)}" for key in ("elements", "vectors", "threads", "chunk")]
     print(
         f"{platform.machine()}, {options.threads} threads, torch {torch.__version__}, {options.elements:,} parameters"
     )

@@ -1,4 +1,4 @@
-"""Composing on disk: the bytes of the in-memory path whatever the pieces, whole files or none, and its account."""
+"""Composing on disk: the bytes of the in-memory path whatever the chunks, whole files or none, and its account."""
 
 import errno
 import json
@@ -68,9 +68,9 @@ def in_memory(base, vectors, recipe, coef):
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
-@pytest.mark.parametrize("piece", [7, 100, 2**18])
-def test_the_bytes_are_those_of_the_in_memory_path_whatever_the_pieces(files, tmp_path, monkeypatch, recipe, piece):
-    monkeypatch.setattr(tva.compose.engine, "PIECE", piece)
+@pytest.mark.parametrize("chunk", [7, 100, 2**18])
+def test_the_bytes_are_those_of_the_in_memory_path_whatever_the_chunks(files, tmp_path, monkeypatch, recipe, chunk):
+    monkeypatch.setattr(tva.compose.engine, "CHUNK", chunk)
     base, vectors = files
     report = compose(base, vectors, recipe, str(tmp_path / "out.safetensors"), scaling_coef=0.7)
     expected = fingerprint(in_memory(base, vectors, recipe, 0.7))
@@ -363,10 +363,10 @@ import tva.checkpoints.sharded_writer as output
 from tva.compose import compose
 output.SYNC_BYTES = 0
 write = output.Output.write
-def slow(self, name, start, piece):
+def slow(self, name, start, chunk):
     if name == "bias":
         time.sleep(60)
-    write(self, name, start, piece)
+    write(self, name, start, chunk)
 output.Output.write = slow
 compose({base!r}, {vectors!r}, "dare(a) + ties(b, c)", {str(out)!r})
 """
@@ -391,9 +391,9 @@ compose({base!r}, {vectors!r}, "dare(a) + ties(b, c)", {str(out)!r})
     assert not journal.exists()
 
 
-@pytest.mark.parametrize("piece", [1000, 2**17])
-def test_matrix_methods_and_adapters_stream_to_the_in_memory_bytes(files, tmp_path, monkeypatch, piece):
-    monkeypatch.setattr(tva.compose.engine, "PIECE", piece)
+@pytest.mark.parametrize("chunk", [1000, 2**17])
+def test_matrix_methods_and_adapters_stream_to_the_in_memory_bytes(files, tmp_path, monkeypatch, chunk):
+    monkeypatch.setattr(tva.compose.engine, "CHUNK", chunk)
     base, vectors = files
     (tmp_path / "adapter").mkdir()
     factors = {"l.0.w": (torch.randn(2, 30), torch.randn(40, 2)), "l.1.w": (torch.randn(2, 40), torch.randn(25, 2))}

@@ -181,7 +181,7 @@ def test_tied_weights_come_back_tied(tmp_path, monkeypatch, keep, untied):
 
 def test_a_strided_base_comes_back_in_blocks(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("tva.compose.engine.PIECE", 64)
+    monkeypatch.setattr("tva.compose.engine.CHUNK", 64)
     base = {"w": torch.randn(40, 30).T, "v": torch.randn(7)}
     torch.save(base, "base.pt")
     save_weights({name: tensor + 0.01 for name, tensor in base.items()}, "a.safetensors")

@@ -1,4 +1,4 @@
-"""Every method: the same bits whatever the pieces, and what must hold of all of them."""
+"""Every method: the same bits whatever the chunks, and what must hold of all of them."""
 
 import importlib.util
 import inspect
@@ -12,7 +12,7 @@ import torch
 from tva import TaskVector, open_weights, save_weights
 from tva.compose.apply import compose
 from tva.compose.recipe import Recipe
-from tva.merge import METHODS, Method, Place
+from tva.merge import METHODS, Chunk, Method
 from tva.merge.exact_sum import BLOCK, Sum
 
 SHAPES = {
@@ -80,23 +80,23 @@ def written(text, files, order="abc", count=3):
     return text.format(*order, files=[path] * count)
 
 
-def in_pieces(text, given, size):
-    """Evaluate a recipe in pieces of ``size`` elements, the tensors in another order than in memory."""
+def in_chunks(text, given, size):
+    """Evaluate a recipe in chunks of ``size`` elements, the tensors in another order than in memory."""
     recipe = Recipe(text, given)
     recipe.bind(SHAPES)
     size = 2**40 if recipe.needs_whole_tensors else size
     sources = {name: name for name in given}
 
-    def pieces():
+    def chunks():
         for key, shape in reversed(SHAPES.items()):
             flat = {name: vector.deltas[key].reshape(-1) for name, vector in given.items()}
             for start in range(0, max(1, flat["a"].numel()), size):
-                yield Place(key, start, shape=shape), {n: flat[n][start : start + size] for n in recipe.vectors}
+                yield Chunk(key, start, shape=shape), {n: flat[n][start : start + size] for n in recipe.vectors}
 
-    observed = recipe.observe(pieces, sources)
+    observed = recipe.observe(chunks, sources)
     merged = {key: [] for key in SHAPES}
-    for place, deltas in pieces():
-        merged[place.tensor].append(recipe.merge(place, deltas, observed, sources))
+    for chunk, deltas in chunks():
+        merged[chunk.tensor].append(recipe.merge(chunk, deltas, observed, sources))
     return {key: torch.cat(parts).reshape(SHAPES[key]) for key, parts in merged.items()}
 
 
@@ -105,12 +105,12 @@ def test_every_method_is_tested_here():
 
 
 @pytest.mark.parametrize("text", TEXTS)
-def test_pieces_change_no_bit_and_inputs_stay(text, files):
+def test_chunks_change_no_bit_and_inputs_stay(text, files):
     given = vectors()
     before = {name: {key: delta.clone() for key, delta in v.deltas.items()} for name, v in given.items()}
     expected = Recipe(written(text, files), given).evaluate(given).deltas
     for size in (613, 4096, 10_000):
-        found = in_pieces(written(text, files), given, size)
+        found = in_chunks(written(text, files), given, size)
         for key in SHAPES:
             assert torch.equal(found[key], expected[key]), (key, size)
     for name, vector in given.items():
@@ -191,13 +191,13 @@ def test_what_one_vector_gives_is_stated_of_every_method():
     assert ONE.keys() == METHODS.keys()
 
 
-def test_sums_depend_on_no_pieces_and_are_right():
+def test_sums_depend_on_no_chunks_and_are_right():
     values = torch.randn(5 * BLOCK + 77, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     totals = set()
     for size in (100, BLOCK - 1, BLOCK, BLOCK + 1, len(values)):
         total = Sum()
         for start in range(0, len(values), size):
-            total.add(values[start : start + size], Place("w", start, shape=(len(values),)))
+            total.add(values[start : start + size], Chunk("w", start, shape=(len(values),)))
         totals.add(total.total)
     assert len(totals) == 1
     assert totals.pop() == pytest.approx(float(values.sum()), rel=1e-12)
@@ -256,4 +256,4 @@ def test_the_benchmark_measures_every_method(monkeypatch):
     spec.loader.exec_module(benchmark)
     monkeypatch.setattr(benchmark, "SIDE", 16)
     for name in METHODS:
-        benchmark.run_ours(name, elements=16 * 40, vectors=2, piece=100)()
+        benchmark.run_ours(name, elements=16 * 40, vectors=2, chunk=100)()

@@ -5,9 +5,9 @@ import torch
 
 from tva import TaskVector
 from tva.compose.recipe import Recipe, RecipeError
-from tva.merge import METHODS, Place
+from tva.merge import METHODS, Chunk
 from tva.merge.methods.dare import random_bits
-from tva.merge.order_statistics import SWEEPS, OrderStatistics, Threshold
+from tva.merge.order_statistics import PASSES, OrderStatistics, Threshold
 
 SHAPES = {"scalar": (), "one": (1,), "small": (7,), "matrix": (20, 30), "ties": (6,), "empty": (0,)}
 
@@ -76,7 +76,7 @@ def test_magnitude_keeps_the_largest_of_each_tensor_and_at_least_one(density):
     assert all(kept[key].any() for key in SHAPES if key != "empty")
 
 
-def test_threshold_is_the_kth_largest_whatever_the_pieces():
+def test_threshold_is_the_kth_largest_whatever_the_chunks():
     generator = torch.Generator().manual_seed(0)
     values = torch.cat([torch.randn(5000, generator=generator) * 10**power for power in (-30, -3, 0, 5)])
     values = torch.cat([values, torch.zeros(100), torch.full((50,), 1e-40), values[:300]])
@@ -84,10 +84,10 @@ def test_threshold_is_the_kth_largest_whatever_the_pieces():
     for density in (1e-9, 0.013, 0.2, 0.5, 0.997, 1.0):
         for size in (7, 1000, len(values)):
             threshold = Threshold(density)
-            for sweep in range(SWEEPS):
-                for piece in values.split(size):
-                    threshold.observe(piece, sweep)
-                threshold.finish(sweep)
+            for pass_number in range(PASSES):
+                for chunk in values.split(size):
+                    threshold.observe(chunk, pass_number)
+                threshold.finish(pass_number)
             assert threshold.value == ordered[max(1, int(density * len(values) + 1e-9)) - 1]
 
 
@@ -114,22 +114,22 @@ def test_dare_drops_the_right_share_and_keeps_the_mean():
 
 
 def test_dare_depends_on_seed_vector_and_tensor_alone():
-    one = random_bits(1000, Place("w", 0, ("a",)), seed=0)
-    assert torch.equal(one, random_bits(1000, Place("w", 0, ("a",)), seed=0))
-    assert torch.equal(one[17:40], random_bits(23, Place("w", 17, ("a",)), seed=0))
-    for place, seed in ((Place("w", 0, ("b",)), 0), (Place("v", 0, ("a",)), 0), (Place("w", 0, ("a",)), 1)):
-        other = random_bits(1000, place, seed)
+    one = random_bits(1000, Chunk("w", 0, ("a",)), seed=0)
+    assert torch.equal(one, random_bits(1000, Chunk("w", 0, ("a",)), seed=0))
+    assert torch.equal(one[17:40], random_bits(23, Chunk("w", 17, ("a",)), seed=0))
+    for chunk, seed in ((Chunk("w", 0, ("b",)), 0), (Chunk("v", 0, ("a",)), 0), (Chunk("w", 0, ("a",)), 1)):
+        other = random_bits(1000, chunk, seed)
         assert int((one == other).sum()) == 0
         agreement = float(((one > 0) == (other > 0)).float().mean())
         assert agreement == pytest.approx(0.5, abs=0.08)
     before, after = 2**32 - 5, 2**32 + 5  # indices beyond 32 bits have a key of their own
-    across = random_bits(10, Place("w", before, ("a",)), seed=0)
-    assert torch.equal(across[5:], random_bits(5, Place("w", 2**32, ("a",)), seed=0))
+    across = random_bits(10, Chunk("w", before, ("a",)), seed=0)
+    assert torch.equal(across[5:], random_bits(5, Chunk("w", 2**32, ("a",)), seed=0))
     assert after - before == len(across)
 
 
 def test_random_bits_are_uniform_and_neighbors_independent():
-    bits = random_bits(2**20, Place("w", 0, ("a",)), seed=3).double() / 2**31
+    bits = random_bits(2**20, Chunk("w", 0, ("a",)), seed=3).double() / 2**31
     assert float(bits.mean()) == pytest.approx(0, abs=4 * (1 / 3 / 2**20) ** 0.5)
     assert float(bits.var()) == pytest.approx(1 / 3, rel=5e-3)
     for lag in (1, 2, 64, 4096):
@@ -222,11 +222,11 @@ def test_every_method_says_what_it_is():
         assert method.__doc__
 
 
-def test_order_statistics_are_found_wherever_the_first_piece_lets_them_be_expected():
+def test_order_statistics_are_found_wherever_the_first_chunk_lets_them_be_expected():
     generator = torch.Generator().manual_seed(0)
     narrow = torch.randn(300_000, generator=generator)
     misleading = narrow.clone()
-    misleading[:200_000] *= 1e-9  # the first piece lies elsewhere
+    misleading[:200_000] *= 1e-9  # the first chunk lies elsewhere
     misleading[::61] = 1e9  # and so does what is sampled
     wide = narrow * torch.exp(8 * torch.randn(len(narrow), generator=generator))
     odd = torch.cat([narrow.bfloat16().float(), torch.tensor([torch.inf, -torch.inf, 0.0, -0.0, 1e-45, -1e-45])])
@@ -236,13 +236,13 @@ def test_order_statistics_are_found_wherever_the_first_piece_lets_them_be_expect
             count = len(values)
             ranks = [0, count // 3, 4 * count // 5, count - 1]
             statistics = OrderStatistics(lambda _, ranks=ranks: ranks, signed)
-            for sweep in range(SWEEPS):
-                for piece in values.split(6100):
-                    statistics.observe(piece, sweep)
-                statistics.finish(sweep)
+            for pass_number in range(PASSES):
+                for chunk in values.split(6100):
+                    statistics.observe(chunk, pass_number)
+                statistics.finish(pass_number)
                 if statistics.found:
                     break
             ordered = (values if signed else values.abs()).sort().values
             assert statistics.values == ordered[ranks].tolist(), (name, signed)
-            taken[name] = max(sweep, taken.get(name, 0))
-    assert taken["misleading"] == SWEEPS - 1
+            taken[name] = max(pass_number, taken.get(name, 0))
+    assert taken["misleading"] == PASSES - 1

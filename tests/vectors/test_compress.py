@@ -1,4 +1,4 @@
-"""Compressed task vectors: each encoding against its formula, read by pieces, in every command, by budget, damaged."""
+"""Compressed task vectors: each encoding against its formula, read by chunks, in every command, by budget, damaged."""
 
 import json
 import math
@@ -155,11 +155,11 @@ def listed(path):
     return json.loads(read_metadata(path)["tva.encoded"])
 
 
-# --- what is read does not depend on pieces, and every command reads it
+# --- what is read does not depend on chunks, and every command reads it
 
 
 @pytest.mark.parametrize("text", ENCODINGS)
-def test_a_piece_is_the_same_bytes_whatever_the_piece(files, monkeypatch, text):
+def test_a_chunk_is_the_same_bytes_whatever_the_chunk(files, monkeypatch, text):
     monkeypatch.setattr(encoded, "BLOCK", 512)
     monkeypatch.setattr(tva.vectors.encoder, "BLOCK", 512)
     compress(str(files / "v.tv.safetensors"), str(files / "c.tv.safetensors"), encoding=text)
@@ -168,15 +168,15 @@ def test_a_piece_is_the_same_bytes_whatever_the_piece(files, monkeypatch, text):
         assert weights.spec(name) == (whole.dtype, whole.shape)
         flat, count = whole.reshape(-1), whole.numel()
         for step in (1 if count < 1000 else 997, 7 if count < 5000 else 4099, max(1, count)):
-            pieces = [weights.slice(name, start, min(start + step, count)) for start in range(0, count, step)]
-            assert torch.equal(torch.cat([flat[:0], *pieces]), flat), (name, step)
+            chunks = [weights.slice(name, start, min(start + step, count)) for start in range(0, count, step)]
+            assert torch.equal(torch.cat([flat[:0], *chunks]), flat), (name, step)
         assert weights.slice(name, count // 2, count // 2).shape == (0,)
 
 
 @pytest.mark.parametrize("recipe", ["0.5 * (v + w)", "ties(v, w, density=0.3)", "dare(v, drop=0.5) - w"])
-@pytest.mark.parametrize("piece", [1000, 2**18])
-def test_compose_takes_compressed_vectors_and_gives_the_bytes_of_the_in_memory_path(files, monkeypatch, recipe, piece):
-    monkeypatch.setattr(tva.compose.engine, "PIECE", piece)
+@pytest.mark.parametrize("chunk", [1000, 2**18])
+def test_compose_takes_compressed_vectors_and_gives_the_bytes_of_the_in_memory_path(files, monkeypatch, recipe, chunk):
+    monkeypatch.setattr(tva.compose.engine, "CHUNK", chunk)
     paths = {}
     for name, text in (("v", "int8"), ("w", "low_rank(rank=2)")):
         paths[name] = str(files / f"{name}.c.tv.safetensors")

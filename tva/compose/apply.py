@@ -251,7 +251,7 @@ def write_undo(path: Path, base: LazyWeights, back: Composer, record: Record, co
         Its size in bytes.
     """
     facts = {"tva.undo_config": config, "tva.undo_with_vectors": json.dumps(bool(back.sources))}
-    with UndoFile(path, base, back.piece, record, facts) as undo:
+    with UndoFile(path, base, back.chunk, record, facts) as undo:
         back.run(undo)
     return undo.num_bytes
 

@@ -1,6 +1,6 @@
-"""Tensors of a base and its vectors, read piece by piece into memory that is used over and over.
+"""Tensors of a base and its vectors, read chunk by chunk into memory that is used over and over.
 
-Where the dtypes allow, a piece of the base and of each vector lies in a row of its own, as stored, and
+Where the dtypes allow, a chunk of the base and of each vector lies in a row of its own, as stored, and
 `tva.merge.kernels` computes with the rows, without torch; else torch computes with one tensor after the other.
 """
 
@@ -30,9 +30,9 @@ class Space(threading.local):
     def __init__(self) -> None:
         self._buffers: dict[torch.dtype, list[Tensor]] = {}
         self._arrays: dict[str, numpy.ndarray] = {}
-        self.next_piece()
+        self.next_chunk()
 
-    def next_piece(self) -> None:
+    def next_chunk(self) -> None:
         """Take everything back."""
         self._taken: dict[torch.dtype, list[Tensor]] = {}
 
@@ -48,7 +48,7 @@ class Space(threading.local):
         return taken[-1]
 
     def give_back(self, tensor: Tensor) -> None:
-        """Free a tensor if it is the last of its dtype that was taken; others wait for the next piece."""
+        """Free a tensor if it is the last of its dtype that was taken; others wait for the next chunk."""
         taken = self._taken.get(tensor.dtype)
         if taken and taken[-1] is tensor:
             taken.pop()
@@ -65,7 +65,7 @@ class Space(threading.local):
 
 
 class NewSpace(Space):
-    """New memory each time, for pieces that are handed on."""
+    """New memory each time, for chunks that are handed on."""
 
     def take(self, dtype: torch.dtype, length: int) -> Tensor:
         return torch.empty(length, dtype=dtype)
@@ -77,7 +77,7 @@ def is_fusible(entry: Entry) -> bool:
 
 
 class OpenedTensor:
-    """One tensor of the base and of the vectors that move it, read a piece at a time.
+    """One tensor of the base and of the vectors that move it, read a chunk at a time.
 
     Attributes:
         vectors: Which vectors move it, by name; empty if none does.
@@ -85,20 +85,20 @@ class OpenedTensor:
     """
 
     def __init__(
-        self, name: str, base: LazyWeights, sources: Mapping[str, Source], piece: int, edited: bool, space: Space
+        self, name: str, base: LazyWeights, sources: Mapping[str, Source], chunk: int, edited: bool, space: Space
     ) -> None:
         self.name, self.spec, self.sources, self.space = name, base.spec(name), sources, space
-        self.length, self.piece = self.spec.numel(), piece
+        self.length, self.chunk = self.spec.numel(), chunk
         inputs = [base, *(source.weights for source in sources.values())]
         self._entries = [weights.entry(name) if name in weights else None for weights in inputs]
-        self._whole: dict[int, Tensor] = {}  # what cannot be read in parts, or is no longer than a piece
+        self._whole: dict[int, Tensor] = {}  # what cannot be read in parts, or is no longer than a chunk
         self._loaded: set[int] = set()
         self.vectors: dict[str, bool] = {}
         present = [entry for entry in self._entries if entry is not None]
         edited &= len(present) > 1 and is_edited(self.spec)
         self.fused = edited and not isinstance(space, NewSpace) and all(map(is_fusible, present))
         if self.fused:
-            width = min(piece, self.length) * max(entry.spec.itemsize for entry in present)
+            width = min(chunk, self.length) * max(entry.spec.itemsize for entry in present)
             self._rows = space.bytes("rows", width, len(self._entries))
             self._views = self._rows.view(numpy.uint16), self._rows.view(numpy.float32)
             self._kinds = numpy.array([FUSED_DTYPES[e.spec.dtype_name] if e else 0 for e in self._entries])
@@ -112,45 +112,45 @@ class OpenedTensor:
         self.fused &= bool(self.vectors)
 
     def starts(self) -> range:
-        """Give where the pieces begin; an empty tensor has one, so that every tensor is seen."""
-        return range(0, max(1, self.length), self.piece)
+        """Give where the chunks begin; an empty tensor has one, so that every tensor is seen."""
+        return range(0, max(1, self.length), self.chunk)
 
-    def base_piece(self, start: int) -> Tensor:
-        """Read one piece of the base, into memory that is free again with the next piece."""
+    def base_chunk(self, start: int) -> Tensor:
+        """Read one chunk of the base, into memory that is free again with the next chunk."""
         if self.fused:
             return self.base_elements(start).tensor()
         self._begin(start)
         return self.read(0, start)
 
     def base_elements(self, start: int) -> Elements:
-        """Read one piece of the base as it is stored, into memory that is free again with the next piece."""
+        """Read one chunk of the base as it is stored, into memory that is free again with the next chunk."""
         self._begin(start)
         if self.fused:
             return self._load(0, start)
-        entry, length = self._entries[0], min(self.piece, self.length - start)
+        entry, length = self._entries[0], min(self.chunk, self.length - start)
         data = self.space.bytes("copied", length * self.spec.itemsize)[0, : length * self.spec.itemsize]
         entry.read_into(data, start)
         return Elements(data, self.spec.dtype_name)
 
     def _begin(self, start: int) -> None:
-        self.space.next_piece()
+        self.space.next_chunk()
         self._loaded.clear()
-        if start % AHEAD < self.piece and self.length > AHEAD:  # let the system read while this is computed with
+        if start % AHEAD < self.chunk and self.length > AHEAD:  # let the system read while this is computed with
             for entry in filter(None, self._entries):
                 entry.will_need(min(start + AHEAD, self.length), min(start + 2 * AHEAD, self.length))
 
     def _load(self, row: int, start: int) -> Elements:
-        """Read a piece into its row."""
+        """Read a chunk into its row."""
         spec = self._entries[row].spec
-        data = self._rows[row, : min(self.piece, self.length - start) * spec.itemsize]
+        data = self._rows[row, : min(self.chunk, self.length - start) * spec.itemsize]
         self._loaded.add(row)
         self._entries[row].read_into(data, start)
         return Elements(data, spec.dtype_name)
 
     def read(self, row: int, start: int) -> Tensor:
-        """Read a piece of the base (row 0) or a vector as a tensor."""
-        entry, stop = self._entries[row], min(start + self.piece, self.length)
-        if self.length > self.piece and entry.in_parts:
+        """Read a chunk of the base (row 0) or a vector as a tensor."""
+        entry, stop = self._entries[row], min(start + self.chunk, self.length)
+        if self.length > self.chunk and entry.in_parts:
             out = self.space.take(entry.dtype, stop - start)
             entry.read_into(Elements.of(out).data, start)
             return out
@@ -170,11 +170,11 @@ class OpenedTensor:
         return encode(tuple(placed))
 
     def run(self, program: Program, start: int, out: numpy.ndarray) -> None:
-        """Compute a program on the piece that was begun, into float32."""
+        """Compute a program on the chunk that was begun, into float32."""
         kernels.evaluate(*self._prepared(program, start), out)
 
     def edit(self, program: Program, start: int, scaling_coef: float, out: Elements) -> tuple[int, int, float, float]:
-        """Compute ``base + scaling_coef * program`` on the piece that was begun.
+        """Compute ``base + scaling_coef * program`` on the chunk that was begun.
 
         Returns:
             Elements whose delta is not zero; elements that change; sums of squares of the change and of the base.
@@ -186,7 +186,7 @@ class OpenedTensor:
             *self._prepared(program, start),
             coef,
             FUSED_DTYPES[out.dtype_name],
-            min(self.piece, self.length - start),
+            min(self.chunk, self.length - start),
             out.data.view(numpy.uint16),
             out.data.view(numpy.float32) if wide else numpy.empty(0, numpy.float32),
         )
@@ -197,7 +197,7 @@ class OpenedTensor:
         return program.steps, program.numbers, program.depth, *self._views, self._kinds, self._relative, start
 
     def widened(self, base: Tensor) -> Tensor:
-        """Give a piece of the base in the dtype of sums."""
+        """Give a chunk of the base in the dtype of sums."""
         if base.dtype == sum_dtype(base):
             return base
         wide = self.space.take(sum_dtype(base), len(base)).copy_(base)
@@ -205,7 +205,7 @@ class OpenedTensor:
         return wide
 
     def _differs(self, row: int) -> bool:
-        """Whether any element of a vector differs from the base; stops at the first piece where one does."""
+        """Whether any element of a vector differs from the base; stops at the first chunk where one does."""
         if self.fused:
             width = min(HEAD, self.length)
             for one in (0, row):
@@ -218,9 +218,9 @@ class OpenedTensor:
                 self._begin(start)
                 self._load(0, start)
                 self._load(row, start)
-                same = self._rows_agree(row, min(self.piece, self.length - start))
+                same = self._rows_agree(row, min(self.chunk, self.length - start))
             else:
-                same = torch.equal(self.base_piece(start), self.read(row, start))
+                same = torch.equal(self.base_chunk(start), self.read(row, start))
             if not same:
                 return True
         return False
@@ -230,15 +230,15 @@ class OpenedTensor:
 
 
 class Deltas(Mapping[str, Tensor]):
-    """The deltas of one piece, each made anew when it is asked for: so the memory in use stays in the cache."""
+    """The deltas of one chunk, each made anew when it is asked for: so the memory in use stays in the cache."""
 
     def __init__(self, opened: OpenedTensor, start: int, base: Tensor | None = None) -> None:
         self._opened, self._start = opened, start
-        self._length = min(opened.piece, opened.length - start)
+        self._length = min(opened.chunk, opened.length - start)
         self._base = base if base is None or opened.fused else opened.widened(base)
 
     def run(self, steps: Steps) -> Tensor | None:
-        """Compute steps on this piece, where the dtypes allow."""
+        """Compute steps on this chunk, where the dtypes allow."""
         program = self._opened.program(steps)
         if program is None:
             return None
@@ -252,7 +252,7 @@ class Deltas(Mapping[str, Tensor]):
         return self._opened.fused
 
     def run_array(self, steps: Steps) -> numpy.ndarray:
-        """Compute steps on this piece, where the dtypes allow, in memory that the next call uses again."""
+        """Compute steps on this chunk, where the dtypes allow, in memory that the next call uses again."""
         program = self._opened.program(steps)
         out = self._opened.space.bytes("floats", self._length * 4)[0, : self._length * 4].view(numpy.float32)
         self._opened.run(program, self._start, out)

@@ -1,6 +1,6 @@
-"""Computes the tensors of an edit piece by piece, several at once, within a stated memory, and keeps account of it.
+"""Computes the tensors of an edit chunk by chunk, several at once, within a stated memory, and keeps account of it.
 
-Every element is computed as the in-memory path computes it, so the bytes do not depend on pieces, memory or threads.
+Every element is computed as the in-memory path computes it, so the bytes do not depend on chunks, memory or threads.
 Where they go is for a `Sink` to say: `tva.compose.apply` writes them, `verify` compares them, `revert` undoes them.
 """
 
@@ -18,15 +18,15 @@ from tva._torch import Tensor, load_torch, num_threads, torch, torch_is_loaded
 from tva.arithmetic import add_scaled, is_edited
 from tva.checkpoints import Elements, Fingerprint, LazyWeights, Spec, TensorHash, open_weights
 from tva.compose.chunks import FUSED_DTYPES, Deltas, NewSpace, OpenedTensor, Space, is_fusible
-from tva.compose.recipe import Look, Piece, Recipe
+from tva.compose.recipe import ChunkDeltas, Look, Recipe
 from tva.console import progress
 from tva.errors import NoEffectError
-from tva.merge import Place, kernels
+from tva.merge import Chunk, kernels
 from tva.merge.program import Program
 from tva.sizes import anonymous_memory, parse_bytes
 from tva.vectors.sources import Source, untie
 
-PIECE = 2**18  # elements; shorter ones leave the cores waiting for Python, longer ones for memory
+CHUNK = 2**18  # elements; shorter ones leave the cores waiting for Python, longer ones for memory
 SLACK = 2**24  # bytes for what an allocator keeps, thread stacks and journals
 DTYPES = ("float64", "float32", "bfloat16", "float16")
 
@@ -59,7 +59,7 @@ class GroupEffect:
         return (self.squared_change / self.squared_base) ** 0.5 if self.squared_base else float("inf")
 
     def count(self, moving: int, changed: int, change_square: float, base_square: float) -> None:
-        """Count one piece in."""
+        """Count one chunk in."""
         self.elements += moving
         self.vanished += moving - changed
         self.squared_change += change_square
@@ -76,8 +76,8 @@ class Sink(Protocol):
 
     done: Mapping[str, Any]  # by name the records of tensors that need not be computed
 
-    def write(self, name: str, start: int, piece: Elements) -> None:
-        """Take elements of a tensor, flattened, from ``start`` on; the pieces of one tensor come in order."""
+    def write(self, name: str, start: int, chunk: Elements) -> None:
+        """Take elements of a tensor, flattened, from ``start`` on; the chunks of one tensor come in order."""
 
     def finish(self, name: str, record: Mapping[str, Any]) -> None:
         """Take the digests of a tensor that is whole."""
@@ -103,12 +103,12 @@ class Composer:
         if not self._is_fusible():
             load_torch()  # now, so that the memory that it takes is known
         # Decompositions use all cores themselves; all else is done by one thread a tensor.
-        self.piece, self.workers = PIECE, 1 if recipe.needs_whole_tensors else num_threads()
+        self.chunk, self.workers = CHUNK, 1 if recipe.needs_whole_tensors else num_threads()
         self.identities: dict[str, str] = {}
         self.model_states: dict[tuple[int, str], Any] = {}
         self.records: dict[str, Mapping[str, Any]] = {}
         self._space = NewSpace() if recipe.needs_whole_tensors else Space()
-        self.beside = 0  # bytes that a sink holds of each element of a piece
+        self.beside = 0  # bytes that a sink holds of each element of a chunk
         self._stop = False
 
     def layout(self) -> dict[str, Spec]:
@@ -173,25 +173,25 @@ class Composer:
         recipe = self.recipe if with_vectors else Recipe("nothing", ["nothing"])
         dtypes = {name: self.base.spec(name).dtype_name for name in self.base}
         back = Composer(edited, sources, recipe, -self.scaling_coef, dtypes, self.base.ties())
-        back.piece, back.workers = self.piece, self.workers
+        back.chunk, back.workers = self.chunk, self.workers
         return back
 
     # --- memory
 
     def need(self) -> int:
-        """Predict the anonymous memory in bytes, at the piece size and number of workers chosen."""
+        """Predict the anonymous memory in bytes, at the chunk size and number of workers chosen."""
         held, unparted, largest = 4 * (2 * len(self.sources) + 8) + self.beside, 0, 0
         for name in self.names:
             entries = [weights.entry(name) for weights in self._inputs() if name in weights]
             unparted = max(unparted, sum(entry.held_bytes for entry in entries))
             largest = max(largest, entries[0].spec.numel() if len(entries) > 1 else 0)
-        piece = largest if self.recipe.needs_whole_tensors else self.piece
-        each = piece * held + unparted + self.recipe.observing_bytes
+        chunk = largest if self.recipe.needs_whole_tensors else self.chunk
+        each = chunk * held + unparted + self.recipe.observing_bytes
         kernels_bytes = 0 if kernels.load.cache_info().currsize else kernels.LOADED_BYTES
         return anonymous_memory() + kernels_bytes + SLACK + self.workers * each
 
     def fit_into(self, max_memory: str | None) -> None:
-        """Choose how much to hold at once, fewer workers before smaller pieces.
+        """Choose how much to hold at once, fewer workers before smaller chunks.
 
         Args:
             max_memory: That this process may take, or None for 1 GiB more than it takes already.
@@ -204,8 +204,8 @@ class Composer:
         while self.need() > limit:
             if self.workers > 1:
                 self.workers -= 1
-            elif self.piece > 1024 and not self.recipe.needs_whole_tensors:
-                self.piece //= 2
+            elif self.chunk > 1024 and not self.recipe.needs_whole_tensors:
+                self.chunk //= 2
             else:
                 raise ValueError(
                     f"max_memory must be {self.need() / 2**20 + 1:.0f}MiB or more for this recipe and these formats, "
@@ -228,7 +228,7 @@ class Composer:
                 by_size = sorted(self.names, key=self._size, reverse=True)
 
                 def spread(look: Look) -> None:
-                    list(pool.map(lambda name: look(self._pieces(self._open(name))), by_size))
+                    list(pool.map(lambda name: look(self._chunks(self._open(name))), by_size))
 
                 self.model_states = self.recipe.observe(list, self.identities, over_model=True, spread=spread)
             futures = [pool.submit(self._compose, name, out) for name in todo]
@@ -243,18 +243,18 @@ class Composer:
         return self.base.spec(name).numel()
 
     def _open(self, name: str, space: Space | None = None) -> OpenedTensor:
-        piece = max(1, self._size(name)) if self.recipe.needs_whole_tensors else self.piece
-        return OpenedTensor(name, self.base, self.sources, piece, name not in self.statistics, space or self._space)
+        chunk = max(1, self._size(name)) if self.recipe.needs_whole_tensors else self.chunk
+        return OpenedTensor(name, self.base, self.sources, chunk, name not in self.statistics, space or self._space)
 
-    def _pieces(self, opened: OpenedTensor) -> Iterator[Piece]:
+    def _chunks(self, opened: OpenedTensor) -> Iterator[ChunkDeltas]:
         """Give the deltas of one tensor, if the recipe moves it."""
         if opened.vectors:
             for start in opened.starts():
-                base = opened.base_elements(start) if opened.fused else opened.base_piece(start)
-                yield self._place(opened, start), Deltas(opened, start, None if opened.fused else base)
+                base = opened.base_elements(start) if opened.fused else opened.base_chunk(start)
+                yield self._chunk(opened, start), Deltas(opened, start, None if opened.fused else base)
 
-    def _place(self, opened: OpenedTensor, start: int) -> Place:
-        return Place(opened.name, start, shape=opened.spec.sizes)
+    def _chunk(self, opened: OpenedTensor, start: int) -> Chunk:
+        return Chunk(opened.name, start, shape=opened.spec.sizes)
 
     def _compose(self, name: str, out: Sink) -> None:
         """Compute and write one tensor."""
@@ -263,7 +263,7 @@ class Composer:
         states = self.model_states
         moved = bool(opened.vectors) and self.scaling_coef != 0
         if moved and self.recipe.observing:
-            inner = self.recipe.observe(lambda: self._pieces(opened), self.identities, over_model=False, known=states)
+            inner = self.recipe.observe(lambda: self._chunks(opened), self.identities, over_model=False, known=states)
             states = {**states, **inner}
         program = self._program(opened, states) if moved else None
         effect = GroupEffect(tensors=int(bool(opened.vectors)))
@@ -277,7 +277,7 @@ class Composer:
                 before.update(base.data)
                 part = base if copied else self._run(opened, program, base, start, effect)
             else:
-                tensor = opened.base_piece(start)
+                tensor = opened.base_chunk(start)
                 before.update(tensor)
                 wanted = getattr(torch, dtype)
                 part = Elements.of(self._edit(opened, tensor, start, states, effect) if moved else tensor.to(wanted))
@@ -296,11 +296,11 @@ class Composer:
         """Give what computes the whole recipe in one tensor, if methods and dtypes allow."""
         if not opened.fused or self._output_dtype(opened.name) not in FUSED_DTYPES:
             return None
-        steps = self.recipe.steps(self._place(opened, 0), states, self.identities)
+        steps = self.recipe.steps(self._chunk(opened, 0), states, self.identities)
         return None if steps is None else opened.program(steps)
 
     def _run(self, opened: OpenedTensor, program: Program, base: Elements, start: int, effect: GroupEffect) -> Elements:
-        """Compute one piece of the output by a program, and count what it changes."""
+        """Compute one chunk of the output by a program, and count what it changes."""
         dtype, count = self._output_dtype(opened.name), len(base.data) // opened.spec.itemsize
         size = count * Spec(dtype, ()).itemsize
         part = Elements(opened.space.bytes("edited", size)[0, :size], dtype)
@@ -318,11 +318,11 @@ class Composer:
         states: Mapping[tuple[int, str], Any],
         effect: GroupEffect,
     ) -> Tensor:
-        """Compute one piece of the output in torch, and count what it changes."""
+        """Compute one chunk of the output in torch, and count what it changes."""
         space, dtype = opened.space, self._output_dtype(opened.name)
         part = space.take(getattr(torch, dtype), len(base))
-        deltas, place, base = Deltas(opened, start, base), self._place(opened, start), opened.widened(base)
-        delta = self.recipe.merge(place, deltas, states, self.identities, fresh=opened.vectors, free=space.give_back)
+        deltas, chunk, base = Deltas(opened, start, base), self._chunk(opened, start), opened.widened(base)
+        delta = self.recipe.merge(chunk, deltas, states, self.identities, fresh=opened.vectors, free=space.give_back)
         moving = int(torch.count_nonzero(delta))
         add_scaled(base, delta, self.scaling_coef, out=part, overwrite=True)
         change = delta.copy_(part).sub_(base)
@@ -387,7 +387,7 @@ class Composer:
 def _threads(workers: int) -> Iterator[ThreadPoolExecutor]:
     """Give threads for tensors, each with one core to itself if there are several.
 
-    Python's garbage collector rests meanwhile: pieces leave no cycles, but so many of them would make it walk over all
+    Python's garbage collector rests meanwhile: chunks leave no cycles, but so many of them would make it walk over all
     that torch has loaded, again and again (measured: more than half of the time).
     """
     alone, collecting = workers > 1 and torch_is_loaded(), gc.isenabled()

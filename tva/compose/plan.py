@@ -9,7 +9,7 @@ from tva.arithmetic import is_edited
 from tva.checkpoints import LazyWeights, Spec
 from tva.compose.recipe import Recipe
 from tva.layers import label_of
-from tva.merge import Place
+from tva.merge import Chunk
 from tva.vectors.sources import Source
 
 
@@ -86,10 +86,10 @@ def make_plan(
         label = label_of(name)
         row = rows.setdefault((label, spec, moved), PlanRow(label, spec))
         row.names.append(name)
-        row.coefs.append(_coefs(recipe, scaling_coef, Place(name, shape=spec.sizes)) if moved else {})
+        row.coefs.append(_coefs(recipe, scaling_coef, Chunk(name, shape=spec.sizes)) if moved else {})
     opened = [base, *(source.weights for source in sources.values())]
     in_bytes = [sum(weights.entry(name).stored_bytes for name in weights) for weights in opened]
-    passes = 1 + sum(method.usual_sweeps for method in recipe.observing)
+    passes = 1 + sum(method.usual_passes for method in recipe.observing)
     hashed = sum(in_bytes[1:]) if recipe.is_random else 0  # a vector's identity keys its random numbers
     largest = max(layout, key=lambda name: layout[name].numel(), default=None)
     return Plan(
@@ -106,7 +106,7 @@ def make_plan(
     )
 
 
-def _coefs(recipe: Recipe, scaling_coef: float, place: Place) -> dict[str, float]:
+def _coefs(recipe: Recipe, scaling_coef: float, chunk: Chunk) -> dict[str, float]:
     if recipe.is_linear:
-        return {vector: scaling_coef * recipe.coef_of(vector, place) for vector in recipe.vectors}
-    return {"scaling_coef": scaling_coef, **{name: recipe.number(name, place) for name in recipe.coefs}}
+        return {vector: scaling_coef * recipe.coef_of(vector, chunk) for vector in recipe.vectors}
+    return {"scaling_coef": scaling_coef, **{name: recipe.number(name, chunk) for name in recipe.coefs}}

@@ -16,19 +16,19 @@ from tva.checkpoints import HashedWeights
 from tva.compose.syntax import Expression
 from tva.errors import RecipeError as RecipeError
 from tva.layers import Coefficient, coefs_by_tensor, layers_of
-from tva.merge import Method, Place
+from tva.merge import Chunk, Method
 from tva.merge.program import ADD, DIV, LOAD, MUL, NEG, SUB, Step, Steps, value_of
 from tva.vectors.header import Origin
 
 if TYPE_CHECKING:
     from tva.vectors.task_vector import TaskVector
 
-Piece = tuple[Place, Mapping[str, Tensor]]  # where it lies, and the flattened deltas of the vectors by name
-Look = Callable[[Iterable[Piece]], None]
+ChunkDeltas = tuple[Chunk, Mapping[str, Tensor]]  # where it lies, and the flattened deltas of the vectors by name
+Look = Callable[[Iterable[ChunkDeltas]], None]
 
 
-def _state_key(node: ast.Call, method: Method, place: Place) -> tuple[int, str]:
-    return id(node), "" if method.over_model else place.tensor
+def _state_key(node: ast.Call, method: Method, chunk: Chunk) -> tuple[int, str]:
+    return id(node), "" if method.over_model else chunk.tensor
 
 
 _OPERATORS: dict[type, Callable] = {
@@ -108,13 +108,13 @@ class Recipe(Expression):
             if isinstance(groups, Mapping):
                 self._by_tensor[name] = coefs_by_tensor(name, groups, names)
 
-    def coef_of(self, vector: str, place: Place) -> float:
+    def coef_of(self, vector: str, chunk: Chunk) -> float:
         """Give the number by which a linear recipe multiplies one vector in one tensor."""
-        steps = self.steps(place, {}, dict.fromkeys(self.vectors, ""))
+        steps = self.steps(chunk, {}, dict.fromkeys(self.vectors, ""))
         if steps is not None:
             return value_of(steps, [float(name == vector) for name in self.vectors])
         deltas = {name: torch.tensor([float(name == vector)], dtype=torch.float64) for name in self.vectors}
-        return float(self.merge(place, deltas, {}, dict.fromkeys(self.vectors, "")))
+        return float(self.merge(chunk, deltas, {}, dict.fromkeys(self.vectors, "")))
 
     def evaluate(self, vectors: Mapping[str, TaskVector]) -> TaskVector:
         """Compute the recipe in memory.
@@ -135,10 +135,10 @@ class Recipe(Expression):
         sources = {name: vector.origin.finetuned or name for name, vector in used.items()}
         self.bind({*whole.deltas, *whole.buffers, *whole.untouched})
 
-        def pieces() -> Iterator[Piece]:
+        def chunks() -> Iterator[ChunkDeltas]:
             for name in sorted(whole.deltas):
                 yield (
-                    Place(name, shape=tuple(whole.deltas[name].shape)),
+                    Chunk(name, shape=tuple(whole.deltas[name].shape)),
                     {
                         v: vector.deltas[name].reshape(-1)
                         if name in vector.deltas
@@ -147,17 +147,17 @@ class Recipe(Expression):
                     },
                 )
 
-        observed = self.observe(pieces, sources)
+        observed = self.observe(chunks, sources)
         deltas = {
-            place.tensor: self.merge(place, values, observed, sources).reshape(whole.deltas[place.tensor].shape)
-            for place, values in pieces()
+            chunk.tensor: self.merge(chunk, values, observed, sources).reshape(whole.deltas[chunk.tensor].shape)
+            for chunk, values in chunks()
         }
         buffers = {}
         if self.is_linear:
             zeros = {name: torch.zeros_like(delta) for name, delta in whole.buffers.items()}
             for name in whole.buffers:
                 values = {v: vector.buffers.get(name, zeros[name]) for v, vector in used.items()}
-                buffers[name] = self.merge(Place(name), values, {}, sources)
+                buffers[name] = self.merge(Chunk(name), values, {}, sources)
         untouched = {**dict.fromkeys(whole.buffers.keys() - buffers.keys(), "excluded"), **whole.untouched}
         return TaskVector(deltas, buffers, untouched, Origin(base=whole.origin.base, kind=whole.origin.kind))
 
@@ -172,13 +172,13 @@ class Recipe(Expression):
         return all(
             not method.whole
             and type(method).in_steps is not Method.in_steps
-            and (method.counts or not method.num_sweeps)
+            and (method.counts or not method.num_passes)
             for method in self._methods.values()
         )
 
     @property
     def needs_whole_tensors(self) -> bool:
-        """Whether a method of the recipe must see every tensor in one piece."""
+        """Whether a method of the recipe must see every tensor in one chunk."""
         return any(method.whole for method in self._methods.values())
 
     @property
@@ -196,11 +196,11 @@ class Recipe(Expression):
         """Predicted memory that looking at the deltas takes of each thread."""
         return sum(self._methods[id(node)].observing_bytes(len(node.args)) for node in self._observers)
 
-    # --- computing, one piece of the model at a time
+    # --- computing, one chunk of the model at a time
 
     def observe(
         self,
-        pieces: Callable[[], Iterable[Piece]],
+        chunks: Callable[[], Iterable[ChunkDeltas]],
         sources: Mapping[str, str],
         *,
         over_model: bool | None = None,
@@ -210,11 +210,11 @@ class Recipe(Expression):
         """Let the methods that need it look at the deltas before they merge.
 
         Args:
-            pieces: Gives all pieces anew at each call.
+            chunks: Gives all chunks anew at each call.
             sources: What identifies each vector.
             over_model: Only the methods that collect over the whole model (True), or tensor by tensor (False).
             known: States of methods that have looked already.
-            spread: In place of going through ``pieces``: calls what it is given on the pieces of every tensor, several
+            spread: In place of going through ``chunks``: calls what it is given on the chunks of every tensor, several
                 tensors at once, for methods that collect over the model.
 
         Returns:
@@ -228,54 +228,56 @@ class Recipe(Expression):
                 continue
             if method.over_model:
                 states[id(node), ""] = seen[id(node), ""] = method.start(len(node.args))
-            for sweep in range(method.num_sweeps):
+            for pass_number in range(method.num_passes):
                 mine = [state for (owner, _), state in states.items() if owner == id(node)]
-                if mine and all(method.ready(state, sweep) for state in mine):
+                if mine and all(method.ready(state, pass_number) for state in mine):
                     continue
 
-                def look(some: Iterable[Piece], node=node, method=method, sweep=sweep) -> None:
-                    for place, deltas in some:
-                        key = _state_key(node, method, place)
+                def look(some: Iterable[ChunkDeltas], node=node, method=method, pass_number=pass_number) -> None:
+                    for chunk, deltas in some:
+                        key = _state_key(node, method, chunk)
                         if key not in states:
                             states[key] = seen[key] = method.start(len(node.args))
-                        here = self._place_of(node, place, sources)
-                        method.observe(states[key], self._observed(node, place, deltas, seen, sources), here, sweep)
+                        here = self._chunk_of(node, chunk, sources)
+                        method.observe(
+                            states[key], self._observed(node, chunk, deltas, seen, sources), here, pass_number
+                        )
 
                 if spread is not None and method.over_model:
                     spread(look)
                 else:
-                    look(pieces())
+                    look(chunks())
                 for (owner, _), state in states.items():
                     if owner == id(node):
-                        method.finish(state, sweep)
+                        method.finish(state, pass_number)
         return states
 
     def merge(
         self,
-        place: Place,
+        chunk: Chunk,
         deltas: Mapping[str, Tensor],
         states: Mapping[tuple[int, str], Any],
         sources: Mapping[str, str],
         fresh: Collection[str] = (),
         free: Callable[[Tensor], None] = lambda _: None,
     ) -> Tensor:
-        """Compute one piece of the result.
+        """Compute one chunk of the result.
 
         Args:
-            place: Where the piece lies.
-            deltas: For each vector its flattened piece, float32 or float64; asked for each time a vector is named.
+            chunk: Where the chunk lies.
+            deltas: For each vector its flattened chunk, float32 or float64; asked for each time a vector is named.
                 Where they have a method ``run`` that computes `Steps`, it is asked first.
             states: From `observe`.
             sources: What identifies each vector.
-            fresh: Vectors whose piece is made anew each time it is asked for, and may be overwritten.
+            fresh: Vectors whose chunk is made anew each time it is asked for, and may be overwritten.
             free: Told of each tensor that is no longer needed.
         """
-        return self._evaluate(self._tree, place, deltas, states, sources, fresh, free)[0]
+        return self._evaluate(self._tree, chunk, deltas, states, sources, fresh, free)[0]
 
     def _evaluate(
         self,
         node: ast.expr,
-        place: Place,
+        chunk: Chunk,
         deltas: Mapping[str, Tensor],
         states: Mapping[tuple[int, str], Any],
         sources: Mapping[str, str],
@@ -284,7 +286,7 @@ class Recipe(Expression):
     ) -> tuple[Any, bool]:
         """Give a value, and whether its memory is free to be overwritten; results are the same bits either way."""
         if isinstance(node, ast.BinOp | ast.UnaryOp | ast.Call) and id(node) not in self._numbers:
-            steps = self.steps(place, states, sources, node) if hasattr(deltas, "run") else None
+            steps = self.steps(chunk, states, sources, node) if hasattr(deltas, "run") else None
             value = None if steps is None else deltas.run(steps)
             if value is not None:
                 return value, True
@@ -292,15 +294,15 @@ class Recipe(Expression):
             case ast.Constant(value=value):
                 return float(value), False
             case ast.Name(id=name):
-                return (deltas[name], name in fresh) if name in self._known else (self.number(name, place), False)
+                return (deltas[name], name in fresh) if name in self._known else (self.number(name, chunk), False)
             case ast.UnaryOp(op=op, operand=operand):
-                value, own = self._evaluate(operand, place, deltas, states, sources, fresh, free)
+                value, own = self._evaluate(operand, chunk, deltas, states, sources, fresh, free)
                 if not isinstance(op, ast.USub):
                     return value, own
                 return (value.neg_() if own else -value), isinstance(value, Tensor)
             case ast.BinOp(left=left, op=op, right=right):
-                first, own = self._evaluate(left, place, deltas, states, sources, fresh, free)
-                second, other = self._evaluate(right, place, deltas, states, sources, fresh, free)
+                first, own = self._evaluate(left, chunk, deltas, states, sources, fresh, free)
+                second, other = self._evaluate(right, chunk, deltas, states, sources, fresh, free)
                 if isinstance(op, ast.Div) and second == 0:
                     raise self._error("This divides by zero", right.col_offset)
                 result = _apply(type(op), first, second, own, other)
@@ -309,13 +311,13 @@ class Recipe(Expression):
                 return result
             case ast.Call():
                 method = self._methods[id(node)]
-                arguments, here = self._arguments(node, place, deltas, states, sources)
-                return method.merge(arguments, states.get(_state_key(node, method, place)), here), True
+                arguments, here = self._arguments(node, chunk, deltas, states, sources)
+                return method.merge(arguments, states.get(_state_key(node, method, chunk)), here), True
         raise AssertionError(f"unchecked node {ast.dump(node)}")
 
     def steps(
         self,
-        place: Place,
+        chunk: Chunk,
         states: Mapping[tuple[int, str], Any],
         sources: Mapping[str, str],
         node: ast.expr | None = None,
@@ -323,7 +325,7 @@ class Recipe(Expression):
         """Give the steps that compute the recipe, or a part of it, in one tensor; None if a method has none.
 
         Args:
-            place: The tensor.
+            chunk: The tensor.
             states: From `observe`.
             sources: What identifies each vector.
             node: A part that is a vector.
@@ -333,59 +335,59 @@ class Recipe(Expression):
             case ast.Name(id=name):
                 return (Step(LOAD, self.vectors.index(name)),)
             case ast.UnaryOp(op=op, operand=operand):
-                steps = self.steps(place, states, sources, operand)
+                steps = self.steps(chunk, states, sources, operand)
                 return steps if steps is None or isinstance(op, ast.UAdd) else (*steps, Step(NEG))
             case ast.BinOp(left=left, op=op, right=right):
                 if number := next((side for side in (left, right) if id(side) in self._numbers), None):
-                    vector, value = right if number is left else left, self._evaluate(number, place, {}, {}, {})[0]
+                    vector, value = right if number is left else left, self._evaluate(number, chunk, {}, {}, {})[0]
                     if isinstance(op, ast.Div) and value == 0:
                         raise self._error("This divides by zero", right.col_offset)
                     last, sides = Step(_STEPS[type(op)], numbers=(value,)), [vector]
                 else:
                     last, sides = Step(_STEPS[type(op)]), [left, right]
-                parts = [self.steps(place, states, sources, side) for side in sides]
+                parts = [self.steps(chunk, states, sources, side) for side in sides]
                 return None if None in parts else (*chain(*parts), last)
             case ast.Call(args=args):
                 method = self._methods[id(node)]
-                parts = [self.steps(place, states, sources, argument) for argument in args]
-                here = dataclasses.replace(self._place_of(node, place, sources), start=0)
+                parts = [self.steps(chunk, states, sources, argument) for argument in args]
+                here = dataclasses.replace(self._chunk_of(node, chunk, sources), start=0)
                 return (
-                    None if None in parts else method.in_steps(parts, states.get(_state_key(node, method, place)), here)
+                    None if None in parts else method.in_steps(parts, states.get(_state_key(node, method, chunk)), here)
                 )
         raise AssertionError(f"unchecked node {ast.dump(node)}")
 
-    def number(self, name: str, place: Place) -> float:
+    def number(self, name: str, chunk: Chunk) -> float:
         """Give a coefficient's value in one tensor."""
         by_tensor = self._by_tensor.get(name)
-        return self.coefs[name] if by_tensor is None else by_tensor[place.tensor]
+        return self.coefs[name] if by_tensor is None else by_tensor[chunk.tensor]
 
     def _observed(
         self,
         call: ast.Call,
-        place: Place,
+        chunk: Chunk,
         deltas: Mapping[str, Tensor],
         states: Mapping[tuple[int, str], Any],
         sources: Mapping[str, str],
     ) -> Iterable[Tensor | ndarray]:
         """Give what a method observes: one argument after the other in the same memory, where that will do."""
         if self._methods[id(call)].counts and getattr(deltas, "fused", False):
-            steps = [self.steps(place, states, sources, argument) for argument in call.args]
+            steps = [self.steps(chunk, states, sources, argument) for argument in call.args]
             if None not in steps:
                 return map(deltas.run_array, steps)
-        return self._arguments(call, place, deltas, states, sources)[0]
+        return self._arguments(call, chunk, deltas, states, sources)[0]
 
     def _arguments(
         self,
         call: ast.Call,
-        place: Place,
+        chunk: Chunk,
         deltas: Mapping[str, Tensor],
         states: Mapping[tuple[int, str], Any],
         sources: Mapping[str, str],
-    ) -> tuple[list[Tensor], Place]:
-        values = [self._evaluate(argument, place, deltas, states, sources)[0] for argument in call.args]
-        return values, self._place_of(call, place, sources)
+    ) -> tuple[list[Tensor], Chunk]:
+        values = [self._evaluate(argument, chunk, deltas, states, sources)[0] for argument in call.args]
+        return values, self._chunk_of(call, chunk, sources)
 
-    def _place_of(self, call: ast.Call, place: Place, sources: Mapping[str, str]) -> Place:
+    def _chunk_of(self, call: ast.Call, chunk: Chunk, sources: Mapping[str, str]) -> Chunk:
         """Add what a method is told of its arguments and of the model."""
         named = tuple("+".join(sources[name] for name in self._names_in(argument)) for argument in call.args)
-        return dataclasses.replace(place, sources=named, layers=self._layers)
+        return dataclasses.replace(chunk, sources=named, layers=self._layers)

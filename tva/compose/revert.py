@@ -90,7 +90,7 @@ def revert(
     check_output(output, {"the edited checkpoint": edited, "undo": str(opened.path)})
     composer = _way_back(edited, weights, opened, vectors or {})
     composer.fit_into(max_memory)
-    if composer.piece < opened.block and not composer.recipe.needs_whole_tensors:
+    if composer.chunk < opened.block and not composer.recipe.needs_whole_tensors:
         raise ValueError(f"{opened.path} was written in blocks for which max_memory={max_memory!r} is too little.")
     folder = _folder(edited, weights)
     beside = side_files(folder, None) if folder else {}
@@ -164,7 +164,7 @@ def _way_back(edited: str, weights: HashedWeights, undo: OpenedUndo, vectors: Ma
         sources = {name: Source(name, paths[name], weights, allow_other_base=True) for name in recipe.vectors}
     load_torch()  # which undo files take, and so the memory that is left
     composer = Composer(weights, sources, recipe, -record.scaling_coef, undo.dtypes, undo.ties)
-    composer.piece = undo.block
+    composer.chunk = undo.block
     composer.beside = BYTES_HELD * max((Spec(dtype, ()).itemsize for dtype in undo.dtypes.values()), default=0)
     return composer
 

@@ -181,7 +181,7 @@ class Expression:
         except (TypeError, ValueError) as error:
             raise self._error(f"{error} Written as {kind.usage}", node.col_offset) from error
         self._methods[id(node)] = method
-        if method.num_sweeps:
+        if method.num_passes:
             self._observers.append(node)
         return "vector"
 

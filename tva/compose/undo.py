@@ -134,9 +134,9 @@ class UndoFile:
         text = json.dumps(fields).encode()
         return text + b" " * (-len(text) % 8)
 
-    def write(self, name: str, start: int, piece: Elements) -> None:
+    def write(self, name: str, start: int, chunk: Elements) -> None:
         """Store what leads from elements that are predicted to those of the base."""
-        tensor = piece.tensor()
+        tensor = chunk.tensor()
         for first in range(0, len(tensor), self.block):
             predicted = tensor[first : first + self.block]
             data = encode(self._original(name, start + first, len(predicted)), predicted)
@@ -211,19 +211,19 @@ class OpenedUndo:
         Raises:
             ValueError: The file is damaged.
         """
-        pieces = []
+        chunks = []
         for first in range(0, len(predicted), self.block):
-            piece, key = predicted[first : first + self.block], f"{name}@{start + first}"
+            chunk, key = predicted[first : first + self.block], f"{name}@{start + first}"
             if key in self._blocks:
                 try:
-                    piece = decode(self._blocks[key].numpy().tobytes(), piece)
+                    chunk = decode(self._blocks[key].numpy().tobytes(), chunk)
                 except ValueError as error:
                     raise ValueError(
                         f"{self.path} is damaged: what it stores of {name!r} cannot be read ({error}). Nothing was "
                         f"written. Take another copy of it."
                     ) from error
-            pieces.append(piece)
-        return pieces[0] if len(pieces) == 1 else torch.cat([predicted[:0], *pieces])
+            chunks.append(chunk)
+        return chunks[0] if len(chunks) == 1 else torch.cat([predicted[:0], *chunks])
 
 
 class Restoring:
@@ -238,9 +238,9 @@ class Restoring:
         self.digests: dict[str, str] = {name: record["edited"] for name, record in out.done.items()}
         self._hashes: dict[str, TensorHash] = {}
 
-    def write(self, name: str, start: int, piece: Elements) -> None:
+    def write(self, name: str, start: int, chunk: Elements) -> None:
         """Restore and write some elements."""
-        restored = Elements.of(self.undo.restore(name, start, piece.tensor()))
+        restored = Elements.of(self.undo.restore(name, start, chunk.tensor()))
         self._hashes.setdefault(name, TensorHash(self.out.spec(name))).update(restored.data)
         self.out.write(name, start, restored)
 

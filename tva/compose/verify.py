@@ -1,4 +1,4 @@
-"""Check an edited checkpoint against its record: compute it again, piece by piece, and compare it bit by bit."""
+"""Check an edited checkpoint against its record: compute it again, chunk by chunk, and compare it bit by bit."""
 
 from __future__ import annotations
 
@@ -180,22 +180,22 @@ class _Comparison:
         self.different: dict[str, float] = {}
         self._lock = threading.Lock()
 
-    def write(self, name: str, start: int, piece: Elements) -> None:
+    def write(self, name: str, start: int, chunk: Elements) -> None:
         """Compare some elements."""
         entry = self.edited.entry(name) if name in self.edited else None
         if (
             entry is None
-            or entry.spec.dtype_name != piece.dtype_name
-            or start * entry.spec.itemsize + len(piece.data) > entry.spec.num_bytes
+            or entry.spec.dtype_name != chunk.dtype_name
+            or start * entry.spec.itemsize + len(chunk.data) > entry.spec.num_bytes
         ):
             self.different[name] = float("nan")
             return
-        stored = Elements(numpy.empty_like(piece.data), piece.dtype_name)
+        stored = Elements(numpy.empty_like(chunk.data), chunk.dtype_name)
         entry.read_into(stored.data, start)
-        if name in self.skipped or numpy.array_equal(stored.data, piece.data):
+        if name in self.skipped or numpy.array_equal(stored.data, chunk.data):
             return
         with self._lock:  # one at a time, for the memory it takes
-            mine, theirs = piece.tensor(), stored.tensor()
+            mine, theirs = chunk.tensor(), stored.tensor()
             wide = torch.complex128 if mine.is_complex() else torch.float64
             largest = float(theirs.to(wide).sub_(mine).abs().max())
             self.different[name] = max(largest, self.different.get(name, 0.0))

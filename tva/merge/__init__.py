@@ -3,7 +3,7 @@
 A method is one class in one file of this package, listed in `METHODS`; its fields are its parameters in a recipe.
 """
 
-from tva.merge.base import Method, Place
+from tva.merge.base import Chunk, Method
 from tva.merge.methods.breadcrumbs import Breadcrumbs
 from tva.merge.methods.consensus import Consensus, Tall
 from tva.merge.methods.dare import Dare
@@ -46,6 +46,7 @@ __all__ = [
     "METHODS",
     "Analogy",
     "Breadcrumbs",
+    "Chunk",
     "Consensus",
     "Dare",
     "Emr",
@@ -57,7 +58,6 @@ __all__ = [
     "Mean",
     "Method",
     "Pcb",
-    "Place",
     "RegMean",
     "SignConsensus",
     "Slerp",

@@ -12,7 +12,7 @@ from tva.merge.program import Steps
 
 
 @dataclass(frozen=True)
-class Place:
+class Chunk:
     """Where the elements that a method sees lie, so that randomness depends on nothing else.
 
     Attributes:
@@ -33,18 +33,18 @@ class Place:
 class Method:
     """Base class of merge methods; a subclass is a frozen dataclass whose fields are its parameters.
 
-    A method is applied to a model piece by piece: `merge` sees the same elements of every vector, flattened, in pieces
-    of any length, and must give the same values whatever the pieces. What it must know of a whole tensor or of the
-    whole model beforehand it collects in ``num_sweeps`` earlier passes over the same pieces. A method that sets
-    ``whole`` sees every tensor in one piece, as decompositions of matrices need, at the cost of that memory.
+    A method is applied to a model chunk by chunk: `merge` sees the same elements of every vector, flattened, in chunks
+    of any length, and must give the same values whatever the chunks. What it must know of a whole tensor or of the
+    whole model beforehand it collects in ``num_passes`` earlier passes over the same chunks. A method that sets
+    ``whole`` sees every tensor in one chunk, as decompositions of matrices need, at the cost of that memory.
 
     Attributes:
         usage: How it is written in a recipe.
         num_vectors: How many vectors it takes; None for one or more.
         linear: Whether it is a fixed linear combination, so that it also applies to running statistics.
         random: Whether it draws random numbers, keyed by the vectors' identities.
-        num_sweeps: Passes over the deltas before the one that combines, at most.
-        whole: Whether every piece must be a whole tensor, of shape ``place.shape`` when viewed as such.
+        num_passes: Passes over the deltas before the one that combines, at most.
+        whole: Whether every chunk must be a whole tensor, of shape ``chunk.shape`` when viewed as such.
         counts: Whether `observe` takes the deltas one after the other, each gone when it asks for the next, and as
             tensors or numpy arrays.
     """
@@ -53,7 +53,7 @@ class Method:
     num_vectors: ClassVar[int | None] = None
     linear: ClassVar[bool] = False
     random: ClassVar[bool] = False
-    num_sweeps: ClassVar[int] = 0
+    num_passes: ClassVar[int] = 0
     whole: ClassVar[bool] = False
     counts: ClassVar[bool] = False
 
@@ -63,9 +63,9 @@ class Method:
         return False
 
     @property
-    def usual_sweeps(self) -> int:
+    def usual_passes(self) -> int:
         """How many of these passes are mostly made, for a plan."""
-        return self.num_sweeps
+        return self.num_passes
 
     def observing_bytes(self, num_vectors: int) -> int:
         """Predict the memory that a thread's looking takes, where that is more than a few numbers."""
@@ -79,26 +79,26 @@ class Method:
         """Make the empty state that `observe` fills."""
         return None
 
-    def observe(self, state: Any, deltas: Iterable[Tensor], place: Place, sweep: int) -> None:
-        """Look at one piece of each delta in pass ``sweep``, from 0; threads may look at several tensors at once."""
+    def observe(self, state: Any, deltas: Iterable[Tensor], chunk: Chunk, pass_number: int) -> None:
+        """Observe one chunk of each delta in pass ``pass_number``, from 0; several threads may observe at once."""
 
-    def finish(self, state: Any, sweep: int) -> None:
-        """Close pass ``sweep``: all pieces have been seen."""
+    def finish(self, state: Any, pass_number: int) -> None:
+        """Close pass ``pass_number``: all chunks have been seen."""
 
-    def ready(self, state: Any, sweep: int) -> bool:
-        """Whether pass ``sweep`` can be left out, since an earlier one has found all that it is for."""
+    def ready(self, state: Any, pass_number: int) -> bool:
+        """Whether pass ``pass_number`` can be left out, since an earlier one has found all that it is for."""
         return False
 
-    def merge(self, deltas: Sequence[Tensor], state: Any, place: Place) -> Tensor:
-        """Combine one piece of each delta, float32 or float64, shape (elements,); the inputs are left unchanged."""
+    def merge(self, deltas: Sequence[Tensor], state: Any, chunk: Chunk) -> Tensor:
+        """Combine one chunk of each delta, float32 or float64, shape (elements,); the inputs are left unchanged."""
         raise NotImplementedError  # every subclass says how
 
-    def in_steps(self, arguments: Sequence[Steps], state: Any, place: Place) -> Steps | None:
+    def in_steps(self, arguments: Sequence[Steps], state: Any, chunk: Chunk) -> Steps | None:
         """Say in steps what `merge` does, which then runs fused; None where there are none for it.
 
         Args:
             arguments: Steps that give the value of each vector.
             state: What `observe` has collected.
-            place: The tensor, from its first element on.
+            chunk: The tensor, from its first element on.
         """
         return None

@@ -1,4 +1,4 @@
-"""Elementwise arithmetic on pieces of tensors, fused: a recipe's steps are done block by block in the innermost cache.
+"""Elementwise arithmetic on chunks of tensors, fused: a recipe's steps are done block by block in the innermost cache.
 
 torch does one operation at a time, each a walk over memory; here a short program of steps runs over blocks of 2,048
 elements, compiled by numba once for each machine. Every step is the float32 operation that torch does, each rounded by

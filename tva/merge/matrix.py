@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from tva._torch import Tensor
-from tva.merge.base import Method, Place
+from tva.merge.base import Chunk, Method
 from tva.merge.methods.linear import add_up
 
 # Tables that are looked up, tied output layers, and the projection that the authors of TSV-M leave out too
@@ -40,19 +40,19 @@ class MatrixMethod(Method):
         except re.error as error:
             raise ValueError(f"exclude is no regular expression: {error}; found {self.exclude!r}.") from error
 
-    def merge(self, deltas: Sequence[Tensor], state: Any, place: Place) -> Tensor:
-        if not self.is_matrix(place):
+    def merge(self, deltas: Sequence[Tensor], state: Any, chunk: Chunk) -> Tensor:
+        if not self.is_matrix(chunk):
             return self.merge_others(deltas)
-        rows = place.shape[0]
-        merged = self.merge_matrices([delta.view(rows, -1).double() for delta in deltas], place)
+        rows = chunk.shape[0]
+        merged = self.merge_matrices([delta.view(rows, -1).double() for delta in deltas], chunk)
         return merged.reshape(-1).to(deltas[0].dtype)
 
-    def is_matrix(self, place: Place) -> bool:
+    def is_matrix(self, chunk: Chunk) -> bool:
         """Whether the tensor is a matrix for this method."""
-        enough = len(place.shape) == 2 or (self.conv == "matrix" and len(place.shape) > 2)
-        return enough and 0 not in place.shape and not (self.exclude and re.search(self.exclude, place.tensor))
+        enough = len(chunk.shape) == 2 or (self.conv == "matrix" and len(chunk.shape) > 2)
+        return enough and 0 not in chunk.shape and not (self.exclude and re.search(self.exclude, chunk.tensor))
 
-    def merge_matrices(self, matrices: list[Tensor], place: Place) -> Tensor:
+    def merge_matrices(self, matrices: list[Tensor], chunk: Chunk) -> Tensor:
         """Combine the matrices of all vectors, float64, shape (rows, columns)."""
         raise NotImplementedError  # every subclass says how
 
@@ -84,24 +84,24 @@ class OrientedMethod(MatrixMethod):
         except re.error as error:
             raise ValueError(f"inputs_first is no regular expression: {error}; found {self.inputs_first!r}.") from error
 
-    def merge(self, deltas: Sequence[Tensor], state: Any, place: Place) -> Tensor:
-        if not self.is_matrix(place):
-            return super().merge(deltas, state, place)
-        if not self.inputs_first and len(place.shape) == 2 and _looks_inputs_first(place):
+    def merge(self, deltas: Sequence[Tensor], state: Any, chunk: Chunk) -> Tensor:
+        if not self.is_matrix(chunk):
+            return super().merge(deltas, state, chunk)
+        if not self.inputs_first and len(chunk.shape) == 2 and _looks_inputs_first(chunk):
             raise ValueError(
-                f"{place.tensor!r} has shape {list(place.shape)}, which with this name is a Conv1D of GPT-2, stored "
+                f"{chunk.tensor!r} has shape {list(chunk.shape)}, which with this name is a Conv1D of GPT-2, stored "
                 f"(inputs, outputs); weights must be (outputs, inputs). Pass inputs_first='c_attn|c_fc|c_proj' to have "
                 f"such weights turned, or inputs_first='^$' if it is (outputs, inputs) nonetheless."
             )
-        if not (self.inputs_first and len(place.shape) == 2 and re.search(self.inputs_first, place.tensor)):
-            return super().merge(deltas, state, place)
-        turned = [delta.view(place.shape).T.reshape(-1) for delta in deltas]
-        merged = super().merge(turned, state, replace(place, shape=place.shape[::-1]))
-        return merged.view(place.shape[::-1]).T.reshape(-1)
+        if not (self.inputs_first and len(chunk.shape) == 2 and re.search(self.inputs_first, chunk.tensor)):
+            return super().merge(deltas, state, chunk)
+        turned = [delta.view(chunk.shape).T.reshape(-1) for delta in deltas]
+        merged = super().merge(turned, state, replace(chunk, shape=chunk.shape[::-1]))
+        return merged.view(chunk.shape[::-1]).T.reshape(-1)
 
 
-def _looks_inputs_first(place: Place) -> bool:
+def _looks_inputs_first(chunk: Chunk) -> bool:
     """Whether a name of GPT-2's goes with a shape that `torch.nn.Linear` would not have there."""
-    rows, columns = place.shape
-    found = re.search(r"(?:^|\.)(c_attn|c_fc|mlp\.c_proj)\.weight$", place.tensor)
+    rows, columns = chunk.shape
+    found = re.search(r"(?:^|\.)(c_attn|c_fc|mlp\.c_proj)\.weight$", chunk.tensor)
     return found is not None and (rows > columns if found[1] == "mlp.c_proj" else rows < columns)

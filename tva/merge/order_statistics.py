@@ -1,4 +1,4 @@
-"""Exact order statistics of tensors that are seen piece by piece, without sorting."""
+"""Exact order statistics of tensors that are seen chunk by chunk, without sorting."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ import numpy
 
 from tva._torch import Tensor, torch
 
-SWEEPS = 4  # passes that `OrderStatistics` takes at most; one, or two, are usual
+PASSES = 4  # passes that `OrderStatistics` takes at most; one, or two, are usual
 _WINDOW = 2**18  # keys that are counted each by itself; those of 0.8 to 1.6 % of a value's neighbours on either side
 _COARSE = 16  # lower bits that a sample's counts leave out
-_ENOUGH = 2**17  # elements of the first piece, from which a rank's place is expected
-_SAMPLED = 61  # of so many elements of every piece one is sampled
+_ENOUGH = 2**17  # elements of the first chunk, from which a rank's place is expected
+_SAMPLED = 61  # of so many elements of every chunk one is sampled
 _KEPT = 16  # counts, of 2 MiB each
 
 HELD_BYTES = 8 * (_WINDOW + 2 + 2**_COARSE)  # that each thread takes for each rank that is looked for
@@ -58,13 +58,13 @@ class _Wanted:
 
 
 class OrderStatistics:
-    """Find some of the values that sorting would bring to given ranks, by counting, from pieces seen a few times.
+    """Find some of the values that sorting would bring to given ranks, by counting, from chunks seen a few times.
 
     The bits of float32 values, turned where negative, are keys that order as the values do. A pass counts how many keys
     lie before a window in which a rank is expected, and the keys within it, each by itself: nearly all that has to be
-    done is to compare. Where the window lies says the beginning of the first piece, and in the second pass a sample of
+    done is to compare. Where the window lies says the beginning of the first chunk, and in the second pass a sample of
     all; should the rank be outside both times, a third pass counts all that is left coarsely and a fourth finds it. The
-    values depend neither on the pieces nor on their order, nor on what was expected. Float64 input is rounded to
+    values depend neither on the chunks nor on their order, nor on what was expected. Float64 input is rounded to
     float32.
 
     Args:
@@ -73,13 +73,13 @@ class OrderStatistics:
 
     Attributes:
         values: When they are found: the value of each rank; empty if nothing was seen.
-        found: Whether no further pass is needed; so it is after ``SWEEPS``.
+        found: Whether no further pass is needed; so it is after ``PASSES``.
 
     Example:
         >>> median = OrderStatistics(lambda count: [count // 2])
-        >>> for sweep in range(SWEEPS):
-        ...     median.observe(torch.tensor([3.0, -1.0, 2.0]), sweep)
-        ...     median.finish(sweep)
+        >>> for pass_number in range(PASSES):
+        ...     median.observe(torch.tensor([3.0, -1.0, 2.0]), pass_number)
+        ...     median.finish(pass_number)
         >>> median.values
         [2.0]
     """
@@ -94,15 +94,15 @@ class OrderStatistics:
         self._counts: dict[tuple[int, int], numpy.ndarray] = {}  # of each thread and rank: before, each bin, behind
         self._sample: dict[int, numpy.ndarray] = {}  # of each thread: by the upper bits
 
-    def observe(self, piece: Tensor | numpy.ndarray, sweep: int) -> None:
-        """Count one piece, flat; an array is of float32. Several threads may at once."""
+    def observe(self, chunk: Tensor | numpy.ndarray, pass_number: int) -> None:
+        """Count one chunk, flat; an array is of float32. Several threads may at once."""
         from tva.merge.kernels import count_upper, count_window
 
-        values = piece if isinstance(piece, numpy.ndarray) else piece.detach().float().contiguous().cpu().numpy()
+        values = chunk if isinstance(chunk, numpy.ndarray) else chunk.detach().float().contiguous().cpu().numpy()
         if self.found or len(values) == 0:
             return
         thread = threading.get_ident()
-        if sweep == 0:
+        if pass_number == 0:
             with self._lock:
                 if not self._wanted:
                     first = self._zeros_of_sample()
@@ -130,7 +130,7 @@ class OrderStatistics:
         for wanted, rank in zip(self._wanted, self._ranks(int(sample.sum())), strict=True):
             wanted.expect((locate(sample, rank)[0] << _COARSE) + (1 << _COARSE) // 2)
 
-    def finish(self, sweep: int) -> None:
+    def finish(self, pass_number: int) -> None:
         """Close a pass."""
         from tva.merge.kernels import locate
 
@@ -147,9 +147,9 @@ class OrderStatistics:
         self.found = all(wanted.low == wanted.high for wanted in self._wanted)
         if self.found:
             self.values = [_value(wanted.low, self._signed) for wanted in self._wanted]
-        elif sweep == 0:
+        elif pass_number == 0:
             self._expect(_total(list(self._sample.values())))
-        if self.found or sweep == 0:
+        if self.found or pass_number == 0:
             self._sample = {}
 
 

@@ -10,7 +10,7 @@ from tva.checkpoints import HashedWeights, LazyWeights, open_weights
 from tva.errors import some
 from tva.merge.matrix import MatrixMethod
 
-_PIECE = 2**20  # elements of a file that are read at once
+_CHUNK = 2**20  # elements of a file that are read at once
 
 
 class _Statistics:

@@ -18,7 +18,7 @@ from tva.checkpoints import Spec
 from tva.checkpoints.formats.compressed import BLOCK, KINDS, PLAIN, matrix_shape, part_name
 from tva.checkpoints.lazy import Entry, InMemory
 from tva.merge.linalg import leading
-from tva.merge.order_statistics import SWEEPS, Threshold, num_kept
+from tva.merge.order_statistics import PASSES, Threshold, num_kept
 from tva.vectors.encoding import PARAMETERS, Encoding, check_names, encoded_header, relative_error
 
 DENSITIES = (1 / 256, 1 / 128, 1 / 64, 1 / 32, 1 / 16, 1 / 8, 1 / 4)  # that a budget chooses from
@@ -26,7 +26,7 @@ RANKS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128)
 LARGE = 1024  # from this smaller side on, a matrix is decomposed by random projections
 OVERSAMPLE, POWER_ITERATIONS = 8, 3
 _BINS = 2**15  # values of the upper 16 bits of a magnitude in float32
-PIECE = 2**20  # elements whose error is measured at a time
+CHUNK = 2**20  # elements whose error is measured at a time
 
 
 @dataclass(frozen=True)
@@ -71,13 +71,13 @@ class Encoder:
         self.name, self.delta = name, delta.detach().cpu().contiguous()
         self.spec = Spec(delta.dtype, delta.shape)
         self.flat = self.delta.reshape(-1)
-        self.squared_norm = math.fsum(float(piece.square().sum()) for _, piece in self._wide_pieces())
+        self.squared_norm = math.fsum(float(chunk.square().sum()) for _, chunk in self._wide_chunks())
         self.finite = bool(torch.isfinite(self.flat).all())
         self._factors: tuple[Tensor, Tensor, Tensor] | None = None
 
-    def _wide_pieces(self) -> Iterator[tuple[int, Tensor]]:
-        for start in range(0, self.flat.numel(), PIECE):
-            yield start, self.flat[start : start + PIECE].double()
+    def _wide_chunks(self) -> Iterator[tuple[int, Tensor]]:
+        for start in range(0, self.flat.numel(), CHUNK):
+            yield start, self.flat[start : start + CHUNK].double()
 
     def encode(self, encoding: Encoding) -> Coded:
         """Encode, read back and measure."""
@@ -90,10 +90,10 @@ class Encoder:
             entry = KINDS[encoding.name](repr(self.name), self.spec.shape, stored)
             tensors = {part_name(self.name, encoding.name, part): tensor for part, tensor in parts.items()}
         errors, reads = [], []
-        for start, piece in self._wide_pieces():
-            read = entry.slice(start, start + len(piece)).double()
+        for start, chunk in self._wide_chunks():
+            read = entry.slice(start, start + len(chunk)).double()
             reads.append(float(read.square().sum()))
-            errors.append(float((read - piece).square().sum()))
+            errors.append(float((read - chunk).square().sum()))
         return Coded(encoding, self.spec.shape, tensors, math.fsum(errors), self.squared_norm, math.fsum(reads))
 
     def check(self, coded: Coded) -> None:
@@ -132,10 +132,10 @@ class Encoder:
     def _top_k(self, encoding: Encoding) -> dict[str, Tensor]:
         """Keep exactly so many: of those that equal the smallest one kept, the first."""
         flat, threshold = self._rows().reshape(-1), Threshold(encoding.size)
-        for sweep in range(SWEEPS):
-            for start in range(0, len(flat), PIECE):
-                threshold.observe(flat[start : start + PIECE], sweep)
-            threshold.finish(sweep)
+        for pass_number in range(PASSES):
+            for start in range(0, len(flat), CHUNK):
+                threshold.observe(flat[start : start + CHUNK], pass_number)
+            threshold.finish(pass_number)
         magnitude = flat.abs()
         above = (magnitude > threshold.value).nonzero().reshape(-1)
         tied = (magnitude == threshold.value).nonzero().reshape(-1)

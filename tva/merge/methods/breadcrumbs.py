@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from numpy import ndarray
 
 from tva._torch import Tensor, torch
-from tva.merge.base import Method, Place
-from tva.merge.order_statistics import HELD_BYTES, SWEEPS, OrderStatistics, after, limit, trim
+from tva.merge.base import Chunk, Method
+from tva.merge.order_statistics import HELD_BYTES, PASSES, OrderStatistics, after, limit, trim
 from tva.merge.program import SUB, TRIM, Step, Steps
 
 
@@ -20,8 +20,8 @@ class Breadcrumbs(Method):
 
     Of a tensor of :math:`n` elements the ``floor(top * n)`` largest and the ``floor(bottom * n)`` smallest magnitudes
     go; elements that equal the largest or smallest one kept are kept too. The paper sums such vectors:
-    ``0.3 * (breadcrumbs(a) + breadcrumbs(b))``. This is the paper's rule, over whole tensors, in one sweep or two; its
-    authors' code goes row by row instead: ``rows=True``, which needs whole tensors and no sweep.
+    ``0.3 * (breadcrumbs(a) + breadcrumbs(b))``. This is the paper's rule, over whole tensors, in one pass or two; its
+    authors' code goes row by row instead: ``rows=True``, which needs whole tensors and no pass.
 
     Args:
         top: Fraction of outliers to drop, in [0, 1); the paper keeps what is below its quantile 99.3 %.
@@ -47,12 +47,12 @@ class Breadcrumbs(Method):
             )
 
     @property
-    def num_sweeps(self) -> int:
-        return 0 if self.rows else SWEEPS
+    def num_passes(self) -> int:
+        return 0 if self.rows else PASSES
 
     @property
-    def usual_sweeps(self) -> int:
-        return min(self.num_sweeps, 1)
+    def usual_passes(self) -> int:
+        return min(self.num_passes, 1)
 
     @property
     def whole(self) -> bool:
@@ -68,25 +68,27 @@ class Breadcrumbs(Method):
         dropped = [math.floor(fraction * count + 1e-9) for fraction in (self.bottom, self.top)]
         return [min(dropped[0], count - 1 - dropped[1]), count - 1 - dropped[1]]
 
-    def observe(self, state: OrderStatistics, deltas: Iterable[Tensor | ndarray], place: Place, sweep: int) -> None:
+    def observe(
+        self, state: OrderStatistics, deltas: Iterable[Tensor | ndarray], chunk: Chunk, pass_number: int
+    ) -> None:
         for delta in deltas:
-            state.observe(delta, sweep)
+            state.observe(delta, pass_number)
 
-    def finish(self, state: OrderStatistics, sweep: int) -> None:
-        state.finish(sweep)
+    def finish(self, state: OrderStatistics, pass_number: int) -> None:
+        state.finish(pass_number)
 
-    def ready(self, state: OrderStatistics, sweep: int) -> bool:
+    def ready(self, state: OrderStatistics, pass_number: int) -> bool:
         return state.found
 
-    def merge(self, deltas: Sequence[Tensor], state: OrderStatistics | None, place: Place) -> Tensor:
+    def merge(self, deltas: Sequence[Tensor], state: OrderStatistics | None, chunk: Chunk) -> Tensor:
         if state is None:
-            return self._merge_rows(deltas[0], place.shape[-1] if place.shape else 1)
+            return self._merge_rows(deltas[0], chunk.shape[-1] if chunk.shape else 1)
         if not state.values:
             return deltas[0]
         smallest, largest = state.values
         return trim(deltas[0], smallest) - trim(deltas[0], after(largest))  # without rounding: all, one, or none is 0
 
-    def in_steps(self, arguments: Sequence[Steps], state: OrderStatistics | None, place: Place) -> Steps | None:
+    def in_steps(self, arguments: Sequence[Steps], state: OrderStatistics | None, chunk: Chunk) -> Steps | None:
         if state is None:
             return None
         if not state.values:

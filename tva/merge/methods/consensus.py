@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from tva._torch import Tensor, torch
-from tva.merge.base import Method, Place
+from tva.merge.base import Chunk, Method
 from tva.merge.methods.linear import add_up
 
 
@@ -16,7 +16,7 @@ class Consensus(Method):
 
     Vector :math:`t` finds an element useful if :math:`|\tau_t| > c\,|\sum_s \tau_s - \tau_t|` (its TALL mask). Elements
     useful to none or to few are noise or selfish, and stay at the base. The paper chooses :math:`c` for each task on
-    validation data; here it is one for all. No sweeps.
+    validation data; here it is one for all. No passes.
 
     Args:
         min_agree: How many vectors must find an element useful; the paper's is 2. 0 keeps all, which is the sum.
@@ -33,7 +33,7 @@ class Consensus(Method):
     def __post_init__(self) -> None:
         _check(self.tall)
 
-    def merge(self, deltas: Sequence[Tensor], state: None, place: Place) -> Tensor:
+    def merge(self, deltas: Sequence[Tensor], state: None, chunk: Chunk) -> Tensor:
         if self.min_agree > len(deltas):
             raise ValueError(
                 f"consensus has min_agree={self.min_agree} and was given {len(deltas)} vectors, so that nothing would "
@@ -51,7 +51,7 @@ class Tall(Method):
     r"""Localize one task in the sum of all: :math:`m_t \circ \sum_s \tau_s` with the TALL mask :math:`m_t`.
 
     The model of task :math:`t` is the base plus this; of the sum and one bit an element for each task all tasks can be
-    restored. One vector gives that vector. No sweeps.
+    restored. One vector gives that vector. No passes.
 
     Args:
         task: Which vector is the task's, from 1.
@@ -68,7 +68,7 @@ class Tall(Method):
     def __post_init__(self) -> None:
         _check(self.tall)
 
-    def merge(self, deltas: Sequence[Tensor], state: None, place: Place) -> Tensor:
+    def merge(self, deltas: Sequence[Tensor], state: None, chunk: Chunk) -> Tensor:
         own = pick_task(deltas, self.task)
         total = add_up(deltas)
         return _tall_mask(own, total, self.tall).mul_(total)
@@ -77,7 +77,7 @@ class Tall(Method):
 def pick_task(deltas: Sequence[Tensor], task: int) -> Tensor:
     """Give the delta of one task, counted from 1."""
     if task not in range(1, len(deltas) + 1):
-        raise ValueError(f"task is the place of the task's vector, from 1 to {len(deltas)} here; found {task}.")
+        raise ValueError(f"task is the position of the task's vector, from 1 to {len(deltas)} here; found {task}.")
     return deltas[int(task) - 1]
 
 

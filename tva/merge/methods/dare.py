@@ -1,4 +1,4 @@
-"""DARE: drop deltas at random and rescale the rest, by random numbers that depend on their place alone."""
+"""DARE: drop deltas at random and rescale the rest, by random numbers that depend on their place only."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from typing import Any
 import xxhash
 
 from tva._torch import Tensor, torch
-from tva.merge.base import Method, Place
+from tva.merge.base import Chunk, Method
 from tva.merge.program import DROP, Step, Steps
 
-_PIECE = 2**32  # elements that share the upper part of their index
+_CHUNK = 2**32  # elements that share the upper part of their index
 
 
 @dataclass(frozen=True)
@@ -41,9 +41,9 @@ class Dare(Method):
         if not 0 <= self.drop < 1:
             raise ValueError(f"drop must lie in [0, 1), where 0 keeps all; found {self.drop}.")
 
-    def merge(self, deltas: Sequence[Tensor], state: Any, place: Place) -> Tensor:
+    def merge(self, deltas: Sequence[Tensor], state: Any, chunk: Chunk) -> Tensor:
         (delta,) = deltas
-        keep = (random_bits(delta.numel(), place, self.seed) >= self._lowest).to(delta.dtype)
+        keep = (random_bits(delta.numel(), chunk, self.seed) >= self._lowest).to(delta.dtype)
         return (delta / (1 - self.drop)).mul_(keep.to(delta.device))
 
     @property
@@ -51,41 +51,41 @@ class Dare(Method):
         """Random bits that keep an element, as int32, are at least this."""
         return round(self.drop * 2**32) - 2**31
 
-    def in_steps(self, arguments: Sequence[Steps], state: Any, place: Place) -> Steps | None:
-        if math.prod(place.shape) > _PIECE:
+    def in_steps(self, arguments: Sequence[Steps], state: Any, chunk: Chunk) -> Steps | None:
+        if math.prod(chunk.shape) > _CHUNK:
             return None
-        return (*arguments[0], Step(DROP, self._lowest, (1 - self.drop,), _key(place, self.seed, 0)))
+        return (*arguments[0], Step(DROP, self._lowest, (1 - self.drop,), _key(chunk, self.seed, 0)))
 
 
-def random_bits(count: int, place: Place, seed: int) -> Tensor:
-    """Give uniform random int32 numbers for elements ``place.start`` and following.
+def random_bits(count: int, chunk: Chunk, seed: int) -> Tensor:
+    """Give uniform random int32 numbers for elements ``chunk.start`` and following.
 
     Args:
         count: How many elements.
-        place: Its tensor name, first source and start are the key.
+        chunk: Its tensor name, first source and start are the key.
         seed: Any integer.
 
     Returns:
         Shape (count,), int32, uniform over all of its values.
 
     Example:
-        >>> whole = random_bits(8, Place("w", 0, ("a",)), seed=0)
-        >>> torch.equal(whole[3:], random_bits(5, Place("w", 3, ("a",)), seed=0))
+        >>> whole = random_bits(8, Chunk("w", 0, ("a",)), seed=0)
+        >>> torch.equal(whole[3:], random_bits(5, Chunk("w", 3, ("a",)), seed=0))
         True
     """
     from tva.merge import kernels
 
     bits = torch.empty(count, dtype=torch.int32)
-    start, stop = place.start, place.start + count
-    for upper in range(start // _PIECE, -(-stop // _PIECE)):
-        low, high = max(start, upper * _PIECE), min(stop, (upper + 1) * _PIECE)
+    start, stop = chunk.start, chunk.start + count
+    for upper in range(start // _CHUNK, -(-stop // _CHUNK)):
+        low, high = max(start, upper * _CHUNK), min(stop, (upper + 1) * _CHUNK)
         part = bits[low - start : high - start].numpy()
-        kernels.random_bits(low - upper * _PIECE, *_key(place, seed, upper), part)
+        kernels.random_bits(low - upper * _CHUNK, *_key(chunk, seed, upper), part)
     return bits
 
 
-def _key(place: Place, seed: int, upper: int) -> tuple[int, int]:
-    """Give the two halves of the key of a stretch of `_PIECE` elements."""
-    source = place.sources[0] if place.sources else ""
-    key = xxhash.xxh3_64_intdigest(f"{seed}\0{source}\0{place.tensor}\0{upper}".encode())
+def _key(chunk: Chunk, seed: int, upper: int) -> tuple[int, int]:
+    """Give the two halves of the key of a stretch of `_CHUNK` elements."""
+    source = chunk.sources[0] if chunk.sources else ""
+    key = xxhash.xxh3_64_intdigest(f"{seed}\0{source}\0{chunk.tensor}\0{upper}".encode())
     return key >> 32, key & 0xFFFFFFFF

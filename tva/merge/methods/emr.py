@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from tva._torch import Tensor, torch
-from tva.merge.base import Method, Place
+from tva.merge.base import Chunk, Method
 from tva.merge.exact_sum import Sum
 from tva.merge.methods.consensus import pick_task
 from tva.merge.methods.linear import add_up
@@ -20,7 +20,7 @@ class Emr(Method):
     among the vectors of that sign. With ``task`` the result is the task's own model instead, which needs to be known
     when the model is used: :math:`s_t\, M_t \circ \tau_u` with :math:`M_t = [\tau_t \tau_u > 0]` and
     :math:`s_t = \sum |\tau_t| / \sum |M_t \circ \tau_u|` over the whole model. One vector gives that vector either way.
-    No sweeps; one over the model with ``task``.
+    No passes; one over the model with ``task``.
 
     Args:
         task: Which vector's task, from 1; 0 for the unified vector.
@@ -33,7 +33,7 @@ class Emr(Method):
     usage = "emr(a, b, …) or emr(a, b, …, task=1)"
 
     @property
-    def num_sweeps(self) -> int:
+    def num_passes(self) -> int:
         return 1 if self.task else 0
 
     @property
@@ -43,12 +43,12 @@ class Emr(Method):
     def start(self, num_vectors: int) -> tuple[Sum, Sum]:
         return Sum(), Sum()
 
-    def observe(self, state: tuple[Sum, Sum], deltas: Sequence[Tensor], place: Place, sweep: int) -> None:
+    def observe(self, state: tuple[Sum, Sum], deltas: Sequence[Tensor], chunk: Chunk, pass_number: int) -> None:
         own = pick_task(deltas, self.task)
-        state[0].add(own.abs(), place)
-        state[1].add(_masked(own, _unified(deltas)).abs_(), place)
+        state[0].add(own.abs(), chunk)
+        state[1].add(_masked(own, _unified(deltas)).abs_(), chunk)
 
-    def merge(self, deltas: Sequence[Tensor], state: tuple[Sum, Sum] | None, place: Place) -> Tensor:
+    def merge(self, deltas: Sequence[Tensor], state: tuple[Sum, Sum] | None, chunk: Chunk) -> Tensor:
         unified = _unified(deltas)
         if state is None:
             return unified

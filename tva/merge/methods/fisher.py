@@ -10,9 +10,9 @@ from typing import Any
 
 from tva._torch import Tensor, torch
 from tva.checkpoints import LazyWeights
-from tva.merge.base import Method, Place
+from tva.merge.base import Chunk, Method
 from tva.merge.exact_sum import Sum
-from tva.merge.statistics_file import _PIECE, _Statistics
+from tva.merge.statistics_file import _CHUNK, _Statistics
 
 
 @dataclass(frozen=True)
@@ -20,7 +20,7 @@ class Fisher(_Statistics, Method):
     r"""Average vectors, each element weighted by its Fisher information: :math:`\sum_t F_t \tau_t / \sum_t F_t`.
 
     The weights of an element add up to 1, so that this is the paper's average of models, on task vectors. One vector
-    gives that vector, up to rounding. No sweeps; the files are read beside the vectors, piece by piece.
+    gives that vector, up to rounding. No passes; the files are read beside the vectors, chunk by chunk.
 
     Args:
         files: For each vector, in their order, a file of the diagonal Fisher information of its model: a tensor of the
@@ -48,12 +48,12 @@ class Fisher(_Statistics, Method):
         if not self.floor > 0:
             raise ValueError(f"floor must be above 0; found {self.floor}.")
 
-    def merge(self, deltas: Sequence[Tensor], state: Any, place: Place) -> Tensor:
-        files = self._files_of(place.tensor, deltas, place.shape)
+    def merge(self, deltas: Sequence[Tensor], state: Any, chunk: Chunk) -> Tensor:
+        files = self._files_of(chunk.tensor, deltas, chunk.shape)
         merged, total = torch.zeros_like(deltas[0]), torch.zeros_like(deltas[0])
         for delta, file, weight in zip(deltas, files, self._coefs, strict=True):
-            stop = place.start + len(delta)
-            fisher = file.slice(place.tensor, place.start, stop).to(delta.dtype).clamp_(min=self.floor).mul_(weight)
+            stop = chunk.start + len(delta)
+            fisher = file.slice(chunk.tensor, chunk.start, stop).to(delta.dtype).clamp_(min=self.floor).mul_(weight)
             merged += delta * fisher
             total += fisher
         return merged.div_(total)
@@ -67,11 +67,11 @@ class Fisher(_Statistics, Method):
 
 
 def _norm(file: LazyWeights) -> float:
-    """Compute the Euclidean norm over all tensors of a file, the same for any pieces."""
+    """Compute the Euclidean norm over all tensors of a file, the same for any chunks."""
     total = Sum()
     for name in file:
         shape = tuple(file.spec(name).shape)
-        for start in range(0, max(1, math.prod(shape)), _PIECE):
-            values = file.slice(name, start, min(start + _PIECE, math.prod(shape)))
-            total.add(values.double().square_(), Place(name, start, shape=shape))
+        for start in range(0, max(1, math.prod(shape)), _CHUNK):
+            values = file.slice(name, start, min(start + _CHUNK, math.prod(shape)))
+            total.add(values.double().square_(), Chunk(name, start, shape=shape))
     return math.sqrt(total.total)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from tva._torch import Tensor, torch
-from tva.merge.base import Place
+from tva.merge.base import Chunk
 from tva.merge.linalg import leading, polar
 from tva.merge.matrix import MatrixMethod, OrientedMethod
 
@@ -28,7 +28,7 @@ class IsoC(MatrixMethod):
 
     usage = 'iso_c(a, b, …, conv="mean" or "matrix", exclude="regular expression")'
 
-    def merge_matrices(self, matrices: list[Tensor], place: Place) -> Tensor:
+    def merge_matrices(self, matrices: list[Tensor], chunk: Chunk) -> Tensor:
         factor, values = polar(sum(matrices))
         return factor.mul_(values.mean())
 
@@ -63,7 +63,7 @@ class IsoCts(OrientedMethod):
         if not 0 <= self.common <= 1:
             raise ValueError(f"common is the part of the rank that is common, in [0, 1]; found {self.common}.")
 
-    def merge_matrices(self, matrices: list[Tensor], place: Place) -> Tensor:
+    def merge_matrices(self, matrices: list[Tensor], chunk: Chunk) -> Tensor:
         rank = min(matrices[0].shape)
         own = min(round((rank - int(self.common * rank)) / len(matrices)), rank // len(matrices))
         left, values, right = leading(sum(matrices), rank - own * len(matrices))

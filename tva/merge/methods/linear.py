@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from tva._torch import Tensor
-from tva.merge.base import Method, Place
+from tva.merge.base import Chunk, Method
 from tva.merge.program import ADD, DIV, SUB, Step, Steps, sum_of
 
 
@@ -22,11 +22,11 @@ class Analogy(Method):
     num_vectors = 3
     linear = True
 
-    def merge(self, deltas: Sequence[Tensor], state: Any, place: Place) -> Tensor:
+    def merge(self, deltas: Sequence[Tensor], state: Any, chunk: Chunk) -> Tensor:
         a, b, c = deltas
         return c + (b - a)
 
-    def in_steps(self, arguments: Sequence[Steps], state: Any, place: Place) -> Steps:
+    def in_steps(self, arguments: Sequence[Steps], state: Any, chunk: Chunk) -> Steps:
         a, b, c = arguments
         return (*c, *b, *a, Step(SUB), Step(ADD))
 
@@ -41,10 +41,10 @@ class Mean(Method):
     usage = "mean(a, b, …)"
     linear = True
 
-    def merge(self, deltas: Sequence[Tensor], state: Any, place: Place) -> Tensor:
+    def merge(self, deltas: Sequence[Tensor], state: Any, chunk: Chunk) -> Tensor:
         return add_up(deltas) / len(deltas)
 
-    def in_steps(self, arguments: Sequence[Steps], state: Any, place: Place) -> Steps:
+    def in_steps(self, arguments: Sequence[Steps], state: Any, chunk: Chunk) -> Steps:
         return (*sum_of(arguments), Step(DIV, numbers=(len(arguments),)))
 
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from tva._torch import Tensor
-from tva.merge.base import Method, Place
+from tva.merge.base import Chunk, Method
 from tva.merge.program import MUL, Step, Steps
 
 
@@ -17,7 +17,7 @@ class Lines(Method):
     Shallow layers hold general features and want little change, deep ones the task's. Layers are those of
     `tva.layers.layers_of`, counted in all tensors of the model, frozen ones too; a model with several stacks (encoder
     and decoder) counts each for itself. Tensors in no layer, such as embeddings and heads, are scaled by ``first``.
-    Works on any vector, a merged one too: ``lines(ties(a, b), first=0.3, last=1.0)``. No sweeps.
+    Works on any vector, a merged one too: ``lines(ties(a, b), first=0.3, last=1.0)``. No passes.
 
     Args:
         first: Factor of the first layer; the paper's :math:`\alpha`.
@@ -32,16 +32,16 @@ class Lines(Method):
     usage = "lines(v, first=0.2, last=1.0)"
     num_vectors = 1
 
-    def merge(self, deltas: Sequence[Tensor], state: None, place: Place) -> Tensor:
-        return deltas[0] * self._factor(place)
+    def merge(self, deltas: Sequence[Tensor], state: None, chunk: Chunk) -> Tensor:
+        return deltas[0] * self._factor(chunk)
 
-    def in_steps(self, arguments: Sequence[Steps], state: None, place: Place) -> Steps:
-        return (*arguments[0], Step(MUL, numbers=(self._factor(place),)))
+    def in_steps(self, arguments: Sequence[Steps], state: None, chunk: Chunk) -> Steps:
+        return (*arguments[0], Step(MUL, numbers=(self._factor(chunk),)))
 
-    def _factor(self, place: Place) -> float:
-        if not place.layers:
+    def _factor(self, chunk: Chunk) -> float:
+        if not chunk.layers:
             raise ValueError(
                 "lines scales layers by their number, and no tensor's name has one, as in 'layers.3.weight'."
             )
-        layer, count = place.layers.get(place.tensor, (0, 1))
+        layer, count = chunk.layers.get(chunk.tensor, (0, 1))
         return self.first + (self.last - self.first) * layer / max(1, count - 1)

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from numpy import ndarray
 
 from tva._torch import Tensor
-from tva.merge.base import Method, Place
-from tva.merge.order_statistics import HELD_BYTES, SWEEPS, Threshold, check_density, trim
+from tva.merge.base import Chunk, Method
+from tva.merge.order_statistics import HELD_BYTES, PASSES, Threshold, check_density, trim
 from tva.merge.program import TRIM, Step, Steps
 
 
@@ -17,7 +17,7 @@ from tva.merge.program import TRIM, Step, Steps
 class Magnitude(Method):
     """Keep the fraction ``density`` of elements of largest magnitude in each tensor, and zero the others.
 
-    Elements that equal the smallest one kept are kept too. One sweep, or two.
+    Elements that equal the smallest one kept are kept too. One pass, or two.
 
     Args:
         density: Fraction to keep, in (0, 1].
@@ -27,14 +27,14 @@ class Magnitude(Method):
 
     usage = "magnitude(v, density=0.2)"
     num_vectors = 1
-    num_sweeps = SWEEPS
+    num_passes = PASSES
     counts = True
 
     def __post_init__(self) -> None:
         check_density(self.density)
 
     @property
-    def usual_sweeps(self) -> int:
+    def usual_passes(self) -> int:
         return 1
 
     def observing_bytes(self, num_vectors: int) -> int:
@@ -43,18 +43,18 @@ class Magnitude(Method):
     def start(self, num_vectors: int) -> Threshold:
         return Threshold(self.density)
 
-    def observe(self, state: Threshold, deltas: Iterable[Tensor | ndarray], place: Place, sweep: int) -> None:
+    def observe(self, state: Threshold, deltas: Iterable[Tensor | ndarray], chunk: Chunk, pass_number: int) -> None:
         for delta in deltas:
-            state.observe(delta, sweep)
+            state.observe(delta, pass_number)
 
-    def finish(self, state: Threshold, sweep: int) -> None:
-        state.finish(sweep)
+    def finish(self, state: Threshold, pass_number: int) -> None:
+        state.finish(pass_number)
 
-    def ready(self, state: Threshold, sweep: int) -> bool:
+    def ready(self, state: Threshold, pass_number: int) -> bool:
         return state.found
 
-    def merge(self, deltas: Sequence[Tensor], state: Threshold, place: Place) -> Tensor:
+    def merge(self, deltas: Sequence[Tensor], state: Threshold, chunk: Chunk) -> Tensor:
         return trim(deltas[0], state.value)
 
-    def in_steps(self, arguments: Sequence[Steps], state: Threshold, place: Place) -> Steps:
+    def in_steps(self, arguments: Sequence[Steps], state: Threshold, chunk: Chunk) -> Steps:
         return (*arguments[0], Step(TRIM, numbers=(state.limit,)))

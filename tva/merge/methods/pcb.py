@@ -8,9 +8,9 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from tva._torch import Tensor, torch
-from tva.merge.base import Method, Place
+from tva.merge.base import Chunk, Method
 from tva.merge.methods.linear import add_up
-from tva.merge.order_statistics import HELD_BYTES, SWEEPS, OrderStatistics, num_kept
+from tva.merge.order_statistics import HELD_BYTES, PASSES, OrderStatistics, num_kept
 
 
 @dataclass
@@ -32,7 +32,7 @@ class Pcb(Method):
 
     The authors publish two variants; this is the one of their package. That of their stand-alone script has
     :math:`\tanh(\tau_t \sum_s \tau_s)` and clamps less: ``pcb(a, b, between="raw", clamp=0.0001)``. Two to four
-    sweeps over the model. The paper multiplies each vector by 1.2: ``1.2 * pcb(a, b)``.
+    passes over the model. The paper multiplies each vector by 1.2: ``1.2 * pcb(a, b)``.
 
     Args:
         ratio: Fraction of elements of each vector that keep a weight, in (0, 1].
@@ -48,7 +48,7 @@ class Pcb(Method):
     between: Literal["normalized", "raw"] = "normalized"
 
     usage = 'pcb(a, b, …, ratio=0.05, clamp=0.01, between="normalized" or "raw")'
-    num_sweeps = 2 * SWEEPS
+    num_passes = 2 * PASSES
     over_model = True
 
     def __post_init__(self) -> None:
@@ -62,7 +62,7 @@ class Pcb(Method):
             raise ValueError(f"pcb has between 'normalized' or 'raw'; found {self.between!r}.")
 
     @property
-    def usual_sweeps(self) -> int:
+    def usual_passes(self) -> int:
         return 4
 
     def observing_bytes(self, num_vectors: int) -> int:
@@ -81,21 +81,21 @@ class Pcb(Method):
     def _kept(self, count: int) -> list[int]:
         return [count - num_kept(self.ratio, count), count - 1]
 
-    def observe(self, state: _State, deltas: Sequence[Tensor], place: Place, sweep: int) -> None:
-        seen = deltas if sweep < SWEEPS else (score for _, score in self._scores(deltas, state))
-        for statistics, values in zip(state.magnitudes if sweep < SWEEPS else state.scores, seen, strict=True):
-            statistics.observe(values, sweep % SWEEPS)
+    def observe(self, state: _State, deltas: Sequence[Tensor], chunk: Chunk, pass_number: int) -> None:
+        seen = deltas if pass_number < PASSES else (score for _, score in self._scores(deltas, state))
+        for statistics, values in zip(state.magnitudes if pass_number < PASSES else state.scores, seen, strict=True):
+            statistics.observe(values, pass_number % PASSES)
 
-    def finish(self, state: _State, sweep: int) -> None:
-        for statistics in state.magnitudes if sweep < SWEEPS else state.scores:
-            statistics.finish(sweep % SWEEPS)
-        if sweep < SWEEPS:
+    def finish(self, state: _State, pass_number: int) -> None:
+        for statistics in state.magnitudes if pass_number < PASSES else state.scores:
+            statistics.finish(pass_number % PASSES)
+        if pass_number < PASSES:
             state.bounds = [(low, high) for low, high in (s.values or [0.0, 0.0] for s in state.magnitudes)]
 
-    def ready(self, state: _State, sweep: int) -> bool:
-        return all(s.found for s in (state.magnitudes if sweep < SWEEPS else state.scores))
+    def ready(self, state: _State, pass_number: int) -> bool:
+        return all(s.found for s in (state.magnitudes if pass_number < PASSES else state.scores))
 
-    def merge(self, deltas: Sequence[Tensor], state: _State, place: Place) -> Tensor:
+    def merge(self, deltas: Sequence[Tensor], state: _State, chunk: Chunk) -> Tensor:
         merged, total = torch.zeros_like(deltas[0]), torch.zeros_like(deltas[0])
         for (clamped, score), statistics in zip(self._scores(deltas, state), state.scores, strict=True):
             low, high = statistics.values or [0.0, 0.0]

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from tva._torch import Tensor, torch
-from tva.merge.base import Place
+from tva.merge.base import Chunk
 from tva.merge.linalg import pseudo_inverse
 from tva.merge.matrix import EMBEDDINGS, OrientedMethod
 from tva.merge.statistics_file import _Statistics
@@ -45,13 +45,13 @@ class RegMean(_Statistics, OrientedMethod):
         if not 0 <= self.off_diagonal <= 1:
             raise ValueError(f"off_diagonal must lie in [0, 1]; found {self.off_diagonal}.")
 
-    def merge_matrices(self, matrices: list[Tensor], place: Place) -> Tensor:
+    def merge_matrices(self, matrices: list[Tensor], chunk: Chunk) -> Tensor:
         columns = matrices[0].shape[1]
-        files = self._files_of(place.tensor, matrices, (columns, columns))
+        files = self._files_of(chunk.tensor, matrices, (columns, columns))
         mean = sum(matrices) / len(matrices)
         total, correction = mean.new_zeros(columns, columns), torch.zeros_like(mean)
         for matrix, file in zip(matrices, files, strict=True):
-            gram = file[place.tensor].double()
+            gram = file[chunk.tensor].double()
             gram = gram.mul(self.off_diagonal).diagonal_scatter(gram.diagonal())
             total += gram
             correction += (matrix - mean) @ gram

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from tva._torch import Tensor
-from tva.merge.base import Method, Place
+from tva.merge.base import Chunk, Method
 from tva.merge.exact_sum import Sum
 
 _PARALLEL = 1e-4  # sine of the angle below which the arc is a straight line, to within its square
@@ -21,7 +21,7 @@ class Slerp(Method):
     :math:`\Omega` is the angle between the two task vectors, not between the two models' weights: mergekit's ``slerp``
     turns the weights themselves, which are nearly parallel, and is close to ``(1 - t) * a + t * b``; its ``nuslerp``
     with a base model is this. Where the vectors are parallel, opposite, or one is zero, there is no arc, and the result
-    is that straight line. One sweep.
+    is that straight line. One pass.
 
     Args:
         t: 0 gives ``a`` and 1 gives ``b``, bit for bit; other numbers may be taken too.
@@ -35,7 +35,7 @@ class Slerp(Method):
 
     usage = 'slerp(a, b, t=0.5, over="tensor" or "model")'
     num_vectors = 2
-    num_sweeps = 1
+    num_passes = 1
 
     def __post_init__(self) -> None:
         if self.over not in ("tensor", "model") or not math.isfinite(self.t):
@@ -48,12 +48,12 @@ class Slerp(Method):
     def start(self, num_vectors: int) -> tuple[Sum, Sum, Sum]:
         return Sum(), Sum(), Sum()
 
-    def observe(self, state: tuple[Sum, Sum, Sum], deltas: Sequence[Tensor], place: Place, sweep: int) -> None:
+    def observe(self, state: tuple[Sum, Sum, Sum], deltas: Sequence[Tensor], chunk: Chunk, pass_number: int) -> None:
         a, b = (delta.double() for delta in deltas)
         for part, product in zip(state, (a * b, a * a, b * b), strict=True):
-            part.add(product, place)
+            part.add(product, chunk)
 
-    def merge(self, deltas: Sequence[Tensor], state: tuple[Sum, Sum, Sum], place: Place) -> Tensor:
+    def merge(self, deltas: Sequence[Tensor], state: tuple[Sum, Sum, Sum], chunk: Chunk) -> Tensor:
         first, second = self._coefficients(*(part.total for part in state))
         return (deltas[0] * first).add_(deltas[1] * second)
 

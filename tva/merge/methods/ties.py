@@ -10,9 +10,9 @@ from typing import Literal
 from numpy import ndarray
 
 from tva._torch import Tensor, torch
-from tva.merge.base import Method, Place
+from tva.merge.base import Chunk, Method
 from tva.merge.methods.linear import add_up
-from tva.merge.order_statistics import HELD_BYTES, SWEEPS, Threshold, check_density, trim
+from tva.merge.order_statistics import HELD_BYTES, PASSES, Threshold, check_density, trim
 from tva.merge.program import TIES, Step, Steps
 
 
@@ -23,7 +23,7 @@ class Ties(Method):
     Each vector keeps its ``density`` largest magnitudes, :math:`\hat\tau_t`. The elected sign of an element is that of
     :math:`\sum_t \hat\tau_t`; the result is the mean (or sum) of the :math:`\hat\tau_t` that are not zero and have that
     sign. Vectors vote as they are
-    given: ``ties(2 * a, b)`` weights a's vote and its part of the mean. One sweep, or two.
+    given: ``ties(2 * a, b)`` weights a's vote and its part of the mean. One pass, or two.
 
     mergekit's rule is ``trim="tensor", undecided="positive"``, but for one thing: of elements that equal the smallest
     magnitude kept, all are kept here, and there as many as fill the fraction, those that an unstable sort happens to
@@ -51,7 +51,7 @@ class Ties(Method):
     undecided: Literal["base", "positive"] = "base"
 
     usage = 'ties(a, b, …, density=0.2, trim="model" or "tensor", combine=…, elect=…, weights=…, undecided=…)'
-    num_sweeps = SWEEPS
+    num_passes = PASSES
     counts = True
 
     def __post_init__(self) -> None:
@@ -72,7 +72,7 @@ class Ties(Method):
         return self.trim == "model"
 
     @property
-    def usual_sweeps(self) -> int:
+    def usual_passes(self) -> int:
         return 2 if self.over_model else 1
 
     def observing_bytes(self, num_vectors: int) -> int:
@@ -85,18 +85,20 @@ class Ties(Method):
             )
         return [Threshold(self.density) for _ in range(num_vectors)]
 
-    def observe(self, state: list[Threshold], deltas: Iterable[Tensor | ndarray], place: Place, sweep: int) -> None:
+    def observe(
+        self, state: list[Threshold], deltas: Iterable[Tensor | ndarray], chunk: Chunk, pass_number: int
+    ) -> None:
         for threshold, delta in zip(state, deltas, strict=True):
-            threshold.observe(delta, sweep)
+            threshold.observe(delta, pass_number)
 
-    def finish(self, state: list[Threshold], sweep: int) -> None:
+    def finish(self, state: list[Threshold], pass_number: int) -> None:
         for threshold in state:
-            threshold.finish(sweep)
+            threshold.finish(pass_number)
 
-    def ready(self, state: list[Threshold], sweep: int) -> bool:
+    def ready(self, state: list[Threshold], pass_number: int) -> bool:
         return all(threshold.found for threshold in state)
 
-    def merge(self, deltas: Sequence[Tensor], state: list[Threshold], place: Place) -> Tensor:
+    def merge(self, deltas: Sequence[Tensor], state: list[Threshold], chunk: Chunk) -> Tensor:
         trimmed = [trim(delta, threshold.value) for delta, threshold in zip(deltas, state, strict=True)]
         weights = self.weights or [1.0] * len(deltas)
         voters = zip(trimmed, weights, strict=True) if self.elect == "weighted" else ((t, 1.0) for t in trimmed)
@@ -104,7 +106,7 @@ class Ties(Method):
         elected = elected.sign_() if self.undecided == "base" else torch.where(elected < 0, -1.0, 1.0).to(elected)
         return merge_agreeing(trimmed, elected, self.combine == "mean", weights)
 
-    def in_steps(self, arguments: Sequence[Steps], state: list[Threshold], place: Place) -> Steps:
+    def in_steps(self, arguments: Sequence[Steps], state: list[Threshold], chunk: Chunk) -> Steps:
         weights = self.weights or [1.0] * len(arguments)
         positive = float(self.undecided == "positive")
         rule = (float(self.combine == "mean"), float(self.elect == "weighted"), min(weights), positive)
@@ -138,7 +140,7 @@ class SignConsensus(Method):
                 f"found {self.vote!r}, {self.combine!r}."
             )
 
-    def merge(self, deltas: Sequence[Tensor], state: None, place: Place) -> Tensor:
+    def merge(self, deltas: Sequence[Tensor], state: None, chunk: Chunk) -> Tensor:
         elected = add_up(deltas if self.vote == "sum" else [delta.sign() for delta in deltas]).sign_()
         if self.min_agree > 1:
             agreeing = add_up([delta.sign().mul_(elected).clamp_(min=0) for delta in deltas])
@@ -150,7 +152,7 @@ def merge_agreeing(deltas: Sequence[Tensor], elected: Tensor, mean: bool, weight
     """Give the weighted mean, or sum, of the elements that are not zero and have the elected sign.
 
     Args:
-        deltas: One piece of each vector.
+        deltas: One chunk of each vector.
         elected: 1, -1, or 0 where the result is to be 0.
         mean: Divide by the sum of the weights of those that agree.
         weights: Positive, one for each vector.

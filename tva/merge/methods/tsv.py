@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from tva._torch import Tensor, torch
-from tva.merge.base import Place
+from tva.merge.base import Chunk
 from tva.merge.linalg import leading, polar
 from tva.merge.matrix import MatrixMethod
 
@@ -28,7 +28,7 @@ class Tsv(MatrixMethod):
 
     usage = 'tsv(a, b, …, conv="mean" or "matrix", exclude="regular expression")'
 
-    def merge_matrices(self, matrices: list[Tensor], place: Place) -> Tensor:
+    def merge_matrices(self, matrices: list[Tensor], chunk: Chunk) -> Tensor:
         rank = max(1, min(matrices[0].shape) // len(matrices))
         lefts, values, rights = zip(*(leading(matrix, rank) for matrix in matrices), strict=True)
         left, right = polar(torch.cat(lefts, dim=1))[0], polar(torch.cat(rights, dim=1))[0]

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from tva._torch import Tensor, torch
-from tva.merge.base import Place
+from tva.merge.base import Chunk
 from tva.merge.linalg import pseudo_inverse
 from tva.merge.matrix import EMBEDDINGS, OrientedMethod
 
@@ -49,7 +49,7 @@ class Wudi(OrientedMethod):
         if not self.steps >= 0 or not self.lr > 0:
             raise ValueError(f"wudi has steps of at least 0 and a positive lr; found {self.steps}, {self.lr}.")
 
-    def merge_matrices(self, matrices: list[Tensor], place: Place) -> Tensor:
+    def merge_matrices(self, matrices: list[Tensor], chunk: Chunk) -> Tensor:
         start = sum(matrices)
         columns = start.shape[1]
         gram, slope = start.new_zeros(columns, columns), torch.zeros_like(start)
