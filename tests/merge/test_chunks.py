@@ -27,8 +27,10 @@ TEXTS = [
     "analogy({0}, {1}, {2})",
     "breadcrumbs({0}, top=0.01, bottom=0.6)",
     "breadcrumbs({0}, top=0.1, bottom=0.6, rows=True)",
+    "cart({0}, {1}, {2}, rank=0.3)",
     "consensus({0}, {1}, {2})",
     "dare({0})",
+    "della({0}, density=0.4, epsilon=0.2)",
     "emr({0}, {1}, {2})",
     "emr({0}, {1}, {2}, task=2)",
     "fisher({0}, {1}, {2}, files={files})",
@@ -38,13 +40,18 @@ TEXTS = [
     "lines({0}, first=0.2, last=1.0)",
     "magnitude({0}, density=0.3)",
     "mean({0}, {1}, {2})",
+    "model_stock({0}, {1}, {2})",
+    'model_stock({0}, {1}, {2}, over="row")',
     "pcb({0}, {1}, {2}, ratio=0.2)",
     'pcb({0}, {1}, {2}, ratio=0.2, between="raw")',
     "regmean({0}, {1}, {2}, files={files})",
+    "rescale({0}, {1})",
+    "sce({0}, {1}, {2}, density=0.4)",
     "sign_consensus({0}, {1}, {2})",
     'sign_consensus({0}, {1}, {2}, vote="count", min_agree=2, combine="sum")',
     "slerp({0}, {1}, t=0.3)",
     'slerp({0}, {1}, t=0.3, over="model")',
+    "svc({0}, {1}, {2})",
     "tall({0}, {1}, {2}, task=2)",
     "ties({0}, {1}, {2})",
     'ties({0}, {1}, {2}, trim="tensor", weights=(1, 2, 3), elect="unweighted")',
@@ -53,7 +60,8 @@ TEXTS = [
     "wudi({0}, {1}, {2}, steps=5)",
     'lines(pcb(magnitude({0}, density=0.5), slerp({1}, emr({2}, {0}, task=1)), ratio=0.5), first=0.2, last=1)',
 ]  # fmt: skip
-SYMMETRIC = [text for text in TEXTS if "{2}" in text and not any(w in text for w in ("analogy", "task=", "weights"))]
+ORDERED = ("analogy", "task=", "weights", "svc")
+SYMMETRIC = [text for text in TEXTS if "{2}" in text and not any(word in text for word in ORDERED)]
 
 
 def vectors(seed=0, dtype=torch.float32):
@@ -148,8 +156,10 @@ def test_float64_is_the_same_up_to_rounding(text, files):
 ONE = {  # method: how it gives one vector back bit for bit, or in what it differs by design
     "analogy": "analogy({0}, {0}, {0})",
     "breadcrumbs": "breadcrumbs({0}, top=0, bottom=0)",
+    "cart": "cart({0})",
     "consensus": "consensus({0}, min_agree=1)",
     "dare": "dare({0}, drop=0)",
+    "della": "della({0}, density=1.0)",
     "emr": "emr({0})",
     "fisher": "up to rounding: it multiplies and divides",
     "iso_c": "by design: all singular values become one",
@@ -157,10 +167,14 @@ ONE = {  # method: how it gives one vector back bit for bit, or in what it diffe
     "lines": "lines({0}, first=1, last=1)",
     "magnitude": "magnitude({0}, density=1.0)",
     "mean": "mean({0})",
+    "model_stock": "by design: one vector has no angle",
     "pcb": "by design: it keeps a part, clamped",
     "regmean": "regmean({0}, files={files})",
+    "rescale": "rescale({0}, {0})",
+    "sce": "up to rounding: it multiplies and divides",
     "sign_consensus": "sign_consensus({0})",
     "slerp": "slerp({0}, {0}, t=0.25)",
+    "svc": "up to rounding: it decomposes",
     "tall": "tall({0}, task=1)",
     "ties": "ties({0}, density=1.0)",
     "tsv": "up to rounding: it decomposes",
@@ -178,7 +192,13 @@ def test_one_vector_in_gives_that_vector_bit_for_bit(text, files):
 
 @pytest.mark.parametrize(
     ("text", "keys"),
-    [("fisher({0}, files={files})", SHAPES), ("tsv({0})", SHAPES), ("wudi({0}, exclude='')", ["h.0.matrix"])],
+    [
+        ("fisher({0}, files={files})", SHAPES),
+        ("sce({0})", SHAPES),
+        ("svc({0}, {0})", SHAPES),
+        ("tsv({0})", SHAPES),
+        ("wudi({0}, exclude='')", ["h.0.matrix"]),
+    ],
 )
 def test_one_vector_in_gives_that_vector_up_to_rounding(text, keys, files):
     given = vectors()

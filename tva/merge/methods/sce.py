@@ -1,0 +1,54 @@
+"""SCE: select the elements that differ most between the vectors, calculate weights, erase minority signs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from tva._torch import Tensor, torch
+from tva.merge.base import Chunk, Method
+from tva.merge.methods.linear import add_up
+from tva.merge.order_statistics import check_density
+
+
+@dataclass(frozen=True)
+class Sce(Method):
+    r"""Keep the elements of largest variance over the vectors, and average those of the elected sign by their energy.
+
+    Of each tensor the fraction ``density`` of elements with the largest variance over the vectors is kept, of those
+    whose variance is not 0. Each vector's weight in a tensor is its sum of squares there, divided by that of all
+    vectors; an element's result is the weighted mean of the vectors whose sign is that of their sum (positive where
+    the sum is 0).
+
+    Args:
+        density: Fraction of elements to keep, in (0, 1]; 1 keeps all.
+
+    Source: Wan et al., "FuseChat: knowledge fusion of chat models", 2024.
+    """
+
+    density: float = 1.0
+
+    name = "sce"
+    usage = "sce(a, b, …, density=1.0)"
+    whole = True
+
+    def __post_init__(self) -> None:
+        check_density(self.density)
+
+    def merge(self, deltas: Sequence[Tensor], state: Any, chunk: Chunk) -> Tensor:
+        vectors = [delta.double() for delta in deltas]
+        if vectors[0].numel() == 0:
+            return deltas[0].clone()
+        if self.density < 1:
+            mean = add_up(vectors) / len(vectors)
+            variance = add_up([(vector - mean).square() for vector in vectors])
+            count = int(self.density * torch.count_nonzero(variance))
+            kept = torch.zeros_like(mean)
+            kept[variance.argsort(descending=True, stable=True)[:count]] = 1
+            vectors = [vector * kept for vector in vectors]
+        elected = torch.where(add_up(vectors) < 0, -1.0, 1.0)
+        weights = [vector.square().sum() * (vector.sign() == elected) for vector in vectors]
+        total = add_up(weights)
+        merged = add_up([vector * weight for vector, weight in zip(vectors, weights, strict=True)])
+        return (merged / torch.where(total > 0, total, 1)).to(deltas[0].dtype)
