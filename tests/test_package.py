@@ -47,7 +47,7 @@ IMPORTERS = {
     "vl_convert": {"tva.report"},
     "backports": {"tva.compose"},
     "compression": {"tva.compose"},
-    "nicegui": {"tva.edit.play", "tva.cli.commands.play"},
+    "nicegui": {"tva.edit.play"},
 }
 
 

@@ -1,8 +1,9 @@
-"""The terminal: tables that keep their rows on one line when piped, progress bars that are quiet then."""
+"""The terminal: plain one-line rows and no progress bar when piped; text from files is shown escaped."""
 
 from __future__ import annotations
 
 import math
+import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -12,6 +13,8 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 T = TypeVar("T")
+# The C0 and C1 control characters, and those that reverse the direction of writing.
+CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
 
 
 def in_notebook() -> bool:
@@ -60,6 +63,48 @@ def counting(description: str | None) -> Iterator[Callable[[float], None]]:
     with Progress(console=console, transient=True) as bar:
         task = bar.add_task(description, total=None)
         yield lambda total: bar.update(task, advance=1, total=total if math.isfinite(total) else None)
+
+
+def printable(text: str, most: int = 300, newline: str = "") -> str:
+    r"""Return text from a file as a terminal can show it: control characters escaped, and cut if it is long.
+
+    Args:
+        text: Any text.
+        most: Characters at most.
+        newline: ``"\n"`` keeps line breaks.
+
+    Example:
+        >>> print(printable("a\x1b[2Jb"), printable("x" * 10, most=8))
+        a\x1b[2Jb xxxxxxx…
+    """
+    text = text if len(text) <= most else text[: most - 1] + "…"
+    return CONTROL.sub(lambda found: found[0] if found[0] == newline else ascii(found[0])[1:-1], text)
+
+
+def print_line(console: Console, text: str, style: str = "") -> None:
+    """Print one line as it is: no markup is read in it, and control characters are escaped.
+
+    Args:
+        console: Where to.
+        text: The line.
+        style: Such as ``"bold"``, or ``"bold red:"`` to apply it up to the first colon only.
+    """
+    from rich.text import Text
+
+    line = Text(printable(text, most=100_000))
+    style, first, _ = style.partition(":")
+    line.stylize(style, 0, text.index(":") if first else None)
+    console.print(line, soft_wrap=True)
+
+
+def counted(number: int, what: str) -> str:
+    """Return a number with its noun.
+
+    Example:
+        >>> counted(1, "vector"), counted(1200, "vector")
+        ('1 vector', '1,200 vectors')
+    """
+    return f"{number:,} {what}{'' if number == 1 else 's'}"
 
 
 def size_text(num_bytes: float) -> str:

@@ -16,7 +16,7 @@ import yaml
 from test_main import fit_config, main, write_yaml
 
 from tva import TaskVector
-from tva.cli.commands.fit_many import CONFIG, DONE, fit_many, make_fits, merge, print_results, run_fits
+from tva.cli.commands.fit_many import CONFIG, DONE, fit_many, make_fits, merge, run_fits, show
 from tva.cli.jobs import make_places
 from tva.cli.locks import Lock
 from tva.vectors.header import Origin
@@ -161,7 +161,7 @@ def test_what_is_finished_is_skipped_and_a_changed_config_is_not(stub, tmp_path,
     redone = run(stub, tmp_path, ["a"], {"model": {"size": 2}}, redo=True)
     assert redone["a", 0].state == "done"
     assert (tmp_path / "out/a/seed=0.replaced-1" / DONE).exists()
-    print_results(list(changed.values()))
+    show(list(changed.values()))
     assert "a seed=0 (changed): model.size" in capsys.readouterr().out
 
 
@@ -328,7 +328,7 @@ def test_the_table_has_what_the_vectors_header_says(stub, tmp_path, capsys):
     assert (result.metric, result.vector.name) == (("val/a/accuracy", 0.75), "last.tv.safetensors")
     again = run(stub, tmp_path, ["a"])["a", 0]
     assert (again.metric, again.vector, again.state) == (result.metric, result.vector, "skipped")
-    print_results([again])
+    show([again])
     assert "val/a/accuracy 0.7500" in capsys.readouterr().out
 
 

@@ -71,14 +71,14 @@ def test_a_recipe_and_numbers_may_begin_with_a_minus(place, capsys):
     ("words", "message"),
     [
         (["--recpie", "digits"], r"no option --recpie. Did you mean --recipe\? 'tva compose --help' lists"),
-        (["digits"], "'digits' is one word too many: every value follows its option"),
+        (["digits"], "'digits' is unexpected: every value follows its option"),
         (["--scaling_coef", "many"], "--scaling_coef must be a number; found 'many'."),
         (["--coefs.s", "many"], r"--coefs.s must be float \| Mapping\[.*\]; found 'many'."),
         (["--vectors", "digits.tv.safetensors"], "--vectors must be names with values, as in --vectors.NAME VALUE"),
         (["--key_map", "x"], "--key_map must be names with values"),
         (["--keep_undo", "maybe"], "--keep_undo must be true or false or 'with_vectors'; found 'maybe'."),
         (["--recipe"], "--recipe must be followed by a value."),
-        ([], "--recipe must be given. 'tva compose --help' lists all options."),
+        ([], "--recipe must be given; usage: tva compose --base BASE --vectors.NAME VECTORS "),
         (["--recipe", "digits", "--scaling_coef", ".inf"], "scaling_coef must be a finite number; found inf"),
         (["--recipe", "digits", "--config", "none.yaml"], "File does not exist"),
         (["--recipe", "digits", "--base", "bsae.safetensors"], r"\(. holds 'base.safetensors' and others"),
@@ -216,7 +216,7 @@ def test_an_interrupted_command_says_so_in_one_line(place, capsys, monkeypatch, 
         words = ["inspect", "digits.tv.safetensors"]
     status, text = run(capsys, *words)
     assert (status, text.startswith("tva: interrupted.")) == (130, True)
-    assert ("the same command with --resume goes on" in text) == (command == "compose")
+    assert ("the same command with --resume continues" in text) == (command == "compose")
 
 
 @pytest.mark.parametrize("command", ["inspect digits.tv.safetensors", "inspect digits.tv.safetensors --json"])

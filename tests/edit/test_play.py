@@ -17,10 +17,12 @@ from chromium import DESKTOP, PHONE, browser
 from small_models import free_port
 from test_run import Net, Task, edit, make_trainer, vectors  # noqa: F401 (a fixture)
 
-from tva.cli.commands.play import check_port, open_run, prepare
+from tva.cli.commands import play
+from tva.cli.commands.play import open_run
 from tva.cli.main import main
 from tva.edit.play.model import Playground
 from tva.edit.play.page import examples_html, table_html
+from tva.edit.play.server import check_port
 from tva.report.edit_report import read_report
 from tva.search import Grid
 from tva.vectors.task_vector import TaskVector
@@ -174,12 +176,12 @@ def test_what_cannot_be_opened_is_said(run, vectors, content, tmp_path):  # noqa
         open_run(str(tmp_path / "nothing"))
     (tmp_path / "edit.json").write_bytes((run / "edit.json").read_bytes())
     with pytest.raises(
-        FileNotFoundError, match="config.yaml is not there: .* Give them with --edit_config, or make the"
+        FileNotFoundError, match="config.yaml does not exist: .* Give them with --edit_config, or make the"
     ):
         open_run(str(tmp_path))
     empty = re.sub(r'"evaluations": \[.*?\n \]', '"evaluations": []', (run / "edit.json").read_text(), flags=re.DOTALL)
     (tmp_path / "edit.json").write_text(empty)
-    with pytest.raises(ValueError, match="holds no evaluations, so there is nothing to set beside. Make the edit"):
+    with pytest.raises(ValueError, match="holds no evaluations, so there is nothing to compare with. Make the edit"):
         open_run(str(tmp_path))
 
 
@@ -200,7 +202,7 @@ def test_a_missing_library_is_named(run, monkeypatch):
     found = importlib.util.find_spec
     monkeypatch.setattr("tva.cli.commands.play.find_spec", lambda name: None if name == "nicegui" else found(name))
     with pytest.raises(ValueError, match=r"NiceGUI, which is not installed: pip install 'tva\[play\]'"):
-        prepare(str(run))
+        play.run(str(run))
 
 
 # --- in a browser

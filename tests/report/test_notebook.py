@@ -87,7 +87,7 @@ def test_a_composed_checkpoint_shows_the_change_by_group(tmp_path, monkeypatch):
     check_cell(cell, 10_000)
     assert "Checkpoint edited.safetensors" in words(cell)
     assert done.edited.digest in words(cell)
-    assert "h.0 1 of 1 1 " in words(cell)
+    assert "h.0 1 1 1.00e+00 " in words(cell)
     assert repr(done).startswith("ComposeReport(edited.safetensors, ")
 
 

@@ -168,10 +168,10 @@ def test_a_reader_that_leaves_ends_a_command_quietly(words):
 
 
 def test_a_pipe_that_breaks_elsewhere_is_an_error(monkeypatch, capsys):
-    def broken():
+    def broken(**_):
         raise BrokenPipeError(32, "the hub hung up")
 
-    monkeypatch.setattr("tva.cli.main._data", broken)
+    monkeypatch.setattr("tva.cli.commands.data.run", broken)
     with pytest.raises(SystemExit) as stop:
         main(["data"])
     assert stop.value.code == 2

@@ -46,6 +46,22 @@ def join_values(words: Iterable[str]) -> list[str]:
     return joined
 
 
+def take_flag(words: Sequence[str], flag: str) -> tuple[list[str], bool]:
+    """Take a flag out of words, and return whether it was set.
+
+    Example:
+        >>> take_flag(["a", "--json", "b"], "--json"), take_flag(["--json=false"], "--json")
+        ((['a', 'b'], True), ([], False))
+    """
+    left, found = [], False
+    for at, word in enumerate(words):
+        if word in (flag, f"{flag}=true", f"{flag}=false"):
+            found = not word.endswith("false") and words[at + 1 : at + 2] != ["false"]
+        elif not (word in ("true", "false") and words[at - 1 : at] == [flag]):
+            left.append(word)
+    return left, found
+
+
 def name_words(words: list[str], order: Sequence[str], flags: Sequence[str], usage: str) -> list[str]:
     """Give names to words that have none, in order, and values to flags that stand alone.
 
@@ -58,18 +74,25 @@ def name_words(words: list[str], order: Sequence[str], flags: Sequence[str], usa
         word = words.pop(0)
         if not word.startswith("-"):
             free.append(word)
-        elif word[2:] in flags and words[:1] not in (["true"], ["false"]):
+        elif word[2:] in flags and _is_alone(words, order):
             named.append(f"{word}=true")
         else:
             named.append(word)
-            named += [] if "=" in word or word in ("-h", "--help", "--print_config") or not words else [words.pop(0)]
+            alone = "=" in word or word in ("-h", "--help", "--print_config") or not words or words[0].startswith("--")
+            named += [] if alone else [words.pop(0)]
     for name in order if free else ():
         many = name.endswith("…")
         named += [f"--{name[:-1]}={json.dumps(free)}"] if many else [f"--{name}={free.pop(0)}"] if free else []
         free = [] if many else free
     if free:
-        raise ValueError(f"{free[0]!r} is one word too many; usage: {usage}")
+        why = "" if order else ": every value follows its option"
+        raise ValueError(f"{free[0]!r} is unexpected{why}; usage: {usage}")
     return named
+
+
+def _is_alone(after: Sequence[str], order: Sequence[str]) -> bool:
+    """Whether a flag has no value; where words need no name, only true and false can be one."""
+    return after[:1] not in (["true"], ["false"]) if order else not after or after[0].startswith("--")
 
 
 def explain(problem: str, command: str, options: Collection[str], usage: str = "") -> str:
@@ -93,7 +116,7 @@ def explain(problem: str, command: str, options: Collection[str], usage: str = "
     if found := re.match(r"(?:unrecognized arguments: |Option ')([^\s']+)", problem):
         word = found[1].partition("=")[0]
         if problem.startswith("unrec") and not word.startswith("-"):
-            return f"{word!r} is one word too many: every value follows its option. {lists_all} options."
+            return f"{word!r} is unexpected: every value follows its option. {lists_all} options."
         name = word.lstrip("-").split(".")[0]
         near = difflib.get_close_matches(name, options, n=1)
         return f"There is no option --{name}." + (f" Did you mean --{near[0]}?" if near else "") + f" {lists_all}."

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import logging
+import os
 import shlex
 import sys
 import warnings
+from collections.abc import Sequence
 from contextlib import nullcontext, redirect_stdout
 from pathlib import Path
 from typing import Any
@@ -18,8 +19,10 @@ import tva.callbacks  # these three so that their classes can be named without a
 import tva.data
 import tva.models  # noqa: F401
 from tva.cli.arguments import replaced_argv
+from tva.cli.run_function import print_json
 from tva.edit.trainer import Trainer, write_config
 
+FLAGS = ("--allow_other_base", "--allow_other_kind", "--keep_undo")  # options of edit that may stand without a value
 DEFAULTS: dict[str, dict[str, Any]] = {  # of the Trainer
     "fit": {"gradient_clip_val": 1.0},
     "edit": {
@@ -32,11 +35,11 @@ DEFAULTS: dict[str, dict[str, Any]] = {  # of the Trainer
 
 
 class TvaCLI(LightningCLI):
-    """LightningCLI with the subcommands ``fit`` and ``edit``."""
+    """LightningCLI with one more subcommand, ``edit``."""
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
-        return {"fit": LightningCLI.subcommands()["fit"], "edit": {"model", "datamodule"}}
+        return {**LightningCLI.subcommands(), "edit": {"model", "datamodule"}}
 
     def _prepare_subcommand_parser(self, klass: type, subcommand: str, **options: Any) -> Any:
         """Let help begin with the command's own options, and end with the Trainer's, which are many."""
@@ -74,26 +77,34 @@ class _OpenedCLI(TvaCLI):
         self.options = options
 
 
-def open_edit(config: str) -> dict[str, Any]:
+def open_edit(config: str | os.PathLike) -> dict[str, Any]:
     """Make the trainer and what an edit gets, from a YAML file with its options, and do not edit.
 
     Returns:
         The arguments of `tva.edit.trainer.Trainer.edit` by name, and the trainer.
     """
-    with replaced_argv(["edit", "--config", config]):
+    with replaced_argv(["edit", "--config", str(config)]):
         cli = _make(_OpenedCLI, "edit")
     return {"trainer": cli.trainer, **cli.options}
 
 
-def run_lightning(command: str) -> bool:
-    """Run ``fit`` or ``edit`` with the process's arguments; return whether what was asked for holds."""
-    as_json = command == "fit" and "--json=true" in sys.argv
-    if as_json:
-        sys.argv.remove("--json=true")
-    with redirect_stdout(sys.stderr) if as_json else nullcontext():
-        trainer = _make(TvaCLI, command).trainer
-    if as_json and trainer.is_global_zero:
-        print(json.dumps(trainer.describe_fit(), indent=1, ensure_ascii=False))
+def run_lightning(command: str, words: Sequence[str], as_json: bool = False) -> bool:
+    """Run a subcommand of LightningCLI; return whether what it was asked for holds.
+
+    Args:
+        command: Such as ``"fit"``.
+        words: The arguments after it.
+        as_json: Print what was reached as JSON only.
+    """
+    alone = [not after or after.startswith("--") for after in [*words[1:], ""]]
+    words = [f"{word}=true" if word in FLAGS and last else word for word, last in zip(words, alone, strict=True)]
+    words += ["--json=true"] if as_json and command == "edit" else []
+    aside = as_json and command != "edit"  # whose JSON the trainer prints
+    with replaced_argv([command, *words]):
+        with redirect_stdout(sys.stderr) if aside else nullcontext():
+            trainer = _make(TvaCLI, command).trainer
+        if aside and trainer.is_global_zero:
+            print_json(trainer.describe_fit())
     # rank 0 reports the verdict; Lightning kills it, whatever it is writing, if another process ends with status 1
     return not trainer.is_global_zero or trainer.report is None or trainer.report.holds
 
@@ -109,7 +120,7 @@ def _make(cli: type[LightningCLI], command: str) -> Any:
     try:
         return cli(
             trainer_class=Trainer,
-            trainer_defaults={"enable_progress_bar": sys.stderr.isatty(), **DEFAULTS[command]},
+            trainer_defaults={"enable_progress_bar": sys.stderr.isatty(), **DEFAULTS.get(command, {})},
             seed_everything_default=0,
             auto_configure_optimizers=False,
             save_config_kwargs={"overwrite": True},

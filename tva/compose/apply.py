@@ -66,11 +66,7 @@ class ComposeReport:
 
         facts = {"base": self.base.digest, "edited": self.edited.digest, "bytes": f"{self.num_bytes:,}"}
         facts |= {"undo file": f"{self.undo}, {self.undo_bytes:,} bytes"} if self.undo else {}
-        effects = {
-            group: (each.changed, each.tensors, each.relative_change, each.vanished / max(1, each.elements))
-            for group, each in self.effects.items()
-        }
-        return composed_cell(str(self.output), facts, effects, self.notes)
+        return composed_cell(str(self.output), facts, self.effects, self.notes)
 
 
 def compose(

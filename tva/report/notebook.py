@@ -12,11 +12,17 @@ from tva.report.page import before_table, environment, state_of
 from tva.report.render import draw
 from tva.report.scores import matrix
 from tva.report.series import Content, formula, is_feasible, number
+from tva.report.table import EFFECTS, Column, cells, words
 from tva.report.vega import Chart
 
 MOST_ROWS = 24  # of a table; the rest is summed up in one
 MOST_NAMES = 20  # of a matrix that is drawn
 WIDTH = 560  # of a chart, in pixels
+BLOCKS = [  # of pairs of a block's name, and its number of elements and sum of squares
+    words("block", lambda row: row[0]),
+    Column("elements", lambda row: f"{row[1][0]:,}"),
+    Column("norm", lambda row: f"{math.sqrt(row[1][1]):.4g}", bar=lambda row: math.sqrt(row[1][1])),
+]
 
 
 def edit_cell(content: Content) -> str:
@@ -63,7 +69,6 @@ def vector_cell(facts: Mapping[str, Any], blocks: Mapping[str, tuple[int, float]
         rest = shown[MOST_ROWS - 1 :]
         count, square = sum(each[0] for _, each in rest), math.fsum(each[1] for _, each in rest)
         shown = [*shown[: MOST_ROWS - 1], (f"and {len(rest)} more blocks", (count, square))]
-    largest = max((square for _, (_, square) in shown), default=0.0)
     left = ", ".join(f"{count} {reason}" for reason, count in facts["untouched"].items())
     lines = {
         "base": facts["base"] or "unknown",
@@ -75,11 +80,7 @@ def vector_cell(facts: Mapping[str, Any], blocks: Mapping[str, tuple[int, float]
         "norm": f"{math.sqrt(squares):.4g}",
         **{name: f"{value:.4g}" for name, value in list(facts["metrics"].items())[:4]},
     }
-    rows = [
-        [(name, ""), (f"{count:,}", ""), _bar(math.sqrt(square), math.sqrt(square / largest) if largest else 0.0)]
-        for name, (count, square) in shown
-    ]
-    return _render("Task vector", facts["task"] or "", facts=lines, tables=[(["block", "elements", "norm"], rows)])
+    return _render("Task vector", facts["task"] or "", facts=lines, tables=[_table(BLOCKS, shown)])
 
 
 def compared_cell(
@@ -89,12 +90,9 @@ def compared_cell(
     conflicts: Sequence[Sequence[float]],
     base: str | None,
 ) -> str:
-    """Show how task vectors lie to each other: norms, cosines and sign conflicts."""
-    largest = max((norm for norm in norms if math.isfinite(norm)), default=0.0) or 1.0
-    rows = [
-        [(name, ""), _bar(norm, norm / largest if math.isfinite(norm) else 0.0)]
-        for name, norm in list(zip(names, norms, strict=True))[:MOST_ROWS]
-    ]
+    """Show norms, cosines and sign conflicts of task vectors."""
+    columns = [words("", lambda row: row[0]), Column("norm", lambda row: f"{row[1]:.4g}", bar=lambda row: row[1])]
+    rows = list(zip(names, norms, strict=True))[:MOST_ROWS]
     charts, notes = [], []
     if len(names) <= MOST_NAMES:
         charts = [
@@ -104,7 +102,8 @@ def compared_cell(
     else:
         notes = [f"The matrices of {len(names)} vectors are not drawn; their numbers are in .whole."]
     facts = {"vectors": f"{len(names)}", "base": base or "unknown, or they differ"}
-    return _render("Task vectors compared", "", facts=facts, tables=[(["", "norm"], rows)], charts=charts, notes=notes)
+    tables = [_table(columns, rows)]
+    return _render("Task vectors compared", "", facts=facts, tables=tables, charts=charts, notes=notes)
 
 
 def _matrix(name: str, title: str, names: Sequence[str], values: Sequence[Sequence[float]], signed: bool) -> Chart:
@@ -117,34 +116,22 @@ def _matrix(name: str, title: str, names: Sequence[str], values: Sequence[Sequen
     return matrix(name, title, {"rows": rows}, f"{title} of every pair: {text}.", signed)
 
 
-def composed_cell(
-    output: str,
-    facts: Mapping[str, str],
-    effects: Mapping[str, tuple[int, int, float, float]],
-    notes: Sequence[str],
-) -> str:
+def composed_cell(output: str, facts: Mapping[str, str], effects: Mapping[str, Any], notes: Sequence[str]) -> str:
     """Show a composed checkpoint: what was written, and the change by group of tensors.
 
     Args:
         output: Its path.
         facts: What else there is to know.
-        effects: Group to tensors changed, tensors moved, relative change, and share of deltas lost in rounding.
+        effects: What the edit did, by group of tensors.
         notes: What was decided in reading the inputs.
     """
     shown = list(effects.items())[:MOST_ROWS]
-    largest = max((change for _, (_, _, change, _) in shown if math.isfinite(change)), default=0.0) or 1.0
-    rows = [
-        [(group, ""), (f"{changed:,} of {moved:,}", ""), _bar(change, min(1.0, change / largest)), (f"{lost:.1%}", "")]
-        for group, (changed, moved, change, lost) in shown
-    ]
     more = [f"{len(effects) - len(shown)} more groups are in .effects."] if len(effects) > len(shown) else []
-    heads = ["tensors", "changed", "relative change", "deltas lost in rounding"]
-    return _render("Checkpoint", output, facts=facts, tables=[(heads, rows)], notes=[*notes, *more])
+    return _render("Checkpoint", output, facts=facts, tables=[_table(EFFECTS, shown)], notes=[*notes, *more])
 
 
-def _bar(value: float, share: float) -> tuple[str, str, float]:
-    """Give a number with a bar beside it, as long as its share of the largest."""
-    return f"{value:.4g}", "", round(100 * share, 1)
+def _table(columns: Sequence[Column], rows: Sequence[Any]) -> tuple[list[str], list[Any]]:
+    return [column.heading for column in columns], cells(columns, rows)
 
 
 def _render(kind: str, title: str, **parts: Any) -> str:

@@ -3,73 +3,87 @@
 from __future__ import annotations
 
 import math
+import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.markup import escape
 
 from tva.checkpoints import atomic_path
-from tva.cli.tables import MOST_PAIRS, make_table, print_json, print_line
-from tva.console import make_console
-from tva.vectors.compare import Compared
+from tva.console import make_console, print_line
+from tva.report.table import Column, print_table, words
+from tva.vectors.compare import Compared, compare
+
+HELP = "compare task vectors: cosines, sign conflicts and norms, also by layer and as a picture"
+ORDER = "vectors…"
+MOST_PAIRS = 6  # that get a column of their own in a table by layer
+run = compare
 
 
-def show_compared(result: Compared, json: bool = False, plot: str | None = None) -> None:
-    """Show how vectors lie to each other.
-
-    Args:
-        result: What was found.
-        json: Print JSON instead of tables.
-        plot: Draw it too, as a PNG of this name.
-    """
-    if plot is not None:
-        draw_compared(result, Path(plot))
-    if json:
-        return print_json(result)
-    console = make_console()
-    names = list(result.names)
+def show(result: Compared) -> None:
+    """Print the matrices, and the numbers by group if they were asked for."""
+    console, names = make_console(), list(result.names)
     of = f"base {result.base}" if result.base else "bases that are unknown, or differ"
     print_line(console, f"{len(names)} vectors of {of}, {result.elements:,} elements")
     for note in result.notes:
         print_line(console, f"read {note}")
+    norms = [Column("norm", lambda i: f"{result.whole.norms[i]:.4g}")]
     for title, matrix in (("cosine", result.whole.cosines), ("sign conflicts", result.whole.conflicts)):
-        table = make_table(title, *(["norm"] if title == "cosine" else []), *names)
-        for i, name in enumerate(names):
-            norm = [f"{result.whole.norms[i]:.4g}"] if title == "cosine" else []
-            table.add_row(escape(name), *norm, *(_pair(title, i, j, matrix[i][j]) for j in range(len(names))))
-        console.print(table)
+        pairs = [Column(name, _pair(title, matrix, j)) for j, name in enumerate(names)]
+        first = words(title, names.__getitem__)
+        print_table(console, [first, *(norms if title == "cosine" else []), *pairs], range(len(names)))
     if result.groups:
         _print_groups(console, result)
     if result.not_finite:
-        print_line(console, f"[bold red]NaN or infinity[/] in {escape(', '.join(result.not_finite))}", markup=True)
+        print_line(console, f"NaN or infinity in: {', '.join(result.not_finite)}", "bold red:")
+
+
+def finish(result: Compared, plot: str | os.PathLike | None = None) -> None:
+    """Draw what was found.
+
+    Args:
+        result: What was found.
+        plot: A ``.png`` file to draw the matrices in, and with ``by`` the norms and cosines of every group.
+    """
     if plot is not None:
-        print_line(console, f"drew {plot}")
+        draw_compared(result, Path(plot))
+        print_line(make_console(), f"drew {plot}")
 
 
 def _print_groups(console: Console, result: Compared) -> None:
-    """One row a group: norms, then every pair or, where they are many, the least and the largest of them."""
-    names, form = list(result.names), {"cosine": "{:.3f}", "sign conflicts": "{:.1%}"}
+    """Print one row a group: norms, then every pair or, where they are many, the smallest and the largest."""
+    names, first = list(result.names), words(f"norm by {result.by}", lambda row: row[0])
+    norms = [Column(name, lambda row, i=i: f"{row[1].norms[i]:.3g}") for i, name in enumerate(names)]
+    print_table(console, [first, *norms], result.groups.items())
     pairs = [(i, j) for i in range(len(names)) for j in range(i)]
-    table = make_table(f"norm by {result.by}", *names)
-    for group, found in result.groups.items():
-        table.add_row(escape(group), *(f"{norm:.3g}" for norm in found.norms))
-    console.print(table)
-    for title in form:
-        each = [f"{names[j]}, {names[i]}" for i, j in pairs] if len(pairs) <= MOST_PAIRS else ["least", "largest"]
-        table = make_table(f"{title} by {result.by}", *each)
+    many = len(pairs) > MOST_PAIRS
+    heads = ["smallest", "largest"] if many else [f"{names[j]}, {names[i]}" for i, j in pairs]
+    for title in ("cosine", "sign conflicts"):
+        rows = []
         for group, found in result.groups.items():
             matrix = found.cosines if title == "cosine" else found.conflicts
             values = [matrix[i][j] for i, j in pairs]
-            if len(pairs) > MOST_PAIRS:
-                real = [value for value in values if not math.isnan(value)] or [math.nan]
-                values = [min(real), max(real)]
-            table.add_row(escape(group), *("–" if math.isnan(v) else form[title].format(v) for v in values))
-        console.print(table)
+            rows.append((group, _ends(values) if many else values))
+        columns = [Column(head, _value(title, place)) for place, head in enumerate(heads)]
+        print_table(console, [words(f"{title} by {result.by}", lambda row: row[0]), *columns], rows)
 
 
-def _pair(title: str, i: int, j: int, value: float) -> str:
-    if math.isnan(value) or (title != "cosine" and i == j):
+def _ends(values: Sequence[float]) -> list[float]:
+    real = [value for value in values if not math.isnan(value)] or [math.nan]
+    return [min(real), max(real)]
+
+
+def _pair(title: str, matrix: Sequence[Sequence[float]], j: int) -> Any:
+    return lambda i: "–" if title != "cosine" and i == j else _text(title, matrix[i][j])
+
+
+def _value(title: str, place: int) -> Any:
+    return lambda row: _text(title, row[1][place])
+
+
+def _text(title: str, value: float) -> str:
+    if math.isnan(value):
         return "–"
     return f"{value:.3f}" if title == "cosine" else f"{value:.1%}"
 

@@ -2,31 +2,36 @@
 
 from __future__ import annotations
 
-from tva.cli.tables import make_table, print_json, print_line
-from tva.console import make_console
-from tva.vectors.compress import CompressReport
+from tva.console import make_console, print_line
+from tva.report.table import Column, print_table, words
+from tva.vectors.compress import CompressReport, compress
+
+HELP = "store a task vector in fewer bytes: by encoding, to a maximum error or to a maximum size"
+ORDER = "vector"
+run = compress
+COLUMNS = [
+    words("encoding", lambda row: row[0]),
+    Column("tensors", lambda row: f"{row[1].tensors:,}"),
+    Column("bytes", lambda row: f"{row[1].num_bytes:,}"),
+    Column("of float32", lambda row: f"{_part(row[1].num_bytes, 4 * row[1].elements):.2%}"),
+    Column("error", lambda row: f"{row[1].error:.3g}"),
+]
 
 
-def show_compressed(result: CompressReport, json: bool = False) -> None:
-    """Show what was stored how.
-
-    Args:
-        result: What was written.
-        json: Print JSON instead of a table.
-    """
-    if json:
-        return print_json(result)
+def show(result: CompressReport) -> None:
+    """Print how the tensors were stored."""
     console = make_console()
-    table = make_table("encoding", "tensors", "bytes", "of float32", "error")
-    for name, share in (*sorted(result.shares.items(), key=lambda item: -item[1].num_bytes), ("whole", result.whole)):
-        part = share.num_bytes / (4 * share.elements) if share.elements else 0.0
-        table.add_row(name, f"{share.tensors}", f"{share.num_bytes:,}", f"{part:.2%}", f"{share.error:.3g}")
-    console.print(table)
+    shares = sorted(result.shares.items(), key=lambda item: -item[1].num_bytes)
+    print_table(console, COLUMNS, shares, [("whole", result.whole)])
     error, name = result.largest_error
     print_line(console, f"largest error of a tensor: {error:.3g}, of {name}")
-    part = result.num_bytes / result.float32_bytes if result.float32_bytes else 0.0
     print_line(
         console,
-        f"wrote {result.output}: {result.num_bytes:,} bytes with its header, {part:.2%} of the float32 size "
-        f"({result.float32_bytes:,}), error {result.whole.error:.3g}, in {result.seconds:.1f} s",
+        f"wrote {result.output}: {result.num_bytes:,} bytes with its header, "
+        f"{_part(result.num_bytes, result.float32_bytes):.2%} of the float32 size ({result.float32_bytes:,}), "
+        f"error {result.whole.error:.3g}, in {result.seconds:.1f} s",
     )
+
+
+def _part(num_bytes: int, whole: int) -> float:
+    return num_bytes / whole if whole else 0.0

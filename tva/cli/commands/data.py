@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
+from tva.console import make_console
 from tva.data.presets import PRESETS
+from tva.report.table import Column, print_table
+
+HELP = "list the data sets that can be named: presets, and those that ship with tva"
+ORDER = "what"
 
 
-def describe_presets() -> list[dict[str, Any]]:
-    """List the data sets that have a name: presets and what ships with the package."""
+def run(what: Literal["ls"] = "ls") -> list[dict[str, Any]]:
+    """List the data sets that can be named: presets, and those that ship with tva.
+
+    Args:
+        what: ``ls``, the only thing to do with them.
+    """
     from tva.data.builtin import BUILTIN_SETS, MARKS
 
     rows = []
@@ -22,16 +31,11 @@ def describe_presets() -> list[dict[str, Any]]:
     return [dict(zip(("path", "classes", "prompts", "lists", "hub", "note"), row, strict=True)) for row in rows]
 
 
-def print_presets() -> None:
-    """Print them as a table."""
-    from rich.table import Table
-
-    from tva.console import make_console
-
-    table = Table(box=None, header_style="bold", pad_edge=False)
-    rows = describe_presets()
-    for heading in rows[0]:
-        table.add_column(heading, overflow="fold", justify="right" if heading in ("classes", "prompts") else "left")
-    for row in rows:
-        table.add_row(*map(str, row.values()))
-    make_console().print(table)
+def show(result: list[dict[str, Any]]) -> None:
+    """Print one row a data set."""
+    numbers = ("classes", "prompts")
+    columns = [
+        Column(key, lambda row, key=key: str(row[key]), is_number=key in numbers, fold=key not in numbers)
+        for key in result[0]
+    ]
+    print_table(make_console(), columns, result)

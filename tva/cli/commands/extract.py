@@ -2,20 +2,15 @@
 
 from __future__ import annotations
 
-from tva.cli.tables import print_json, print_line
-from tva.console import make_console, size_text
-from tva.vectors.extract import Extracted
+from tva.console import make_console, print_line, size_text
+from tva.vectors.extract import Extracted, extract
+
+HELP = "subtract a base from its fine-tuned checkpoint or LoRA adapter, and write the task vector"
+run = extract
 
 
-def show_extracted(result: Extracted, json: bool = False) -> None:
-    """Show what was written.
-
-    Args:
-        result: What was written.
-        json: Print JSON instead of text.
-    """
-    if json:
-        return print_json(result)
+def show(result: Extracted) -> None:
+    """Print what was written."""
     console = make_console()
     for note in result.notes:
         print_line(console, f"read {note}")

@@ -17,8 +17,9 @@ import yaml
 
 from tva.checkpoints import open_weights
 from tva.cli.jobs import Job, Place, make_places, run_jobs
-from tva.console import make_console
+from tva.console import make_console, print_line
 from tva.errors import some
+from tva.report.table import Column, print_table, words
 from tva.vectors.header import read_origin
 
 TVA_FIT = (sys.executable, "-m", "tva", "fit")
@@ -328,29 +329,60 @@ def _write(path: Path, text: str) -> None:
     os.replace(part, path)
 
 
-def to_json(result: Result) -> dict[str, Any]:
-    """Give plain values."""
-    fit = {"task": result.fit.task, "seed": result.fit.seed, "folder": str(result.fit.folder)}
-    return {**fit, **vars(result), "fit": result.fit.digest, "vector": result.vector and str(result.vector)}
+# --- the command
 
 
-def print_results(results: Sequence[Result]) -> None:
+HELP = "fine-tune on many tasks, each in its own process; skips finished fits and resumes interrupted ones"
+run = fit_many
+COLUMNS = [
+    words("task", lambda result: result.fit.task),
+    words("seed", lambda result: result.fit.seed),
+    words("state", lambda result: result.state),
+    Column("seconds", lambda result: "–" if result.seconds is None else f"{result.seconds:.0f}"),
+    words("metric", lambda result: result.metric and f"{result.metric[0]} {result.metric[1]:.4f}"),
+    words("vector", lambda result: result.vector),
+]
+
+
+def read_words(words: Sequence[str]) -> list[str]:
+    """Collect ``--shared.KEY VALUE`` in ``--changes``.
+
+    jsonargparse would put ``--shared.trainer.max_steps`` in the place of the whole of ``shared.trainer``.
+    """
+    words, changes = list(words), {}
+    while (at := next((at for at, word in enumerate(words) if word.startswith("--shared.")), None)) is not None:
+        key, equals, value = words.pop(at).removeprefix("--shared.").partition("=")
+        if not equals and at == len(words):
+            raise ValueError(f"--shared.{key} must be followed by a value.")
+        changes[key] = yaml.safe_load(value if equals else words.pop(at))
+    return [*words, "--changes", json.dumps(changes)] if changes else words
+
+
+def show(results: Sequence[Result]) -> None:
     """Print a table, and below it what there is to know about each fit."""
-    from rich.table import Table
-
-    table = Table(box=None, header_style="bold", pad_edge=False)
-    for heading in ("task", "seed", "state"):
-        table.add_column(heading)
-    table.add_column("seconds", justify="right")
-    table.add_column("metric")
-    table.add_column("vector", overflow="fold")
-    for result in results:
-        seconds = "–" if result.seconds is None else f"{result.seconds:.0f}"
-        metric = "–" if result.metric is None else f"{result.metric[0]} {result.metric[1]:.4f}"
-        table.add_row(result.fit.task, str(result.fit.seed), result.state, seconds, metric, str(result.vector or "–"))
     console = make_console()
-    console.print(table)
+    print_table(console, COLUMNS, results)
     for result in results:
         if result.message:
-            line = f"{result.fit.task} seed={result.fit.seed} ({result.state}): {result.message}"
-            console.print(line, markup=False, highlight=False)
+            print_line(console, f"{result.fit.task} seed={result.fit.seed} ({result.state}): {result.message}")
+
+
+def to_json(results: Sequence[Result]) -> list[dict[str, Any]]:
+    """Return plain values."""
+    return [
+        {
+            "task": result.fit.task,
+            "seed": result.fit.seed,
+            "folder": result.fit.folder,
+            **vars(result),
+            "fit": result.fit.digest,
+        }
+        for result in results
+    ]
+
+
+def finish(results: Sequence[Result], plan: bool = False) -> bool:
+    """Return whether every fit is finished or has another process working on it."""
+    if not plan and any(result.state == "interrupted" for result in results):
+        raise KeyboardInterrupt
+    return not any(result.state in ("failed", "changed") for result in results)

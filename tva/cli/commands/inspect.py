@@ -5,52 +5,43 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from rich.markup import escape
-
-from tva.cli.tables import counted, make_table, print_json, print_line
-from tva.console import make_console, size_text
+from tva.console import counted, make_console, print_line, printable, size_text
 from tva.errors import some
-from tva.vectors.inspect import Inspection, Row
+from tva.report.table import Column, print_table, words
+from tva.vectors.inspect import Inspection, inspect
+
+HELP = "show what a task vector or any checkpoint holds: its header, and norms by group of tensors"
+ORDER = "path"
+run = inspect
+COLUMNS = [
+    Column("tensors", lambda row: f"{row[1].tensors:,}"),
+    Column("elements", lambda row: f"{row[1].elements:,}"),
+    Column("norm", lambda row: f"{row[1].norm:.4g}"),
+    Column("zero", lambda row: f"{row[1].zeros:.1%}"),
+    Column("largest", lambda row: f"{row[1].largest:.3g}"),
+]
 
 
-def show_inspection(result: Inspection, json: bool = False) -> None:
-    """Show what a file holds.
-
-    Args:
-        result: What was found.
-        json: Print JSON instead of a table.
-    """
-    if json:
-        return print_json(result)
+def show(result: Inspection) -> None:
+    """Print the header, then one row a group."""
     console = make_console()
-    whole = result.whole
-    print_line(console, f"[bold]{escape(result.path)}[/]: {result.kind}, {size_text(result.num_bytes)}", markup=True)
+    print_line(console, f"{result.path}: {result.kind}, {size_text(result.num_bytes)}", "bold")
     facts = {key: _fact(value) for key, value in result.facts.items()}
     for reason, names in result.untouched.items():
         facts[reason] = f"{counted(len(names), 'tensor')}: {some(names)}"
     for key, text in facts.items():
-        print_line(console, f"[dim]{key:<{max(map(len, facts))}}[/]  {escape(text)}", markup=True)
+        print_line(console, f"{key:<{max(map(len, facts))}}  {printable(text)}")
     for note in result.notes:
         print_line(console, f"read {note}")
-    table = make_table(result.by, "tensors", "elements", "norm", "zero", "largest")
-    for name, row in result.groups.items():
-        table.add_row(escape(name), *_cells(row))
-    table.add_section()
-    table.add_row("all", *_cells(whole))
+    totals = [("all", result.whole)]
     if result.buffers is not None:
-        table.add_row("running statistics, apart", *_cells(result.buffers))
-    console.print(table)
+        totals.append(("running statistics, apart", result.buffers))
+    print_table(console, [words(result.by, lambda row: row[0]), *COLUMNS], result.groups.items(), totals)
     bad = {name: row.not_finite for name, row in result.groups.items() if row.not_finite}
     if bad:
         where = ", ".join(f"{count:,} in {name}" for name, count in list(bad.items())[:3])
         more = f" and in {len(bad) - 3} more" if len(bad) > 3 else ""
-        print_line(
-            console, f"[bold red]NaN or infinity[/]: {escape(where + more)}. No edit can be made with it.", markup=True
-        )
-
-
-def _cells(row: Row) -> list[str]:
-    return [f"{row.tensors:,}", f"{row.elements:,}", f"{row.norm:.4g}", f"{row.zeros:.1%}", f"{row.largest:.3g}"]
+        print_line(console, f"NaN or infinity: {where}{more}. No edit can be made with it.", "bold red:")
 
 
 def _fact(value: Any) -> str:

@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-from json import dumps
+from tva.console import make_console, print_line
+from tva.edit.push import Pushed, push
 
-from tva.edit.push import Pushed
+HELP = "upload an edit's weights, task vectors and model card to the Hugging Face Hub"
+ORDER = "run repository"
+run = push
 
 
-def show_pushed(result: Pushed, json: bool = False) -> None:
-    """Print what went up.
-
-    Args:
-        result: What `push` gave.
-        json: Print JSON instead of lines.
-    """
-    if json:
-        print(dumps(result.to_json(), indent=1, ensure_ascii=False))
-        return
+def show(result: Pushed) -> None:
+    """Print which files were uploaded."""
+    console = make_console()
     for name, size in result.files.items():
-        print(f"{size:>14,} bytes  {name}")
+        print_line(console, f"{size:>14,} bytes  {name}")
     for note in result.notes:
-        print(f"left out: {note}")
-    print(f"pushed: {result.url}" if result.url else f"nothing was sent; this would go to {result.repository}")
+        print_line(console, f"left out: {note}")
+    sent = f"pushed: {result.url}" if result.url else f"nothing was sent; this would go to {result.repository}"
+    print_line(console, sent)

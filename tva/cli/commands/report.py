@@ -2,41 +2,45 @@
 
 from __future__ import annotations
 
-from json import dumps
+from typing import Any
 
-from rich.table import Table
-
-from tva.console import make_console
-from tva.edit.runs import Revisited
+from tva.console import make_console, print_line
+from tva.edit.runs import Revisited, revisit
 from tva.report.page import state_of
 from tva.report.series import interval, number
+from tva.report.table import Column, print_table, words
+
+HELP = "rebuild the pages of finished edits, and compare several side by side"
+ORDER = "runs…"
+run = revisit
 
 
-def show_revisited(result: Revisited, json: bool = False) -> None:
-    """Print one line a task of every run, and where the pages are.
+def _score(label: str) -> Any:
+    return lambda row: number(row[3][label]["value"], row[3]["metric"])
 
-    Args:
-        result: What `revisit` gave.
-        json: Print JSON instead: the contents of every ``edit.json``, what must be said of it, and the pages.
-    """
-    if json:
-        print(dumps(result.to_json(), indent=1, ensure_ascii=False))
-        return
-    console = make_console()
-    table = Table(box=None, header_style="bold", pad_edge=False)
-    for heading in ("run", "verdict", "task", "role"):
-        table.add_column(heading)
-    for heading in ("base", "edited", "95 % interval"):
-        table.add_column(heading, justify="right")
-    for run, content in result.contents.items():
-        for position, (task, entry) in enumerate(content["tasks"].items()):
-            metric, first = entry["metric"], position == 0
-            scores = [number(entry[label]["value"], metric) for label in ("base", "edited")]
-            words = [run, state_of(content)["word"].lower()] if first else ["", ""]
-            table.add_row(*words, task, entry["role"], *scores, interval(entry["edited"], metric).replace("[", r"\["))
-    console.print(table)
+
+COLUMNS = [
+    words("run", lambda row: row[0]),
+    words("verdict", lambda row: row[1]),
+    words("task", lambda row: row[2]),
+    words("role", lambda row: row[3]["role"]),
+    Column("base", _score("base")),
+    Column("edited", _score("edited")),
+    Column("95 % interval", lambda row: interval(row[3]["edited"], row[3]["metric"])),
+]
+
+
+def show(result: Revisited) -> None:
+    """Print one row a task of every run, and where the pages are."""
+    console, rows = make_console(), []
+    for name, content in result.contents.items():
+        first = (name, state_of(content)["word"].lower())
+        for task, entry in content["tasks"].items():
+            rows.append((*first, task, entry))
+            first = ("", "")
+    print_table(console, COLUMNS, rows)
     for name, notices in result.notices.items():
         for notice in notices:
-            console.print(f"note: {name + ': ' if name else ''}{notice}", highlight=False, markup=False)
+            print_line(console, f"note: {name + ': ' if name else ''}{notice}")
     for page in result.pages:
-        console.print(f"wrote {page}", highlight=False, markup=False)
+        print_line(console, f"wrote {page}")

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from json import dumps
+from tva.compose.revert import RevertReport, revert
+from tva.console import printable
 
-from tva.compose.revert import RevertReport
+HELP = "restore the base of an edited checkpoint, bit for bit, from its undo file"
+ORDER = "edited"
+run = revert
 
 
-def show_reverted(result: RevertReport, json: bool = False) -> None:
-    """Print what was written.
-
-    Args:
-        result: What `revert` gave.
-        json: Print JSON.
-    """
-    print(dumps(result.to_json(), indent=1) if json else result)
+def show(result: RevertReport) -> None:
+    """Print what was written."""
+    print(printable(str(result), most=100_000, newline="\n"))

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from json import dumps
+from tva.compose.verify import VerifyReport, verify
+from tva.console import printable
 
-from tva.compose.verify import VerifyReport
+HELP = "recompute an edited checkpoint from its record and inputs, and compare it bit by bit"
+ORDER = "edited"
+run = verify
 
 
-def show_verified(result: VerifyReport, json: bool = False) -> bool:
-    """Print what was found, and give whether it holds.
+def show(result: VerifyReport) -> None:
+    """Print what was found."""
+    print(printable(str(result), most=100_000, newline="\n"))
 
-    Args:
-        result: What `verify` gave.
-        json: Print JSON.
-    """
-    print(dumps(result.to_json(), indent=1) if json else result)
+
+def finish(result: VerifyReport) -> bool:
+    """Return whether the record holds."""
     return result.holds

@@ -1,0 +1,107 @@
+"""A command that is one function: its signature is the command line, its docstring the help."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import sys
+from argparse import ArgumentError
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext, redirect_stdout
+from dataclasses import asdict, is_dataclass
+from inspect import signature
+from types import ModuleType
+from typing import Any
+
+from tva.cli.arguments import explain, name_words
+
+
+def run_function(name: str, command: ModuleType, words: Sequence[str], as_json: bool = False) -> bool:
+    """Run a command, and print its result.
+
+    Args:
+        name: Its name, such as ``"vectors ls"``.
+        command: Its module; `tva.cli.commands` says what such a module holds.
+        words: The arguments after the name.
+        as_json: Print JSON only.
+
+    Returns:
+        Whether what the command was asked for holds.
+
+    Raises:
+        ValueError: The arguments cannot be parsed.
+    """
+    words = command.read_words(words) if hasattr(command, "read_words") else list(words)
+    steps = [command.run, command.show, *([command.finish] if hasattr(command, "finish") else [])]
+    options = _parse(name, command, steps, words)
+    as_json = options.pop("json") or as_json
+    with redirect_stdout(sys.stderr) if as_json else nullcontext():
+        result = command.run(**_own(command.run, options))
+    if as_json:
+        print_json(command.to_json(result) if hasattr(command, "to_json") else result)
+    else:
+        command.show(result, **_own(command.show, options))
+    with redirect_stdout(sys.stderr) if as_json else nullcontext():
+        return len(steps) < 3 or command.finish(result, **_own(command.finish, options)) is not False
+
+
+def _parse(name: str, command: ModuleType, steps: Sequence[Callable[..., Any]], words: list[str]) -> dict[str, Any]:
+    """Parse the options of a command's functions."""
+    from jsonargparse import ArgumentParser
+
+    order = getattr(command, "ORDER", "").split()
+    usage = _usage(name, command.run, order)
+    parser = ArgumentParser(prog=f"tva {name}", usage=usage, description=_sentence(command.HELP), exit_on_error=False)
+    parser.add_argument("--config", action="config", help="a YAML file with these options")
+    parser.add_argument("--json", type=bool, default=False, help="print the result as JSON only")
+    flags, seen = ["json"], set[str]()
+    for step in steps:
+        skip = seen | ({next(iter(signature(step).parameters))} if step is not command.run else set())
+        parser.add_function_arguments(step, as_positional=False, as_group=False, skip=skip)
+        seen |= set(signature(step).parameters)
+        flags += [key for key, parameter in signature(step).parameters.items() if parameter.default is False]
+    try:
+        given = parser.parse_args(name_words(words, order, flags, usage))
+    except ArgumentError as error:
+        names = [action.dest for action in parser._actions]
+        raise ValueError(explain(error.message, name, names, usage)) from error
+    return {key: value for key, value in given.as_dict().items() if key != "config"}
+
+
+def _own(step: Callable[..., Any], options: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the options that are parameters of a function."""
+    return {key: options[key] for key in signature(step).parameters if key in options}
+
+
+def _usage(name: str, function: Callable[..., Any], order: Sequence[str]) -> str:
+    shown = [word.rstrip("…").upper() + " …" * word.endswith("…") for word in order]
+    named = []
+    for key, parameter in signature(function).parameters.items():
+        if parameter.default is parameter.empty and key not in [word.rstrip("…") for word in order]:
+            by_name = ".NAME" * str(parameter.annotation).startswith(("dict", "Mapping"))
+            named.append(f"--{key}{by_name} {key.upper()}")
+    return " ".join(["tva", name, *shown, *named, "[options]"])
+
+
+def _sentence(line: str) -> str:
+    return f"{line[0].upper()}{line[1:]}."
+
+
+def print_json(result: Any) -> None:
+    """Print a result as JSON: a dataclass by its ``to_json()`` or its fields, paths as text, null for NaN."""
+    print(json.dumps(_plain(result), indent=1, ensure_ascii=False), flush=True)
+
+
+def _plain(value: Any) -> Any:
+    if hasattr(value, "to_json"):
+        return _plain(value.to_json())
+    if is_dataclass(value) and not isinstance(value, type):
+        return _plain(asdict(value))
+    if isinstance(value, Mapping):
+        return {str(key): _plain(part) for key, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(part) for part in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return str(value) if isinstance(value, os.PathLike) else value
