@@ -95,8 +95,7 @@ def test_a_command_of_another_package_is_one_file(outside, capsys):
         main(["double", "--help"])
     shown = capsys.readouterr().out
     assert "usage: tva double NUMBER [options]" in shown
-    assert all(f"
-  {option} " in shown for option in ("--times TIMES", "--most MOST", "--json"))
+    assert all(f"\n  {option} " in shown for option in ("--times TIMES", "--most MOST", "--json"))
 
 
 def test_a_command_that_tva_has_is_not_replaced(outside, capsys):
