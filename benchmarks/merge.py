@@ -22,6 +22,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -85,12 +86,14 @@ def run_ours(name: str, elements: int, vectors: int, chunk: int) -> Callable[[],
     out = [torch.zeros_like(delta).reshape(-1) for delta in deltas[0]]
 
     def merge() -> None:
-        everywhere = [p for i in range(len(keys)) for p in chunks_of(i)]
-        states = recipe.observe(lambda: everywhere, sources, over_model=True)
-        for i in range(len(keys)):
-            inner = recipe.observe(lambda i=i: chunks_of(i), sources, over_model=False, known=states)
+        chunks = [partial(chunks_of, i) for i in range(len(keys))]
+        states = recipe.observe_model(
+            lambda observe: [observe(*each) for each in zip(keys, chunks, strict=True)], sources
+        )
+        for i, key in enumerate(keys):
+            own = recipe.observe_tensor(key, chunks[i], sources, states)
             for chunk, values in chunks_of(i):
-                merged = recipe.merge(chunk, values, {**states, **inner}, sources)
+                merged = recipe.merge(chunk, values, {**states, **own}, sources)
                 out[i][chunk.start : chunk.start + len(merged)] = merged
 
     return merge

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import gc
 import math
-from collections.abc import Iterator, Mapping
+from collections import ChainMap
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -18,7 +19,7 @@ from tva._torch import Tensor, load_torch, num_threads, torch, torch_is_loaded
 from tva.arithmetic import add_scaled, is_edited
 from tva.checkpoints import Elements, Fingerprint, LazyWeights, Spec, TensorHash, open_weights
 from tva.compose.chunks import FUSED_DTYPES, Deltas, NewSpace, OpenedTensor, Space, is_fusible
-from tva.compose.recipe import ChunkDeltas, Look, Recipe
+from tva.compose.recipe import ChunkDeltas, Chunks, Recipe, States
 from tva.console import progress
 from tva.errors import NoEffectError
 from tva.merge import Chunk, kernels
@@ -105,7 +106,7 @@ class Composer:
         # Decompositions use all cores themselves; all else is done by one thread a tensor.
         self.chunk, self.workers = CHUNK, 1 if recipe.needs_whole_tensors else num_threads()
         self.identities: dict[str, str] = {}
-        self.model_states: dict[tuple[int, str], Any] = {}
+        self.model_states: States = {}
         self.records: dict[str, Mapping[str, Any]] = {}
         self._space = NewSpace() if recipe.needs_whole_tensors else Space()
         self.beside = 0  # bytes that a sink holds of each element of a chunk
@@ -227,10 +228,15 @@ class Composer:
             if todo and self.recipe.observing:
                 by_size = sorted(self.names, key=self._size, reverse=True)
 
-                def spread(look: Look) -> None:
-                    list(pool.map(lambda name: look(self._chunks(self._open(name))), by_size))
+                def spread(observe: Callable[[str, Chunks], None]) -> None:
+                    def observe_one(name: str) -> None:
+                        opened = self._open(name)
+                        if opened.vectors:
+                            observe(name, lambda: self.deltas_of(opened))
 
-                self.model_states = self.recipe.observe(list, self.identities, over_model=True, spread=spread)
+                    list(pool.map(observe_one, by_size))
+
+                self.model_states = self.recipe.observe_model(spread, self.identities)
             futures = [pool.submit(self._compose, name, out) for name in todo]
             try:
                 for future in progress(futures, "composing"):
@@ -246,12 +252,15 @@ class Composer:
         chunk = max(1, self._size(name)) if self.recipe.needs_whole_tensors else self.chunk
         return OpenedTensor(name, self.base, self.sources, chunk, name not in self.statistics, space or self._space)
 
-    def _chunks(self, opened: OpenedTensor) -> Iterator[ChunkDeltas]:
-        """Give the deltas of one tensor, if the recipe moves it."""
-        if opened.vectors:
-            for start in opened.starts():
-                base = opened.base_elements(start) if opened.fused else opened.base_chunk(start)
-                yield self._chunk(opened, start), Deltas(opened, start, None if opened.fused else base)
+    def plain(self, name: str) -> OpenedTensor:
+        """Open a tensor for torch, whatever its dtypes."""
+        return self._open(name, NewSpace())
+
+    def deltas_of(self, opened: OpenedTensor) -> Iterator[ChunkDeltas]:
+        """Yield the deltas of one tensor that the recipe moves."""
+        for start in opened.starts():
+            base = opened.base_elements(start) if opened.fused else opened.base_chunk(start)
+            yield self._chunk(opened, start), Deltas(opened, start, None if opened.fused else base)
 
     def _chunk(self, opened: OpenedTensor, start: int) -> Chunk:
         return Chunk(opened.name, start, shape=opened.spec.sizes)
@@ -263,8 +272,8 @@ class Composer:
         states = self.model_states
         moved = bool(opened.vectors) and self.scaling_coef != 0
         if moved and self.recipe.observing:
-            inner = self.recipe.observe(lambda: self._chunks(opened), self.identities, over_model=False, known=states)
-            states = {**states, **inner}
+            own = self.recipe.observe_tensor(name, lambda: self.deltas_of(opened), self.identities, states)
+            states = ChainMap(own, states)
         program = self._program(opened, states) if moved else None
         effect = GroupEffect(tensors=int(bool(opened.vectors)))
         before, after = TensorHash(opened.spec), TensorHash(opened.spec, dtype)
@@ -292,7 +301,7 @@ class Composer:
         out.finish(name, record)
         self.records[name] = record
 
-    def _program(self, opened: OpenedTensor, states: Mapping[tuple[int, str], Any]) -> Program | None:
+    def _program(self, opened: OpenedTensor, states: States) -> Program | None:
         """Give what computes the whole recipe in one tensor, if methods and dtypes allow."""
         if not opened.fused or self._output_dtype(opened.name) not in FUSED_DTYPES:
             return None
@@ -315,7 +324,7 @@ class Composer:
         opened: OpenedTensor,
         base: Tensor,
         start: int,
-        states: Mapping[tuple[int, str], Any],
+        states: States,
         effect: GroupEffect,
     ) -> Tensor:
         """Compute one chunk of the output in torch, and count what it changes."""
@@ -332,6 +341,12 @@ class Composer:
             raise self._not_finite(opened.name, dtype)
         effect.count(moving, changed, change_square, base_square)
         return part
+
+    def edit_plainly(self, opened: OpenedTensor, start: int, states: States) -> Tensor:
+        """Compute one chunk of the output in torch, over no memory that is used again."""
+        base = opened.widened(opened.base_chunk(start))
+        delta = self.recipe.merge(self._chunk(opened, start), Deltas(opened, start, base), states, self.identities)
+        return add_scaled(base, delta, self.scaling_coef, dtype=getattr(torch, self._output_dtype(opened.name)))
 
     def _not_finite(self, name: str, dtype: str) -> ValueError:
         """Say why an edited tensor holds NaN or infinity."""

@@ -5,7 +5,8 @@ from __future__ import annotations
 import ast
 import dataclasses
 import operator
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections import ChainMap
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, MutableMapping
 from itertools import chain
 from typing import TYPE_CHECKING, Any
 
@@ -24,11 +25,18 @@ if TYPE_CHECKING:
     from tva.vectors.task_vector import TaskVector
 
 ChunkDeltas = tuple[Chunk, Mapping[str, Tensor]]  # where it lies, and the flattened deltas of the vectors by name
-Look = Callable[[Iterable[ChunkDeltas]], None]
+Chunks = Callable[[], Iterable[ChunkDeltas]]
+Spread = Callable[[Callable[[str, Chunks], None]], None]
+States = MutableMapping[tuple[int, str], Any]  # of a call and a tensor; of methods over the model the tensor is ""
 
 
 def _state_key(node: ast.Call, method: Method, chunk: Chunk) -> tuple[int, str]:
     return id(node), "" if method.over_model else chunk.tensor
+
+
+def _state(node: ast.Call, method: Method, chunk: Chunk, states: States) -> Any:
+    """Return what a method has observed; one that must observe and has not is a KeyError rather than a wrong edit."""
+    return states[_state_key(node, method, chunk)] if method.num_passes else None
 
 
 _OPERATORS: dict[type, Callable] = {
@@ -198,65 +206,110 @@ class Recipe(Expression):
 
     # --- computing, one chunk of the model at a time
 
-    def observe(
-        self,
-        chunks: Callable[[], Iterable[ChunkDeltas]],
-        sources: Mapping[str, str],
-        *,
-        over_model: bool | None = None,
-        known: Mapping[tuple[int, str], Any] | None = None,
-        spread: Callable[[Look], None] | None = None,
-    ) -> dict[tuple[int, str], Any]:
-        """Let the methods that need it look at the deltas before they merge.
+    def observe(self, chunks: Chunks, sources: Mapping[str, str]) -> States:
+        """Let methods observe the deltas of a whole model before they merge: one after the other, inner ones first.
 
         Args:
-            chunks: Gives all chunks anew at each call.
+            chunks: Returns the chunks of all tensors, anew at each call.
             sources: What identifies each vector.
-            over_model: Only the methods that collect over the whole model (True), or tensor by tensor (False).
-            known: States of methods that have looked already.
-            spread: In place of going through ``chunks``: calls what it is given on the chunks of every tensor, several
-                tensors at once, for methods that collect over the model.
 
         Returns:
             States for `merge`, by method and tensor.
         """
-        states: dict[tuple[int, str], Any] = {}
-        seen = dict(known or {})
-        for node in self._observers:  # inner calls come first: their states are ready for the outer ones
-            method = self._methods[id(node)]
-            if over_model is not None and method.over_model != over_model:
-                continue
-            if method.over_model:
-                states[id(node), ""] = seen[id(node), ""] = method.start(len(node.args))
-            for pass_number in range(method.num_passes):
+        states: States = {}
+        for node in self._observers:
+            for pass_number in range(self._methods[id(node)].num_passes):
                 mine = [state for (owner, _), state in states.items() if owner == id(node)]
-                if mine and all(method.ready(state, pass_number) for state in mine):
+                if not (mine and all(self._methods[id(node)].ready(state, pass_number) for state in mine)):
+                    self._one_pass(node, chunks, states, sources, pass_number)
+                    for (owner, _), state in states.items():
+                        if owner == id(node):
+                            self._methods[id(node)].finish(state, pass_number)
+        return states
+
+    def observe_model(self, spread: Spread, sources: Mapping[str, str]) -> States:
+        """Let the methods that collect over the whole model observe it, several tensors at once.
+
+        A method of single tensors in an argument of such a method observes each tensor just before that one does, and
+        its states stay.
+
+        Args:
+            spread: Calls what it is given with the name of every tensor that the recipe moves, and with a function that
+                returns the tensor's chunks anew.
+            sources: What identifies each vector.
+
+        Returns:
+            States for `observe_tensor` and `merge`.
+        """
+        states: States = {}
+        for node in self._observers:
+            method = self._methods[id(node)]
+            if not method.over_model:
+                continue
+            inside = {id(inner) for inner in ast.walk(node)}
+            state = states[id(node), ""] = method.start(len(node.args))
+            for pass_number in range(method.num_passes):
+                if pass_number and method.ready(state, pass_number):
                     continue
 
-                def look(some: Iterable[ChunkDeltas], node=node, method=method, pass_number=pass_number) -> None:
-                    for chunk, deltas in some:
-                        key = _state_key(node, method, chunk)
-                        if key not in states:
-                            states[key] = seen[key] = method.start(len(node.args))
-                        here = self._chunk_of(node, chunk, sources)
-                        method.observe(
-                            states[key], self._observed(node, chunk, deltas, seen, sources), here, pass_number
-                        )
+                def observe(tensor: str, chunks: Chunks, node=node, pass_number=pass_number, inside=inside) -> None:
+                    if pass_number == 0:
+                        states.update(self.observe_tensor(tensor, chunks, sources, states, inside))
+                    self._one_pass(node, chunks, states, sources, pass_number)
 
-                if spread is not None and method.over_model:
-                    spread(look)
-                else:
-                    look(chunks())
-                for (owner, _), state in states.items():
-                    if owner == id(node):
-                        method.finish(state, pass_number)
+                spread(observe)
+                method.finish(state, pass_number)
         return states
+
+    def observe_tensor(
+        self,
+        tensor: str,
+        chunks: Chunks,
+        sources: Mapping[str, str],
+        known: States,
+        only: Collection[int] | None = None,
+    ) -> States:
+        """Let the methods that collect tensor by tensor observe one tensor.
+
+        Args:
+            tensor: Its name.
+            chunks: Returns its chunks, anew at each call.
+            sources: What identifies each vector.
+            known: States so far: methods that have observed the tensor do not observe it again.
+            only: Nodes of the calls that are to observe; by default all.
+
+        Returns:
+            The states that were added.
+        """
+        added: States = {}
+        for node in self._observers:
+            method, key = self._methods[id(node)], (id(node), tensor)
+            if method.over_model or key in known or (only is not None and id(node) not in only):
+                continue
+            state = added[key] = method.start(len(node.args))
+            for pass_number in range(method.num_passes):
+                if not (pass_number and method.ready(state, pass_number)):
+                    self._one_pass(node, chunks, ChainMap(added, known), sources, pass_number)
+                    method.finish(state, pass_number)
+        return added
+
+    def _one_pass(
+        self, node: ast.Call, chunks: Chunks, states: States, sources: Mapping[str, str], pass_number: int
+    ) -> None:
+        """Let one method observe chunks once; a state that it lacks is made."""
+        method = self._methods[id(node)]
+        for chunk, deltas in chunks():
+            key = _state_key(node, method, chunk)
+            if key not in states:
+                states[key] = method.start(len(node.args))
+            seen = self._observed(node, chunk, deltas, states, sources)
+            method.observe(states[key], seen, self._chunk_of(node, chunk, sources), pass_number)
 
     def merge(
         self,
         chunk: Chunk,
         deltas: Mapping[str, Tensor],
-        states: Mapping[tuple[int, str], Any],
+        states: States,
         sources: Mapping[str, str],
         fresh: Collection[str] = (),
         free: Callable[[Tensor], None] = lambda _: None,
@@ -279,7 +332,7 @@ class Recipe(Expression):
         node: ast.expr,
         chunk: Chunk,
         deltas: Mapping[str, Tensor],
-        states: Mapping[tuple[int, str], Any],
+        states: States,
         sources: Mapping[str, str],
         fresh: Collection[str] = (),
         free: Callable[[Tensor], None] = lambda _: None,
@@ -312,13 +365,13 @@ class Recipe(Expression):
             case ast.Call():
                 method = self._methods[id(node)]
                 arguments, here = self._arguments(node, chunk, deltas, states, sources)
-                return method.merge(arguments, states.get(_state_key(node, method, chunk)), here), True
+                return method.merge(arguments, _state(node, method, chunk, states), here), True
         raise AssertionError(f"unchecked node {ast.dump(node)}")
 
     def steps(
         self,
         chunk: Chunk,
-        states: Mapping[tuple[int, str], Any],
+        states: States,
         sources: Mapping[str, str],
         node: ast.expr | None = None,
     ) -> Steps | None:
@@ -351,9 +404,7 @@ class Recipe(Expression):
                 method = self._methods[id(node)]
                 parts = [self.steps(chunk, states, sources, argument) for argument in args]
                 here = dataclasses.replace(self._chunk_of(node, chunk, sources), start=0)
-                return (
-                    None if None in parts else method.in_steps(parts, states.get(_state_key(node, method, chunk)), here)
-                )
+                return None if None in parts else method.in_steps(parts, _state(node, method, chunk, states), here)
         raise AssertionError(f"unchecked node {ast.dump(node)}")
 
     def number(self, name: str, chunk: Chunk) -> float:
@@ -366,7 +417,7 @@ class Recipe(Expression):
         call: ast.Call,
         chunk: Chunk,
         deltas: Mapping[str, Tensor],
-        states: Mapping[tuple[int, str], Any],
+        states: States,
         sources: Mapping[str, str],
     ) -> Iterable[Tensor | ndarray]:
         """Give what a method observes: one argument after the other in the same memory, where that will do."""
@@ -381,7 +432,7 @@ class Recipe(Expression):
         call: ast.Call,
         chunk: Chunk,
         deltas: Mapping[str, Tensor],
-        states: Mapping[tuple[int, str], Any],
+        states: States,
         sources: Mapping[str, str],
     ) -> tuple[list[Tensor], Chunk]:
         values = [self._evaluate(argument, chunk, deltas, states, sources)[0] for argument in call.args]

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import random
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,11 +16,13 @@ from tva._torch import torch, torch_version
 from tva.arithmetic import BATCH_NORM_STATISTICS
 from tva.checkpoints import Elements, HashedWeights
 from tva.compose.engine import Composer
+from tva.compose.recipe import ChunkDeltas
 from tva.compose.record import Record, check_inputs, open_edited, open_recipe
 from tva.console import size_text
 from tva.errors import some
 from tva.version import __version__
 
+SAMPLE = 16  # tensors that are computed in two ways
 ESTIMATED = (*BATCH_NORM_STATISTICS, "num_batches_tracked")
 
 
@@ -38,6 +41,7 @@ class VerifyReport:
             present fingerprint.
         unrecorded: Inputs of which no fingerprint was recorded.
         not_recomputed: Running statistics that the edit took from data.
+        sampled: Tensors that were also computed in a second way, where methods observe the deltas before they merge.
         written_by: Versions that wrote it.
         seconds: Wall time.
     """
@@ -50,6 +54,7 @@ class VerifyReport:
     changed: dict[str, tuple[str, str]]
     unrecorded: list[str] = field(default_factory=list)
     not_recomputed: list[str] = field(default_factory=list)
+    sampled: int = 0
     written_by: str = ""
     seconds: float = 0.0
 
@@ -83,6 +88,8 @@ class VerifyReport:
                 f"the stored weights are those recorded{'' if self.unrecorded else ', and so is every input'}: what "
                 f"computes is another. It was written by {self.written_by}; this is {_versions()}"
             )
+        if self.sampled:
+            lines.append(f"{self.sampled} of the tensors were also computed in a second way, method by method in torch")
         if self.unrecorded:
             lines.append(f"no fingerprint was recorded of {', '.join(self.unrecorded)}")
         if self.not_recomputed:
@@ -156,6 +163,7 @@ def verify(
     composer.fit_into(max_memory)
     composer.run(comparison)
     comparison.compare_names(composer)
+    sampled = _compute_a_sample_again(composer, comparison)
     recorded, found = _fingerprints(record, composer, weights)
     return VerifyReport(
         Path(edited),
@@ -166,9 +174,37 @@ def verify(
         changed={name: (recorded[name], found[name]) for name in recorded if recorded[name] != found[name]},
         unrecorded=sorted(found.keys() - recorded.keys()),
         not_recomputed=skipped,
+        sampled=sampled,
         written_by=_versions(record.version, record.torch),
         seconds=time.monotonic() - started,
     )
+
+
+def _compute_a_sample_again(composer: Composer, comparison: _Comparison) -> int:
+    """Compare a sample of tensors with what a second way of computing gives, and return how many they are.
+
+    In the second way each method observes the whole model by itself, inner ones first, and torch computes every step:
+    what the engine does at once for many methods and tensors, and its kernels, have no part in it. Recipes of which no
+    method observes are the same arithmetic in either way, and are not computed twice.
+    """
+    if not composer.recipe.observing or not composer.scaling_coef:
+        return 0
+    moved = [name for name in composer.names if composer.plain(name).vectors and name not in comparison.skipped]
+    sample = set(random.Random(0).sample(moved, min(SAMPLE, len(moved))))
+    over_model = any(method.over_model for method in composer.recipe.observing)
+
+    def chunks() -> Iterator[ChunkDeltas]:
+        for name in moved:
+            if over_model or name in sample:
+                yield from composer.deltas_of(composer.plain(name))
+
+    states = composer.recipe.observe(chunks, composer.identities)
+    for name in sorted(sample):
+        opened = composer.plain(name)
+        for start in opened.starts():
+            edited = composer.edit_plainly(opened, start, states)
+            comparison.write(name, start, Elements.of(edited))
+    return len(sample)
 
 
 class _Comparison:

@@ -31,6 +31,10 @@ class Sum:
         if not is_last:
             self._open[chunk.tensor] = values[stop:].clone()
 
+    def close(self) -> None:
+        """Keep only the total: nothing will be added."""
+        self._blocks = [self.total]
+
     @property
     def total(self) -> float:
         """The sum of all that was added, blocks added without rounding."""

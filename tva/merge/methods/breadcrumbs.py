@@ -81,7 +81,7 @@ class Breadcrumbs(Method):
         return state.found
 
     def merge(self, deltas: Sequence[Tensor], state: OrderStatistics | None, chunk: Chunk) -> Tensor:
-        if state is None:
+        if self.rows:
             return self._merge_rows(deltas[0], chunk.shape[-1] if chunk.shape else 1)
         if not state.values:
             return deltas[0]
@@ -89,7 +89,7 @@ class Breadcrumbs(Method):
         return trim(deltas[0], smallest) - trim(deltas[0], after(largest))  # without rounding: all, one, or none is 0
 
     def in_steps(self, arguments: Sequence[Steps], state: OrderStatistics | None, chunk: Chunk) -> Steps | None:
-        if state is None:
+        if self.rows:
             return None
         if not state.values:
             return arguments[0]

@@ -48,9 +48,13 @@ class Emr(Method):
         state[0].add(own.abs(), chunk)
         state[1].add(_masked(own, _unified(deltas)).abs_(), chunk)
 
+    def finish(self, state: tuple[Sum, Sum], pass_number: int) -> None:
+        for part in state:
+            part.close()
+
     def merge(self, deltas: Sequence[Tensor], state: tuple[Sum, Sum] | None, chunk: Chunk) -> Tensor:
         unified = _unified(deltas)
-        if state is None:
+        if not self.task:
             return unified
         own, masked = (part.total for part in state)
         return _masked(pick_task(deltas, self.task), unified).mul_(own / masked if masked else 0.0)

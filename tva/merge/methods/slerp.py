@@ -53,6 +53,10 @@ class Slerp(Method):
         for part, product in zip(state, (a * b, a * a, b * b), strict=True):
             part.add(product, chunk)
 
+    def finish(self, state: tuple[Sum, Sum, Sum], pass_number: int) -> None:
+        for part in state:
+            part.close()
+
     def merge(self, deltas: Sequence[Tensor], state: tuple[Sum, Sum, Sum], chunk: Chunk) -> Tensor:
         first, second = self._coefficients(*(part.total for part in state))
         return (deltas[0] * first).add_(deltas[1] * second)
