@@ -73,6 +73,20 @@ class LinearNet(L.LightningModule):
         return torch.optim.AdamW(self.parameters(), lr=self.hparams.learning_rate)
 
 
+class LinearizedNet(LinearNet):
+    """Any LightningModule of which a part is linearized."""
+
+    def __init__(self, tangent: bool = True, shift: float = 0.0) -> None:
+        from tva.models.tangent import linearize
+
+        super().__init__()
+        self.save_hyperparameters()
+        if tangent:
+            linearize(self.net)
+        with torch.no_grad():
+            self.net[0].bias.add_(shift)
+
+
 class ControlCallback(L.Callback):
     """A callback that holds a data module of its own, as a control evaluation does."""
 
@@ -144,7 +158,8 @@ def assert_vector_is_checkpoint_minus_base(folder, name):
     return vector
 
 
-PORTS = itertools.count(20_000 + 31 * os.getpid() % 10_000)  # below those that the system gives to other sockets
+_worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0")[2:]) % 4  # each has ports of its own
+PORTS = itertools.count(20_000 + 2500 * _worker + 31 * os.getpid() % 2000)  # below those the system gives to sockets
 
 
 def free_port():

@@ -13,12 +13,13 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from test_main import fit_config, main, write_yaml
+from small_cli import fit_config, write_yaml
 
 from tva import TaskVector
 from tva.cli.commands.fit_many import CONFIG, DONE, fit_many, make_fits, merge, run_fits, show
 from tva.cli.jobs import make_places
 from tva.cli.locks import Lock
+from tva.cli.main import main
 from tva.vectors.header import Origin
 
 ROOT = Path(__file__).parents[2]

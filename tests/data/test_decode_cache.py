@@ -10,7 +10,7 @@ import pytest
 import torch
 from open_clip import image_transform
 from PIL import Image
-from test_image_task import everything, pictures, ready, table
+from small_images import everything, pictures, ready, table
 
 from tva.data.decode_cache import Decoder, SampleCache
 

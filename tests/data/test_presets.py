@@ -6,7 +6,7 @@ from pathlib import Path
 import datasets
 import pytest
 from PIL import Image
-from test_image_task import everything, ready
+from small_images import everything, ready
 
 from tva.data import ImageTask
 from tva.data.presets import PRESETS, find_preset, list_presets

@@ -4,7 +4,7 @@ from types import SimpleNamespace
 
 import datasets
 import pytest
-from test_image_task import everything, ready, table, to_tensor
+from small_images import everything, ready, table, to_tensor
 from torch.utils.data import get_worker_info
 
 from tva.data import ImageTask

@@ -14,8 +14,8 @@ import pytest
 import torch
 import yaml
 from chromium import DESKTOP, PHONE, browser
+from small_edit import Net, Task, edit, make_trainer
 from small_models import free_port
-from test_run import Net, Task, edit, make_trainer, vectors  # noqa: F401 (a fixture)
 
 from tva.cli.commands import play
 from tva.cli.commands.play import open_run
@@ -30,7 +30,7 @@ from tva.vectors.task_vector import TaskVector
 RECIPE = "s*a + b"
 
 
-def options(vectors, **changes):  # noqa: F811
+def options(vectors, **changes):
     return {
         "vectors": vectors,
         "recipe": RECIPE,
@@ -43,7 +43,7 @@ def options(vectors, **changes):  # noqa: F811
 
 
 @pytest.fixture(scope="module")
-def content(vectors, tmp_path_factory):  # noqa: F811
+def content(vectors, tmp_path_factory):
     """The ``edit.json`` of an edit with a coefficient of its own."""
     folder = tmp_path_factory.mktemp("edit")
     changes = {name: value for name, value in options(vectors).items() if name != "vectors"}
@@ -52,18 +52,18 @@ def content(vectors, tmp_path_factory):  # noqa: F811
 
 
 @pytest.fixture(scope="module")
-def playground(vectors, content):  # noqa: F811
+def playground(vectors, content):
     return Playground(make_trainer(), Net(), content, num_examples=40, **options(vectors))
 
 
 @pytest.fixture(scope="module")
-def run(vectors, tmp_path_factory):  # noqa: F811
+def run(vectors, tmp_path_factory):
     """A run that `tva edit` left."""
     folder = tmp_path_factory.mktemp("run")
     blobs = {name: {"class_path": "small_models.Blobs", "init_args": {"seed": seed}} for seed, name in enumerate("ab")}
     config = {
         "trainer": {"accelerator": "cpu"},
-        "model": {"class_path": "test_run.Net"},
+        "model": {"class_path": "small_edit.Net"},
         "vectors": vectors,
         "recipe": "a + b",
         "output": str(folder / "out"),
@@ -79,7 +79,7 @@ def run(vectors, tmp_path_factory):  # noqa: F811
 # --- coefficients to metrics
 
 
-def test_every_setting_scores_as_the_same_model_edited_by_hand(playground, vectors):  # noqa: F811
+def test_every_setting_scores_as_the_same_model_edited_by_hand(playground, vectors):
     size = 40
     view = playground.at({"scaling_coef": 0.7, "s": 0.3})
     model, loaded = Net(), {name: TaskVector.load(path) for name, path in vectors.items()}
@@ -91,7 +91,7 @@ def test_every_setting_scores_as_the_same_model_edited_by_hand(playground, vecto
         assert (row.live, row.num_examples, row.metric) == (pytest.approx(expected), size, "accuracy")
 
 
-def test_a_glance_is_of_the_first_examples_of_the_same_order(playground, vectors, monkeypatch):  # noqa: F811
+def test_a_glance_is_of_the_first_examples_of_the_same_order(playground, vectors, monkeypatch):
     monkeypatch.setattr("tva.edit.play.model.NUM_GLANCED", 16)
     setting = {"scaling_coef": 0.7, "s": 0.4}
     view, whole = playground.glance(setting), playground.at(setting)
@@ -119,7 +119,7 @@ def test_the_base_and_the_chosen_point_are_what_their_settings_score(playground,
     assert [row.live for row in chosen.rows] != [row.live for row in base.rows]
 
 
-def test_a_constraint_is_checked_at_every_setting(playground, vectors, content):  # noqa: F811
+def test_a_constraint_is_checked_at_every_setting(playground, vectors, content):
     strict = options(vectors, subject_to=["a/accuracy >= base + 0.05"])
     played = Playground(make_trainer(), Net(), content, num_examples=200, **strict)
     said = {coef: table_html(played.at({"scaling_coef": coef})) for coef in (0.0, 1.0)}
@@ -161,7 +161,7 @@ def test_a_run_is_opened_by_what_tva_edit_left_beside_it(run):
 # --- errors
 
 
-def test_what_cannot_be_opened_is_said(run, vectors, content, tmp_path):  # noqa: F811
+def test_what_cannot_be_opened_is_said(run, vectors, content, tmp_path):
     with pytest.raises(ValueError, match="There is no coefficient 't' to set; there are scaling_coef, s"):
         Playground(make_trainer(), Net(), content, **options(vectors)).at({"t": 1.0})
     with pytest.raises(ValueError, match="The configuration is of another edit: it has the recipe 'a' "):

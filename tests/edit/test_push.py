@@ -8,7 +8,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import huggingface_hub.constants
 import pytest
 from huggingface_hub import ModelCard
-from test_run import edit, vectors  # noqa: F401 (a fixture)
+from small_edit import edit
 
 from tva import TaskVector, fingerprint, open_weights, save_weights
 from tva.cli.main import main
@@ -69,7 +69,7 @@ def hub(monkeypatch):
 
 
 @pytest.fixture(scope="module")
-def run(vectors, tmp_path_factory):  # noqa: F811
+def run(vectors, tmp_path_factory):
     folder = tmp_path_factory.mktemp("run")
     edit(vectors, folder, scaling_coef=0.5)
     return folder / "out"
@@ -130,7 +130,7 @@ def test_a_hub_that_refuses_or_is_not_there_is_told_plainly(run, hub, monkeypatc
     assert hub.files == {}
 
 
-def test_what_the_card_does_not_describe_is_not_pushed(vectors, hub, tmp_path):  # noqa: F811
+def test_what_the_card_does_not_describe_is_not_pushed(vectors, hub, tmp_path):
     edit(vectors, tmp_path, scaling_coef=0.5, subject_to=["other/accuracy >= 2"])
     with pytest.raises(ValueError, match="has no edited weights to push, for its constraints do not hold: FAILS"):
         push(str(tmp_path / "out"), "me/edited")

@@ -11,8 +11,8 @@ import pytest
 import torch
 import torch.multiprocessing as mp
 import yaml
+from small_edit import LateNet, Net
 from small_models import Blobs, run_ranks
-from test_run import LateNet, Net, vectors  # noqa: F401 (a fixture)
 from torch.utils.data import DataLoader
 
 from tva import fingerprint, open_weights
@@ -41,7 +41,7 @@ def make_trainer(devices, kind=Trainer, **options):
     )
 
 
-def _edit(folder, vectors, devices, changes):  # noqa: F811
+def _edit(folder, vectors, devices, changes):
     # in a fork of a process that has drawn, vl-convert waits for threads that stayed behind
     page.draw, page.library = lambda spec, name: "<svg/>", lambda: ""
     model, trainer = Net(), make_trainer(devices)
@@ -63,12 +63,12 @@ def _edit(folder, vectors, devices, changes):  # noqa: F811
     (folder / f"rank{trainer.global_rank}.json").write_text(json.dumps(content))
 
 
-def _alone(rank, folder, vectors, changes):  # noqa: F811
+def _alone(rank, folder, vectors, changes):
     torch.set_num_threads(1)
     _edit(folder, vectors, 1, changes)
 
 
-def both(folder, vectors, **changes):  # noqa: F811
+def both(folder, vectors, **changes):
     """Edit with one process, and with two; give the reports of the one and of each of the two."""
     for name in ("one", "two"):
         (folder / name).mkdir()
@@ -92,7 +92,7 @@ def assert_same(one, *others):
     ],
     ids=["grid", "bisect", "optuna"],
 )
-def test_two_processes_give_what_one_gives(vectors, tmp_path, search, more):  # noqa: F811
+def test_two_processes_give_what_one_gives(vectors, tmp_path, search, more):
     one, *two = both(tmp_path, vectors, search=search, **more)
     assert_same(one, *two)
     assert two[0]["baselines"] == one["baselines"]
@@ -105,7 +105,7 @@ def test_two_processes_give_what_one_gives(vectors, tmp_path, search, more):  # 
     assert entries[1] == entries[0]
 
 
-def test_a_log_of_one_process_is_used_by_two(vectors, tmp_path):  # noqa: F811
+def test_a_log_of_one_process_is_used_by_two(vectors, tmp_path):
     changes = {"log": str(tmp_path / "log.jsonl")}
     one, *two = both(tmp_path, vectors, **changes)
     assert_same(one, *two)
@@ -114,7 +114,7 @@ def test_a_log_of_one_process_is_used_by_two(vectors, tmp_path):  # noqa: F811
     assert len({json.loads(line)["key"] for line in lines}) == len(lines)
 
 
-def test_a_race_of_two_processes_takes_parts_of_one_order(vectors, tmp_path):  # noqa: F811
+def test_a_race_of_two_processes_takes_parts_of_one_order(vectors, tmp_path):
     one, *two = both(tmp_path, vectors, search=Race(num=11, first=7))
     assert two[0]["coefficients"] == two[1]["coefficients"]
     # batches of a few examples are cut smaller for two processes, so that a loss may differ in its last bit
@@ -123,7 +123,7 @@ def test_a_race_of_two_processes_takes_parts_of_one_order(vectors, tmp_path):  #
 
 
 @pytest.mark.parametrize("loss", ["entropy", "cross_entropy"])
-def test_learned_coefficients_are_those_of_one_process(vectors, tmp_path, loss):  # noqa: F811
+def test_learned_coefficients_are_those_of_one_process(vectors, tmp_path, loss):
     search = Learned(loss=loss, num_steps=25, learning_rate=0.02, batch_size=15)  # 8 and 7 examples
     one, *two = both(tmp_path, vectors, search=search)
     tables = [report["search"]["coefficients"] for report in (one, *two)]
@@ -171,11 +171,11 @@ def test_every_example_is_in_one_share(num):
         assert sorted(rows) == list(range(num))
 
 
-def test_the_command_line_edits_with_two_devices(vectors, tmp_path):  # noqa: F811
+def test_the_command_line_edits_with_two_devices(vectors, tmp_path):
     task = {"class_path": "small_models.Blobs", "init_args": {"seed": 1, "num_examples": 50}}
     config = {
         "trainer": {"accelerator": "cpu", "devices": 2, "strategy": "ddp"},
-        "model": {"class_path": "test_run.Net"},
+        "model": {"class_path": "small_edit.Net"},
         "vectors": vectors,
         "recipe": "a",
         "targets": {"a": task},

@@ -7,7 +7,7 @@ import subprocess
 import sys
 
 import pytest
-from test_run import edit, vectors  # noqa: F401 (a fixture)
+from small_edit import edit
 
 from tva import TaskVector
 from tva.cli.main import main
@@ -16,7 +16,7 @@ from tva.report.edit_report import read_report
 
 
 @pytest.fixture
-def run(vectors, tmp_path):  # noqa: F811
+def run(vectors, tmp_path):
     """An edit with inputs of its own."""
     own = {name: str(shutil.copy2(path, tmp_path / f"{name}.tv.safetensors")) for name, path in vectors.items()}
     edit(own, tmp_path, scaling_coef=0.5)

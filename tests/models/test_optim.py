@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
-from test_vision import SIZE, write_images, write_network
+from small_networks import SIZE, write_images, write_network
 from torch.nn import functional as F
 from tva.callbacks import TaskVectorCallback
 

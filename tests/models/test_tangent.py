@@ -10,7 +10,7 @@ import torch
 import transformers
 import yaml
 from lightning.pytorch.callbacks import ModelCheckpoint
-from small_models import Blobs, LinearNet
+from small_models import Blobs, LinearizedNet, LinearNet
 from torch import nn
 from torch.func import functional_call
 from tva.callbacks import TaskVectorCallback
@@ -248,18 +248,6 @@ def test_compose_refuses_a_mixture_and_marks_what_it_writes(tmp_path):
         assert open_weights(tmp_path / output).metadata["tva.kind"] == "tangent"
 
 
-class LinearizedNet(LinearNet):
-    """Any LightningModule of which a part is linearized."""
-
-    def __init__(self, tangent: bool = True, shift: float = 0.0) -> None:
-        super().__init__()
-        self.save_hyperparameters()
-        if tangent:
-            linearize(self.net)
-        with torch.no_grad():
-            self.net[0].bias.add_(shift)
-
-
 @pytest.fixture(scope="module")
 def fitted(tmp_path_factory):
     folder = tmp_path_factory.mktemp("tangent")
@@ -279,7 +267,7 @@ def fitted(tmp_path_factory):
 def edit_config(folder, vector, tmp_path, tangent=True, **options):
     config = {
         "model": {
-            "class_path": "test_tangent.LinearizedNet",
+            "class_path": "small_models.LinearizedNet",
             "init_args": {"tangent": tangent, **options.pop("model", {})},
         },
         "trainer": {"accelerator": "cpu"},

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_run import Net, Task, edit, vectors  # noqa: F401 (a fixture)
+from small_edit import Net, Task, edit
 
 from tva import EditReport, TaskVector, edit_model, save_weights
 from tva.compose.apply import compose
@@ -34,12 +34,12 @@ def check_cell(cell, most):
 
 
 @pytest.fixture(scope="module")
-def report(vectors, tmp_path_factory):  # noqa: F811
+def report(vectors, tmp_path_factory):
     folder = tmp_path_factory.mktemp("run")
     return edit(vectors, folder, subject_to=["other/accuracy >= 0.1 * base"]), folder / "out"
 
 
-def test_a_vector_shows_its_norms_by_block_and_they_make_up_the_whole(vectors):  # noqa: F811
+def test_a_vector_shows_its_norms_by_block_and_they_make_up_the_whole(vectors):
     vector = TaskVector.load(vectors["a"])
     cell = vector._repr_html_()
     check_cell(cell, 10_000)
@@ -64,7 +64,7 @@ def test_a_vector_of_many_layers_is_shown_in_bounded_space_and_without_its_paths
     assert "<script" not in named._repr_html_()
 
 
-def test_a_comparison_shows_every_cosine(vectors, tmp_path):  # noqa: F811
+def test_a_comparison_shows_every_cosine(vectors, tmp_path):
     found = compare(list(vectors.values()))
     cell = found._repr_html_()
     check_cell(cell, 80_000)
@@ -129,7 +129,7 @@ def test_outside_a_notebook_an_edit_shows_itself_in_the_terminal(report, capsys)
     assert "λ from 0 to 1 on validation data" in printed
 
 
-def test_in_a_notebook_an_edit_is_shown_once(report, vectors, tmp_path, monkeypatch, capsys):  # noqa: F811
+def test_in_a_notebook_an_edit_is_shown_once(report, vectors, tmp_path, monkeypatch, capsys):
     shown = []
     monkeypatch.setattr("tva.report.edit_report.in_notebook", lambda: True)
     monkeypatch.setattr("tva.edit.trainer.in_notebook", lambda: True)
@@ -142,7 +142,7 @@ def test_in_a_notebook_an_edit_is_shown_once(report, vectors, tmp_path, monkeypa
     assert capsys.readouterr().out == ""
 
 
-def test_an_edit_takes_one_call_from_python_and_says_what_made_it(vectors, tmp_path, monkeypatch, capsys):  # noqa: F811
+def test_an_edit_takes_one_call_from_python_and_says_what_made_it(vectors, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("sys.argv", ["train.py", "--seed", "1"])
     options = {"vectors": vectors, "recipe": "a", "targets": {"a": Task(1)}, "scaling_coef": 0.5}
     made = edit_model(Net(), output=str(tmp_path / "out"), **options)

@@ -10,7 +10,7 @@ from importlib import resources
 import jsonschema
 import pytest
 from chromium import DESKTOP, PHONE, browser
-from test_run import Task, edit, vectors  # noqa: F401 (a fixture)
+from small_edit import Task, edit
 
 from tva.report.edit_report import EditReport, read_report
 from tva.report.model_card import MADE_BY, model_card, with_base_model
@@ -35,7 +35,7 @@ KINDS = {
 
 
 @pytest.fixture(scope="module")
-def runs(vectors, tmp_path_factory):  # noqa: F811
+def runs(vectors, tmp_path_factory):
     """One edit of every kind: folder by name."""
     folders = {}
     for kind, changes in KINDS.items():
@@ -80,7 +80,7 @@ def test_the_schema_describes_every_field_and_refuses_others_values(runs, schema
             jsonschema.validate({**content, **broken}, schema)
 
 
-def test_numbers_that_are_none_are_null_and_the_page_shows_a_dash(vectors, tmp_path, schema):  # noqa: F811
+def test_numbers_that_are_none_are_null_and_the_page_shows_a_dash(vectors, tmp_path, schema):
     report = edit(vectors, tmp_path, scaling_coef=0.5)
     task = report.tasks["a"]
     odd = {**task.scores, "edited": replace(task.scores["edited"], value=math.nan, low=-math.inf, high=math.inf)}
@@ -268,7 +268,7 @@ def test_a_card_is_what_the_hub_reads(runs):
     assert renamed.text == card.text
 
 
-def test_a_readme_of_somebody_else_is_not_overwritten(vectors, tmp_path):  # noqa: F811
+def test_a_readme_of_somebody_else_is_not_overwritten(vectors, tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out/README.md").write_text("mine")
     with pytest.raises(ValueError, match="README.md, where a file lies that tva did not write. Move it"):

@@ -11,8 +11,8 @@ from dataclasses import replace
 import pytest
 import torch
 from rich.console import Console
-from test_main import blobs, edit_config, fit_config, runs, write_yaml  # noqa: F401 (a fixture)
-from test_run import edit, vectors  # noqa: F401 (a fixture)
+from small_cli import edit_config, fit_config, write_yaml
+from small_edit import edit
 
 from tva import save_weights
 from tva.cli.main import main
@@ -29,7 +29,7 @@ def printed(report, width=None):
 
 
 @pytest.fixture(scope="module")
-def report(vectors, tmp_path_factory):  # noqa: F811
+def report(vectors, tmp_path_factory):
     return edit(vectors, tmp_path_factory.mktemp("run"), subject_to=["other/accuracy >= 0.1 * base"])
 
 
@@ -94,7 +94,7 @@ def test_the_curve_is_a_line_of_bars_with_the_choice_below():
     assert sparklines({**content, "evaluations": content["evaluations"][:1]}) == []
 
 
-def test_json_is_all_that_is_printed(runs, tmp_path, capsys):  # noqa: F811
+def test_json_is_all_that_is_printed(runs, tmp_path, capsys):
     config = write_yaml(tmp_path / "edit.yaml", edit_config(runs, tmp_path / "out", scaling_coef=0.3))
     main(["edit", "--config", config, "--json"])
     assert json.loads(capsys.readouterr().out) == read_report(tmp_path / "out")
@@ -113,7 +113,7 @@ def test_json_is_all_that_is_printed(runs, tmp_path, capsys):  # noqa: F811
     assert done["effects"]["w"]["relative_change"] is None or done["effects"]["w"]["changed"] == 1
 
 
-def test_every_command_prints_json(runs, tmp_path, monkeypatch, capsys):  # noqa: F811
+def test_every_command_prints_json(runs, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
 
     def found(*words):

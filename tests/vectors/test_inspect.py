@@ -9,7 +9,8 @@ import time
 
 import pytest
 import torch
-from test_peft_adapter import adapted, net
+from small_adapters import adapted, net
+from small_states import state
 
 import tva.vectors.geometry
 import tva.vectors.write
@@ -21,16 +22,6 @@ from tva.vectors.extract import extract
 from tva.vectors.geometry import cosine_matrix, measure, norms_by_block, parts_of, sign_conflicts, total
 from tva.vectors.inspect import inspect
 from tva.vectors.lazy import short_paths
-
-SHAPES = {"l.0.w": (40, 30), "l.1.w": (25, 40), "scalar": (), "one": (1,), "empty": (0, 3), "bias": (25,)}
-
-
-def state(seed, dtype=torch.float32):
-    generator = torch.Generator().manual_seed(seed)
-    tensors = {name: torch.randn(shape, generator=generator).to(dtype) for name, shape in SHAPES.items()}
-    wide = {"wide": torch.randn(7, generator=generator, dtype=torch.float64)}
-    fixed = {"still": torch.ones(4, dtype=dtype), "steps": torch.tensor(seed)}
-    return {**tensors, **wide, **fixed, "bn.running_mean": torch.randn(3, generator=generator)}
 
 
 @pytest.fixture

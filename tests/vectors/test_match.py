@@ -6,8 +6,8 @@ import re
 
 import pytest
 import torch
-from test_inspect import state
-from test_peft_adapter import adapted, net
+from small_adapters import adapted, net
+from small_states import state
 
 from tva import MismatchError, NoEffectError, Origin, TaskVector, fingerprint, open_weights, save_weights
 from tva.checkpoints import read_metadata

@@ -1,0 +1,3 @@
+"""Fixtures of this room's tests."""
+
+from small_edit import vectors as vectors

@@ -1,0 +1,13 @@
+"""State dicts of odd tensors."""
+
+import torch
+
+SHAPES = {"l.0.w": (40, 30), "l.1.w": (25, 40), "scalar": (), "one": (1,), "empty": (0, 3), "bias": (25,)}
+
+
+def state(seed, dtype=torch.float32):
+    generator = torch.Generator().manual_seed(seed)
+    tensors = {name: torch.randn(shape, generator=generator).to(dtype) for name, shape in SHAPES.items()}
+    wide = {"wide": torch.randn(7, generator=generator, dtype=torch.float64)}
+    fixed = {"still": torch.ones(4, dtype=dtype), "steps": torch.tensor(seed)}
+    return {**tensors, **wide, **fixed, "bn.running_mean": torch.randn(3, generator=generator)}
