@@ -3,6 +3,8 @@
 PYTHON ?= python3
 SEEDS ?= 0
 BIN := .venv/bin
+# two processes, and a file's tests in one of them, which share what is made for all of them; a plain pytest is one process
+TWO := -n 2 --dist loadfile --no-loadscope-reorder
 
 .PHONY: demo test quick lint install clean
 
@@ -10,10 +12,10 @@ demo: install
 	$(BIN)/python -m examples.demo --seeds $(SEEDS)
 
 test: install lint
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest $(TWO)
 
 quick: install
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest $(TWO) -m "not slow"
 
 lint: install
 	$(BIN)/ruff check .

@@ -22,6 +22,12 @@ def pytest_runtest_setup(item):
     torch.manual_seed(seed)
 
 
+def pytest_collection_modifyitems(items):
+    """Begin with what takes longest, so that of two processes neither is left with it at the end."""
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: (item.path.name != "test_demo.py", item.path not in slow))
+
+
 @pytest.fixture(autouse=True, scope="session")  # fixtures of a module are made before those of a function
 def own_cache(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:

@@ -1,10 +1,12 @@
 """Benchmarks that need a GPU, or hours, run here in small: every line of them that a CPU reaches."""
 
+import functools
 import importlib.util
 import json
 from pathlib import Path
 
 import pytest
+import torch
 
 ROOT = Path(__file__).parents[1]
 
@@ -31,7 +33,9 @@ def test_the_trainer_and_the_plain_loop_do_the_same_work(tmp_path, capsys):
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
-def test_the_best_settings_that_are_meant_for_a_gpu_run(tmp_path, capsys):
+def test_the_best_settings_that_are_meant_for_a_gpu_run(tmp_path, capsys, monkeypatch):
+    # traced and differentiated as ever; the kernels, which take a minute, are a test's in tests/models/test_optim.py
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
     found = run_fit(tmp_path, "--settings", "best", "--repeats", "1", "--turn", "2", "--peak_tflops", "1")
     assert found["peak"] == 1e12
     assert found["flops_per_image"] == 83613696.0

@@ -298,32 +298,44 @@ def test_an_edit_takes_the_plain_model(tmp_path):
 
 
 USE = """
+import os
 import sys
 from tva.cli.main import main
 
-config, tangent = sys.argv[1:]
-short = ["--trainer.max_steps", "15", "--trainer.val_check_interval", "15", "--trainer.default_root_dir", "fit"]
-main(["fit", "--config", config, *short])
-vector = "fit/checkpoints/last.tv.safetensors"
-options = ["--vectors", f"{{digits: {vector}}}", "--recipe", "digits", "--scaling_coef", "1", "--output", "edit"]
 digits = "{digits: {class_path: tva.data.ImageTask, init_args: {path: 'builtin:digits', batch_size: 500}}}"
-main(["edit", "--model", "tva.models.ClipClassifier", "--model.tangent", tangent, "--targets", digits, *options])
+for config in sys.argv[2:]:
+    os.mkdir(config)
+    os.chdir(config)
+    short = ["--trainer.max_steps", "15", "--trainer.val_check_interval", "15", "--trainer.default_root_dir", "fit"]
+    main(["fit", "--config", f"{sys.argv[1]}/{config}.yaml", *short])
+    vector = "fit/checkpoints/last.tv.safetensors"
+    options = ["--vectors", f"{{digits: {vector}}}", "--recipe", "digits", "--scaling_coef", "1", "--output", "edit"]
+    tangent = str(config == "tangent").lower()
+    main(["edit", "--model", "tva.models.ClipClassifier", "--model.tangent", tangent, "--targets", digits, *options])
+    os.chdir("..")
 """
+USED = ["lora", "tangent", "attention-only"]
+
+
+@pytest.fixture(scope="module")
+def used(tmp_path_factory):
+    # in a process of its own: what fits leave in memory counts against the compose of later tests
+    folder = tmp_path_factory.mktemp("used")
+    words = [sys.executable, "-c", USE, str(Path(__file__).parents[2] / "configs/fit"), *USED]
+    done = subprocess.run(words, cwd=folder, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return folder
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("config", ["lora", "tangent", "attention-only"])
-def test_the_configs_fit_and_their_vectors_are_edited_and_composed(config, tmp_path):
-    # in a process of its own: what fits leave in memory counts against the compose of later tests
-    file, tangent = Path(__file__).parents[2] / f"configs/fit/{config}.yaml", config == "tangent"
-    words = [sys.executable, "-c", USE, str(file), str(tangent).lower()]
-    done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    task = json.loads((tmp_path / "edit/edit.json").read_text())["tasks"]["digits"]
+@pytest.mark.parametrize("config", USED)
+def test_the_configs_fit_and_their_vectors_are_edited_and_composed(config, used, tmp_path):
+    folder, tangent = used / config, config == "tangent"
+    task = json.loads((folder / "edit/edit.json").read_text())["tasks"]["digits"]
     assert task["edited"]["value"] == task["finetuned"]["value"]
     assert task["edited"]["value"] > task["base"]["value"] + 0.05
-    base = str(next((tmp_path / "fit/checkpoints").glob("base-*")))
-    vector, half = str(tmp_path / "fit/checkpoints/last.tv.safetensors"), str(tmp_path / "half.safetensors")
+    base = str(next((folder / "fit/checkpoints").glob("base-*")))
+    vector, half = str(folder / "fit/checkpoints/last.tv.safetensors"), str(tmp_path / "half.safetensors")
     compose(base, {"a": vector}, "0.5 * a", half, max_memory="8GiB")
     composed = ClipClassifier(weights=half, tangent=tangent).state_dict()
     expected = TaskVector.load(vector).apply_to(open_weights(base), 0.5)

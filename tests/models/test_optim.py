@@ -311,6 +311,7 @@ print(faults(), keep_freed_memory(), faults())
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another C library")
 def test_what_a_step_frees_is_used_by_the_next_without_new_pages():
     environment = {name: value for name, value in os.environ.items() if not name.startswith("MALLOC_")}
