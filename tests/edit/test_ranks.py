@@ -138,6 +138,69 @@ def test_learned_coefficients_are_those_of_one_process(vectors, tmp_path, loss):
     assert two[0]["weights"] == two[1]["weights"]
 
 
+def _refused(folder):
+    trainer, task = make_trainer(2), Blobs(1, 1)
+    with pytest.raises(ValueError, match="Each process must have an example, but 2 processes have 1"):
+        evaluate(trainer, Net(), task, "val")
+    with pytest.raises(ValueError, match="LateNet logs 'val/late' outside its validation_step, where 2 processes"):
+        evaluate(trainer, LateNet(), Blobs(1, 50), "val")
+    iterable = Blobs(1, 50)
+    iterable.val_dataloader = lambda: DataLoader(list(iterable._loader(1).dataset), batch_sampler=[[0, 1], [2]])
+    with pytest.raises(ValueError, match="must give one DataLoader over a map-style data set.*devices=1"):
+        evaluate(trainer, Net(), iterable, "val")
+    with pytest.raises(ValueError, match="Each of 2 processes must have an example of every task in a step"):
+        Learned(batch_size=1)._loader(Blobs(1, 50), trainer)
+    with pytest.raises(ValueError, match="Sliders are answered by one process, and the edit's trainer has 2"):
+        Playground(trainer, Net(), {}, vectors={}, recipe="")
+    with pytest.raises(ValueError, match="which FSDPStrategy does not keep"):
+        check_strategy(type("Sharded", (), {"strategy": L.pytorch.strategies.FSDPStrategy()})())
+    with pytest.raises(ValueError, match="this strategy starts new ones each time"):
+        check_strategy(make_trainer(2, strategy="ddp_fork"))
+
+
+def test_what_several_processes_cannot_do_is_said(tmp_path):
+    run_ranks(_refused, tmp_path)
+
+
+@pytest.mark.parametrize("num", [1, 2, 3, 5, 7, 40])
+def test_every_example_is_in_one_share(num):
+    task = Blobs(1, num)
+    for ranks in range(1, min(num, 4) + 1):
+        rows = []
+        for rank in range(ranks):
+            with through_cache(task, "val", None, torch.device("cpu"), ((0, num), 3), rank, ranks):
+                rows += [row for batch in task.val_dataloader().rows for row in batch]
+        assert sorted(rows) == list(range(num))
+
+
+def write_config(vectors, folder):
+    task = {"class_path": "small_models.Blobs", "init_args": {"seed": 1, "num_examples": 50}}
+    config = {
+        "trainer": {"accelerator": "cpu", "devices": 2, "strategy": "ddp"},
+        "model": {"class_path": "small_edit.Net"},
+        "vectors": vectors,
+        "recipe": "a",
+        "targets": {"a": task},
+        "maximize": "a/accuracy",
+        "output": str(folder / "out"),
+    }
+    (folder / "c.yaml").write_text(yaml.safe_dump(config))
+    return str(folder / "c.yaml")
+
+
+def test_the_command_line_edits_with_two_devices(vectors, tmp_path):
+    config = write_config(vectors, tmp_path)
+    environment = {name: value for name, value in os.environ.items() if name != "PL_GLOBAL_SEED"}
+    environment |= {"PYTHONPATH": os.pathsep.join(map(str, Path(__file__).parents[:2])), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "tva", "edit", "--config", config]
+    done = subprocess.run(command, env=environment, timeout=200, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("base + scaling_coef") == 1  # one process tells
+    report = json.loads((tmp_path / "out/edit.json").read_text())
+    assert report["sizes"] == {"a": {"val": 50, "test": 50}}
+    assert report["edited"]["fingerprint"] == fingerprint(open_weights(tmp_path / "out/edited.safetensors")).digest
+
+
 def _command(words, folder):
     status = 0
     with open(folder / os.environ["LOCAL_RANK"], "w") as said, contextlib.redirect_stdout(said):
