@@ -34,7 +34,7 @@ from tva.callbacks import TaskVectorCallback
 
 from tva import fingerprint, open_weights, save_weights
 from tva.vectors.header import Origin
-from tva.vectors.write import Plan, Source, emit
+from tva.vectors.write import TensorSource, VectorPlan, emit
 
 
 class Timed(TaskVectorCallback):
@@ -129,7 +129,7 @@ def measure_emission(folder: Path, megabytes: int, repeats: int) -> dict[str, fl
     deltas = {name: tuned[name] - base[name] for name in base}
 
     def vector() -> None:
-        plan = Plan(weights, tree, {name: Source.of(value) for name, value in tuned.items()})
+        plan = VectorPlan(weights, tree, {name: TensorSource.of(value) for name, value in tuned.items()})
         emit(plan, folder / "v.tv.safetensors", Origin())
 
     def library(sync: bool) -> None:

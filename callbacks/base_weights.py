@@ -14,7 +14,7 @@ from tva.callbacks.sharding import Shards, is_shard
 
 from tva.arithmetic import check_same
 from tva.checkpoints import Fingerprint, LazyWeights, canonical_names, fingerprint, open_weights
-from tva.vectors.write import Source, write_weights
+from tva.vectors.write import TensorSource, write_weights
 
 SNAPSHOT = ".previous-"  # how the name of the weights at the last trajectory vector starts
 
@@ -91,7 +91,7 @@ class Base:
                     f"resumed weights are not the base. Pass the original base: TaskVectorCallback(base=PATH)."
                 )
             sources = {
-                name: shards.source(stored) if is_shard(state[stored]) else Source.of(state[stored])
+                name: shards.source(stored) if is_shard(state[stored]) else TensorSource.of(state[stored])
                 for name, stored in names.items()
             }
             order = sorted(sources, key=lambda name: -sources[name].spec.dtype.itemsize)
@@ -111,7 +111,7 @@ class Base:
         self.settled = self.digest is not None
         return self.settled
 
-    def _capture(self, sources: Mapping[str, Source], folder: str) -> tuple[str, str]:
+    def _capture(self, sources: Mapping[str, TensorSource], folder: str) -> tuple[str, str]:
         with workplace(folder) as inside:
             local = inside / f".base-{os.getpid()}.safetensors"
             try:

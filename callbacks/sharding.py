@@ -29,7 +29,7 @@ from tva.callbacks.deepspeed import Layout, zero_state
 
 from tva.checkpoints import Spec
 from tva.errors import MismatchError, some
-from tva.vectors.write import Source
+from tva.vectors.write import TensorSource
 
 T = TypeVar("T")
 
@@ -148,10 +148,10 @@ class Shards:
             raise RuntimeError(f"Rank 0 could not take a task vector: {message}")
         return value
 
-    def source(self, name: str) -> Source:
+    def source(self, name: str) -> TensorSource:
         """Make a source of a sharded tensor, to be read in the announced order."""
         tensor = self.tensors[name]
-        return Source(Spec(tensor.dtype, torch.Size(tensor.shape)), lambda: self.parts(name))
+        return TensorSource(Spec(tensor.dtype, torch.Size(tensor.shape)), lambda: self.parts(name))
 
     def parts(self, name: str) -> Iterator[Tensor]:
         """Give, on rank 0, the flattened tensor part by part, on the CPU."""

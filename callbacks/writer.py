@@ -28,7 +28,7 @@ from tva.vectors.compress import suited, write_encoded
 from tva.vectors.encoding import Encoding
 from tva.vectors.header import SUFFIX, Origin, vector_header
 from tva.vectors.kind import kind_of
-from tva.vectors.write import Emitted, Plan, Source, emit
+from tva.vectors.write import Emitted, TensorSource, VectorPlan, emit
 
 Lora = Literal["merge", "adapter"]
 ADAPTER = ".adapter"  # how the name of an adapter's folder ends
@@ -183,7 +183,7 @@ class VectorWriter:
         state: Mapping[str, Tensor],
         shards: Shards,
         job: Job,
-    ) -> Plan:
+    ) -> VectorPlan:
         base = job.base
         deltas = view.deltas()
         sources = {}
@@ -192,12 +192,12 @@ class VectorWriter:
             if is_shard(tensor):
                 sources[name] = replace(shards.source(stored), delta=deltas.get(name))
             else:
-                sources[name] = Source.of(tensor, deltas.get(name))
+                sources[name] = TensorSource.of(tensor, deltas.get(name))
         _check_keys(sources, base.weights, set(view.plain_names(names_of(pl_module))))
         buffers = set(view.plain_names(buffer_names(pl_module)))
         known = self._compare.get(job.against)
         compares = self.log_geometry and trainer.loggers and known and known[0] != trainer.global_step
-        return Plan(
+        return VectorPlan(
             base.weights,
             base.tree,
             sources,
@@ -226,7 +226,7 @@ class VectorWriter:
             hyperparameters=_json_only(job.checkpoint.get("hyper_parameters", pl_module.hparams)),
         )
 
-    def _write(self, trainer: L.Trainer, pl_module: L.LightningModule, plan: Plan, job: Job) -> SavedVector:
+    def _write(self, trainer: L.Trainer, pl_module: L.LightningModule, plan: VectorPlan, job: Job) -> SavedVector:
         origin, step = self._origin(trainer, pl_module, job), trainer.global_step
         with workplace(os.path.dirname(job.path)) as folder:
             local = folder / os.path.basename(job.path)
@@ -245,7 +245,7 @@ class VectorWriter:
         base, finetuned = plan.base_tree.digest, emitted.finetuned.digest
         return SavedVector(job.path, step, job.against, base, finetuned, emitted.norm, emitted.cosine)
 
-    def _emit_encoded(self, plan: Plan, path: Path, origin: Origin, snapshot: Path | None) -> Emitted:
+    def _emit_encoded(self, plan: VectorPlan, path: Path, origin: Origin, snapshot: Path | None) -> Emitted:
         """Write the vector as it is, and compress that."""
         dense = path.with_name(f".{path.name.removesuffix(SUFFIX)}.dense{SUFFIX}")
         try:
@@ -297,7 +297,7 @@ def _is_of_run(path: str, run: str | None) -> bool:
         return False
 
 
-def _check_keys(sources: Mapping[str, Source], base: LazyWeights, module_names: set[str]) -> None:
+def _check_keys(sources: Mapping[str, TensorSource], base: LazyWeights, module_names: set[str]) -> None:
     """Check that the model still has the base's keys; a module may leave parts out of its checkpoint."""
     extra = [name for name in sources if name not in base]
     missing = [name for name in base if name not in sources and name not in module_names]

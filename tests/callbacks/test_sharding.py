@@ -239,7 +239,7 @@ def _measure_memory(folder):
     from tva.callbacks.lora import LoraView
 
     from tva.vectors.header import Origin
-    from tva.vectors.write import Plan, emit
+    from tva.vectors.write import VectorPlan, emit
 
     join_ranks()
     rank, rows = dist.get_rank(), 2**12
@@ -262,7 +262,7 @@ def _measure_memory(folder):
 
     def prepare():
         sources = {name: shards.source(name) for name in tuned}
-        plan = Plan(base.weights, base.tree, sources)
+        plan = VectorPlan(base.weights, base.tree, sources)
         return plan.order, lambda: emit(plan, folder / "v.tv.safetensors", Origin()).norm
 
     norm = shards.on_rank_zero(prepare)

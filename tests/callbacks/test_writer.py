@@ -11,7 +11,7 @@ from tva.callbacks import TaskVectorCallback
 from tva import TaskVector, fingerprint, open_weights, save_weights
 from tva.checkpoints import open_finetuned, read_metadata
 from tva.vectors.header import Origin
-from tva.vectors.write import Plan, Source, emit
+from tva.vectors.write import TensorSource, VectorPlan, emit
 
 LAST = "epoch=1-step=8"
 
@@ -43,8 +43,8 @@ def test_the_file_is_what_the_library_computes(tmp_path, dtype):
     tuned["late"][-1] = 1.0  # all pieces but the last are zero
     save_weights(base, tmp_path / "base.safetensors")
     weights = open_weights(tmp_path / "base.safetensors")
-    sources = {name: Source.of(value) for name, value in tuned.items()}
-    plan = Plan(weights, fingerprint(weights), sources, exclude=["excluded"], dtype=dtype)
+    sources = {name: TensorSource.of(value) for name, value in tuned.items()}
+    plan = VectorPlan(weights, fingerprint(weights), sources, exclude=["excluded"], dtype=dtype)
     emitted = emit(plan, tmp_path / "streamed.tv.safetensors", Origin(task="t"), tmp_path / "copy.safetensors")
     expected = TaskVector.between(base, tuned, exclude=["excluded"], origin=Origin(task="t"))
     expected.save(tmp_path / "whole.tv.safetensors", dtype=dtype)
@@ -65,10 +65,12 @@ def test_what_does_not_fit_or_is_not_finite_is_refused_and_leaves_nothing(tmp_pa
     save_weights({"w": torch.zeros(3)}, tmp_path / "base.safetensors")
     weights = open_weights(tmp_path / "base.safetensors")
     for value, dtype, message in ((1e6, torch.float16, "do not fit"), (float("inf"), None, "NaN or infinity")):
-        plan = Plan(weights, fingerprint(weights), {"w": Source.of(torch.full((3,), value))}, dtype=dtype)
+        plan = VectorPlan(weights, fingerprint(weights), {"w": TensorSource.of(torch.full((3,), value))}, dtype=dtype)
         with pytest.raises(ValueError, match=message):
             emit(plan, tmp_path / "v.tv.safetensors", Origin())
-    large = Plan(weights, fingerprint(weights), {"w": Source.of(torch.full((3,), 1e30))})  # its square overflows
+    large = VectorPlan(
+        weights, fingerprint(weights), {"w": TensorSource.of(torch.full((3,), 1e30))}
+    )  # its square overflows
     assert emit(large, tmp_path / "v.tv.safetensors", Origin()).norm == pytest.approx(3**0.5 * 1e30)
     assert names(tmp_path) == ["base.safetensors", "v.tv.safetensors"]
 

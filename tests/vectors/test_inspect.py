@@ -19,7 +19,7 @@ from tva.checkpoints import open_finetuned, read_metadata
 from tva.checkpoints.stream_writer import LateHeaderFile
 from tva.vectors.compare import compare
 from tva.vectors.extract import extract
-from tva.vectors.geometry import cosine_matrix, measure, norms_by_block, parts_of, sign_conflicts, total
+from tva.vectors.geometry import cosine_matrix, measure, norms_by_block, readers_of, sign_conflicts, total
 from tva.vectors.inspect import inspect
 from tva.vectors.lazy import short_paths
 
@@ -133,7 +133,7 @@ def test_norms_cosines_and_conflicts_are_those_of_the_formulas(monkeypatch, piec
     vectors = [TaskVector.between(state(0), state(seed)) for seed in (1, 2, 3)]
     vectors[2].deltas.pop("l.0.w")  # frozen in one of them
     vectors[1].deltas["bias"][:10] = 0
-    sums = total(measure([parts_of(vector) for vector in vectors], lambda name: name).values(), 3)
+    sums = total(measure([readers_of(vector) for vector in vectors], lambda name: name).values(), 3)
     norms, cosines, conflicts = reference(vectors)
     assert sums.norms() == pytest.approx(norms, rel=1e-12)
     assert flat(sums.cosines()) == pytest.approx(flat(cosines), abs=1e-12)
@@ -240,7 +240,7 @@ def test_compare_refuses_other_bases_architectures_and_single_vectors(files):
 
 
 def test_a_vector_of_another_shape_is_refused():
-    parts = [parts_of(TaskVector({"w": torch.ones(n)})) for n in (2, 3)]
+    parts = [readers_of(TaskVector({"w": torch.ones(n)})) for n in (2, 3)]
     with pytest.raises(MismatchError, match="same shapes to be compared, but 'w' has 2, 3 elements"):
         measure(parts)
 

@@ -25,7 +25,7 @@ from tva.errors import some
 from tva.layers import Coefficient
 from tva.sizes import parse_bytes
 from tva.vectors.kind import KEY, check_kinds
-from tva.vectors.sources import Source
+from tva.vectors.lazy import LazyTaskVector
 
 
 @dataclass(repr=False)
@@ -136,7 +136,7 @@ def compose(
     composer = Composer.open(base, vectors, checked, scaling_coef, dtype, which=which, **options)
     check_output(output, {f"a file of {recipe}": path for path in checked.files})
     weights, sources = composer.base, composer.sources
-    kinds = {name: source.kind for name, source in sources.items()}
+    kinds = {name: source.origin.kind for name, source in sources.items()}
     if allow_other_kind and len(set(kinds.values())) > 1:
         kinds = {}
     kind = check_kinds(kinds, "pass allow_other_kind if the mixture is meant")
@@ -224,8 +224,8 @@ def check_output(output: str, inputs: Mapping[str, str]) -> None:
             )
 
 
-def _check_undo(keep_undo: bool | str, sources: Mapping[str, Source]) -> None:
-    checkpoints = [name for name, source in sources.items() if source.origin is None]
+def _check_undo(keep_undo: bool | str, sources: Mapping[str, LazyTaskVector]) -> None:
+    checkpoints = [name for name, source in sources.items() if source.is_checkpoint]
     if keep_undo == "with_vectors" and checkpoints:
         raise ValueError(
             f"keep_undo='with_vectors' needs task vector files, and {some(checkpoints)} are fine-tuned checkpoints, "

@@ -17,7 +17,7 @@ from tva.arithmetic import is_edited, sum_dtype
 from tva.checkpoints import Elements, Entry, LazyWeights
 from tva.merge import kernels
 from tva.merge.program import LOAD, ZERO, Program, Step, Steps, encode
-from tva.vectors.sources import Source
+from tva.vectors.lazy import LazyTaskVector
 
 AHEAD = 2**23  # elements that the system is told to read ahead
 HEAD = 4096  # elements in which most fine-tuned tensors differ from the base
@@ -85,7 +85,13 @@ class OpenedTensor:
     """
 
     def __init__(
-        self, name: str, base: LazyWeights, sources: Mapping[str, Source], chunk: int, edited: bool, space: Space
+        self,
+        name: str,
+        base: LazyWeights,
+        sources: Mapping[str, LazyTaskVector],
+        chunk: int,
+        edited: bool,
+        space: Space,
     ) -> None:
         self.name, self.spec, self.sources, self.space = name, base.spec(name), sources, space
         self.length, self.chunk = self.spec.numel(), chunk
@@ -102,10 +108,10 @@ class OpenedTensor:
             self._rows = space.bytes("rows", width, len(self._entries))
             self._views = self._rows.view(numpy.uint16), self._rows.view(numpy.float32)
             self._kinds = numpy.array([FUSED_DTYPES[e.spec.dtype_name] if e else 0 for e in self._entries])
-            self._relative = numpy.array([False, *(source.origin is None for source in sources.values())])
+            self._relative = numpy.array([False, *(source.is_checkpoint for source in sources.values())])
         if edited:
             moving = {
-                key: entry is not None and (sources[key].origin is not None or self._differs(row))
+                key: entry is not None and (not sources[key].is_checkpoint or self._differs(row))
                 for row, (key, entry) in enumerate(zip(sources, self._entries[1:], strict=True), start=1)
             }
             self.vectors = moving if any(moving.values()) else {}

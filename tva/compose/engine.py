@@ -25,7 +25,7 @@ from tva.errors import NoEffectError
 from tva.merge import Chunk, kernels
 from tva.merge.program import Program
 from tva.sizes import anonymous_memory, parse_bytes
-from tva.vectors.sources import Source, untie
+from tva.vectors.lazy import LazyTaskVector, untie
 
 CHUNK = 2**18  # elements; shorter ones leave the cores waiting for Python, longer ones for memory
 SLACK = 2**24  # bytes for what an allocator keeps, thread stacks and journals
@@ -90,7 +90,7 @@ class Composer:
     def __init__(
         self,
         base: LazyWeights,
-        sources: Mapping[str, Source],
+        sources: Mapping[str, LazyTaskVector],
         recipe: Recipe,
         scaling_coef: float,
         dtype: str | Mapping[str, str] | None,
@@ -156,7 +156,9 @@ class Composer:
             raise ValueError(f"dtype must be one of {', '.join(DTYPES)}; found {dtype!r}.")
         weights = open_weights(base)
         sources = {
-            name: Source(name, vectors[name], weights, allow_other_base, key_map or {}, which)
+            name: LazyTaskVector(
+                vectors[name], weights, name=name, allow_other_base=allow_other_base, key_map=key_map, which=which
+            )
             for name in recipe.vectors
         }
         chosen = {source.weights.info.which for source in sources.values()}

@@ -10,7 +10,7 @@ from tva.checkpoints import LazyWeights, Spec
 from tva.compose.recipe import Recipe
 from tva.layers import label_of
 from tva.merge import Chunk
-from tva.vectors.sources import Source
+from tva.vectors.lazy import LazyTaskVector
 
 
 @dataclass
@@ -63,7 +63,7 @@ class Plan:
 def make_plan(
     base: LazyWeights,
     layout: Mapping[str, Spec],
-    sources: Mapping[str, Source],
+    sources: Mapping[str, LazyTaskVector],
     recipe: Recipe,
     scaling_coef: float,
     kept: Collection[str],

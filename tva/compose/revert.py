@@ -19,7 +19,7 @@ from tva.compose.undo import BYTES_HELD, OpenedUndo, Restoring, undo_path
 from tva.console import size_text
 from tva.report.run_files import EDITED
 from tva.sizes import parse_bytes
-from tva.vectors.sources import Source
+from tva.vectors.lazy import LazyTaskVector
 
 
 @dataclass
@@ -161,7 +161,9 @@ def _way_back(edited: str, weights: HashedWeights, undo: OpenedUndo, vectors: Ma
         paths = {**record.vectors, **vectors}
         recipe = open_recipe(edited, record, paths)
         recipe.bind(weights.keys())
-        sources = {name: Source(name, paths[name], weights, allow_other_base=True) for name in recipe.vectors}
+        sources = {
+            name: LazyTaskVector(paths[name], weights, name=name, allow_other_base=True) for name in recipe.vectors
+        }
     load_torch()  # which undo files take, and so the memory that is left
     composer = Composer(weights, sources, recipe, -record.scaling_coef, undo.dtypes, undo.ties)
     composer.chunk = undo.block

@@ -64,7 +64,7 @@ from tva.search.learned import Workshop
 from tva.sizes import parse_bytes
 from tva.vectors.header import Origin, is_vector_file
 from tva.vectors.kind import KEY, check_kinds, kind_of
-from tva.vectors.sources import Source
+from tva.vectors.lazy import LazyTaskVector
 from tva.vectors.task_vector import TaskVector
 from tva.version import __version__
 
@@ -364,7 +364,10 @@ def _record(
 ) -> Record:
     """Make the record that `tva.compose.verify` reads; the vectors' files are read once more for their fingerprints."""
     opened = _in_memory(base_weights)
-    sources = {name: Source(name, vectors[name], opened, allow_other_base) for name in recipe.vectors}
+    sources = {
+        name: LazyTaskVector(vectors[name], opened, name=name, allow_other_base=allow_other_base)
+        for name in recipe.vectors
+    }
     coefs, digest = dict(state.coefs), fingerprint(base_weights).digest
     return Record(
         recipe=state.recipe,

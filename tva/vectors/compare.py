@@ -1,4 +1,4 @@
-"""Look at task vectors on disk: what one holds, and how several lie to each other. Nothing is held whole."""
+"""Compare task vectors on disk without loading them whole: angles, sign conflicts and norms."""
 
 from __future__ import annotations
 
@@ -6,25 +6,20 @@ import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from tva.checkpoints import HashedWeights, open_weights
 from tva.checkpoints.formats.pytorch import Which
 from tva.errors import MismatchError, some
 from tva.layers import in_layer_order
 from tva.vectors.geometry import Sums, measure, total
 from tva.vectors.inspect import By, grouping
-from tva.vectors.lazy import Base, Vector, labels, open_vector
+from tva.vectors.lazy import LazyTaskVector, labels, open_vector
 
 MOST_PAIRS = 6  # that are named in one line
 
 
-# --- one vector
-
-
-# --- several
-
-
 @dataclass
-class Pairs:
-    """How vectors lie to each other over some tensors; rows and columns are in the order of the vectors.
+class PairwiseStatistics:
+    """Angles, sign conflicts and norms of vectors over some tensors; rows and columns are in the order of the vectors.
 
     Attributes:
         norms: Of each.
@@ -37,7 +32,7 @@ class Pairs:
     conflicts: list[list[float]]
 
     @classmethod
-    def of(cls, sums: Sums) -> Pairs:
+    def of(cls, sums: Sums) -> PairwiseStatistics:
         """Take it from sums."""
         return cls(sums.norms(), sums.cosines(), sums.conflicts())
 
@@ -60,9 +55,9 @@ class Compared:
     names: dict[str, str]
     base: str | None
     elements: int
-    whole: Pairs
+    whole: PairwiseStatistics
     by: str | None
-    groups: dict[str, Pairs]
+    groups: dict[str, PairwiseStatistics]
     not_finite: list[str]
     notes: list[str] = field(default_factory=list)
 
@@ -111,26 +106,26 @@ def compare(
     twice = [path for path in dict.fromkeys(vectors) if vectors.count(path) > 1]
     if twice:
         raise ValueError(f"Vectors must differ to be compared; {some(twice)} was given more than once. Leave it out.")
-    opened_base = None if base is None else Base(base)
+    opened_base = None if base is None else HashedWeights(open_weights(base))
     options = {"allow_other_base": allow_other_base, "key_map": key_map, "which": which}
     opened = [open_vector(path, opened_base, **options) for path in vectors]
     bases = _check_alike(opened, allow_other_base)
-    groups = measure([vector.parts for vector in opened], group_of)
+    groups = measure([vector.deltas for vector in opened], group_of)
     whole = total(groups.values(), len(opened))
     names = labels(vectors, [vector.origin.task for vector in opened])
     return Compared(
         dict(zip(names, vectors, strict=True)),
         bases.pop() if len(bases) == 1 else None,
         whole.elements,
-        Pairs.of(whole),
+        PairwiseStatistics.of(whole),
         by,
-        {name: Pairs.of(groups[name]) for name in in_layer_order(groups)} if by is not None else {},
+        {name: PairwiseStatistics.of(groups[name]) for name in in_layer_order(groups)} if by is not None else {},
         [name for name, count in zip(names, whole.not_finite.tolist(), strict=True) if count],
         [str(vector.weights.info) for vector in opened if vector.weights.info.notes],
     )
 
 
-def _check_alike(vectors: Sequence[Vector], allow_other_base: bool) -> set[str]:
+def _check_alike(vectors: Sequence[LazyTaskVector], allow_other_base: bool) -> set[str]:
     """Check that vectors are of one base and have the same names; gives the digests of their bases."""
     first = vectors[0]
     for other in vectors[1:]:

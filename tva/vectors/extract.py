@@ -8,9 +8,9 @@ from pathlib import Path
 
 from tva.checkpoints import find, open_weights
 from tva.checkpoints.formats.pytorch import Which
-from tva.vectors import sources
-from tva.vectors import write as emission
 from tva.vectors.header import SUFFIX, Origin, is_vector_file
+from tva.vectors.lazy import LazyTaskVector
+from tva.vectors.write import TensorSource, VectorPlan, emit
 
 
 @dataclass
@@ -86,17 +86,15 @@ def extract(
                 f"'tva inspect {path}' tells what is in it."
             )
     weights = open_weights(base)
-    source = sources.Source("finetuned", finetuned, weights, key_map=key_map, which=which)
+    source = LazyTaskVector(finetuned, weights, key_map=key_map, which=which)
     moved = source.weights
     if which != "checkpoint" and moved.info.which != which:
         raise ValueError(f"which={which!r}: {finetuned} does not hold both raw and averaged weights. Leave it out.")
     averaged = {"averaged": True, "raw": False}.get(moved.info.which)
     task = task or Path(output).name.removesuffix(".safetensors").removesuffix(".tv")
-    plan = emission.Plan(
-        weights, None, {name: emission.Source.stored(moved.entry(name)) for name in weights}, must_move=True
-    )
-    origin = Origin(task=task, averaged=averaged, weights=which, kind=source.kind)
-    emitted = emission.emit(plan, Path(output), origin)
+    plan = VectorPlan(weights, None, {name: TensorSource.stored(moved.entry(name)) for name in weights}, must_move=True)
+    origin = Origin(task=task, averaged=averaged, weights=which, kind=source.origin.kind)
+    emitted = emit(plan, Path(output), origin)
     reasons = sorted(emitted.untouched.values())
     return Extracted(
         Path(output),

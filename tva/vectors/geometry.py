@@ -23,8 +23,8 @@ def blocks(names: Iterable[str]) -> dict[str, list[str]]:
 
 
 @dataclass(frozen=True)
-class Part:
-    """One tensor of a vector, read in pieces.
+class TensorReader:
+    """One tensor of a vector, read in chunks.
 
     Attributes:
         length: Its elements.
@@ -35,12 +35,12 @@ class Part:
     read: Callable[[int, int], Tensor]
 
 
-def parts_of(vector: TaskVector) -> dict[str, Part]:
+def readers_of(vector: TaskVector) -> dict[str, TensorReader]:
     """Give the parameters that a vector in memory moves."""
 
-    def part(delta: Tensor) -> Part:
+    def part(delta: Tensor) -> TensorReader:
         flat = delta.detach().cpu().reshape(-1)
-        return Part(len(flat), lambda start, stop: flat[start:stop])
+        return TensorReader(len(flat), lambda start, stop: flat[start:stop])
 
     return {name: part(delta) for name, delta in vector.deltas.items()}
 
@@ -112,7 +112,9 @@ class Sums:
         return (self.opposite.double() / self.both).tolist()
 
 
-def measure(vectors: Sequence[Mapping[str, Part]], group: Callable[[str], str] = lambda name: "") -> dict[str, Sums]:
+def measure(
+    vectors: Sequence[Mapping[str, TensorReader]], group: Callable[[str], str] = lambda name: ""
+) -> dict[str, Sums]:
     """Read vectors once, a piece of all of them at a time, and sum up how they lie to each other.
 
     Args:
@@ -208,7 +210,7 @@ def sign_conflicts(vectors: Mapping[str, TaskVector]) -> dict[str, dict[str, flo
 
 
 def _whole(vectors: Mapping[str, TaskVector]) -> Sums:
-    return total(measure([parts_of(vector) for vector in vectors.values()]).values(), len(vectors))
+    return total(measure([readers_of(vector) for vector in vectors.values()]).values(), len(vectors))
 
 
 def _by_pair(names: Iterable[str], matrix: list[list[float]]) -> dict[str, dict[str, float]]:
@@ -218,7 +220,7 @@ def _by_pair(names: Iterable[str], matrix: list[list[float]]) -> dict[str, dict[
 
 def norms_by_block(vector: TaskVector) -> dict[str, float]:
     """Give the Euclidean norm of a vector's part in each block."""
-    return {block: sums.norms()[0] for block, sums in measure([parts_of(vector)], block_of).items()}
+    return {block: sums.norms()[0] for block, sums in measure([readers_of(vector)], block_of).items()}
 
 
 def without(vector: TaskVector, names: Iterable[str]) -> TaskVector:

@@ -30,7 +30,7 @@ def grouping(by: str) -> Callable[[str], str]:
 
 
 @dataclass
-class Row:
+class GroupSummary:
     """A group of tensors of one vector or checkpoint.
 
     Attributes:
@@ -50,7 +50,7 @@ class Row:
     not_finite: int
 
     @classmethod
-    def of(cls, sums: Sums) -> Row:
+    def of(cls, sums: Sums) -> GroupSummary:
         """Take it from the sums of one vector."""
         zeros = sums.elements - int(sums.both[0, 0]) - int(sums.not_finite[0])
         return cls(
@@ -84,10 +84,10 @@ class Inspection:
     kind: str
     facts: dict[str, Any]
     num_bytes: int
-    whole: Row
+    whole: GroupSummary
     by: str
-    groups: dict[str, Row]
-    buffers: Row | None = None
+    groups: dict[str, GroupSummary]
+    buffers: GroupSummary | None = None
     untouched: dict[str, list[str]] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 
@@ -111,7 +111,7 @@ def inspect(path: str, by: By = "group") -> Inspection:
     weights = open_weights(path)
     if "tva.format" in weights.metadata:
         vector = open_vector(path)
-        kind, facts, parts = "task vector", header_facts(vector), vector.parts
+        kind, facts, parts = "task vector", header_facts(vector), vector.deltas
         buffers = {name: stored(weights.entry(name)) for name in vector.buffers}
         reasons: dict[str, list[str]] = {}
         for name, reason in vector.untouched.items():
@@ -128,10 +128,10 @@ def inspect(path: str, by: By = "group") -> Inspection:
         kind,
         facts,
         size_of(weights.path),
-        Row.of(total(groups.values(), 1)),
+        GroupSummary.of(total(groups.values(), 1)),
         by,
-        {name: Row.of(sums) for name, sums in groups.items()},
-        Row.of(total(measure([buffers]).values(), 1)) if buffers else None,
+        {name: GroupSummary.of(sums) for name, sums in groups.items()},
+        GroupSummary.of(total(measure([buffers]).values(), 1)) if buffers else None,
         reasons,
         list(weights.info.notes),
     )

@@ -1,42 +1,81 @@
-"""Task vectors on disk, opened to be read in pieces: files, and checkpoints whose deltas are taken as they are read."""
+"""Task vectors on disk that are read in chunks: files, and checkpoints whose deltas are computed as they are read."""
 
 from __future__ import annotations
 
+import copy
 import os
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from tva._torch import Tensor
-from tva.arithmetic import is_edited, subtract
-from tva.checkpoints import Fingerprint, LazyWeights, fingerprint, open_weights
+from tva._torch import Tensor, torch
+from tva.arithmetic import BATCH_NORM_STATISTICS, is_edited, subtract, sum_dtype
+from tva.checkpoints import HashedWeights, LazyWeights, open_finetuned, open_weights
 from tva.checkpoints.lazy import Entry
-from tva.errors import MismatchError
-from tva.vectors.geometry import Part
+from tva.errors import MismatchError, some
+from tva.vectors.geometry import TensorReader
 from tva.vectors.header import Origin, is_vector_file, read_origin
-from tva.vectors.sources import Source
+from tva.vectors.kind import KEY
 
 
-@dataclass
-class Vector:
-    """A task vector on disk, or a fine-tuned checkpoint whose deltas are taken as they are read.
+class LazyTaskVector:
+    """A task vector on disk: a task vector file, or a fine-tuned checkpoint whose deltas are computed as it is read.
+
+    Args:
+        path: The file or folder.
+        base: The base that it is applied to. A checkpoint needs one, and a file's names and shapes must be the base's.
+        name: Its name in a recipe; by default the path.
+        allow_other_base: Whether a task vector file may be of another base.
+        key_map: For a checkpoint's names; see `tva.checkpoints.map_names`.
+        which: Of a checkpoint with two sets of weights.
 
     Attributes:
         path: The file or folder.
+        name: Its name in messages.
         weights: What is stored there.
-        parts: The parameters that it moves.
-        buffers: Names of running statistics, kept apart.
-        untouched: Names that it does not move, each with the reason; unknown for a checkpoint.
-        origin: Where it comes from.
+        is_checkpoint: Whether it is a checkpoint rather than a task vector file.
+        origin: Where it comes from; of a checkpoint the kind, and the base where `open_vector` opened it.
+        buffers: Names of running statistics, kept apart from parameters.
+        untouched: Names that a task vector file does not move, each with the reason; empty for a checkpoint.
+
+    Raises:
+        MismatchError: Keys or shapes are not the base's.
+        ValueError: It is neither a vector nor a checkpoint, or it is a checkpoint and there is no base.
     """
 
-    path: str
-    weights: LazyWeights
-    parts: dict[str, Part]
-    buffers: set[str]
-    untouched: dict[str, str]
-    origin: Origin
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        base: LazyWeights | None = None,
+        *,
+        name: str | None = None,
+        allow_other_base: bool = False,
+        key_map: Mapping[str, str] | None = None,
+        which: str = "checkpoint",
+    ) -> None:
+        self.path = os.fspath(path)
+        self.name, self.base = name or self.path, base
+        self.is_checkpoint = not is_vector_file(path)
+        if not self.is_checkpoint:
+            weights = open_weights(path)
+            self.origin, self.buffers, self.untouched = read_origin(weights)
+        elif base is None:
+            format_ = open_weights(path).info.format  # says what is wrong if it is not a checkpoint either
+            raise ValueError(f"{path} is a checkpoint ({format_}), not a task vector file. Give its base with --base.")
+        else:
+            weights = _open_checkpoint(self.path, base, key_map or {}, which)
+            self.origin, self.untouched = Origin(kind=weights.metadata.get(KEY)), {}
+            self.buffers = {name for name in weights if name.rpartition(".")[2] in BATCH_NORM_STATISTICS}
+        self.weights = HashedWeights(weights)
+        if base is not None:
+            _check_names(self.path, self.weights, self.names, base)
+        self._check_base = self.origin.base is not None and not allow_other_base
+
+    @property
+    def names(self) -> set[str]:
+        """All names of the base's tensors."""
+        return {*self.weights, *self.untouched}
 
     @property
     def facts(self) -> dict[str, str]:
@@ -44,100 +83,170 @@ class Vector:
         return {key.removeprefix("tva."): text for key, text in self.weights.metadata.items()}
 
     @property
-    def names(self) -> set[str]:
-        """All names of the base's tensors."""
-        return {*self.weights, *self.untouched}
+    def deltas(self) -> dict[str, TensorReader]:
+        """The parameters that it moves, in the order of the base."""
+        if self.is_checkpoint:
+            base = self.base
+            names = [name for name in base if name not in self.buffers and is_edited(base.spec(name))]
+            return {name: _difference(self.weights.entry(name), base.entry(name)) for name in names}
+        order = [*(self.origin.base.tensors if self.origin.base else ()), *self.weights]  # a file may have another
+        names = [name for name in dict.fromkeys(order) if name in self.weights and name not in self.buffers]
+        return {name: stored(self.weights.entry(name)) for name in names}
 
+    def identity(self) -> str:
+        """Return what identifies the vector for methods that draw random numbers; a checkpoint is read through once."""
+        if self.is_checkpoint:
+            return self.weights.fingerprint().digest
+        return self.origin.finetuned or self.name
 
-class Base:
-    """A base that checkpoints are compared with, fingerprinted when that is first asked for."""
+    def delta(self, stored: Tensor, base: Tensor, space: Callable[[torch.dtype, int], Tensor] | None = None) -> Tensor:
+        """Return the delta of one chunk, in new memory or in that of ``space`` for a dtype and length."""
+        dtype = sum_dtype(stored, base) if self.is_checkpoint else sum_dtype(stored)
+        out = None if space is None else space(dtype, len(stored))
+        if self.is_checkpoint:
+            return subtract(stored, base, out)
+        return stored.to(dtype, copy=True) if out is None else out.copy_(stored)
 
-    def __init__(self, path: str) -> None:
-        self.weights = open_weights(path)
-        self._tree: Fingerprint | None = None
+    def unchecked(self) -> LazyTaskVector:
+        """Return the same vector for use with any base."""
+        other = copy.copy(self)
+        other._check_base = False
+        return other
 
-    @property
-    def tree(self) -> Fingerprint:
-        """Its fingerprint; the first time it is read through."""
-        self._tree = self._tree or fingerprint(self.weights)
-        return self._tree
+    def check(self, name: str, digest: str) -> None:
+        """Check that one tensor of the base is what a task vector file was taken from.
+
+        Raises:
+            MismatchError: It is another.
+        """
+        if self._check_base and self.origin.base.tensors.get(name) != digest:
+            raise MismatchError(
+                f"The task vector {self.name} was taken from the base {self.origin.base.digest}, and in the base given "
+                f"{name!r} is another (the first found that differs). Give it its own base, or pass allow_other_base "
+                f"if the other base is meant."
+            )
+
+    def check_base(self, base: HashedWeights) -> None:
+        """Check that a base is what a task vector file was taken from; the base is read through for it.
+
+        Raises:
+            MismatchError: It is another.
+        """
+        if not self._check_base:
+            return
+        mine, theirs = self.origin.base, base.fingerprint()
+        if mine.digest != theirs.digest:
+            raise MismatchError(
+                f"{self.path} was taken from the base {mine.digest}, and the base given is {theirs.digest}: "
+                f"{theirs.num_different(mine.tensors)} of {len(theirs.tensors)} tensors differ. Give its own base, or "
+                f"--allow_other_base if the other base is meant."
+            )
 
 
 def open_vector(
     path: str | os.PathLike[str],
-    base: Base | None = None,
+    base: HashedWeights | None = None,
     *,
     allow_other_base: bool = False,
     key_map: Mapping[str, str] | None = None,
     which: str = "checkpoint",
-) -> Vector:
-    """Open a task vector file, or with a base a fine-tuned checkpoint, to be read in pieces.
+) -> LazyTaskVector:
+    """Open a task vector file, or with a base a fine-tuned checkpoint, and check that it is of this base.
 
     Args:
         path: The file or folder.
         base: What a checkpoint's deltas are taken to; a task vector file must have been taken from it.
-        allow_other_base: A task vector file may be of another base.
+        allow_other_base: Whether a task vector file may be of another base.
         key_map: For a checkpoint's names; see `tva.checkpoints.map_names`.
         which: Of a checkpoint with raw and averaged weights.
 
     Raises:
         MismatchError: It is of another base or architecture.
-        ValueError: It is neither vector nor checkpoint, or a checkpoint and no base is given.
+        ValueError: It is neither a vector nor a checkpoint, or it is a checkpoint and there is no base.
     """
-    path = os.fspath(path)
-    if is_vector_file(path):
-        weights = open_weights(path) if base is None else Source(path, path, base.weights, allow_other_base).weights
-        origin, buffers, untouched = read_origin(weights)
-        if base is not None and not allow_other_base:
-            _check_base(path, origin, base.tree)
-        order = [*(origin.base.tensors if origin.base else ()), *weights]  # the base's: a file may have another
-        names = [name for name in dict.fromkeys(order) if name in weights and name not in buffers]
-        parts = {name: stored(weights.entry(name)) for name in names}
-        return Vector(path, weights, parts, buffers, untouched, origin)
-    if base is None:
-        format_ = open_weights(path).info.format  # says what is wrong if it is no checkpoint either
-        raise ValueError(f"{path} is a checkpoint ({format_}), not a task vector file. Give its base with --base.")
-    source = Source(path, path, base.weights, key_map=key_map, which=which)
-    names = [name for name in base.weights if name not in source.buffers and is_edited(base.weights.spec(name))]
-    parts = {name: _difference(source.weights.entry(name), base.weights.entry(name)) for name in names}
-    origin = Origin(base=base.tree, kind=source.kind)
-    return Vector(path, source.weights, parts, source.buffers & {*base.weights}, {}, origin)
+    vector = LazyTaskVector(path, base, allow_other_base=allow_other_base, key_map=key_map, which=which)
+    if base is not None:
+        vector.check_base(base)
+        if vector.is_checkpoint:
+            vector.origin = replace(vector.origin, base=base.fingerprint())
+    return vector
 
 
-def _check_base(path: str, origin: Origin, base: Fingerprint) -> None:
-    if origin.base is not None and origin.base.digest != base.digest:
+def _open_checkpoint(path: str, base: LazyWeights, key_map: Mapping[str, str], which: str) -> LazyWeights:
+    """Open a fine-tuned checkpoint; ``which`` counts where there are two sets of weights, and not elsewhere."""
+    opened = open_finetuned(path, base, key_map=key_map)
+    if which != "checkpoint" and opened.info.which != "as stored":
+        return open_finetuned(path, base, key_map=key_map, which=which)
+    return opened
+
+
+def _check_names(path: str, weights: LazyWeights, names: Collection[str], base: LazyWeights) -> None:
+    shapes = [
+        f"{name} {list(base.spec(name).sizes)} and {list(weights.spec(name).sizes)}"
+        for name in sorted(weights)
+        if name in base and weights.spec(name).sizes != base.spec(name).sizes
+    ]
+    problems = {
+        f"{path} lacks": base.keys() - names,
+        "the base lacks": names - base.keys(),
+        "shapes differ:": shapes,
+    }
+    if any(problems.values()):
+        found = "; ".join(f"{what} {some(sorted(which))}" for what, which in problems.items() if which)
         raise MismatchError(
-            f"{path} was taken from the base {origin.base.digest}, and the base given is {base.digest}: "
-            f"{base.num_different(origin.base.tensors)} of {len(base.tensors)} tensors differ. Give its own base, or "
-            f"--allow_other_base if the other base is meant."
+            f"The base and {path} must have the same keys and shapes, but {found}. Take both "
+            f"from the same architecture."
         )
 
 
-def stored(entry: Entry) -> Part:
-    """Make a part of a tensor in a file; one that cannot be read in parts is kept while it is read."""
+def untie(base: LazyWeights, sources: Iterable[LazyTaskVector]) -> dict[str, str]:
+    """Return which tied weights of the base stay tied: those that every vector moves alike.
+
+    Returns:
+        Name to the name of the tensor that is stored for both.
+    """
+    sources = list(sources)
+    return {
+        alias: kept
+        for alias, kept in base.ties().items()
+        if all(_same(source.weights, alias, kept) for source in sources)
+    }
+
+
+def _same(weights: LazyWeights, alias: str, kept: str) -> bool:
+    if alias not in weights or kept not in weights:
+        return alias not in weights and kept not in weights
+    place = weights.entry(alias).location
+    if place is not None and place == weights.entry(kept).location:
+        return True
+    return torch.equal(weights[alias], weights[kept])
+
+
+def stored(entry: Entry) -> TensorReader:
+    """Return the reader of a tensor in a file; a tensor that cannot be read in parts is held while it is read."""
     length = entry.shape.numel()
     if entry.in_parts:
-        return Part(length, entry.slice)
+        return TensorReader(length, entry.slice)
     kept: list[Tensor] = []
 
     def read(start: int, stop: int) -> Tensor:
         if not kept:
             kept.append(entry.read().reshape(-1))
-        piece = kept[0][start:stop]
+        chunk = kept[0][start:stop]
         if stop == length:
             kept.clear()
-        return piece
+        return chunk
 
-    return Part(length, read)
+    return TensorReader(length, read)
 
 
-def _difference(finetuned: Entry, base: Entry) -> Part:
+def _difference(finetuned: Entry, base: Entry) -> TensorReader:
     new, old = stored(finetuned), stored(base)
-    return Part(new.length, lambda start, stop: subtract(new.read(start, stop), old.read(start, stop)))
+    return TensorReader(new.length, lambda start, stop: subtract(new.read(start, stop), old.read(start, stop)))
 
 
-def header_facts(vector: Vector) -> dict[str, Any]:
-    """Give what a task vector file's header says, but for the names and digests of single tensors."""
+def header_facts(vector: LazyTaskVector) -> dict[str, Any]:
+    """Return what a task vector file's header says, without the names and digests of single tensors."""
     origin, facts = vector.origin, vector.facts
     found = {
         "task": origin.task,
@@ -160,13 +269,13 @@ def header_facts(vector: Vector) -> dict[str, Any]:
 
 
 def size_of(path: Path) -> int:
-    """Give the bytes on disk of a file, or of all files in a folder."""
+    """Return the bytes on disk of a file, or of all files in a folder."""
     files = path.rglob("*") if path.is_dir() else [path]
     return sum(file.stat().st_size for file in files if file.is_file())
 
 
 def labels(paths: Sequence[str], tasks: Sequence[str | None]) -> list[str]:
-    """Name vectors shortly: by their tasks where these differ, else by what differs in their paths.
+    """Return short display names: the tasks where these differ, else what differs in the paths.
 
     Example:
         >>> labels(["runs/1/last.tv.safetensors", "runs/2/last.tv.safetensors"], ["mnist", "mnist"])
@@ -177,7 +286,7 @@ def labels(paths: Sequence[str], tasks: Sequence[str | None]) -> list[str]:
 
 
 def short_paths(paths: Sequence[str]) -> list[str]:
-    """Leave out of paths the folders that all share, in front and behind, and the endings.
+    """Return paths without the folders that all share, in front and behind, and without the endings.
 
     Example:
         >>> short_paths(["runs/mnist/last.tv.safetensors", "runs/svhn/last.tv.safetensors"])

@@ -9,7 +9,7 @@ from pathlib import Path
 from tva.checkpoints import LazyWeights
 from tva.checkpoints.formats.safetensors import open_safetensors
 from tva.vectors.geometry import measure, total
-from tva.vectors.lazy import Vector, open_vector, size_of
+from tva.vectors.lazy import LazyTaskVector, open_vector, size_of
 
 ADAPTER = "adapter_model.safetensors"
 
@@ -119,5 +119,5 @@ def _written(weights: LazyWeights) -> tuple[str | None, str | None]:
     return weights.metadata.get("tva.encoding"), weights.metadata.get("tva.created")
 
 
-def _norm(vector: Vector) -> float:
-    return total(measure([vector.parts]).values(), 1).norms()[0]
+def _norm(vector: LazyTaskVector) -> float:
+    return total(measure([vector.deltas]).values(), 1).norms()[0]

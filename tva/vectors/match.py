@@ -9,16 +9,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from tva._torch import Tensor, torch
+from tva.checkpoints import HashedWeights, open_weights
 from tva.checkpoints.formats.pytorch import Which
 from tva.checkpoints.lazy import Entry
 from tva.errors import MismatchError, NoEffectError, some
-from tva.vectors.geometry import Part, fit, measure, total
-from tva.vectors.lazy import Base, Vector, open_vector, stored
+from tva.vectors.geometry import TensorReader, fit, measure, total
+from tva.vectors.lazy import LazyTaskVector, open_vector, stored
 from tva.vectors.listing import list_vectors
 
 
 @dataclass
-class Fit:
+class Match:
     """A checkpoint as its base plus a number times a vector.
 
     Attributes:
@@ -62,7 +63,7 @@ class Matched:
     distance: float
     rounding: float
     dtypes: list[str]
-    fits: list[Fit]
+    fits: list[Match]
     joint: dict[str, float]
     joint_residual: float
     joint_exact: bool
@@ -104,12 +105,12 @@ def match(
         NoEffectError: The checkpoint has the base's parameters.
         ValueError: Something is neither vector nor checkpoint, or holds NaN or infinity.
     """
-    opened = Base(base)
+    opened = HashedWeights(open_weights(base))
     options = {"key_map": key_map, "which": which}
     x = open_vector(checkpoint, opened, **options)
-    if "tva.format" in x.weights.metadata:
+    if not x.is_checkpoint:
         raise ValueError(f"{checkpoint} is a task vector file; give the checkpoint that may have been made with it.")
-    candidates: list[Vector] = []
+    candidates: list[LazyTaskVector] = []
     left_out: dict[str, str] = {}
     for path in _files(vectors):
         try:
@@ -120,9 +121,9 @@ def match(
         first = next(iter(left_out.values()))
         raise MismatchError(f"None of {len(left_out)} vectors is of this base. The first: {first}")
     statistics = {*x.buffers}.union(*(vector.buffers for vector in candidates))
-    delta = {name: part for name, part in x.parts.items() if name not in statistics}
+    delta = {name: part for name, part in x.deltas.items() if name not in statistics}
     paths = [x.path, x.path, *(vector.path for vector in candidates)]
-    parts = [delta, {name: _last_places(x.weights.entry(name)) for name in delta}, *(v.parts for v in candidates)]
+    parts = [delta, {name: _last_places(x.weights.entry(name)) for name in delta}, *(v.deltas for v in candidates)]
     by_tensor = measure(parts, lambda name: name)
     sums = total(by_tensor.values(), len(parts))
     bad = dict.fromkeys(path for path, count in zip(paths, sums.not_finite.tolist(), strict=True) if count)
@@ -140,11 +141,11 @@ def match(
     for i, vector in enumerate(candidates):
         alone = slice(i, i + 1)
         (coef,), left, _ = _nearest(dots[alone, alone], along[alone], square)
-        fits.append(Fit(vector.path, vector.origin.task, sums.norms()[2 + i], coef, left, left <= rounding))
+        fits.append(Match(vector.path, vector.origin.task, sums.norms()[2 + i], coef, left, left <= rounding))
     coefs, left, independent = _nearest(dots, along, square)
     return Matched(
         checkpoint,
-        opened.tree.digest,
+        opened.fingerprint().digest,
         math.sqrt(square),
         rounding,
         sorted({str(x.weights.spec(name).dtype).removeprefix("torch.") for name in moved}),
@@ -158,7 +159,7 @@ def match(
     )
 
 
-def _last_places(entry: Entry) -> Part:
+def _last_places(entry: Entry) -> TensorReader:
     """Give the unit in the last place of every element in place of the element."""
     part, eps = stored(entry), torch.finfo(entry.dtype).eps
 
@@ -166,7 +167,7 @@ def _last_places(entry: Entry) -> Part:
         x = part.read(start, stop).double()
         return torch.where(x == 0, 0.0, torch.ldexp(torch.full_like(x, eps / 2), torch.frexp(x).exponent))
 
-    return Part(part.length, read)
+    return TensorReader(part.length, read)
 
 
 def _nearest(dots: Tensor, along: Tensor, square: float) -> tuple[list[float], float, int]:

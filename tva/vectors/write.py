@@ -20,7 +20,7 @@ PIECE = 2**18  # elements; a float32 piece with its base and delta fits the cach
 
 
 @dataclass(frozen=True)
-class Source:
+class TensorSource:
     """A tensor to be read once.
 
     Attributes:
@@ -34,7 +34,7 @@ class Source:
     delta: Callable[[], Tensor] | None = None
 
     @classmethod
-    def stored(cls, entry: Entry) -> Source:
+    def stored(cls, entry: Entry) -> TensorSource:
         """Make one of a tensor in a file, which is read part by part where it can be."""
         length = entry.shape.numel()
         starts = range(0, length, PIECE)
@@ -44,7 +44,7 @@ class Source:
         return cls(spec, lambda: (entry.slice(start, min(start + PIECE, length)) for start in starts))
 
     @classmethod
-    def of(cls, tensor: Tensor, delta: Callable[[], Tensor] | None = None) -> Source:
+    def of(cls, tensor: Tensor, delta: Callable[[], Tensor] | None = None) -> TensorSource:
         """Make one of a tensor on any device."""
         spec = Spec(tensor.dtype, tensor.shape)
         return cls(spec, lambda: [tensor.detach().cpu().contiguous().reshape(-1)], delta)
@@ -70,7 +70,7 @@ class Emitted:
 
 
 @dataclass
-class Plan:
+class VectorPlan:
     """What to write of which tensor.
 
     Attributes:
@@ -86,7 +86,7 @@ class Plan:
 
     base: LazyWeights
     base_tree: Fingerprint | None
-    sources: Mapping[str, Source]
+    sources: Mapping[str, TensorSource]
     buffers: Collection[str] | None = None
     exclude: Collection[str] = ()
     dtype: torch.dtype | None = None
@@ -109,7 +109,7 @@ class Plan:
         return name in self.buffers if self.buffers is not None else name.rpartition(".")[2] in BATCH_NORM_STATISTICS
 
 
-def emit(plan: Plan, path: Path, origin: Origin, snapshot: Path | None = None) -> Emitted:
+def emit(plan: VectorPlan, path: Path, origin: Origin, snapshot: Path | None = None) -> Emitted:
     """Write a task vector file, whole or not at all, reading every tensor once.
 
     Args:
@@ -157,7 +157,7 @@ def emit(plan: Plan, path: Path, origin: Origin, snapshot: Path | None = None) -
 class _Pass:
     """The account of one pass over all tensors."""
 
-    def __init__(self, plan: Plan, out: LateHeaderFile, copy: LateHeaderFile | None) -> None:
+    def __init__(self, plan: VectorPlan, out: LateHeaderFile, copy: LateHeaderFile | None) -> None:
         self.plan, self.out, self.copy = plan, out, copy
         self.digests: dict[str, str] = {}
         self.base_digests: dict[str, str] = {}
@@ -182,7 +182,7 @@ class _Pass:
         if source is None and self.copy is None:  # nothing to read: it is the base's
             self.digests[name], self.untouched[name] = plan.base_tree.tensors[name], reason or "frozen"
             return
-        source = source or Source(old, lambda: [plan.base[name].reshape(-1)])
+        source = source or TensorSource(old, lambda: [plan.base[name].reshape(-1)])
         digest, base_digest = TensorHash(new), None if plan.base_tree else TensorHash(old)
         base = plan.base[name].reshape(-1)
         other = None
@@ -226,7 +226,7 @@ class _Pass:
             self._buffers[dtype] = [torch.empty(PIECE, dtype=dtype) for _ in range(AHEAD + 1)]
         return subtract(piece, base, self._buffers[dtype][self._written % (AHEAD + 1)][: len(piece)])
 
-    def _pieces(self, source: Source, base: Tensor) -> Iterator[tuple[Tensor, Tensor | None]]:
+    def _pieces(self, source: TensorSource, base: Tensor) -> Iterator[tuple[Tensor, Tensor | None]]:
         change, position = None if source.delta is None else source.delta(), 0
         for part in source.parts():
             for start in range(0, len(part), PIECE):
@@ -294,7 +294,7 @@ class _Pass:
         return math.fsum(self._other_squares)
 
 
-def write_weights(sources: Mapping[str, Source], path: Path) -> Fingerprint:
+def write_weights(sources: Mapping[str, TensorSource], path: Path) -> Fingerprint:
     """Write weights as a safetensors file, whole or not at all, and fingerprint them in the same pass."""
     order = sorted(sources, key=lambda name: -sources[name].spec.dtype.itemsize)
     digests = {}

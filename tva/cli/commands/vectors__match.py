@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from tva.console import make_console, print_line
 from tva.report.table import Column, print_table, words
 from tva.vectors.lazy import labels
-from tva.vectors.match import Fit, Matched, match
+from tva.vectors.match import Match, Matched, match
 
 HELP = "find out whether a checkpoint is its base plus multiples of task vectors, and which multiples"
 ORDER = "checkpoint vectors…"
@@ -63,7 +63,7 @@ def _verdict(result: Matched, names: Mapping[str, str]) -> str:
     return f"x = b {text}: what is left, {left:.1e}, is no more than rounding explains ({most})."
 
 
-def _negligible(found: Fit, result: Matched) -> bool:
+def _negligible(found: Match, result: Matched) -> bool:
     """Whether a vector's part in the sum of all is less than what rounding leaves."""
     return abs(result.joint[found.path]) * found.norm <= result.rounding * result.distance
 
