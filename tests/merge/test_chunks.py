@@ -9,8 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tva import TaskVector, open_weights, save_weights
-from tva.compose.apply import compose
+from tva import TaskVector, save_weights
 from tva.compose.recipe import Recipe
 from tva.merge import METHODS, Chunk, Method
 from tva.merge.exact_sum import BLOCK, Sum
@@ -233,26 +232,6 @@ def test_every_method_explains_its_options():
         for option in inspect.signature(method).parameters:
             assert f"        {option}: " in inspect.getdoc(method).replace("\n    ", "\n        "), (name, option)
         assert method.usage.startswith(f"{name}(")
-
-
-def test_the_method_in_the_documentation_works(monkeypatch, tmp_path):
-    page = (Path(__file__).parents[2] / "docs" / "methods.md").read_text()
-    (block,) = re.findall(r"```python\n([^`]*class Median.*?)```", page, re.S)
-    monkeypatch.setitem(METHODS, "median", None)  # so that it goes again
-    exec(block, {})
-    given = vectors()
-    merged = Recipe("median(a, b, c, scale=2)", given).evaluate(given).deltas
-    stacked = torch.stack([vector.deltas["h.0.long"] for vector in given.values()])
-    assert torch.equal(merged["h.0.long"], 2 * stacked.median(dim=0).values)
-
-    base = {key: torch.zeros(shape) for key, shape in SHAPES.items()}
-    save_weights(base, tmp_path / "base.safetensors")
-    for name, vector in given.items():
-        vector.save(tmp_path / f"{name}.tv.safetensors")
-    files = {name: str(tmp_path / f"{name}.tv.safetensors") for name in given}
-    compose(str(tmp_path / "base.safetensors"), files, "0.5 * median(a, b, c)", str(tmp_path / "out.safetensors"))
-    edited = open_weights(tmp_path / "out.safetensors")
-    assert torch.equal(edited["h.0.long"], 0.25 * merged["h.0.long"])
 
 
 def test_the_documentation_says_everything_of_every_method():

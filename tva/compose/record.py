@@ -11,6 +11,7 @@ from typing import Any
 from tva._torch import torch_version
 from tva.checkpoints import HashedWeights, LazyWeights, find, open_weights
 from tva.compose.recipe import Recipe
+from tva.errors import RecipeError
 from tva.layers import Coefficient
 from tva.report.run_files import EDITED
 from tva.version import __version__
@@ -123,7 +124,7 @@ def open_recipe(output: str, record: Record, vectors: Mapping[str, str]) -> Reci
 
     Raises:
         FileNotFoundError: One is not there.
-        RecipeError: This version of tva cannot read it.
+        RecipeError: This version of tva cannot read it, or a merge method of another package cannot be imported.
     """
     try:
         return Recipe(record.recipe, vectors, record.coefs)
@@ -131,3 +132,5 @@ def open_recipe(output: str, record: Record, vectors: Mapping[str, str]) -> Reci
         raise FileNotFoundError(
             f"{error} The recipe of {output} reads it; relative paths are from the folder that the edit was made in."
         ) from error
+    except RecipeError as error:
+        raise RecipeError(f"The recipe of {output} cannot be computed here. {error}") from error

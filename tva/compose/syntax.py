@@ -10,6 +10,7 @@ from __future__ import annotations
 import ast
 import dataclasses
 import difflib
+import re
 from collections.abc import Collection, Iterator, Mapping
 from typing import Any, Literal
 
@@ -17,10 +18,11 @@ import numpy
 
 from tva.errors import RecipeError, some
 from tva.layers import Coefficient
-from tva.merge import METHODS, Method
+from tva.merge import Method, find_method, method_names
 
 Kind = Literal["vector", "number"]
 MAX = float(numpy.finfo(numpy.float32).max)
+_DOTTED = re.compile(r"\w+(\.\w+)*")
 SYMBOLS = {ast.Add: "+", ast.Sub: "-", ast.Mult: "*", ast.Div: "/"}
 
 
@@ -129,7 +131,7 @@ class Expression:
                 return self._check(node.operand)
             case ast.BinOp() if type(node.op) in SYMBOLS:
                 return self._check_operator(node)
-            case ast.Call(func=ast.Name(id=name)):
+            case ast.Call(func=ast.Name() | ast.Attribute()) if _DOTTED.fullmatch(name := ast.unparse(node.func)):
                 return self._check_call(node, name)
         raise self._error(
             "Only names, numbers, + - * /, parentheses and functions are allowed here", getattr(node, "col_offset", 0)
@@ -152,12 +154,17 @@ class Expression:
         raise self._error("Two task vectors cannot be multiplied; multiply one by a number", place)
 
     def _check_call(self, node: ast.Call, name: str) -> Kind:
-        if name not in METHODS:
+        try:
+            kind = find_method(name)
+        except (ValueError, ImportError) as error:
+            raise self._error(f"This merge method cannot be used: {error}", node.col_offset) from error
+        if kind is None:
+            known = method_names()
             raise self._error(
-                f"There is no function {name!r}; known are {', '.join(METHODS)}.{self._nearest(name, METHODS)}",
+                f"There is no function {name!r}; known are {', '.join(known)}.{self._nearest(name, known)} Others must "
+                f"be installed, or named by a dotted path, such as my_package.Median",
                 node.col_offset,
             )
-        kind = METHODS[name]
         for argument in node.args:
             if self._check(argument) != "vector":
                 raise self._error(f"This is a number, but {name} takes task vectors: {kind.usage}", argument.col_offset)

@@ -1,9 +1,12 @@
 """Merge methods: how the deltas of several task vectors become one delta, as pure functions on tensors.
 
-A method is one class in one file of this package, listed in `METHODS`; its fields are its parameters in a recipe.
+A method is a class in a file of the folder ``methods``, from which `METHODS` is filled; its fields are its parameters
+in a recipe. Other packages add theirs as entry points of the group ``tva.merge_methods``, and a recipe names any class
+by its dotted path.
 """
 
 from tva.merge.base import Chunk, Method
+from tva.merge.find import find_method, method_names, own_methods
 from tva.merge.methods.breadcrumbs import Breadcrumbs
 from tva.merge.methods.cart import Cart
 from tva.merge.methods.consensus import Consensus, Tall
@@ -26,41 +29,17 @@ from tva.merge.methods.ties import SignConsensus, Ties
 from tva.merge.methods.tsv import Tsv
 from tva.merge.methods.wudi import Wudi
 
-METHODS: dict[str, type[Method]] = {
-    "analogy": Analogy,
-    "cart": Cart,
-    "della": Della,
-    "model_stock": ModelStock,
-    "rescale": Rescale,
-    "sce": Sce,
-    "svc": Svc,
-    "breadcrumbs": Breadcrumbs,
-    "consensus": Consensus,
-    "dare": Dare,
-    "emr": Emr,
-    "fisher": Fisher,
-    "iso_c": IsoC,
-    "iso_cts": IsoCts,
-    "lines": Lines,
-    "magnitude": Magnitude,
-    "mean": Mean,
-    "pcb": Pcb,
-    "regmean": RegMean,
-    "sign_consensus": SignConsensus,
-    "slerp": Slerp,
-    "tall": Tall,
-    "ties": Ties,
-    "tsv": Tsv,
-    "wudi": Wudi,
-}
+METHODS = own_methods()
 
 __all__ = [
     "METHODS",
     "Analogy",
     "Breadcrumbs",
+    "Cart",
     "Chunk",
     "Consensus",
     "Dare",
+    "Della",
     "Emr",
     "Fisher",
     "IsoC",
@@ -69,12 +48,18 @@ __all__ = [
     "Magnitude",
     "Mean",
     "Method",
+    "ModelStock",
     "Pcb",
     "RegMean",
+    "Rescale",
+    "Sce",
     "SignConsensus",
     "Slerp",
+    "Svc",
     "Tall",
     "Ties",
     "Tsv",
     "Wudi",
+    "find_method",
+    "method_names",
 ]

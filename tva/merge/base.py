@@ -39,6 +39,7 @@ class Method:
     ``whole`` sees every tensor in one chunk, as decompositions of matrices need, at the cost of that memory.
 
     Attributes:
+        name: Its name in a recipe.
         usage: How it is written in a recipe.
         num_vectors: How many vectors it takes; None for one or more.
         linear: Whether it is a fixed linear combination, so that it also applies to running statistics.
@@ -49,6 +50,7 @@ class Method:
             tensors or numpy arrays.
     """
 
+    name: ClassVar[str]
     usage: ClassVar[str]
     num_vectors: ClassVar[int | None] = None
     linear: ClassVar[bool] = False

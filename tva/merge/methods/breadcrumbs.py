@@ -35,6 +35,7 @@ class Breadcrumbs(Method):
     bottom: float = 0.85
     rows: bool = False
 
+    name = "breadcrumbs"
     usage = "breadcrumbs(v, top=0.007, bottom=0.85) or breadcrumbs(v, top=0.1, bottom=0.7, rows=True)"
     num_vectors = 1
     counts = True

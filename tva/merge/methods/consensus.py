@@ -28,6 +28,7 @@ class Consensus(Method):
     min_agree: int = 2
     tall: float = 0.4
 
+    name = "consensus"
     usage = "consensus(a, b, …, min_agree=2, tall=0.4)"
 
     def __post_init__(self) -> None:
@@ -63,6 +64,7 @@ class Tall(Method):
     task: int
     tall: float = 0.4
 
+    name = "tall"
     usage = "tall(a, b, …, task=1, tall=0.4)"
 
     def __post_init__(self) -> None:

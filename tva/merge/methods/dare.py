@@ -33,6 +33,7 @@ class Dare(Method):
     drop: float = 0.9
     seed: int = 0
 
+    name = "dare"
     usage = "dare(v, drop=0.9, seed=0)"
     num_vectors = 1
     random = True

@@ -30,6 +30,7 @@ class Emr(Method):
 
     task: int = 0
 
+    name = "emr"
     usage = "emr(a, b, …) or emr(a, b, …, task=1)"
 
     @property

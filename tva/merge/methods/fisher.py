@@ -39,6 +39,7 @@ class Fisher(_Statistics, Method):
     floor: float = 1e-6
     normalize: bool = False
 
+    name = "fisher"
     usage = 'fisher(a, b, …, files=("fisher_a.safetensors", "fisher_b.safetensors", …), floor=1e-6, normalize=True)'
 
     def __post_init__(self) -> None:

@@ -26,6 +26,7 @@ class IsoC(MatrixMethod):
     ICML 2025.
     """
 
+    name = "iso_c"
     usage = 'iso_c(a, b, …, conv="mean" or "matrix", exclude="regular expression")'
 
     def merge_matrices(self, matrices: list[Tensor], chunk: Chunk) -> Tensor:
@@ -56,6 +57,7 @@ class IsoCts(OrientedMethod):
 
     common: float = 0.8
 
+    name = "iso_cts"
     usage = 'iso_cts(a, b, …, common=0.8, conv="mean" or "matrix", exclude="regular expression")'
 
     def __post_init__(self) -> None:

@@ -18,6 +18,7 @@ class Analogy(Method):
     Source: Ilharco et al., "Editing models with task arithmetic", ICLR 2023, section 5.
     """
 
+    name = "analogy"
     usage = "analogy(a, b, c), which is c + (b - a)"
     num_vectors = 3
     linear = True
@@ -38,6 +39,7 @@ class Mean(Method):
     Source: Wortsman et al., "Model soups", ICML 2022.
     """
 
+    name = "mean"
     usage = "mean(a, b, …)"
     linear = True
 

@@ -29,6 +29,7 @@ class Lines(Method):
     first: float
     last: float
 
+    name = "lines"
     usage = "lines(v, first=0.2, last=1.0)"
     num_vectors = 1
 

@@ -25,6 +25,7 @@ class Magnitude(Method):
 
     density: float
 
+    name = "magnitude"
     usage = "magnitude(v, density=0.2)"
     num_vectors = 1
     num_passes = PASSES

@@ -47,6 +47,7 @@ class Pcb(Method):
     clamp: float = 0.01
     between: Literal["normalized", "raw"] = "normalized"
 
+    name = "pcb"
     usage = 'pcb(a, b, …, ratio=0.05, clamp=0.01, between="normalized" or "raw")'
     num_passes = 2 * PASSES
     over_model = True

@@ -37,6 +37,7 @@ class RegMean(_Statistics, OrientedMethod):
     files: Sequence[str] = ()
     off_diagonal: float = 0.9
 
+    name = "regmean"
     usage = 'regmean(a, b, …, files=("gram_a.safetensors", "gram_b.safetensors", …), off_diagonal=0.9)'
 
     def __post_init__(self) -> None:

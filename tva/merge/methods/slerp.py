@@ -33,6 +33,7 @@ class Slerp(Method):
     t: float = 0.5
     over: Literal["tensor", "model"] = "tensor"
 
+    name = "slerp"
     usage = 'slerp(a, b, t=0.5, over="tensor" or "model")'
     num_vectors = 2
     num_passes = 1

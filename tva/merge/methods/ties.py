@@ -50,6 +50,7 @@ class Ties(Method):
     weights: Sequence[float] = ()
     undecided: Literal["base", "positive"] = "base"
 
+    name = "ties"
     usage = 'ties(a, b, …, density=0.2, trim="model" or "tensor", combine=…, elect=…, weights=…, undecided=…)'
     num_passes = PASSES
     counts = True
@@ -131,6 +132,7 @@ class SignConsensus(Method):
     min_agree: int = 1
     combine: Literal["mean", "sum"] = "mean"
 
+    name = "sign_consensus"
     usage = 'sign_consensus(a, b, …, vote="sum" or "count", min_agree=1, combine="mean" or "sum")'
 
     def __post_init__(self) -> None:

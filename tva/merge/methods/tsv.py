@@ -26,6 +26,7 @@ class Tsv(MatrixMethod):
     Source: Gargiulo et al., "Task singular vectors: reducing task interference in model merging", CVPR 2025.
     """
 
+    name = "tsv"
     usage = 'tsv(a, b, …, conv="mean" or "matrix", exclude="regular expression")'
 
     def merge_matrices(self, matrices: list[Tensor], chunk: Chunk) -> Tensor:

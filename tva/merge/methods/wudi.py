@@ -40,6 +40,7 @@ class Wudi(OrientedMethod):
     steps: int = 300
     lr: float = 1e-5
 
+    name = "wudi"
     usage = 'wudi(a, b, …, solve="adam" or "exact", steps=300, lr=1e-5, inputs_first="regular expression")'
 
     def __post_init__(self) -> None:
