@@ -4,9 +4,9 @@ import itertools
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -17,9 +17,9 @@ from small_cli import fit_config, write_yaml
 
 from tva import TaskVector
 from tva.cli.commands.fit_many import CONFIG, DONE, fit_many, make_fits, merge, run_fits, show
-from tva.cli.jobs import make_places
-from tva.cli.locks import Lock
+from tva.cli.executors import LocalExecutor, make_executor
 from tva.cli.main import main
+from tva.cli.processes import only_one, run_process
 from tva.vectors.header import Origin
 
 ROOT = Path(__file__).parents[2]
@@ -53,9 +53,9 @@ def stub(tmp_path):
     return [sys.executable, str(path)]
 
 
-def run(stub, tmp_path, tasks, shared=None, seeds=(0,), places=None, **options):
+def run(stub, tmp_path, tasks, shared=None, seeds=(0,), executor=None, **options):
     fits = make_fits(tasks, {"model": {}, **(shared or {})}, str(tmp_path / "out"), seeds)
-    results = run_fits(fits, places or make_places(1, "cpu"), command=stub, **options)
+    results = run_fits(fits, executor or LocalExecutor(1, "cpu"), command=stub, **options)
     return {(result.fit.task, result.fit.seed): result for result in results}
 
 
@@ -98,7 +98,7 @@ def test_an_option_on_the_command_line_changes_nothing_else_in_shared(tmp_path, 
     shared = {"trainer": {"max_steps": 5, "accelerator": "cpu"}, "model": {"class_path": "A", "init_args": {"x": 1}}}
     config = write_yaml(tmp_path / "c.yaml", {"tasks": ["a"], "shared": shared, "output": str(tmp_path / "out")})
     seen = []
-    monkeypatch.setattr("tva.cli.commands.fit_many.run_fits", lambda fits, places, redo: seen.extend(fits) or [])
+    monkeypatch.setattr("tva.cli.commands.fit_many.run_fits", lambda fits, executor, redo: seen.extend(fits) or [])
     main(
         [
             "fit-many",
@@ -121,12 +121,6 @@ def test_an_option_on_the_command_line_changes_nothing_else_in_shared(tmp_path, 
     assert "--shared.trainer.max_steps must be followed by a value" in capsys.readouterr().err
 
 
-def test_shards_are_disjoint_and_together_everything(tmp_path):
-    parts = [fit_many(list("abcdefg"), {}, str(tmp_path), shard=f"{n}/3", plan=True) for n in (1, 2, 3)]
-    names = [result.fit.task for part in parts for result in part]
-    assert sorted(names) == list("abcdefg")
-
-
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -137,7 +131,6 @@ def test_shards_are_disjoint_and_together_everything(tmp_path):
         ({"tasks": {"a": 3}}, "each with options of tva fit; found a: 3"),
         ({"tasks": ["a/b"]}, "names without '/'"),
         ({"shared": {"seed_everything": 3}}, "a: seed_everything and trainer.default_root_dir follow from seeds"),
-        ({"shard": "0/3"}, "shard must read like 1/4, the first of four; found '0/3'"),
         ({"jobs": 0, "plan": False}, "jobs must be at least 1; found 0"),
         ({"devices": "0,,1", "plan": False}, "devices must read like '0,1', '0\\+1,2\\+3' or 'cpu'; found '0,,1'"),
     ],
@@ -185,7 +178,6 @@ def test_a_failing_task_stops_no_other_and_is_tried_again(stub, tmp_path):
     results = run(stub, tmp_path, tasks)
     assert [results[task, 0].state for task in "abc"] == ["failed", "done", "done"]
     assert "no such column" in results["a", 0].message
-    assert not (tmp_path / "out/a/seed=0.lock").exists()
     again = run(stub, tmp_path, tasks)
     assert [again[task, 0].state for task in "abc"] == ["failed", "skipped", "skipped"]
     assert (tmp_path / "out/a/seed=0/fit.log").read_text().count("$ ") == 2
@@ -196,7 +188,9 @@ def test_a_failing_task_stops_no_other_and_is_tried_again(stub, tmp_path):
 
 def test_fits_run_side_by_side_each_on_its_device(stub, tmp_path, monkeypatch):
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-    results = run(stub, tmp_path, list("abcd"), {"model": {"meet": 2, "sleep": 0.1}}, places=make_places(None, "0,2+3"))
+    results = run(
+        stub, tmp_path, list("abcd"), {"model": {"meet": 2, "sleep": 0.1}}, executor=LocalExecutor(None, "0,2+3")
+    )
     assert {result.state for result in results.values()} == {"done"}
     seen = {task: runs(tmp_path, task)[0] for task in "abcd"}
     assert {entry["devices"] for entry in seen.values()} == {"0", "2,3"}
@@ -210,76 +204,111 @@ def test_fits_run_side_by_side_each_on_its_device(stub, tmp_path, monkeypatch):
     assert second["began"] < first["ended"]
 
 
-def test_places_share_the_devices_and_cores_there_are(monkeypatch):
+def test_local_workers_share_the_devices_and_cores_there_are(monkeypatch):
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5,7")
-    assert [place.environment["CUDA_VISIBLE_DEVICES"] for place in make_places(None, None)] == ["5", "7"]
-    assert [place.environment["CUDA_VISIBLE_DEVICES"] for place in make_places(1, 3)] == ["3"]
-    assert make_places(None, "cpu")[0].environment == {"CUDA_VISIBLE_DEVICES": ""}
+    devices = [worker.environment["CUDA_VISIBLE_DEVICES"] for worker in LocalExecutor(None, None).workers]
+    assert devices == ["5", "7"]
+    assert [worker.environment["CUDA_VISIBLE_DEVICES"] for worker in LocalExecutor(1, 3).workers] == ["3"]
+    assert LocalExecutor(None, "cpu").workers[0].environment == {"CUDA_VISIBLE_DEVICES": ""}
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
-    assert len(make_places(None, None)) == 1
-    assert "OMP_NUM_THREADS" in make_places(2, None)[0].environment
+    assert len(LocalExecutor(None, None).workers) == 1
+    assert "OMP_NUM_THREADS" in LocalExecutor(2, None).workers[0].environment
 
 
-# --- several machines
+@pytest.mark.parametrize(
+    ("engine", "jobs", "per_fit", "message"),
+    [
+        ("local", None, {"gpus": 1}, "'gpus'.*belong to the engine 'ray'"),
+        ("slurm", None, {}, "engine must be 'local', 'ray' or 'ray:ADDRESS'; found 'slurm'"),
+        ("ray", 2, {}, "leave jobs and devices out"),
+        ("ray", None, {"gpu": 1}, r"cpus, gpus and memory; found \['gpu'\]"),
+    ],
+)
+def test_an_engine_takes_its_own_options_only(engine, jobs, per_fit, message, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        fit_many(["a"], {}, str(tmp_path), engine=engine, jobs=jobs, per_fit=per_fit)
+    assert not list(tmp_path.iterdir())
 
 
-def test_a_task_that_another_process_holds_is_left_to_it(stub, tmp_path):
-    lock = Lock(tmp_path / "out/a/seed=0.lock")
-    assert lock.acquire()
-    results = run(stub, tmp_path, ["a", "b"])
-    assert (results["a", 0].state, results["b", 0].state) == ("elsewhere", "done")
-    assert f"process {os.getpid()} on {socket.gethostname()} has it" in results["a", 0].message
-    lock.release()
-    assert run(stub, tmp_path, ["a"])["a", 0].state == "done"
+def test_without_ray_the_engine_says_what_to_install(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with pytest.raises(ValueError, match=r"pip install 'tva\[cluster\]'"):
+        fit_many(["a"], {}, str(tmp_path), engine="ray")
+
+
+def test_an_error_of_one_call_stops_no_other():
+    def call(item, worker):
+        if item == 2:
+            raise OSError("disk")
+        return item
+
+    found = dict(LocalExecutor(2, "cpu").run(call, [1, 2, 3]))
+    assert (found[1], found[3], str(found[2])) == (1, 3, "disk")
+
+
+def test_closing_a_run_ends_its_calls_and_begins_no_more(tmp_path):
+    began = []
+
+    def call(item, worker):
+        began.append(item)
+        if item:
+            run_process(["sleep", "60"], tmp_path / "log", worker)
+
+    started = time.monotonic()
+    run = LocalExecutor(2, "cpu").run(call, [0, 1, 2, 3, 4])
+    next(run)
+    run.close()
+    assert time.monotonic() - started < 30
+    assert len(began) <= 3
+
+
+# --- two commands on one list
+
+
+def test_a_second_command_on_one_output_is_refused_while_the_first_runs(tmp_path):
+    with (
+        only_one(tmp_path / "out", "fit-many"),
+        pytest.raises(ValueError, match=rf"Process {os.getpid()} on .* runs tva fit-many in .*out"),
+    ):
+        fit_many(["a"], {}, str(tmp_path / "out"), devices="cpu")
+    with only_one(tmp_path / "out", "fit-many"):
+        pass
+
+
+# --- a cluster
+
+
+@pytest.fixture
+def cluster():
+    """Two nodes of one core each."""
+    ray = pytest.importorskip("ray")
+    from ray.cluster_utils import Cluster
+
+    store = {"num_cpus": 1, "object_store_memory": 80 * 2**20}
+    made = Cluster(initialize_head=True, head_node_args={**store, "include_dashboard": False})
+    node = made.add_node(**store)
+    yield made, node
+    ray.shutdown()
+    made.shutdown()
 
 
 @pytest.mark.slow
-def test_two_commands_on_one_list_do_no_task_twice(stub, tmp_path):
-    code = (
-        "import sys; from tva.cli.commands.fit_many import make_fits, run_fits; from tva.cli.jobs import make_places\n"
-        f"fits = make_fits(list('abcdefgh'), {{'model': {{'sleep': 0.1}}}}, {str(tmp_path / 'out')!r}, [0])\n"
-        f"run_fits(fits, make_places(2, 'cpu'), command={stub!r})"
-    )
-    both = [subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.DEVNULL) for _ in range(2)]
-    assert [process.wait(timeout=120) for process in both] == [0, 0]
-    assert [len(runs(tmp_path, task)) for task in "abcdefgh"] == [1] * 8
-
-
-def test_a_dead_holders_lock_is_taken_over_once(tmp_path):
-    path = tmp_path / "x.lock"
-    dead = subprocess.Popen([sys.executable, "-c", ""])
-    dead.wait()
-    path.write_text(json.dumps({"host": socket.gethostname(), "pid": dead.pid, "nonce": "n"}))
-    first, second = Lock(path), Lock(path)
-    assert (first.acquire(), second.acquire()) == (True, False)
-    assert first.refresh()
-    path.write_text(json.dumps({"host": "another", "pid": 1, "nonce": "n"}))
-    assert not first.refresh(), "it was taken over"
-    assert not Lock(path).acquire()
-    os.utime(path, (time.time() - 300, time.time() - 300))
-    assert Lock(path).acquire(), "no sign of life for longer than two minutes"
-    assert [file.name for file in tmp_path.iterdir()] == ["x.lock"]
-
-
-def test_of_many_that_see_one_stale_lock_one_gets_it(tmp_path):
-    code = (
-        "import sys, pathlib; from tva.cli.locks import Lock\n"
-        "sys.stdin.readline(); print(int(Lock(pathlib.Path(sys.argv[1])).acquire()), flush=True); sys.stdin.readline()"
-    )
-    path = tmp_path / "x.lock"
-    path.write_text(json.dumps({"host": "gone", "pid": 1, "nonce": "n"}))
-    os.utime(path, (time.time() - 300, time.time() - 300))
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-    all_of_them = [subprocess.Popen([sys.executable, "-c", code, str(path)], **pipes) for _ in range(4)]
-    for process in all_of_them:
-        process.stdin.write("\n")
-        process.stdin.flush()
-    won = [int(process.stdout.readline()) for process in all_of_them]
-    for process in all_of_them:
-        process.communicate("\n", timeout=60)
-    assert sum(won) == 1
+def test_a_list_is_finished_on_a_cluster_that_loses_a_node(stub, tmp_path, cluster):
+    """The fits that ran on the lost node go on, from their checkpoints, on the other one."""
+    made, node = cluster
+    shared = {"model": {"sleep": 2, "checkpoint": True}}
+    fits = make_fits(list("abcd"), shared, str(tmp_path / "out"), [0])
+    executor = make_executor(f"ray:{made.address}", None, None, {})
+    threading.Timer(4, lambda: made.remove_node(node, allow_graceful=False)).start()
+    results = run_fits(fits, executor, command=stub)
+    assert [(result.fit.task, result.state) for result in results] == [(task, "done") for task in "abcd"]
+    assert all((fit.folder / DONE).exists() and len(runs(tmp_path, fit.task)) >= 1 for fit in fits)
+    again = run_fits(fits, executor, command=stub)
+    assert {result.state for result in again} == {"skipped"}
+    with pytest.raises(ValueError, match=r"have at most .*'CPU': 1"):
+        make_executor(f"ray:{made.address}", None, None, {"cpus": 3})
 
 
 # --- Ctrl-C
@@ -310,7 +339,6 @@ def test_ctrl_c_ends_the_children_and_the_same_command_goes_on(stub, tmp_path, n
         os.kill(int(pid.read_text()), 0)
     assert "a seed=0 (interrupted): the same command goes on with it" in printed
     assert not (tmp_path / "out/b").exists() or not runs(tmp_path, "b")
-    assert not list((tmp_path / "out").rglob("*.lock"))
     plan = fit_many(config["tasks"], config["shared"], config["output"], plan=True)
     assert [result.state for result in plan] == ["interrupted", "new"]
 

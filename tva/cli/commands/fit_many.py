@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import os
@@ -16,7 +17,8 @@ from typing import Any, Literal
 import yaml
 
 from tva.checkpoints import open_weights
-from tva.cli.jobs import Job, Place, make_places, run_jobs
+from tva.cli.executors import Executor, Worker, make_executor
+from tva.cli.processes import only_one, run_process, terminate_as_interrupt
 from tva.console import make_console, print_line
 from tva.errors import some
 from tva.report.table import Column, print_table, words
@@ -26,7 +28,7 @@ TVA_FIT = (sys.executable, "-m", "tva", "fit")
 DONE = "done.json"
 CONFIG = "fit.yaml"
 
-State = Literal["new", "interrupted", "changed", "skipped", "done", "failed", "elsewhere"]
+State = Literal["new", "interrupted", "changed", "skipped", "done", "failed"]
 
 
 @dataclass(frozen=True)
@@ -46,6 +48,11 @@ class Fit:
     config: dict[str, Any]
 
     @property
+    def name(self) -> str:
+        """For the screen."""
+        return f"{self.task} seed={self.seed}"
+
+    @property
     def digest(self) -> str:
         """Identify the config."""
         return hashlib.sha256(json.dumps(self.config, sort_keys=True, default=str).encode()).hexdigest()[:32]
@@ -58,7 +65,7 @@ class Result:
     Attributes:
         fit: The fit.
         state: ``done``; ``skipped`` (done before); ``failed``; ``changed`` (there are results of another config);
-            ``elsewhere`` (another process works on it); ``interrupted``; ``new``.
+            ``interrupted``; ``new``.
         seconds: Of the run that finished it.
         metric: Name and value, as the vector's header has them.
         vector: Its task vector.
@@ -81,7 +88,8 @@ def fit_many(
     seeds: list[int] = [0],  # noqa: B006 (never changed; jsonargparse shows it)
     jobs: int | None = None,
     devices: str | int | None = None,
-    shard: str | None = None,
+    engine: str = "local",
+    per_fit: dict[str, Any] | None = None,
     redo: bool = False,
     plan: bool = False,
 ) -> list[Result]:
@@ -97,19 +105,21 @@ def fit_many(
         jobs: Fits at a time; by default one a device, or one without devices.
         devices: GPUs to spread over, such as ``0,1`` or, two for each fit, ``0+1,2+3``; by default all; ``cpu`` for
             none.
-        shard: ``1/4`` takes every fourth fit from the first. Several machines that share ``output`` need none: each
-            fit is locked while one works on it.
+        engine: ``local``: processes of this machine. ``ray``: a Ray cluster started on this machine, or
+            ``ray:ADDRESS``: a running one (``ray:auto`` on one of its nodes), whose nodes see ``output`` and the data
+            under the same paths; a fit whose node fails goes on on another one.
+        per_fit: What Ray keeps for each fit: ``cpus``, ``gpus``, and ``memory`` such as ``8GiB``; by default one core.
         redo: Fit again what was done with another config; the old folder is kept under another name.
         plan: Say what would be done, and do nothing.
     """
     fits = make_fits(tasks, merge(shared, _nested(changes or {})), output, seeds)
-    if shard is not None:
-        fits = _shard(fits, shard)
     if plan:
         return [_look(fit) for fit in fits]
-    places = make_places(jobs, devices)
-    print(f"{len(fits)} fits, {len(places)} at a time; each one's output is in fit.log in its folder", flush=True)
-    return run_fits(fits, places, redo=redo)
+    executor = make_executor(engine, jobs, devices, per_fit or {})
+    with only_one(Path(output), "fit-many"):
+        at_a_time = f"{executor.num_workers} at a time" if executor.num_workers else f"on {engine}"
+        print(f"{len(fits)} fits, {at_a_time}; each one's output is in fit.log in its folder", flush=True)
+        return run_fits(fits, executor, redo=redo)
 
 
 # --- what to fit
@@ -202,13 +212,6 @@ def _fill(value: Any, words: Mapping[str, str]) -> Any:
     return value
 
 
-def _shard(fits: Sequence[Fit], shard: str) -> list[Fit]:
-    number, _, count = shard.partition("/")
-    if not (number.isdecimal() and count.isdecimal() and 1 <= int(number) <= int(count)):
-        raise ValueError(f"shard must read like 1/4, the first of four; found {shard!r}.")
-    return list(fits[int(number) - 1 :: int(count)])
-
-
 # --- what is there
 
 
@@ -262,13 +265,15 @@ def _metric(vector: Path | None) -> tuple[str, float] | None:
 
 
 def run_fits(
-    fits: Sequence[Fit], places: Sequence[Place], command: Sequence[str] = TVA_FIT, redo: bool = False
+    fits: Sequence[Fit], executor: Executor, command: Sequence[str] = TVA_FIT, redo: bool = False
 ) -> list[Result]:
-    """Fit what is not finished, as many at a time as there are places.
+    """Fit what is not finished; a fit that fails stops no other.
+
+    On Ctrl-C or SIGTERM every process is asked to end, then ended; the rest is not begun.
 
     Args:
         fits: In the order in which they are begun.
-        places: Where they run.
+        executor: Where they run.
         command: What to run; ``--config PATH`` follows, and ``--ckpt_path PATH`` where a fit goes on.
         redo: As in `fit_many`.
 
@@ -276,51 +281,70 @@ def run_fits(
         What became of each, in their order.
     """
     results: dict[Path, Result] = {}
-
-    def prepare(fit: Fit) -> list[str] | None:
-        look = _look(fit)
-        if look.state == "changed" and redo:
-            number = next(n for n in range(1, 10**6) if not Path(f"{fit.folder}.replaced-{n}").exists())
-            os.rename(fit.folder, f"{fit.folder}.replaced-{number}")
-            look = _look(fit)
-        if look.state in ("skipped", "changed"):
-            results[fit.folder] = look
-            return None
-        fit.folder.mkdir(parents=True, exist_ok=True)
-        _write(fit.folder / CONFIG, yaml.safe_dump(fit.config, sort_keys=False))
-        words = [*command, "--config", str(fit.folder / CONFIG)]
-        if look.state == "interrupted":
-            words += ["--ckpt_path", str(find_checkpoint(fit.folder))]
-        return words
-
-    def finish(fit: Fit, status: int, seconds: float) -> Result:
-        if status:
-            lines = (fit.folder / "fit.log").read_text(errors="replace").split("\n")
-            lines = [line.strip() for line in lines if line.strip()]
-            last = ([line for line in lines if re.search(r"error\b", line, re.IGNORECASE)] or lines)[-1:]
-            told = f"exit status {status}: {last[0][:300] if last else 'no output'} (all in {fit.folder / 'fit.log'})"
-            results[fit.folder] = Result(fit, "failed", seconds, message=told)
-        else:
-            vector = find_vector(fit.folder)
-            metric = _metric(vector)
-            done = {
-                "config": fit.digest,
-                "seconds": round(seconds, 1),
-                "metric": metric,
-                "vector": vector and str(vector.relative_to(fit.folder)),
-                "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-            }
-            _write(fit.folder / DONE, json.dumps(done, indent=1))
-            message = "" if vector else "no task vector; give trainer.callbacks a TaskVectorCallback with at_train_end"
-            results[fit.folder] = Result(fit, "done", seconds, metric, vector, message)
-        return results[fit.folder]
-
-    work = [Job(f"{fit.task} seed={fit.seed}", fit.folder, fit, prepare, finish) for fit in fits]
-    told = run_jobs(work, places)
-    for fit in fits:
-        if fit.folder in told:
-            results[fit.folder] = Result(fit, told[fit.folder].state, message=told[fit.folder].message)
+    with terminate_as_interrupt():
+        ended = executor.run(functools.partial(run_fit, command=command, redo=redo), fits)
+        try:
+            for fit, found in ended:
+                if isinstance(found, Exception):
+                    found = Result(fit, "failed", message=f"{type(found).__name__}: {found}")
+                results[fit.folder] = found
+                if found.state in ("done", "failed"):
+                    _say(f"{fit.name} {found.state} after {found.seconds or 0:.0f} s, {len(results)} of {len(fits)}")
+        except KeyboardInterrupt:
+            _say(f"interrupted with {len(results)} of {len(fits)} ended; ending the others")
+            ended.close()
+            left = [fit for fit in fits if fit.folder not in results and (fit.folder / "fit.log").exists()]
+            more = "the same command goes on with it"
+            results |= {fit.folder: Result(fit, "interrupted", message=more) for fit in left}
     return [results.get(fit.folder) or _look(fit) for fit in fits]
+
+
+def run_fit(fit: Fit, worker: Worker, command: Sequence[str] = TVA_FIT, redo: bool = False) -> Result:
+    """Fit once, if need be, in a process of its own, and mark the folder when it is done."""
+    look = _look(fit)
+    if look.state == "changed" and redo:
+        number = next(n for n in range(1, 10**6) if not Path(f"{fit.folder}.replaced-{n}").exists())
+        os.rename(fit.folder, f"{fit.folder}.replaced-{number}")
+        look = _look(fit)
+    if look.state in ("skipped", "changed"):
+        return look
+    fit.folder.mkdir(parents=True, exist_ok=True)
+    _write(fit.folder / CONFIG, yaml.safe_dump(fit.config, sort_keys=False))
+    words = [*command, "--config", str(fit.folder / CONFIG)]
+    if look.state == "interrupted":
+        words += ["--ckpt_path", str(find_checkpoint(fit.folder))]
+    _say(f"{fit.name} {'goes on' if look.state == 'interrupted' else 'begins'} on {worker.name}")
+    started = time.monotonic()
+    status = run_process(words, fit.folder / "fit.log", worker)
+    seconds = time.monotonic() - started
+    return _failed(fit, status, seconds) if status else _done(fit, seconds)
+
+
+def _say(text: str) -> None:
+    print(f"{time.strftime('%H:%M:%S')} {text}", flush=True)
+
+
+def _failed(fit: Fit, status: int, seconds: float) -> Result:
+    lines = (fit.folder / "fit.log").read_text(errors="replace").split("\n")
+    lines = [line.strip() for line in lines if line.strip()]
+    last = ([line for line in lines if re.search(r"error\b", line, re.IGNORECASE)] or lines)[-1:]
+    message = f"exit status {status}: {last[0][:300] if last else 'no output'} (all in {fit.folder / 'fit.log'})"
+    return Result(fit, "failed", seconds, message=message)
+
+
+def _done(fit: Fit, seconds: float) -> Result:
+    vector = find_vector(fit.folder)
+    metric = _metric(vector)
+    done = {
+        "config": fit.digest,
+        "seconds": round(seconds, 1),
+        "metric": metric,
+        "vector": vector and str(vector.relative_to(fit.folder)),
+        "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+    }
+    _write(fit.folder / DONE, json.dumps(done, indent=1))
+    message = "" if vector else "no task vector; give trainer.callbacks a TaskVectorCallback with at_train_end"
+    return Result(fit, "done", seconds, metric, vector, message)
 
 
 def _write(path: Path, text: str) -> None:
@@ -382,7 +406,7 @@ def to_json(results: Sequence[Result]) -> list[dict[str, Any]]:
 
 
 def finish(results: Sequence[Result], plan: bool = False) -> bool:
-    """Return whether every fit is finished or has another process working on it."""
+    """Return whether no fit failed or has results of another config."""
     if not plan and any(result.state == "interrupted" for result in results):
         raise KeyboardInterrupt
     return not any(result.state in ("failed", "changed") for result in results)
