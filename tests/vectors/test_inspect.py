@@ -235,7 +235,7 @@ def test_compare_refuses_other_bases_architectures_and_single_vectors(files):
         compare(["a.tv.safetensors", "small.tv.safetensors"])
     with pytest.raises(ValueError, match=r"a.ckpt is a checkpoint \(.*\), not a task vector file. Give its base"):
         compare(["a.ckpt", "b.tv.safetensors"])
-    with pytest.raises(ValueError, match="Two vectors or more can be compared; 1 given"):
+    with pytest.raises(ValueError, match="Give at least two vectors to compare; got 1"):
         compare(["a.tv.safetensors"])
 
 

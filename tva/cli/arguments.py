@@ -9,6 +9,7 @@ import sys
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
+MAPPING = r"(?:<class ')?(?:collections\.abc\.|typing\.)?(?:dict|Mapping)"
 _TYPES = {
     "<class 'float'>": "a number",
     "<class 'int'>": "a whole number",
@@ -136,14 +137,14 @@ def _explain_value(key: str, problem: str) -> str | None:
         wanted, value = [found[1]], found[2]
     elif found := re.match(r"Does not validate against any of the Union subtypes\s+Subtypes: \[(.*)\]\n", problem):
         value = problem.rpartition("Given value: ")[2]
-        wanted = re.split(r", (?=<class|typing|collections|dict|list)", found[1])
+        wanted = re.split(r", (?=<class|typing|collections|dict|list|os)", found[1])
     else:
         return None
     if inner := re.fullmatch(r"NestedArg\(key='(.*)', val='(.*)'\)", value, re.S):
         key, value = f"{key}.{inner[1]}", inner[2]
-        wanted = [re.sub(r"^dict\[str, (.*)\]$", r"\1", each) for each in wanted]
+        wanted = [re.sub(MAPPING + r"\[str, (.*)\]$", r"\1", each) for each in wanted]
     texts = [_TYPES.get(each) or re.sub(r"typing\.Literal\[(.*)\]", r"\1", each) for each in wanted]
-    if any(re.match(r"<class 'dict'>|dict\[", each) for each in wanted):
+    if any(re.match(MAPPING + r"(\[|'>|$)", each) for each in wanted):
         return f"--{key} must be names with values, as in --{key}.NAME VALUE; found {value!r}."
     texts = [re.sub(r"collections\.abc\.|typing\.|<class '|'>", "", text) for text in texts]
     return f"--{key} must be {' or '.join(text for text in texts if text != 'null')}; found {value!r}."

@@ -77,13 +77,13 @@ class _OpenedCLI(TvaCLI):
         self.options = options
 
 
-def open_edit(config: str | os.PathLike) -> dict[str, Any]:
+def open_edit(config: str | os.PathLike[str]) -> dict[str, Any]:
     """Make the trainer and what an edit gets, from a YAML file with its options, and do not edit.
 
     Returns:
         The arguments of `tva.edit.trainer.Trainer.edit` by name, and the trainer.
     """
-    with replaced_argv(["edit", "--config", str(config)]):
+    with replaced_argv(["edit", "--config", os.fspath(config)]):
         cli = _make(_OpenedCLI, "edit")
     return {"trainer": cli.trainer, **cli.options}
 

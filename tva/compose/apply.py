@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import os
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -70,10 +71,10 @@ class ComposeReport:
 
 
 def compose(
-    base: str,
-    vectors: dict[str, str],
+    base: str | os.PathLike[str],
+    vectors: Mapping[str, str | os.PathLike[str]],
     recipe: str,
-    output: str,
+    output: str | os.PathLike[str],
     coefs: dict[str, Coefficient] | None = None,
     scaling_coef: float = 1.0,
     dtype: str | None = None,
@@ -126,6 +127,8 @@ def compose(
         OSError: A file cannot be read, or there is no room for the output.
     """
     started = time.monotonic()
+    base, output = os.fspath(base), os.fspath(output)
+    vectors = {name: os.fspath(path) for name, path in vectors.items()}
     checked = Recipe(recipe, vectors, coefs)
     if Path(output).suffix in (".bin", ".pt", ".pth", ".ckpt"):
         raise ValueError(f"output must end in .safetensors, or name a folder; found {output!r}.")

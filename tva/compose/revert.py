@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -54,11 +55,11 @@ class RevertReport:
 
 
 def revert(
-    edited: str,
+    edited: str | os.PathLike[str],
     *,
-    output: str,
-    undo: str | None = None,
-    vectors: dict[str, str] | None = None,
+    output: str | os.PathLike[str],
+    undo: str | os.PathLike[str] | None = None,
+    vectors: Mapping[str, str | os.PathLike[str]] | None = None,
     max_memory: str | None = None,
     max_shard_size: str = "5GB",
     resume: bool = False,
@@ -85,10 +86,12 @@ def revert(
         OSError: A file cannot be read, or there is no room for the output.
     """
     started = time.monotonic()
+    edited, output, undo = os.fspath(edited), os.fspath(output), undo and os.fspath(undo)
+    moved = {name: os.fspath(path) for name, path in (vectors or {}).items()}
     weights = open_edited(edited)
     opened = _open_undo(edited, weights, undo)
     check_output(output, {"the edited checkpoint": edited, "undo": str(opened.path)})
-    composer = _way_back(edited, weights, opened, vectors or {})
+    composer = _way_back(edited, weights, opened, moved)
     composer.fit_into(max_memory)
     if composer.chunk < opened.block and not composer.recipe.needs_whole_tensors:
         raise ValueError(f"{opened.path} was written in blocks for which max_memory={max_memory!r} is too little.")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 import threading
 import time
@@ -112,10 +113,10 @@ STORED = "stored weights"
 
 
 def verify(
-    edited: str,
+    edited: str | os.PathLike[str],
     *,
-    base: str | None = None,
-    vectors: dict[str, str] | None = None,
+    base: str | os.PathLike[str] | None = None,
+    vectors: Mapping[str, str | os.PathLike[str]] | None = None,
     max_memory: str | None = None,
 ) -> VerifyReport:
     """Compute an edited checkpoint again from its recorded recipe and inputs, and compare it bit by bit.
@@ -136,6 +137,8 @@ def verify(
         MismatchError: An input has other keys or shapes than the base.
     """
     started = time.monotonic()
+    edited, given = os.fspath(edited), None if base is None else os.fspath(base)
+    moved = {name: os.fspath(path) for name, path in (vectors or {}).items()}
     weights = open_edited(edited)
     record = Record.read(weights)
     if record.recipe.startswith("learned("):
@@ -143,12 +146,12 @@ def verify(
             f"{edited} has coefficients that were learned from data, tensor by tensor, and its record does not hold "
             f"them: it cannot be computed again."
         )
-    others = {**({"--base": base} if base else {}), **_flags(vectors or {})}
+    others = {**({"--base": given} if given else {}), **_flags(moved)}
     check_inputs(edited, {"--base": record.base, **_flags(record.vectors)}, others)
-    paths = {**record.vectors, **(vectors or {})}
+    paths = {**record.vectors, **moved}
     recipe = open_recipe(edited, record, paths)
     composer = Composer.open(
-        base or record.base,
+        given or record.base,
         paths,
         recipe,
         record.scaling_coef,

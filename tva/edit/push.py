@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -38,7 +39,7 @@ class Pushed:
 
 
 def push(
-    run: str,
+    run: str | os.PathLike[str],
     repository: str,
     *,
     base_model: str | None = None,

@@ -73,12 +73,12 @@ def run_edit(
     trainer: L.Trainer,
     model: L.LightningModule,
     *,
-    vectors: dict[str, str],
+    vectors: Mapping[str, str | os.PathLike[str]],
     recipe: str,
-    output: str,
+    output: str | os.PathLike[str],
     targets: dict[str, L.LightningDataModule] | None = None,
     controls: dict[str, L.LightningDataModule] | None = None,
-    base: str | None = None,
+    base: str | os.PathLike[str] | None = None,
     coefs: dict[str, float] | None = None,
     scaling_coef: float | None = None,
     search: Search | None = None,
@@ -91,8 +91,8 @@ def run_edit(
     random_seed: int | None = 0,
     baselines: list[Baseline] | None = None,
     diagnostics: list[Diagnosis] | None = None,
-    joint: str | None = None,
-    log: str | None = None,
+    joint: str | os.PathLike[str] | None = None,
+    log: str | os.PathLike[str] | None = None,
     cache: str = "1GiB",
     cache_in: Place = "memory",
     allow_other_base: bool = False,
@@ -154,6 +154,8 @@ def run_edit(
         ValueError: Something does not fit; nothing was written.
         FileNotFoundError: A checkpoint or data file is not there.
     """
+    vectors = {name: os.fspath(path) for name, path in vectors.items()}
+    base, joint, log = (path and os.fspath(path) for path in (base, joint, log))
     check_card(Path(output))
     check_strategy(trainer)
     targets, controls = dict(targets or {}), dict(controls or {})

@@ -39,7 +39,7 @@ class Revisited:
         }
 
 
-def revisit(runs: Sequence[str], output: str | None = None) -> Revisited:
+def revisit(runs: Sequence[str | os.PathLike[str]], output: str | os.PathLike[str] | None = None) -> Revisited:
     """Rebuild the page of every run, and with several put them side by side.
 
     Args:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from json import dumps
 from pathlib import Path
 from typing import Any
@@ -34,7 +35,7 @@ class Trainer(L.Trainer):
         model: L.LightningModule,
         datamodule: L.LightningDataModule | None = None,
         *,
-        output: str,
+        output: str | os.PathLike[str],
         json: bool = False,
         **kwargs: Any,
     ) -> EditReport:
@@ -75,7 +76,7 @@ class Trainer(L.Trainer):
 
 
 def edit_model(
-    model: L.LightningModule, *, output: str, trainer: L.Trainer | None = None, **options: Any
+    model: L.LightningModule, *, output: str | os.PathLike[str], trainer: L.Trainer | None = None, **options: Any
 ) -> EditReport:
     """Combine task vectors, choose the coefficient, edit the model and prove it, as ``tva edit`` does, from Python.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -74,8 +75,8 @@ class Compared:
 
 
 def compare(
-    vectors: list[str],
-    base: str | None = None,
+    vectors: Sequence[str | os.PathLike[str]],
+    base: str | os.PathLike[str] | None = None,
     by: By | None = None,
     allow_other_base: bool = False,
     key_map: dict[str, str] | None = None,
@@ -101,20 +102,21 @@ def compare(
         ValueError: There are fewer than two, one is neither vector nor checkpoint, or a checkpoint comes without base.
     """
     group_of = grouping(by) if by is not None else lambda name: ""
-    if len(vectors) < 2:
-        raise ValueError(f"Two vectors or more can be compared; {len(vectors)} given.")
-    twice = [path for path in dict.fromkeys(vectors) if vectors.count(path) > 1]
+    paths = [os.fspath(path) for path in vectors]
+    if len(paths) < 2:
+        raise ValueError(f"Give at least two vectors to compare; got {len(paths)}.")
+    twice = [path for path in dict.fromkeys(paths) if paths.count(path) > 1]
     if twice:
         raise ValueError(f"Vectors must differ to be compared; {some(twice)} was given more than once. Leave it out.")
     opened_base = None if base is None else HashedWeights(open_weights(base))
     options = {"allow_other_base": allow_other_base, "key_map": key_map, "which": which}
-    opened = [open_vector(path, opened_base, **options) for path in vectors]
+    opened = [open_vector(path, opened_base, **options) for path in paths]
     bases = _check_alike(opened, allow_other_base)
     groups = measure([vector.deltas for vector in opened], group_of)
     whole = total(groups.values(), len(opened))
-    names = labels(vectors, [vector.origin.task for vector in opened])
+    names = labels(paths, [vector.origin.task for vector in opened])
     return Compared(
-        dict(zip(names, vectors, strict=True)),
+        dict(zip(names, paths, strict=True)),
         bases.pop() if len(bases) == 1 else None,
         whole.elements,
         PairwiseStatistics.of(whole),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
 import time
 from collections.abc import Iterator, Mapping
@@ -77,8 +78,8 @@ class CompressReport:
 
 
 def compress(
-    vector: str,
-    output: str,
+    vector: str | os.PathLike[str],
+    output: str | os.PathLike[str],
     encoding: str | None = None,
     max_error: float | None = None,
     max_size: str | None = None,
@@ -108,6 +109,7 @@ def compress(
         OSError: A file cannot be read, or there is no room.
     """
     started = time.monotonic()
+    vector, output = os.fspath(vector), os.fspath(output)
     asked = {"encoding": encoding, "max_error": max_error, "max_size": max_size}
     given = {key: value for key, value in asked.items() if value is not None}
     if len(given) != 1:

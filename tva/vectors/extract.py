@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -43,9 +44,9 @@ class Extracted:
 
 
 def extract(
-    base: str,
-    finetuned: str,
-    output: str,
+    base: str | os.PathLike[str],
+    finetuned: str | os.PathLike[str],
+    output: str | os.PathLike[str],
     task: str | None = None,
     key_map: dict[str, str] | None = None,
     which: Which = "checkpoint",
@@ -75,6 +76,7 @@ def extract(
         OSError: A file cannot be read, or there is no room for the output.
     """
     started = time.monotonic()
+    base, finetuned, output = os.fspath(base), os.fspath(finetuned), os.fspath(output)
     if not output.endswith(".safetensors"):
         raise ValueError(f"A task vector file's name must end in .safetensors, best in {SUFFIX}; found {output!r}.")
     for flag, path in {"base": base, "finetuned": finetuned}.items():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -92,7 +93,7 @@ class Inspection:
     notes: list[str] = field(default_factory=list)
 
 
-def inspect(path: str, by: By = "group") -> Inspection:
+def inspect(path: str | os.PathLike[str], by: By = "group") -> Inspection:
     """Tell what a task vector file, or any checkpoint, holds.
 
     Args:
@@ -108,6 +109,7 @@ def inspect(path: str, by: By = "group") -> Inspection:
         ValueError: It is neither a task vector file nor a checkpoint, or ``by`` is none of these.
     """
     group_of = grouping(by)
+    path = os.fspath(path)
     weights = open_weights(path)
     if "tva.format" in weights.metadata:
         vector = open_vector(path)

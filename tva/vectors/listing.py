@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -56,7 +57,7 @@ class Listing:
     others: int
 
 
-def list_vectors(folder: str) -> Listing:
+def list_vectors(folder: str | os.PathLike[str]) -> Listing:
     """List every task vector in a folder and the folders below it, those together that share a base.
 
     Args:
@@ -89,7 +90,7 @@ def list_vectors(folder: str) -> Listing:
     bases: dict[str, list[Listed]] = {}
     for listed in found:
         bases.setdefault(listed.base or "unknown", []).append(listed)
-    return Listing(folder, bases, damaged, others)
+    return Listing(os.fspath(folder), bases, damaged, others)
 
 
 def _visible(folder: Path) -> Iterator[Path]:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterable
+import os
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -73,9 +74,9 @@ class Matched:
 
 
 def match(
-    checkpoint: str,
-    vectors: list[str],
-    base: str,
+    checkpoint: str | os.PathLike[str],
+    vectors: Sequence[str | os.PathLike[str]],
+    base: str | os.PathLike[str],
     allow_other_base: bool = False,
     key_map: dict[str, str] | None = None,
     which: Which = "checkpoint",
@@ -105,6 +106,7 @@ def match(
         NoEffectError: The checkpoint has the base's parameters.
         ValueError: Something is neither vector nor checkpoint, or holds NaN or infinity.
     """
+    checkpoint, base = os.fspath(checkpoint), os.fspath(base)
     opened = HashedWeights(open_weights(base))
     options = {"key_map": key_map, "which": which}
     x = open_vector(checkpoint, opened, **options)
@@ -112,7 +114,7 @@ def match(
         raise ValueError(f"{checkpoint} is a task vector file; give the checkpoint that may have been made with it.")
     candidates: list[LazyTaskVector] = []
     left_out: dict[str, str] = {}
-    for path in _files(vectors):
+    for path in _files(map(os.fspath, vectors)):
         try:
             candidates.append(open_vector(path, opened, allow_other_base=allow_other_base, **options))
         except MismatchError as error:
