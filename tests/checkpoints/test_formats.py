@@ -52,7 +52,7 @@ def test_distributed_folders_give_their_weights_without_the_section_in_front(tmp
     weights = open_weights(save_distributed(content, tmp_path))
     same(weights, STATE)
     assert weights.info.format == "torch.distributed checkpoint"
-    said = f"the weights under {section!r} were taken, of {section!r}, 'optimizer_0'"
+    said = f"the weights are those under {section!r}, of {section!r}, 'optimizer_0'"
     assert weights.info.notes == ((said,) if section else ())
 
 
@@ -94,7 +94,7 @@ def test_damage_to_a_distributed_folder_is_named(tmp_path):
         with pytest.raises(ValueError, match="is damaged at bytes|ended at byte"):
             fingerprint(weights)
     shard.unlink()
-    with pytest.raises(FileNotFoundError, match=rf"names the shard {shard.name}, which is not in"):
+    with pytest.raises(FileNotFoundError, match=rf"names the shard '{shard.name}', which is not in"):
         open_weights(folder)
     (folder / ".metadata").write_bytes(b"hello")
     with pytest.raises(ValueError, match="is damaged, or not written by torch.distributed.checkpoint"):
@@ -111,7 +111,7 @@ class Evil:
 
 def test_distributed_metadata_is_never_executed(tmp_path):
     (tmp_path / ".metadata").write_bytes(pickle.dumps({"state_dict_metadata": Evil(tmp_path / "executed")}))
-    with pytest.raises(ValueError, match="is refused: .*mkdir'.*which is no part of such a checkpoint"):
+    with pytest.raises(ValueError, match="is refused: .*mkdir'.*which is not part of such a checkpoint"):
         open_weights(tmp_path)
     assert not (tmp_path / "executed").exists()
 
@@ -194,7 +194,7 @@ def test_a_deepspeed_folder_that_cannot_be_read_exactly_is_refused_with_the_comm
         open_weights(folder)
     folder = save_zero(tmp_path / "gap", 2)
     (folder / "global_step3" / "zero_pp_rank_0_mp_rank_00_optim_states.pt").unlink()
-    with pytest.raises(FileNotFoundError, match=r"lacks the '…_optim_states.pt' of ranks 0"):
+    with pytest.raises(FileNotFoundError, match=r"lacks the '…_optim_states.pt' of 1 of 2 ranks, the first of them 0"):
         open_weights(folder)
     folder = save_zero(tmp_path / "other", 3)
     path = folder / "global_step3" / "zero_pp_rank_1_mp_rank_00_optim_states.pt"
@@ -203,7 +203,7 @@ def test_a_deepspeed_folder_that_cannot_be_read_exactly_is_refused_with_the_comm
     with pytest.raises(ValueError, match=r"parameters of 16 elements a rank are stored as 3, 16"):
         open_weights(folder)
     (folder / "latest").write_text("global_step9")
-    with pytest.raises(FileNotFoundError, match="names 'global_step9', which is no folder"):
+    with pytest.raises(FileNotFoundError, match="names 'global_step9', which is not a folder"):
         open_weights(folder)
 
 

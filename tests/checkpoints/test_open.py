@@ -157,7 +157,7 @@ def test_what_is_cut_off_is_never_read_as_something_else(tmp_path):
             weights["a.w"]
         for size in range(0, len(whole), 61):
             path.write_bytes(whole[:size])
-            with pytest.raises(ValueError, match="is damaged|no PyTorch checkpoint"):
+            with pytest.raises(ValueError, match="is damaged|not a PyTorch checkpoint"):
                 open_weights(path)
 
 
@@ -210,7 +210,7 @@ def test_the_one_state_dict_in_a_file_is_found_and_several_are_refused(tmp_path)
     torch.save({"model": STATE, "optimizer": {"state": {0: torch.ones(1)}}}, tmp_path / "m.pt")
     weights = open_weights(tmp_path / "m.pt")
     assert fingerprint(weights) == fingerprint(STATE)
-    assert weights.info.notes == ("the weights under 'model' were taken",)
+    assert weights.info.notes == ("the weights are those under 'model'",)
     torch.save({"model": STATE, "model_ema": STATE}, tmp_path / "m.pt")
     with pytest.raises(ValueError, match="holds 2 state dicts, 'model', 'model_ema'"):
         open_weights(tmp_path / "m.pt")
@@ -220,7 +220,7 @@ def test_extra_state_is_left_out_and_said(tmp_path):
     torch.save({**STATE, "a._extra_state": {"scale": 2}}, tmp_path / "m.pt")
     weights = open_weights(tmp_path / "m.pt")
     assert set(weights) == set(STATE)
-    assert weights.info.notes == ("left out as they are no tensors: 'a._extra_state'",)
+    assert weights.info.notes == ("left out as they are not tensors: 'a._extra_state'",)
 
 
 @pytest.mark.parametrize("tensor", [torch.eye(2).to_sparse(), torch.ones(2, device="meta")], ids=["sparse", "meta"])
@@ -270,11 +270,11 @@ def test_a_missing_file_names_its_neighbors(tmp_path):
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("m.txt", b"hello", "name must end in"),
-        ("m.safetensors", b"hello", "no safetensors file, or is damaged"),
-        ("m.pt", b"hello", "no PyTorch checkpoint"),
-        ("m.ckpt", b"PK\x03\x04 cut off", "no PyTorch checkpoint, or is damaged"),
-        ("x.safetensors.index.json", b"[]", "no index of shards"),
+        ("m.txt", b"hello", "not a checkpoint that tva reads: it is text that begins with 'hello'"),
+        ("m.safetensors", b"hello", "not a safetensors file, or is damaged"),
+        ("m.pt", b"hello", "not a PyTorch checkpoint"),
+        ("m.ckpt", b"PK\x03\x04 cut off", "not a PyTorch checkpoint, or is damaged"),
+        ("x.safetensors.index.json", b"[]", "index.json must be an object; it is a list"),
     ],
 )
 def test_what_is_no_checkpoint_is_refused(tmp_path, name, content, message):
@@ -332,7 +332,7 @@ def test_a_file_without_a_state_dict_says_what_it_holds(tmp_path):
     with pytest.raises(ValueError, match="holds no state dict.*'epoch', 'loss'"):
         open_weights(tmp_path / "m.ckpt")
     (tmp_path / "empty").mkdir()
-    with pytest.raises(ValueError, match="no checkpoint folder.*holds nothing"):
+    with pytest.raises(ValueError, match="not a checkpoint folder.*holds nothing"):
         open_weights(tmp_path / "empty")
 
 
@@ -395,3 +395,99 @@ def test_tied_weights_are_written_under_both_names(tmp_path):
     weights = open_weights(tmp_path / "m.safetensors")
     assert torch.equal(weights["a"], weights["b"])
     assert torch.equal(weights["part"], tied[1:])
+
+
+# --- content decides the format, and a format is one file
+
+
+@pytest.mark.parametrize("kind", ["safetensors", "pt", "old zip-less pt", "ckpt"])
+@pytest.mark.parametrize("name", ["m.bin", "m.safetensors", "m.pth.tar", "m.part-1", "m"])
+def test_content_decides_the_format_whatever_the_file_is_called(tmp_path, kind, name):
+    path = write(tmp_path, kind).rename(tmp_path / name)
+    assert fingerprint(open_weights(path)) == fingerprint(STATE)
+
+
+@pytest.mark.parametrize(
+    ("content", "found"),
+    [
+        (b"", "an empty file"),
+        (b"GGUF\x03\x00\x00\x00", "a GGUF file"),
+        (b"\x89HDF\r\n\x1a\n", "an HDF5 file"),
+        (b"\x1f\x8b\x08\x00", "a gzip file: unpack it"),
+        (b"version https://git-lfs.github.com/spec/v1\n", "a pointer of Git LFS, which 'git lfs pull' replaces"),
+        (b"\x00\x01\x02\x03", "its content, of 4 bytes, is not known"),
+    ],
+)
+def test_what_a_file_is_instead_is_named(tmp_path, content, found):
+    (tmp_path / "m.weights").write_bytes(content)
+    with pytest.raises(ValueError, match=f"m.weights is not a checkpoint that tva reads: .*{found}"):
+        open_weights(tmp_path / "m.weights")
+    if content:
+        for name in ("m.pt", "m.safetensors"):
+            (tmp_path / name).write_bytes(content)
+            with pytest.raises(ValueError, match="is not a (PyTorch checkpoint|safetensors file)"):
+                open_weights(tmp_path / name)
+
+
+FORMAT = '''
+"""Lines of a name and numbers."""
+import torch
+from tva.checkpoints import Info, LazyWeights
+from tva.checkpoints.lazy import InMemory
+
+def matches(path):
+    return path.is_file() and path.read_bytes().startswith(b"#lines")
+
+def open(path, which):
+    rows = [line.split() for line in path.read_text().splitlines()[1:]]
+    entries = {name: InMemory(torch.tensor([float(n) for n in numbers])) for name, *numbers in rows}
+    return LazyWeights(Info(path, "lines"), entries)
+'''
+
+
+@pytest.fixture
+def install(tmp_path, monkeypatch):
+    """Install a module of a format under a name, as a package with an entry point does."""
+    from tva.plugins import installed
+
+    def install(name, code):
+        module = f"{name}_of_a_package"
+        (tmp_path / f"{module}.py").write_text(code)
+        folder = tmp_path / f"{module}-1.dist-info"
+        folder.mkdir()
+        (folder / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {module}\nVersion: 1\n")
+        (folder / "entry_points.txt").write_text(f"[tva.checkpoint_formats]\n{name} = {module}\n")
+        installed.cache_clear()
+
+    monkeypatch.syspath_prepend(tmp_path)
+    installed.cache_clear()
+    yield install
+    installed.cache_clear()
+
+
+def test_a_package_adds_a_format_by_an_entry_point(tmp_path, install):
+    path = tmp_path / "m.lines"
+    path.write_text("#lines\na.w 1 2\na.b 0.5\n")
+    with pytest.raises(ValueError, match="it is text that begins with '#lines"):
+        open_weights(path)
+    install("lines", FORMAT)
+    weights = open_weights(path, prefix="a.")
+    assert weights.info.format == "lines"
+    assert fingerprint(weights) == fingerprint({"w": torch.tensor([1.0, 2.0]), "b": torch.tensor([0.5])})
+    install("alike", FORMAT)
+    with pytest.raises(ValueError, match="matches more than one checkpoint format: 'alike', 'lines'"):
+        open_weights(path)
+
+
+def test_a_format_may_not_take_the_name_of_another(tmp_path, install):
+    install("safetensors", FORMAT)
+    with pytest.raises(ValueError, match="The checkpoint format 'safetensors' of .* has the name of another"):
+        open_weights(write(tmp_path, "safetensors"))
+
+
+def test_a_safetensors_header_may_begin_with_any_byte(tmp_path):
+    """Its length is in the first bytes of the file, where other formats have theirs."""
+    for length in (0x80, 0x280, 0x480, 0x8A0280):
+        text = b'{"w":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}}'.ljust(length)
+        (tmp_path / "m").write_bytes(length.to_bytes(8, "little") + text + b"\0\0\x80?")
+        assert open_weights(tmp_path / "m")["w"].item() == 1

@@ -151,7 +151,7 @@ def test_an_adapter_finds_its_base_under_one_prefix_only(tmp_path):
 def test_an_adapter_is_no_checkpoint_without_its_base(tmp_path):
     write(tmp_path)
     for path in (tmp_path, tmp_path / "adapter_model.safetensors"):
-        with pytest.raises(ValueError, match="is a PEFT adapter, which is no model without its base"):
+        with pytest.raises(ValueError, match="is a PEFT adapter, which is not a model without its base"):
             open_weights(path)
     (tmp_path / "adapter_model.safetensors").unlink()
     with pytest.raises(FileNotFoundError, match="neither adapter_model.safetensors nor adapter_model.bin"):

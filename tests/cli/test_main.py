@@ -240,7 +240,7 @@ def test_a_checkpoint_that_is_no_checkpoint(runs, tmp_path, capsys):
     changes = {"vectors": vectors, "recipe": "blobs1", "targets": {"blobs1": blobs(1)}}
     config = write_yaml(tmp_path / "edit.yaml", edit_config(runs, tmp_path / "out", **changes))
     status, text = status_and_message(capsys, "edit", "--config", config)
-    assert (status, "no safetensors file" in text) == (2, True)
+    assert (status, "not a safetensors file" in text) == (2, True)
 
 
 def test_an_option_that_does_not_exist_is_refused_by_the_parser(runs, tmp_path, capsys):

@@ -85,7 +85,7 @@ def test_a_recipe_and_numbers_may_begin_with_a_minus(place, capsys):
         (["--recipe", "digits", "--base", "nowhere/b.safetensors"], "nowhere does not exist"),
         (["--recipe", "digits", "--base", "pointer.safetensors"], "pointer of Git LFS.*git lfs pull"),
         (["--recipe", "digits", "--base", "notes.safetensors"], "it is text that begins with 'remember the milk"),
-        (["--recipe", "digits", "--vectors.digits", "page.ckpt"], "no PyTorch checkpoint .*begins with '<html>404"),
+        (["--recipe", "digits", "--vectors.digits", "page.ckpt"], "not a PyTorch checkpoint .*begins with '<html>404"),
         (["--recipe", "digits", "--vectors.digits", "wider.safetensors"], r"differ: 'layers.0.w \[6, 5\] and \[6, 9"),
         (["--recipe", "digits", "--vectors.digits", "broken.safetensors"], "'layers.1.w' .*: broken.safetensors, the"),
         (["--recipe", "digits", "--scaling_coef", "1e39"], "too large for torch.float32. Give a smaller"),

@@ -265,7 +265,7 @@ def test_a_damaged_undo_file_is_refused(folder):
         assert files() == before
     with open(path, "wb") as file:
         file.write(whole[: length // 2])
-    with pytest.raises(ValueError, match=r"out.undo.safetensors is no safetensors file, or is damaged or cut off"):
+    with pytest.raises(ValueError, match=r"out.undo.safetensors is not a safetensors file, or is damaged or cut off"):
         revert("out.safetensors", output="again.safetensors")
 
 

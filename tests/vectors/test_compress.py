@@ -12,8 +12,8 @@ from tva.callbacks import TaskVectorCallback
 import tva.compose.engine
 import tva.vectors.encoder
 from tva import TaskVector, fingerprint, open_weights, save_weights
+from tva.checkpoints import compressed as encoded
 from tva.checkpoints import read_metadata
-from tva.checkpoints.formats import compressed as encoded
 from tva.checkpoints.lazy import InMemory
 from tva.cli.main import main
 from tva.compose.apply import compose

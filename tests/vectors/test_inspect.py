@@ -184,7 +184,7 @@ def test_inspect_reads_any_checkpoint_and_counts_what_is_not_finite(files):
 
 def test_inspect_refuses_what_is_no_vector_and_no_checkpoint(files):
     (files / "notes.txt").write_text("nothing")
-    with pytest.raises(ValueError, match="notes.txt is no checkpoint that can be read"):
+    with pytest.raises(ValueError, match="notes.txt is not a checkpoint that tva reads"):
         inspect("notes.txt")
     (files / "cut.tv.safetensors").write_bytes((files / "a.tv.safetensors").read_bytes()[:-10])
     with pytest.raises(ValueError, match="damaged or cut off"):

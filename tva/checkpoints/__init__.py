@@ -1,10 +1,9 @@
 """Checkpoints as lazy, read-only mappings of names to tensors, their fingerprints, and atomic writing."""
 
 from tva.checkpoints.atomic import atomic_path, cache_folder, make_room, save_weights
-from tva.checkpoints.fingerprint import Fingerprint, TensorHash, fingerprint, tensor_digest
-from tva.checkpoints.hashed import HashedWeights
+from tva.checkpoints.fingerprint import Fingerprint, HashedWeights, TensorHash, fingerprint, tensor_digest
 from tva.checkpoints.hub import is_hub
-from tva.checkpoints.lazy import Entry, Info, LazyWeights
+from tva.checkpoints.lazy import Entry, Info, LazyWeights, Which
 from tva.checkpoints.names import NameMatch, canonical_names, canonical_state_dict, map_names, match_names
 from tva.checkpoints.open import find, open_weights, read_metadata
 from tva.checkpoints.peft_adapter import open_adapter, open_finetuned
@@ -22,6 +21,7 @@ __all__ = [
     "Output",
     "Spec",
     "TensorHash",
+    "Which",
     "atomic_path",
     "cache_folder",
     "canonical_names",

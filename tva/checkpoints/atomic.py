@@ -87,13 +87,3 @@ def save_weights(
 def cache_folder() -> Path:
     """Folder of what can be computed again: ``TVA_CACHE``, else ``~/.cache/tva``."""
     return Path(os.environ.get("TVA_CACHE") or Path.home() / ".cache" / "tva")
-
-
-def begins_as_text(path: Path) -> str:
-    """Tell, for an error about a file that cannot be read, that it is text: a page, a note, a pointer of Git LFS."""
-    with path.open("rb") as file:
-        start = file.read(60)
-    if start.startswith(b"version https://git-lfs"):
-        return "; it is a pointer of Git LFS, in whose place 'git lfs pull' puts the file"
-    readable = bool(start) and start.isascii() and all(byte >= 32 or byte in b"\t\r\n" for byte in start)
-    return f"; it is text that begins with {start[:30].decode()!r}" if readable else ""

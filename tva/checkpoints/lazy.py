@@ -13,12 +13,15 @@ import threading
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Literal
 
 import numpy
 
 from tva._torch import Tensor, torch
+from tva.checkpoints.foreign import open_regular
 from tva.checkpoints.spec import Elements, Spec
 
+Which = Literal["checkpoint", "raw", "averaged"]  # see `tva.open_weights`
 MAPPED_BYTES = 2**20  # from this size on a whole tensor is mapped; below, reading it costs less than a mapping
 
 
@@ -27,7 +30,7 @@ class OpenFile:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0))
+        self._descriptor = open_regular(path)
         self._lock = threading.Lock()
         self.size = os.fstat(self._descriptor).st_size
 

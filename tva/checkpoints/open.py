@@ -1,20 +1,23 @@
-"""The door to checkpoints: `open_weights` finds out the format and gives one read-only mapping, executing nothing."""
+"""Open a checkpoint of any format as one read-only mapping, executing nothing."""
 
 from __future__ import annotations
 
 import difflib
-import json
+import importlib
 import os
 from pathlib import Path
+from typing import Any
 
-from tva.checkpoints.formats.deepspeed import is_zero, open_zero
-from tva.checkpoints.formats.pytorch import Which, open_torch
-from tva.checkpoints.formats.safetensors import open_safetensors
-from tva.checkpoints.formats.torch_distributed import is_distributed, open_distributed
+from tva.checkpoints.folder import weights_file
+from tva.checkpoints.foreign import content_of, is_plain_name, read_json, shown
 from tva.checkpoints.hub import fetch, is_hub
-from tva.checkpoints.lazy import Info, LazyWeights
+from tva.checkpoints.lazy import Info, LazyWeights, Which
 from tva.checkpoints.names import KeyMap, canonical_names, map_names
 from tva.errors import some
+from tva.plugins import installed, modules_in
+
+FORMATS = "tva.checkpoints.formats"
+ENDINGS = {".safetensors", ".bin", ".pt", ".pth", ".ckpt"}  # by which the one checkpoint of a folder is found
 
 
 def open_weights(
@@ -23,12 +26,13 @@ def open_weights(
     """Open a checkpoint as a read-only mapping, reading no tensor yet and executing nothing.
 
     Args:
-        path: A ``.safetensors`` file; a PyTorch ``.pt``, ``.pth`` or ``.bin`` state dict; a Lightning ``.ckpt``; an
-            ``.index.json`` of shards; a folder with any of these, of ``torch.distributed.checkpoint`` (FSDP, FSDP2) or
-            of DeepSpeed ZeRO; or ``hf://owner/name@revision/file`` on the hub (revision and file may be left out).
+        path: A safetensors file; a PyTorch state dict; a Lightning checkpoint; an ``.index.json`` of shards; a folder
+            with any of these, of ``torch.distributed.checkpoint`` (FSDP, FSDP2) or of DeepSpeed ZeRO; or
+            ``hf://owner/name@revision/file`` on the hub (revision and file may be left out). The content of a file
+            decides its format, not its name.
         prefix: Keep only the names under this prefix, and strip it.
         which: Of a Lightning checkpoint that a weight-averaging callback has written, the ``"raw"`` or the
-            ``"averaged"`` weights; ``"checkpoint"`` is what Lightning loads, the averaged. ``info.which`` says which.
+            ``"averaged"`` weights; ``"checkpoint"`` is what Lightning loads, the averaged. ``info.which`` has it.
         key_map: Regular expressions and replacements for names, applied last; see `tva.checkpoints.map_names`.
 
     Returns:
@@ -37,8 +41,8 @@ def open_weights(
 
     Raises:
         FileNotFoundError: Nothing is there, or a shard is missing.
-        ValueError: It is no checkpoint, is damaged, is a pickled module, is an adapter (see `open_adapter`),
-            or has nothing under ``prefix``.
+        ValueError: It is not a checkpoint, is damaged, is a pickled module, is an adapter (see `open_adapter`), or
+            has nothing under ``prefix``.
 
     Example:
         >>> import tempfile, torch
@@ -72,7 +76,7 @@ def open_weights(
 
 
 def find(path: str | os.PathLike[str]) -> Path:
-    """Find a checkpoint on this machine, downloading it from the hub where it is on none.
+    """Return the path of a checkpoint on this machine, downloading it if the path is on the hub.
 
     Raises:
         FileNotFoundError: Nothing is there.
@@ -91,69 +95,93 @@ def find(path: str | os.PathLike[str]) -> Path:
 
 
 def open_any(path: Path, which: Which = "checkpoint") -> LazyWeights:
-    """Open a file or folder as it is, with the names that are in it."""
-    if path.is_dir():
-        return _open_folder(path, which)
-    if path.name.endswith(".index.json"):
-        return _open_sharded(path)
-    if path.suffix == ".safetensors":
-        weights = open_safetensors(path)
-    elif path.suffix in {".pt", ".pth", ".bin", ".ckpt"}:
-        weights = open_torch(path, which)
-    else:
+    """Open a file or folder as it is, with the names that are in it.
+
+    Raises:
+        ValueError: No format matches, or more than one.
+    """
+    formats = _formats()
+    matching = [name for name, module in formats.items() if module.matches(path)]
+    if len(matching) > 1:
         raise ValueError(
-            f"{path} is no checkpoint that can be read: its name must end in .safetensors, .pt, .pth, .bin or .ckpt, "
-            f"or it must be a folder."
+            f"{path} matches more than one checkpoint format: {some(matching)}. Give the file or folder that you mean."
         )
+    if matching:
+        weights: LazyWeights = formats[matching[0]].open(path, which)
+    elif path.is_dir():
+        return open_any(_file_in(path), which)
+    elif path.name.endswith(".index.json"):
+        return _open_sharded(path)
+    else:
+        by_ending = [module for module in formats.values() if path.suffix in getattr(module, "ENDINGS", ())]
+        if not by_ending:
+            raise ValueError(_unknown(path))
+        weights = by_ending[0].open(path, which)  # which says what is wrong
     if path.stem == "adapter_model":
         raise ValueError(_is_adapter(path.parent))
     return weights
 
 
+def _formats() -> dict[str, Any]:
+    """Return the modules of all formats by name: tva's own, then those of installed packages, each in order of name.
+
+    Raises:
+        ValueError: An installed package's format has the name of another.
+    """
+    modules = {name: importlib.import_module(f"{FORMATS}.{name}") for name in modules_in(FORMATS)}
+    for name, point in sorted(installed("tva.checkpoint_formats").items()):
+        if name in modules:
+            raise ValueError(f"The checkpoint format {name!r} of {point.value} has the name of another. Rename it.")
+        modules[name] = point.load()
+    return modules
+
+
+def _unknown(path: Path) -> str:
+    content = content_of(path)
+    found = f"it is {content}" if content else f"its content, of {path.stat().st_size} bytes, is not known"
+    return (
+        f"{path} is not a checkpoint that tva reads: {found}. It must be a safetensors file, a file of torch.save, an "
+        f".index.json of shards, or a folder with one of these."
+    )
+
+
 def _is_adapter(folder: Path) -> str:
     return (
-        f"{folder} is a PEFT adapter, which is no model without its base. Open it with its base: "
-        f"tva.checkpoints.open_adapter({str(folder)!r}, open_weights(BASE))."
+        f"{folder} is a PEFT adapter, which is not a model without its base. Give its folder as a fine-tuned model "
+        f"together with the base: 'tva extract --base BASE --finetuned {folder} --output NAME.tv.safetensors', or in "
+        f"Python tva.checkpoints.open_adapter({str(folder)!r}, open_weights(BASE))."
     )
 
 
-def _open_folder(folder: Path, which: Which) -> LazyWeights:
-    names = sorted(p.name for p in folder.iterdir())
-    if is_distributed(folder):
-        return open_distributed(folder)
-    for ending in (".safetensors", ".bin"):
-        known = "model" if ending == ".safetensors" else "pytorch_model"
-        for candidates in (
-            [known + ending],
-            [f"{known}{ending}.index.json"],
-            [name for name in names if name.endswith(f"{ending}.index.json")],
-        ):
-            found = [name for name in candidates if name in names]
-            if len(found) == 1:
-                return open_any(folder / found[0], which)
-    if is_zero(folder):
-        return open_zero(folder)
+def _file_in(folder: Path) -> Path:
+    if (known := weights_file(folder)) is not None:
+        return known
+    names = sorted(path.name for path in folder.iterdir())
     if "adapter_config.json" in names:
         raise ValueError(_is_adapter(folder))
-    files = [name for name in names if Path(name).suffix in {".safetensors", ".bin", ".pt", ".pth", ".ckpt"}]
-    if len(files) == 1:
-        return open_any(folder / files[0], which)
-    raise ValueError(
-        f"{folder} is no checkpoint folder: it must hold model.safetensors or pytorch_model.bin, or an index of their "
-        f"shards, or one checkpoint and no other, or be written by torch.distributed.checkpoint or DeepSpeed; it holds "
-        f"{some(names) or 'nothing'}."
-    )
+    files = [name for name in names if Path(name).suffix in ENDINGS]
+    if len(files) != 1:
+        raise ValueError(
+            f"{folder} is not a checkpoint folder: it must hold model.safetensors or pytorch_model.bin, or an index of "
+            f"their shards, or one checkpoint and no other, or be written by torch.distributed.checkpoint or "
+            f"DeepSpeed; it holds {some(names) or 'nothing'}. Give one file in it, or another folder."
+        )
+    return folder / files[0]
 
 
 def _open_sharded(index: Path) -> LazyWeights:
-    try:
-        weight_map = json.loads(index.read_text())["weight_map"]
-        shards = sorted(set(weight_map.values()))
-    except (ValueError, LookupError, TypeError, AttributeError) as error:
+    content = read_json(index, {"weight_map": {str: str}})
+    weight_map: dict[str, str] = content.get("weight_map") or {}
+    if not weight_map:
+        raise ValueError(f"{index} is not an index of shards: a 'weight_map' that names tensors was expected.")
+    shards = sorted(set(weight_map.values()))
+    foreign = [shard for shard in shards if not is_plain_name(shard) or shard.endswith(".index.json")]
+    if foreign:
         raise ValueError(
-            f"{index} is no index of shards: JSON with a 'weight_map' was expected ({error!r})."
-        ) from error
-    missing = [shard for shard in shards if Path(shard).name != shard or not (index.parent / shard).exists()]
+            f"{index} names {', '.join(map(shown, foreign[:3]))} as a shard; a shard is a file beside the index, of a "
+            f"plain name. Take index and shards from one source."
+        )
+    missing = [shard for shard in shards if not (index.parent / shard).exists()]
     if missing:
         raise FileNotFoundError(
             f"{index} names {len(shards)} shards, and {len(missing)} of them are not beside it: {some(missing)}. Copy "
@@ -183,6 +211,6 @@ def read_metadata(path: str | os.PathLike[str]) -> dict[str, str]:
 
     Raises:
         FileNotFoundError: Nothing is there.
-        ValueError: It is no safetensors file.
+        ValueError: It is not a checkpoint.
     """
     return open_weights(path).metadata

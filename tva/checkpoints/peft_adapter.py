@@ -20,9 +20,8 @@ from typing import Any
 
 from tva._torch import Tensor, torch
 from tva.arithmetic import add_scaled
-from tva.checkpoints.formats.pytorch import Which, open_torch
-from tva.checkpoints.formats.safetensors import open_safetensors
-from tva.checkpoints.lazy import Entry, Info, InMemory, LazyWeights
+from tva.checkpoints.formats import pytorch, safetensors
+from tva.checkpoints.lazy import Entry, Info, InMemory, LazyWeights, Which
 from tva.checkpoints.names import KeyMap, match_names
 from tva.checkpoints.open import find, open_weights
 from tva.errors import MismatchError, some
@@ -225,9 +224,9 @@ def _merge(config: Any) -> str:
 
 def _open_tensors(folder: Path) -> LazyWeights:
     if (folder / "adapter_model.safetensors").exists():
-        return open_safetensors(folder / "adapter_model.safetensors")
+        return safetensors.open(folder / "adapter_model.safetensors")
     if (folder / "adapter_model.bin").exists():
-        return open_torch(folder / "adapter_model.bin")
+        return pytorch.open(folder / "adapter_model.bin")
     raise FileNotFoundError(f"{folder} holds neither adapter_model.safetensors nor adapter_model.bin. Copy it there.")
 
 

@@ -21,9 +21,9 @@ import numpy
 from tva._torch import torch
 from tva.checkpoints.atomic import can_write, make_room
 from tva.checkpoints.fingerprint import TensorHash
-from tva.checkpoints.formats.safetensors import open_safetensors
+from tva.checkpoints.formats import safetensors
 from tva.checkpoints.lazy import Info, LazyWeights
-from tva.checkpoints.spec import NAMES_OF_DTYPES, Elements, Spec, dtype_name
+from tva.checkpoints.spec import Elements, Spec, dtype_name, encode_header
 from tva.errors import some
 
 try:
@@ -46,22 +46,13 @@ class Shard:
     file: int = -1
 
     def header(self, metadata: Mapping[str, str]) -> bytes:
-        """Make the header, and note where the tensors begin.
-
-        Source: the format is described at https://github.com/huggingface/safetensors#format
-        """
-        fields: dict[str, object] = {"__metadata__": dict(metadata)}
-        ends = [0]
+        """Return the header, and note where the tensors begin."""
+        header = encode_header(self.tensors, metadata)
+        end = len(header)
         for name, spec in self.tensors.items():
-            if spec.dtype_name not in NAMES_OF_DTYPES:
-                raise ValueError(f"{name!r} is torch.{spec.dtype_name}, which cannot be written to safetensors.")
-            ends.append(ends[-1] + spec.num_bytes)
-            dtype = NAMES_OF_DTYPES[spec.dtype_name]
-            fields[name] = {"dtype": dtype, "shape": list(spec.sizes), "data_offsets": ends[-2:]}
-        text = json.dumps(fields).encode()
-        text += b" " * (-len(text) % 8)
-        self.offsets = {name: 8 + len(text) + start for name, start in zip(self.tensors, ends, strict=False)}
-        return len(text).to_bytes(8, "little") + text
+            self.offsets[name] = end
+            end += spec.num_bytes
+        return header
 
 
 def shard_tensors(tensors: Mapping[str, Spec], max_shard_bytes: int) -> list[dict[str, Spec]]:
@@ -156,7 +147,7 @@ class Output:
 
     def weights(self) -> LazyWeights:
         """Open what was written so far."""
-        opened = [open_safetensors(shard.path) for shard in self._shards]
+        opened = [safetensors.open(shard.path) for shard in self._shards]
         entries = {name: weights.entry(name) for weights in opened for name in weights}
         return LazyWeights(Info(self.path, "not yet whole"), entries)
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import numpy
@@ -87,6 +88,41 @@ class Spec:
 
     def __repr__(self) -> str:
         return f"Spec({self.dtype_name}, {list(self.sizes)})"
+
+
+def encode_header(
+    specs: Mapping[str, Spec],
+    metadata: Mapping[str, str],
+    room: int = 0,
+    offsets: Mapping[str, tuple[int, int]] | None = None,
+) -> bytes:
+    """Return the start of a safetensors file, up to its first tensor.
+
+    Args:
+        specs: All tensors, in the order of the file.
+        metadata: Text for the header.
+        room: Bytes that the header takes, filled with spaces; by default as many as it needs, a multiple of 8.
+        offsets: Where each tensor begins and ends, in bytes after the header; by default one after the other.
+
+    Raises:
+        ValueError: A dtype has no name in the format.
+        RuntimeError: The header needs more than ``room``.
+
+    Source: the format is described at https://github.com/huggingface/safetensors#format
+    """
+    fields: dict[str, object] = {"__metadata__": dict(metadata)}
+    end = 0
+    for name, spec in specs.items():
+        if spec.dtype_name not in NAMES_OF_DTYPES:
+            raise ValueError(f"{name!r} is torch.{spec.dtype_name}, which cannot be written to safetensors.")
+        start, end = offsets[name] if offsets else (end, end + spec.num_bytes)
+        dtype = NAMES_OF_DTYPES[spec.dtype_name]
+        fields[name] = {"dtype": dtype, "shape": list(spec.sizes), "data_offsets": [start, end]}
+    text = json.dumps(fields).encode()
+    room = room or len(text) + -len(text) % 8
+    if len(text) > room:
+        raise RuntimeError(f"The header takes {len(text)} bytes, but room was left for {room}.")
+    return room.to_bytes(8, "little") + text.ljust(room)
 
 
 class Elements(NamedTuple):

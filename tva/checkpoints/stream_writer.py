@@ -1,12 +1,8 @@
-"""Write a safetensors file whose header is known last.
-
-Source: the file format is described at https://github.com/huggingface/safetensors#format
-"""
+"""Write a safetensors file whose header is known last."""
 
 from __future__ import annotations
 
 import contextlib
-import json
 from collections import deque
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -14,7 +10,7 @@ from pathlib import Path
 
 from tva._torch import Tensor, torch
 from tva.checkpoints.atomic import make_room
-from tva.checkpoints.spec import NAMES_OF_DTYPES, Spec
+from tva.checkpoints.spec import NAMES_OF_DTYPES, Spec, encode_header
 
 RESERVED = 2**26  # bytes of disk that are taken at once
 AHEAD = 2  # pieces that may wait to be written while others are computed
@@ -34,21 +30,15 @@ class LateHeaderFile:
     def __init__(self, path: Path, specs: Mapping[str, Spec], metadata: Mapping[str, str]) -> None:
         total = 8 * sum(spec.numel() for spec in specs.values())
         longest = max(NAMES_OF_DTYPES, key=lambda dtype: len(NAMES_OF_DTYPES[dtype]))
-        largest = {name: self._entry(Spec(longest, spec.sizes), total, total) for name, spec in specs.items()}
-        self._room = -(-(len(self._text(largest, metadata)) + 256) // 8) * 8
+        largest = {name: Spec(longest, spec.sizes) for name, spec in specs.items()}
+        header = encode_header(largest, metadata, offsets=dict.fromkeys(specs, (total, total)))
+        self._room = len(header) - 8 + 256
         self._file = path.open("wb", buffering=0)
-        self._header: dict[str, object] = {}
+        self._kept: dict[str, Spec] = {}
+        self._offsets: dict[str, tuple[int, int]] = {}
         self._end = self._start = self._reserved = 0
         self._thread = ThreadPoolExecutor(1)
         self._waiting: deque[Future[None]] = deque()
-
-    @staticmethod
-    def _entry(spec: Spec, start: int, end: int) -> dict[str, object]:
-        return {"dtype": NAMES_OF_DTYPES[spec.dtype_name], "shape": list(spec.sizes), "data_offsets": [start, end]}
-
-    @staticmethod
-    def _text(header: Mapping[str, object], metadata: Mapping[str, str]) -> bytes:
-        return json.dumps({"__metadata__": dict(metadata), **header}).encode()
 
     def begin(self) -> None:
         """Start a tensor."""
@@ -80,7 +70,7 @@ class LateHeaderFile:
 
     def keep(self, name: str, spec: Spec) -> None:
         """End the tensor."""
-        self._header[name] = self._entry(spec, self._start, self._end)
+        self._kept[name], self._offsets[name] = spec, (self._start, self._end)
 
     def drop(self) -> None:
         """Forget the tensor."""
@@ -91,12 +81,9 @@ class LateHeaderFile:
         try:
             if metadata is not None:
                 self._wait(0)
-                text = self._text(self._header, metadata)
-                if len(text) > self._room:
-                    raise RuntimeError(f"The header takes {len(text)} bytes, but room was left for {self._room}.")
+                header = encode_header(self._kept, metadata, self._room, self._offsets)
                 self._file.truncate(8 + self._room + self._end)  # a skipped end has not been written
-                start = self._room.to_bytes(8, "little") + text + b" " * (self._room - len(text))
-                self._store(memoryview(start), 0)
+                self._store(memoryview(header), 0)
         finally:
             self._thread.shutdown(cancel_futures=True)
             self._file.close()

@@ -18,7 +18,8 @@ from typing import Any
 
 from tva._torch import Tensor, torch
 from tva.checkpoints import Elements, LazyWeights, Output, TensorHash
-from tva.checkpoints.formats.safetensors import open_safetensors
+from tva.checkpoints.formats import safetensors
+from tva.checkpoints.spec import Spec, encode_header
 from tva.compose.record import Record
 from tva.errors import some
 
@@ -110,7 +111,7 @@ class UndoFile:
     def __enter__(self) -> UndoFile:
         starts = {name: range(0, self.base.spec(name).numel(), self.block) for name in self.base}
         most = {f"{name}@{start}": (10**15, 10**15) for name, begins in starts.items() for start in begins}
-        self._room = len(self._header(most))
+        self._room = len(self._header(most)) - 8
         self._file = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o666)
         self._end = 0
         return self
@@ -118,8 +119,7 @@ class UndoFile:
     def __exit__(self, kind: type | None, error: BaseException | None, trace: object) -> None:
         try:
             if error is None:
-                header = self._header(self._places)
-                os.pwrite(self._file, (self._room).to_bytes(8, "little") + header.ljust(self._room), 0)
+                os.pwrite(self._file, self._header(self._places, self._room), 0)
                 os.fsync(self._file)
                 self.num_bytes = 8 + self._room + self._end
         finally:
@@ -127,12 +127,10 @@ class UndoFile:
             if error is not None:
                 self.path.unlink(missing_ok=True)
 
-    def _header(self, places: Mapping[str, tuple[int, int]]) -> bytes:
-        fields: dict[str, Any] = {"__metadata__": self._metadata}
-        for key, (start, stop) in sorted(places.items(), key=lambda item: item[1]):
-            fields[key] = {"dtype": "U8", "shape": [stop - start or stop], "data_offsets": [start, stop]}
-        text = json.dumps(fields).encode()
-        return text + b" " * (-len(text) % 8)
+    def _header(self, places: Mapping[str, tuple[int, int]], room: int = 0) -> bytes:
+        keys = sorted(places, key=lambda key: places[key])
+        specs = {key: Spec("uint8", [places[key][1] - places[key][0] or places[key][1]]) for key in keys}
+        return encode_header(specs, self._metadata, room, places)
 
     def write(self, name: str, start: int, chunk: Elements) -> None:
         """Store what leads from elements that are predicted to those of the base."""
@@ -183,7 +181,7 @@ class OpenedUndo:
     """
 
     def __init__(self, path: Path) -> None:
-        self.path, self._blocks = path, open_safetensors(path)
+        self.path, self._blocks = path, safetensors.open(path)
         self.metadata = self._blocks.metadata
         if self.metadata.get("tva.format") != FORMAT:
             raise ValueError(

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from tva.checkpoints import HashedWeights, open_weights
-from tva.checkpoints.formats.pytorch import Which
+from tva.checkpoints.lazy import Which
 from tva.errors import MismatchError, some
 from tva.layers import in_layer_order
 from tva.vectors.geometry import Sums, measure, total

@@ -15,7 +15,7 @@ import numpy
 
 from tva._torch import Tensor, torch
 from tva.checkpoints import Spec
-from tva.checkpoints.formats.compressed import BLOCK, KINDS, PLAIN, matrix_shape, part_name
+from tva.checkpoints.compressed import BLOCK, KINDS, PLAIN, matrix_shape, part_name
 from tva.checkpoints.lazy import Entry, InMemory
 from tva.merge.linalg import leading
 from tva.merge.order_statistics import PASSES, Threshold, num_kept
@@ -113,7 +113,7 @@ class Encoder:
                 f"{float(self.delta.abs().max()):.3g}. Choose bf16, or exact."
             )
 
-    # --- the encodings, each as the parts that `tva.checkpoints.formats.compressed` reads
+    # --- the encodings, each as the parts that `tva.checkpoints.compressed` reads
 
     def _rows(self) -> Tensor:
         return self.delta.float().reshape(matrix_shape(self.spec.shape))

@@ -25,7 +25,7 @@ from dataclasses import dataclass
 
 from tva._torch import torch
 from tva.checkpoints import Spec
-from tva.checkpoints.formats.compressed import KINDS, PLAIN, matrix_shape, part_name, part_specs
+from tva.checkpoints.compressed import KINDS, PLAIN, matrix_shape, part_name, part_specs
 from tva.errors import some
 from tva.merge.order_statistics import check_density, num_kept
 

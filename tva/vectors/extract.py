@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from tva.checkpoints import find, open_weights
-from tva.checkpoints.formats.pytorch import Which
+from tva.checkpoints.lazy import Which
 from tva.vectors.header import SUFFIX, Origin, is_vector_file
 from tva.vectors.lazy import LazyTaskVector
 from tva.vectors.write import TensorSource, VectorPlan, emit

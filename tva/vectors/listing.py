@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tva.checkpoints import LazyWeights
-from tva.checkpoints.formats.safetensors import open_safetensors
+from tva.checkpoints.formats import safetensors
 from tva.vectors.geometry import measure, total
 from tva.vectors.lazy import LazyTaskVector, open_vector, size_of
 
@@ -101,7 +101,7 @@ def _visible(folder: Path) -> Iterator[Path]:
 
 def _listed(path: Path) -> Listed | None:
     """Read the header of one file; None if it is no task vector."""
-    weights = open_safetensors(path)
+    weights = safetensors.open(path)
     header = weights.metadata
     if "tva.format" in header:
         vector = open_vector(path)

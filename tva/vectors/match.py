@@ -11,8 +11,7 @@ from pathlib import Path
 
 from tva._torch import Tensor, torch
 from tva.checkpoints import HashedWeights, open_weights
-from tva.checkpoints.formats.pytorch import Which
-from tva.checkpoints.lazy import Entry
+from tva.checkpoints.lazy import Entry, Which
 from tva.errors import MismatchError, NoEffectError, some
 from tva.vectors.geometry import TensorReader, fit, measure, total
 from tva.vectors.lazy import LazyTaskVector, open_vector, stored

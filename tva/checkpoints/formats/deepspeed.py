@@ -5,27 +5,32 @@ The layout is that of DeepSpeed's own ``zero_to_fp32.py``, which executes the pi
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from tva._torch import torch
-from tva.checkpoints.formats.inert_pickle import Inert
+from tva.checkpoints.folder import weights_file
+from tva.checkpoints.foreign import ForeignFileError, is_plain_name, read_bytes, shown
 from tva.checkpoints.formats.pytorch import load_torch
-from tva.checkpoints.lazy import Entry, Info, Joined, LazyWeights
+from tva.checkpoints.inert_pickle import Inert
+from tva.checkpoints.lazy import Entry, Info, Joined, LazyWeights, Which
 from tva.errors import some
 
 Part = tuple[Entry, int, int]
 
 
-def is_zero(folder: Path) -> bool:
-    """Tell whether a folder was written by DeepSpeed."""
-    return (folder / "latest").exists() or any(folder.glob("*mp_rank_*_model_states.pt"))
+def matches(path: Path) -> bool:
+    """Return whether a folder was written by DeepSpeed; beside a whole model (as transformers saves) it is a copy."""
+    if not path.is_dir() or weights_file(path) is not None:
+        return False
+    return (path / "latest").exists() or any(path.glob("*mp_rank_*_model_states.pt"))
 
 
-def open_zero(folder: Path) -> LazyWeights:
-    """Open a folder of DeepSpeed: that with ``latest`` in it, or the tagged one that it names.
+def open(path: Path, which: Which = "checkpoint") -> LazyWeights:
+    """Open a folder of DeepSpeed: the one with ``latest`` in it, or the tagged one that it names.
 
     Returns:
         Parameters in float32 as the optimizer holds them, frozen ones and buffers in their stored dtypes.
@@ -33,11 +38,14 @@ def open_zero(folder: Path) -> LazyWeights:
     Raises:
         ValueError: The model was split other than over data-parallel ranks, or the files do not add up.
     """
-    tagged = folder
+    folder = tagged = path
     if (folder / "latest").exists():
-        tagged = folder / (folder / "latest").read_text().strip()
-        if not tagged.is_dir():
-            raise FileNotFoundError(f"{folder / 'latest'} names {tagged.name!r}, which is no folder in {folder}.")
+        name = read_bytes(folder / "latest", 4096).decode(errors="replace").strip()
+        tagged = folder / name
+        if not is_plain_name(name) or not tagged.is_dir():
+            raise FileNotFoundError(
+                f"{folder / 'latest'} names {shown(name)}, which is not a folder in {folder}. Copy it there."
+            )
     names = sorted(path.name for path in tagged.iterdir())
     other = [n for n in names if re.search(r"mp_rank_(?!00_)\d+_|^layer_|^expp_rank_|expert", n)]
     if other:
@@ -54,16 +62,18 @@ def open_zero(folder: Path) -> LazyWeights:
             stage, entries = _zero_entries(folder, models, [_load(folder, path) for path in optimizer_files])
         else:
             stage, entries = 0, dict(models[0]["module"])
-    except (LookupError, TypeError, AttributeError) as error:
-        raise _refused(folder, f"{type(error).__name__}: {error} in reading its parts") from error
+    except (ForeignFileError, FileNotFoundError):
+        raise
+    except Exception as error:  # a stranger's bytes are parsed: they may provoke any
+        raise _refused(folder, f"{type(error).__name__}: {str(error)[:200]} in reading its parts") from error
     left = [name for name, entry in entries.items() if not isinstance(entry, Entry)]
     entries = {name.removeprefix("_forward_module."): e for name, e in entries.items() if isinstance(e, Entry)}
-    notes = [f"left out as they are no tensors: {some(left)}"] if left else []
+    notes = [f"left out as they are not tensors: {some(left)}"] if left else []
     return LazyWeights(Info(tagged, f"DeepSpeed checkpoint, ZeRO stage {stage}", notes=tuple(notes)), entries)
 
 
-def _refused(folder: Path, reason: str) -> ValueError:
-    return ValueError(
+def _refused(folder: Path, reason: str) -> ForeignFileError:
+    return ForeignFileError(
         f"{folder} is a DeepSpeed checkpoint that cannot be read: {reason}. Convert it where deepspeed is installed: "
         f"python {folder / 'zero_to_fp32.py'} {folder} OUTPUT --safe_serialization, and open OUTPUT."
     )
@@ -75,16 +85,20 @@ def _by_rank(folder: Path, ending: str) -> list[Path]:
     for path in folder.glob(f"*mp_rank_00_{ending}"):
         found = re.search(r"zero_pp_rank_(\d+)_", path.name)
         ranks[int(found[1]) if found else 0] = path
-    missing = sorted(set(range(max(ranks, default=-1) + 1)) - ranks.keys())
-    if missing:
-        raise FileNotFoundError(f"{folder} lacks the '…_{ending}' of ranks {some(missing)}. Copy them there.")
+    count = max(ranks, default=-1) + 1
+    if count > len(ranks):
+        missing = itertools.islice((rank for rank in itertools.count() if rank not in ranks), 3)
+        raise FileNotFoundError(
+            f"{folder} lacks the '…_{ending}' of {count - len(ranks)} of {count} ranks, the first of them "
+            f"{some(itertools.takewhile(lambda rank: rank < count, missing))}. Copy them there."
+        )
     return [ranks[rank] for rank in sorted(ranks)]
 
 
 def _load(folder: Path, path: Path) -> Mapping[str, Any]:
     content, _ = load_torch(path)
     if not isinstance(content, Mapping):
-        raise _refused(folder, f"{path.name} holds {content!r}")
+        raise _refused(folder, f"{path.name} holds {content!r}" if isinstance(content, Inert) else shown(content))
     return content
 
 
@@ -93,7 +107,9 @@ def _zero_entries(
 ) -> tuple[int, dict[str, Any]]:
     states = [content["optimizer_state_dict"] for content in optimizers]
     stage = states[0]["zero_stage"]
-    stage = int(stage.args[0]) if isinstance(stage, Inert) else int(stage)  # an Enum in some versions
+    stage = stage.args[0] if isinstance(stage, Inert) else stage  # an Enum in some versions
+    if not isinstance(stage, int):
+        raise _refused(folder, f"its ZeRO stage is {shown(stage)}")
     counts = states[0]["partition_count"]
     counts = set(counts) if isinstance(counts, list) else {counts}
     if len(counts) != 1:
@@ -106,7 +122,9 @@ def _zero_entries(
     entries = {name: models[0]["module"][name] for name in models[0]["buffer_names"] if name in models[0]["module"]}
     if stage in (1, 2):
         groups = [state["single_partition_of_fp32_groups"] for state in states]
-        entries.update(models[0].get("frozen_param_fragments") or {})
+        entries.update(_frozen_whole(folder, models[0]))
+        if {len(rank) for rank in groups} != {len(models[0]["param_shapes"])}:
+            raise _refused(folder, f"{len(groups[0])} groups are stored, of {len(models[0]['param_shapes'])} shapes")
         for number, shapes in enumerate(models[0]["param_shapes"]):
             entries.update(_split_whole(folder, shapes, [rank[number] for rank in groups]))
     elif stage == 3:
@@ -115,8 +133,11 @@ def _zero_entries(
                 f"{folder} has {len(models)} '…_model_states.pt' for {len(states)} ranks. Copy all."
             )
         for name, shape in (models[0].get("frozen_param_shapes") or {}).items():
-            pieces = [(part := model["frozen_param_fragments"][name], 0, part.shape.numel()) for model in models]
-            entries[name] = _joined(pieces, torch.Size(shape))
+            parts = [model["frozen_param_fragments"][name] for model in models]
+            each, sizes = -(-torch.Size(shape).numel() // len(models)), [part.shape.numel() for part in parts]
+            if set(sizes) != {each}:  # DeepSpeed pads a parameter to a multiple of the ranks
+                raise _refused(folder, f"{name!r} of {torch.Size(shape).numel()} elements is stored as {some(sizes)}")
+            entries[name] = _joined([(part, 0, each) for part in parts], torch.Size(shape))
         shapes = {name: shape for group in models[0]["param_shapes"] for name, shape in group.items()}
         entries.update(_split_each(folder, shapes, [state["fp32_flat_groups"] for state in states]))
     else:
@@ -128,6 +149,15 @@ def _zero_entries(
     if stage == 3 and others:  # there the module's own tensors are empty
         raise _refused(folder, f"{some(others)} are in no partition")
     return stage, {**entries, **others}  # stage 1 keeps frozen parameters in the module alone
+
+
+def _frozen_whole(folder: Path, model: Mapping[str, Any]) -> Mapping[str, Entry]:
+    """Stages 1 and 2: frozen parameters are stored whole, with their shapes in another place."""
+    fragments, shapes = model.get("frozen_param_fragments") or {}, model.get("frozen_param_shapes") or {}
+    odd = [name for name in shapes.keys() & fragments.keys() if fragments[name].shape != torch.Size(shapes[name])]
+    if odd or shapes.keys() - fragments.keys():
+        raise _refused(folder, f"frozen parameters do not have their shapes: {some(odd or shapes.keys())}")
+    return fragments
 
 
 def _split_whole(folder: Path, shapes: Mapping[str, Any], ranks: list[Entry]) -> dict[str, Entry]:

@@ -2,21 +2,32 @@
 
 from __future__ import annotations
 
+import io
 import pickle
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from tva._torch import Tensor, torch
-from tva.checkpoints.atomic import begins_as_text
-from tva.checkpoints.formats.inert_pickle import DAMAGED, Inert, load_archive
-from tva.checkpoints.lazy import Entry, Info, InMemory, LazyWeights, OpenFile
+from tva.checkpoints.foreign import content_of, read_start, shown
+from tva.checkpoints.inert_pickle import Inert, check_pickle, load_archive
+from tva.checkpoints.lazy import Entry, Info, InMemory, LazyWeights, OpenFile, Which
 from tva.errors import some
 
-Which = Literal["checkpoint", "raw", "averaged"]
+ENDINGS = (".pt", ".pth", ".bin", ".ckpt")
+ZIP, PICKLE = b"PK\x03\x04", b"\x80"
 
 
-def open_torch(path: Path, which: Which = "checkpoint") -> LazyWeights:
+def matches(path: Path) -> bool:
+    """Return whether a file begins as ``torch.save`` writes it: a zip archive, or before torch 1.6 a pickle."""
+    if path.is_dir():
+        return False
+    start = read_start(path, 9)
+    pickled = start[:1] == PICKLE and 2 <= start[1] <= pickle.HIGHEST_PROTOCOL if len(start) > 1 else False
+    return (start.startswith(ZIP) or pickled) and start[8:] != b"{"  # which is the first byte of a safetensors header
+
+
+def open(path: Path, which: Which = "checkpoint") -> LazyWeights:
     """Open a PyTorch file; see `tva.open_weights`."""
     content, inert = load_torch(path)
     averaged = isinstance(content, Mapping) and "averaging_state" in content and "current_model_state" in content
@@ -25,13 +36,13 @@ def open_torch(path: Path, which: Which = "checkpoint") -> LazyWeights:
     if part is None:
         part = _only_part(path, content)
         if part not in ("", "state_dict"):
-            notes.append(f"the weights under {part!r} were taken")
-    entries = state_entries(content[part] if part else content)
-    if not entries:
+            notes.append(f"the weights are those under {part!r}")
+    found = state_entries(content[part] if part else content)
+    if not found:
         raise ValueError(f"{path} holds no tensors under {part!r}, but {_describe(content[part])}.")
-    entries, left = entries
+    entries, left = found
     if left:
-        notes.append(f"left out as they are no tensors: {some(left)}")
+        notes.append(f"left out as they are not tensors: {some(left)}")
     lightning = isinstance(content, Mapping) and "pytorch-lightning_version" in content
     options = content.get("hyper_parameters") if lightning else None
     tangent = isinstance(options, Mapping) and options.get("tangent") is True  # as tva.models have it
@@ -49,45 +60,61 @@ def load_torch(path: Path) -> tuple[Any, set[str]]:
         What was saved, with an `Entry` for each tensor of state dicts, and the names of the classes not loaded.
 
     Raises:
-        ValueError: It is no PyTorch file, is damaged, or is of the format before torch 1.6 and holds other objects.
+        ValueError: It is not a PyTorch file, is damaged, or is of the format before torch 1.6 and holds other objects.
     """
     file = OpenFile(path)
-    if file.size >= 4 and file.read(0, 4) == b"PK\x03\x04":
+    start = file.read(0, min(4, file.size))
+    if start == ZIP:
         try:
             return load_archive(file)
-        except DAMAGED as error:
+        except Exception as error:  # a stranger's bytes are parsed: they may provoke any
             raise ValueError(
-                f"{path} is no PyTorch checkpoint, or is damaged ({_reason(error)}; it has {file.size} bytes). Write "
-                f"it again from its source."
+                f"{path} is not a PyTorch checkpoint, or is damaged ({_reason(error)}; it has {file.size} bytes). "
+                f"Write it again from its source."
             ) from error
-    if as_text := begins_as_text(path):
-        raise ValueError(f"{path} is no PyTorch checkpoint (it has {file.size} bytes{as_text}). Take the file itself.")
-    try:  # the format before torch 1.6 mixes pickles and bytes; torch reads it whole
-        content = torch.load(path, map_location="cpu", weights_only=True)
+    if not start.startswith(PICKLE):
+        content = content_of(path)
+        found = f"it is {content}" if content else f"it has {file.size} bytes"
+        raise ValueError(f"{path} is not a PyTorch checkpoint ({found}). Give the checkpoint itself.")
+    try:
+        return _load_old(path, file), set()
     except pickle.UnpicklingError as error:
         raise ValueError(
-            f"{path} is refused: it is no PyTorch checkpoint, or one of the format before torch 1.6 that holds pickled "
-            f"objects other than tensors, which could run code when loaded ({_reason(error)}). {conversion(path)}"
+            f"{path} is refused: it is not a PyTorch checkpoint, or one of the format before torch 1.6 that holds "
+            f"pickled objects other than tensors, which could run code when loaded ({_reason(error)}). "
+            f"{conversion(path)}"
         ) from error
-    except DAMAGED as error:
-        raise ValueError(f"{path} is no PyTorch checkpoint, or is damaged ({_reason(error)}).") from error
-    return _in_memory(content), set()
+    except Exception as error:
+        raise ValueError(
+            f"{path} is not a PyTorch checkpoint, or is damaged ({_reason(error)}). Write it again from its source."
+        ) from error
+
+
+def _load_old(path: Path, file: OpenFile) -> Any:
+    """Read the format before torch 1.6, which mixes pickles and bytes, whole by torch."""
+    data = io.BytesIO(file.read(0, file.size))
+    for _ in range(4):  # a magic number, the version, the machine, and what was saved
+        check_pickle(data)
+    del data
+    with path.open("rb") as opened:  # by the path torch goes by its ending
+        return _in_memory(torch.load(opened, map_location="cpu", weights_only=True))
 
 
 def _in_memory(content: Any) -> Any:
     if isinstance(content, Tensor):
-        return InMemory(content)
+        plain = content.layout == torch.strided and content.device.type == "cpu" and not content.is_quantized
+        return InMemory(content) if plain else content
     if isinstance(content, Mapping):
         return {key: _in_memory(value) for key, value in content.items()}
     return content
 
 
 def _reason(error: BaseException) -> str:
-    return str(error).splitlines()[0] if str(error) else type(error).__name__
+    return str(error).splitlines()[0][:300] if str(error) else type(error).__name__
 
 
 def conversion(path: Path, key: str = "") -> str:
-    """Say how a pickled module becomes a state dict."""
+    """Return how a pickled module becomes a state dict."""
     part = f"[{key!r}]" if key else ""
     return (
         f"If you trust the file, convert it where its classes can be imported:\n"
@@ -98,10 +125,10 @@ def conversion(path: Path, key: str = "") -> str:
 
 
 def state_entries(state: Any) -> tuple[dict[str, Entry], list[str]] | None:
-    """Take a state dict's tensors.
+    """Return a state dict's tensors.
 
     Returns:
-        The tensors and the names of extra state (``…_extra_state``, which is no tensor), or None: it is no state dict.
+        The tensors and the names of extra state (``…_extra_state``, not a tensor), or None if it is not a state dict.
     """
     if not isinstance(state, Mapping) or not all(isinstance(name, str) for name in state):
         return None
@@ -117,11 +144,11 @@ def _choose_averaged(path: Path, content: Any, averaged: bool, which: Which) -> 
     if averaged:  # Lightning loads state_dict, where the callback has put the average
         return ("current_model_state", "raw") if which == "raw" else ("state_dict", "averaged")
     if which != "checkpoint":
-        keys = some(content) if isinstance(content, Mapping) else _describe(content)
         raise ValueError(
-            f"{path} does not hold both raw and averaged weights, so the {which} ones cannot be told: they are under "
-            f"'current_model_state' and 'state_dict' with 'averaging_state' beside them, as Lightning's "
-            f"WeightAveraging callback writes them, and it holds {keys}. Leave out which to read what is there."
+            f"{path} does not hold both raw and averaged weights, so that there are no {which} ones to choose: as "
+            f"Lightning's WeightAveraging callback writes them, they are under 'current_model_state' and 'state_dict' "
+            f"with 'averaging_state' beside them, and it holds {_describe(content)}. Leave out which to read what is "
+            f"there."
         )
     return None, "as stored"
 
@@ -154,11 +181,55 @@ def _only_part(path: Path, content: Any) -> str:
                 )
     raise ValueError(
         f"{path} holds no state dict: a mapping of names to tensors was expected, alone or under 'state_dict', "
-        f"and it holds {_describe(content)}."
+        f"and {_what_is_wrong(content)}"
     )
+
+
+def _what_is_wrong(content: Any) -> str:
+    """Name the entries that keep a mapping with tensors from being a state dict, with what to do."""
+    part = content.get("state_dict", content) if isinstance(content, Mapping) else content
+    if not isinstance(part, Mapping) or not any(isinstance(value, Entry) for value in part.values()):
+        return f"it holds {_describe(content)}. Give a file of weights."
+    where = "it" if part is content else "its 'state_dict'"
+    wrong = [
+        f"{shown(name)} is {_kind(value)}" if isinstance(name, str) else f"the name {shown(name)} is not text"
+        for name, value in part.items()
+        if not isinstance(name, str) or (not isinstance(value, Entry) and name.rpartition(".")[2] != "_extra_state")
+    ]
+    more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
+    return (
+        f"in {where}, of {len(part)} entries, {', '.join(wrong[:3])}{more}. Save it again with plain tensors only, "
+        f"and what else it holds beside them."
+    )
+
+
+_TENSORS = {
+    "sparse": "a sparse tensor",
+    "meta_tensor": "a tensor without data (on the meta device)",
+    "DTensor": "a DTensor, one rank's part of a distributed tensor: save its full_tensor()",
+    "qtensor": "a quantized tensor: dequantize() it",
+    "quantized": "a quantized tensor: dequantize() it",
+    "wrapper_subclass": "a tensor of a class of its own",
+}
+
+
+def _kind(value: Any) -> str:
+    if isinstance(value, Inert):
+        known = [text for part, text in _TENSORS.items() if part in value.name]
+        return known[0] if known else repr(value)
+    if isinstance(value, Tensor):
+        return f"a tensor that is not plain ({value.layout}, on {value.device})"
+    if isinstance(value, Mapping):
+        return "a mapping"
+    return "None" if value is None else shown(value)
 
 
 def _describe(content: Any) -> str:
     if isinstance(content, Mapping):
-        return some(content) or "nothing"
+        return (
+            ", ".join(shown(key) for key in list(content)[:3])
+            + (f" and {len(content) - 3} more" if len(content) > 3 else "")
+            if content
+            else "nothing"
+        )
     return repr(content) if isinstance(content, Inert) else f"a {type(content).__name__}"

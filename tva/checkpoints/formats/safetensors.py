@@ -1,4 +1,7 @@
-"""Open safetensors files."""
+"""Safetensors files, task vector files among them.
+
+Source: the format is described at https://github.com/huggingface/safetensors#format
+"""
 
 from __future__ import annotations
 
@@ -7,31 +10,45 @@ from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 
-from tva.checkpoints.atomic import begins_as_text
-from tva.checkpoints.formats.compressed import decoded
-from tva.checkpoints.lazy import Entry, Info, LazyWeights, OpenFile, Stored
+from tva.checkpoints.compressed import decoded
+from tva.checkpoints.foreign import content_of, read_start
+from tva.checkpoints.lazy import Entry, Info, LazyWeights, OpenFile, Stored, Which
 from tva.checkpoints.spec import SAFETENSORS_DTYPES, Spec
 from tva.errors import some
 
+ENDINGS = (".safetensors",)
+LARGEST_HEADER = 100_000_000  # bytes, of the safetensors library
 
-def open_safetensors(path: Path) -> LazyWeights:
+
+def matches(path: Path) -> bool:
+    """Return whether a file begins as a safetensors file does: the header's length, and its first bracket."""
+    if path.is_dir():
+        return False
+    start = read_start(path, 9)
+    return start[8:] == b"{" and int.from_bytes(start[:8], "little") <= LARGEST_HEADER
+
+
+def open(path: Path, which: Which = "checkpoint") -> LazyWeights:
     """Open a safetensors file; see `tva.open_weights`."""
+    file = OpenFile(path)
     try:
         with safe_open(path, framework="numpy") as checked:  # the library checks every offset in the header
             metadata = checked.metadata()
     except (SafetensorError, OSError) as error:
+        content = content_of(path)
+        found = f"it is {content}" if content else f"it has {file.size} bytes"
         raise ValueError(
-            f"{path} is no safetensors file, or is damaged or cut off ({error}; it has {path.stat().st_size} bytes"
-            f"{begins_as_text(path)}). Write it again from its source."
+            f"{path} is not a safetensors file, or is damaged or cut off ({error}; {found}). Write it again from its "
+            f"source."
         ) from error
-    file = OpenFile(path)
     length = int.from_bytes(file.read(0, 8), "little")
     header = json.loads(file.read(8, length))
     header.pop("__metadata__", None)
     unknown = {fields["dtype"] for fields in header.values()} - SAFETENSORS_DTYPES.keys()
     if unknown:
         raise ValueError(
-            f"{path} holds tensors of dtype {some(sorted(unknown))}, which no torch dtype here stands for."
+            f"{path} holds tensors of dtype {some(sorted(unknown))}, which tva cannot read. Convert them to one of "
+            f"{', '.join(SAFETENSORS_DTYPES)}."
         )
     entries: dict[str, Entry] = {
         name: Stored(

@@ -11,19 +11,21 @@ from __future__ import annotations
 import collections
 import io
 import pickle
+import pickletools
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 from tva._torch import torch
+from tva.checkpoints.foreign import shown
 from tva.checkpoints.lazy import Entry, OpenFile, Stored
-from tva.checkpoints.spec import Spec
+from tva.checkpoints.spec import NAMES_OF_DTYPES, Spec
 
 TENSOR_TYPES = {"torch.Tensor", "torch._tensor.Tensor", "torch.nn.parameter.Parameter", "torch.nn.parameter.Buffer"}
-DAMAGED = (
-    pickle.UnpicklingError, zipfile.BadZipFile, EOFError, OSError, LookupError, ValueError, TypeError, AttributeError,
-    RuntimeError, OverflowError, MemoryError, NotImplementedError,
-)  # fmt: skip  # what a reader of bytes that are not what they seem may raise
+DTYPES = {*NAMES_OF_DTYPES, "complex32", "complex128", "quint8", "qint8", "qint32", "float8_e8m0fnu"}
+PICKLE_BYTES = 2**30  # of the pickle in an archive, whose tensors are beside it
+KEY_COST = 10_000  # elements of nested tuples that one key of a mapping or one item of a set may have
+REPEATED_BYTES = 2**32  # of a tensor that takes more memory than its storage has bytes
 
 
 class Inert:
@@ -60,7 +62,7 @@ class Inert:
     add = append
 
     def __repr__(self) -> str:
-        return f"an object of class {self.name}"
+        return f"an object of class {self.name[:200]}"
 
 
 class _Dict(dict):
@@ -70,14 +72,121 @@ class _Dict(dict):
         super().__init__(*args)
 
 
-PLAIN = {
-    "collections.OrderedDict": collections.OrderedDict,
-    "collections.Counter": collections.OrderedDict,
+def _set(items: Iterable[Any] = ()) -> set[Any]:
+    """Make a set of what is quickly hashed; the opcodes that make sets are checked in `check_pickle`."""
+    items = list(items)
+    _check_keys(map(_cost, items))
+    return set(items)
+
+
+def _frozenset(items: Iterable[Any] = ()) -> frozenset[Any]:
+    return frozenset(_set(items))
+
+
+def _size(sizes: Iterable[Any] = ()) -> tuple[int, ...]:
+    sizes = tuple(sizes)
+    if not all(isinstance(size, int) for size in sizes):
+        raise pickle.UnpicklingError("a torch.Size holds something other than integers")
+    return sizes
+
+
+def _cost(value: Any, budget: int = KEY_COST) -> int:
+    """Count the elements of nested tuples, each as often as it is in one; counting ends at the budget."""
+    if not isinstance(value, tuple):
+        return 1
+    cost = 1
+    for item in value:
+        cost += _cost(item, budget - cost)
+        if cost > budget:
+            break
+    return cost
+
+
+def _check_keys(costs: Iterable[int]) -> None:
+    if max(costs, default=0) > KEY_COST:
+        raise pickle.UnpicklingError(f"a key is a tuple of more than {KEY_COST} elements")
+
+
+class _Ordered(collections.OrderedDict):
+    """An OrderedDict made empty or from plain pairs."""
+
+    def __init__(self, pairs: Iterable[Any] = ()) -> None:
+        pairs = [tuple(pair) for pair in pairs]
+        _check_keys(_cost(key) for key, _ in pairs)
+        super().__init__(pairs)
+
+
+PLAIN: dict[str, Any] = {
+    "collections.OrderedDict": _Ordered,
+    "collections.Counter": _Ordered,
     "collections.defaultdict": _Dict,
-    "builtins.set": set,
-    "builtins.frozenset": frozenset,
-    "torch.Size": tuple,
+    "builtins.set": _set,
+    "builtins.frozenset": _frozenset,
+    "torch.Size": _size,
 }
+
+
+def check_pickle(data: io.BytesIO) -> None:
+    """Refuse a pickle whose keys would take forever to hash, or whose memo would take all memory.
+
+    A tuple that holds another twice, which holds another twice, and so on, takes a few bytes a level and doubles the
+    time to hash it with each. The stack is followed here without making anything: of each object only the number of
+    elements of its nested tuples.
+
+    Args:
+        data: At the start of a pickle; afterwards at its end.
+
+    Raises:
+        pickle.UnpicklingError: It has such a key or memo.
+        ValueError: It is not a pickle.
+    """
+    stack: list[int | None] = []  # None: a mark
+    memo: dict[int, int] = {}
+    length = len(data.getbuffer())
+
+    def since_mark() -> list[int]:
+        items = []
+        while (item := stack.pop()) is not None:
+            items.append(item)
+        return items[::-1]
+
+    for opcode, argument, _ in pickletools.genops(data):
+        name = opcode.name
+        if name in ("BINGET", "GET", "LONG_BINGET"):
+            stack.append(memo[int(argument)])
+        elif name in ("BINPUT", "PUT", "LONG_BINPUT"):
+            if int(argument) > length:
+                raise pickle.UnpicklingError(f"it numbers an object {argument} in {length} bytes")
+            memo[int(argument)] = stack[-1] or 0
+        elif name == "MEMOIZE":
+            memo[len(memo)] = stack[-1] or 0
+        elif name in ("TUPLE1", "TUPLE2", "TUPLE3"):
+            count = int(name[-1])
+            stack[-count:] = [1 + sum(cost or 0 for cost in stack[-count:])]
+        elif name == "TUPLE":
+            stack.append(1 + sum(since_mark()))
+        elif name == "SETITEM":
+            _check_keys([stack[-2] or 0])
+            del stack[-2:]
+        elif name in ("SETITEMS", "DICT", "ADDITEMS", "FROZENSET"):
+            items = since_mark()
+            _check_keys(items[::2] if name in ("SETITEMS", "DICT") else items)
+            stack += [1] if name in ("DICT", "FROZENSET") else []
+        elif name == "DUP":
+            stack.append(stack[-1])
+        else:
+            _follow(opcode, stack, since_mark)
+
+
+def _follow(opcode: Any, stack: list[int | None], since_mark: Callable[[], list[int]]) -> None:
+    """Take from the stack what an opcode takes, and put there what it leaves, which is no tuple."""
+    before, after = opcode.stack_before, opcode.stack_after
+    if pickletools.stackslice in before:
+        since_mark()
+        before = before[: before.index(pickletools.markobject)]
+    for _ in before:
+        stack.pop()
+    stack.extend(None if kind is pickletools.markobject else 1 for kind in after)
 
 
 class _Storage(NamedTuple):
@@ -100,13 +209,14 @@ class InertUnpickler(pickle.Unpickler):
     """
 
     def __init__(self, data: bytes, storage: Callable[[str], tuple[OpenFile, int, int]] | None = None) -> None:
+        check_pickle(io.BytesIO(data))
         super().__init__(io.BytesIO(data), encoding="utf-8")
         self._storage = storage
         self._made: dict[tuple[str, str], Any] = {}
         self.inert: set[str] = set()
 
     def find_class(self, module: str, name: str) -> Any:
-        """Give what stands for a name: never the object of that name unless it is a plain container."""
+        """Return what stands for a name: never the object of that name unless it is a plain container."""
         module = {"__builtin__": "builtins"}.get(module, module)
         if (module, name) not in self._made:
             self._made[module, name] = self._stand_in(module, name)
@@ -114,8 +224,9 @@ class InertUnpickler(pickle.Unpickler):
 
     def _stand_in(self, module: str, name: str) -> Any:
         if (kind := PLAIN.get(f"{module}.{name}")) is not None:
-            return type(name, (kind,), {}) if issubclass(kind, dict) else kind  # fresh: it may be given attributes
-        if module == "torch" and isinstance(found := getattr(torch, name, None), torch.dtype):
+            mapping = isinstance(kind, type) and issubclass(kind, dict)
+            return type(name, (kind,), {}) if mapping else kind  # fresh: it may be given attributes
+        if module == "torch" and name in DTYPES and isinstance(found := getattr(torch, name, None), torch.dtype):
             return found
         if module in ("torch", "torch.cuda", "torch.storage") and name.endswith("Storage"):
             return _StorageType(_storage_dtype(name))
@@ -123,8 +234,8 @@ class InertUnpickler(pickle.Unpickler):
             "_rebuild_tensor": _rebuild,
             "_rebuild_tensor_v2": _rebuild,
             "_rebuild_tensor_v3": _rebuild_v3,
-            "_rebuild_parameter": lambda data, *_: data,
-            "_rebuild_parameter_with_state": lambda data, *_: data,
+            "_rebuild_parameter": _rebuild_parameter,
+            "_rebuild_parameter_with_state": _rebuild_parameter,
             "_rebuild_from_type_v2": _rebuild_from_type,
         }
         if module in ("torch._utils", "torch._tensor") and name in rebuild:
@@ -138,7 +249,7 @@ class InertUnpickler(pickle.Unpickler):
     def persistent_load(self, pid: Any) -> Any:
         """Give where a storage's bytes are."""
         if self._storage is None or not isinstance(pid, tuple) or len(pid) < 3 or pid[0] != "storage":
-            raise pickle.UnpicklingError(f"it refers to {pid!r} outside itself")
+            raise pickle.UnpicklingError("it refers to something outside itself that is not a storage")
         dtype = pid[1].dtype if isinstance(pid[1], _StorageType) else None
         return _Storage(dtype, *self._storage(str(pid[2])))
 
@@ -165,6 +276,11 @@ def _rebuild(storage: Any, offset: int, size: Any, stride: Any, *rest: Any, dtyp
             f"a tensor of shape {list(shape)} needs {(offset + extent) * dtype.itemsize} bytes of a storage of "
             f"{storage.num_bytes}"
         )
+    if shape.numel() * dtype.itemsize > max(storage.num_bytes, REPEATED_BYTES):
+        raise pickle.UnpicklingError(
+            f"a tensor of shape {list(shape)} repeats a storage of {storage.num_bytes} bytes to more than "
+            f"{REPEATED_BYTES}"
+        )
     same = (
         all(n == 1 or mine == theirs for n, mine, theirs in zip(shape, stride, contiguous, strict=True)) or 0 in shape
     )
@@ -176,6 +292,10 @@ def _rebuild_v3(
     storage: Any, offset: int, size: Any, stride: Any, grad: Any, hooks: Any, dtype: Any, *rest: Any
 ) -> Any:
     return _rebuild(storage, offset, size, stride, grad, hooks, *rest, dtype=dtype)
+
+
+def _rebuild_parameter(data: Any, *_: Any) -> Any:
+    return data if isinstance(data, Entry) else Inert()
 
 
 def _rebuild_from_type(function: Callable[..., Any], kind: Any, args: tuple[Any, ...], state: Any) -> Any:
@@ -222,7 +342,7 @@ def load_archive(file: OpenFile, start: int = 0, length: int | None = None) -> t
 
     Raises:
         ValueError: It is a TorchScript archive, or was written in another byte order.
-        Exception: One of ``DAMAGED``: it is no such archive.
+        Exception: Of any class: it is not such an archive.
     """
     length = file.size - start if length is None else length
     with zipfile.ZipFile(io.BufferedReader(_Window(file, start, length))) as archive:
@@ -231,10 +351,18 @@ def load_archive(file: OpenFile, start: int = 0, length: int | None = None) -> t
             (name[: -len("data.pkl")] for name in members if name.count("/") == 1 and name.endswith("/data.pkl")), None
         )
         if root is None:
-            raise zipfile.BadZipFile(f"it is a zip file without data.pkl; it holds {len(members)} other files")
+            found = ", ".join(shown(name) for name in list(members)[:3])
+            raise zipfile.BadZipFile(f"it is a zip file without data.pkl; it holds {len(members)} files: {found}")
         if f"{root}constants.pkl" in members:
             raise ValueError("it is a TorchScript archive: load it with torch.jit.load and save its state_dict()")
-        if f"{root}byteorder" in members and archive.read(f"{root}byteorder") != b"little":
+
+        def read(name: str, limit: int) -> bytes:
+            info = members[root + name]
+            if info.compress_type != zipfile.ZIP_STORED or info.file_size > limit:  # torch compresses nothing
+                raise zipfile.BadZipFile(f"its {name} is compressed, or larger than {limit} bytes")
+            return archive.read(info)
+
+        if f"{root}byteorder" in members and read("byteorder", 16) != b"little":
             raise ValueError("its bytes are in big-endian order: load and save it again on the machine that wrote it")
 
         def storage(key: str) -> tuple[OpenFile, int, int]:
@@ -246,5 +374,5 @@ def load_archive(file: OpenFile, start: int = 0, length: int | None = None) -> t
             skip = int.from_bytes(header[26:28], "little") + int.from_bytes(header[28:30], "little")
             return file, start + info.header_offset + 30 + skip, info.file_size
 
-        unpickler = InertUnpickler(archive.read(f"{root}data.pkl"), storage)
+        unpickler = InertUnpickler(read("data.pkl", PICKLE_BYTES), storage)
         return unpickler.load(), unpickler.inert
