@@ -6,9 +6,11 @@ from collections.abc import Mapping
 from typing import Any, Literal
 
 import lightning as L
-from lightning.pytorch.callbacks import WeightAveraging
+import torch
+from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
 from lightning.pytorch.strategies import DeepSpeedStrategy
 from torch import nn
+from tva.callbacks.names import module_state
 from tva.callbacks.sharding import live_state
 
 Weights = Literal["checkpoint", "raw", "averaged"]
@@ -17,11 +19,11 @@ Weights = Literal["checkpoint", "raw", "averaged"]
 def check_averaging(
     trainer: L.Trainer, callback: L.Callback, weights: Weights, along_the_way: bool, at_train_end: bool
 ) -> None:
-    """Refuse an order of callbacks in which the wanted weights are not there when a vector is taken.
+    """Raise if the wanted weights are not there when a vector is taken, by the order of the callbacks.
 
     Args:
         trainer: The Trainer.
-        callback: That which takes vectors.
+        callback: The one that takes vectors.
         weights: The wanted ones.
         along_the_way: Whether vectors are taken at steps without a checkpoint.
         at_train_end: Whether one is taken when training ends.
@@ -57,7 +59,7 @@ def choose_weights(
         trainer: The Trainer.
         pl_module: Its model.
         weights: The wanted ones.
-        checkpoint: That which the vector belongs to; by default the weights as they are now.
+        checkpoint: The one that the vector belongs to; by default the weights as they are now.
 
     Returns:
         The module that they are of, its state dict, and whether they are averaged.
@@ -68,11 +70,23 @@ def choose_weights(
         checkpoint, weights = None, "averaged" if weights == "averaged" else "raw"
     if checkpoint is None:
         if average is None or weights == "raw":
-            return pl_module, live_state(trainer.strategy, pl_module), False
-        return average.module, average.module.state_dict(), True
+            return pl_module, live_state(trainer.strategy, pl_module), has_averaged(trainer)
+        return average.module, module_state(average.module), True
     both = "averaging_state" in checkpoint  # Lightning stores the raw weights alone when it stores weights only
     if weights == "averaged" and not both:
-        return average.module, average.module.state_dict(), True
+        return average.module, module_state(average.module), True
     if weights == "raw" and both:
         return pl_module, checkpoint["current_model_state"], False
-    return average.module if both else pl_module, checkpoint["state_dict"], both
+    return average.module if both else pl_module, checkpoint["state_dict"], both or has_averaged(trainer)
+
+
+def has_averaged(trainer: L.Trainer) -> bool:
+    """Return whether StochasticWeightAveraging has put its averages into the model, as it does at its end."""
+    older = next((other for other in trainer.callbacks if isinstance(other, StochasticWeightAveraging)), None)
+    average = getattr(older, "_average_model", None)
+    if average is None or older._max_epochs == -1 or trainer.current_epoch <= older.swa_end:
+        return False
+    if older._model_contains_batch_norm:  # then one more epoch estimates the statistics, after the averages are put in
+        return True
+    pairs = zip(trainer.lightning_module.parameters(), average.parameters(), strict=True)
+    return all(torch.equal(now, averaged.to(now.device)) for now, averaged in pairs)

@@ -3,26 +3,56 @@
 from __future__ import annotations
 
 import os
+import re
+import socket
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
+import lightning as L
+import torch
 from lightning.pytorch.strategies import Strategy
-from torch import Tensor, nn
+from torch import Tensor
 from tva.callbacks.lora import LoraView
-from tva.callbacks.remote_files import deliver, exists, open_anywhere, plain, remove, workplace
-from tva.callbacks.sharding import Shards, is_shard
+from tva.callbacks.names import names_of
+from tva.callbacks.remote_files import deliver, exists, is_remote, open_anywhere, plain, remove, workplace
+from tva.callbacks.sharding import Shards, is_shard, live_state
 
 from tva.arithmetic import check_same
-from tva.checkpoints import Fingerprint, LazyWeights, canonical_names, fingerprint, open_weights
+from tva.checkpoints import Fingerprint, LazyWeights, TensorHash, canonical_state_dict, fingerprint, open_weights
+from tva.errors import MismatchError, some
 from tva.vectors.write import TensorSource, write_weights
 
 SNAPSHOT = ".previous-"  # how the name of the weights at the last trajectory vector starts
 
 
-class Base:
+def snapshot_name(run: str | None, step: int) -> str:
+    """Return the file name of the weights at a step, in which this process can be told from those that died."""
+    return f"{SNAPSHOT}{run}-{step}-{os.getpid()}@{socket.gethostname()}.safetensors"
+
+
+def remove_snapshots_of_dead(folder: str, keep: str | None) -> None:
+    """Remove the snapshots that processes of this machine left behind when they were killed, but for one."""
+    left = re.compile(re.escape(SNAPSHOT) + r".*-(\d+)@" + re.escape(socket.gethostname()) + r"\.safetensors")
+    for path in () if is_remote(folder) else Path(folder).glob(".*"):
+        found = left.search(path.name)
+        if found and str(path) != keep and not _is_alive(int(found[1])):
+            path.unlink(missing_ok=True)
+
+
+def _is_alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:  # another user's
+        pass
+    return True
+
+
+class BaseWeights:
     """A file of weights with its fingerprint.
 
-    Every rank knows its place and digest; rank 0 alone reads it.
+    Every rank knows its path and digest; only rank 0 reads it.
 
     Args:
         given: Where the user says that it is.
@@ -54,14 +84,14 @@ class Base:
         self.settled = False
 
     @classmethod
-    def opened(cls, path: Path, tree: Fingerprint) -> Base:
-        """Make one of a file that was just written."""
+    def opened(cls, path: Path, tree: Fingerprint) -> BaseWeights:
+        """Wrap a file that was just written."""
         base = cls(None, str(path), tree.digest)
         base.weights, base.tree, base.settled = open_weights(path), tree, True
         return base
 
     def state(self) -> dict[str, str]:
-        """Give what a checkpoint keeps."""
+        """Return the state to store in a checkpoint."""
         return {"base": self.path, "base_fingerprint": self.digest}
 
     def remove_snapshot(self) -> None:
@@ -69,20 +99,28 @@ class Base:
         if self.path is not None and os.path.basename(self.path).startswith(SNAPSHOT):
             remove(self.path)
 
-    def settle(self, shards: Shards, state: Mapping[str, Tensor], view: LoraView, folder: str) -> None:
+    def settle(
+        self,
+        shards: Shards,
+        state: Mapping[str, Tensor],
+        view: LoraView,
+        folder: str,
+        beside: Sequence[str] = (),
+    ) -> None:
         """Find the base, or write the present weights as the base; every rank takes part.
 
         Args:
             shards: Of ``state``.
             state: The model's weights under canonical names.
-            view: How names look without LoRA.
+            view: Names without LoRA.
             folder: Where a base is written.
+            beside: Folders to search as well, where it is no longer at the recorded path.
         """
 
         def prepare() -> tuple[Sequence[str], Callable[[], tuple[str, str]]]:
             names = view.plain_names(state)
             if self.digest is not None:
-                return [], self._find
+                return [], lambda: self._find(beside)
             if self.given is not None:
                 return [], lambda: self._open_given({name: state[stored] for name, stored in names.items()})
             if self.resumed_from_step > 0 and self.name is None:
@@ -90,10 +128,7 @@ class Base:
                     f"This run resumes at step {self.resumed_from_step} from a checkpoint that names no base, and the "
                     f"resumed weights are not the base. Pass the original base: TaskVectorCallback(base=PATH)."
                 )
-            sources = {
-                name: shards.source(stored) if is_shard(state[stored]) else TensorSource.of(state[stored])
-                for name, stored in names.items()
-            }
+            sources = _sources(shards, state, names)
             order = sorted(sources, key=lambda name: -sources[name].spec.dtype.itemsize)
             return [names[name] for name in order], lambda: self._capture(sources, folder)
 
@@ -101,7 +136,7 @@ class Base:
         self.settled = True
 
     def try_to_settle(self, strategy: Strategy) -> bool:
-        """Find the base if it is where it was; whether it is, on every rank."""
+        """Find the base if it is where it was; return on every rank whether it is."""
         if not self.settled and strategy.is_global_zero:
             try:
                 self._find()
@@ -130,35 +165,103 @@ class Base:
         self.tree = fingerprint(self.weights)
         return plain(self.given), self.tree.digest
 
-    def _find(self) -> tuple[str, str]:
-        path = plain(self.given or self.path)
-        if not exists(path):
+    def _find(self, beside: Sequence[str] = ()) -> tuple[str, str]:
+        recorded = plain(self.given or self.path)
+        paths = [recorded, *(f"{folder}/{os.path.basename(recorded)}" for folder in beside if self.given is None)]
+        path = next((path for path in paths if exists(path)), None)
+        if path is None:
+            also = f" nor in {some(dict.fromkeys(beside))}" if len(paths) > 1 else ""
             raise FileNotFoundError(
-                f"The base that this run started from was expected at {path}, but nothing is there. Put it back, or "
-                f"pass its new place: TaskVectorCallback(base=PATH)."
+                f"The base that this run started from was expected at {recorded}, but it is not there{also}. Put it "
+                f"back, or pass its new path: TaskVectorCallback(base=PATH)."
             )
         self.weights = open_anywhere(path)
         self.tree = fingerprint(self.weights)
         if self.tree.digest != self.digest:
             raise ValueError(
                 f"The checkpoint was trained from the base {self.digest}, but {path} is {self.tree.digest}. Put the "
-                f"original base back, or pass its place: TaskVectorCallback(base=PATH)."
+                f"original base back, or pass its path: TaskVectorCallback(base=PATH)."
             )
         return path, self.tree.digest
 
 
-def names_of(module: nn.Module) -> list[str]:
-    """List the canonical names of all parameters and buffers, tied ones under each name."""
-    parameters = [name for name, _ in module.named_parameters(remove_duplicate=False)]
-    return [*_canonical(parameters), *buffer_names(module)]
+def check_keys(
+    found: Mapping[str, Sequence[int]], base: BaseWeights, view: LoraView, module: L.LightningModule
+) -> None:
+    """Check on rank 0 that the model still has the base's keys; a module may leave parts out of its checkpoint.
+
+    Args:
+        found: Names and shapes of the weights, without LoRA.
+        base: The base.
+        view: Names without LoRA.
+        module: The model.
+
+    Raises:
+        MismatchError: A name or a shape is another.
+    """
+    known = set(view.plain_names(names_of(module)))
+    extra = [name for name in found if name not in base.weights]
+    missing = [name for name in base.weights if name not in found and name not in known]
+    shapes = [
+        f"{name!r} is {list(shape)} now and {list(base.weights.spec(name).shape)} in the base"
+        for name, shape in found.items()
+        if name in base.weights and base.weights.spec(name).shape != torch.Size(shape)
+    ]
+    problems = [f"the model now has {some(extra)}"] if extra else []
+    problems += [f"it no longer has {some(missing)}"] if missing else []
+    problems += ["; ".join(shapes[:3])] if shapes else []
+    if problems:
+        raise MismatchError(
+            f"The model's keys changed since the base {base.path} was captured: {'; '.join(problems)}. Change the "
+            f"model before fitting starts (in its constructor or configure_model), so that the base has all its parts."
+        )
 
 
-def buffer_names(module: nn.Module) -> list[str]:
-    """List the canonical names of all buffers."""
-    return _canonical([name for name, _ in module.named_buffers(remove_duplicate=False)])
+def check_model(strategy: Strategy, module: L.LightningModule, base: BaseWeights) -> None:
+    """Check that the model still has the base's keys, as no callback may have changed them; every rank takes part.
+
+    Raises:
+        MismatchError: A name or a shape is another.
+    """
+    view, state = LoraView(module), canonical_state_dict(live_state(strategy, module))
+    message = None
+    if strategy.is_global_zero:
+        try:
+            check_keys(
+                {name: state[stored].shape for name, stored in view.plain_names(state).items()}, base, view, module
+            )
+        except MismatchError as error:
+            message = str(error)
+    message = strategy.broadcast(message)
+    if message is not None:
+        raise MismatchError(message)
 
 
-def _canonical(names: Sequence[str]) -> list[str]:
-    # What FSDP and activation checkpointing add is in parameters' names, never in those of a state dict.
-    inner = {"_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
-    return list(canonical_names([".".join(part for part in name.split(".") if part not in inner) for name in names]))
+def digest_of(strategy: Strategy, module: L.LightningModule) -> str:
+    """Return the fingerprint that the present weights would have as a base, on every rank; every rank takes part."""
+    state = canonical_state_dict(live_state(strategy, module))
+    shards = Shards(strategy, state)
+
+    def prepare() -> tuple[Sequence[str], Callable[[], str]]:
+        names = LoraView(module).plain_names(state)
+        sources = _sources(shards, state, names)
+        return list(names.values()), lambda: _hash(sources)
+
+    return shards.on_rank_zero(prepare)
+
+
+def _sources(shards: Shards, state: Mapping[str, Tensor], names: Mapping[str, str]) -> dict[str, TensorSource]:
+    return {
+        name: shards.source(stored) if is_shard(state[stored]) else TensorSource.of(state[stored])
+        for name, stored in names.items()
+    }
+
+
+def _hash(sources: Mapping[str, TensorSource]) -> str:
+    digests = {}
+    for name, source in sources.items():
+        digest = TensorHash(source.spec)
+        for part in source.parts():
+            digest.update(part)
+        digests[name] = digest.hexdigest()
+    return Fingerprint.from_tensors(digests).digest

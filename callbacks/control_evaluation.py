@@ -8,26 +8,27 @@ from typing import Any
 import lightning as L
 from torch.utils.data import DataLoader
 from tva.callbacks.evaluate_in_fit import evaluate_within_fit, log_now, prepare
+from tva.callbacks.sharding import check_package
 
 
 class ControlEvaluation(L.Callback):
     """Evaluate control tasks during any fit, and log ``control/NAME/METRIC``.
 
     The model's own ``validation_step`` is run on each control's validation split: before the first step, at the end of
-    every epoch, and every so many steps. Training is the same, bit for bit, as without this callback. The values can
+    every epoch, and every N steps. Training is the same, bit for bit, as without this callback. The values can
     be monitored by ModelCheckpoint and EarlyStopping at the end of an epoch. With a WeightAveraging callback the raw
     weights are evaluated.
 
-    Under several ranks each one evaluates all of a control, so that no metric depends on their number.
+    With several ranks each one evaluates all of a control, so that no metric depends on their number.
 
     Args:
         controls: Names to data modules whose ``val_dataloader`` gives batches that the model can take.
-        every_n_epochs: At the end of every so many epochs; 0 for never.
-        every_n_steps: Also every so many optimizer steps.
-        limit_batches: Evaluate on so many batches of each control at most.
+        every_n_epochs: At the end of every N epochs; 0 for never.
+        every_n_steps: Also every N optimizer steps.
+        limit_batches: Evaluate on at most this many batches of each control.
 
     Raises:
-        ValueError: An option cannot be understood, the model logs nothing in its ``validation_step``, or a data module
+        ValueError: An option is invalid, the model logs nothing in its ``validation_step``, or a data module
             gives several loaders.
 
     Example:
@@ -59,6 +60,9 @@ class ControlEvaluation(L.Callback):
         self._loaders: dict[str, DataLoader] = {}
         self._step = 0
         self._last: tuple[int, dict[str, float]] | None = None
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        check_package(trainer, self)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._step = trainer.global_step

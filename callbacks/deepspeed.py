@@ -1,7 +1,7 @@
-"""DeepSpeed ZeRO: where the weights lie that the optimizer works on, and how they are read without gathering the model.
+"""DeepSpeed ZeRO: where the optimizer's weights are, and how they are read without gathering the model.
 
 The module holds rounded copies of them (stages 1 and 2, in bfloat16 or float16) or nothing (stage 3). Those in full
-precision lie in stretches on the ranks, and they are what a DeepSpeed checkpoint opens as (see
+precision are in stretches on the ranks, and they are what a DeepSpeed checkpoint opens as (see
 `tva.checkpoints.formats.deepspeed`).
 """
 
@@ -15,6 +15,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from tva.callbacks.names import module_state
 
 from tva.errors import some
 
@@ -23,12 +24,12 @@ Layout = list[tuple[int, torch.Size]]
 
 @dataclass(frozen=True)
 class Partition:
-    """How one parameter lies on the ranks.
+    """How one parameter is split over the ranks.
 
     Attributes:
         layout: Each rank with the size of its stretch of the flattened parameter, in order; None where a stretch means
             nothing by itself, and the parameter is gathered.
-        local: Gives this rank's stretch.
+        local: Returns this rank's stretch.
         gathered: A context in which ``whole`` is the parameter.
         whole: The parameter, empty outside of that context.
     """
@@ -45,20 +46,21 @@ class Partition:
         return tensor
 
     def full_tensor(self) -> Tensor:
-        """Give the whole parameter, on every rank; every rank must ask."""
+        """Return the whole parameter, on every rank; every rank must call it."""
         with self.gathered():
             return self.whole.detach().clone()
 
 
 def zero_state(module: nn.Module) -> dict[str, Any]:
-    """Give a module's state dict, with a stand-in for every parameter that ZeRO has partitioned; every rank must ask.
+    """Return a module's state dict, with a stand-in for every parameter that ZeRO has partitioned.
 
-    Trained parameters are those of the optimizer, in float32; frozen ones and buffers are the module's own.
+    Every rank must call it. Trained parameters are those of the optimizer, in float32; frozen ones and buffers are the
+    module's own.
 
     Raises:
         ValueError: The stretches do not make up a parameter: it is split over other ranks than data-parallel ones.
     """
-    state: dict[str, Any] = dict(module.state_dict())
+    state = module_state(module)
     parameters = [(name, p) for name, p in module.named_parameters(remove_duplicate=False) if name in state]
     stretches: dict[str, tuple[int, int] | None] = {}
     for name, parameter in parameters:
@@ -81,9 +83,9 @@ def zero_state(module: nn.Module) -> dict[str, Any]:
         odd += [] if complete else [name]
     if odd:
         raise ValueError(
-            f"TaskVectorCallback reads what ZeRO has partitioned over all ranks alike, and {some(odd)} lie otherwise "
-            f"(MiCS, experts, tensor or sequence parallelism). Train without the callback, and take the vector from "
-            f"the checkpoint afterwards: TaskVector.between(open_weights(BASE), open_weights(CHECKPOINT))."
+            f"TaskVectorCallback reads what ZeRO has partitioned over all ranks alike, and {some(odd)} is split "
+            f"otherwise (MiCS, experts, tensor or sequence parallelism). Train without the callback, and take the "
+            f"vector from the checkpoint afterwards: TaskVector.between(open_weights(BASE), open_weights(CHECKPOINT))."
         )
     return state
 

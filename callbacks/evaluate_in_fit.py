@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import re
+from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
@@ -30,7 +31,7 @@ class Means:
         self._metrics: dict[str, Metric] = {}
 
     def log(self, name: str, value: Any, *_: Any, batch_size: int | None = None, **__: Any) -> None:
-        """Take one value; a metric is computed at the end."""
+        """Record one value; a metric is computed at the end."""
         if isinstance(value, Metric):
             self._metrics[name] = value
             return
@@ -39,12 +40,14 @@ class Means:
         self._weights[name] = self._weights.get(name, 0) + weight
 
     def log_dict(self, values: Any, *args: Any, **options: Any) -> None:
-        """Take several values."""
+        """Record several values."""
         for name, value in values.items():
             self.log(name, value, *args, **options)
 
     def values(self, strategy: Strategy | None) -> dict[str, float]:
-        """Give the means by the last part of their names: ``val/mnist/accuracy`` and ``val_accuracy`` are accuracy.
+        """Return the means by the last part of their names: ``val/mnist/accuracy`` and ``val_accuracy`` are accuracy.
+
+        Names that share their last part are kept whole but for ``val``: ``img/acc`` and ``text/acc``.
 
         Args:
             strategy: Over whose ranks to sum; None if every rank has seen all.
@@ -56,11 +59,16 @@ class Means:
                 sums = strategy.reduce(sums.to(strategy.root_device), reduce_op="sum")
             means[name] = float(sums[0] / sums[1])
         means |= {name: float(metric.compute()) for name, metric in self._metrics.items()}
-        return {re.sub(r"^(val|valid|validation)[_/]", "", name).rpartition("/")[2]: v for name, v in means.items()}
+        whole = {name: re.sub(r"^(val|valid|validation)[_/]", "", name) for name in means}
+        count = Counter(name.rpartition("/")[2] for name in whole.values())
+        last = {name: end if count[end := long.rpartition("/")[2]] == 1 else long for name, long in whole.items()}
+        if len(set(last.values())) < len(last):  # as val/acc and val_acc
+            last = {name: name for name in means}
+        return {last[name]: value for name, value in means.items()}
 
 
 def prepare(trainer: L.Trainer, datamodule: L.LightningDataModule) -> DataLoader:
-    """Set a data module up under a Trainer that fits another, and give its validation loader; once is enough."""
+    """Set a data module up under a Trainer that fits another, and return its validation loader; once is enough."""
     datamodule.trainer = trainer
     datamodule.prepare_data()
     datamodule.setup("validate")
@@ -81,7 +89,7 @@ def evaluate_within_fit(
         model: Its model.
         loader: Batches for the model's ``validation_step``.
         datamodule: Whose loader it is, where it is not that of fit: the model's ``setup`` sees it.
-        limit_batches: Stop after so many batches.
+        limit_batches: Stop after this many batches.
 
     Returns:
         What the model logged, averaged over examples.

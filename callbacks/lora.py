@@ -19,10 +19,10 @@ from tva.errors import some
 
 
 class LoraView:
-    """A model with LoRA modules, seen as the model that they were put into.
+    """A model with LoRA modules, viewed as the model that they were put into.
 
     Args:
-        module: Any module; one without LoRA is seen as it is.
+        module: Any module; one without LoRA is viewed as it is.
 
     Raises:
         ValueError: It has modules of peft that change weights in another way than LoRA's product.
@@ -34,7 +34,7 @@ class LoraView:
         self.roots: dict[str, nn.Module] = {}
         refused = []
         for raw, part in module.named_modules():
-            name = ".".join(piece for piece in raw.split(".") if piece != "_orig_mod")
+            name = ".".join(word for word in raw.split(".") if word != "_orig_mod")
             if hasattr(part, "base_layer") and hasattr(part, "active_adapters"):
                 self.layers[name] = part
                 reason = _unsupported(part)
@@ -46,7 +46,7 @@ class LoraView:
                 self.roots[name] = part
         if refused:
             raise ValueError(
-                f"TaskVectorCallback reads plain LoRA alone, and not {some(refused)}. Train without it, merge the "
+                f"TaskVectorCallback reads only plain LoRA, and not {some(refused)}. Train without it, merge the "
                 f"adapter (merge_and_unload), and take the vector from the base to the merged model."
             )
 
@@ -66,7 +66,7 @@ class LoraView:
 
     def _plain(self, name: str) -> str | None:
         parts, plain = iter(name.split(".")), []
-        owner = ""  # layers lie within layers where a module's own parameter has LoRA and a module within it too
+        owner = ""  # layers are within layers where a module's own parameter has LoRA and a module within it too
         for part in parts:
             if owner in self.layers:
                 if part != "base_layer":
@@ -90,7 +90,7 @@ class LoraView:
         return name
 
     def deltas(self) -> dict[str, Callable[[], Tensor]]:
-        """Map plain names of weights to functions that give the flattened float32 delta of the active adapters."""
+        """Map plain names of weights to functions that return the flattened float32 delta of the active adapters."""
         return {
             f"{self._plain(name)}.{_parameter(layer)}": (lambda layer=layer: _delta(layer))
             for name, layer in self.layers.items()
@@ -108,7 +108,7 @@ class LoraView:
         odd = sorted({_parameter(layer) for layer in self.layers.values()} - {"weight"})
         if odd:
             raise ValueError(
-                f"lora='adapter' keeps adapters of modules' weights alone, as readers of adapters expect, and here "
+                f"lora='adapter' keeps only adapters of modules' weights, as readers of adapters expect, and here "
                 f"{some(odd)} has one too (attention of nn.MultiheadAttention). Use lora='merge'."
             )
         active = {name: list(root.active_adapters) for name, root in self.roots.items()}

@@ -13,6 +13,7 @@ import lightning as L
 import torch
 from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, SingleDeviceStrategy
 from torch.utils.data import DataLoader, IterableDataset
+from tva.callbacks.sharding import check_package
 
 from tva.checkpoints import save_weights
 from tva.merge.model_statistics import measure_information
@@ -23,21 +24,21 @@ KINDS = ("fisher", "gram")
 class MergeStatistics(L.Callback):
     """When fitting ends, write ``fisher.safetensors`` and ``gram.safetensors`` for the recipe's `fisher` and `regmean`.
 
-    The model's ``training_step`` is taken as it is, on one training example at a time, in evaluation mode: what it
+    The model's own ``training_step`` is called with one training example at a time, in evaluation mode: what it
     returns for one example must be that example's negative log-likelihood, as a cross entropy is. For a model that is
     fine-tuned already, fit for no epochs: ``tva fit … --trainer.max_epochs 0``. Under DDP each rank sees its share of
     the same examples that one device would see; rank 0 writes.
 
     Args:
         kinds: Which files to write.
-        num_examples: See so many training examples at most; 256 to 2,048 in the papers.
+        num_examples: Use at most this many training examples; 256 to 2,048 in the papers.
         seed: Which examples, where there are more.
-        conv: Also give Gram matrices of convolutions, as ``regmean(…, conv="matrix")`` needs.
+        conv: Also write Gram matrices of convolutions, as ``regmean(…, conv="matrix")`` needs.
         dirpath: Local folder; by default that of the first ModelCheckpoint.
 
     Raises:
-        ValueError: The strategy does not keep the whole model on every rank, an option cannot be understood, the
-            training data is no single DataLoader, or the training step returns no loss.
+        ValueError: The strategy does not keep the whole model on every rank, an option is invalid, the
+            training data is not a single DataLoader, or the training step returns no loss.
 
     Example:
         >>> trainer = L.Trainer(callbacks=[MergeStatistics()], logger=False)
@@ -59,6 +60,7 @@ class MergeStatistics(L.Callback):
         self.kinds, self.num_examples, self.seed, self.conv, self.dirpath = kinds, num_examples, seed, conv, dirpath
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        check_package(trainer, self)
         strategy = trainer.strategy
         whole = isinstance(strategy, (SingleDeviceStrategy, DDPStrategy)) and not isinstance(
             strategy, DeepSpeedStrategy
@@ -107,7 +109,7 @@ class MergeStatistics(L.Callback):
 
 
 def _loss(output: Any) -> torch.Tensor:
-    """Take the loss out of what a training step gives: itself, or its ``loss``."""
+    """Return the loss from what a training step returned: itself, or its ``loss``."""
     loss = output.get("loss") if isinstance(output, dict) else output
     if not isinstance(loss, torch.Tensor) or loss.numel() != 1:
         raise ValueError(
@@ -119,7 +121,7 @@ def _loss(output: Any) -> torch.Tensor:
 
 @contextmanager
 def _silent(pl_module: L.LightningModule) -> Iterator[None]:
-    """Let ``self.log`` do nothing: Lightning takes no logs once fitting has ended."""
+    """Make ``self.log`` a no-op: Lightning accepts no logs once fitting has ended."""
     before = {name: vars(pl_module)[name] for name in ("log", "log_dict") if name in vars(pl_module)}
     pl_module.log = pl_module.log_dict = lambda *args, **kwargs: None
     try:

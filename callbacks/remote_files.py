@@ -1,4 +1,4 @@
-"""Files that may lie on a remote file system (``s3://``, ``gs://``, ``memory://`` …), through fsspec as Lightning does.
+"""Files that may be on a remote file system (``s3://``, ``gs://``, ``memory://`` …), through fsspec as Lightning does.
 
 A remote file is made on this machine first and uploaded whole: object stores show a file when it is complete.
 """
@@ -23,7 +23,7 @@ def is_remote(path: str | os.PathLike[str]) -> bool:
 
 
 def plain(path: str | os.PathLike[str]) -> str:
-    """Give a local path absolute and without its protocol; leave a remote one as it is.
+    """Return a local path absolute and without its protocol; leave a remote one as it is.
 
     Example:
         >>> plain("file:///runs/last.ckpt"), plain("s3://bucket/last.ckpt")
@@ -55,7 +55,7 @@ def remove(path: str) -> None:
 
 @contextlib.contextmanager
 def workplace(folder: str) -> Iterator[Path]:
-    """Give a local folder to write in: the folder itself, or a temporary one if it is remote."""
+    """Yield a local folder to write in: the folder itself, or a temporary one if it is remote."""
     if is_remote(folder):
         with tempfile.TemporaryDirectory(prefix="tva-") as temporary:
             yield Path(temporary)
@@ -65,7 +65,7 @@ def workplace(folder: str) -> Iterator[Path]:
 
 
 def deliver(local: Path, path: str) -> None:
-    """Bring a finished file or folder to its place: by renaming it, or by uploading it."""
+    """Move a finished file or folder to its path: by renaming it, or by uploading it."""
     if is_remote(path):
         system, inner = fsspec.core.url_to_fs(path)
         system.makedirs(os.path.dirname(inner), exist_ok=True)
@@ -78,7 +78,7 @@ def deliver(local: Path, path: str) -> None:
 
 @contextlib.contextmanager
 def local_copy(path: str) -> Iterator[Path]:
-    """Give a file of this machine: the file itself, or a copy that is removed again if it is remote.
+    """Yield a file of this machine: the file itself, or a copy that is removed again if it is remote.
 
     Raises:
         FileNotFoundError: Nothing is there.

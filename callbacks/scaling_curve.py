@@ -1,4 +1,4 @@
-"""A callback that draws, when training ends, how the model does at every scaling coefficient on validation data."""
+"""A callback that plots, when training ends, a metric on validation data at several scaling coefficients."""
 
 from __future__ import annotations
 
@@ -24,21 +24,21 @@ class ScalingCurve(L.Callback):
     r"""At the end of fit, evaluate :math:`\theta_0 + \lambda\tau` for several :math:`\lambda` on the validation set.
 
     Logs ``scaling/METRIC`` (one value a coefficient, the coefficient in percent as its step), and writes
-    ``scaling_curve.png`` and ``scaling_curve.csv`` into the folder of the vectors. The weights are afterwards what they
-    were, bit for bit. Needs a `TaskVectorCallback` in the same Trainer, for the base, and holds no copy of the model in
+    ``scaling_curve.png`` and ``scaling_curve.csv`` into the folder of the vectors. The weights are restored bit for
+    bit. Needs a `TaskVectorCallback` in the same Trainer, for the base, and holds no copy of the model in
     memory: both ends of the line are read from disk. Integer buffers and running statistics stay those of the
     fine-tuned model.
 
     Args:
         coefs: Scaling coefficients; 0 is the base, 1 the fine-tuned model.
-        metric: What to draw; by default ``accuracy``, or else the first that the model logs.
-        limit_batches: Evaluate on so many batches at most.
+        metric: What to plot; by default ``accuracy``, or else the first that the model logs.
+        limit_batches: Evaluate on at most this many batches.
 
     Raises:
         ValueError: There is no TaskVectorCallback or no validation data, the strategy shards the model, or the model
             does not log ``metric``.
 
-    Source: Ilharco et al., "Editing models with task arithmetic", ICLR 2023, choose the coefficient so.
+    Source: Ilharco et al., "Editing models with task arithmetic", ICLR 2023, choose the coefficient on validation data.
     """
 
     def __init__(

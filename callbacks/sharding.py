@@ -1,7 +1,7 @@
 """Which strategies are supported, and how a sharded state dict reaches rank 0: a message at a time, never whole.
 
-Rank 0 alone reads the base and writes files. The other ranks send it their shards, in an order that it has announced,
-and it receives all of them even after it has failed, so that nobody waits for nobody.
+Only rank 0 reads the base and writes files. The other ranks send it their shards, in an order that it has announced,
+and it receives all of them even after it has failed, so that no rank deadlocks.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from lightning.pytorch.strategies import (
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Shard
 from tva.callbacks.deepspeed import Layout, zero_state
+from tva.callbacks.names import module_state
 
 from tva.checkpoints import Spec
 from tva.errors import MismatchError, some
@@ -38,8 +39,22 @@ CHUNK = 2**19  # elements that one message brings
 SUPPORTED = (SingleDeviceStrategy, DDPStrategy, FSDPStrategy, ModelParallelStrategy, DeepSpeedStrategy)
 
 
+def check_package(trainer: L.Trainer, callback: L.Callback) -> None:
+    """Raise if the Trainer is of the older package ``pytorch_lightning``, whose classes are others.
+
+    Raises:
+        ValueError: It is.
+    """
+    if type(trainer.strategy).__module__.partition(".")[0] == "pytorch_lightning":
+        raise ValueError(
+            f"{type(callback).__name__} needs a Trainer of the package lightning, and this one is of the package "
+            f"pytorch_lightning, whose classes are different ones. Write `import lightning as L` in the place of "
+            f"`import pytorch_lightning as pl`, and use L.Trainer and L.LightningModule."
+        )
+
+
 def check_strategy(strategy: Strategy) -> None:
-    """Refuse, before training starts, a strategy under which no right vector could be written.
+    """Raise, before training starts, if no right vector could be written under a strategy.
 
     Raises:
         ValueError: The strategy is not supported; the message says what to do instead.
@@ -60,18 +75,18 @@ def is_sharded(strategy: Strategy) -> bool:
 
 
 def live_state(strategy: Strategy, module: L.LightningModule) -> dict[str, Any]:
-    """Give the weights as they are now, each rank its own shards; every rank must ask."""
+    """Return the weights as they are now, each rank its own shards; every rank must call it."""
     if isinstance(strategy, DeepSpeedStrategy):
         return zero_state(module)
     if not is_sharded(strategy):
-        return module.state_dict()
+        return module_state(module)
     from torch.distributed.checkpoint.state_dict import get_model_state_dict
 
     return get_model_state_dict(strategy.model)
 
 
 def is_shard(tensor: Tensor) -> bool:
-    """Whether a tensor is this rank's part of one that lies on several."""
+    """Whether a tensor is this rank's part of one that is split over several."""
     return isinstance(tensor, DTensor) or hasattr(tensor, "local_shards") or _is_stand_in(tensor)
 
 
@@ -105,14 +120,14 @@ class Shards:
                 )
 
     def on_rank_zero(self, prepare: Callable[[], tuple[Sequence[str], Callable[[], T]]]) -> T:
-        """Do something on rank 0 while the others send it their shards; a failure there is one everywhere.
+        """Run something on rank 0 while the others send it their shards; a failure there is one everywhere.
 
         Args:
-            prepare: Called on rank 0; gives the names in the order in which their `parts` will be taken, and the
-                function that takes them.
+            prepare: Called on rank 0; returns the names in the order in which their `parts` will be read, and the
+                function that reads them.
 
         Returns:
-            What that function gave, on every rank.
+            What that function returned, on every rank.
 
         Raises:
             RuntimeError: Rank 0 failed; there the error itself is raised.
@@ -149,12 +164,12 @@ class Shards:
         return value
 
     def source(self, name: str) -> TensorSource:
-        """Make a source of a sharded tensor, to be read in the announced order."""
+        """Return a source of a sharded tensor, to be read in the announced order."""
         tensor = self.tensors[name]
         return TensorSource(Spec(tensor.dtype, torch.Size(tensor.shape)), lambda: self.parts(name))
 
     def parts(self, name: str) -> Iterator[Tensor]:
-        """Give, on rank 0, the flattened tensor part by part, on the CPU."""
+        """Yield, on rank 0, the flattened tensor part by part, on the CPU."""
         if not self._waiting or self._waiting[0] != name:
             raise RuntimeError(f"{name!r} was asked for out of the announced order.")
         self._taken = self._exchange(self._waiting.pop(0))
@@ -165,7 +180,7 @@ class Shards:
         """Bring one tensor to rank 0; every rank must run it to its end."""
         tensor, device = self.tensors[name], self.strategy.root_device
         layout = _layout(tensor)
-        if layout is None:  # split in several ways at once, as by tensor parallelism: whole, but this one alone
+        if layout is None:  # split in several ways at once, as by tensor parallelism: whole, but only this one
             yield tensor.partition.full_tensor() if _is_stand_in(tensor) else tensor.detach().to(device).full_tensor()
             return
         mine = dist.get_rank()
@@ -176,15 +191,15 @@ class Shards:
                 yield torch.empty(0, dtype=tensor.dtype)
             for start in range(0, count, CHUNK):
                 size = min(CHUNK, count - start)
-                piece = torch.empty(size, dtype=tensor.dtype, device=device) if part is None and mine == 0 else None
+                chunk = torch.empty(size, dtype=tensor.dtype, device=device) if part is None and mine == 0 else None
                 if part is not None:
-                    piece = part[start : start + size].to(device)
+                    chunk = part[start : start + size].to(device)
                 if rank != 0 and mine == rank:
-                    dist.send(piece.contiguous(), dst=0)
+                    dist.send(chunk.contiguous(), dst=0)
                 elif rank != 0 and mine == 0:
-                    dist.recv(piece, src=rank)
+                    dist.recv(chunk, src=rank)
                 if mine == 0:
-                    yield piece
+                    yield chunk
 
 
 def _is_stand_in(tensor: Tensor) -> bool:

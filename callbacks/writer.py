@@ -1,8 +1,9 @@
-"""Writes one task vector of a model in training: on rank 0, with what the file and the loggers say about it."""
+"""Write one task vector of a model in training: on rank 0, with what the file and the loggers say about it."""
 
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import tempfile
@@ -14,29 +15,31 @@ from typing import Any, Literal
 
 import lightning as L
 import torch
+from lightning.pytorch.strategies import DeepSpeedStrategy
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from tva.callbacks.averaging import Weights
-from tva.callbacks.base_weights import SNAPSHOT, Base, buffer_names, names_of
+from tva.callbacks.base_weights import BaseWeights, check_keys, snapshot_name
 from tva.callbacks.lora import LoraView
+from tva.callbacks.names import buffer_names, module_state, tied_names
 from tva.callbacks.remote_files import deliver, exists, local_copy, workplace
-from tva.callbacks.sharding import Shards, is_shard
+from tva.callbacks.sharding import Shards, is_shard, is_sharded, live_state
 
 from tva.checkpoints import LazyWeights, canonical_state_dict, open_weights
-from tva.errors import MismatchError, some
+from tva.errors import some
 from tva.vectors.compress import suited, write_encoded
 from tva.vectors.encoding import Encoding
 from tva.vectors.header import SUFFIX, Origin, vector_header
 from tva.vectors.kind import kind_of
 from tva.vectors.write import Emitted, TensorSource, VectorPlan, emit
 
-Lora = Literal["merge", "adapter"]
+LoraMode = Literal["merge", "adapter"]
 ADAPTER = ".adapter"  # how the name of an adapter's folder ends
 
 
 @dataclass(frozen=True)
 class SavedVector:
-    """What `TaskVectorCallback` tells about a vector that it has written.
+    """What `TaskVectorCallback` reports about a vector that it has written.
 
     Attributes:
         path: The file, or the adapter's folder.
@@ -58,7 +61,7 @@ class SavedVector:
 
 
 @dataclass(frozen=True)
-class Job:
+class VectorJob:
     """One vector to write.
 
     Attributes:
@@ -69,14 +72,14 @@ class Job:
         base: What to subtract.
         since_step: The step of ``base`` if it is the vector before rather than the base.
         checkpoint: The checkpoint that the vector belongs to, or nothing.
-        requested: Whether somebody waits for it, so that a full disk is an error.
+        requested: Whether it was requested explicitly; then whatever prevents it raises.
     """
 
     path: str
     module: nn.Module
     state: Mapping[str, Any]
     averaged: bool
-    base: Base
+    base: BaseWeights
     since_step: int | None = None
     checkpoint: Mapping[str, Any] = field(default_factory=dict)
     requested: bool = False
@@ -113,11 +116,12 @@ class VectorWriter:
         dtype: torch.dtype | None,
         task: str | None,
         weights: Weights,
-        lora: Lora,
+        lora: LoraMode,
         log_geometry: bool,
         encoding: str | None = None,
     ) -> None:
-        self.include, self.exclude, self.dtype, self.task = include, exclude, dtype, task
+        self.include = None if include is None else _patterns("include", include)
+        self.exclude, self.dtype, self.task = _patterns("exclude", exclude), dtype, task
         self.weights, self.lora, self.log_geometry, self.encoding = weights, lora, log_geometry, encoding
         self.run: str | None = None
         self.reset()
@@ -126,15 +130,26 @@ class VectorWriter:
         """Forget the last run's vectors."""
         self.written: dict[str, None] = {}
         self.failures: list[str] = []
-        self.snapshot: Base | None = None
+        self.snapshot: BaseWeights | None = None
+        self.parameters: list[str] = []  # of the model when the base was captured
+        self.unknown = False  # whether a checkpoint had names that the model has not
         self._compare: dict[str, tuple[int, LazyWeights]] = {}
 
-    def emit(self, trainer: L.Trainer, pl_module: L.LightningModule, job: Job) -> SavedVector | None:
-        """Write one vector on rank 0, and tell everybody; None if the disk did not take it."""
-        state = canonical_state_dict(job.state)
+    def emit(self, trainer: L.Trainer, pl_module: L.LightningModule, job: VectorJob) -> SavedVector | None:
+        """Write one vector on rank 0 and report it on every rank; None if it could not be written."""
+        state = self._complete(trainer, pl_module, job)
         shards = Shards(trainer.strategy, state)
 
         def prepare() -> tuple[list[str], Callable[[], SavedVector | str]]:
+            try:
+                return plan_it()
+            except ValueError as error:  # as where the model's keys change while it trains
+                if job.requested:
+                    raise
+                message = _not_written(job, error)
+                return [], lambda: message
+
+        def plan_it() -> tuple[list[str], Callable[[], SavedVector | str]]:
             view, mine = LoraView(job.module), job
             if not job.requested and not job.checkpoint:
                 mine = replace(job, path=self._unused(job.path))
@@ -158,14 +173,36 @@ class VectorWriter:
         return saved
 
     @staticmethod
-    def _guarded(job: Job, write: Callable[[], SavedVector]) -> SavedVector | str:
-        """Turn what befalls a disk into a message: training is worth more than one vector."""
+    def _guarded(job: VectorJob, write: Callable[[], SavedVector]) -> SavedVector | str:
+        """Turn a full disk, or weights that diverged, into a message: training is worth more than one vector."""
         try:
             return write()
-        except OSError as error:
+        except (OSError, ValueError) as error:
             if job.requested:
                 raise
-            return f"The task vector {job.path} was not written, and nothing is left of it; training goes on: {error}"
+            return _not_written(job, error)
+
+    def _complete(self, trainer: L.Trainer, pl_module: L.LightningModule, job: VectorJob) -> dict[str, Tensor]:
+        """Return the weights under the model's own names: a checkpoint's, and from the model those that it lacks."""
+        state, strategy = canonical_state_dict(job.state), trainer.strategy
+        if not job.checkpoint or isinstance(strategy, DeepSpeedStrategy):  # of which no checkpoint's weights are read
+            return state
+        as_base = trainer.is_global_zero and set(state) == set(job.base.weights) and not LoraView(job.module)
+        if strategy.broadcast(as_base):  # even where the model has other names by now, as with pruning
+            return state
+        own = live_state(strategy, pl_module) if job.module is pl_module else module_state(job.module)
+        own = canonical_state_dict(own)
+        absent = strategy.broadcast([name for name in own if name not in state])
+        unknown = [name for name in state if name not in own]
+        if unknown and not self.unknown:
+            message = (
+                f"The checkpoint of {job.path} holds {some(unknown)}, which the model does not: the vector has the "
+                f"model's own weights under the model's names."
+            )
+            self.failures.append(message)
+            warnings.warn(message, stacklevel=2)
+        self.unknown |= bool(unknown)
+        return {name: state[name] for name in state if name in own} | {name: own[name] for name in absent}
 
     def _unused(self, path: str) -> str:
         """Leave files of other runs alone, as ModelCheckpoint does: ``-v1``, ``-v2`` … is added to the name."""
@@ -182,7 +219,7 @@ class VectorWriter:
         view: LoraView,
         state: Mapping[str, Tensor],
         shards: Shards,
-        job: Job,
+        job: VectorJob,
     ) -> VectorPlan:
         base = job.base
         deltas = view.deltas()
@@ -193,8 +230,11 @@ class VectorWriter:
                 sources[name] = replace(shards.source(stored), delta=deltas.get(name))
             else:
                 sources[name] = TensorSource.of(tensor, deltas.get(name))
-        _check_keys(sources, base.weights, set(view.plain_names(names_of(pl_module))))
+        check_keys({name: source.spec.shape for name, source in sources.items()}, job.base, view, pl_module)
         buffers = set(view.plain_names(buffer_names(pl_module)))
+        if not is_sharded(trainer.strategy):  # which may show a module's parameters under other names
+            buffers = set(base.weights) - view.plain_names(self.parameters).keys()
+        exclude = {name for name in base.weights if name not in buffers and not self._selects(name)}
         known = self._compare.get(job.against)
         compares = self.log_geometry and trainer.loggers and known and known[0] != trainer.global_step
         return VectorPlan(
@@ -202,7 +242,8 @@ class VectorWriter:
             base.tree,
             sources,
             buffers=buffers,
-            exclude=[name for name in base.weights if name not in buffers and not self._selects(name)],
+            exclude=exclude,
+            aliases=view.plain_names(tied_names(pl_module, exclude)),
             dtype=self.dtype,
             compare=known[1] if compares else None,
         )
@@ -211,7 +252,7 @@ class VectorWriter:
         included = self.include is None or any(re.fullmatch(pattern, name) for pattern in self.include)
         return included and not any(re.fullmatch(pattern, name) for pattern in self.exclude)
 
-    def _origin(self, trainer: L.Trainer, pl_module: L.LightningModule, job: Job) -> Origin:
+    def _origin(self, trainer: L.Trainer, pl_module: L.LightningModule, job: VectorJob) -> Origin:
         datamodule = getattr(trainer, "datamodule", None)
         return Origin(
             task=self.task or getattr(datamodule, "name", None),
@@ -222,22 +263,22 @@ class VectorWriter:
             run=self.run,
             kind=kind_of(pl_module),
             since_step=job.since_step,
-            metrics={name: float(value) for name, value in trainer.callback_metrics.items() if value.numel() == 1},
+            metrics=_finite(trainer.callback_metrics),
             hyperparameters=_json_only(job.checkpoint.get("hyper_parameters", pl_module.hparams)),
         )
 
-    def _write(self, trainer: L.Trainer, pl_module: L.LightningModule, plan: VectorPlan, job: Job) -> SavedVector:
+    def _write(self, trainer: L.Trainer, pl_module: L.LightningModule, plan: VectorPlan, job: VectorJob) -> SavedVector:
         origin, step = self._origin(trainer, pl_module, job), trainer.global_step
         with workplace(os.path.dirname(job.path)) as folder:
             local = folder / os.path.basename(job.path)
-            snapshot = None if job.since_step is None else folder / f"{SNAPSHOT}{self.run}-{step}.safetensors"
+            snapshot = None if job.since_step is None else folder / snapshot_name(self.run, step)
             write = emit if self.encoding is None else self._emit_encoded
             emitted = write(plan, local, origin, snapshot)
             first = self.log_geometry and trainer.loggers and self._compare.get(job.against, (None,))[0] != step
             if first:  # once a step; kept open: a file that is removed meanwhile can still be read
                 self._compare[job.against] = step, open_weights(local)
             if snapshot is not None:
-                self.snapshot = Base.opened(snapshot, emitted.finetuned)
+                self.snapshot = BaseWeights.opened(snapshot, emitted.finetuned)
             deliver(local, job.path)
         self.written[job.path] = None
         if first:
@@ -261,7 +302,9 @@ class VectorWriter:
         for logger in trainer.loggers:
             logger.log_metrics({k: v for k, v in metrics.items() if v is not None}, step=trainer.global_step)
 
-    def _write_adapter(self, trainer: L.Trainer, pl_module: L.LightningModule, view: LoraView, job: Job) -> SavedVector:
+    def _write_adapter(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, view: LoraView, job: VectorJob
+    ) -> SavedVector:
         path, digest = vector_path(job.path, ADAPTER), job.base.digest
         header = vector_header(self._origin(trainer, pl_module, job), [], {})
         facts = {key: header[key] for key in header if key not in ("tva.format", "tva.encoding")}
@@ -275,7 +318,7 @@ class VectorWriter:
 
 
 def vector_path(checkpoint: str | os.PathLike[str], suffix: str = SUFFIX) -> str:
-    """Give the name of the task vector that belongs to a checkpoint.
+    """Return the name of the task vector that belongs to a checkpoint.
 
     Example:
         >>> vector_path("runs/mnist/last.ckpt")
@@ -297,23 +340,25 @@ def _is_of_run(path: str, run: str | None) -> bool:
         return False
 
 
-def _check_keys(sources: Mapping[str, TensorSource], base: LazyWeights, module_names: set[str]) -> None:
-    """Check that the model still has the base's keys; a module may leave parts out of its checkpoint."""
-    extra = [name for name in sources if name not in base]
-    missing = [name for name in base if name not in sources and name not in module_names]
-    shapes = [
-        f"{name!r} is {list(sources[name].spec.shape)} now and {list(base.spec(name).shape)} in the base"
-        for name in sources
-        if name in base and sources[name].spec.shape != base.spec(name).shape
-    ]
-    problems = [f"the model now has {some(extra)}"] if extra else []
-    problems += [f"it no longer has {some(missing)}"] if missing else []
-    problems += ["; ".join(shapes[:3])] if shapes else []
-    if problems:
-        raise MismatchError(
-            f"The model's keys changed since the base {base.path} was captured: {'; '.join(problems)}. Change the "
-            f"model before fitting starts (in its constructor or configure_model), so that the base has all its parts."
-        )
+def _patterns(name: str, patterns: Sequence[str]) -> tuple[str, ...]:
+    if isinstance(patterns, str):
+        raise ValueError(f"{name} must be a list of regular expressions, not one string: [{patterns!r}].")
+    for pattern in patterns:
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            raise ValueError(f"{name} holds {pattern!r}, which is not a regular expression: {error}.") from error
+    return tuple(patterns)
+
+
+def _not_written(job: VectorJob, error: Exception) -> str:
+    return f"The task vector {job.path} was not written, and nothing is left of it; training goes on: {error}"
+
+
+def _finite(metrics: Mapping[str, Tensor]) -> dict[str, float]:
+    """Return the finite single numbers among metrics: JSON has no NaN and no infinity."""
+    numbers = {name: float(value) for name, value in metrics.items() if value.numel() == 1}
+    return {name: value for name, value in numbers.items() if math.isfinite(value)}
 
 
 def _json_only(hyperparameters: Mapping[str, Any]) -> dict[str, Any]:
@@ -321,8 +366,8 @@ def _json_only(hyperparameters: Mapping[str, Any]) -> dict[str, Any]:
     kept = {}
     for name, value in hyperparameters.items():
         try:
-            json.dumps(value)
-        except TypeError:
+            json.dumps(value, allow_nan=False)
+        except (TypeError, ValueError):
             value = str(value)
         kept[str(name)] = value
     return kept

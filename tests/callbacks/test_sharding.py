@@ -145,9 +145,13 @@ def _fail_while_streaming(folder, kind):
                 for parameter in pl_module.parameters():
                     parameter.mul_(float("nan"))
 
+        def on_train_epoch_end(self, trainer, pl_module):
+            callback.save_vector(trainer, folder / "asked.tv.safetensors")
+
+    callback = TaskVectorCallback(with_checkpoints=False)
     expected = ValueError if os.environ["LOCAL_RANK"] == "0" else RuntimeError
     with pytest.raises(expected, match="hold NaN or infinity"):
-        fit_sharded(folder, kind, callbacks=[Diverging()])
+        fit_sharded(folder, kind, callback=callback, callbacks=[Diverging()])
     (folder / f"failed-{os.environ['LOCAL_RANK']}").touch()
 
 
@@ -156,7 +160,27 @@ def test_a_failure_of_rank_zero_while_others_send_reaches_all(tmp_path, kind):
     run_ranks(_fail_while_streaming, tmp_path, kind)
     assert names(tmp_path, "failed-*") == ["failed-0", "failed-1"]
     assert names(tmp_path, "*.tv.safetensors") == []
-    assert names(tmp_path, "*.ckpt") == ["epoch=0-step=2.ckpt"]  # written before the vector was tried
+
+
+def _diverge(folder, kind):
+    class Diverging(L.Callback):
+        def on_train_batch_end(self, trainer, pl_module, *_):
+            if trainer.global_step == 3:
+                with torch.no_grad():
+                    for parameter in pl_module.parameters():
+                        parameter.mul_(float("nan"))
+
+    warned = pytest.warns(UserWarning, match="training goes on: A task vector must be finite")
+    with warned if os.environ["LOCAL_RANK"] == "0" else contextlib.nullcontext():
+        fit_sharded(folder, kind, callbacks=[Diverging()])
+    (folder / f"done-{os.environ['LOCAL_RANK']}").touch()
+
+
+@pytest.mark.parametrize("kind", ["fsdp2 sharded", pytest.param("fsdp1 full", marks=pytest.mark.slow)])
+def test_weights_that_become_nan_do_not_stop_training_on_any_rank(tmp_path, kind):
+    run_ranks(_diverge, tmp_path, kind)
+    assert names(tmp_path, "done-*") == ["done-0", "done-1"]
+    assert names(tmp_path, "*.tv.safetensors") == ["epoch=0-step=2.tv.safetensors"]
 
 
 def _full_disk(folder, kind):
@@ -235,7 +259,7 @@ def _measure_memory(folder):
     """Sample the process's own memory while eight tensors of 16 MiB are streamed."""
     import threading
 
-    from tva.callbacks.base_weights import Base
+    from tva.callbacks.base_weights import BaseWeights
     from tva.callbacks.lora import LoraView
 
     from tva.vectors.header import Origin
@@ -247,7 +271,7 @@ def _measure_memory(folder):
     state = {f"w{n}": distribute_tensor(torch.full((rows, 2**10), float(n)), mesh, [Shard(0)]) for n in range(8)}
     with torch.no_grad():
         tuned = {name: tensor + 1 for name, tensor in state.items()}
-    strategy, base = _Gloo(), Base(None)
+    strategy, base = _Gloo(), BaseWeights(None)
     peak, stop = [anonymous()], threading.Event()
     before = peak[0]
 

@@ -238,7 +238,7 @@ def read_header(path):
 
 
 def test_lora_variants_are_refused_by_name_before_training(tmp_path):
-    with pytest.raises(ValueError, match=r"reads plain LoRA alone, and not 'net.base_model.model.0 \(.*DoRA\)'"):
+    with pytest.raises(ValueError, match=r"reads only plain LoRA, and not 'net.base_model.model.0 \(.*DoRA\)'"):
         fit(tmp_path, model=LoraNet(use_dora=True))
     assert names(tmp_path, "*.ckpt") == []
 

@@ -81,6 +81,8 @@ class VectorPlan:
         exclude: Names to leave out.
         dtype: Of the stored deltas; by default float32, float64 where a tensor is.
         compare: A vector to take the cosine to, lazily read.
+        aliases: Further names of tensors that another name stands for (tied weights): written, and left out of the
+            norm and the cosine.
         must_move: Whether a vector that moves nothing is an error.
     """
 
@@ -91,6 +93,7 @@ class VectorPlan:
     exclude: Collection[str] = ()
     dtype: torch.dtype | None = None
     compare: LazyWeights | None = None
+    aliases: Collection[str] = ()
     must_move: bool = False
     specs: dict[str, Spec] = field(init=False)
     order: list[str] = field(init=False)
@@ -107,6 +110,10 @@ class VectorPlan:
 
     def is_buffer(self, name: str) -> bool:
         return name in self.buffers if self.buffers is not None else name.rpartition(".")[2] in BATCH_NORM_STATISTICS
+
+    def counts(self, name: str) -> bool:
+        """Whether a tensor is in the norm and the cosine."""
+        return not self.is_buffer(name) and name not in self.aliases
 
 
 def emit(plan: VectorPlan, path: Path, origin: Origin, snapshot: Path | None = None) -> Emitted:
@@ -186,7 +193,7 @@ class _Pass:
         digest, base_digest = TensorHash(new), None if plan.base_tree else TensorHash(old)
         base = plan.base[name].reshape(-1)
         other = None
-        if plan.compare is not None and name in plan.compare and reason is None and not plan.is_buffer(name):
+        if plan.compare is not None and name in plan.compare and reason is None and plan.counts(name):
             other = plan.compare[name].reshape(-1)
         if self.copy is not None:
             self.copy.begin()
@@ -242,7 +249,7 @@ class _Pass:
 
     def _delta(self, name: str, delta: Tensor, other: Tensor | None) -> bool:
         """Write one piece of a delta; whether it moves anything."""
-        counts = not self.plan.is_buffer(name)
+        counts = self.plan.counts(name)
         if other is not None:
             other = other.to(delta.dtype)
             self._dots.append(float(torch.dot(delta, other)))
