@@ -101,10 +101,24 @@ class LoraView:
         """Write the active adapter of the one peft model as an adapter folder for `tva.checkpoints.open_adapter`.
 
         Raises:
-            ValueError: There is not exactly one peft model with one active adapter.
+            ValueError: As `check_adapter`.
         """
         from peft import get_peft_model_state_dict
 
+        self.check_adapter()
+        (root,) = self.roots.values()
+        (adapter,) = root.active_adapters
+        weights = get_peft_model_state_dict(root, adapter_name=adapter)
+        weights = {key.replace("_orig_mod.", ""): value for key, value in weights.items()}
+        root.peft_config[adapter].save_pretrained(str(folder))
+        save_weights(weights, folder / "adapter_model.safetensors", metadata)
+
+    def check_adapter(self) -> None:
+        """Raise if there is no adapter to keep as it is.
+
+        Raises:
+            ValueError: There is not exactly one peft model with one active adapter.
+        """
         odd = sorted({_parameter(layer) for layer in self.layers.values()} - {"weight"})
         if odd:
             raise ValueError(
@@ -116,12 +130,6 @@ class LoraView:
             raise ValueError(
                 f"lora='adapter' keeps one adapter of one peft model; found {active or 'none'}. Use lora='merge'."
             )
-        ((name, root),) = self.roots.items()
-        (adapter,) = active[name]
-        weights = get_peft_model_state_dict(root, adapter_name=adapter)
-        weights = {key.replace("_orig_mod.", ""): value for key, value in weights.items()}
-        root.peft_config[adapter].save_pretrained(str(folder))
-        save_weights(weights, folder / "adapter_model.safetensors", metadata)
 
 
 def _unsupported(layer: nn.Module) -> str | None:

@@ -182,6 +182,8 @@ class TaskVectorCallback(L.Callback):
                 f"LoRA modules cannot be read under {type(trainer.strategy).__name__}. Use DDP; or train without the "
                 f"callback, save the adapter with peft, and use its folder as a task vector."
             )
+        if self.lora == "adapter" and (view := LoraView(pl_module)):
+            view.check_adapter()
         self._settle_again(trainer, pl_module)
         self._writer.parameters = self._writer.parameters or parameter_names(pl_module)
         if not self._base.settled:

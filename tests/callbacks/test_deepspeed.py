@@ -259,7 +259,7 @@ def test_partitions_over_some_ranks_alone_are_refused_by_name(monkeypatch):
     model = Net()
     as_stage_1_or_2(model, 0, 2)  # the other half is nowhere
     monkeypatch.setattr(dist, "get_world_size", lambda group=None: 1)
-    with pytest.raises(ValueError, match=r"over all ranks alike, and 'a', 'b', 'one'.* lie otherwise \(MiCS"):
+    with pytest.raises(ValueError, match=r"over all ranks alike, and 'a', 'b', 'one'.* is split otherwise \(MiCS"):
         zero_state(model)
 
 

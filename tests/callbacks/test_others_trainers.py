@@ -289,10 +289,8 @@ def test_a_checkpoint_that_is_saved_before_there_is_a_base_has_no_vector(tmp_pat
         def on_fit_start(self, trainer, pl_module):
             trainer.save_checkpoint(tmp_path / "early.ckpt")
 
-    trainer = L.Trainer(
-        accelerator="cpu", max_epochs=1, logger=False, callbacks=[Early(), TaskVectorCallback(dirpath=tmp_path)]
-    )
-    trainer.fit(MixedNet())
+    callbacks = [Early(), TaskVectorCallback(), ModelCheckpoint(tmp_path)]  # the first before the callback is asked
+    L.Trainer(accelerator="cpu", max_epochs=1, logger=False, callbacks=callbacks).fit(MixedNet())
     assert names(tmp_path, "early*") == ["early.ckpt"]
 
 
