@@ -26,7 +26,7 @@ from run import CONFIDENCE, FORGET, Benchmark, rows
 from torch import Tensor
 
 from tva import TaskVector
-from tva.evaluation.intervals import clears
+from tva.evaluation.bounds import clears
 
 KEEP = 0.95
 GRID = [step / 10 for step in range(11)]

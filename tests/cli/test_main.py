@@ -73,7 +73,7 @@ def test_edit_adds_two_tasks_and_writes_what_it_reports(runs, tmp_path, capsys):
     for task in report["tasks"].values():
         assert task["split"] == "test"
         assert task["num_examples"] == 60
-        assert task["edited"]["low"] <= task["edited"]["value"] <= task["edited"]["high"]
+        assert task["edited"]["low"] is None  # this module logs plain numbers, without scores by example
     for name in ("blobs1", "blobs2"):
         task = report["tasks"][name]
         assert task["edited"]["value"] > task["base"]["value"]
@@ -139,7 +139,7 @@ def test_no_feasible_coefficient_shows_the_closest_and_writes_a_page_and_no_weig
         edit(runs, tmp_path, rule="largest", subject_to=["blobs1/accuracy >= 1.5"])
     assert stop.value.code == 1
     printed = capsys.readouterr().out
-    assert "no coefficient meets 'blobs1/accuracy >= 1.5'" in printed
+    assert "coefficients tried meets 'blobs1/accuracy >= 1.5'" in printed
     # what is shown is the closest coefficient, on the validation data that it was judged on
     closest = float(re.search(r"the closest is ([\d.]+)", printed)[1])
     loaded = TaskVector.load(runs / "blobs1/last.tv.safetensors") + TaskVector.load(runs / "blobs2/last.tv.safetensors")
@@ -147,14 +147,14 @@ def test_no_feasible_coefficient_shows_the_closest_and_writes_a_page_and_no_weig
     model.load_state_dict(loaded.apply_to(model.state_dict(), closest))
     inputs, labels = Blobs(1).val_dataloader().dataset.tensors
     accuracy = float((model(inputs).argmax(-1) == labels).float().mean())
-    assert re.search(rf"blobs1 +target +val +60 +\S+ \[.*?\] +\S+ \[.*?\] +{accuracy:.1%} \[", printed)
+    assert re.search(rf"blobs1 +target +val +60 +\S+% +\S+% +{accuracy:.1%} ", printed)
     names = ["config.yaml", "edit.json", "report.html"]
     assert sorted(file.name for file in (tmp_path / "out").iterdir()) == names  # and not the weights of the run before
     main(["report", str(tmp_path / "out")])
     assert "no feasible coefficient" in capsys.readouterr().out
     status, message = status_and_message(capsys, "push", tmp_path / "out", "me/x")
     assert status == 2
-    assert "has no edited weights to push, for its constraints do not hold: NO EDIT: no coefficient meets" in message
+    assert "has no edited weights to push, for its constraints do not hold: NO EDIT: none of the " in message
 
 
 def test_scaling_coef_zero_gives_the_base_and_its_scores(runs, tmp_path):

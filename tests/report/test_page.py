@@ -4,6 +4,7 @@ import html
 import json
 import math
 import re
+import warnings
 from dataclasses import fields, replace
 from importlib import resources
 
@@ -40,7 +41,9 @@ def runs(vectors, tmp_path_factory):
     folders = {}
     for kind, changes in KINDS.items():
         folder = tmp_path_factory.mktemp("run")
-        edit(vectors, folder, **changes)
+        with warnings.catch_warnings():  # the base is wrong nearly always: these edits pass because they gain
+            warnings.filterwarnings("ignore", message=".*can be shown to keep.*")
+            edit(vectors, folder, **changes)
         folders[kind] = folder / "out"
     return folders
 
@@ -138,7 +141,9 @@ def test_a_page_without_a_feasible_coefficient_says_so_and_shows_the_closest(run
     assert {split for splits in content["data"].values() for split in splits} == {"val"}
     page = words((runs["infeasible"] / "report.html").read_text())
     assert "No edit; what follows is of the closest coefficient" in page
-    verdict = f"no coefficient meets 'other/accuracy >= 2' on validation data; the closest is {closest:g}"
+    verdict = (
+        f"none of the 20 coefficients tried meets 'other/accuracy >= 2' on validation data; the closest is {closest:g}"
+    )
     assert f"✕ No feasible coefficient NO EDIT: {verdict}" in page
     assert "other/accuracy >= 2: fails" in page
     spec = (runs["infeasible"] / "report.html").read_text()

@@ -190,8 +190,9 @@ class Table:
 def test_bisect_finds_what_the_grid_finds_with_a_quarter_of_the_evaluations(seed, confidence):
     wanted = {"constraint": "control/accuracy >= 0.95 * base", "rule": "largest", "confidence": confidence}
     grid, bisect = (Table(seed).problem(**wanted) for _ in range(2))
-    found = Bisect().run(bisect)
-    assert found.candidate == Grid().run(grid).candidate
+    found, largest = Bisect().run(bisect).scaling_coef, Grid().run(grid).scaling_coef
+    # the five tests of bisection share the confidence, where the grid's one sequence has it whole
+    assert largest - (0.101 if confidence else 0) <= found <= largest
     assert bisect.num_scored <= 0.25 * grid.num_scored
 
 

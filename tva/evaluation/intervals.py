@@ -1,20 +1,22 @@
-"""How sure a number is: intervals, paired comparisons, and whether a bound is met, all from per-example scores.
+"""How certain a number is: intervals and paired comparisons, from scores by example.
 
-Everything is computed from scores that lie in the same order, so that before and after are compared on the same
-examples. What is drawn at random is drawn from a fixed seed: the same scores always give the same interval.
+Scores of two models are in the same order, so that before and after are compared on the same examples. What is random
+comes from a fixed seed: the same scores always give the same interval. Whether a bound is met is in `bounds`.
 """
 
 from __future__ import annotations
 
-from statistics import NormalDist
+import math
+from dataclasses import replace
 
 import numpy as np
-from scipy import optimize, stats
+from scipy import stats
 
 from tva.report.edit_report import Comparison
 
 NUM_RESAMPLES = 4000
 SEED = 0
+FEW = 50  # examples below which a bootstrap of a mean is too short
 
 
 def wilson_interval(proportion: float, num_examples: int, confidence: float = 0.95) -> tuple[float, float]:
@@ -39,35 +41,47 @@ def wilson_interval(proportion: float, num_examples: int, confidence: float = 0.
     return min(proportion, float(found.low)), max(proportion, float(found.high))
 
 
-def mean_interval(scores: np.ndarray, confidence: float = 0.95) -> tuple[float, float]:
+def mean_interval(scores: np.ndarray, confidence: float = 0.95) -> tuple[float, float] | None:
     """Compute an interval of a mean: Wilson's where scores are right or wrong, else a BCa bootstrap.
 
+    Below 50 examples a bootstrap of other scores is too short; there it is widened to enclose Student's t.
+
     Args:
-        scores: One score an example, boolean or float, shape (examples,).
+        scores: One score an example, shape (examples,), of any dtype.
         confidence: Two-sided.
 
     Returns:
-        Lower and upper end. Of scores that are all the same and not boolean it is that value twice.
+        Lower and upper end; None of a single score, or of scores that are all the same and neither 0 nor 1, which say
+        nothing about their spread.
+
+    Source: Efron, "Better bootstrap confidence intervals", JASA 1987.
     """
     if is_binary(scores):
-        return wilson_interval(float(scores.mean()), len(scores), confidence)
+        return wilson_interval(float(scores.mean(dtype=np.float64)), len(scores), confidence)
     scores = scores.astype(np.float64)
     if len(scores) < 2 or np.ptp(scores) == 0:
-        return float(scores[0]), float(scores[0])
+        return None
     found = stats.bootstrap(
         (scores,), np.mean, n_resamples=NUM_RESAMPLES, confidence_level=confidence, batch=256, rng=SEED
     ).confidence_interval
-    return float(found.low), float(found.high)
+    low, high = float(found.low), float(found.high)
+    if len(scores) >= FEW:
+        return low, high
+    by_t = quick_interval(scores, confidence)
+    return (low, high) if by_t is None else (min(low, by_t[0]), max(high, by_t[1]))
 
 
-def quick_interval(scores: np.ndarray, confidence: float = 0.95) -> tuple[float, float]:
-    """Compute an interval of a mean in no time: Wilson's where scores are right or wrong, else Student's t.
+def quick_interval(scores: np.ndarray, confidence: float = 0.95) -> tuple[float, float] | None:
+    """Compute an interval of a mean quickly: Wilson's where scores are right or wrong, else Student's t.
 
     For curves of many points; `mean_interval` is for the numbers that decide.
 
     Args:
-        scores: One score an example, boolean or float, shape (examples,).
+        scores: One score an example, shape (examples,), of any dtype.
         confidence: Two-sided.
+
+    Returns:
+        As `mean_interval`.
 
     Example:
         >>> low, high = quick_interval(np.array([1.0, 2.0, 3.0]))
@@ -75,18 +89,23 @@ def quick_interval(scores: np.ndarray, confidence: float = 0.95) -> tuple[float,
         (-0.48, 4.48)
     """
     if is_binary(scores):
-        return wilson_interval(float(scores.mean()), len(scores), confidence)
-    mean = float(scores.mean(dtype=np.float64))
+        return wilson_interval(float(scores.mean(dtype=np.float64)), len(scores), confidence)
     if len(scores) < 2 or np.ptp(scores) == 0:
-        return mean, mean
+        return None
+    mean = float(scores.mean(dtype=np.float64))
     width = stats.t.ppf(0.5 + confidence / 2, len(scores) - 1) * scores.std(ddof=1, dtype=np.float64)
     width /= len(scores) ** 0.5
     return mean - float(width), mean + float(width)
 
 
 def is_binary(*scores: np.ndarray) -> bool:
-    """Whether scores say right or wrong."""
-    return all(column.dtype == np.bool_ for column in scores)
+    """Return whether all scores are right or wrong: booleans, or numbers of any dtype that are all 0 or 1.
+
+    Example:
+        >>> is_binary(np.array([True, False]), np.array([1.0, 0.0])), is_binary(np.array([0.0, 0.5]))
+        (True, False)
+    """
+    return all(column.dtype == np.bool_ or bool(np.isin(column, (0, 1)).all()) for column in scores)
 
 
 def compare(edited: np.ndarray, base: np.ndarray, confidence: float = 0.95) -> Comparison:
@@ -114,6 +133,7 @@ def compare(edited: np.ndarray, base: np.ndarray, confidence: float = 0.95) -> C
         (-0.1, 0.889, True)
     """
     if is_binary(edited, base):
+        edited, base = edited.astype(bool), base.astype(bool)
         pairs = np.array([(1.0, 1.0), (0.0, 1.0), (1.0, 0.0), (0.0, 0.0)])  # (edited, base)
         counts = np.array([(edited & base).sum(), (~edited & base).sum(), (edited & ~base).sum(), 0])
         counts[3] = len(base) - counts.sum()
@@ -126,7 +146,32 @@ def compare(edited: np.ndarray, base: np.ndarray, confidence: float = 0.95) -> C
         means = np.concatenate([pairs[rows].mean(axis=1) for rows in resamples(len(base))])
         changed = np.ptp(pairs[:, 0] - pairs[:, 1]) > 0
         p_value = float(stats.ttest_rel(pairs[:, 0], pairs[:, 1]).pvalue) if changed and len(base) > 1 else None
+        if 1 < len(base) < FEW:
+            found = compare_means(
+                float(edited.mean()), float(base.mean()), means, p_value, widened(confidence, len(base))
+            )
+            low, high = quick_interval(pairs[:, 0] - pairs[:, 1], confidence) or (math.inf, -math.inf)
+            assert found.difference_low is not None
+            assert found.difference_high is not None
+            return replace(
+                found,
+                difference_low=min(low, found.difference_low),
+                difference_high=max(high, found.difference_high),
+            )
     return compare_means(float(edited.mean()), float(base.mean()), means, p_value, confidence)
+
+
+def widened(confidence: float, num_examples: int) -> float:
+    """Return the confidence of a percentile bootstrap whose intervals are as wide as Student's t makes them.
+
+    Source: Hesterberg, "What teachers should know about the bootstrap", The American Statistician 2015, section 3.
+
+    Example:
+        >>> round(widened(0.95, 5), 4), round(widened(0.95, 50), 4)
+        (0.9981, 0.9576)
+    """
+    t = stats.t.ppf(0.5 + confidence / 2, num_examples - 1) * (num_examples / (num_examples - 1)) ** 0.5
+    return float(2 * stats.norm.cdf(t) - 1)
 
 
 def resamples(num_examples: int, num_resamples: int = NUM_RESAMPLES, batch: int = 64) -> list[np.ndarray]:
@@ -154,121 +199,74 @@ def compare_means(
     )
 
 
-# --- is a bound met?
+def resampled_interval(value: float, resampled: np.ndarray, num_examples: int) -> tuple[float, float] | None:
+    """Compute the 95 % interval of a metric of predictions from its values on resampled examples.
 
-
-def slack(edited: np.ndarray, base: np.ndarray, slope: float, confidence: float, above: bool = True) -> float:
-    r"""Say by how much :math:`\bar e - s \bar b` must clear a bound for that to be believed.
+    The standard error is that of the resampled values; of a metric in (0, 1) on the scale of the logit.
 
     Args:
-        edited: One score an example of the edited model, shape (examples,).
-        base: The base's, in the same order.
-        slope: :math:`s`, what the base's mean is multiplied by in the bound.
-        confidence: One-sided, in [0.5, 1).
-        above: Whether the bound must be cleared upwards (``>=``) or downwards (``<=``).
+        value: The metric on all examples.
+        resampled: The metric on examples drawn with replacement, shape (resamples,).
+        num_examples: Examples.
 
     Returns:
-        The distance between the point estimate and its one-sided confidence limit, at least 0.
+        Lower and upper end; None where such an interval would not cover: with fewer than 50 examples; where a metric
+        in [0, 1] is so near an end that the examples that are not there (the errors) count fewer than 5; and where the
+        resampled values are off by more than a quarter of their standard error on average, which is the bias that the
+        value itself has (that of a calibration error).
 
-    The limit is the mean at which a test would just reject. Where scores are right or wrong the test draws from the
-    likeliest 2 × 2 table with that mean, in which the costliest cell may be filled though it was never observed: no
-    loss in 40 examples does not prove that there is none. For other scores it is Student's t with its first Edgeworth
-    correction, for the skewness that few but costly losses bring.
-
-    Source: Efron, "Nonparametric standard errors and confidence intervals", Canadian Journal of Statistics 1981, for
-    tilting; Owen, "Empirical likelihood", 2001, for the weights; Hall, "Inverting an Edgeworth expansion", Annals of
-    Statistics 1983.
-    """
-    if not 0.5 <= confidence < 1:
-        raise ValueError(f"confidence must lie in [0.5, 1), where 0.5 is the point estimate; found {confidence}.")
-    if confidence == 0.5:
-        return 0.0
-    sign = 1.0 if above else -1.0
-    if is_binary(edited, base):
-        return _tilted_slack(*_table(edited, base, slope, sign), confidence)
-    differences = sign * (edited.astype(np.float64) - slope * base.astype(np.float64))
-    count = len(differences)
-    deviation = float(differences.std(ddof=1)) if count > 1 else 0.0
-    if deviation == 0:
-        return 0.0
-    z = NormalDist().inv_cdf(confidence)
-    skewness = float((((differences - differences.mean()) / deviation) ** 3).mean())
-    return max(z, z - skewness * (2 * z * z + 1) / (6 * count**0.5)) * deviation / count**0.5
-
-
-def clears(
-    edited: np.ndarray, base: np.ndarray, slope: float, offset: float, confidence: float, above: bool = True
-) -> bool:
-    r"""Test whether :math:`\bar e` lies beyond :math:`s \bar b + o` with a confidence, as `slack` would say.
-
-    Args:
-        edited: As for `slack`.
-        base: As for `slack`.
-        slope: As for `slack`.
-        offset: :math:`o`.
-        confidence: One-sided, in (0.5, 1).
-        above: Beyond is above (or below).
-    """
-    sign = 1.0 if above else -1.0
-    mean = sign * (float(edited.mean()) - slope * float(base.mean()) - offset)
-    if mean < 0:
-        return False
-    if not is_binary(edited, base):
-        return mean >= slack(edited, base, slope, confidence, above)
-    values, counts = _table(edited, base, slope, sign)
-    return sign * offset <= values.min() or _tilted_p_value(values, counts, sign * offset) <= 1 - confidence
-
-
-def _table(edited: np.ndarray, base: np.ndarray, slope: float, sign: float) -> tuple[np.ndarray, np.ndarray]:
-    """Give the four cells' values and counts: both right, the base alone, the edited alone, neither."""
-    counts = np.array([(edited & base).sum(), (~edited & base).sum(), (edited & ~base).sum(), 0])
-    counts[3] = len(base) - counts.sum()
-    return sign * np.array([1 - slope, -slope, 1.0, 0.0]), counts
-
-
-def _tilted_p_value(values: np.ndarray, counts: np.ndarray, null: float) -> float:
-    """How often a table with the mean ``null``, not above the observed one, reaches the observed mean."""
-    count = int(counts.sum())
-    draws = np.random.default_rng(SEED).multinomial(count, tilt(values, counts, null), NUM_RESAMPLES)
-    reached = int((draws @ values >= float(values @ counts) - 1e-9).sum())
-    return (reached + 1) / (NUM_RESAMPLES + 1)
-
-
-def _tilted_slack(values: np.ndarray, counts: np.ndarray, confidence: float) -> float:
-    """Distance from the mean of a table down to the mean that a test at this confidence just rejects."""
-    mean = float(values @ counts) / int(counts.sum())
-    low, high = float(values.min()) + 1e-9, mean
-    for _ in range(16):
-        middle = (low + high) / 2
-        rejected = _tilted_p_value(values, counts, middle) <= 1 - confidence
-        low, high = (middle, high) if rejected else (low, middle)
-    return mean - low
-
-
-def tilt(values: np.ndarray, counts: np.ndarray, mean: float) -> np.ndarray:
-    """Give the likeliest probabilities of a table whose mean is given and not above the observed one.
-
-    Args:
-        values: Value of each cell.
-        counts: How often each was observed; the cell of the smallest value may be empty and yet become likely.
-        mean: The mean they must have, above the smallest value.
+    Source: Efron and Tibshirani, "An introduction to the bootstrap", 1993, section 10.3, for the quarter.
 
     Example:
-        >>> tilt(np.array([0.0, 1.0]), np.array([0, 10]), 0.75)
-        array([0.25, 0.75])
+        >>> low, high = resampled_interval(0.8, np.random.default_rng(0).normal(0.8, 0.04, 200), 100)
+        >>> round(low, 2), round(high, 2)
+        (0.71, 0.87)
     """
-    shares, gaps = counts / counts.sum(), values - mean
-    limit = -1 / gaps.min()  # beyond it the smallest value's probability would be negative
+    share = bool(((resampled >= 0) & (resampled <= 1)).all())
+    if num_examples < FEW or (share and num_examples * value * (1 - value) < 5):
+        return None
+    if abs(float(resampled.mean()) - value) > 0.25 * float(resampled.std(ddof=1)):
+        return None
+    if not share:
+        width = spread(resampled, num_examples)
+        return value - width, value + width
+    inside = resampled.clip(1e-9, 1 - 1e-9)
+    width, center = spread(np.log(inside / (1 - inside)), num_examples), np.log(value / (1 - value))
+    low, high = (1 / (1 + np.exp(-(center + step))) for step in (-width, width))
+    return float(low), float(high)
 
-    def residual(multiplier: float) -> float:
-        return float((shares * gaps / (1 + multiplier * gaps)).sum())
 
-    top = limit * (1 - 1e-12)
-    multiplier = limit if residual(top) > 0 else optimize.brentq(residual, 0.0, top) if residual(0.0) > 0 else 0.0
-    denominators = 1 + multiplier * gaps
-    weights = np.where(shares > 0, shares / np.where(shares > 0, denominators, 1.0), 0.0)
-    weights[np.argmin(values)] += max(0.0, 1 - weights.sum())
-    return weights / weights.sum()
+def spread(resampled: np.ndarray, num_examples: int, confidence: float = 0.95) -> float:
+    """Return half the width of Student's interval whose standard error is that of resampled values."""
+    return float(stats.t.ppf(0.5 + confidence / 2, num_examples - 1) * resampled.std(ddof=1))
+
+
+def compare_resampled(
+    edited: tuple[float, np.ndarray], base: tuple[float, np.ndarray], num_examples: int, covered: bool
+) -> Comparison:
+    """Compare a metric of predictions with the base's: each its value, and its values on the same resampled examples.
+
+    Args:
+        edited: Value and resampled values, shape (resamples,).
+        base: Likewise.
+        num_examples: Examples.
+        covered: Whether both have an interval that covers; else the comparison has none.
+    """
+    difference = edited[0] - base[0]
+    width = spread(edited[1] - base[1], num_examples) if covered else None
+    ratio = edited[0] / base[0] if base[0] > 0 else None
+    ends: tuple[float | None, float | None] = (None, None)
+    if covered and ratio and bool((edited[1] > 0).all() and (base[1] > 0).all()):
+        factor = float(np.exp(spread(np.log(edited[1] / base[1]), num_examples)))
+        ends = ratio / factor, ratio * factor
+    return Comparison(
+        difference,
+        None if width is None else difference - width,
+        None if width is None else difference + width,
+        ratio,
+        *ends,
+        None,
+    )
 
 
 def flip_test(differences: np.ndarray, num_flips: int = 20_000) -> np.ndarray:

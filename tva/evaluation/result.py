@@ -11,7 +11,15 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric
 
-from tva.evaluation.intervals import compare, compare_means, mean_interval, quick_interval, resamples, wilson_interval
+from tva.evaluation.intervals import (
+    compare,
+    compare_resampled,
+    is_binary,
+    mean_interval,
+    quick_interval,
+    resampled_interval,
+    resamples,
+)
 from tva.evaluation.metrics import compute
 from tva.report.edit_report import Comparison
 
@@ -58,29 +66,36 @@ class Evaluation:
         return self.higher_is_better.get(metric, not metric.endswith(_LOWER_IS_BETTER))
 
     def interval(self, metric: str) -> tuple[float, float] | None:
-        """Give a metric's 95 % interval, where it can be known.
+        """Return a metric's 95 % interval, where it can be known.
 
-        Wilson's of an accuracy, a bootstrap of another mean over examples or of a metric of predictions; None for a
-        metric whose examples are not known.
+        Wilson's of scores that are right or wrong, a bootstrap of another mean over examples or of a metric of
+        predictions. None for a metric whose scores by example are not known, whatever its name, and for a metric of
+        predictions with too few examples or with a bias that a bootstrap cannot see past (`calibration_error`).
         """
         if metric in self.scores:
             return mean_interval(self.scores[metric])
         if metric in self.extra:
-            low, high = np.percentile(self._resampled(metric), [2.5, 97.5])
-            return min(self.metrics[metric], float(low)), max(self.metrics[metric], float(high))
-        return wilson_interval(self.metrics[metric], self.num_examples) if metric == "accuracy" else None
+            return resampled_interval(self.metrics[metric], self._resampled(metric), self.num_examples)
+        return None
 
     def quick_interval(self, metric: str) -> tuple[float, float] | None:
-        """Give a 95 % interval that costs nothing, for the many points of a curve; None where that cannot be."""
+        """Return a 95 % interval that costs nothing, for the many points of a curve; None where that cannot be."""
         return quick_interval(self.scores[metric]) if metric in self.scores else None
 
     def compare(self, base: Evaluation, metric: str) -> Comparison | None:
-        """Compare a metric with the base's on the same examples; None where examples are not known."""
+        """Compare a metric with the base's on the same examples; None where examples are not known, or only one is."""
         if metric in self.scores and metric in base.scores:
-            return compare(self.scores[metric], base.scores[metric])
+            scores = self.scores[metric], base.scores[metric]
+            return compare(*scores) if is_binary(*scores) or self.num_examples > 1 else None
         if metric in self.extra and metric in base.extra:
-            both = np.stack([self._resampled(metric), base._resampled(metric)], axis=1)
-            return compare_means(self.metrics[metric], base.metrics[metric], both)
+            ours, theirs = self._resampled(metric), base._resampled(metric)
+            found = [
+                resampled_interval(side.metrics[metric], values, self.num_examples)
+                for side, values in ((self, ours), (base, theirs))
+            ]
+            return compare_resampled(
+                (self.metrics[metric], ours), (base.metrics[metric], theirs), self.num_examples, None not in found
+            )
         return None
 
     def _resampled(self, metric: str) -> np.ndarray:

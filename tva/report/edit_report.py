@@ -43,18 +43,18 @@ class Comparison:
 
     Attributes:
         difference: Edited minus base.
-        difference_low: Lower end of its 95 % interval.
+        difference_low: Lower end of its 95 % interval; None where none is known that covers.
         difference_high: Upper end.
         ratio: Edited divided by base; None where the base is 0.
-        ratio_low: Lower end of its 95 % interval; None where the base is so near 0 that it has none.
+        ratio_low: Lower end of its 95 % interval; None where the base is so near 0 that it has none, or none is known.
         ratio_high: Upper end, likewise.
         p_value: Two-sided, of "nothing changed": McNemar's exact test where scores are right or wrong, else Student's
             paired t; None where the metric is no mean of per-example scores.
     """
 
     difference: float
-    difference_low: float
-    difference_high: float
+    difference_low: float | None
+    difference_high: float | None
     ratio: float | None
     ratio_low: float | None
     ratio_high: float | None

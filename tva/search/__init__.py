@@ -10,7 +10,8 @@ import importlib
 from typing import Any
 
 from tva.plugins import installed, modules_in
-from tva.search.base import SCALING, Candidate, Choice, Problem, Search, choose
+from tva.search.base import Choice, Problem, Search, choose
+from tva.search.candidate import SCALING, Candidate
 from tva.search.goals import NORMALIZED, Constraint, Objective, Rule, Scores, score
 
 __all__ = [

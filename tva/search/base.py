@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import itertools
 import math
+import warnings
 from collections.abc import Callable, Collection, Hashable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import lightning as L
@@ -13,46 +14,11 @@ import numpy as np
 
 from tva.errors import some
 from tva.evaluation.batch_cache import example_order
-from tva.evaluation.intervals import slack as slack_of
+from tva.evaluation.bounds import slack as slack_of
 from tva.evaluation.result import Evaluation
+from tva.search.candidate import SCALING, Candidate
+from tva.search.confidence import chains, lacking_power, leading, rising
 from tva.search.goals import NORMALIZED, Constraint, Objective, Rule, Scores, score
-
-SCALING = "scaling_coef"
-
-
-@dataclass(frozen=True)
-class Candidate:
-    """One value for every coefficient that is searched.
-
-    Attributes:
-        coefs: (name, value) pairs; ``scaling_coef`` is the coefficient of the whole recipe.
-
-    Example:
-        >>> Candidate.of(scaling_coef=0.3).scaling_coef, str(Candidate.of(s=0.2, l=0.4))
-        (0.3, 's = 0.2, l = 0.4')
-    """
-
-    coefs: tuple[tuple[str, float], ...]
-
-    @classmethod
-    def of(cls, **coefs: float) -> Candidate:
-        """Make a candidate from keywords."""
-        return cls(tuple(coefs.items()))
-
-    @property
-    def scaling_coef(self) -> float:
-        """The coefficient of the whole recipe; 1 where it is not searched."""
-        return dict(self.coefs).get(SCALING, 1.0)
-
-    @property
-    def size(self) -> float:
-        """How far it is from no edit: the sum of absolute values."""
-        return sum(abs(value) for _, value in self.coefs)
-
-    def __str__(self) -> str:
-        if [name for name, _ in self.coefs] == [SCALING]:
-            return f"{self.scaling_coef:g}"
-        return ", ".join(f"{name} = {value:g}" for name, value in self.coefs)
 
 
 @dataclass(frozen=True)
@@ -92,7 +58,8 @@ class Problem:
         constraints: All must hold.
         objective: What the rule ``"best"`` makes large or small.
         rule: See `choose`.
-        confidence: Constraints must hold with this one-sided confidence; None: their point estimate must.
+        confidence: One-sided, that all constraints hold at the coefficient that is chosen, however many are tried;
+            None: their point estimates must hold. See `in_sequence` and `shared_among`.
         finetuned: Evaluations of the tasks' own fine-tuned models, where the objective is normalized.
         is_identity: Whether a candidate edits nothing.
         workshop: Makes what a strategy needs that trains; see `tva.search.learned`.
@@ -128,6 +95,43 @@ class Problem:
         self.num_scored = 0
         self.tried: dict[Candidate, Scores] = {}
         self.slack: dict[tuple[Candidate, str], float] = {}
+        self.scores: dict[Candidate, dict[tuple[str, str], np.ndarray]] = {}
+        self.num_tests = 1
+        self.sequences: list[list[Candidate]] = []
+        self.power: list[str] = []
+
+    @property
+    def test_confidence(self) -> float | None:
+        """The confidence with which one candidate is tested; 0.5 is the point estimate."""
+        if self.confidence is None or self.confidence == 0.5:
+            return self.confidence
+        return 1 - (1 - self.confidence) / self.num_tests
+
+    def in_sequence(self, candidates: Sequence[Candidate]) -> None:
+        """Announce the candidates before they are scored: tested from the smallest edit on, up to the first that fails.
+
+        So the confidence holds for whatever is chosen among them, at no cost while a larger edit does more damage.
+        Where no edit at all does not meet the constraints, small edits do not either: then all share the confidence.
+        """
+        edits = [candidate for candidate in candidates if not self.is_identity(candidate)]
+        if self.confidence is None or self.confidence == 0.5 or not edits:
+            return
+        if all(constraint.holds_at_base(self.base) for constraint in self.constraints):
+            self.sequences = chains(edits)
+        self.shared_among(len(self.sequences) or len(edits))
+
+    def shared_among(self, num_tests: int) -> None:
+        """Announce how many candidates are tested at most; each test gets its share of the error that is allowed.
+
+        Where the examples do not suffice even for an edit that loses nothing, that is said here, before the search.
+        """
+        self.num_tests = max(1, num_tests)
+        confidence = self.test_confidence
+        if confidence is None or confidence == 0.5 or self.power:
+            return
+        self.power = lacking_power(self.constraints, self.base, confidence)
+        if self.power and (self._trainer is None or self._trainer.is_global_zero):
+            warnings.warn("; ".join(self.power)[0].upper() + "; ".join(self.power)[1:] + ".", stacklevel=3)
 
     def evaluate(
         self,
@@ -168,12 +172,18 @@ class Problem:
         for task, metric in self.objective.terms if self.objective else ():
             if metric.startswith(NORMALIZED) and task in found:
                 metrics[task][metric] = self._normalized(found[task], task, metric)
-        needed = {}
-        for constraint in self.constraints if self.confidence is not None else ():
-            if constraint.task in found:
+        needed, kept = {}, {}
+        for constraint in self.constraints:
+            if constraint.task not in found:
+                continue
+            edited = found[constraint.task]
+            if self.test_confidence is not None:
                 needed[constraint.text] = constraint_slack(
-                    constraint, found[constraint.task], base[constraint.task], self.confidence or 0.5
+                    constraint, edited, base[constraint.task], self.test_confidence
                 )
+            if constraint.metric in edited.scores:
+                kept[constraint.task, constraint.metric] = edited.scores[constraint.metric]
+        self.scores[candidate] = kept
         self.tried[candidate] = metrics
         self.slack |= {(candidate, text): value for text, value in needed.items()}
         return metrics, needed
@@ -214,7 +224,25 @@ class Problem:
         """Choose among candidates that were scored, all on the same examples."""
         tried = self.tried if among is None else {candidate: self.tried[candidate] for candidate in among}
         before = {task: evaluation.metrics for task, evaluation in self.base.items()} if base is None else base
-        return choose(tried, before, self.constraints, self.objective, self.rule, self.slack, self.is_identity)
+        choice = choose(
+            tried, before, self.constraints, self.objective, self.rule, self.slack, self.is_identity, self.sequences
+        )
+        if choice.feasible or not self.power:
+            return choice
+        return replace(choice, reason="; ".join([choice.reason, *self.power]))
+
+    def assuming_monotone(self, choice: Choice, points: Sequence[Candidate]) -> Choice:
+        """Add to a choice that its search took the constraints to get only worse, and whether the points agree.
+
+        Args:
+            choice: Of ``points``.
+            points: Evaluated on all examples.
+        """
+        against = rising(self.constraints, points, self.scores, lambda point: self.choose([point]).feasible)
+        how = "constraints are taken to get only worse as the coefficient grows"
+        how += f", but {against}: take Grid" if against else ""
+        details = {**choice.details, "monotone": against is None}
+        return replace(choice, reason=f"{choice.reason} ({how})", details=details)
 
 
 def constraint_slack(constraint: Constraint, edited: Evaluation, base: Evaluation, confidence: float) -> float:
@@ -255,6 +283,7 @@ def choose(
     rule: Rule,
     slack: Mapping[tuple[Hashable, str], float] | None = None,
     is_identity: Callable[[Candidate], bool] = lambda candidate: candidate.scaling_coef == 0,
+    sequences: Sequence[Sequence[Candidate]] = (),
 ) -> Choice:
     """Choose a candidate from those tried.
 
@@ -263,10 +292,11 @@ def choose(
         base: Scores of the base model on the same data.
         constraints: All must hold.
         objective: What the rule ``"best"`` makes large or small; ties go to the candidate nearest to no edit.
-        rule: ``"largest"``, the paper's for forgetting: the largest coefficient whose constraints hold. ``"best"``: the
-            best objective among those.
+        rule: ``"largest"``, the paper's for forgetting: the coefficient farthest from no edit whose constraints hold.
+            ``"best"``: the best objective among those.
         slack: By how much a constraint must hold to be believed, by (candidate, constraint's text); 0 where missing.
         is_identity: Whether a candidate edits nothing; such a one is never feasible, unless nothing else was tried.
+        sequences: Where given, a candidate is feasible only if it and all before it in its sequence hold.
 
     Source: Ilharco et al., ICLR 2023, section 3: "the largest λ such that the control accuracy is at least 95 % of the
     pre-trained model's"; the other rule is that of Ortiz-Jimenez et al., NeurIPS 2023.
@@ -283,29 +313,38 @@ def choose(
     def needed(candidate: Candidate, constraint: Constraint) -> float:
         return (slack or {}).get((candidate, constraint.text), 0.0)
 
-    feasible = [c for c in edits if all(k.holds(tried[c], base, needed(c, k)) for k in constraints)]
+    hold = [c for c in edits if all(k.holds(tried[c], base, needed(c, k)) for k in constraints)]
+    order = [[c for c in sequence if c in tried] for sequence in sequences]
+    tested = leading(order, set(hold).__contains__) if sequences else set(hold)
+    feasible = [c for c in hold if c in tested]
+    beyond = [c for c in hold if c not in tested]
+    held_too = (
+        f"; they hold at {some(map(str, beyond))} too, but not at a smaller one, where tests end" if beyond else ""
+    )
     if not feasible:
-        closest = min(edits, key=lambda c: sum(k.shortfall(tried[c], base, needed(c, k)) for k in constraints))
-        failing = [k.text for k in constraints if not k.holds(tried[closest], base, needed(closest, k))]
-        return Choice(
-            closest,
-            False,
-            f"no coefficient meets {some(failing)} on validation data; the closest is {closest}",
-        )
+        failing = [c for c in edits if c not in hold]
+        closest = min(failing, key=lambda c: sum(k.shortfall(tried[c], base, needed(c, k)) for k in constraints))
+        missed = [k.text for k in constraints if not k.holds(tried[closest], base, needed(closest, k))]
+        tally = f"none of the {len(edits)} coefficients tried meets" if len(edits) > 1 else "the coefficient misses"
+        return Choice(closest, False, f"{tally} {some(missed)} on validation data; the closest is {closest}{held_too}")
     if rule == "largest":
-        reason = "the largest coefficient whose constraints hold on validation data"
-        return Choice(max(feasible, key=_largeness), True, reason)
+        largest = max(feasible, key=lambda c: c.size)
+        between = [c for c in edits if c not in hold and c.size < largest.size and _same_side(c, largest)]
+        gap = f"; they fail at {some(map(str, between))} before it" if between else ""
+        return Choice(
+            largest, True, f"the largest coefficient whose constraints hold on validation data{gap}{held_too}"
+        )
     if objective is None:
         raise ValueError("The rule 'best' needs an objective: pass minimize= or maximize=.")
     sign = -1.0 if objective.maximize else 1.0
     best = min(feasible, key=lambda c: (sign * objective.value(tried[c]), c.size))
     verb = "maximizes" if objective.maximize else "minimizes"
     held = " among those whose constraints hold" if constraints else ""
-    return Choice(best, True, f"it {verb} {objective.text} on validation data{held}")
+    return Choice(best, True, f"it {verb} {objective.text} on validation data{held}{held_too}")
 
 
-def _largeness(candidate: Candidate) -> float:
-    return candidate.coefs[0][1] if len(candidate.coefs) == 1 else candidate.size
+def _same_side(one: Candidate, other: Candidate) -> bool:
+    return all(a * b >= 0 for (_, a), (_, b) in zip(one.coefs, other.coefs, strict=True))
 
 
 class Search:
@@ -320,6 +359,7 @@ class Search:
         ...
         ...     def run(self, problem):
         ...         (name, (low, high)) = next(iter(self.ranges.items()))
+        ...         problem.shared_among(6)  # tests share the confidence, where there is one
         ...         for step in range(6):
         ...             candidate = Candidate.of(**{name: low + (high - low) / 2**step})
         ...             problem.score([candidate])

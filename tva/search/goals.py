@@ -11,7 +11,7 @@ import operator
 import re
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from tva.errors import some
 
@@ -119,6 +119,11 @@ class Constraint:
         """Whether scores meet this constraint by ``slack`` or more, in the metric's unit; NaN never does."""
         worse = -slack if self.above else slack
         return _COMPARE[self._compare](score(scores, self.task, self.metric) + worse, self.bound(base))
+
+    def holds_at_base(self, base: Mapping[str, Any]) -> bool:
+        """Whether no edit at all meets this constraint, given the base's evaluations by task."""
+        before = {self.task: base[self.task].metrics}
+        return self.holds(before, before)
 
     def shortfall(self, scores: Scores, base: Scores, slack: float = 0.0) -> float:
         """How far scores are from meeting this constraint, in the metric's unit; 0 when it holds."""

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-from tva.search.base import SCALING, Candidate, Choice, Problem, Search
+import math
+from dataclasses import replace
+
+from tva.search.base import Choice, Problem, Search
+from tva.search.candidate import SCALING, Candidate
 
 
 class Grid(Search):
@@ -37,11 +41,12 @@ class Grid(Search):
         self.num = num
 
     def candidates(self) -> list[Candidate]:
-        """Give the candidates, the smallest first."""
+        """Return the candidates, the smallest value first."""
         return self.axes(self.num)
 
     def run(self, problem: Problem) -> Choice:
         """Score every candidate and take the best."""
+        problem.in_sequence(self.candidates())
         problem.score(self.candidates())
         return problem.choose()
 
@@ -49,12 +54,13 @@ class Grid(Search):
 class Bisect(Search):
     """Find the largest coefficient whose constraints hold, when they hold up to some point and fail beyond it.
 
-    About log₂(num) evaluations instead of num, and of the constraints' tasks alone. Where constraints are not monotone
-    it finds a coefficient at which they hold and the next fails, and not always the largest.
+    About log₂(num) evaluations instead of num, and on the constraints' tasks only. It assumes that constraints only get
+    worse as the coefficient grows, and checks that on the points it evaluates. Where they do not, it finds a
+    coefficient at which they hold and the next fails, and not always the largest.
 
     Args:
-        start: Smallest coefficient; constraints are taken to hold there if they hold anywhere.
-        stop: Largest coefficient.
+        start: First coefficient, on the same side of 0 as ``stop``.
+        stop: Last coefficient.
         num: Points that are told apart, both ends included.
         ranges: One coefficient's name with its smallest and largest value, instead of ``start`` and ``stop``.
     """
@@ -67,6 +73,9 @@ class Bisect(Search):
         super().__init__(ranges or {SCALING: (start, stop)})
         if len(self.ranges) > 1:
             raise ValueError(f"Bisect searches one coefficient; found {list(self.ranges)}. Use Grid, Race or Optuna.")
+        ((low, high),) = self.ranges.values()
+        if low < 0 < high:
+            raise ValueError(f"Bisect goes from 0 in one direction; found {low:g} … {high:g}. Use Grid, or one side.")
         self.num = num
 
     def run(self, problem: Problem) -> Choice:
@@ -74,6 +83,8 @@ class Bisect(Search):
         if problem.rule != "largest":
             raise ValueError("Bisect finds the boundary of a constraint: set rule='largest', or use Grid or Race.")
         points = [point for point in self.axes(self.num) if not problem.is_identity(point)]
+        points.sort(key=lambda point: point.size)
+        problem.shared_among(math.ceil(math.log2(len(points) + 1)))
         tasks = {constraint.task for constraint in problem.constraints}
         low, high = -1, len(points)  # the last known to hold, the first known to fail
         while high - low > 1:
@@ -81,6 +92,7 @@ class Bisect(Search):
             problem.score([points[middle]], tasks)
             holds = problem.choose([points[middle]]).feasible
             low, high = (middle, high) if holds else (low, middle)
-        choice = problem.choose()
-        reason = f"{choice.reason}, by bisection" if choice.feasible else choice.reason
-        return Choice(choice.candidate, choice.feasible, reason, details={"num_tried": len(problem.tried)})
+        choice = replace(problem.choose(), details={"num_tried": len(problem.tried)})
+        if choice.feasible:
+            choice = replace(choice, reason=f"{choice.reason}, by bisection")
+        return problem.assuming_monotone(choice, list(problem.tried))

@@ -26,7 +26,8 @@ from tva.evaluation.evaluate import quiet
 from tva.evaluation.ranks import gather
 from tva.evaluation.result import Evaluation
 from tva.layers import block_of
-from tva.search.base import Candidate, Choice, Problem, Search
+from tva.search.base import Choice, Problem, Search
+from tva.search.candidate import Candidate
 from tva.vectors.task_vector import TaskVector
 
 Per = Literal["tensor", "layer", "vector"]

@@ -8,7 +8,8 @@ import warnings
 from pathlib import Path
 from typing import Any, Literal
 
-from tva.search.base import Candidate, Choice, Problem, Search
+from tva.search.base import Choice, Problem, Search
+from tva.search.candidate import Candidate
 
 Sampler = Literal["tpe", "cmaes", "random"]
 
@@ -59,6 +60,7 @@ class Optuna(Search):
         if problem.rule != "best":
             raise ValueError("Optuna searches the best objective: set rule='best', or use Grid, Bisect or Race.")
         optuna.logging.set_verbosity(optuna.logging.WARNING)
+        problem.shared_among(self.num_trials)
         trials = _Trials(self, problem)
         while (values := problem.once(trials.ask)) is not None:
             candidate = Candidate.of(**values)
@@ -69,6 +71,8 @@ class Optuna(Search):
             candidate = Candidate.of(**attributes["coefs"])
             problem.tried[candidate] = attributes["scores"]
             problem.slack |= {(candidate, text): value for text, value in attributes["slack"].items()}
+            if attributes.get("confidence", problem.test_confidence) != problem.test_confidence:
+                problem.score([candidate])  # of a search that was to be shorter, whose tests were less strict
         choice = problem.choose()
         return Choice(
             choice.candidate, choice.feasible, choice.reason, details={"trials": len(finished), "seed": self.seed}
@@ -112,6 +116,7 @@ class _Trials:
         self.trial.set_user_attr("coefs", dict(candidate.coefs))
         self.trial.set_user_attr("scores", {task: dict(metrics) for task, metrics in scores.items()})
         self.trial.set_user_attr("slack", slack)
+        self.trial.set_user_attr("confidence", problem.test_confidence)
         short = {c.text: min(c.shortfall(scores, base, slack[c.text]), 1e9) for c in problem.constraints}
         if tpe:
             for text, shortfall in short.items():

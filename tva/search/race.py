@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
-from tva.evaluation.intervals import clears, flip_test
+from tva.evaluation.bounds import clears
+from tva.evaluation.intervals import flip_test
 from tva.evaluation.result import Evaluation
-from tva.search.base import SCALING, Candidate, Choice, Problem, Search, joined, part_of
+from tva.search.base import Choice, Problem, Search, joined, part_of
+from tva.search.candidate import SCALING, Candidate
 from tva.search.goals import Constraint
 
 NUM_FINALISTS = 3
@@ -21,8 +24,9 @@ class Race(Search):
 
     In each round the candidates left are evaluated on more examples, ``growth`` times as many in all. Dropped is a
     candidate whose objective is below that of the leader, example by example (sign-flip test), whose constraints fail,
-    or, with the rule ``"largest"``, that is smaller than one whose constraints hold. The confidence is shared among the
-    rounds, in each of which a candidate meets one test.
+    or, with the rule ``"largest"``, that is smaller than one whose constraints hold: it assumes then that constraints
+    only get worse as the coefficient grows, and checks that on the points it evaluates on all examples. The confidence
+    is shared among the rounds, in each of which a candidate meets one test.
 
     Few examples cannot tell neighbors apart. So the race ends while a part of the budget is left, and some of those
     that are tied are compared on all examples: with ``"best"`` three or more that lie evenly in the better half of
@@ -69,6 +73,7 @@ class Race(Search):
     def run(self, problem: Problem) -> Choice:
         """Race the candidates."""
         left = [point for point in self.axes(self.num) if not problem.is_identity(point)]
+        problem.shared_among(_num_tests(problem, left))
         sizes = self._sizes(problem)
         budget = self.budget * len(left) * sum(evaluation.num_examples for evaluation in problem.base.values())
         largest = max(sizes.values())
@@ -100,18 +105,17 @@ class Race(Search):
             more = sum(min(size, math.ceil(goal)) - done[task] for task, size in sizes.items())
             rest = sum(size - done[task] for task, size in sizes.items()) - more
             if problem.num_scored + len(left) * more + _num_finals(problem, left) * rest > budget:
+                problem.shared_among(_num_tests(problem, left))
                 for point in left:
                     problem.record(point, scored[point], base)
                 return self._finish(problem, left, pieces, done, sizes, budget, history)
+        problem.shared_among(len(left))
         for point in left:
             problem.record(point, scored[point], base)
         choice = problem.choose(left, {task: evaluation.metrics for task, evaluation in base.items()})
-        return Choice(
-            choice.candidate,
-            choice.feasible,
-            choice.reason + _outcome(len(left), done, sizes, self.confidence),
-            details={"rounds": history, "level": level, "seed": self.seed},
-        )
+        reason = choice.reason + _outcome(len(left), done, sizes, self.confidence)
+        choice = replace(choice, reason=reason, details={"rounds": history, "level": level, "seed": self.seed})
+        return problem.assuming_monotone(choice, left) if problem.rule == "largest" else choice
 
     def _finish(
         self,
@@ -151,12 +155,12 @@ class Race(Search):
                 any(holds(point) for point in others)
         choice = problem.choose(seen)
         tied = f"{len(left)} of {history[0]['candidates']} left tied by the race"
-        return Choice(
-            choice.candidate,
-            choice.feasible,
-            f"{choice.reason} ({tied}, {len(seen)} of them compared on all examples)",
+        choice = replace(
+            choice,
+            reason=f"{choice.reason} ({tied}, {len(seen)} of them compared on all examples)",
             details={"rounds": history, "finalists": [str(point) for point in seen], "seed": self.seed},
         )
+        return problem.assuming_monotone(choice, seen) if problem.rule == "largest" else choice
 
     def _sizes(self, problem: Problem) -> dict[str, int]:
         """Examples of each task that decides; all must be scored one by one."""
@@ -205,6 +209,11 @@ def _num_finals(problem: Problem, left: Sequence[Candidate]) -> int:
     return math.ceil(math.log2(len(left) + 1)) if problem.rule == "largest" else min(len(left), NUM_FINALISTS)
 
 
+def _num_tests(problem: Problem, left: Sequence[Candidate]) -> int:
+    """How many of those left can decide: those that bisection asks for, or any."""
+    return _num_finals(problem, left) if problem.rule == "largest" else len(left)
+
+
 def _promising(problem: Problem, points: Sequence[Candidate], num: int) -> list[Candidate]:
     """Take the better half of those left, or ``num``, by their objective averaged with that of their neighbors."""
     assert problem.objective is not None
@@ -248,7 +257,8 @@ def _clears(
     above: bool,
 ) -> bool:
     edited, before = (side[constraint.task].scores[constraint.metric] for side in (scored, base))
-    return clears(edited, before, constraint.slope, constraint.offset, 1 - level, above)
+    # rare damage is excluded at the end, where a coefficient is chosen, and not wherever one is dropped
+    return clears(edited, before, constraint.slope, constraint.offset, 1 - level, above, guard=False)
 
 
 def _outcome(num_left: int, done: Mapping[str, int], sizes: Mapping[str, int], confidence: float) -> str:
