@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 
 from tva import TaskVector, open_weights, save_weights
 from tva.checkpoints import atomic_path
-from tva.cli.arguments import explain
+from tva.cli.explain import explain
 from tva.cli.main import main
 from tva.compose.apply import compose
 from tva.compose.recipe import Recipe
@@ -80,7 +80,7 @@ def test_a_recipe_and_numbers_may_begin_with_a_minus(place, capsys):
         (["--recipe"], "--recipe must be followed by a value."),
         ([], "--recipe must be given; usage: tva compose --base BASE --vectors.NAME VECTORS "),
         (["--recipe", "digits", "--scaling_coef", ".inf"], "scaling_coef must be a finite number; found inf"),
-        (["--recipe", "digits", "--config", "none.yaml"], "File does not exist"),
+        (["--recipe", "digits", "--config", "none.yaml"], "--config: there is no file"),
         (["--recipe", "digits", "--base", "bsae.safetensors"], r"\(. holds 'base.safetensors' and others"),
         (["--recipe", "digits", "--base", "nowhere/b.safetensors"], "nowhere does not exist"),
         (["--recipe", "digits", "--base", "pointer.safetensors"], "pointer of Git LFS.*git lfs pull"),

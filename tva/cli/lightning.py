@@ -7,6 +7,7 @@ import os
 import shlex
 import sys
 import warnings
+from argparse import ArgumentError
 from collections.abc import Sequence
 from contextlib import nullcontext, redirect_stdout
 from pathlib import Path
@@ -19,46 +20,105 @@ import tva.callbacks  # these three so that their classes can be named without a
 import tva.data
 import tva.models  # noqa: F401
 from tva.cli.arguments import replaced_argv
-from tva.cli.run_function import print_json
+from tva.cli.explain import explain
+from tva.cli.run_function import print_json, sentence
 from tva.edit.trainer import Trainer, write_config
+from tva.report.run_files import CONFIG
 
 FLAGS = ("--allow_other_base", "--allow_other_kind", "--keep_undo")  # options of edit that may stand without a value
-DEFAULTS: dict[str, dict[str, Any]] = {  # of the Trainer
-    "fit": {"gradient_clip_val": 1.0},
-    "edit": {
-        "logger": False,
-        "enable_checkpointing": False,
-        "enable_model_summary": False,
-        "enable_progress_bar": False,
-    },
+EDIT_DEFAULTS = {  # of the Trainer; an edit evaluates only
+    "logger": False,
+    "enable_checkpointing": False,
+    "enable_model_summary": False,
+    "enable_progress_bar": False,
 }
 
 
-class TvaCLI(LightningCLI):
-    """LightningCLI with one more subcommand, ``edit``."""
+class EditMixin:
+    """Adds the subcommand ``edit`` to a LightningCLI of your own.
 
-    @staticmethod
-    def subcommands() -> dict[str, set[str]]:
-        return {**LightningCLI.subcommands(), "edit": {"model", "datamodule"}}
+    A ``trainer_class`` may be given as ever; it gains the method ``edit``. An edit whose constraints do not hold ends
+    the process with status 1, as ``tva edit`` does.
+
+    Example:
+        >>> from lightning.pytorch.cli import LightningCLI
+        >>> class MyCLI(EditMixin, LightningCLI):
+        ...     def add_arguments_to_parser(self, parser):
+        ...         parser.link_arguments("data.num_classes", "model.num_classes")
+    """
+
+    program: Sequence[str] = ()  # what the command line began with, for the report
+
+    def __init__(self, *args: Any, trainer_class: type = Trainer, **kwargs: Any) -> None:
+        if not isinstance(trainer_class, type):
+            raise TypeError(f"trainer_class must be a class, which gains the method edit; found {trainer_class!r}.")
+        if not issubclass(trainer_class, Trainer):
+            trainer_class = type(trainer_class.__name__, (Trainer, trainer_class), {})
+        super().__init__(*args, trainer_class=trainer_class, **kwargs)  # type: ignore[call-arg]
+
+    @classmethod
+    def subcommands(cls) -> dict[str, set[str]]:
+        return {**super().subcommands(), "edit": {"model", "datamodule"}}
 
     def _prepare_subcommand_parser(self, klass: type, subcommand: str, **options: Any) -> Any:
-        """Let help begin with the command's own options, and end with the Trainer's, which are many."""
+        parser = super()._prepare_subcommand_parser(klass, subcommand, **options)
+        if subcommand == "edit":
+            parser.set_defaults({f"trainer.{name}": value for name, value in EDIT_DEFAULTS.items()})
+        return parser
+
+    def _add_instantiators(self) -> None:
+        """Leave classes to jsonargparse in ``edit``.
+
+        Lightning's instantiators give every data module in a config the hyperparameters of the one under ``data``.
+        """
+        if self.subcommand != "edit":
+            super()._add_instantiators()
+
+    def instantiate_classes(self) -> None:
+        if self.subcommand == "edit":
+            self.save_config_callback = None  # `edit` writes its configuration beside its report
+        super().instantiate_classes()
+
+    def edit(self, **options: Any) -> None:
+        """Run the subcommand ``edit``."""
+        cli: Any = self
+        program = self.program or ("python", sys.argv[0])
+        cli.trainer.command = shlex.join([*program, *sys.argv[1:]])
+        try:
+            cli.trainer.edit(**options)
+        finally:  # what it prints may find no reader
+            text = cli._parser("edit").dump(cli.config["edit"], skip_none=False)
+            write_config(cli.trainer, Path(options["output"]), text)
+        # rank 0 reports the verdict; Lightning kills it, whatever it is writing, if another process ends with status 1
+        if cli.trainer.is_global_zero and cli.trainer.report is not None and not cli.trainer.report.holds:
+            sys.exit(1)
+
+
+class TvaCLI(EditMixin, LightningCLI):
+    """LightningCLI with the subcommands ``fit``, ``validate``, ``test``, ``predict`` and ``edit``.
+
+    Its arguments are those of LightningCLI.
+
+    Example:
+        A script of your own, ``main.py``, which ``python main.py edit --config edit.yaml`` runs::
+
+            from tva.cli import TvaCLI
+            from my_project import MyData, MyModel
+
+            TvaCLI(MyModel, MyData)
+    """
+
+    def _prepare_subcommand_parser(self, klass: type, subcommand: str, **options: Any) -> Any:
+        """Let help begin with the subcommand's own options, and end with the Trainer's, which are many."""
         parser = super()._prepare_subcommand_parser(klass, subcommand, **options)
         groups = parser._action_groups
         first = groups.index(next(group for group in groups if group.title == "options")) + 1
         trainer, *middle, own = groups[first:]
         for group, title in zip((trainer, *middle), ("Lightning's Trainer", "The model", "The data"), strict=False):
             group.title = title
+        own.title = f"Options of {subcommand}"
         groups[first:] = [own, *middle, trainer]
         return parser
-
-    def edit(self, **options: Any) -> None:
-        self.trainer.command = shlex.join(["tva", *sys.argv[1:]])
-        try:
-            self.trainer.edit(**options)
-        finally:  # what it prints may find no reader
-            text = self._parser("edit").dump(self.config["edit"], skip_none=False)
-            write_config(self.trainer, Path(options["output"]), text)
 
     def _parse_ckpt_path(self) -> None:
         """Resume with the model that the command describes.
@@ -68,13 +128,45 @@ class TvaCLI(LightningCLI):
         """
 
 
-class _OpenedCLI(TvaCLI):
+class _CommandLine(TvaCLI):
+    """`TvaCLI` as the command ``tva`` runs it: one subcommand, and mistakes in one sentence."""
+
+    program = ("tva",)
+    command: str
+
+    @classmethod
+    def subcommands(cls) -> dict[str, set[str]]:
+        return {cls.command: super().subcommands()[cls.command]}
+
+    def parse_arguments(self, parser: Any, args: Any) -> None:
+        try:
+            super().parse_arguments(parser, args)
+        except ArgumentError as error:
+            names = [action.dest for action in self._parser(self.command)._actions]
+            raise ValueError(explain(error.message, self.command, names)) from error
+
+
+class _OpenedCLI(_CommandLine):
     """Keep what ``edit`` would get, and do not edit."""
 
     options: dict[str, Any]
 
     def edit(self, **options: Any) -> None:
         self.options = options
+
+
+class _SaveConfig(SaveConfigCallback):
+    """Save a fit's configuration, also where the logger has no folder."""
+
+    def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        self.save_to_log_dir = trainer.log_dir is not None
+        super().setup(trainer, pl_module, stage)
+
+    def save_config(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        if not self.save_to_log_dir:
+            folder = Path(trainer.default_root_dir)
+            folder.mkdir(parents=True, exist_ok=True)
+            self.parser.save(self.config, folder / CONFIG, skip_none=False, overwrite=True, multifile=self.multifile)
 
 
 def open_edit(config: str | os.PathLike[str]) -> dict[str, Any]:
@@ -88,29 +180,33 @@ def open_edit(config: str | os.PathLike[str]) -> dict[str, Any]:
     return {"trainer": cli.trainer, **cli.options}
 
 
-def run_lightning(command: str, words: Sequence[str], as_json: bool = False) -> bool:
-    """Run a subcommand of LightningCLI; return whether what it was asked for holds.
+def run_lightning(command: str, words: Sequence[str], as_json: bool = False, about: str | None = None) -> bool:
+    """Run a subcommand of LightningCLI; return True, unless it ends the process.
 
     Args:
         command: Such as ``"fit"``.
         words: The arguments after it.
         as_json: Print what was reached as JSON only.
+        about: What the command does, for its help.
     """
-    alone = [not after or after.startswith("--") for after in [*words[1:], ""]]
-    words = [f"{word}=true" if word in FLAGS and last else word for word, last in zip(words, alone, strict=True)]
+    words = [
+        f"{word}=true" if word in FLAGS and (not after or after.startswith("--")) else word
+        for word, after in zip(words, [*words[1:], ""], strict=False)
+    ]
     words += ["--json=true"] if as_json and command == "edit" else []
     aside = as_json and command != "edit"  # whose JSON the trainer prints
     with replaced_argv([command, *words]):
         with redirect_stdout(sys.stderr) if aside else nullcontext():
-            trainer = _make(TvaCLI, command).trainer
+            trainer = _make(_CommandLine, command, about).trainer
         if aside and trainer.is_global_zero:
             print_json(trainer.describe_fit())
-    # rank 0 reports the verdict; Lightning kills it, whatever it is writing, if another process ends with status 1
-    return not trainer.is_global_zero or trainer.report is None or trainer.report.holds
+    return True
 
 
-def _make(cli: type[LightningCLI], command: str) -> Any:
+def _make(kind: type[_CommandLine], command: str, about: str | None = None) -> Any:
     """Parse the process's arguments and run the subcommand that they name."""
+    if os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())  # so that classes of one's own project can be named, as with python -m
     if command == "edit":
         for name in ("lightning.pytorch", "lightning.fabric"):
             logging.getLogger(name).setLevel(logging.WARNING)
@@ -118,18 +214,24 @@ def _make(cli: type[LightningCLI], command: str) -> Any:
     warnings.filterwarnings("ignore", message=r".*isinstance\(treespec, LeafSpec\).*")
     warnings.filterwarnings("ignore", category=DeprecationWarning, module="lightning.*")
     try:
-        return cli(
-            trainer_class=Trainer,
-            trainer_defaults={"enable_progress_bar": sys.stderr.isatty(), **DEFAULTS.get(command, {})},
+        return type(kind.__name__, (kind,), {"command": command})(
+            trainer_defaults={
+                "enable_progress_bar": sys.stderr.isatty(),
+                **({"gradient_clip_val": 1.0} if command == "fit" else {}),
+            },
             seed_everything_default=0,
             auto_configure_optimizers=False,
             save_config_kwargs={"overwrite": True},
-            save_config_callback=None if command == "edit" else SaveConfigCallback,
+            save_config_callback=_SaveConfig if command == "fit" else None,
             # With it on, every data module in the config but the first gets the first one's hyperparameters.
             load_from_checkpoint_support=False,
             parser_kwargs={
                 "exit_on_error": False,
-                **{name: {"usage": f"tva {name} [options]", "exit_on_error": False} for name in cli.subcommands()},
+                command: {
+                    "usage": f"tva {command} [options]",
+                    "exit_on_error": False,
+                    **({"description": sentence(about)} if about else {}),
+                },
             },
         )
     except MisconfigurationException as error:

@@ -14,7 +14,8 @@ from inspect import signature
 from types import ModuleType
 from typing import Any
 
-from tva.cli.arguments import explain, name_words
+from tva.cli.arguments import name_words
+from tva.cli.explain import explain
 
 
 def run_function(name: str, command: ModuleType, words: Sequence[str], as_json: bool = False) -> bool:
@@ -52,7 +53,7 @@ def _parse(name: str, command: ModuleType, steps: Sequence[Callable[..., Any]], 
 
     order = getattr(command, "ORDER", "").split()
     usage = _usage(name, command.run, order)
-    parser = ArgumentParser(prog=f"tva {name}", usage=usage, description=_sentence(command.HELP), exit_on_error=False)
+    parser = ArgumentParser(prog=f"tva {name}", usage=usage, description=sentence(command.HELP), exit_on_error=False)
     parser.add_argument("--config", action="config", help="a YAML file with these options")
     parser.add_argument("--json", type=bool, default=False, help="print the result as JSON only")
     flags, seen = ["json"], set[str]()
@@ -84,7 +85,8 @@ def _usage(name: str, function: Callable[..., Any], order: Sequence[str]) -> str
     return " ".join(["tva", name, *shown, *named, "[options]"])
 
 
-def _sentence(line: str) -> str:
+def sentence(line: str) -> str:
+    """Return a help line as a sentence."""
     return f"{line[0].upper()}{line[1:]}."
 
 

@@ -8,5 +8,5 @@ HELP = "combine task vectors, choose the coefficient, edit the model and prove i
 
 
 def start(words: list[str], as_json: bool) -> bool:
-    """Run it; return whether what it was asked for holds."""
-    return run_lightning("edit", words, as_json)
+    """Run it."""
+    return run_lightning("edit", words, as_json, HELP)

@@ -8,5 +8,5 @@ HELP = "fine-tune a model; TaskVectorCallback writes task vectors beside its che
 
 
 def start(words: list[str], as_json: bool) -> bool:
-    """Run it; return whether what it was asked for holds."""
-    return run_lightning("fit", words, as_json)
+    """Run it."""
+    return run_lightning("fit", words, as_json, HELP)

@@ -8,5 +8,5 @@ HELP = "run a model's prediction step on data, as LightningCLI does"
 
 
 def start(words: list[str], as_json: bool) -> bool:
-    """Run it; return whether what it was asked for holds."""
-    return run_lightning("predict", words, as_json)
+    """Run it."""
+    return run_lightning("predict", words, as_json, HELP)

@@ -8,5 +8,5 @@ HELP = "evaluate a model on test data, as LightningCLI does"
 
 
 def start(words: list[str], as_json: bool) -> bool:
-    """Run it; return whether what it was asked for holds."""
-    return run_lightning("test", words, as_json)
+    """Run it."""
+    return run_lightning("test", words, as_json, HELP)
