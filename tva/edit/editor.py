@@ -304,7 +304,7 @@ class Bench:
                 key = (*state.key, task, split, window, seed)
                 if key not in self._known:
                     facts = self._describe(state, task, split, window, seed)
-                    logged = None if base.extra else self.log.get(facts)
+                    logged = None if base.computed else self.log.get(facts)
                     if logged is None:
                         missing[key] = state
                     else:
@@ -347,7 +347,7 @@ class Bench:
             share=base.shareable,
             cache=self.cache,
             part=None if whole else (window, seed),
-            extra=list(base.extra),
+            extra=base.computed,
             progress=f"{len(states)} edit{'s' if len(states) > 1 else ''} on {task} ({split})",
         )
         self.num_forward += sum(evaluation.num_examples for evaluation in found)
@@ -357,7 +357,7 @@ class Bench:
         for (key, state), evaluation in zip(states.items(), found, strict=True):
             self._known[key] = evaluation
             self._note(state.label, dict(state.coefs), task, split, evaluation, window, seed)
-            if not base.extra:
+            if not base.computed:
                 self.log.add(self._describe(state, task, split, window, seed), evaluation)
 
     def _describe(

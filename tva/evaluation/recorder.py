@@ -135,7 +135,7 @@ class Recorder:
         _check_scores(model, scores, metrics, self.num_examples)
         # 950 of 1,000 is 0.95 and meets a bound of 0.95; the 0.94999999 that is logged in float32 does not
         metrics |= {name: float(values.mean(dtype=np.float64)) for name, values in scores.items() if name in metrics}
-        found = {}
+        found, logged_names = {}, set(metrics)
         preds, target = returned.get("preds"), returned.get("target")
         for name in extra if preds is not None and target is not None else ():
             if name in metrics:
@@ -165,6 +165,7 @@ class Recorder:
             shareable,
             returned["predicted"].numpy() if "predicted" in returned else None,
             self.data_digest(),
+            tuple(name for name in metrics if name not in logged_names),
         )
 
 

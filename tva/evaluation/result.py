@@ -48,6 +48,8 @@ class Evaluation:
         shareable: Whether several edits can be evaluated in one pass: all that the model logs is logged in its step.
         predicted: The predicted class of each example, where the model's step returns ``preds`` (batch, classes).
         data_digest: Hash of all batches as the model's step got them, where one model was evaluated as it is.
+        computed: Names of the metrics that the model does not log: those in ``extra``, and those of ``scores`` that
+            were computed from ``preds`` and ``target``.
     """
 
     metrics: Mapping[str, float]
@@ -60,6 +62,7 @@ class Evaluation:
     shareable: bool = False
     predicted: np.ndarray | None = None
     data_digest: str | None = None
+    computed: tuple[str, ...] = ()
 
     def higher(self, metric: str) -> bool:
         """Whether larger values of a metric are better: as the metric says, else by its name."""
