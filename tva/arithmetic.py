@@ -7,6 +7,7 @@ other, never fused, so that a result depends on no chunk size and no instruction
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Mapping
 from typing import Any
 
@@ -74,13 +75,31 @@ def subtract(finetuned: Tensor, base: Tensor, out: Tensor | None = None) -> Tens
         out: Where to write; of that shape and of the result's dtype.
 
     Returns:
-        ``finetuned - base`` in float32, or float64 if either is float64; ``out``, or a new tensor.
+        ``finetuned - base`` in float32, or float64 if either is float64; ``out``, or a new tensor. What is equal on
+        both sides has the delta 0, also NaN and infinity, such as the -inf of attention masks.
     """
     dtype = sum_dtype(finetuned, base)
+    old = base.to(dtype)
     if finetuned.dtype == dtype:
-        return torch.sub(finetuned, base.to(dtype), out=out)
-    wide = finetuned.to(dtype) if out is None else out.copy_(finetuned)
-    return wide.sub_(base.to(dtype))
+        delta = torch.sub(finetuned, old, out=out)
+    else:
+        delta = (finetuned.to(dtype) if out is None else out.copy_(finetuned)).sub_(old)
+    if delta.is_cpu and all_finite(delta):  # on a device, asking would wait for it
+        return delta
+    new = finetuned.to(dtype)
+    return delta.masked_fill_(delta.isnan() & ((new == old) | (new.isnan() & old.isnan())), 0)
+
+
+def all_finite(tensor: Tensor) -> bool:
+    """Whether every element is finite; one sum says so unless it overflows."""
+    return math.isfinite(float(tensor.sum())) or bool(tensor.isfinite().all())
+
+
+def equal(left: Tensor, right: Tensor) -> bool:
+    """Whether two floating tensors of one shape are equal, where NaN equals NaN."""
+    if torch.equal(left, right):
+        return True
+    return bool(left.isnan().any()) and not bool(torch.count_nonzero(subtract(left, right)))
 
 
 def add_scaled(
@@ -102,7 +121,7 @@ def add_scaled(
         overwrite: The memory of ``delta`` may be used.
 
     Returns:
-        ``out``, or a new tensor on the device of ``base``.
+        ``out``, or a new tensor on the device of ``base``. What is not finite in ``base`` stays as it is.
 
     Example:
         >>> add_scaled(torch.tensor([1.0, 2.0]), torch.tensor([0.5, 0.0]), -1.0)
@@ -112,9 +131,16 @@ def add_scaled(
         return base.to(dtype or base.dtype, copy=True) if out is None else out.copy_(base)
     wide = sum_dtype(base, delta)
     if out is not None and out.dtype == wide:
-        return torch.mul(delta.to(wide), scaling_coef, out=out).add_(base.to(wide))
+        return _keep(base, torch.mul(delta.to(wide), scaling_coef, out=out).add_(base.to(wide)))
     scaled = delta.to(wide)
     if scaling_coef != 1 or not overwrite:
         scaled = torch.mul(scaled, scaling_coef, out=scaled if overwrite else None)
     moved = scaled.add_(base.to(wide))
-    return moved.to(dtype or base.dtype) if out is None else out.copy_(moved)
+    return _keep(base, moved.to(dtype or base.dtype) if out is None else out.copy_(moved))
+
+
+def _keep(base: Tensor, moved: Tensor) -> Tensor:
+    """Keep what is not finite in the base bit for bit; by arithmetic, the bits of NaN depend on where it stands."""
+    if moved.is_cpu and not all_finite(moved) and bool((still := ~base.isfinite()).any()):
+        moved.copy_(torch.where(still, base.to(moved.dtype), moved))
+    return moved

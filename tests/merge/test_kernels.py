@@ -80,7 +80,8 @@ def test_steps_are_the_operations_of_torch(dtype, length):
     steps += [Step(ZERO), Step(ADD), Step(TRIM, numbers=(0.25,))]
     expected = torch.nn.functional.hardshrink((a - base) * 0.3 - (-(b - base) / 7.0) + 0.0, 0.25)
     assert torch.equal(run(stored, steps), expected)
-    edited, (moving, changed, change_square, base_square) = run(stored, steps, coef=-0.6)
+    edited, (finite, moving, changed, change_square, base_square) = run(stored, steps, coef=-0.6)
+    assert finite
     wanted = (expected * torch.tensor(-0.6) + base).to(dtype)
     assert torch.equal(edited, wanted)
     assert (moving, changed) == (int(expected.count_nonzero()), int((wanted.float() - base).count_nonzero()))
@@ -100,7 +101,7 @@ def test_dropping_depends_on_the_place_alone():
 
 def test_the_account_counts_what_rounding_takes_away():
     stored = torch.tensor([[1.0, 1.0, 2.0, 0.0], [1.0, 1.0078125, 2.0, 0.5]]).bfloat16()
-    edited, (moving, changed, _, _) = run(stored, [Step(LOAD, 1)], coef=0.1)
+    edited, (_, moving, changed, _, _) = run(stored, [Step(LOAD, 1)], coef=0.1)
     assert (moving, changed) == (2, 1)  # 1 + 0.00078 rounds to 1
     assert edited.tolist() == [1.0, 1.0, 2.0, float(torch.tensor(0.05).bfloat16())]
 

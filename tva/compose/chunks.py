@@ -13,7 +13,7 @@ from typing import Any
 import numpy
 
 from tva._torch import Tensor, torch
-from tva.arithmetic import is_edited, sum_dtype
+from tva.arithmetic import all_finite, equal, is_edited, sum_dtype
 from tva.checkpoints import Elements, Entry, LazyWeights
 from tva.merge import kernels
 from tva.merge.program import LOAD, ZERO, Program, Step, Steps, encode
@@ -94,6 +94,7 @@ class OpenedTensor:
         space: Space,
     ) -> None:
         self.name, self.spec, self.sources, self.space = name, base.spec(name), sources, space
+        self.base_path = base.path
         self.length, self.chunk = self.spec.numel(), chunk
         inputs = [base, *(source.weights for source in sources.values())]
         self._entries = [weights.entry(name) if name in weights else None for weights in inputs]
@@ -177,7 +178,8 @@ class OpenedTensor:
 
     def run(self, program: Program, start: int, out: numpy.ndarray) -> None:
         """Compute a program on the chunk that was begun, into float32."""
-        kernels.evaluate(*self._prepared(program, start), out)
+        if not kernels.evaluate(*self._prepared(program, start), out):
+            raise self.not_finite()
 
     def edit(self, program: Program, start: int, scaling_coef: float, out: Elements) -> tuple[int, int, float, float]:
         """Compute ``base + scaling_coef * program`` on the chunk that was begun.
@@ -188,7 +190,7 @@ class OpenedTensor:
         wide = out.dtype_name == "float32"
         with numpy.errstate(over="ignore"):  # what overflows is an error of the edit, said there
             coef = numpy.float32(scaling_coef)
-        return kernels.edit(
+        finite, *account = kernels.edit(
             *self._prepared(program, start),
             coef,
             FUSED_DTYPES[out.dtype_name],
@@ -196,6 +198,9 @@ class OpenedTensor:
             out.data.view(numpy.uint16),
             out.data.view(numpy.float32) if wide else numpy.empty(0, numpy.float32),
         )
+        if not finite:
+            raise self.not_finite(out.dtype_name)
+        return tuple(account)
 
     def _prepared(self, program: Program, start: int) -> tuple[Any, ...]:
         for row in program.vectors - self._loaded:
@@ -226,10 +231,33 @@ class OpenedTensor:
                 self._load(row, start)
                 same = self._rows_agree(row, min(self.chunk, self.length - start))
             else:
-                same = torch.equal(self.base_chunk(start), self.read(row, start))
+                same = equal(self.base_chunk(start), self.read(row, start))
             if not same:
                 return True
         return False
+
+    def not_finite(self, dtype: str = "float32") -> ValueError:
+        """Return the error that says why an edited tensor would hold NaN or infinity, written in ``dtype``."""
+        damaged = [
+            f"{source.weights.path}, the vector {key}"
+            for row, (key, source) in enumerate(self.sources.items(), start=1)
+            if self._entries[row] is not None and not self._is_finite(row, source)
+        ]
+        if not damaged and not all(bool(self.base_chunk(start).isfinite().all()) for start in self.starts()):
+            damaged = [f"the base {self.base_path}"]
+        if damaged:
+            why = f"{' and '.join(damaged[:3])} {'holds' if len(damaged) == 1 else 'hold'} such there. Take sound ones"
+        else:
+            why = f"the coefficient is too large for torch.{dtype}. Give a smaller one"
+        return ValueError(f"The edited {self.name!r} would hold NaN or infinity: {why}. Nothing was written.")
+
+    def _is_finite(self, row: int, source: LazyTaskVector) -> bool:
+        """Whether all deltas of a vector are finite."""
+        for start in self.starts():
+            base = self.base_chunk(start)
+            if not bool(source.delta(self.read(row, start), base).isfinite().all()):
+                return False
+        return True
 
     def _rows_agree(self, row: int, length: int) -> bool:
         return kernels.agree(*self._views, self._kinds, row, length)
@@ -272,6 +300,8 @@ class Deltas(Mapping[str, Tensor]):
             return space.take(torch.float32, self._length).zero_()
         stored = opened.read(1 + list(opened.sources).index(key), self._start)
         delta = opened.sources[key].delta(stored, self._base, space.take)
+        if not all_finite(delta):
+            raise opened.not_finite()
         space.give_back(stored)
         return delta
 

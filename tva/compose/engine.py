@@ -316,8 +316,6 @@ class Composer:
         size = count * Spec(dtype, ()).itemsize
         part = Elements(opened.space.bytes("edited", size)[0, :size], dtype)
         moving, changed, change_square, base_square = opened.edit(program, start, self.scaling_coef, part)
-        if not math.isfinite(change_square) and not bool(torch.isfinite(part.tensor()).all()):
-            raise self._not_finite(opened.name, dtype)
         effect.count(moving, changed, change_square, base_square)
         return part
 
@@ -334,32 +332,29 @@ class Composer:
         part = space.take(getattr(torch, dtype), len(base))
         deltas, chunk, base = Deltas(opened, start, base), self._chunk(opened, start), opened.widened(base)
         delta = self.recipe.merge(chunk, deltas, states, self.identities, fresh=opened.vectors, free=space.give_back)
-        moving = int(torch.count_nonzero(delta))
+        moving, base_square = int(torch.count_nonzero(delta)), float(torch.dot(base, base))
+        kept = None  # what is not finite in the base, such as the -inf of a mask
+        if not math.isfinite(base_square):
+            kept = ~base.isfinite()
+            base_square = float(base.masked_fill(kept, 0).square().sum())
         add_scaled(base, delta, self.scaling_coef, out=part, overwrite=True)
         change = delta.copy_(part).sub_(base)
-        changed = int(torch.count_nonzero(change))
-        change_square, base_square = (float(torch.dot(x, x)) for x in (change, base))
-        if not math.isfinite(change_square) and not bool(torch.isfinite(part).all()):
-            raise self._not_finite(opened.name, dtype)
+        if kept is not None:
+            change.masked_fill_(kept, 0)
+            part = torch.where(kept, opened.read(0, start).to(part.dtype), part)
+        changed, change_square = int(torch.count_nonzero(change)), float(torch.dot(change, change))
+        if not math.isfinite(change_square):
+            sound = part.isfinite() if kept is None else part.isfinite() | kept
+            if not bool(sound.all()):
+                raise opened.not_finite(dtype)
         effect.count(moving, changed, change_square, base_square)
         return part
 
     def edit_plainly(self, opened: OpenedTensor, start: int, states: States) -> Tensor:
         """Compute one chunk of the output in torch, over no memory that is used again."""
-        base = opened.widened(opened.base_chunk(start))
+        base = opened.base_chunk(start)
         delta = self.recipe.merge(self._chunk(opened, start), Deltas(opened, start, base), states, self.identities)
         return add_scaled(base, delta, self.scaling_coef, dtype=getattr(torch, self._output_dtype(opened.name)))
-
-    def _not_finite(self, name: str, dtype: str) -> ValueError:
-        """Say why an edited tensor holds NaN or infinity."""
-        inputs = {f"the base {self.base.path}": self.base}
-        inputs |= {f"{source.weights.path}, the vector {key}": source.weights for key, source in self.sources.items()}
-        damaged = [what for what, weights in inputs.items() if name in weights and not weights[name].isfinite().all()]
-        if damaged:
-            why = f"{' and '.join(damaged[:3])} {'holds' if len(damaged) == 1 else 'hold'} such there. Take sound ones"
-        else:
-            why = f"the coefficient is too large for torch.{dtype}. Give a smaller one"
-        return ValueError(f"The edited {name!r} would hold NaN or infinity: {why}. Nothing was written.")
 
     # --- the account
 

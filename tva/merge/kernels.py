@@ -61,16 +61,35 @@ def _widen(kind, halves, floats, out):
 
 
 @njit(**_OPTIONS)
-def _load(kind, halves, floats, relative, base, out):
-    """Give stored values as deltas: without the base, where they are ``relative`` to it."""
+def _load(kind, halves, floats, relative, base, out, check):
+    """Turn stored values to deltas, without the base where they are ``relative`` to it; if checked, are all finite?
+
+    Unchecked, what is infinite or NaN on both sides is NaN; checked it is 0, as in `tva.arithmetic.subtract`.
+    """
     if relative and kind == BFLOAT16:  # in one loop, as most are stored
         for i in range(len(out)):
             out[i] = _as_float(numpy.uint32(numpy.uint32(halves[i]) << numpy.uint32(16))) - base[i]
-        return
+    else:
+        _widen(kind, halves, floats, out)
+        if relative:
+            for i in range(len(out)):
+                out[i] = out[i] - base[i]
+    if not check:
+        return True
+    largest = numpy.uint32(0)
+    for i in range(len(out)):
+        largest = max(largest, _as_bits(out[i]) & numpy.uint32(0x7FFFFFFF))
+    finite = largest < numpy.uint32(0x7F800000)
+    if finite or not relative:
+        return finite
+    finite = True
     _widen(kind, halves, floats, out)
-    if relative:
-        for i in range(len(out)):
-            out[i] = out[i] - base[i]
+    for i in range(len(out)):
+        delta = out[i] - base[i]
+        equal = (out[i] == base[i]) | ((out[i] != out[i]) & (base[i] != base[i]))
+        out[i] = numpy.float32(0) if (delta != delta) & equal else delta
+        finite &= numpy.isfinite(out[i])
+    return finite
 
 
 @njit(**_OPTIONS)
@@ -146,14 +165,14 @@ def _ties(stack, top, count, numbers, at, size):
 
 
 @njit(**_OPTIONS)
-def _block(steps, numbers, stack, halves, floats, kinds, relative, base, low, size, start):
-    """Run the program over one block; its value is the stack's first row."""
-    top = 0
+def _block(steps, numbers, stack, halves, floats, kinds, relative, base, low, size, start, check):
+    """Run the program over one block; its value is the stack's first row. Whether all deltas are finite, if checked."""
+    top, finite = 0, True
     for j in range(len(steps)):
         kind, count, at = steps[j, 0], steps[j, 1], steps[j, 2]
         if kind == LOAD:
             row, wide = halves[count, low : low + size], floats[count, low : low + size]
-            _load(kinds[count], row, wide, relative[count], base, stack[top, :size])
+            finite &= _load(kinds[count], row, wide, relative[count], base, stack[top, :size], check)
             top += 1
         elif kind == ZERO:
             for i in range(size):
@@ -194,6 +213,7 @@ def _block(steps, numbers, stack, halves, floats, kinds, relative, base, low, si
                     bits = _mix(numpy.uint32(bits ^ lower))
                     keep = numpy.float32(1) if numpy.int32(bits) >= limit else numpy.float32(0)
                     values[i] = (values[i] / number) * keep
+    return finite
 
 
 @njit(**_OPTIONS)
@@ -210,7 +230,11 @@ def evaluate(steps, numbers, depth, halves, floats, kinds, relative, start, out)
         relative: Whether the base is to be subtracted from each row.
         start: Index in its tensor of the first element.
         out: Float32, shape (elements,).
+
+    Returns:
+        Whether all deltas are finite.
     """
+    finite = True
     base = numpy.empty(BLOCK, numpy.float32)
     stack = numpy.empty((depth + 2, BLOCK), numpy.float32)  # two rows more for TIES
     alone = len(steps) == 1 and steps[0, 0] == LOAD  # a delta, which goes where it belongs at once
@@ -219,16 +243,18 @@ def evaluate(steps, numbers, depth, halves, floats, kinds, relative, start, out)
         _widen(kinds[0], halves[0, low : low + size], floats[0, low : low + size], base[:size])
         if alone:
             row, end = steps[0, 1], low + size
-            _load(kinds[row], halves[row, low:end], floats[row, low:end], relative[row], base[:size], out[low:end])
+            stored = halves[row, low:end], floats[row, low:end]
+            finite &= _load(kinds[row], stored[0], stored[1], relative[row], base[:size], out[low:end], True)
             continue
-        _block(steps, numbers, stack, halves, floats, kinds, relative, base, low, size, start)
+        finite &= _block(steps, numbers, stack, halves, floats, kinds, relative, base, low, size, start, True)
         for i in range(size):
             out[low + i] = stack[0, i]
+    return finite
 
 
 @njit(**_OPTIONS)
 def agree(halves, floats, kinds, row, length):
-    """Whether so many values of a row equal those of the base, as numbers: NaN equals nothing."""
+    """Whether the first ``length`` values of a row equal those of the base; NaN equals NaN."""
     left, right = numpy.empty(BLOCK, numpy.float32), numpy.empty(BLOCK, numpy.float32)
     for low in range(0, length, BLOCK):
         size = min(BLOCK, length - low)
@@ -236,7 +262,7 @@ def agree(halves, floats, kinds, row, length):
         _widen(kinds[row], halves[row, low : low + size], floats[row, low : low + size], right[:size])
         same = True
         for i in range(size):
-            same &= left[i] == right[i]
+            same &= (left[i] == right[i]) | ((left[i] != left[i]) & (right[i] != right[i]))
         if not same:
             return False
     return True
@@ -260,6 +286,29 @@ def _account(delta, base, written):
 
 
 @njit(**_OPTIONS)
+def _keep(wide, base, written, stored, out):
+    """Keep what is not finite in the base, and zero it for the account; whether all else that is written is finite.
+
+    Args:
+        wide: Whether stored values are float32.
+        base: Float32.
+        written: Float32.
+        stored: The base as it is stored, as uint16; empty where the output has another dtype.
+        out: The output, as uint16.
+    """
+    finite = True
+    for i in range(len(base)):
+        if numpy.isfinite(base[i]):
+            finite &= numpy.isfinite(written[i])
+            continue
+        base[i] = written[i] = numpy.float32(0)
+        if len(stored):
+            for j in range(2 * i, 2 * i + 2) if wide else range(i, i + 1):
+                out[j] = stored[j]
+    return finite
+
+
+@njit(**_OPTIONS)
 def edit(
     steps, numbers, depth, halves, floats, kinds, relative, start, scaling_coef, kind, length, out_halves, out_floats
 ):
@@ -273,24 +322,36 @@ def edit(
         out_floats: The same memory as float32.
 
     Returns:
-        Elements whose delta is not zero; elements that change; sums of squares of the change and of the base.
+        Whether all deltas are finite, and all that is written where the base is; elements whose delta is not
+        zero; elements that change; sums of squares of the change and of the base.
     """
+    finite, hides = True, False  # sums show NaN and infinity in what they give; other steps may lose them
+    for j in range(len(steps)):
+        hides |= steps[j, 0] in (TRIM, DROP, TIES)
     base, written = numpy.empty(BLOCK, numpy.float32), numpy.empty(BLOCK, numpy.float32)
     stack = numpy.empty((depth + 2, BLOCK), numpy.float32)
     moving, changed, change_square, base_square = 0, 0, 0.0, 0.0
     for low in range(0, length, BLOCK):
         size = min(BLOCK, length - low)
         _widen(kinds[0], halves[0, low : low + size], floats[0, low : low + size], base[:size])
-        _block(steps, numbers, stack, halves, floats, kinds, relative, base, low, size, start)
-        for i in range(size):
-            written[i] = stack[0, i] * scaling_coef + base[i]
-        _round(kind, written[:size], out_halves[low : low + size], out_floats[low : low + size])
-        more = _account(stack[0, :size], base[:size], written[:size])
+        for check in (hides, True):
+            finite &= _block(steps, numbers, stack, halves, floats, kinds, relative, base, low, size, start, check)
+            for i in range(size):
+                written[i] = stack[0, i] * scaling_coef + base[i]
+            _round(kind, written[:size], out_halves[low : low + size], out_floats[low : low + size])
+            more = _account(stack[0, :size], base[:size], written[:size])
+            if check or numpy.isfinite(more[2]):
+                break
+        if not numpy.isfinite(more[2]):
+            step = 2 if kind == FLOAT32 else 1
+            stored = halves[0, step * low : step * (low + size) if kind == kinds[0] else step * low]
+            finite &= _keep(kind == FLOAT32, base[:size], written[:size], stored, out_halves[step * low :])
+            more = _account(stack[0, :size], base[:size], written[:size])
         moving += more[0]
         changed += more[1]
         change_square += more[2]
         base_square += more[3]
-    return moving, changed, change_square, base_square
+    return finite, moving, changed, change_square, base_square
 
 
 @njit(**_OPTIONS)
