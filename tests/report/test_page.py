@@ -142,7 +142,7 @@ def test_a_page_without_a_feasible_coefficient_says_so_and_shows_the_closest(run
     page = words((runs["infeasible"] / "report.html").read_text())
     assert "No edit; what follows is of the closest coefficient" in page
     verdict = (
-        f"none of the 20 coefficients tried meets 'other/accuracy >= 2' on validation data; the closest is {closest:g}"
+        f"none of the 4 coefficients tried meets 'other/accuracy >= 2' on validation data; the closest is {closest:g}"
     )
     assert f"✕ No feasible coefficient NO EDIT: {verdict}" in page
     assert "other/accuracy >= 2: fails" in page
