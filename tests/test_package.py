@@ -1,7 +1,8 @@
-"""The package as it is installed: from a wheel, from a checkout, and its imports, which run one way."""
+"""The package: its map, imports that run one way, sizes, and how it installs, from a wheel and from a checkout."""
 
 import ast
 import os
+import re
 import subprocess
 import sys
 import sysconfig
@@ -48,6 +49,28 @@ IMPORTERS = {
     "backports": {"tva.compose"},
     "compression": {"tva.compose"},
     "nicegui": {"tva.edit.play"},
+}
+
+
+PAGE = (ROOT / "docs/architecture.md").read_text()
+TREE = re.search(r"```\n(.*?)```", PAGE, flags=re.DOTALL)[1]
+
+MOST_LINES = {"file": 430, "function": 60}
+LONGER = {  # with the reason
+    "tva.vectors.task_vector": "one class with its operators, each of a few lines and documented",
+    "tva.report.curves._curves": "a chart, described from top to bottom",
+    "tva.report.tradeoffs._plane": "a chart",
+    "tva.report.model_card._body": "a page of text",
+    "tva.edit.play.page.build": "a page",
+    "tva.edit.play.model.__init__": "the options of an edit",
+    "tva.edit.run": "to be split by the steps of an edit",
+    "tva.edit.run.run_edit": "the steps of an edit",
+    "tva.edit.editor": "the model's states and their evaluation",
+    "tva.compose.apply.compose": "the steps of a compose",
+    "tva.compose.recipe": "the recipe on tensors and on chunks",
+    "tva.evaluation.evaluate.evaluate": "one pass and what it is made of",
+    "tva.evaluation.recorder.recording": "the hooks of one pass, which share their state",
+    "tva.vectors.match.match": "one fit and what it says",
 }
 
 
@@ -116,6 +139,77 @@ def test_every_package_is_in_the_wheel():
     for name, file in modules():
         if file.name == "__init__.py":
             assert f'"{name}"' in text, f"{name} is missing from packages in pyproject.toml"
+
+
+def test_every_path_that_the_page_names_is_there():
+    named = re.findall(r"`([\w/]+(?:/|\.py))`", PAGE) + re.findall(r"\]\(([\w./]+)\)", PAGE)
+    assert len(named) > 30
+    for path in named:
+        assert (ROOT / path).exists() or (ROOT / "docs" / path).exists(), path
+
+
+def test_the_tree_describes_every_room_and_names_only_what_is_in_it():
+    described = {}
+    for line in TREE.splitlines()[1:]:
+        indented, name, rest = re.fullmatch(r"( *)(\S+)(.*)", line).groups()
+        folder = ROOT / "tva" / name if indented else ROOT / name
+        if name.endswith("/"):
+            described[name.rstrip("/")] = rest.strip()
+            files = re.findall(r"(?<![\w/])([a-z_]+\.py|[a-z_]+/)(?![\w*])", rest)
+            assert all((folder / file).exists() or (ROOT / file).exists() for file in files), line
+        else:
+            assert all((ROOT / "tva" / file).exists() for file in re.findall(r"[a-z_]+\.py", line)), line
+    rooms = {path.name for path in (ROOT / "tva").iterdir() if (path / "__init__.py").exists()}
+    assert rooms <= described.keys()
+    assert all(described.values())
+
+
+def test_the_floors_of_the_page_are_those_of_the_import_test():
+    rows = re.findall(r"^\| (\d) \| (.*) \|$", PAGE, flags=re.MULTILINE)
+    assert [set(re.findall(r"`([\w.]+)`", rooms)) for _, rooms in rows] == FLOORS
+    assert [int(floor) for floor, _ in rows] == list(range(1, len(FLOORS) + 1))
+
+
+def sizes():
+    """Lines of every file, and of every function without its docstring, by name."""
+    for name, file in modules():
+        text = file.read_text()
+        yield name, "file", len(text.splitlines())
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, ast.FunctionDef):
+                documented = node.body[0].end_lineno - node.body[0].lineno + 1 if ast.get_docstring(node) else 0
+                yield f"{name}.{node.name}", "function", node.end_lineno - node.lineno + 1 - documented
+
+
+def test_files_and_functions_are_short():
+    longer = {name: lines for name, kind, lines in sizes() if lines > MOST_LINES[kind]}
+    assert longer.keys() <= LONGER.keys(), longer
+
+
+def statements(file):
+    """The lines of a file without docstrings, comments, imports and signatures, with their numbers."""
+    text, other = file.read_text(), set()
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.Import | ast.ImportFrom) or (isinstance(node, ast.Expr) and is_text(node.value)):
+            other.update(range(node.lineno, node.end_lineno + 1))
+        elif isinstance(node, ast.FunctionDef):
+            other.update(range(node.lineno, node.body[0].lineno))
+    lines = enumerate(map(str.strip, text.splitlines()), start=1)
+    return [(number, line) for number, line in lines if line and line[0] != "#" and number not in other]
+
+
+def is_text(node):
+    return isinstance(node, ast.Constant) and isinstance(node.value, str)
+
+
+def test_no_six_lines_are_there_twice():
+    seen = {}
+    for name, file in modules():
+        lines = statements(file)
+        for six in zip(*(lines[start:] for start in range(6)), strict=False):
+            if sum(len(line) > 3 for _, line in six) == 6:  # brackets that close are no repetition
+                place, text = f"{name}:{six[0][0]}", tuple(line for _, line in six)
+                assert seen.setdefault(text, place) == place, (place, text)
 
 
 def run_python(code, *options, **environment):

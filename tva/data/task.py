@@ -307,23 +307,6 @@ class LabeledTask(Task):
             )
         return own
 
-    def _make_streams(
-        self, tables: Mapping[str, Any], finish: Callable[[Any], Any], cut: Cut | None = None
-    ) -> dict[str, Stream]:
-        """Return the streamed parts; the arguments are those of `make_streams`."""
-        return make_streams(
-            tables,
-            finish,
-            cut,
-            name=self.name,
-            limits=self.limits,
-            val_size=self.val_size,
-            batch_size=self.batch_size,
-            order_seed=self.order_seed,
-            rank=getattr(self.trainer, "global_rank", 0),
-            ranks=getattr(self.trainer, "world_size", 1),
-        )
-
     def _read_stream_names(self, table: Any) -> None:
         own = list(getattr((table.features or {}).get(self.label_column), "names", None) or [])
         if not self.class_names:
