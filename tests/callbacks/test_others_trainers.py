@@ -378,3 +378,40 @@ def test_snapshots_of_processes_that_died_are_removed_by_the_next_run(tmp_path):
     fit(tmp_path, TaskVectorCallback(every_n_steps=2, against="previous"))
     assert not any(file.exists() for file in gone)
     assert sorted(folder.glob(".*")) == sorted(kept)
+
+
+# --- nothing has moved yet
+
+
+class Still(MixedNet):
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.0)
+
+    def on_train_batch_start(self, batch, batch_idx):
+        self.eval()  # so that no statistics move
+
+
+@pytest.mark.parametrize("logger", [True, False])
+def test_a_vector_of_a_model_that_has_not_moved_opens_and_lists_all_names(tmp_path, logger):
+    logger = CSVLogger(tmp_path / "log") if logger else False
+    fit(tmp_path, TaskVectorCallback(every_n_steps=2, against="previous"), model=Still(), logger=logger)
+    vectors = [tmp_path / f"{LAST}.tv.safetensors", *(tmp_path / "trajectory").glob("step=*")]
+    assert len(vectors) == 5
+    for file in vectors:
+        vector = TaskVector.load(file)
+        assert not vector.deltas
+        assert set(vector.untouched) == set(MixedNet().state_dict())
+        assert read_header(file)["tva.norm"] == "0.0"
+        assert file.stat().st_size < 100_000
+
+
+def test_a_checkpoint_of_the_initial_weights_and_a_vector_without_any_tensor(tmp_path):
+    class Initial(L.Callback):
+        def on_train_start(self, trainer, pl_module):
+            trainer.save_checkpoint(tmp_path / "initial.ckpt")
+
+    callback = TaskVectorCallback(exclude=[".*"])
+    trainer, _ = fit(tmp_path, callback, callbacks=[Initial()], logger=CSVLogger(tmp_path / "log"))
+    assert trainer.global_step == 8
+    assert_vector_is_checkpoint_minus_base(tmp_path, "initial")
+    assert not TaskVector.load(tmp_path / f"{LAST}.tv.safetensors").deltas.keys() & {"body.0.weight", "body.2.weight"}

@@ -1,6 +1,7 @@
 """TaskVectorCallback under strategies that shard, on two gloo processes; what is not supported is refused at setup."""
 
 import contextlib
+import ctypes
 import os
 from types import SimpleNamespace
 
@@ -251,8 +252,9 @@ def test_no_rank_holds_more_than_one_tensor_above_its_shards(tmp_path):
     run_ranks(_measure_memory, tmp_path)
     for rank in (0, 1):
         above, largest = map(int, (tmp_path / f"memory-{rank}").read_text().split())
-        # measured on rank 0: 7.5 to 24.3 MB, by what the allocator and gloo keep; a second tensor would be 33.6
-        assert above <= largest + 12 * 2**20, f"rank {rank}: {above} bytes above its shards, largest tensor {largest}"
+        # measured: 10.5 to 12.6 MB on rank 0 and once 18.7, by how far gloo is ahead; 0.1 on rank 1; two tensors: 33.6
+        most = largest + 4 * 2**20 if rank == 0 else 2**20
+        assert above <= most, f"rank {rank}: {above} bytes above its shards, largest tensor {largest}"
 
 
 def _measure_memory(folder):
@@ -272,6 +274,11 @@ def _measure_memory(folder):
     with torch.no_grad():
         tuned = {name: tensor + 1 for name, tensor in state.items()}
     strategy, base = _Gloo(), BaseWeights(None)
+    # By itself glibc keeps freed memory to use it again; with a fixed threshold it gives each large block back, and
+    # what is measured is what is held.
+    libc = ctypes.CDLL(None)
+    libc.mallopt(-3, 2**17)  # M_MMAP_THRESHOLD
+    libc.malloc_trim(0)
     peak, stop = [anonymous()], threading.Event()
     before = peak[0]
 

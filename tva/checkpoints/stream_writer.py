@@ -82,8 +82,8 @@ class LateHeaderFile:
             if metadata is not None:
                 self._wait(0)
                 header = encode_header(self._kept, metadata, self._room, self._offsets)
+                self._store(memoryview(header), 0)  # first: where nothing has been written yet, it reserves room
                 self._file.truncate(8 + self._room + self._end)  # a skipped end has not been written
-                self._store(memoryview(header), 0)
         finally:
             self._thread.shutdown(cancel_futures=True)
             self._file.close()
