@@ -275,6 +275,37 @@ def test_max_size_holds_for_the_file_and_more_room_means_less_error(files, max_s
     assert more.whole.error < report.whole.error
 
 
+def test_all_is_kept_exactly_as_soon_as_the_file_has_room_for_it(files):
+    source, output = str(files / "v.tv.safetensors"), files / "c.tv.safetensors"
+    compress(source, str(output), encoding="exact")
+    whole = output.stat().st_size  # the header holds what was asked for, here longer by some letters
+    room = whole + len("max_size=") + len(str(whole)) - len("exact") + 7
+    report = compress(source, str(output), max_size=str(room))
+    assert report.whole.error == 0
+    assert {*report.shares} - {"exact"}  # what takes fewer bytes without any error, such as a tensor of zeros
+    assert compress(source, str(output), max_size=str(whole - 9000)).whole.error > 0
+
+
+@pytest.mark.parametrize("name", ["matrix", "conv", "long", "zero", "one row of zeros"])
+def test_no_bound_is_above_what_is_read_back(name):
+    encoder = Encoder(name, deltas()[name])
+    for how in encoder.candidates():
+        assert encoder.least_error(how) <= encoder.encode(how).squared_error, how
+
+
+def test_low_rank_of_full_rank_is_no_rival_of_exact(tmp_path):
+    vector = TaskVector({"w": noise(1, 3, 30_000)})  # of rank 3, where the singular values leave no error at all
+    vector.save(tmp_path / "v.tv.safetensors")
+    report = compress(str(tmp_path / "v.tv.safetensors"), str(tmp_path / "c.tv.safetensors"), max_size="101%")
+    assert report.whole.error == 0
+    report = compress(str(tmp_path / "v.tv.safetensors"), str(tmp_path / "c.tv.safetensors"), max_size="99%")
+    read = TaskVector.load(tmp_path / "c.tv.safetensors")
+    assert report.whole.error == pytest.approx(error(read.deltas, vector.deltas), rel=1e-6)
+    encoder = Encoder("w", vector.deltas["w"])
+    fits = [how for how in encoder.candidates() if how.num_bytes(encoder.spec) < 0.98 * report.float32_bytes]
+    assert report.whole.squared_error <= (1 + 1e-6) * min(encoder.encode(how).squared_error for how in fits)
+
+
 def test_the_greedy_choice_is_near_the_best_of_all_choices(tmp_path):
     vector = TaskVector({"a": noise(0, 30, 30), "b": 10 * noise(1, 40, 20), "c": 3 * noise(2, 25, 4) @ noise(3, 4, 25)})
     vector.save(tmp_path / "v.tv.safetensors")

@@ -19,7 +19,7 @@ from tva.console import progress
 from tva.errors import some
 from tva.sizes import parse_bytes
 from tva.vectors.encoder import Encoder
-from tva.vectors.encoding import Encoding, check_names, encoded_header, relative_error
+from tva.vectors.encoding import PARAMETERS, Encoding, check_names, encoded_header, relative_error
 from tva.vectors.header import read_origin
 
 
@@ -97,8 +97,8 @@ def compress(
         max_error: Largest relative error of each tensor, and so of the whole, such as 0.01: each tensor gets the
             smallest encoding that holds it.
         max_size: Largest size of the file, as a part of the tensors' size in float32 (``5%``) or in bytes (``20MB``):
-            from the smallest encodings on, what lowers the squared error most for each byte is taken as long as it
-            fits.
+            from the smallest encodings on, what lowers the squared error most for each byte is chosen as long as it
+            fits; where all tensors fit as they are, nothing is lost.
 
     Returns:
         What was written.
@@ -137,7 +137,7 @@ def compress(
         chosen = {name: encoder.cheapest(max_error) for name, encoder in _encoders(weights, "measuring")}
     else:
         text = f"max_size={max_size}"
-        chosen = _fit(weights, parse_size(max_size, float32_bytes), float32_bytes)
+        chosen = _fit(weights, parse_size(max_size, float32_bytes), float32_bytes, text)
     shares, largest, size = write_encoded(weights, Path(output), text, chosen, "compressing")
     whole = Share()
     for share in shares.values():
@@ -223,7 +223,7 @@ def _layout(weights: LazyWeights, chosen: Mapping[str, Encoding]) -> dict[str, S
 
 # --- to a size
 
-Point = tuple[int, float, Encoding]  # bytes in the file, squared error, how
+Option = tuple[int, float, Encoding]  # bytes in the file, squared error of what is read back, how
 
 
 def parse_size(text: str, float32_bytes: int) -> int:
@@ -241,18 +241,18 @@ def parse_size(text: str, float32_bytes: int) -> int:
     return size
 
 
-def _fit(weights: LazyWeights, budget: int, float32_bytes: int) -> dict[str, Encoding]:
+def _fit(weights: LazyWeights, budget: int, float32_bytes: int, text: str) -> dict[str, Encoding]:
     """Choose the encodings of smallest error whose file is not larger than a budget, greedily.
 
-    Every tensor begins with its smallest encoding. Of the steps along the lower convex hulls of (bytes, squared error)
-    of all tensors, that which lowers the squared error most for each byte is taken, as long as it fits.
+    Where all tensors fit as they are, each gets the smallest encoding without any error. Else every tensor begins with
+    its smallest encoding, and of the steps along the lower convex hulls of (bytes, squared error) of all tensors, the
+    one that lowers the squared error most for each byte is made, as long as it fits.
     """
-    hulls: dict[str, list[Point]] = {}
-    for name, encoder in _encoders(weights, "measuring"):
-        costs = {how: _cost(name, how, encoder.spec, 4 * float32_bytes) for how in encoder.candidates()}
-        tried = [(cost, encoder.estimate(how), how) for how, cost in costs.items()]
-        hulls[name] = _hull([point for point in tried if math.isfinite(point[1])])
-    fixed = {key: text for key, text in weights.metadata.items() if not key.startswith("tva.encod")}
+    exact = dict.fromkeys(weights, Encoding("exact"))
+    if _file_size(weights, exact, text) <= budget:
+        return {name: encoder.cheapest(0.0) for name, encoder in _encoders(weights, "measuring")}
+    hulls = {name: _options(name, encoder, 4 * float32_bytes) for name, encoder in _encoders(weights, "measuring")}
+    fixed = {key: value for key, value in weights.metadata.items() if not key.startswith("tva.encod")}
     size = len(json.dumps({"__metadata__": {"format": "pt", **fixed}})) + 512  # the rest of the header, at most
     size += sum(hull[0][0] for hull in hulls.values())
     if size > budget:
@@ -263,7 +263,7 @@ def _fit(weights: LazyWeights, budget: int, float32_bytes: int) -> dict[str, Enc
     steps = []  # convexity orders the steps of one tensor
     for name, hull in hulls.items():
         for position, (before, after) in enumerate(pairwise(hull), start=1):
-            steps.append(((before[1] - after[1]) / (after[0] - before[0]), name, position))
+            steps.append((_gain(before, after), name, position))
     at = dict.fromkeys(hulls, 0)
     for _, name, position in sorted(steps, key=lambda step: -step[0]):
         more = hulls[name][position][0] - hulls[name][at[name]][0]
@@ -272,21 +272,48 @@ def _fit(weights: LazyWeights, budget: int, float32_bytes: int) -> dict[str, Enc
     return {name: hull[at[name]][2] for name, hull in hulls.items()}
 
 
+def _file_size(weights: LazyWeights, chosen: Mapping[str, Encoding], text: str) -> int:
+    """Return the bytes of a file with these encodings, which do not depend on the errors."""
+    specs = _layout(weights, chosen)
+    coded = {name: (chosen[name], weights.spec(name).shape, 0.0) for name in weights}
+    metadata = {"format": "pt", **weights.metadata, **encoded_header(text, coded, 0.0, 0.0)}
+    return len(Shard(weights.path, specs).header(metadata)) + sum(spec.num_bytes for spec in specs.values())
+
+
+def _options(name: str, encoder: Encoder, largest: int) -> list[Option]:
+    """Return the lower convex hull of what a tensor's encodings cost and lose, each of its points measured.
+
+    What is known of `low_rank` and `top_k` before they are measured is less than their errors. So a point that is above
+    the hull of the measured ones stays above it, and need not be measured.
+    """
+    costs = {how: _cost(name, how, encoder.spec, largest) for how in encoder.candidates()}
+    errors = {how: encoder.least_error(how) for how in costs}
+    unmeasured = {how for how in costs if how.name in PARAMETERS}
+    errors |= {how: encoder.encode(how).squared_error for how in costs if how not in unmeasured}
+    while True:
+        hull = _hull([(cost, errors[how], how) for how, cost in costs.items() if math.isfinite(errors[how])])
+        todo = [how for _, _, how in hull if how in unmeasured]
+        if not todo:
+            return hull
+        errors |= {how: encoder.encode(how).squared_error for how in todo}
+        unmeasured.difference_update(todo)
+
+
 def _percent(part: int, whole: int) -> str:
     return f"{part / whole:.2%}" if whole else "–"
 
 
 def _cost(name: str, encoding: Encoding, spec: Spec, largest: int) -> int:
-    """Give the bytes that a tensor takes of a file at most, with what the header says of it up to an offset."""
+    """Return the bytes that a tensor takes of a file at most, with what the header says of it."""
     fields = {"dtype": "BF16", "shape": list(spec.shape), "data_offsets": [largest, largest]}
     parts = encoding.specs(name, spec)
     listed = json.dumps(json.dumps({name: [encoding.name, list(spec.shape), "0.000000e+00"]}))
     return encoding.num_bytes(spec) + len(listed) + sum(len(json.dumps({part: fields})) + 16 for part in parts)
 
 
-def _hull(points: list[Point]) -> list[Point]:
+def _hull(points: list[Option]) -> list[Option]:
     """Keep the lower convex hull of points (bytes, squared error), from the fewest bytes to the smallest error."""
-    hull: list[Point] = []
+    hull: list[Option] = []
     for point in sorted(points, key=lambda point: point[:2]):
         if hull and point[1] >= hull[-1][1]:
             continue
@@ -298,5 +325,5 @@ def _hull(points: list[Point]) -> list[Point]:
     return hull
 
 
-def _gain(first: Point, second: Point) -> float:
+def _gain(first: Option, second: Option) -> float:
     return (first[1] - second[1]) / (second[0] - first[0])

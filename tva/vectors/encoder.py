@@ -19,13 +19,14 @@ from tva.checkpoints.compressed import BLOCK, KINDS, PLAIN, matrix_shape, part_n
 from tva.checkpoints.lazy import Entry, InMemory
 from tva.merge.linalg import leading
 from tva.merge.order_statistics import PASSES, Threshold, num_kept
-from tva.vectors.encoding import PARAMETERS, Encoding, check_names, encoded_header, relative_error
+from tva.vectors.encoding import Encoding, check_names, encoded_header, relative_error
 
 DENSITIES = (1 / 256, 1 / 128, 1 / 64, 1 / 32, 1 / 16, 1 / 8, 1 / 4)  # that a budget chooses from
 RANKS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128)
 LARGE = 1024  # from this smaller side on, a matrix is decomposed by random projections
 OVERSAMPLE, POWER_ITERATIONS = 8, 3
 _BINS = 2**15  # values of the upper 16 bits of a magnitude in float32
+SUMS_OFF_BY = 1e-6  # of the squared norm, by which rounding may move a bound, whatever the BLAS
 CHUNK = 2**20  # elements whose error is measured at a time
 
 
@@ -184,7 +185,7 @@ class Encoder:
         return [*smaller, found[0]]
 
     def unavoidable(self, encoding: Encoding) -> float:
-        """Give what the squared error is not below: what the rank cannot hold, or what lies in smaller elements."""
+        """Return what the squared error is not below: what the rank cannot hold, or what is in smaller elements."""
         if encoding.name == "low_rank":
             kept = float(self.factors(int(encoding.size))[1][: int(encoding.size)].square().sum())
         elif encoding.name == "top_k":
@@ -198,10 +199,9 @@ class Encoder:
             return 0.0
         return max(0.0, self.squared_norm - kept)
 
-    def estimate(self, encoding: Encoding) -> float:
-        """Give the squared error, of low_rank and top_k without their rounding, which is 1e-3 or less of the norm."""
-        known = encoding.name in PARAMETERS
-        return self.unavoidable(encoding) if known else self.encode(encoding).squared_error
+    def least_error(self, encoding: Encoding) -> float:
+        """Return a lower bound of the squared error: `unavoidable`, less what its own sums may be off by."""
+        return max(0.0, self.unavoidable(encoding) - SUMS_OFF_BY * self.squared_norm)
 
     @cached_property
     def _largest(self) -> tuple[Tensor, Tensor]:
@@ -223,7 +223,7 @@ class Encoder:
     def cheapest(self, max_error: float) -> Encoding:
         """Choose the smallest encoding whose relative error is at most ``max_error``."""
         limit = max_error**2 * self.squared_norm
-        slack = limit + 1e-6 * self.squared_norm  # the bounds are rounded
+        slack = limit + SUMS_OFF_BY * self.squared_norm
         for encoding in self.candidates():
             # before decomposing: r of the squared singular values add up to r^½ (Σσ⁴)^½ at most
             at_most = math.sqrt(encoding.size) * self._gram_norm if encoding.name == "low_rank" else math.inf
