@@ -4,7 +4,7 @@ from tva.checkpoints.atomic import atomic_path, cache_folder, make_room, save_we
 from tva.checkpoints.fingerprint import Fingerprint, HashedWeights, TensorHash, fingerprint, tensor_digest
 from tva.checkpoints.hub import is_hub
 from tva.checkpoints.lazy import Entry, Info, LazyWeights, Which
-from tva.checkpoints.names import NameMatch, canonical_names, canonical_state_dict, map_names, match_names
+from tva.checkpoints.names import NameFilter, NameMatch, canonical_names, canonical_state_dict, map_names, match_names
 from tva.checkpoints.open import find, open_weights, read_metadata
 from tva.checkpoints.peft_adapter import open_adapter, open_finetuned
 from tva.checkpoints.sharded_writer import Output, side_files
@@ -17,6 +17,7 @@ __all__ = [
     "HashedWeights",
     "Info",
     "LazyWeights",
+    "NameFilter",
     "NameMatch",
     "Output",
     "Spec",

@@ -183,7 +183,8 @@ class HashedWeights(LazyWeights):
     """
 
     def __init__(self, weights: LazyWeights) -> None:
-        entries = {name: Hashed(weights.entry(name)) for name in weights}
+        found = {name: weights.entry(name) for name in weights}
+        entries = {name: entry if isinstance(entry, Hashed) else Hashed(entry) for name, entry in found.items()}
         super().__init__(weights.info, entries, weights.metadata)
 
     def digest(self, name: str) -> str:

@@ -1,13 +1,15 @@
-"""The one rule by which names of weights are matched, and what wrappers add to names.
+"""The one rule by which names of weights are matched, what wrappers add to names, and which names are left out.
 
 Names match when they are equal, else when one prefix, the same for all, turns one side into the other: stripped, added,
-or one wrapper exchanged for another. Anything else needs a ``key_map``. Every match has a line that says what was done.
+or one wrapper exchanged for another. Two ways that lead to the same mapping are one. Anything else needs a ``key_map``,
+or names that are left out by a `NameFilter`. Every match has a line that says what was done.
 """
 
 from __future__ import annotations
 
+import itertools
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +17,10 @@ from tva._torch import Tensor
 from tva.errors import MismatchError, some
 
 KeyMap = Mapping[str, str] | Sequence[str]
+CopyOf = Callable[[str, Iterable[str]], str | None]  # a name, and others: the first of them with an equal tensor
 
+MOST_TIED = 8  # names that only one side has, of which each may be a copy of another tensor
+ADVICE = "Map the rest by key_map, or leave it out by exclude"
 # The attribute or wrapper that holds the model, in front of every name; only these may be exchanged for one another.
 WRAPPERS = ("model.", "module.", "encoder.", "net.", "network.", "backbone.", "base_model.", "_forward_module.")
 
@@ -40,7 +45,7 @@ def canonical_names(names: list[str]) -> dict[str, str]:
 
 
 def canonical_state_dict(state: Mapping[str, Any]) -> dict[str, Tensor]:
-    """Rename a module's state dict as `open_weights` would, and keep its tensors alone (no extra state)."""
+    """Rename a module's state dict as `open_weights` would, and keep only its tensors (no extra state)."""
     state = {name: value for name, value in state.items() if isinstance(value, Tensor)}
     return {new: state[old] for new, old in canonical_names(list(state)).items()}
 
@@ -60,10 +65,10 @@ def map_names(names: Iterable[str], key_map: KeyMap) -> dict[str, str]:
             ``regex=replacement`` (split at the last ``=``).
 
     Returns:
-        New names to present ones.
+        New names to the present ones.
 
     Raises:
-        ValueError: An expression is none, matches no name, or two names fall together.
+        ValueError: An expression is not valid or matches no name, or two names become one.
 
     Example:
         >>> map_names(["visual.proj", "logit_scale"], [r"^visual\.=encoder."])
@@ -100,11 +105,85 @@ def _pairs(key_map: KeyMap) -> list[tuple[re.Pattern[str], str]]:
         pattern, equals, replacement = (item[0], "=", item[1]) if isinstance(item, tuple) else item.rpartition("=")
         if not equals:
             raise ValueError(f"key_map holds {item!r}; write regex=replacement.")
-        try:
-            pairs.append((re.compile(pattern), replacement))
-        except re.error as error:
-            raise ValueError(f"key_map holds {pattern!r}, which is no regular expression: {error}.") from error
+        pairs.append((_compiled("key_map", pattern), replacement))
     return pairs
+
+
+class NameFilter:
+    r"""Which names take part in a command: those that ``include`` finds, if it is given, without those of ``exclude``.
+
+    Args:
+        include: Regular expressions that are searched for in names.
+        exclude: Regular expressions of names to leave out, on the side of the base as on that of a vector.
+
+    Raises:
+        ValueError: An expression cannot be used.
+
+    Example:
+        >>> only = NameFilter(exclude=[r"^criterion\.", "inv_freq"])
+        >>> only.kept(["a.w", "criterion.weight"])
+        ['a.w']
+        >>> only.check_used()
+        Traceback (most recent call last):
+        ValueError: exclude holds 'inv_freq', which matches no name of the base or a vector. Correct or remove it.
+    """
+
+    def __init__(self, include: Sequence[str] | None = None, exclude: Sequence[str] | None = None) -> None:
+        self.options = {"include": include, "exclude": exclude}
+        self.options = {option: list(given) for option, given in self.options.items() if _is_list(option, given)}
+        self._patterns = {
+            option: [_compiled(option, pattern) for pattern in given] for option, given in self.options.items()
+        }
+        self._unused = {(option, pattern) for option, given in self.options.items() for pattern in given}
+
+    def keeps(self, name: str) -> bool:
+        """Return whether a name takes part."""
+        found = {}
+        for option, patterns in self._patterns.items():
+            matching = [pattern.pattern for pattern in patterns if pattern.search(name)]
+            self._unused.difference_update((option, pattern) for pattern in matching)
+            found[option] = bool(matching)
+        return found.get("include", True) and not found.get("exclude", False)
+
+    def kept(self, names: Iterable[str]) -> list[str]:
+        """Return the names that take part."""
+        return [name for name in names if self.keeps(name)]
+
+    def note(self, names: Iterable[str], whose: str) -> list[str]:
+        """Return one line that says how many names are left out, or none."""
+        names = list(names)
+        left_out = [name for name in names if not self.keeps(name)]
+        text = (
+            f"left out {len(left_out)} of {len(names)} names{whose} by {' and '.join(self.options)}: {some(left_out)}"
+        )
+        return [text] if left_out else []
+
+    def check_used(self) -> None:
+        """Check, when all names were seen, that every expression was found in one.
+
+        Raises:
+            ValueError: One was not.
+        """
+        for option, given in self.options.items():
+            unused = [pattern for pattern in given if (option, pattern) in self._unused]
+            if unused:
+                raise ValueError(
+                    f"{option} holds {some(unused)}, which matches no name of the base or a vector. Correct or remove "
+                    f"it."
+                )
+
+
+def _is_list(option: str, given: Sequence[str] | None) -> bool:
+    if isinstance(given, str):
+        raise ValueError(f"{option} must be a list of regular expressions, not one string: [{given!r}].")
+    return bool(given)
+
+
+def _compiled(option: str, pattern: str) -> re.Pattern[str]:
+    try:
+        return re.compile(pattern)
+    except re.error as error:
+        raise ValueError(f"{option} holds {pattern!r}, which is not a regular expression: {error}.") from error
 
 
 @dataclass(frozen=True)
@@ -124,7 +203,13 @@ class NameMatch:
 
 
 def match_names(
-    names: Iterable[str], base_names: Iterable[str], key_map: KeyMap = (), *, subset: bool = False
+    names: Iterable[str],
+    base_names: Iterable[str],
+    key_map: KeyMap = (),
+    *,
+    subset: bool = False,
+    copies: tuple[CopyOf, CopyOf] | None = None,
+    advice: str = ADVICE,
 ) -> NameMatch:
     """Match the names of weights to those of a base by one visible rule.
 
@@ -133,6 +218,9 @@ def match_names(
         base_names: Names of the base.
         key_map: Regular expressions and replacements that are applied to ``names`` first; see `map_names`.
         subset: The weights may be a part of the base, as an adapter's are.
+        copies: How equal tensors are found, among the weights and in the base. A tied tensor may be stored once on one
+            side and under both its names on the other: a few names that only one side has match if they are copies.
+        advice: What to do about names that do not match.
 
     Returns:
         The match: the names as they are if they are equal, else with one prefix stripped, added or exchanged.
@@ -155,24 +243,70 @@ def match_names(
         raise MismatchError(f"There are {len(mapped)} names to match to {len(base)} of the base; neither may be 0.")
     done = sum(new != old for new, old in mapped.items())
     texts = [f"key_map renamed {done} of {len(mapped)} names"] if key_map else []
-    fits = {
+    tried = {
         change: new
         for change in [("", ""), *_changes(list(mapped), list(base), subset)]
         if (new := _changed(mapped, *change)) is not None
-        and (base.keys() >= new.keys() if subset else base.keys() == new.keys())
+    }
+    fits = {
+        change: new
+        for change, new in tried.items()
+        if new.keys() == base.keys() or (subset and new.keys() <= base.keys())
     }
     if ("", "") in fits:  # names that are equal need no prefix, whatever else would do
         fits = {("", ""): fits["", ""]}
+    fits = {change: new for change, new in fits.items() if new not in _before(fits, change)}
+    notes: list[str] = []
+    if not fits and copies is not None and not subset:
+        for change, new in tried.items():
+            if (found := _tied(new, base, *copies)) is not None:
+                fits[change], notes = found
+                break
     if len(fits) != 1:
-        raise MismatchError(_no_match(list(mapped), base, list(fits), subset))
+        raise MismatchError(_no_match(list(mapped), base, list(fits), subset, advice))
     ((old, new), matched), *_ = fits.items()
     total = f"{len(mapped)} of {len(mapped)} names"
-    if old and new:
-        texts.append(f"exchanged {old!r} for {new!r} in {total}")
-    elif old or new:
-        texts.append(f"stripped {old!r} from {total}" if old else f"added {new!r} to {total}")
+    if old or new:
+        texts.append(_described("stripped", "added", "exchanged", old, new, total))
+    texts += notes
     order = [name for name in base if name in matched]
     return NameMatch({name: matched[name] for name in order}, "; ".join(texts) or f"{total} match as they are")
+
+
+def _before(fits: Mapping[tuple[str, str], Mapping[str, str]], change: tuple[str, str]) -> list[Mapping[str, str]]:
+    """Return the mappings of the changes before this one, which are simpler."""
+    return [fits[other] for other in itertools.takewhile(lambda other: other != change, fits)]
+
+
+def _described(strip: str, add: str, exchange: str, old: str, new: str, what: str = "") -> str:
+    if old and new:
+        text = f"{exchange} {old!r} for {new!r}{' in ' * bool(what)}"
+    else:
+        text = f"{strip} {old!r}{' from ' * bool(what)}" if old else f"{add} {new!r}{' to ' * bool(what)}"
+    return text + what
+
+
+def _tied(
+    names: Mapping[str, str], base: Mapping[str, None], copy_of: CopyOf, base_copy_of: CopyOf
+) -> tuple[dict[str, str], list[str]] | None:
+    """Match names that differ by copies of tied tensors only; return the mapping and what was done, or None."""
+    extra = [name for name in names if name not in base]
+    missing = [name for name in base if name not in names]
+    common = [name for name in names if name in base]
+    if not common or len(extra) + len(missing) > MOST_TIED:
+        return None
+    matched, notes = {name: names[name] for name in common}, []
+    for name in extra:
+        if copy_of(names[name], [names[other] for other in common]) is None:
+            return None
+        notes.append(f"left out {names[name]!r}, a copy of a tied tensor that the base holds once")
+    for name in missing:
+        kept = base_copy_of(name, common)
+        if kept is None:
+            return None
+        matched[name] = names[kept]
+        notes.append(f"took {names[kept]!r} for {name!r} too, which is a copy of {kept!r} in the base")
+    return matched, notes
 
 
 def _changed(names: Mapping[str, str], old: str, new: str) -> dict[str, str] | None:
@@ -207,16 +341,39 @@ def _is_wrapper(prefix: str) -> bool:
     return all(part + "." in WRAPPERS for part in prefix.split(".")[:-1])
 
 
-def _no_match(names: list[str], base: Mapping[str, None], fits: list[tuple[str, str]], subset: bool) -> str:
+def _no_match(
+    names: list[str], base: Mapping[str, None], fits: list[tuple[str, str]], subset: bool, advice: str
+) -> str:
     if fits:
-        ways = some([f"strip {old!r}" if old else f"add {new!r}" for old, new in fits])
-        return f"The names match the base's in more than one way: {ways}. Say which by key_map."
+        ways = "; ".join(_described("strip", "add", "exchange", *change) for change in fits[:3])
+        return f"The names match the base's in more than one way: {ways}. Choose one by key_map."
     extra = [name for name in names if name not in base]
-    missing = [] if subset else [name for name in base if name not in set(names)]
+    present = set(names)
+    missing = [name for name in base if name not in present]
+    known = next(iter(base))
+    tops = {name[: -len(known)] for name in names if name.endswith("." + known)}
+    top = next((top for top in tops if base.keys() <= {n[len(top) :] for n in names if n.startswith(top)}), None)
+    if top is not None:  # all is there, and the other names are too many
+        rest = [name for name in names if not name.startswith(top) or name[len(top) :] not in base]
+        example = _example(rest, [name for name in names if name not in rest], advice)
+        return (
+            f"No one prefix makes the names match: all of the base's {len(base)} are there under {top!r}, and "
+            f"{len(rest)} of {len(names)} are not the base's: {some(rest)}. {advice}{example}."
+        )
     parts = [f"{len(extra)} of {len(names)} names are not the base's: {some(extra)}"] if extra else []
-    if missing:
+    if missing and not subset:
         parts.append(f"{len(missing)} of the base's {len(base)} names are not there: {some(missing)}")
-    tops = {name[: -len(known)] for name in names for known in [next(iter(base))] if name.endswith("." + known)}
-    hint = next((top for top in tops if base.keys() <= {n[len(top) :] for n in names if n.startswith(top)}), None)
-    advice = f"All of the base's are there under {hint!r}: pass prefix={hint!r}" if hint else "Map the rest by key_map"
-    return f"No one prefix makes the names match: {'; '.join(parts)}. {advice}."
+    agreeing = [name for name in base if name not in missing]
+    example = _example(extra if subset else extra + missing, agreeing, advice) if agreeing else ""
+    return f"No one prefix makes the names match: {'; '.join(parts)}. {advice}{example}."
+
+
+def _example(names: list[str], others: list[str], advice: str) -> str:
+    """Return what ``exclude`` would be for a few names and none of the others, if that is advised."""
+    patterns: dict[str, None] = {}
+    for name in names:
+        parts = name.split(".")
+        tops = (".".join(parts[: n + 1]) + "." for n in range(len(parts) - 1))
+        top = next((top for top in tops if not any(other.startswith(top) for other in others)), None)
+        patterns["^" + (top or name).replace(".", "[.]") + "$" * (top is None)] = None
+    return f", as in exclude={list(patterns)}" if 0 < len(patterns) <= 3 and "exclude" in advice else ""

@@ -13,16 +13,17 @@ import json
 import math
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from tva._torch import Tensor, torch
 from tva.arithmetic import add_scaled
+from tva.checkpoints.fingerprint import tensor_digest
 from tva.checkpoints.formats import pytorch, safetensors
 from tva.checkpoints.lazy import Entry, Info, InMemory, LazyWeights, Which
-from tva.checkpoints.names import KeyMap, match_names
+from tva.checkpoints.names import ADVICE, CopyOf, KeyMap, NameFilter, match_names
 from tva.checkpoints.open import find, open_weights
 from tva.errors import MismatchError, some
 
@@ -41,7 +42,13 @@ BLOCK = 2**16  # elements of a low-rank product that are computed at a time
 
 
 def open_finetuned(
-    path: str | os.PathLike[str], base: Mapping[str, Tensor], *, key_map: KeyMap = (), which: Which = "checkpoint"
+    path: str | os.PathLike[str],
+    base: Mapping[str, Tensor],
+    *,
+    key_map: KeyMap = (),
+    which: Which = "checkpoint",
+    only: NameFilter | None = None,
+    advice: str = ADVICE,
 ) -> LazyWeights:
     """Open a fine-tuned checkpoint, or a LoRA adapter, under its base's names, reading no tensor yet.
 
@@ -50,29 +57,52 @@ def open_finetuned(
         base: The base's weights.
         key_map: Regular expressions and replacements for the checkpoint's names; see `tva.checkpoints.map_names`.
         which: Of a checkpoint that holds two sets of weights; see `tva.open_weights`.
+        only: Which names of either side take part; the others are in no result.
+        advice: What an error about names advises.
 
     Returns:
         The base's names to the fine-tuned tensors; those of an adapter in float32. Of names that share one tensor in
-        either file it is enough that the other has one. ``info.notes`` says how names matched.
+        either file, or hold equal ones, it is enough that the other has one. ``info.notes`` says how names matched.
 
     Raises:
         MismatchError: The names cannot be matched.
     """
     found = find(path)
     if (found / "adapter_config.json").exists():
-        return open_adapter(path, base, key_map=key_map, dtype=torch.float32)
-    weights = open_weights(path, which=which)
+        return open_adapter(path, base, key_map=key_map, dtype=torch.float32, only=only, advice=advice)
+    only = only or NameFilter()
+    whole = open_weights(path, which=which)
+    notes = only.note(whole, "")
+    weights = whole.renamed({name: name for name in only.kept(whole)}, *notes)
+    base_names = only.kept(base)
     ties = base.ties() if isinstance(base, LazyWeights) else {}
     try:
-        match = match_names(weights, base, key_map)
-    except MismatchError:
-        own = weights.ties()
-        if not own and not ties:
-            raise
-        match = match_names([n for n in weights if n not in own], [n for n in base if n not in ties], key_map)
-    names = {**match.names, **{alias: match.names[kept] for alias, kept in ties.items() if alias not in match.names}}
+        match = match_names(weights, base_names, key_map, advice=advice)
+    except MismatchError:  # a tied tensor may have one name on one side, and two on the other
+        own, copies = weights.ties(), (_copies(weights), _copies(base))
+        once, base_once = [n for n in weights if n not in own], [n for n in base_names if n not in ties]
+        match = match_names(once, base_once, key_map, copies=copies, advice=advice)
+    tied = {alias: kept for alias, kept in ties.items() if alias in base_names and kept in match.names}
+    names = {**match.names, **{alias: match.names[kept] for alias, kept in tied.items() if alias not in match.names}}
     same = all(new == old for new, old in match.names.items())
     return weights.renamed(names, *([] if same else [match.text]))
+
+
+def _copies(weights: Mapping[str, Tensor]) -> CopyOf:
+    """Return how copies are found among weights: of one dtype and shape first, then of equal bits."""
+
+    def copy_of(name: str, others: Iterable[str]) -> str | None:
+        mine = weights[name]
+        alike = (other for other in others if _form(weights, other) == (mine.dtype, mine.shape))
+        digest = tensor_digest(mine)
+        return next((other for other in alike if tensor_digest(weights[other]) == digest), None)
+
+    return copy_of
+
+
+def _form(weights: Mapping[str, Tensor], name: str) -> tuple[torch.dtype, torch.Size]:
+    like = weights.entry(name) if isinstance(weights, LazyWeights) else weights[name]
+    return like.dtype, like.shape
 
 
 def open_adapter(
@@ -81,6 +111,8 @@ def open_adapter(
     *,
     key_map: KeyMap = (),
     dtype: torch.dtype | None = None,
+    only: NameFilter | None = None,
+    advice: str = ADVICE,
 ) -> LazyWeights:
     """Open a PEFT LoRA adapter together with its base as the fine-tuned weights, reading no tensor yet.
 
@@ -91,6 +123,8 @@ def open_adapter(
         key_map: Regular expressions and replacements for the adapter's names; see `tva.checkpoints.map_names`.
         dtype: Of the tensors that the adapter moves; by default the base's. Where the base is float16 or bfloat16,
             ``torch.float32`` keeps what rounding to it would lose of a small delta.
+        only: Which names of either side take part; a left-out tensor of the base is not in the result.
+        advice: What an error about names advises.
 
     Returns:
         The base's names to its tensors, those that the adapter moves with their delta added: in float32 (float64 where
@@ -107,8 +141,11 @@ def open_adapter(
     weights = _open_tensors(folder)
     low_rank, full = _sort(folder, weights)
     targets = {**{f"{module}.weight": module for module in low_rank}, **{name: name for name in full}}
-    match = match_names(targets, base, key_map, subset=True)
-    entries = {name: base.entry(name) if isinstance(base, LazyWeights) else InMemory(base[name]) for name in base}
+    only = only or NameFilter()
+    left_out = only.note(targets, "")
+    base_names = only.kept(base)
+    match = match_names(only.kept(targets), base_names, key_map, subset=True, advice=advice)
+    entries = {name: base.entry(name) if isinstance(base, LazyWeights) else InMemory(base[name]) for name in base_names}
     for name, target in match.names.items():
         start = full.get(target, entries[name])
         if start.shape != entries[name].shape:
@@ -120,7 +157,7 @@ def open_adapter(
             start = _adapted(folder, config, targets[target], start, *factors, dtype or start.dtype)
         entries[name] = start
     source = f" of {base.path}" if isinstance(base, LazyWeights) else ""
-    notes = (match.text, f"{len(match.names)} of {len(entries)} tensors{source} are the adapter's")
+    notes = (*left_out, match.text, f"{len(match.names)} of {len(entries)} tensors{source} are the adapter's")
     return LazyWeights(Info(folder, "LoRA adapter with its base", notes=notes), entries)
 
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Literal
 
 from tva._torch import load_torch
-from tva.checkpoints import Fingerprint, LazyWeights, Output, find, is_hub, read_metadata, side_files
+from tva.checkpoints import Fingerprint, LazyWeights, NameFilter, Output, find, is_hub, read_metadata, side_files
 from tva.compose.engine import Composer, GroupEffect
 from tva.compose.plan import Plan, make_plan
 from tva.compose.recipe import Recipe
@@ -83,6 +83,8 @@ def compose(
     allow_other_base: bool = False,
     key_map: dict[str, str] | None = None,
     which: str = "checkpoint",
+    include: list[str] | None = None,
+    exclude: list[str] | None = None,
     allow_other_kind: bool = False,
     plan: bool = False,
     resume: bool = False,
@@ -109,6 +111,9 @@ def compose(
             more than one prefix.
         which: Of fine-tuned Lightning checkpoints that a weight-averaging callback has written, the ``raw`` or the
             ``averaged`` weights; ``checkpoint`` is what Lightning loads.
+        include: Regular expressions that are searched for in the names of tensors; only those found take part.
+        exclude: Regular expressions of names to leave out, of the base as of the vectors, such as ``^criterion[.]``:
+            the output has the base's as they are.
         allow_other_kind: Mix vectors of linearized networks (``tangent``) with ordinary ones; the output is then
             marked as an ordinary network's.
         plan: Write nothing; tell what would be done, by headers alone: coefficients, memory, bytes to move.
@@ -136,6 +141,7 @@ def compose(
         raise ValueError(f"scaling_coef must be a finite number; found {scaling_coef}.")
     check_output(output, {"base": base, **{f"vectors.{name}": path for name, path in vectors.items()}})
     options = {"allow_other_base": allow_other_base, "key_map": key_map or {}}
+    options |= NameFilter(include, exclude).options
     composer = Composer.open(base, vectors, checked, scaling_coef, dtype, which=which, **options)
     check_output(output, {f"a file of {recipe}": path for path in checked.files})
     weights, sources = composer.base, composer.sources

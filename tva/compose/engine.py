@@ -9,7 +9,7 @@ from __future__ import annotations
 import gc
 import math
 from collections import ChainMap
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -17,7 +17,7 @@ from typing import Any, Protocol
 
 from tva._torch import Tensor, load_torch, num_threads, torch, torch_is_loaded
 from tva.arithmetic import add_scaled, is_edited
-from tva.checkpoints import Elements, Fingerprint, LazyWeights, Spec, TensorHash, open_weights
+from tva.checkpoints import Elements, Fingerprint, LazyWeights, NameFilter, Spec, TensorHash, open_weights
 from tva.compose.chunks import FUSED_DTYPES, Deltas, NewSpace, OpenedTensor, Space, is_fusible
 from tva.compose.recipe import ChunkDeltas, Chunks, Recipe, States
 from tva.console import progress
@@ -150,17 +150,17 @@ class Composer:
         allow_other_base: bool = False,
         key_map: Mapping[str, str] | None = None,
         which: str = "checkpoint",
+        include: Sequence[str] | None = None,
+        exclude: Sequence[str] | None = None,
     ) -> Composer:
         """Open the files of an edit; the arguments are those of `compose`."""
         if dtype is not None and dtype not in DTYPES:
             raise ValueError(f"dtype must be one of {', '.join(DTYPES)}; found {dtype!r}.")
         weights = open_weights(base)
-        sources = {
-            name: LazyTaskVector(
-                vectors[name], weights, name=name, allow_other_base=allow_other_base, key_map=key_map, which=which
-            )
-            for name in recipe.vectors
-        }
+        only = NameFilter(include, exclude)
+        options = {"allow_other_base": allow_other_base, "key_map": key_map, "which": which, "only": only}
+        sources = {name: LazyTaskVector(vectors[name], weights, name=name, **options) for name in recipe.vectors}
+        only.check_used()
         chosen = {source.weights.info.which for source in sources.values()}
         if which != "checkpoint" and which not in chosen:
             raise ValueError(f"which={which!r}: no vector holds both raw and averaged weights. Leave it out.")

@@ -11,7 +11,17 @@ from pathlib import Path
 from typing import Any
 
 from tva._torch import load_torch
-from tva.checkpoints import Fingerprint, HashedWeights, Output, Spec, find, fingerprint, open_weights, side_files
+from tva.checkpoints import (
+    Fingerprint,
+    HashedWeights,
+    NameFilter,
+    Output,
+    Spec,
+    find,
+    fingerprint,
+    open_weights,
+    side_files,
+)
 from tva.compose.apply import check_output
 from tva.compose.engine import Composer
 from tva.compose.recipe import Recipe
@@ -164,9 +174,9 @@ def _way_back(edited: str, weights: HashedWeights, undo: OpenedUndo, vectors: Ma
         paths = {**record.vectors, **vectors}
         recipe = open_recipe(edited, record, paths)
         recipe.bind(weights.keys())
-        sources = {
-            name: LazyTaskVector(paths[name], weights, name=name, allow_other_base=True) for name in recipe.vectors
-        }
+        only = NameFilter(record.options.get("include"), record.options.get("exclude"))
+        options = {"allow_other_base": True, "only": only}
+        sources = {name: LazyTaskVector(paths[name], weights, name=name, **options) for name in recipe.vectors}
     load_torch()  # which undo files take, and so the memory that is left
     composer = Composer(weights, sources, recipe, -record.scaling_coef, undo.dtypes, undo.ties)
     composer.chunk = undo.block

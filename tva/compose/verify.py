@@ -158,6 +158,8 @@ def verify(
         record.dtype or None,
         allow_other_base=True,  # whether it is the same base, its fingerprint tells
         key_map=record.options["key_map"],
+        include=record.options.get("include"),
+        exclude=record.options.get("exclude"),
         which="raw" if "raw" in record.options["which"].values() else "checkpoint",
     )
     skipped = [] if record.options.get("statistics", "keep") == "keep" else list(filter(_is_estimated, composer.names))

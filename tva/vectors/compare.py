@@ -7,7 +7,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from tva.checkpoints import HashedWeights, open_weights
+from tva.checkpoints import HashedWeights, NameFilter, open_weights
 from tva.checkpoints.lazy import Which
 from tva.errors import MismatchError, some
 from tva.layers import in_layer_order
@@ -81,6 +81,8 @@ def compare(
     allow_other_base: bool = False,
     key_map: dict[str, str] | None = None,
     which: Which = "checkpoint",
+    include: list[str] | None = None,
+    exclude: list[str] | None = None,
 ) -> Compared:
     """Compare task vectors: norms, the cosine of every pair and the share of signs on which two disagree.
 
@@ -93,6 +95,8 @@ def compare(
             one prefix.
         which: Of Lightning checkpoints that a weight-averaging callback has written, the ``raw`` or ``averaged``
             weights; ``checkpoint`` is what Lightning loads.
+        include: Regular expressions that are searched for in the names of tensors; only those found take part.
+        exclude: Regular expressions of names to leave out, of the base as of vectors and checkpoints.
 
     Returns:
         The matrices. Running statistics do not count.
@@ -109,8 +113,10 @@ def compare(
     if twice:
         raise ValueError(f"Vectors must differ to be compared; {some(twice)} was given more than once. Leave it out.")
     opened_base = None if base is None else HashedWeights(open_weights(base))
-    options = {"allow_other_base": allow_other_base, "key_map": key_map, "which": which}
+    only = NameFilter(include, exclude)
+    options = {"allow_other_base": allow_other_base, "key_map": key_map, "which": which, "only": only}
     opened = [open_vector(path, opened_base, **options) for path in paths]
+    only.check_used()
     bases = _check_alike(opened, allow_other_base)
     groups = measure([vector.deltas for vector in opened], group_of)
     whole = total(groups.values(), len(opened))

@@ -7,7 +7,7 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from tva.checkpoints import find, open_weights
+from tva.checkpoints import NameFilter, find, open_weights
 from tva.checkpoints.lazy import Which
 from tva.vectors.header import SUFFIX, Origin, is_vector_file
 from tva.vectors.lazy import LazyTaskVector
@@ -50,6 +50,8 @@ def extract(
     task: str | None = None,
     key_map: dict[str, str] | None = None,
     which: Which = "checkpoint",
+    include: list[str] | None = None,
+    exclude: list[str] | None = None,
 ) -> Extracted:
     """Write the task vector from a base to its fine-tuned checkpoint, without loading either of them whole.
 
@@ -64,6 +66,9 @@ def extract(
             base's by more than one prefix.
         which: Of a fine-tuned Lightning checkpoint that a weight-averaging callback has written, the ``raw`` or the
             ``averaged`` weights; ``checkpoint`` is what Lightning loads.
+        include: Regular expressions that are searched for in the names of tensors; only those found take part.
+        exclude: Regular expressions of names to leave out, of the base as of the fine-tuned checkpoint, such as
+            ``^classifier[.]``; the vector lists the base's as excluded.
 
     Returns:
         What was written.
@@ -88,13 +93,17 @@ def extract(
                 f"'tva inspect {path}' tells what is in it."
             )
     weights = open_weights(base)
-    source = LazyTaskVector(finetuned, weights, key_map=key_map, which=which)
+    only = NameFilter(include, exclude)
+    source = LazyTaskVector(finetuned, weights, key_map=key_map, which=which, only=only)
+    only.check_used()
     moved = source.weights
     if which != "checkpoint" and moved.info.which != which:
         raise ValueError(f"which={which!r}: {finetuned} does not hold both raw and averaged weights. Leave it out.")
     averaged = {"averaged": True, "raw": False}.get(moved.info.which)
     task = task or Path(output).name.removesuffix(".safetensors").removesuffix(".tv")
-    plan = VectorPlan(weights, None, {name: TensorSource.stored(moved.entry(name)) for name in weights}, must_move=True)
+    entries = {name: (moved if name in moved else weights).entry(name) for name in weights}
+    sources = {name: TensorSource.stored(entry) for name, entry in entries.items()}
+    plan = VectorPlan(weights, None, sources, exclude=source.untouched, must_move=True)
     origin = Origin(task=task, averaged=averaged, weights=which, kind=source.origin.kind)
     emitted = emit(plan, Path(output), origin)
     reasons = sorted(emitted.untouched.values())

@@ -11,7 +11,7 @@ from typing import Any
 
 from tva._torch import Tensor, torch
 from tva.arithmetic import BATCH_NORM_STATISTICS, is_edited, subtract, sum_dtype
-from tva.checkpoints import HashedWeights, LazyWeights, open_finetuned, open_weights
+from tva.checkpoints import HashedWeights, LazyWeights, NameFilter, open_finetuned, open_weights
 from tva.checkpoints.lazy import Entry
 from tva.errors import MismatchError, some
 from tva.vectors.geometry import TensorReader
@@ -29,6 +29,7 @@ class LazyTaskVector:
         allow_other_base: Whether a task vector file may be of another base.
         key_map: For a checkpoint's names; see `tva.checkpoints.map_names`.
         which: Of a checkpoint with two sets of weights.
+        only: Which names take part, on the side of the base as on the vector's; the others are not moved.
 
     Attributes:
         path: The file or folder.
@@ -37,7 +38,7 @@ class LazyTaskVector:
         is_checkpoint: Whether it is a checkpoint rather than a task vector file.
         origin: Where it comes from; of a checkpoint the kind, and the base where `open_vector` opened it.
         buffers: Names of running statistics, kept apart from parameters.
-        untouched: Names that a task vector file does not move, each with the reason; empty for a checkpoint.
+        untouched: Names that it does not move, each with the reason; of a checkpoint only those left out by ``only``.
 
     Raises:
         MismatchError: Keys or shapes are not the base's.
@@ -53,23 +54,29 @@ class LazyTaskVector:
         allow_other_base: bool = False,
         key_map: Mapping[str, str] | None = None,
         which: str = "checkpoint",
+        only: NameFilter | None = None,
     ) -> None:
         self.path = os.fspath(path)
         self.name, self.base = name or self.path, base
         self.is_checkpoint = not is_vector_file(path)
+        only = only or NameFilter()
         if not self.is_checkpoint:
             weights = open_weights(path)
-            self.origin, self.buffers, self.untouched = read_origin(weights)
+            self.origin, buffers, untouched = read_origin(weights)
+            self.untouched = {name: reason for name, reason in untouched.items() if only.keeps(name)}
+            self.buffers = {name for name in buffers if only.keeps(name)}
+            weights = weights.renamed({name: name for name in only.kept(weights)}, *only.note(weights, ""))
         elif base is None:
             format_ = open_weights(path).info.format  # says what is wrong if it is not a checkpoint either
             raise ValueError(f"{path} is a checkpoint ({format_}), not a task vector file. Give its base with --base.")
         else:
-            weights = _open_checkpoint(self.path, base, key_map or {}, which)
+            weights = _open_checkpoint(self.path, base, key_map or {}, which, only)
             self.origin, self.untouched = Origin(kind=weights.metadata.get(KEY)), {}
             self.buffers = {name for name in weights if name.rpartition(".")[2] in BATCH_NORM_STATISTICS}
         self.weights = HashedWeights(weights)
         if base is not None:
-            _check_names(self.path, self.weights, self.names, base)
+            _check_names(self.path, self.weights, self.names, base, only.kept(base))
+            self.untouched |= {name: "excluded" for name in base if not only.keeps(name)}
         self._check_base = self.origin.base is not None and not allow_other_base
 
     @property
@@ -87,7 +94,8 @@ class LazyTaskVector:
         """The parameters that it moves, in the order of the base."""
         if self.is_checkpoint:
             base = self.base
-            names = [name for name in base if name not in self.buffers and is_edited(base.spec(name))]
+            names = [name for name in base if name in self.weights and name not in self.buffers]
+            names = [name for name in names if is_edited(base.spec(name))]
             return {name: _difference(self.weights.entry(name), base.entry(name)) for name in names}
         order = [*(self.origin.base.tensors if self.origin.base else ()), *self.weights]  # a file may have another
         names = [name for name in dict.fromkeys(order) if name in self.weights and name not in self.buffers]
@@ -150,6 +158,7 @@ def open_vector(
     allow_other_base: bool = False,
     key_map: Mapping[str, str] | None = None,
     which: str = "checkpoint",
+    only: NameFilter | None = None,
 ) -> LazyTaskVector:
     """Open a task vector file, or with a base a fine-tuned checkpoint, and check that it is of this base.
 
@@ -159,12 +168,13 @@ def open_vector(
         allow_other_base: Whether a task vector file may be of another base.
         key_map: For a checkpoint's names; see `tva.checkpoints.map_names`.
         which: Of a checkpoint with raw and averaged weights.
+        only: Which names take part.
 
     Raises:
         MismatchError: It is of another base or architecture.
         ValueError: It is neither a vector nor a checkpoint, or it is a checkpoint and there is no base.
     """
-    vector = LazyTaskVector(path, base, allow_other_base=allow_other_base, key_map=key_map, which=which)
+    vector = LazyTaskVector(path, base, allow_other_base=allow_other_base, key_map=key_map, which=which, only=only)
     if base is not None:
         vector.check_base(base)
         if vector.is_checkpoint:
@@ -172,31 +182,38 @@ def open_vector(
     return vector
 
 
-def _open_checkpoint(path: str, base: LazyWeights, key_map: Mapping[str, str], which: str) -> LazyWeights:
+def _open_checkpoint(
+    path: str, base: LazyWeights, key_map: Mapping[str, str], which: str, only: NameFilter
+) -> LazyWeights:
     """Open a fine-tuned checkpoint; ``which`` counts where there are two sets of weights, and not elsewhere."""
-    opened = open_finetuned(path, base, key_map=key_map)
+    opened = open_finetuned(path, base, key_map=key_map, only=only)
     if which != "checkpoint" and opened.info.which != "as stored":
-        return open_finetuned(path, base, key_map=key_map, which=which)
+        return open_finetuned(path, base, key_map=key_map, which=which, only=only)
     return opened
 
 
-def _check_names(path: str, weights: LazyWeights, names: Collection[str], base: LazyWeights) -> None:
-    shapes = [
-        f"{name} {list(base.spec(name).sizes)} and {list(weights.spec(name).sizes)}"
-        for name in sorted(weights)
-        if name in base and weights.spec(name).sizes != base.spec(name).sizes
-    ]
+def _check_names(
+    path: str, weights: LazyWeights, names: Collection[str], base: LazyWeights, base_names: Collection[str]
+) -> None:
+    sizes = {name: (list(base.spec(name).sizes), list(weights.spec(name).sizes)) for name in weights if name in base}
+    sizes = {name: pair for name, pair in sizes.items() if pair[0] != pair[1]}
+    missing, extra = set(base_names) - names, names - set(base_names)
     problems = {
-        f"{path} lacks": base.keys() - names,
-        "the base lacks": names - base.keys(),
-        "shapes differ:": shapes,
+        f"{path} lacks": missing,
+        "the base lacks": extra,
+        "shapes differ:": [f"{name} {old} and {new}" for name, (old, new) in sizes.items()],
     }
     if any(problems.values()):
         found = "; ".join(f"{what} {some(sorted(which))}" for what, which in problems.items() if which)
-        raise MismatchError(
-            f"The base and {path} must have the same keys and shapes, but {found}. Take both "
-            f"from the same architecture."
-        )
+        advice = "Take both from the same architecture, or leave the names that differ out by exclude."
+        rows = {(old[0], new[0]) for old, new in sizes.values() if old and new and old[1:] == new[1:]}
+        if len(rows) == 1 and not missing and not extra and all(o[1:] == n[1:] for o, n in sizes.values()):
+            advice = (
+                "Only their numbers of rows differ, {} and {}, as those of embeddings and heads do where a vocabulary "
+                "or the number of classes has grown. Give both the same one (of transformers: "
+                "base.resize_token_embeddings, then save_pretrained), or leave these tensors out by exclude."
+            ).format(*next(iter(rows)))
+        raise MismatchError(f"The base and {path} must have the same keys and shapes, but {found}. {advice}")
 
 
 def untie(base: LazyWeights, sources: Iterable[LazyTaskVector]) -> dict[str, str]:

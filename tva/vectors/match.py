@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from tva._torch import Tensor, torch
-from tva.checkpoints import HashedWeights, open_weights
+from tva.checkpoints import HashedWeights, NameFilter, open_weights
 from tva.checkpoints.lazy import Entry, Which
 from tva.errors import MismatchError, NoEffectError, some
 from tva.vectors.geometry import TensorReader, fit, measure, total
@@ -79,6 +79,8 @@ def match(
     allow_other_base: bool = False,
     key_map: dict[str, str] | None = None,
     which: Which = "checkpoint",
+    include: list[str] | None = None,
+    exclude: list[str] | None = None,
 ) -> Matched:
     r"""Tell whether a checkpoint is its base plus a number times a task vector, and which number.
 
@@ -95,6 +97,8 @@ def match(
             one prefix.
         which: Of Lightning checkpoints that a weight-averaging callback has written, the ``raw`` or ``averaged``
             weights; ``checkpoint`` is what Lightning loads.
+        include: Regular expressions that are searched for in the names of tensors; only those found take part.
+        exclude: Regular expressions of names to leave out, of the base as of vectors and checkpoints.
 
     Returns:
         Every vector's number and residual, the best first, and the joint fit.
@@ -107,7 +111,8 @@ def match(
     """
     checkpoint, base = os.fspath(checkpoint), os.fspath(base)
     opened = HashedWeights(open_weights(base))
-    options = {"key_map": key_map, "which": which}
+    only = NameFilter(include, exclude)
+    options = {"key_map": key_map, "which": which, "only": only}
     x = open_vector(checkpoint, opened, **options)
     if not x.is_checkpoint:
         raise ValueError(f"{checkpoint} is a task vector file; give the checkpoint that may have been made with it.")
@@ -118,6 +123,7 @@ def match(
             candidates.append(open_vector(path, opened, allow_other_base=allow_other_base, **options))
         except MismatchError as error:
             left_out[path] = str(error)
+    only.check_used()
     if not candidates:
         first = next(iter(left_out.values()))
         raise MismatchError(f"None of {len(left_out)} vectors is of this base. The first: {first}")
