@@ -50,7 +50,7 @@ def test_a_part_of_an_adapted_tensor_is_that_part_of_the_whole_bit_for_bit(tmp_p
     assert torch.equal(torch.cat(parts), whole)
 
 
-def test_transposed_layers_follow_fan_in_fan_out(tmp_path):
+def test_the_shape_decides_how_a_weight_is_stored(tmp_path):
     conv1d = pytest.importorskip("transformers.pytorch_utils").Conv1D
 
     class Gpt(nn.Module):
@@ -65,8 +65,8 @@ def test_transposed_layers_follow_fan_in_fan_out(tmp_path):
     torch.testing.assert_close(weights["c_attn.weight"], expected["c_attn.weight"], rtol=0, atol=1e-6)
     config = json.loads((tmp_path / "adapter_config.json").read_text())
     (tmp_path / "adapter_config.json").write_text(json.dumps({**config, "fan_in_fan_out": False}))
-    with pytest.raises(MismatchError, match=r"a delta of shape \[9, 4\] \(fan_in_fan_out: False\).*\[4, 9\]"):
-        open_adapter(tmp_path, before)
+    again = open_adapter(tmp_path, before)  # peft overrides the setting by a module's class
+    assert torch.equal(again["c_attn.weight"], weights["c_attn.weight"])
 
 
 def test_a_small_delta_survives_a_bfloat16_base_in_float32(tmp_path):
@@ -99,7 +99,7 @@ def write(folder, scale=1.0, tensors=None, **settings):
         ({"trainable_token_indices": [1, 2]}, "trainable_token_indices="),
         ({"target_parameters": ["experts"]}, "target_parameters="),
         ({"a_variant_of_tomorrow": {"x": 1}}, "a_variant_of_tomorrow="),
-        ({"peft_type": "LOHA"}, "peft_type 'LOHA'; LORA alone is supported"),
+        ({"peft_type": "LOHA"}, "peft_type 'LOHA'; only LORA is supported"),
         ({"r": 0}, "must give r and lora_alpha"),
         ({"r": 2}, "'a.q' has rank 2, but its factors are"),
     ],
@@ -157,8 +157,8 @@ def test_an_adapter_is_no_checkpoint_without_its_base(tmp_path):
     with pytest.raises(FileNotFoundError, match="neither adapter_model.safetensors nor adapter_model.bin"):
         open_adapter(tmp_path, {"a.q.weight": torch.ones(4, 3)})
     (tmp_path / "adapter_config.json").write_text("[")
-    with pytest.raises(ValueError, match="is no JSON"):
+    with pytest.raises(ValueError, match="is not valid JSON"):
         open_adapter(tmp_path, {})
     (tmp_path / "adapter_config.json").unlink()
-    with pytest.raises(FileNotFoundError, match="is no PEFT adapter"):
+    with pytest.raises(FileNotFoundError, match="is not a PEFT adapter"):
         open_adapter(tmp_path, {})

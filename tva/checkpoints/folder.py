@@ -1,8 +1,11 @@
-"""Which file of a folder holds the model."""
+"""What is in a model's folder: the file of its weights, and its configuration."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
+
+from tva.checkpoints.foreign import read_json
 
 
 def weights_file(folder: Path) -> Path | None:
@@ -18,3 +21,13 @@ def weights_file(folder: Path) -> Path | None:
             if len(found) == 1:
                 return folder / found[0]
     return None
+
+
+def model_config(path: Path) -> dict[str, Any]:
+    """Return the ``config.json`` in a model's folder, or beside its file; empty if there is none.
+
+    Raises:
+        ValueError: It is not a JSON object.
+    """
+    file = (path if path.is_dir() else path.parent) / "config.json"
+    return read_json(file) if file.exists() else {}

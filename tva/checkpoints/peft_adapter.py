@@ -1,44 +1,31 @@
-r"""PEFT LoRA adapters as fine-tuned weights: each base tensor plus its low-rank product, computed when it is read.
-
-:math:`\Delta W = s\,BA` with :math:`s = \alpha/r`, or :math:`\alpha/\sqrt r` (rsLoRA). What changes the weights in any
-other way is refused by name, never approximated.
-
-Source: Hu et al., "LoRA: low-rank adaptation of large language models", ICLR 2022; Kalajdzievski, "A rank stabilization
-scaling factor for fine-tuning with LoRA", 2023.
-"""
+"""Fine-tuned weights under their base's names: of a checkpoint, or of a PEFT LoRA adapter together with its base."""
 
 from __future__ import annotations
 
-import json
-import math
 import os
 import re
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
-from typing import Any
 
 from tva._torch import Tensor, torch
-from tva.arithmetic import add_scaled
 from tva.checkpoints.fingerprint import tensor_digest
+from tva.checkpoints.folder import model_config, weights_file
 from tva.checkpoints.formats import pytorch, safetensors
 from tva.checkpoints.lazy import Entry, Info, InMemory, LazyWeights, Which
-from tva.checkpoints.names import ADVICE, CopyOf, KeyMap, NameFilter, match_names
+from tva.checkpoints.lora import (
+    EMBEDDINGS,
+    HEADS,
+    AdapterTensors,
+    adapted,
+    orientations,
+    read_config,
+    sort_tensors,
+)
+from tva.checkpoints.names import ADVICE, CopyOf, KeyMap, NameFilter, NameMatch, match_names
 from tva.checkpoints.open import find, open_weights
 from tva.errors import MismatchError, some
 
-# Settings that the merged weights do not depend on, or that are used below. Any other one that is set is refused.
-KNOWN = {
-    "peft_type", "peft_version", "auto_mapping", "task_type", "base_model_name_or_path", "revision", "inference_mode",
-    "r", "lora_alpha", "lora_dropout", "fan_in_fan_out", "use_rslora", "rank_pattern", "alpha_pattern",
-    "target_modules", "exclude_modules", "modules_to_save", "layers_to_transform", "layers_pattern",
-    "init_lora_weights", "bias", "runtime_config", "eva_config", "megatron_core", "qalora_group_size",
-}  # fmt: skip
-# How A and B start; the others (PiSSA, OLoRA, CorDA, LoftQ, LoRA-GA) change the base's weights as well.
-HARMLESS_STARTS = (True, False, None, "gaussian", "eva", "orthogonal", "mica")
-
-
-BLOCK = 2**16  # elements of a low-rank product that are computed at a time
+ADAPTER_FILES = ("adapter_model.safetensors", "adapter_model.bin")
 
 
 def open_finetuned(
@@ -53,7 +40,7 @@ def open_finetuned(
     """Open a fine-tuned checkpoint, or a LoRA adapter, under its base's names, reading no tensor yet.
 
     Args:
-        path: What `tva.open_weights` reads, or an adapter's folder.
+        path: What `tva.open_weights` reads, or an adapter's folder or file.
         base: The base's weights.
         key_map: Regular expressions and replacements for the checkpoint's names; see `tva.checkpoints.map_names`.
         which: Of a checkpoint that holds two sets of weights; see `tva.open_weights`.
@@ -62,16 +49,18 @@ def open_finetuned(
 
     Returns:
         The base's names to the fine-tuned tensors; those of an adapter in float32. Of names that share one tensor in
-        either file, or hold equal ones, it is enough that the other has one. ``info.notes`` says how names matched.
+        either file, or hold equal ones, it is enough that the other has one. ``info.notes`` tells how names matched.
 
     Raises:
         MismatchError: The names cannot be matched.
     """
     found = find(path)
-    if (found / "adapter_config.json").exists():
-        return open_adapter(path, base, key_map=key_map, dtype=torch.float32, only=only, advice=advice)
+    folder = found.parent if found.name in ADAPTER_FILES else found
+    if (folder / "adapter_config.json").exists():
+        return open_adapter(folder, base, key_map=key_map, dtype=torch.float32, only=only, advice=advice)
     only = only or NameFilter()
     whole = open_weights(path, which=which)
+    _refuse_unmerged(whole)
     notes = only.note(whole, "")
     weights = whole.renamed({name: name for name in only.kept(whole)}, *notes)
     base_names = only.kept(base)
@@ -105,6 +94,15 @@ def _form(weights: Mapping[str, Tensor], name: str) -> tuple[torch.dtype, torch.
     return like.dtype, like.shape
 
 
+def _refuse_unmerged(weights: LazyWeights) -> None:
+    factors = [name for name in weights if re.search(r"\.lora_(embedding_)?[AB]\b", name)]
+    if factors:
+        raise ValueError(
+            f"{weights.path} holds a model together with its LoRA factors ({some(factors)}), and not the scale of "
+            f"their product. Merge them before saving (model.merge_and_unload() of peft), or give the adapter's folder."
+        )
+
+
 def open_adapter(
     path: str | os.PathLike[str],
     base: Mapping[str, Tensor],
@@ -115,6 +113,10 @@ def open_adapter(
     advice: str = ADVICE,
 ) -> LazyWeights:
     """Open a PEFT LoRA adapter together with its base as the fine-tuned weights, reading no tensor yet.
+
+    The weights are those of peft's ``merge_and_unload``: where names of the base are tied, an adapter of the embedding
+    moves all of them. An adapter of the tied head only is refused, as its merged model is not the model that was
+    trained.
 
     Args:
         path: The adapter's folder (``adapter_config.json`` and ``adapter_model.safetensors`` or ``.bin``), or
@@ -133,164 +135,189 @@ def open_adapter(
     Raises:
         FileNotFoundError: A file is missing.
         MismatchError: A name or shape is not the base's.
-        ValueError: It is no LoRA adapter, or a variant that is not supported.
+        ValueError: It is not a LoRA adapter, or a variant that is not supported.
     """
     folder = find(path)
     folder = folder.parent if folder.is_file() else folder
-    config = _read_config(folder)
-    weights = _open_tensors(folder)
-    low_rank, full = _sort(folder, weights)
-    targets = {**{f"{module}.weight": module for module in low_rank}, **{name: name for name in full}}
+    config = read_config(folder)
+    tensors = sort_tensors(folder, _open_tensors(folder))
+    modules = {f"{module}.weight": module for module in tensors.low_rank}
+    model = model_config(base.path) if isinstance(base, LazyWeights) else {}
     only = only or NameFilter()
+    targets = [*modules, *(name for name in tensors.whole if name not in modules)]
     left_out = only.note(targets, "")
-    base_names = only.kept(base)
-    match = match_names(only.kept(targets), base_names, key_map, subset=True, advice=advice)
-    entries = {name: base.entry(name) if isinstance(base, LazyWeights) else InMemory(base[name]) for name in base_names}
-    for name, target in match.names.items():
-        start = full.get(target, entries[name])
-        if start.shape != entries[name].shape:
-            raise MismatchError(
-                f"{folder} holds {target!r} of shape {list(start.shape)}; the base's is {list(entries[name].shape)}."
-            )
-        factors = low_rank.get(targets[target])
-        if factors is not None:
-            start = _adapted(folder, config, targets[target], start, *factors, dtype or start.dtype)
-        entries[name] = start
-    source = f" of {base.path}" if isinstance(base, LazyWeights) else ""
-    notes = (*left_out, match.text, f"{len(match.names)} of {len(entries)} tensors{source} are the adapter's")
-    return LazyWeights(Info(folder, "LoRA adapter with its base", notes=notes), entries)
-
-
-@dataclass(frozen=True)
-class _Adapted(Entry):
-    """A base tensor plus ``scaling * b @ a``."""
-
-    base: Entry
-    a: Entry
-    b: Entry
-    scaling: float
-    transposed: bool
-    dtype: torch.dtype
-    shape: torch.Size
-
-    @property
-    def in_parts(self) -> bool:
-        return self.base.in_parts
-
-    @property
-    def held_bytes(self) -> int:
-        factors = self.a.shape.numel() + self.b.shape.numel()
-        return self.base.held_bytes + factors * (self.a.dtype.itemsize + torch.float32.itemsize)
-
-    def slice(self, start: int, stop: int) -> Tensor:
-        # A part of a matrix product may differ in its last bit from the same part of the whole: blocks of rows are
-        # therefore always the same ones, whatever is asked for.
-        a, b = self.a.read().flatten(1), self.b.read().flatten(1)  # [rank, in · kernel], [out, rank]
-        wide = torch.float64 if torch.float64 in (a.dtype, b.dtype, self.base.dtype) else torch.float32
-        left, right = (a.T, b.T) if self.transposed else (b, a)
-        left, right = left.to(wide), right.to(wide)
-        row = max(1, right.shape[1])
-        rows = max(1, BLOCK // row)
-        parts = [torch.empty(0, dtype=self.dtype)]
-        for first in range(start // row // rows * rows, -(-stop // row), rows):
-            last = min(first + rows, len(left))
-            low, high = max(start, first * row), min(stop, last * row)
-            delta = (left[first:last] @ right).mul_(self.scaling).reshape(-1)[low - first * row : high - first * row]
-            parts.append(add_scaled(self.base.slice(low, high), delta, 1.0, dtype=self.dtype))
-        return torch.cat(parts)
-
-
-def _adapted(
-    folder: Path, config: Mapping[str, Any], module: str, base: Entry, a: Entry, b: Entry, embedding: bool, dtype: Any
-) -> _Adapted:
-    rank = _by_pattern(config.get("rank_pattern"), module, config["r"])
-    alpha = _by_pattern(config.get("alpha_pattern"), module, config["lora_alpha"])
-    if a.shape[:1] != (rank,) or b.shape[1:2] != (rank,) or b.shape[2:].numel() != 1:
-        raise ValueError(
-            f"{folder} says that {module!r} has rank {rank}, but its factors are {list(a.shape)} and {list(b.shape)}."
-        )
-    transposed = embedding or (bool(config.get("fan_in_fan_out")) and len(a.shape) == 2)
-    shape = torch.Size((*a.shape[1:], *b.shape[:1]) if transposed else (*b.shape[:1], *a.shape[1:]))
-    if shape != base.shape:
-        raise MismatchError(
-            f"{folder} gives {module!r} a delta of shape {list(shape)} (fan_in_fan_out: {transposed}), but the base's "
-            f"weight is {list(base.shape)}. Is it of this base? Grouped convolutions are not supported."
-        )
-    scaling = alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank
-    return _Adapted(base, a, b, scaling, transposed, dtype, base.shape)
-
-
-def _by_pattern(patterns: Mapping[str, float] | None, module: str, default: float) -> float:
-    """Choose a module's value as peft does: that of the first pattern that matches the end of its name."""
-    for pattern, value in (patterns or {}).items():
-        if re.match(rf"(.*\.)?({pattern})$", module):
-            return value
-    return default
-
-
-def _read_config(folder: Path) -> dict[str, Any]:
-    path = folder / "adapter_config.json"
-    if not path.exists():
-        raise FileNotFoundError(f"{folder} is no PEFT adapter: adapter_config.json is missing.")
-    try:
-        config = json.loads(path.read_text())
-    except ValueError as error:
-        raise ValueError(f"{path} is no JSON ({error}). Copy the adapter again.") from error
-    kind = config.get("peft_type") if isinstance(config, dict) else None
-    if kind != "LORA":
-        raise ValueError(f"{path} is of peft_type {kind!r}; LORA alone is supported. {_merge(config)}")
-    if not config.get("r") or not config.get("lora_alpha"):
-        raise ValueError(f"{path} must give r and lora_alpha; found {config.get('r')} and {config.get('lora_alpha')}.")
-    refused = [f"{name}={value!r}" for name, value in config.items() if value and name not in KNOWN]
-    if config.get("bias", "none") != "none":
-        refused.append(f"bias={config['bias']!r}")
-    if config.get("init_lora_weights") not in HARMLESS_STARTS:
-        refused.append(f"init_lora_weights={config['init_lora_weights']!r}")
-    if refused:
-        raise ValueError(f"{path} uses {', '.join(refused)}, which is not supported. {_merge(config)}")
-    return config
-
-
-def _merge(config: Any) -> str:
-    base = config.get("base_model_name_or_path") if isinstance(config, dict) else None
-    return (
-        f"Merge it where peft is installed (PeftModel.from_pretrained(base, ADAPTER).merge_and_unload(), base "
-        f"{base!r}) and open the merged model."
+    kept = only.kept(base)
+    match = _match(folder, only.kept(targets), tensors, kept, key_map, advice)
+    entries = {name: base.entry(name) if isinstance(base, LazyWeights) else InMemory(base[name]) for name in kept}
+    shapes = {name: entry.shape for name, entry in entries.items()}
+    turned = orientations(
+        folder,
+        config,
+        model,
+        {modules[t]: (tensors.low_rank[modules[t]], n, shapes[n]) for n, t in match.names.items() if t in modules},
+        shapes,
     )
+    moved: dict[str, Entry] = {}
+    for name, target in match.names.items():
+        start = tensors.whole.get(target, entries[name])
+        if start.shape != shapes[name]:
+            raise MismatchError(_other_shape(folder, target, start.shape, shapes[name]))
+        if target in modules:
+            module = modules[target]
+            factors = tensors.low_rank[module]
+            start = adapted(folder, config, module, start, factors, turned.get(module), dtype or start.dtype)
+        moved[name] = start
+    tensors.check_used(folder, {*match.names.values(), *(target for target in targets if not only.keeps(target))})
+    ties = _move_ties(folder, base, moved, match.names, tensors, model, set(kept))
+    source = f" of {base.path}" if isinstance(base, LazyWeights) else ""
+    notes = [*left_out, match.text, f"{len(match.names)} of {len(entries)} tensors{source} are the adapter's"]
+    notes += [f"tied, and moved together: {some(ties)}"] if ties else []
+    if (merged := weights_file(folder)) is not None:
+        notes.append(f"the model in {merged.name} beside the adapter was not read; give that file if you mean it")
+    return LazyWeights(Info(folder, "LoRA adapter with its base", notes=tuple(notes)), {**entries, **moved})
 
 
 def _open_tensors(folder: Path) -> LazyWeights:
-    if (folder / "adapter_model.safetensors").exists():
-        return safetensors.open(folder / "adapter_model.safetensors")
-    if (folder / "adapter_model.bin").exists():
-        return pytorch.open(folder / "adapter_model.bin")
+    for name, module in zip(ADAPTER_FILES, (safetensors, pytorch), strict=True):
+        if (folder / name).exists():
+            return module.open(folder / name)
     raise FileNotFoundError(f"{folder} holds neither adapter_model.safetensors nor adapter_model.bin. Copy it there.")
 
 
-def _sort(folder: Path, weights: LazyWeights) -> tuple[dict[str, tuple[Entry, Entry, bool]], dict[str, Entry]]:
-    """Sort an adapter's tensors into factors by module, (A, B, of an embedding?), and whole tensors by name."""
-    factors: dict[str, dict[str, Entry]] = {}
-    full: dict[str, Entry] = {}
-    unknown = []
-    for name in weights:
-        short = name.removeprefix("base_model.model.")
-        found = re.fullmatch(r"(.+)\.(?:lora_([AB])\.weight|lora_embedding_([AB]))", short)
-        if found:
-            factors.setdefault(found[1], {})[found[2] or found[3] + " of an embedding"] = weights.entry(name)
-        elif short == name or re.search(r"(^|\.)lora_", short):
-            unknown.append(name)
-        else:  # saved whole: a module of modules_to_save, or the base of an adapted embedding
-            full[re.sub(r"(?<=\.)(modules_to_save|base_layer)\.", "", short)] = weights.entry(name)
-    broken = [module for module, pair in factors.items() if pair.keys() not in ({"A", "B"}, _EMBEDDING)]
-    if unknown or broken or not factors:
-        parts = [f"the tensors {some(unknown)} are of no supported kind"] if unknown else []
-        parts += [f"{some(broken)} lacks A or B"] if broken else []
-        raise ValueError(f"{folder} is no plain LoRA adapter: {'; '.join(parts) or 'it holds no lora_A and lora_B'}.")
-    low_rank = {
-        module: (pair["A"], pair["B"], False) if "A" in pair else (*(pair[key] for key in sorted(_EMBEDDING)), True)
-        for module, pair in factors.items()
-    }
-    return low_rank, full
+def _other_shape(folder: Path, name: str, found: torch.Size, shape: torch.Size) -> str:
+    text = f"{folder} holds {name!r} of shape {list(found)}; the base's is {list(shape)}."
+    if found[1:] == shape[1:] and name.split(".")[-2:-1] and name.split(".")[-2] in EMBEDDINGS | HEADS:
+        return (
+            f"{text} The vocabularies have {found[0]} and {shape[0]} entries: resize the base's "
+            f"(resize_token_embeddings) and save it, or take the base that the adapter was trained on."
+        )
+    return f"{text} Take the base that the adapter was trained on."
 
 
-_EMBEDDING = {"A of an embedding", "B of an embedding"}
+def _match(
+    folder: Path, targets: list[str], tensors: AdapterTensors, base: Collection[str], key_map: KeyMap, advice: str
+) -> NameMatch:
+    """Match an adapter's names; where they do not match, name a head that the base does not have."""
+    try:
+        return match_names(targets, base, key_map, subset=True, advice=advice)
+    except MismatchError as error:
+        heads = [target for target in targets if _module(target) in HEADS and target not in base]
+        if heads and _matches([t for t in targets if t not in heads], base, key_map):
+            raise MismatchError(
+                f"{folder} changes {some(heads)}, which the base does not store: it is tied to the input embeddings, "
+                f"so that merging would change those too. {_untie(heads)}"
+            ) from error
+        whole = [target for target in targets if target in tensors.whole]
+        if whole and _matches([t for t in targets if t not in whole], base, key_map):
+            raise MismatchError(
+                f"{folder} holds {len(whole)} tensors of its own beside the low-rank factors, which the base does not "
+                f"have: {some(whole)}. It was trained on a model with another head (its task_type says which): save "
+                f"the base with that head (save_pretrained of transformers) and give that. {advice}."
+            ) from error
+        raise
+
+
+def _matches(targets: list[str], base: Collection[str], key_map: KeyMap) -> bool:
+    if not targets:  # nothing is left to say otherwise
+        return True
+    try:
+        match_names(targets, base, key_map, subset=True)
+    except ValueError:
+        return False
+    return True
+
+
+def _module(name: str) -> str:
+    return name.removesuffix(".weight").rpartition(".")[2]
+
+
+def _untie(names: list[str]) -> str:
+    return (
+        f"Untie the base: set tie_word_embeddings to false in its configuration, save it with a copy of the embeddings "
+        f"as {names[0]!r}, and give that as the base."
+    )
+
+
+def _move_ties(
+    folder: Path,
+    base: Mapping[str, Tensor],
+    moved: dict[str, Entry],
+    targets: Mapping[str, str],
+    tensors: AdapterTensors,
+    model: Mapping[str, object],
+    kept: set[str],
+) -> list[str]:
+    """Let names that are tied to a moved embedding move with it, in place.
+
+    Returns:
+        The names that were added.
+
+    Raises:
+        MismatchError: A tied name is moved otherwise than by its embedding.
+    """
+    added = []
+    for names in _tied_groups(base, moved, model):
+        group = names & kept
+        inside = [name for name in group if name in moved]
+        if not inside:
+            continue
+        lora = {name: tensors.low_rank.get(targets[name].removesuffix(".weight")) for name in inside}
+        if len(inside) == 1 and (factors := lora[inside[0]]) is not None and factors.embedding:
+            for name in group - {inside[0]}:
+                moved[name] = moved[inside[0]]
+                added.append(name)
+        elif any(lora.values()) or len(inside) < len(group):
+            raise MismatchError(
+                f"The base's {some(sorted(group))} are tied, and {folder} changes {some(inside)} otherwise than by "
+                f"low-rank factors of the embedding alone, so that the tied names would have to differ. "
+                f"{_untie([name for name in sorted(group) if _module(name) in HEADS] or inside)}"
+            )
+    return sorted(added)
+
+
+def _tied_groups(base: Mapping[str, Tensor], moved: Mapping[str, Entry], model: Mapping[str, object]) -> list[set[str]]:
+    """Return the groups of names of the base that are tied: one tensor under several names, or equal copies of it."""
+    kept: dict[str, str] = dict(base.ties()) if isinstance(base, LazyWeights) else _shared(base)
+    if _said_untied(model):
+        return []
+    if any(_module(name) in EMBEDDINGS | HEADS for name in moved):
+        kept |= {name: other for name, other in _equal_embeddings(base).items() if name not in kept}
+    groups: dict[str, set[str]] = {}
+    for alias, name in kept.items():
+        groups.setdefault(kept.get(name, name), {kept.get(name, name)}).add(alias)
+    return list(groups.values())
+
+
+def _said_untied(model: Mapping[str, object]) -> bool:
+    text = model.get("text_config")
+    said = [part.get("tie_word_embeddings") for part in (model, text) if isinstance(part, Mapping)]
+    return False in said and True not in said
+
+
+def _shared(base: Mapping[str, Tensor]) -> dict[str, str]:
+    """Return the names of a state dict in memory that share the memory of another one."""
+    first: dict[object, str] = {}
+    found = {}
+    for name, tensor in base.items():
+        place = (tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype)
+        if tensor.numel() and first.setdefault(place, name) != name:
+            found[name] = first[place]
+    return found
+
+
+def _equal_embeddings(weights: Mapping[str, Tensor]) -> dict[str, str]:
+    """Return the embeddings and heads that are equal copies of an embedding, with its name; no others are compared."""
+
+    def shape(name: str) -> torch.Size:
+        return weights.spec(name).shape if isinstance(weights, LazyWeights) else weights[name].shape
+
+    names = [name for name in weights if name.endswith(".weight") and _module(name) in EMBEDDINGS | HEADS]
+    found: dict[str, str] = {}
+    for name in sorted(names, key=lambda name: _module(name) in HEADS):  # the embeddings first
+        for other in names:
+            if other == name or other in found or _module(other) in HEADS or shape(name) != shape(other):
+                continue
+            if torch.equal(weights[name], weights[other]):
+                found[name] = other
+                break
+    return found
