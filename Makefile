@@ -1,5 +1,5 @@
-# make demo   install into .venv, then forget, add and infer a task on this machine, offline
-# make test   install, lint, run every check;  make quick: the unit tests alone
+# make demo    install into .venv, then forget, add and infer a task on this machine, offline
+# make test    install, lint and run every test; make quick: the unit tests only
 PYTHON ?= python3
 SEEDS ?= 0
 BIN := .venv/bin

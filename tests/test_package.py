@@ -71,6 +71,7 @@ LONGER = {  # with the reason
     "tva.evaluation.evaluate.evaluate": "one pass and what it is made of",
     "tva.evaluation.recorder.recording": "the hooks of one pass, which share their state",
     "tva.vectors.match.match": "one fit and what it says",
+    "tva.merge.kernels": "what numba compiles together",
 }
 
 
