@@ -37,6 +37,7 @@ from tva.cli.main import main as tva
 from tva.data import ImageTask
 from tva.data.builtin import load_builtin
 from tva.edit.editor import Editor
+from tva.edit.options import EditOptions
 from tva.edit.run import run_edit
 from tva.evaluation.evaluate import evaluate
 from tva.evaluation.intervals import compare, flip_test
@@ -133,9 +134,7 @@ def choice(seeds: Sequence[int], output: Path, only: Sequence[str] | None = None
                     task: ImageTask(f"builtin:{task}", batch_size=500, val_size=1000 if task == "objects" else None)
                     for task in (*job["targets"], *job["controls"])
                 }
-                report = run_edit(
-                    make_trainer(),
-                    ClipClassifier(),
+                options = EditOptions(
                     vectors={task: paths[task] for task in job["targets"]},
                     output=str(folder / "out"),
                     log=str(folder / "log.jsonl"),
@@ -147,6 +146,7 @@ def choice(seeds: Sequence[int], output: Path, only: Sequence[str] | None = None
                         "controls": {task: tasks[task] for task in job["controls"]},
                     },
                 )
+                report = run_edit(make_trainer(), ClipClassifier(), options)
                 runs[strategy] = report, test_scores(folder / "log.jsonl", report)
             for strategy in list(searches)[1:]:
                 report, scores = runs[strategy]

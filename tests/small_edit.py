@@ -9,6 +9,7 @@ from torch.utils.data import DataLoader, Dataset
 from torchmetrics.classification import MulticlassAccuracy
 
 from tva import TaskVector
+from tva.edit.options import EditOptions
 from tva.edit.run import run_edit
 from tva.search import Grid
 
@@ -114,4 +115,5 @@ def edit(vectors, folder, model=None, **changes):
         "log": str(folder / "log.jsonl"),
         **changes,
     }
-    return run_edit(make_trainer(), model or Net(), vectors=vectors, output=str(folder / "out"), **options)
+    asked = EditOptions(vectors=vectors, output=str(folder / "out"), **options)
+    return run_edit(make_trainer(), model or Net(), asked)

@@ -5,7 +5,7 @@ import json
 import matplotlib.image
 import pytest
 
-import tva.edit.editor
+import tva.edit.evaluator
 from examples import demo
 from tva.data import ImageTask
 from tva.data.builtin import load_builtin
@@ -19,7 +19,7 @@ def run(tmp_path_factory):
     read: set[bytes] = set()
     phase = {"test": False}
     with pytest.MonkeyPatch.context() as patch:
-        get, evaluate = Examples.__getitems__, tva.edit.editor.evaluate
+        get, evaluate = Examples.__getitems__, tva.edit.evaluator.evaluate
 
         def noted_get(self, indices):
             if not phase["test"]:
@@ -34,7 +34,7 @@ def run(tmp_path_factory):
                 phase["test"] = False
 
         patch.setattr(Examples, "__getitems__", noted_get)
-        patch.setattr(tva.edit.editor, "evaluate", noted_evaluate)
+        patch.setattr(tva.edit.evaluator, "evaluate", noted_evaluate)
         demo.main(["--output", str(output)])
     reports = {edit: json.loads((output / edit / "seed=0/edit.json").read_text()) for edit in demo.EDITS}
     return output, reports, read

@@ -15,6 +15,7 @@ from tva.compose.apply import compose
 from tva.compose.record import Record
 from tva.compose.revert import revert
 from tva.compose.verify import verify
+from tva.edit.options import EditOptions
 from tva.edit.run import run_edit
 
 
@@ -253,7 +254,8 @@ def edit(**options):
         enable_progress_bar=False,
         enable_model_summary=False,
     )
-    return run_edit(trainer, NormNet(), output="edited", targets={"blobs": Blobs(1)}, scaling_coef=0.5, **options)
+    asked = EditOptions(output="edited", targets={"blobs": Blobs(1)}, scaling_coef=0.5, **options)
+    return run_edit(trainer, NormNet(), asked)
 
 
 @pytest.fixture

@@ -20,6 +20,7 @@ from small_models import free_port
 from tva.cli.commands import play
 from tva.cli.commands.play import open_run
 from tva.cli.main import main
+from tva.edit.options import EditOptions
 from tva.edit.play.model import Playground
 from tva.edit.play.page import examples_html, table_html
 from tva.edit.play.server import check_port
@@ -32,7 +33,9 @@ RECIPE = "s*a + b"
 
 def options(vectors, **changes):
     return {
+        "output": "out",
         "vectors": vectors,
+        "maximize": "mean(accuracy)",
         "recipe": RECIPE,
         "targets": {"a": Task(1), "b": Task(2)},
         "controls": {"other": Task(3)},
@@ -46,14 +49,14 @@ def options(vectors, **changes):
 def content(vectors, tmp_path_factory):
     """The ``edit.json`` of an edit with a coefficient of its own."""
     folder = tmp_path_factory.mktemp("edit")
-    changes = {name: value for name, value in options(vectors).items() if name != "vectors"}
-    edit(vectors, folder, **changes, maximize="mean(accuracy)")
+    changes = {name: value for name, value in options(vectors).items() if name not in ("vectors", "output")}
+    edit(vectors, folder, **changes)
     return read_report(folder / "out")
 
 
 @pytest.fixture(scope="module")
 def playground(vectors, content):
-    return Playground(make_trainer(), Net(), content, num_examples=40, **options(vectors))
+    return Playground(make_trainer(), Net(), content, EditOptions(**options(vectors)), num_examples=40)
 
 
 @pytest.fixture(scope="module")
@@ -121,7 +124,7 @@ def test_the_base_and_the_chosen_point_are_what_their_settings_score(playground,
 
 def test_a_constraint_is_checked_at_every_setting(playground, vectors, content):
     strict = options(vectors, subject_to=["a/accuracy >= base + 0.05"])
-    played = Playground(make_trainer(), Net(), content, num_examples=200, **strict)
+    played = Playground(make_trainer(), Net(), content, EditOptions(**strict), num_examples=200)
     said = {coef: table_html(played.at({"scaling_coef": coef})) for coef in (0.0, 1.0)}
     assert "FAILS" in said[0.0]
     assert "FAILS" not in said[1.0]
@@ -163,15 +166,17 @@ def test_a_run_is_opened_by_what_tva_edit_left_beside_it(run):
 
 def test_what_cannot_be_opened_is_said(run, vectors, content, tmp_path):
     with pytest.raises(ValueError, match="There is no coefficient 't' to set; there are scaling_coef, s"):
-        Playground(make_trainer(), Net(), content, **options(vectors)).at({"t": 1.0})
+        Playground(make_trainer(), Net(), content, EditOptions(**options(vectors))).at({"t": 1.0})
     with pytest.raises(ValueError, match="The configuration is of another edit: it has the recipe 'a' "):
-        Playground(make_trainer(), Net(), content, **options(vectors, recipe="a"))
+        Playground(make_trainer(), Net(), content, EditOptions(**options(vectors, recipe="a")))
     with pytest.raises(ValueError, match="The vector a is not what the run was made with: its fingerprint is "):
-        Playground(make_trainer(), Net(), content, **options(vectors | {"a": vectors["b"]}))
+        Playground(make_trainer(), Net(), content, EditOptions(**options(vectors | {"a": vectors["b"]})))
     with pytest.raises(ValueError, match="were learned, one for each group of tensors, and no slider sets those"):
-        Playground(make_trainer(), Net(), content | {"search": {"strategy": "Learned"}}, **options(vectors))
-    with pytest.raises(ValueError, match="At least 1 example a task is needed; found num_examples=0"):
-        Playground(make_trainer(), Net(), content, 0, **options(vectors))
+        Playground(
+            make_trainer(), Net(), content | {"search": {"strategy": "Learned"}}, EditOptions(**options(vectors))
+        )
+    with pytest.raises(ValueError, match="At least 1 example per task is needed; found num_examples=0"):
+        Playground(make_trainer(), Net(), content, EditOptions(**options(vectors)), 0)
     with pytest.raises(FileNotFoundError, match="No report at .*nothing"):
         open_run(str(tmp_path / "nothing"))
     (tmp_path / "edit.json").write_bytes((run / "edit.json").read_bytes())

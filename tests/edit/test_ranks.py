@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader
 
 from tva import fingerprint, open_weights
 from tva.cli.main import main
+from tva.edit.options import EditOptions
 from tva.edit.play.model import Playground
 from tva.edit.run import run_edit
 from tva.edit.trainer import Trainer
@@ -47,9 +48,7 @@ def _edit(folder, vectors, devices, changes):
     # in a fork of a process that has drawn, vl-convert waits for threads that stayed behind
     page.draw, page.library = lambda spec, name: "<svg/>", lambda: ""
     model, trainer = Net(), make_trainer(devices)
-    report = run_edit(
-        trainer,
-        model,
+    options = EditOptions(
         vectors=vectors,
         output=str(folder / "out"),
         **{
@@ -61,6 +60,7 @@ def _edit(folder, vectors, devices, changes):
             **changes,
         },
     )
+    report = run_edit(trainer, model, options)
     content = {**report.to_json(), "weights": fingerprint(model.state_dict()).digest}
     (folder / f"rank{trainer.global_rank}.json").write_text(json.dumps(content))
 
@@ -151,7 +151,7 @@ def _refused(folder):
     with pytest.raises(ValueError, match="Each of 2 processes must have an example of every task in a step"):
         Learned(batch_size=1)._loader(Blobs(1, 50), trainer)
     with pytest.raises(ValueError, match="Sliders are answered by one process, and the edit's trainer has 2"):
-        Playground(trainer, Net(), {}, vectors={}, recipe="")
+        Playground(trainer, Net(), {}, EditOptions(output="out", vectors={}, recipe=""))
     with pytest.raises(ValueError, match="which FSDPStrategy does not keep"):
         check_strategy(type("Sharded", (), {"strategy": L.pytorch.strategies.FSDPStrategy()})())
     with pytest.raises(ValueError, match="this strategy starts new ones each time"):

@@ -7,7 +7,7 @@ import torch
 from small_edit import LateNet, Net, Task, edit, make_trainer
 
 from tva import TaskVector
-from tva.edit.run import _metric
+from tva.edit.outcome import reported_metric
 from tva.edit.trainer import Trainer
 from tva.errors import HarnessError
 from tva.evaluation.batch_cache import BatchCache
@@ -191,11 +191,11 @@ def test_a_metric_that_the_model_does_not_log_is_computed_from_its_predictions(v
 
 def test_a_task_that_nothing_names_is_reported_by_accuracy_or_else_by_the_metric_of_the_others():
     logged = Evaluation({"loss": 1.0, "perplexity": 2.7}, 10)
-    assert _metric(logged, {"a": ["perplexity"]}, "other") == "perplexity"
-    assert _metric(logged, {"a": ["f1_score"]}, "other") == "loss"
-    assert _metric(logged, {"other": ["loss"], "a": ["perplexity"]}, "other") == "loss"
+    assert reported_metric(logged, {"a": ["perplexity"]}, "other") == "perplexity"
+    assert reported_metric(logged, {"a": ["f1_score"]}, "other") == "loss"
+    assert reported_metric(logged, {"other": ["loss"], "a": ["perplexity"]}, "other") == "loss"
     classified = Evaluation({"loss": 1.0, "accuracy": 0.5}, 10)
-    assert _metric(classified, {"a": ["loss"]}, "other") == "accuracy"
+    assert reported_metric(classified, {"a": ["loss"]}, "other") == "accuracy"
 
 
 # --- other coefficients

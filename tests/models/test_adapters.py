@@ -20,6 +20,7 @@ from tva import TaskVector, open_weights, save_weights
 from tva.checkpoints import open_finetuned
 from tva.compose.apply import compose
 from tva.data import ImageTask
+from tva.edit.options import EditOptions
 from tva.edit.run import run_edit
 from tva.models import ClipClassifier, VisionClassifier
 from tva.models.adapters import CallingAttention, adapt, add_lora, select
@@ -291,7 +292,7 @@ def test_an_edit_takes_the_plain_model(tmp_path):
     options = {"vectors": {"a": "none"}, "recipe": "a", "output": str(tmp_path), "scaling_coef": 1.0}
     trainer = L.Trainer(accelerator="cpu", logger=False, enable_checkpointing=False)
     with pytest.raises(ValueError, match="takes the plain model, and this one holds LoRA. Leave lora out"):
-        run_edit(trainer, ClipClassifier(lora={}), targets={"a": ImageTask("builtin:digits")}, **options)
+        run_edit(trainer, ClipClassifier(lora={}), EditOptions(targets={"a": ImageTask("builtin:digits")}, **options))
 
 
 # --- as a user types it

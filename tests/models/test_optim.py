@@ -14,9 +14,8 @@ from small_networks import SIZE, write_images, write_network
 from torch.nn import functional as F
 from tva.callbacks import TaskVectorCallback
 
-from tva import TaskVector, open_weights
+from tva import TaskVector, edit_model, open_weights
 from tva.data import ImageTask
-from tva.edit.run import run_edit
 from tva.evaluation.evaluate import evaluate
 from tva.models import ClipClassifier, VisionClassifier
 from tva.models.heads import fit_probe
@@ -130,9 +129,9 @@ def test_an_edit_compares_all_models_under_the_learned_head(tmp_path, task):
     vector = tmp_path / "run/last.tv.safetensors"
     assert all(name.startswith("encoder.") for name in TaskVector.load(vector).untouched)
     heads = {"colors": str(tmp_path / "run/last.ckpt")}
-    report = run_edit(
-        make_trainer(tmp_path, max_steps=1),
+    report = edit_model(
         make_vision(tmp_path, head="learned", heads=heads),
+        trainer=make_trainer(tmp_path, max_steps=1),
         vectors={"colors": str(vector)},
         recipe="colors",
         scaling_coef=1.0,

@@ -151,7 +151,7 @@ class _OpenedCLI(_CommandLine):
 
     options: dict[str, Any]
 
-    def edit(self, **options: Any) -> None:
+    def edit(self, json: bool = False, datamodule: Any = None, **options: Any) -> None:
         self.options = options
 
 
@@ -173,7 +173,7 @@ def open_edit(config: str | os.PathLike[str]) -> dict[str, Any]:
     """Make the trainer and what an edit gets, from a YAML file with its options, and do not edit.
 
     Returns:
-        The arguments of `tva.edit.trainer.Trainer.edit` by name, and the trainer.
+        The trainer, the model, and the options of the edit (see `tva.edit.options.EditOptions`), by name.
     """
     with replaced_argv(["edit", "--config", os.fspath(config)]):
         cli = _make(_OpenedCLI, "edit")

@@ -2,28 +2,26 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Any
 
 import lightning as L
 import torch
 from torch import Tensor
 
 from tva.checkpoints import canonical_state_dict, open_finetuned
-from tva.edit.editor import Bench, State
-from tva.edit.outcome import Finished
+from tva.edit.editor import Editor, EditState
+from tva.edit.options import Baseline
+from tva.edit.outcome import Outcome
 from tva.evaluation.evaluate import quiet
 from tva.search import Candidate, Grid, Problem
 from tva.vectors.header import Origin
 from tva.vectors.kind import KEY, check_kinds, kind_of
 from tva.vectors.task_vector import TaskVector
 
-Baseline = Literal["gradient_ascent", "average", "endpoints", "joint"]
 
-
-def run_baselines(names: Sequence[Baseline], finished: Finished) -> dict[str, Any]:
+def run_baselines(names: Sequence[Baseline], outcome: Outcome) -> dict[str, Any]:
     """Evaluate the baselines asked for, on the split that is reported."""
     known = {
         "gradient_ascent": gradient_ascent,
@@ -31,32 +29,33 @@ def run_baselines(names: Sequence[Baseline], finished: Finished) -> dict[str, An
         "endpoints": endpoints,
         "joint": joint_training,
     }
-    return {name: known[name](finished) for name in names}
+    return {name: known[name](outcome) for name in names}
 
 
-def weight_average(finished: Finished) -> dict[str, Any]:
+def weight_average(outcome: Outcome) -> dict[str, Any]:
     """The uniform average of the fine-tuned models: every vector times 1 / their number."""
-    count = len(finished.vectors)
-    vector = sum(finished.vectors.values()) / count
-    return {"rows": finished.rows([finished.moved(f"average of {count}", vector)])}
+    count = len(outcome.vectors)
+    vector = sum(outcome.vectors.values()) / count
+    return {"rows": outcome.rows([outcome.moved(f"average of {count}", vector)])}
 
 
-def endpoints(finished: Finished) -> dict[str, Any]:
-    """Every fine-tuned model on every task: the ends between which an edit lies."""
-    states = [replace(finished.moved(name, vector), statistics="delta") for name, vector in finished.vectors.items()]
-    return {"rows": finished.rows(states)}
+def endpoints(outcome: Outcome) -> dict[str, Any]:
+    """Every fine-tuned model on every task: the end points of the edit."""
+    states = [replace(outcome.moved(name, vector), statistics="delta") for name, vector in outcome.vectors.items()]
+    return {"rows": outcome.rows(states)}
 
 
-def joint_training(finished: Finished) -> dict[str, Any]:
+def joint_training(outcome: Outcome) -> dict[str, Any]:
     """One model that was fine-tuned on all tasks together, from the checkpoint that was given."""
-    base = finished.bench.editor.base
-    assert finished.joint is not None
-    opened = open_finetuned(finished.joint, base)
-    kinds = {"the joint model": opened.metadata.get(KEY), "the model": kind_of(finished.bench.editor.model)}
+    base = outcome.session.editor.base
+    joint = outcome.session.options.joint
+    assert joint is not None
+    opened = open_finetuned(joint, base)
+    kinds = {"the joint model": opened.metadata.get(KEY), "the model": kind_of(outcome.session.editor.model)}
     vector = TaskVector.between(base, opened, origin=Origin(kind=check_kinds(kinds, "leave the baseline out")))
     return {
-        "rows": finished.rows([replace(finished.moved("joint fine-tuning", vector), statistics="delta")]),
-        "reason": f"from {os.fspath(finished.joint)}",
+        "rows": outcome.rows([replace(outcome.moved("joint fine-tuning", vector), statistics="delta")]),
+        "reason": f"from {joint}",
     }
 
 
@@ -79,8 +78,8 @@ class _Snapshots(L.Callback):
             trainer.should_stop = True
 
 
-def gradient_ascent(finished: Finished, num_steps: int = 100, num_stops: int = 20) -> dict[str, Any]:
-    """Train on each target with the loss turned round, and stop where the edit had to stop too.
+def gradient_ascent(outcome: Outcome, num_steps: int = 100, num_stops: int = 20) -> dict[str, Any]:
+    """Train on each target with the loss negated, and stop where the edit had to stop too.
 
     The model's own optimizer, batches and schedule are used. Two versions are reported. "stopped": the last of
     ``num_stops`` checkpoints before the constraints first fail on validation data. "interpolated": the line from the
@@ -88,15 +87,13 @@ def gradient_ascent(finished: Finished, num_steps: int = 100, num_stops: int = 2
 
     Source: the gradient ascent rows of Ilharco et al., ICLR 2023, table 1.
     """
-    bench = finished.bench
+    editor = outcome.session.editor
     rows, steps = {}, {}
-    for task, datamodule in finished.targets.items():
-        taken = _ascend(bench, datamodule, num_steps, max(1, num_steps // num_stops))
-        vectors = [(step, TaskVector.between(bench.editor.base, state)) for step, state in taken]
-        states = [replace(finished.moved(f"step {step}", vector), statistics="delta") for step, vector in vectors]
-        problem = _problem(
-            finished, lambda candidates, states=states: [states[int(c.scaling_coef)] for c in candidates]
-        )
+    for task, datamodule in (outcome.session.options.targets or {}).items():
+        taken = _ascend(editor, datamodule, num_steps, max(1, num_steps // num_stops))
+        vectors = [(step, TaskVector.between(editor.base, state)) for step, state in taken]
+        states = [replace(outcome.moved(f"step {step}", vector), statistics="delta") for step, vector in vectors]
+        problem = _problem(outcome, lambda candidates, states=states: [states[int(c.scaling_coef)] for c in candidates])
         order = [Candidate.of(scaling_coef=float(number)) for number in range(len(states))]
         last = -1
         if order:
@@ -104,42 +101,30 @@ def gradient_ascent(finished: Finished, num_steps: int = 100, num_stops: int = 2
             while last + 1 < len(order) and problem.choose([order[last + 1]]).feasible:
                 last += 1
         steps[task] = vectors[last][0] if last >= 0 else 0
-        stopped = states[last] if last >= 0 else finished.state_of(Candidate.of(scaling_coef=0.0))
-        rows |= finished.rows([replace(stopped, label=f"ascent on {task}, stopped")])
+        stopped = states[last] if last >= 0 else outcome.session.state_of(Candidate.of(scaling_coef=0.0))
+        rows |= outcome.rows([replace(stopped, label=f"ascent on {task}, stopped")])
         if vectors:
             line = vectors[-1][1]
 
-            def along(candidates: Sequence[Candidate], line: TaskVector = line) -> list[State]:
-                return [finished.moved("interpolated", line, candidate.scaling_coef) for candidate in candidates]
+            def along(candidates: Sequence[Candidate], line: TaskVector = line) -> list[EditState]:
+                return [outcome.moved("interpolated", line, candidate.scaling_coef) for candidate in candidates]
 
-            choice = Grid().run(_problem(finished, along))
+            choice = Grid().run(_problem(outcome, along))
             coef = choice.scaling_coef if choice.feasible else 0.0
             label = f"ascent on {task}, interpolated at {coef:g}"
-            rows |= finished.rows([finished.moved(label, line, coef)])
+            rows |= outcome.rows([outcome.moved(label, line, coef)])
     reason = "stopped after step " + ", ".join(f"{step} of {num_steps} ({task})" for task, step in steps.items())
     return {"rows": rows, "reason": reason}
 
 
-def _problem(finished: Finished, states: Callable[[Sequence[Candidate]], list[State]]) -> Problem:
-    """Make the same choice as the edit's among other states."""
-    bench, objective = finished.bench, finished.objective
-    needed = [*(objective.tasks if objective else ()), *(c.task for c in finished.constraints)]
-    return Problem(
-        lambda candidates, windows, seed: bench(states(candidates), windows, "val", windows, seed),
-        {task: bench.base(task, "val") for task in dict.fromkeys(needed or finished.targets)},
-        finished.constraints,
-        objective,
-        finished.rule,
-        finished.confidence,
-        bench.finetuned(objective.normalized, "val") if objective else {},
-        lambda candidate: False,
-    )
+def _problem(outcome: Outcome, states: Callable[[Sequence[Candidate]], list[EditState]]) -> Problem:
+    """Return the edit's own choice, to be made among other states."""
+    return outcome.session.problem(states, lambda candidate: False)
 
 
 def _ascend(
-    bench: Bench, datamodule: L.LightningDataModule, num_steps: int, every: int
+    editor: Editor, datamodule: L.LightningDataModule, num_steps: int, every: int
 ) -> list[tuple[int, dict[str, Tensor]]]:
-    editor = bench.editor
     editor.set(None, 0.0)
     model = editor.model
     step, modes = model.training_step, {name: module.training for name, module in model.named_modules()}

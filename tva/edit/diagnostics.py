@@ -5,66 +5,65 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
-from tva.edit.editor import State
-from tva.edit.outcome import Finished
+from tva.edit.editor import EditState
+from tva.edit.options import Diagnosis
+from tva.edit.outcome import Outcome
 from tva.errors import some
 from tva.evaluation.result import Evaluation
 from tva.vectors.geometry import blocks, cosine_matrix, fit, norms_by_block, sign_conflicts, without
 from tva.vectors.task_vector import TaskVector
 
-Diagnosis = Literal["cosine", "signs", "norms", "linearity", "disentanglement", "blame"]
 
-
-def run_diagnostics(names: Sequence[Diagnosis], finished: Finished) -> dict[str, Any]:
+def run_diagnostics(names: Sequence[Diagnosis], outcome: Outcome) -> dict[str, Any]:
     """Make the diagnoses asked for."""
     known = {
-        "cosine": lambda finished: {"rows": cosine_matrix(finished.vectors)},
-        "signs": lambda finished: {"rows": sign_conflicts(finished.vectors)},
+        "cosine": lambda outcome: {"rows": cosine_matrix(outcome.vectors)},
+        "signs": lambda outcome: {"rows": sign_conflicts(outcome.vectors)},
         "norms": layer_norms,
         "linearity": linearity_gap,
         "disentanglement": disentanglement,
         "blame": blame,
     }
-    return {name: known[name](finished) for name in names}
+    return {name: known[name](outcome) for name in names}
 
 
-def layer_norms(finished: Finished) -> dict[str, Any]:
+def layer_norms(outcome: Outcome) -> dict[str, Any]:
     """The norm of each vector, and of the edit, in each block of layers."""
-    columns = {name: norms_by_block(vector) for name, vector in finished.vectors.items()}
-    edit = finished.state.vector() * finished.state.scaling_coef
+    columns = {name: norms_by_block(vector) for name, vector in outcome.vectors.items()}
+    edit = outcome.state.vector() * outcome.state.scaling_coef
     columns["the edit"] = norms_by_block(edit)
     names = dict.fromkeys(block for norms in columns.values() for block in norms)
     return {"rows": {block: {name: norms.get(block, 0.0) for name, norms in columns.items()} for block in names}}
 
 
-def linearity_gap(finished: Finished) -> dict[str, Any]:
+def linearity_gap(outcome: Outcome) -> dict[str, Any]:
     """The metric under the whole edit, against the base plus what each vector alone would change.
 
     Only for recipes that are sums; each vector is applied with the number that the edit gives it.
     """
-    parts = _parts(finished)
-    states = [finished.moved(f"{name} alone", vector) for name, vector in parts.items()]
-    results = finished.bench([finished.state, *states], finished.metrics, finished.split)
+    parts = _parts(outcome)
+    states = [outcome.moved(f"{name} alone", vector) for name, vector in parts.items()]
+    results = outcome.session.evaluator([outcome.state, *states], outcome.metrics, outcome.split)
     rows = {}
-    for task, metric in finished.metrics.items():
-        base = finished.bench.base(task, finished.split).metrics[metric]
+    for task, metric in outcome.metrics.items():
+        base = outcome.session.evaluator.base(task, outcome.split).metrics[metric]
         measured, *alone = (found[task].metrics[metric] for found in results)
         predicted = base + sum(value - base for value in alone)
         rows[task] = {"base": base, "predicted": predicted, "measured": measured, "gap": measured - predicted}
     return {"rows": rows}
 
 
-def _parts(finished: Finished) -> dict[str, TaskVector]:
+def _parts(outcome: Outcome) -> dict[str, TaskVector]:
     """Split the edit into each vector times its number."""
-    numbers = recipe_numbers(finished.state, finished.vectors)
-    return {name: vector * numbers[name] for name, vector in finished.vectors.items()}
+    numbers = recipe_numbers(outcome.state, outcome.vectors)
+    return {name: vector * numbers[name] for name, vector in outcome.vectors.items()}
 
 
-def recipe_numbers(state: State, vectors: Mapping[str, TaskVector]) -> dict[str, float]:
+def recipe_numbers(state: EditState, vectors: Mapping[str, TaskVector]) -> dict[str, float]:
     """Find the numbers by which a state's vector is the sum of others, by least squares.
 
     Raises:
@@ -85,7 +84,7 @@ def recipe_numbers(state: State, vectors: Mapping[str, TaskVector]) -> dict[str,
     return dict(zip(names, numbers, strict=True))
 
 
-def disentanglement(finished: Finished, num: int = 5, low: float = -1.0, high: float = 1.0) -> dict[str, Any]:
+def disentanglement(outcome: Outcome, num: int = 5, low: float = -1.0, high: float = 1.0) -> dict[str, Any]:
     r"""The weight disentanglement error of the first two vectors over a square of coefficients.
 
     :math:`\xi(\lambda_1, \lambda_2) = \sum_t P(f(x; \theta_0 + \lambda_t \tau_t) \ne f(x; \theta_0 + \lambda_1 \tau_1
@@ -95,22 +94,22 @@ def disentanglement(finished: Finished, num: int = 5, low: float = -1.0, high: f
 
     Source: Ortiz-Jimenez et al., "Task arithmetic in the tangent space", NeurIPS 2023, equation 5.
     """
-    names = [name for name in finished.vectors if name in finished.metrics][:2]
+    names = [name for name in outcome.vectors if name in outcome.metrics][:2]
     if len(names) < 2:
         raise ValueError(
             f"The disentanglement error needs two vectors that have a task of their name; the recipe's are "
-            f"{some(finished.vectors)}, and the tasks {some(finished.metrics, 8)}."
+            f"{some(outcome.vectors)}, and the tasks {some(outcome.metrics, 8)}."
         )
     axis = [round(low + (high - low) * step / (num - 1), 12) for step in range(num)]
-    first, second = (finished.vectors[name] for name in names)
+    first, second = (outcome.vectors[name] for name in names)
     both = {
-        (x, y): finished.moved(f"{x:g} {names[0]} + {y:g} {names[1]}", first * x + second * y)
+        (x, y): outcome.moved(f"{x:g} {names[0]} + {y:g} {names[1]}", first * x + second * y)
         for x, y in itertools.product(axis, axis)
     }
     errors = dict.fromkeys(both, 0.0)
     for place, name in enumerate(names):
-        alone = {x: finished.moved(f"{x:g} {name}", finished.vectors[name] * x) for x in axis}
-        found = finished.bench([*both.values(), *alone.values()], [name], finished.split)
+        alone = {x: outcome.moved(f"{x:g} {name}", outcome.vectors[name] * x) for x in axis}
+        found = outcome.session.evaluator([*both.values(), *alone.values()], [name], outcome.split)
         together = dict(zip(both, found, strict=False))
         single = dict(zip(alone, found[len(both) :], strict=True))
         for point in both:
@@ -127,20 +126,20 @@ def _disagreement(left: Evaluation, right: Evaluation) -> float:
     return float((left.scores["accuracy"] != right.scores["accuracy"]).mean())
 
 
-def blame(finished: Finished) -> dict[str, Any]:
+def blame(outcome: Outcome) -> dict[str, Any]:
     """Which block of layers carries the effect: each task's metric when the edit leaves one block as it was.
 
     A share of 1 says that without this block nothing of the effect is left; shares need not sum to 1.
     """
-    vector, coef = finished.state.vector(), finished.state.scaling_coef
+    vector, coef = outcome.state.vector(), outcome.state.scaling_coef
     states = {
-        block: finished.moved(f"without {block}", without(vector, names), coef)
+        block: outcome.moved(f"without {block}", without(vector, names), coef)
         for block, names in blocks(vector.deltas).items()
     }
-    results = finished.bench([finished.state, *states.values()], finished.metrics, finished.split)
+    results = outcome.session.evaluator([outcome.state, *states.values()], outcome.metrics, outcome.split)
     rows: dict[str, dict[str, Any]] = {block: {} for block in states}
-    for task, metric in finished.metrics.items():
-        base = finished.bench.base(task, finished.split).metrics[metric]
+    for task, metric in outcome.metrics.items():
+        base = outcome.session.evaluator.base(task, outcome.split).metrics[metric]
         edited = results[0][task].metrics[metric]
         for block, found in zip(states, results[1:], strict=True):
             value = found[task].metrics[metric]

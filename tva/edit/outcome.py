@@ -1,62 +1,85 @@
-"""A finished edit, as its baselines and diagnostics see it."""
+"""An edit that was chosen and evaluated, as baselines, diagnostics and the report use it."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-
-import lightning as L
+import functools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
 from tva.checkpoints import fingerprint
-from tva.edit.editor import Bench, State
-from tva.evaluation.result import Split
-from tva.search import SCALING, Candidate, Constraint, Objective, Rule
+from tva.edit.editor import EditState
+from tva.edit.session import EditSession
+from tva.evaluation.result import Evaluation, Split
+from tva.report.edit_report import ConstraintReport
+from tva.search import SCALING, Choice
 from tva.vectors.task_vector import TaskVector
 
 
 @dataclass(frozen=True)
-class Finished:
-    """An edit that was chosen, and what it was made from.
+class Outcome:
+    """An edit that was chosen, and what it did.
 
     Attributes:
-        bench: Evaluates.
+        session: What the edit works with.
+        choice: The coefficients that the search chose.
         state: The edited state.
-        state_of: Makes the state of other coefficients.
-        vectors: The recipe's task vectors by name.
-        targets: Data modules of the tasks to change.
-        controls: Data modules of the tasks to leave alone.
-        constraints: On the edit.
-        objective: Of the search.
-        rule: Of the search.
-        confidence: Of the constraints.
-        metrics: The metric that is reported for each task.
-        split: Split that is reported.
-        joint: Checkpoint that was fine-tuned on all tasks together.
+        split: The split that is reported: ``test``, or ``val`` where no coefficient was feasible.
+        evaluations: By task the evaluations on that split: ``base``, ``edited``, and where known ``random`` and
+            ``finetuned``.
+        verdicts: Whether each constraint holds.
+        baselines: Results of the baselines that were asked for.
+        diagnostics: Results of the diagnostics that were asked for.
     """
 
-    bench: Bench
-    state: State
-    state_of: Callable[[Candidate], State]
-    vectors: Mapping[str, TaskVector]
-    targets: Mapping[str, L.LightningDataModule]
-    controls: Mapping[str, L.LightningDataModule]
-    constraints: Sequence[Constraint]
-    objective: Objective | None
-    rule: Rule
-    confidence: float | None
-    metrics: Mapping[str, str]
+    session: EditSession
+    choice: Choice
+    state: EditState
     split: Split
-    joint: str | None
+    evaluations: Mapping[str, Mapping[str, Evaluation]]
+    verdicts: Sequence[ConstraintReport]
+    baselines: Mapping[str, Any] = field(default_factory=dict)
+    diagnostics: Mapping[str, Any] = field(default_factory=dict)
 
-    def moved(self, label: str, vector: TaskVector, coef: float = 1.0) -> State:
-        """Make the state of the base moved along a vector, known by the vector's contents."""
+    @property
+    def holds(self) -> bool:
+        """Whether the edited weights may be written."""
+        return self.choice.feasible and all(verdict.holds for verdict in self.verdicts)
+
+    @property
+    def vectors(self) -> dict[str, TaskVector]:
+        """The task vectors that the recipe names."""
+        return self.session.recipe_vectors
+
+    @functools.cached_property
+    def metrics(self) -> dict[str, str]:
+        """The metric that is reported, by task."""
+        named = self.session.goal.metrics
+        return {task: reported_metric(found["base"], named, task) for task, found in self.evaluations.items()}
+
+    def moved(self, label: str, vector: TaskVector, coef: float = 1.0) -> EditState:
+        """Return the state of the base moved along a vector, identified by the vector's contents."""
         made = fingerprint({**vector.deltas, **vector.buffers}).digest
-        return State(label, f"{label}, {made}", ((SCALING, coef),), lambda: vector, self.state.statistics)
+        return EditState(label, f"{label}, {made}", ((SCALING, coef),), lambda: vector, self.state.statistics)
 
-    def rows(self, states: Sequence[State]) -> dict[str, dict[str, float]]:
-        """Evaluate states on the split that is reported; give each one's reported metric by task."""
-        results = self.bench(states, self.metrics, self.split)
+    def rows(self, states: Sequence[EditState]) -> dict[str, dict[str, float]]:
+        """Evaluate states on the split that is reported; return each one's reported metric by task."""
+        results = self.session.evaluator(states, self.metrics, self.split)
         return {
             state.label: {task: found[task].metrics[metric] for task, metric in self.metrics.items()}
             for state, found in zip(states, results, strict=True)
         }
+
+
+def reported_metric(evaluation: Evaluation, named: Mapping[str, Sequence[str]], task: str) -> str:
+    """Return the task's own metric if one is named, else accuracy, else another task's, else the first.
+
+    Args:
+        evaluation: Of the base on the task.
+        named: By task the metrics that objective and constraints name.
+        task: The task.
+    """
+    if task in named:
+        return named[task][0]
+    others = (metric for metrics in named.values() for metric in metrics)
+    return next(metric for metric in ("accuracy", *others, *evaluation.metrics) if metric in evaluation.metrics)

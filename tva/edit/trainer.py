@@ -11,6 +11,7 @@ import lightning as L
 
 from tva.checkpoints import atomic_path
 from tva.console import in_notebook
+from tva.edit.options import EditOptions
 from tva.edit.run import run_edit
 from tva.evaluation.evaluate import quiet
 from tva.report.edit_report import EditReport, read_report
@@ -35,9 +36,8 @@ class Trainer(L.Trainer):
         model: L.LightningModule,
         datamodule: L.LightningDataModule | None = None,
         *,
-        output: str | os.PathLike[str],
         json: bool = False,
-        **kwargs: Any,
+        **options: Any,
     ) -> EditReport:
         """Combine task vectors, choose the coefficient, edit the model and prove it on control tasks.
 
@@ -45,24 +45,24 @@ class Trainer(L.Trainer):
             model: Any LightningModule with validation and test steps; its weights are the base unless ``base`` is
                 given.
             datamodule: Unused; LightningCLI passes one if it has one. Tasks go into ``targets`` and ``controls``.
-            output: Folder for ``edited.safetensors``, ``edit.json``, ``report.html`` and the model card.
             json: Print ``edit.json`` instead of a table.
-            **kwargs: Those of `tva.edit.run.run_edit`.
+            **options: Those of `tva.edit.options.EditOptions`.
 
         Returns:
-            The report, which is also printed, but in a notebook.
+            The report, which is also printed, except in a notebook.
         """
-        self.report = run_edit(self, model, output=output, **kwargs)
+        asked = EditOptions(**options)
+        self.report = run_edit(self, model, asked)
         if in_notebook():  # which shows what a cell returns
             return self.report
         if self.is_global_zero and json:
             print(dumps(self.report.to_json(), indent=1, ensure_ascii=False))
         elif self.is_global_zero:
-            print_report(self.report, folder=Path(output))
+            print_report(self.report, folder=asked.folder)
         return self.report
 
     def describe_fit(self) -> dict[str, Any]:
-        """Say in JSON values what a fit reached and wrote."""
+        """Return, as JSON values, what a fit reached and wrote."""
         found = [path for each in self.checkpoint_callbacks for path in (each.best_model_path, each.last_model_path)]
         checkpoints = list(dict.fromkeys(filter(None, found)))
         vectors = [path.removesuffix(".ckpt") + SUFFIX for path in checkpoints]
@@ -85,20 +85,20 @@ def edit_model(
             Left with the edited weights.
         output: Folder for ``edit.json``, the page, and if the constraints hold the weights and the model card.
         trainer: Any Trainer; by default a quiet one for this machine.
-        **options: Those of `tva.edit.run.run_edit`, such as ``vectors``, ``recipe``, ``targets`` and ``controls``.
+        **options: Those of `tva.edit.options.EditOptions`, such as ``vectors``, ``recipe`` and ``targets``.
 
     Returns:
         The report; ``report.show()`` shows it, in a notebook as a page and elsewhere as a table.
 
     Raises:
-        ValueError: Something does not fit; nothing was written.
-        FileNotFoundError: A checkpoint or data file is not there.
+        ValueError: Options, model, base or vectors do not fit together; nothing was written.
+        FileNotFoundError: A checkpoint or data file is missing.
     """
     with quiet():
         if trainer is None:
             bars = {"enable_progress_bar": False, "enable_model_summary": False, "enable_checkpointing": False}
             trainer = Trainer(logger=False, **bars)
-        return run_edit(trainer, model, output=output, **options)
+        return run_edit(trainer, model, EditOptions(output=output, **options))
 
 
 def write_config(trainer: Trainer, folder: Path, text: str) -> None:

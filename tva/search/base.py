@@ -62,7 +62,7 @@ class Problem:
             None: their point estimates must hold. See `in_sequence` and `shared_among`.
         finetuned: Evaluations of the tasks' own fine-tuned models, where the objective is normalized.
         is_identity: Whether a candidate edits nothing.
-        workshop: Makes what a strategy needs that trains; see `tva.search.learned`.
+        training_context: Makes what a strategy needs that trains; see `tva.search.learned`.
         trainer: Its processes all run the strategy, and must all evaluate the same candidates.
 
     Attributes:
@@ -79,7 +79,7 @@ class Problem:
         confidence: float | None = None,
         finetuned: Mapping[str, Evaluation] | None = None,
         is_identity: Callable[[Candidate], bool] = lambda candidate: candidate.scaling_coef == 0,
-        workshop: Callable[[], Any] | None = None,
+        training_context: Callable[[], Any] | None = None,
         trainer: L.Trainer | None = None,
     ) -> None:
         self._evaluate = evaluate
@@ -90,7 +90,7 @@ class Problem:
         self.confidence = confidence
         self.finetuned = dict(finetuned or {})
         self.is_identity = is_identity
-        self.workshop = workshop
+        self.training_context = training_context
         self._trainer = trainer
         self.num_scored = 0
         self.tried: dict[Candidate, Scores] = {}

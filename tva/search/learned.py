@@ -37,7 +37,7 @@ KEEP_EVERY = 50  # steps
 
 
 @dataclass(frozen=True)
-class Workshop:
+class TrainingContext:
     """What training coefficients needs of an edit.
 
     Attributes:
@@ -109,30 +109,30 @@ class Learned(Search):
 
     def run(self, problem: Problem) -> Choice:
         """Train the coefficients, then see on validation data whether the constraints hold."""
-        shop: Workshop = problem.workshop()
+        context: TrainingContext = problem.training_context()
         forget = problem.objective is not None and not problem.objective.maximize
         if problem.rule != "best" or (forget and self.loss == "entropy"):
             raise ValueError(
                 "Learned coefficients serve an objective to maximize (rule='best'), and with loss='cross_entropy' also "
                 "one to minimize: entropy makes a model surer, which forgets nothing."
             )
-        kept = [c.task for c in problem.constraints if c.task in shop.controls]
-        tasks = {**shop.targets} | ({name: shop.controls[name] for name in kept} if forget else {})
-        signs = {task: -1.0 if forget and task in shop.targets else 1.0 for task in tasks}
-        learner = CoefficientLearner(shop, self, signs)
-        kept = _Kept(shop, {**vars(self), "num_steps": None, "signs": signs}, learner)
+        kept = [c.task for c in problem.constraints if c.task in context.controls]
+        tasks = {**context.targets} | ({name: context.controls[name] for name in kept} if forget else {})
+        signs = {task: -1.0 if forget and task in context.targets else 1.0 for task in tasks}
+        learner = CoefficientLearner(context, self, signs)
+        kept = _Kept(context, {**vars(self), "num_steps": None, "signs": signs}, learner)
         done = kept.restore(self.num_steps)
-        loaders = {task: self._loader(tasks[task], shop.trainer, done) for task in tasks}
+        loaders = {task: self._loader(tasks[task], context.trainer, done) for task in tasks}
         # the mean over processes of each one's weighted mean is the mean over the batch
         learner.weights = {task: loader.batch_sampler.weight for task, loader in loaders.items()}
-        on_cpu = shop.trainer.strategy.root_device.type == "cpu"
+        on_cpu = context.trainer.strategy.root_device.type == "cpu"
         trainer = L.Trainer(
             accelerator="cpu" if on_cpu else "auto",
-            devices=shop.trainer.num_devices if on_cpu else shop.trainer.device_ids,
-            num_nodes=shop.trainer.num_nodes,
-            strategy="ddp" if shop.trainer.world_size > 1 else "auto",
+            devices=context.trainer.num_devices if on_cpu else context.trainer.device_ids,
+            num_nodes=context.trainer.num_nodes,
+            strategy="ddp" if context.trainer.world_size > 1 else "auto",
             use_distributed_sampler=False,
-            precision=shop.trainer.precision,
+            precision=context.trainer.precision,
             max_steps=self.num_steps - done,
             max_epochs=1,
             callbacks=[kept],
@@ -142,12 +142,12 @@ class Learned(Search):
             enable_model_summary=False,
         )
         if done < self.num_steps:
-            with evaluating(shop.model), quiet():
+            with evaluating(context.model), quiet():
                 trainer.fit(learner, CombinedLoader(loaders, "min_size"))
-        shop.model.cpu()
+        context.model.cpu()
         vector = learner.vector()
         candidate = Candidate.of(scaling_coef=1.0)
-        problem.record(candidate, shop.evaluate(vector), problem.base)
+        problem.record(candidate, context.evaluate(vector), problem.base)
         choice = problem.choose([candidate])
         reason = f"{self.num_steps} steps of {self.loss} on validation data, one coefficient a {self.per}"
         losses = kept.losses()
@@ -208,21 +208,21 @@ class _Kept(L.Callback):
     """A training's state in a file, from which the next run with the same inputs and options goes on.
 
     Args:
-        shop: Where the file is, and what the training depends on.
+        context: Where the file is, and what the training depends on.
         options: What else it depends on, as JSON values.
         learner: What is trained.
     """
 
-    def __init__(self, shop: Workshop, options: Mapping[str, Any], learner: CoefficientLearner) -> None:
-        self.shop, self.learner = shop, learner
-        described = json.dumps([shop.inputs, options], sort_keys=True, default=repr)
+    def __init__(self, context: TrainingContext, options: Mapping[str, Any], learner: CoefficientLearner) -> None:
+        self.context, self.learner = context, learner
+        described = json.dumps([context.inputs, options], sort_keys=True, default=repr)
         self.key = xxhash.xxh3_128_hexdigest(described.encode())
 
     def restore(self, num_steps: int) -> int:
         """Take up a state of at most so many steps; give how many are done."""
-        trainer, found = self.shop.trainer, None
-        if trainer.is_global_zero and self.shop.kept is not None and self.shop.kept.exists():
-            found = torch.load(self.shop.kept, weights_only=True)
+        trainer, found = self.context.trainer, None
+        if trainer.is_global_zero and self.context.kept is not None and self.context.kept.exists():
+            found = torch.load(self.context.kept, weights_only=True)
         found = trainer.strategy.broadcast(found)
         if found is None or found["key"] != self.key or len(found["losses"]) > num_steps:
             return 0
@@ -234,16 +234,16 @@ class _Kept(L.Callback):
 
     def losses(self) -> list[float]:
         """Give each step's loss, the mean of all processes; all must call this."""
-        return np.mean(gather(self.shop.trainer, self.learner.losses), axis=0).tolist()
+        return np.mean(gather(self.context.trainer, self.learner.losses), axis=0).tolist()
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
         if len(self.learner.losses) % KEEP_EVERY and trainer.global_step < trainer.max_steps:
             return
         losses = self.losses()
-        if not trainer.is_global_zero or self.shop.kept is None:
+        if not trainer.is_global_zero or self.context.kept is None:
             return
-        self.shop.kept.parent.mkdir(parents=True, exist_ok=True)
-        with atomic_path(self.shop.kept) as temporary:
+        self.context.kept.parent.mkdir(parents=True, exist_ok=True)
+        with atomic_path(self.context.kept) as temporary:
             coefs, optimizer = self.learner.coefs.detach().cpu(), trainer.optimizers[0].state_dict()
             torch.save({"key": self.key, "coefs": coefs, "optimizer": optimizer, "losses": losses}, temporary)
 
@@ -252,32 +252,34 @@ class CoefficientLearner(L.LightningModule):
     """A module whose only parameters are coefficients of task vectors.
 
     Args:
-        shop: The model, the base and the vectors.
+        context: The model, the base and the vectors.
         options: Loss, granularity and optimizer.
         signs: By task whether its loss is made small (1) or large (-1).
     """
 
-    def __init__(self, shop: Workshop, options: Learned, signs: Mapping[str, float]) -> None:
+    def __init__(self, context: TrainingContext, options: Learned, signs: Mapping[str, float]) -> None:
         super().__init__()
-        self._shop = (shop,)  # in a tuple, which hides the model from this module's own parameters
+        self._context = (context,)  # in a tuple, which hides the model from this module's own parameters
         self.options = options
         self.signs = dict(signs)
-        moved = list(dict.fromkeys(name for vector in shop.vectors.values() for name in vector.deltas))
+        moved = list(dict.fromkeys(name for vector in context.vectors.values() for name in vector.deltas))
         place = {"tensor": lambda name: name, "layer": block_of, "vector": lambda name: "all"}[options.per]
         self.groups = list(dict.fromkeys(map(place, moved)))
         self.group_of = {name: self.groups.index(place(name)) for name in moved}
-        self.coefs = nn.Parameter(torch.full((len(shop.vectors), len(self.groups)), options.start))  # (vectors, groups)
+        self.coefs = nn.Parameter(
+            torch.full((len(context.vectors), len(self.groups)), options.start)
+        )  # (vectors, groups)
         self.losses: list[float] = []
         self.weights = dict.fromkeys(signs, 1.0)  # of this process's examples in the mean
         self.optimizer_state: dict[str, Any] | None = None
-        self._deltas: list[dict[str, Tensor]] = [dict(vector.deltas) for vector in shop.vectors.values()]
-        self._base = dict(shop.base)
-        state = shop.model.state_dict()
+        self._deltas: list[dict[str, Tensor]] = [dict(vector.deltas) for vector in context.vectors.values()]
+        self._base = dict(context.base)
+        state = context.model.state_dict()
         self._names = dict(zip(canonical_state_dict(state), state, strict=True))  # as recorded -> as in the module
-        self._task_buffers = {task: dict(buffers) for task, buffers in shop.buffers.items()}
+        self._task_buffers = {task: dict(buffers) for task, buffers in context.buffers.items()}
 
     def on_fit_start(self) -> None:
-        self._shop[0].model.to(self.device)
+        self._context[0].model.to(self.device)
         for tensors in (self._base, *self._deltas, *self._task_buffers.values()):
             tensors.update({name: tensor.to(self.device) for name, tensor in tensors.items()})
 
@@ -292,7 +294,7 @@ class CoefficientLearner(L.LightningModule):
         return found
 
     def training_step(self, batch: Mapping[str, Any], batch_idx: int) -> Tensor:
-        model = self._shop[0].model
+        model = self._context[0].model
         weights = {self._names[name]: tensor for name, tensor in self.edited().items()}
         total = torch.zeros((), device=self.device)
         for task, part in batch.items():
@@ -318,13 +320,13 @@ class CoefficientLearner(L.LightningModule):
 
     def table(self) -> dict[str, dict[str, float]]:
         """Give the coefficients by vector and by tensor, layer or all."""
-        rows = zip(self._shop[0].vectors, self._values().tolist(), strict=True)
+        rows = zip(self._context[0].vectors, self._values().tolist(), strict=True)
         return {name: dict(zip(self.groups, row, strict=True)) for name, row in rows}
 
     def vector(self) -> TaskVector:
         """Give the sum of the vectors, each tensor times its coefficient; running statistics do not move."""
         scaled = []
-        for vector, row in zip(self._shop[0].vectors.values(), self._values().tolist(), strict=True):
+        for vector, row in zip(self._context[0].vectors.values(), self._values().tolist(), strict=True):
             deltas = {name: delta * row[self.group_of[name]] for name, delta in vector.deltas.items()}
             untouched = {**dict.fromkeys(vector.buffers, "excluded"), **vector.untouched}
             scaled.append(TaskVector(deltas, {}, untouched, vector.origin))

@@ -6,6 +6,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from tva.edit.options import EditOptions
 from tva.edit.play.model import Playground
 from tva.edit.play.page import Page
 from tva.edit.play.server import address, check_port, serve
@@ -62,7 +63,7 @@ def open_run(run: str, edit_config: str | None = None, num_examples: int = 500) 
 
     opened = open_edit(path)
     trainer, model = opened.pop("trainer"), opened.pop("model")
-    return Playground(trainer, model, content, num_examples, **opened)
+    return Playground(trainer, model, content, EditOptions(**opened), num_examples)
 
 
 def show(result: Page) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import io
 import threading
 import time
@@ -14,16 +13,14 @@ import lightning as L
 import numpy as np
 from torch import Tensor
 
-from tva.compose.recipe import Recipe
-from tva.edit.editor import Bench, State
-from tva.edit.run import open_editor, verdict_on
-from tva.evaluation.batch_cache import BatchCache, through_cache
+from tva.edit.gate import verdict_on
+from tva.edit.options import EditOptions
+from tva.edit.session import open_session
+from tva.evaluation.batch_cache import through_cache
 from tva.evaluation.log import EvaluationLog
 from tva.evaluation.result import Evaluation
 from tva.report.edit_report import ConstraintReport
-from tva.search import SCALING, Constraint, Grid
-from tva.sizes import parse_bytes
-from tva.vectors.task_vector import TaskVector
+from tva.search import SCALING, Candidate, Grid
 
 SEED = 0  # of the validation examples that are taken
 NUM_SHOWN = 6  # examples a task
@@ -109,21 +106,8 @@ class Playground:
         trainer: Trainer that evaluates.
         model: The model that was edited, with its base's weights unless ``base`` is given.
         content: The run's ``edit.json``.
-        num_examples: Validation examples a task, those of a seeded order; all where there are fewer.
-        vectors: As in `tva.edit.run.run_edit`, and all that follows.
-        recipe: Likewise.
-        targets: Likewise.
-        controls: Likewise.
-        base: Likewise.
-        search: Likewise; its ranges are those of the sliders.
-        subject_to: Likewise.
-        confidence: Likewise.
-        statistics: Likewise.
-        cache: Likewise.
-        cache_in: Likewise.
-        allow_other_base: Likewise.
-        allow_other_kind: Likewise.
-        **_: Options of the edit that change no model.
+        options: The options it was edited with; the ranges of their search are those of the sliders.
+        num_examples: Validation examples per task, the first of a seeded order; all where there are fewer.
 
     Attributes:
         sliders: The coefficients that can be set.
@@ -137,76 +121,32 @@ class Playground:
         trainer: L.Trainer,
         model: L.LightningModule,
         content: Mapping[str, Any],
+        options: EditOptions,
         num_examples: int = 500,
-        *,
-        vectors: dict[str, str],
-        recipe: str,
-        targets: dict[str, L.LightningDataModule] | None = None,
-        controls: dict[str, L.LightningDataModule] | None = None,
-        base: str | None = None,
-        search: Any = None,
-        subject_to: list[str] | None = None,
-        confidence: float | None = None,
-        statistics: Any = "keep",
-        cache: str = "1GiB",
-        cache_in: Any = "memory",
-        allow_other_base: bool = False,
-        allow_other_kind: bool = False,
-        **_: Any,
     ) -> None:
-        if num_examples < 1:
-            raise ValueError(f"At least 1 example a task is needed; found num_examples={num_examples}.")
-        if trainer.world_size > 1:
-            raise ValueError(
-                f"Sliders are answered by one process, and the edit's trainer has {trainer.world_size}. Set devices: 1 "
-                f"under trainer: in the edit's configuration."
-            )
-        if content["search"]["strategy"] == "Learned":
-            raise ValueError(
-                f"The coefficients of {content['recipe']!r} were learned, one for each group of tensors, and no slider "
-                f"sets those. Play with an edit whose coefficients were searched or given."
-            )
-        tasks = {**(targets or {}), **(controls or {})}
-        if tasks.keys() != content["tasks"].keys() or recipe.strip() != content["recipe"].strip():
-            raise ValueError(
-                f"The configuration is of another edit: it has the recipe {recipe!r} and the tasks "
-                f"{', '.join(tasks)}; the run has {content['recipe']!r} and {', '.join(content['tasks'])}."
-            )
+        _check(trainer, content, options, num_examples)
         self.content = content
-        self._tasks, self._statistics, self._confidence = tasks, statistics, confidence
-        self._constraints = [Constraint.parse(text, tasks) for text in subject_to or []]
         self._lock = threading.Lock()  # one model
-        editor, self._loaded = open_editor(
-            trainer, model, vectors, base, tasks, statistics, targets or {}, allow_other_kind
-        )
+        goal = options.checked()
         metrics = {task: [entry["metric"]] for task, entry in content["tasks"].items()}
-        for constraint in self._constraints:
+        for constraint in goal.constraints:
             metrics[constraint.task].append(constraint.metric)
-        self._bench = Bench(
-            editor, self._loaded, EvaluationLog(None), BatchCache(parse_bytes(cache), cache_in), metrics
-        )
+        self._session = open_session(trainer, model, goal, EvaluationLog(None), metrics)
         self._check_inputs()
-        self._fixed = {
-            name: value for name, value in content["coefficients"].items() if not isinstance(value, (int, float))
-        }
-        chosen = {name: value for name, value in content["coefficients"].items() if name not in self._fixed}
-        ranges = (search or Grid()).ranges
-        self.sliders = [_slider(name, value, ranges.get(name)) for name, value in chosen.items()]
+        given = {name: value for name, value in content["coefficients"].items() if isinstance(value, (int, float))}
+        ranges = (options.search or Grid()).ranges
+        self.sliders = [_slider(name, value, ranges.get(name)) for name, value in given.items()]
+        self._sizes = {task: min(num_examples, self._of_base(task).num_examples) for task in options.tasks}
+        self._base = self._evaluate({**given, SCALING: 0.0})
+        self._edited = self._evaluate(given)
+        self._shown = [shown for task in options.tasks for shown in self._choose_examples(task)]
 
-        @functools.lru_cache(maxsize=4)
-        def vector_with(values: tuple[tuple[str, float], ...]) -> TaskVector:
-            found = Recipe(recipe, vectors, {**self._fixed, **dict(values)}).evaluate(self._loaded)
-            found.check_base(editor.base, allow_other_base=allow_other_base)
-            return found
-
-        self._vector_with = vector_with
-        self._sizes = {task: min(num_examples, self._bench.base(task, "val").num_examples) for task in tasks}
-        self._base = self._evaluate({**chosen, SCALING: 0.0})
-        self._edited = self._evaluate(chosen)
-        self._shown = [shown for task in tasks for shown in self._choose_examples(task)]
+    def _of_base(self, task: str) -> Evaluation:
+        """Return the evaluation of the base on all validation examples of a task."""
+        return self._session.evaluator.base(task, "val")
 
     def _check_inputs(self) -> None:
-        facts = self._bench.facts
+        facts = self._session.evaluator.facts
         inputs = {"the base": (self.content["base"]["fingerprint"], facts["base"])} | {
             f"the vector {name}": (entry["deltas"], facts["vectors"].get(name))
             for name, entry in self.content["vectors"].items()
@@ -219,16 +159,13 @@ class Playground:
                 )
 
     def _evaluate(self, coefs: Mapping[str, float], most: int | None = None) -> dict[str, Evaluation]:
-        values = tuple((name, value) for name, value in coefs.items() if name != SCALING)
-        everything = tuple({**self._fixed, **coefs}.items())
-        vector = functools.partial(self._vector_with, values)
-        state = State("live", self.content["recipe"], everything, vector, self._statistics)
+        state = self._session.state_of(Candidate(tuple(coefs.items())), "live")
         found = {}
         for task, size in self._sizes.items():
             size = size if most is None else min(size, most)
-            part = size < self._bench.base(task, "val").num_examples
+            part = size < self._of_base(task).num_examples
             window = ({task: (0, size)}, SEED) if part else ()
-            found |= self._bench([state], [task], "val", *window)[0]
+            found |= self._session.evaluator([state], [task], "val", *window)[0]
         return found
 
     def _choose_examples(self, task: str) -> list[tuple[str, int, bytes | None, int | None]]:
@@ -236,11 +173,12 @@ class Playground:
         base, edited = self._base[task].predicted, self._edited[task].predicted
         if base is None or edited is None:
             return []
-        size, total = self._sizes[task], self._bench.base(task, "val").num_examples
+        size, total = self._sizes[task], self._of_base(task).num_examples
         part = ((0, size), SEED) if size < total else None
-        trainer = self._bench.editor.trainer
-        with through_cache(self._tasks[task], "val", self._bench.cache, trainer.strategy.root_device, part):
-            batch = next(iter(self._tasks[task].val_dataloader()))
+        editor, cache = self._session.editor, self._session.evaluator.cache
+        datamodule = editor.datamodules[task]
+        with through_cache(datamodule, "val", cache, editor.trainer.strategy.root_device, part):
+            batch = next(iter(datamodule.val_dataloader()))
         images, labels = batch if isinstance(batch, (list, tuple)) and len(batch) == 2 else (None, None)
         count = min(size, len(labels) if isinstance(labels, Tensor) else size)
         changed = np.flatnonzero(base[:count] != edited[:count])[: NUM_SHOWN // 2].tolist()
@@ -265,8 +203,9 @@ class Playground:
         with self._lock:
             live = self._evaluate(everything)
         rows = self._rows(live)
+        confidence = self._session.options.confidence
         constraints = [
-            verdict_on(c, live[c.task], self._base[c.task], None, self._confidence) for c in self._constraints
+            verdict_on(c, live[c.task], self._base[c.task], None, confidence) for c in self._session.goal.constraints
         ]
         examples = [
             Example(
@@ -312,8 +251,30 @@ class Playground:
         ]
 
     def _class(self, task: str, index: int) -> str:
-        names = getattr(self._tasks[task], "class_names", [])
+        names = getattr(self._session.editor.datamodules[task], "class_names", [])
         return str(names[index]) if index < len(names) else str(index)
+
+
+def _check(trainer: L.Trainer, content: Mapping[str, Any], options: EditOptions, num_examples: int) -> None:
+    """Check that an edit can be played with, and that the options are its own."""
+    if num_examples < 1:
+        raise ValueError(f"At least 1 example per task is needed; found num_examples={num_examples}.")
+    if trainer.world_size > 1:
+        raise ValueError(
+            f"Sliders are answered by one process, and the edit's trainer has {trainer.world_size}. Set devices: 1 "
+            f"under trainer: in the edit's configuration."
+        )
+    if content["search"]["strategy"] == "Learned":
+        raise ValueError(
+            f"The coefficients of {content['recipe']!r} were learned, one for each group of tensors, and no slider "
+            f"sets those. Play with an edit whose coefficients were searched or given."
+        )
+    tasks, recipe = options.tasks, options.recipe
+    if tasks.keys() != content["tasks"].keys() or recipe.strip() != content["recipe"].strip():
+        raise ValueError(
+            f"The configuration is of another edit: it has the recipe {recipe!r} and the tasks "
+            f"{', '.join(tasks)}; the run has {content['recipe']!r} and {', '.join(content['tasks'])}."
+        )
 
 
 def _slider(name: str, chosen: float, bounds: Sequence[float] | None) -> Slider:

@@ -1,0 +1,285 @@
+"""Evaluations of one model under many states: none is made twice, and all are recorded."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from importlib.metadata import version
+from typing import Any
+
+from torch import Tensor
+
+from tva.checkpoints import fingerprint
+from tva.edit.editor import MAX_VECTORS, Editor, EditState
+from tva.errors import HarnessError
+from tva.evaluation.batch_cache import BatchCache
+from tva.evaluation.evaluate import evaluate
+from tva.evaluation.log import EvaluationLog, digest_of
+from tva.evaluation.result import Evaluation, Split
+from tva.vectors.kind import kind_of
+from tva.vectors.task_vector import TaskVector
+from tva.version import __version__
+
+
+class Evaluator:
+    """Evaluations made so far, so that none is made twice and all are recorded.
+
+    Args:
+        editor: Sets and evaluates the model.
+        vectors: Task vectors by name.
+        log: Evaluations of this and earlier runs.
+        cache: Batches kept for later passes.
+        extra: By task the names of metrics that the model may not log.
+
+    Attributes:
+        entries: One for each metric of each evaluation that was used, for the report.
+        buffers: By task evaluated the buffers that the model made for it and does not save, such as its head.
+        num_forward: Examples that went through the model in this run, each evaluation of one counted.
+    """
+
+    def __init__(
+        self,
+        editor: Editor,
+        vectors: Mapping[str, TaskVector],
+        log: EvaluationLog,
+        cache: BatchCache,
+        extra: Mapping[str, Sequence[str]],
+    ) -> None:
+        self.editor = editor
+        self.vectors = vectors
+        self.log = log
+        self.cache = cache
+        self.extra = extra
+        self.entries: list[dict[str, Any]] = []
+        self.num_forward = 0
+        self._known: dict[tuple[Any, ...], Evaluation] = {}
+        self._base: dict[tuple[str, Split], Evaluation] = {}
+        self._checked: set[tuple[str, Split]] = set()
+        self.buffers: dict[str, dict[str, Tensor]] = {}
+        self._written = False
+
+    @functools.cached_property
+    def facts(self) -> dict[str, Any]:
+        """What every evaluation of this run depends on."""
+        model, trainer = self.editor.model, self.editor.trainer
+        return {
+            "base": fingerprint(self.editor.base).digest,
+            "model": f"{type(model).__module__}.{type(model).__qualname__}",
+            "kind": kind_of(model),
+            "vectors": {
+                name: fingerprint({**vector.deltas, **vector.buffers}).digest for name, vector in self.vectors.items()
+            },
+            "precision": str(trainer.precision),
+            "versions": {"tva": __version__, **{name: version(name) for name in ("torch", "lightning")}},
+        }
+
+    def base(self, task: str, split: Split) -> Evaluation:
+        """Evaluate the base, in every run anew: what other evaluations are compared with, and the check of the log."""
+        if (task, split) not in self._base:
+            if self._written:
+                self.editor.set(None, 0.0)
+            found = evaluate(
+                self.editor.trainer,
+                self.editor.model,
+                self.editor.datamodules[task],
+                split,
+                cache=self.cache,
+                extra=self.extra.get(task, ()),
+                progress=f"the base on {task} ({split})",
+            )
+            self.num_forward += found.num_examples
+            model = self.editor.model
+            saved = model.state_dict().keys()
+            self.buffers[task] = {
+                name: buffer.detach().clone() for name, buffer in model.named_buffers() if name not in saved
+            }
+            self._base[task, split] = found
+            self._note("base", {"scaling_coef": 0.0}, task, split, found)
+        return self._base[task, split]
+
+    def sizes(self) -> dict[str, dict[str, int]]:
+        """Give by task how many examples of each split were used."""
+        found: dict[str, dict[str, int]] = {}
+        for (task, split), evaluation in self._base.items():
+            found.setdefault(task, {})[split] = evaluation.num_examples
+        return found
+
+    def data(self) -> dict[str, dict[str, str | None]]:
+        """Give by task the hash of each split's batches, as the model got them."""
+        found: dict[str, dict[str, str | None]] = {}
+        for (task, split), evaluation in self._base.items():
+            found.setdefault(task, {})[split] = evaluation.data_digest
+        return found
+
+    def finetuned(self, tasks: Iterable[str], split: Split) -> dict[str, Evaluation]:
+        """Evaluate the models that were fine-tuned on tasks, each on its own task, statistics included."""
+        found = {}
+        for task in tasks:
+            state = EditState(
+                f"fine-tuned on {task}", task, (("scaling_coef", 1.0),), lambda task=task: self.vectors[task], "delta"
+            )
+            found[task] = self([state], [task], split)[0][task]
+        return found
+
+    def __call__(
+        self,
+        states: Sequence[EditState],
+        tasks: Iterable[str],
+        split: Split,
+        ranges: Mapping[str, tuple[int, int]] | None = None,
+        seed: int | None = None,
+    ) -> list[dict[str, Evaluation]]:
+        """Evaluate states on tasks, each batch under all states before the next is read.
+
+        Args:
+            states: Those that were evaluated before, in this run or one that left its log, are not evaluated again.
+            tasks: Names of data modules.
+            split: Split of the data.
+            ranges: By task the first and last + 1 example of the order that ``seed`` gives; all without it.
+            seed: None is the data set's own order.
+
+        Raises:
+            HarnessError: Coefficient 0 did not reproduce the base.
+        """
+        results: list[dict[str, Evaluation]] = [{} for _ in states]
+        for task in tasks:
+            base = self.base(task, split)
+            window = (ranges or {}).get(task, (0, base.num_examples))
+            whole = window == (0, base.num_examples) and seed is None
+            missing: dict[tuple[Any, ...], EditState] = {}
+            for state, result in zip(states, results, strict=True):
+                if state.scaling_coef == 0 and whole:
+                    result[task] = base
+                    continue
+                key = (*state.key, task, split, window, seed)
+                if key not in self._known:
+                    facts = self._describe(state, task, split, window, seed)
+                    logged = None if base.computed else self.log.get(facts)
+                    if logged is None:
+                        missing[key] = state
+                    else:
+                        self._known[key] = logged
+                        self._note(state.label, dict(state.coefs), task, split, logged, window, seed)
+            for keys in _chunks(missing):
+                self._evaluate({key: missing[key] for key in keys}, task, split, window, seed, whole)
+            for state, result in zip(states, results, strict=True):
+                if task not in result:
+                    key = (*state.key, task, split, window, seed)
+                    result[task] = self._known[key]
+        return results
+
+    def _evaluate(
+        self,
+        states: Mapping[tuple[Any, ...], EditState],
+        task: str,
+        split: Split,
+        window: tuple[int, int],
+        seed: int | None,
+        whole: bool,
+    ) -> None:
+        base = self._base[task, split]
+        edits: list[Callable[[], None]] = []
+        for state in states.values():
+            vector = state.vector()
+            edits.append(functools.partial(self.editor.set, vector, state.scaling_coef, state.statistics))
+            if state.statistics == "reestimate":
+                edits[-1]()  # estimate now rather than between two batches
+        check = whole and (task, split) not in self._checked
+        if check:  # last, so that other weights were in place before it in every batch
+            edits.append(functools.partial(self.editor.set, vector, 0.0))
+        self._written = True
+        found = evaluate(
+            self.editor.trainer,
+            self.editor.model,
+            self.editor.datamodules[task],
+            split,
+            edits=edits,
+            share=base.shareable,
+            cache=self.cache,
+            part=None if whole else (window, seed),
+            extra=base.computed,
+            progress=f"{len(states)} edit{'s' if len(states) > 1 else ''} on {task} ({split})",
+        )
+        self.num_forward += sum(evaluation.num_examples for evaluation in found)
+        if check:
+            self._checked.add((task, split))
+            check_identity(found.pop(), base, task, split)
+        for (key, state), evaluation in zip(states.items(), found, strict=True):
+            self._known[key] = evaluation
+            self._note(state.label, dict(state.coefs), task, split, evaluation, window, seed)
+            if not base.computed:
+                self.log.add(self._describe(state, task, split, window, seed), evaluation)
+
+    def _describe(
+        self, state: EditState, task: str, split: Split, window: tuple[int, int], seed: int | None
+    ) -> dict[str, Any]:
+        base = self._base[task, split]
+        datamodule = self.editor.datamodules[task]
+        return {
+            **self.facts,
+            "recipe": state.recipe,
+            "coefficients": dict(state.coefs),
+            "statistics": state.statistics,
+            "task": task,
+            "data": {"digest": base.data_digest, "revision": getattr(datamodule, "revision", None)},
+            "split": split,
+            "range": [*window, seed],
+            "base_result": digest_of(base),
+        }
+
+    def _note(
+        self,
+        label: str,
+        coefs: Mapping[str, Any],
+        task: str,
+        split: Split,
+        evaluation: Evaluation,
+        window: tuple[int, int] | None = None,
+        seed: int | None = None,
+    ) -> None:
+        window = window or (0, evaluation.num_examples)
+        self.entries += [
+            {
+                "model": label,
+                "coefficients": dict(coefs),
+                "task": task,
+                "split": split,
+                "num_examples": evaluation.num_examples,
+                "range": [*window, seed],
+                "metric": metric,
+                "value": value,
+                **dict(zip(("low", "high"), evaluation.quick_interval(metric) or (), strict=False)),
+            }
+            for metric, value in evaluation.metrics.items()
+        ]
+
+
+def _chunks(missing: Mapping[tuple[Any, ...], EditState]) -> Iterator[list[tuple[Any, ...]]]:
+    """Split states so that few task vectors are held at once; those of one vector stay together."""
+    by_vector: dict[Any, list[tuple[Any, ...]]] = {}
+    for key, state in missing.items():
+        of_vector = tuple((name, repr(value)) for name, value in state.coefs if name != "scaling_coef")
+        by_vector.setdefault((state.recipe, of_vector), []).append(key)
+    groups = list(by_vector.values())
+    for start in range(0, len(groups), MAX_VECTORS):
+        yield [key for group in groups[start : start + MAX_VECTORS] for key in group]
+
+
+def check_identity(found: Evaluation, base: Evaluation, task: str, split: str) -> None:
+    """Check that coefficient 0 gave the base's scores, bit for bit.
+
+    Raises:
+        HarnessError: It did not.
+    """
+    if found.same_as(base):
+        return
+    odd = [
+        f"{name} {base.metrics[name]!r} and then {value!r}"
+        for name, value in found.metrics.items()
+        if value != base.metrics.get(name)
+    ] or ["the same means of other scores by example"]
+    raise HarnessError(
+        f"An edit with coefficient 0 must score exactly as the base, but on {task} ({split}) it did not: "
+        f"{', '.join(odd[:3])}. So what is measured is not the edit alone: look for randomness in the evaluation step "
+        f"or the data module, and for state outside the state dict. Nothing was written."
+    )

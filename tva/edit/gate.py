@@ -1,0 +1,81 @@
+"""The gate: evaluate the chosen edit on test data, and decide whether its weights may be written."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from tva.checkpoints import canonical_state_dict
+from tva.edit.baselines import run_baselines
+from tva.edit.diagnostics import run_diagnostics
+from tva.edit.editor import EditState
+from tva.edit.outcome import Outcome
+from tva.edit.session import EditSession
+from tva.evaluation.result import Evaluation, Split
+from tva.report.edit_report import ConstraintReport
+from tva.search import Choice, Constraint, score
+from tva.search.base import constraint_slack
+
+
+def prove(session: EditSession, choice: Choice) -> Outcome:
+    """Evaluate the chosen edit on test data, or where none was feasible the closest one on validation data.
+
+    The model is left with the edited weights.
+    """
+    options, goal, evaluator = session.options, session.goal, session.evaluator
+    state = session.state_of(choice.candidate) if choice.vector is None else session.learned_state(choice.vector)
+    split: Split = "test" if choice.feasible else "val"
+    states = [state]
+    if options.random_seed is not None and choice.feasible:
+        states.append(_random_state(state, options.random_seed))
+    before = {task: evaluator.base(task, split) for task in options.tasks}
+    results = evaluator(states, options.tasks, split)
+    finetuned = evaluator.finetuned([task for task in options.tasks if task in session.vectors], split)
+    evaluations = {
+        task: {"base": before[task]}
+        | {state.label: found[task] for state, found in zip(states, results, strict=True)}
+        | ({"finetuned": finetuned[task]} if task in finetuned else {})
+        for task in options.tasks
+    }
+    chosen_on = {} if goal.is_given else {c.task: evaluator.base(c.task, "val") for c in goal.constraints}
+    verdicts = [
+        verdict_on(c, results[0][c.task], before[c.task], chosen_on.get(c.task), options.confidence)
+        for c in goal.constraints
+    ]
+    outcome = Outcome(session, choice, state, split, evaluations, verdicts)
+    if choice.feasible:
+        baselines = run_baselines(options.baselines or [], outcome)
+        outcome = replace(outcome, baselines=baselines, diagnostics=run_diagnostics(options.diagnostics or [], outcome))
+    editor, vector = session.editor, state.vector()
+    editor.set(vector, state.scaling_coef, state.statistics)
+    vector.check_effect(canonical_state_dict(editor.model.state_dict()), editor.base, state.scaling_coef)
+    return outcome
+
+
+def _random_state(state: EditState, seed: int) -> EditState:
+    """Return the state of a random vector with the edit's norm in every tensor."""
+    name = f"random_like({state.recipe}, seed={seed})"
+    return EditState("random", name, state.coefs, lambda: state.vector().random_like(seed), state.statistics)
+
+
+def verdict_on(
+    constraint: Constraint,
+    edited: Evaluation,
+    base: Evaluation,
+    chosen_on: Evaluation | None,
+    confidence: float | None,
+) -> ConstraintReport:
+    """Return whether a constraint holds, with the confidence that is asked for."""
+    after, before = {constraint.task: edited.metrics}, {constraint.task: base.metrics}
+    value = score(after, constraint.task, constraint.metric)
+    slack = 0.0 if confidence is None else constraint_slack(constraint, edited, base, confidence)
+    return ConstraintReport(
+        text=constraint.text,
+        task=constraint.task,
+        value=value,
+        bound=constraint.bound(before),
+        limit=None if confidence is None else value - slack if constraint.above else value + slack,
+        holds=constraint.holds(after, before, slack),
+        metric=constraint.metric,
+        above=constraint.above,
+        val_bound=None if chosen_on is None else constraint.bound({constraint.task: chosen_on.metrics}),
+    )

@@ -1,0 +1,243 @@
+"""The options of an edit, in one place, and the goal that they describe."""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import lightning as L
+
+from tva.compose.recipe import Recipe
+from tva.edit.editor import Statistics
+from tva.errors import some
+from tva.evaluation.batch_cache import Place
+from tva.search import NORMALIZED, SCALING, Constraint, Given, Grid, Objective, Rule, Search
+
+Baseline = Literal["gradient_ascent", "average", "endpoints", "joint"]
+Diagnosis = Literal["cosine", "signs", "norms", "linearity", "disentanglement", "blame"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class EditOptions:
+    """Everything an edit is asked to do; `tva edit`, `edit_model` and `Trainer.edit` take these options.
+
+    Args:
+        output: Folder for ``edit.json`` and ``report.html``, and if the constraints hold for ``edited.safetensors`` and
+            the model card ``README.md``.
+        vectors: Names to task vector files, or to fine-tuned checkpoints whose task vector is taken here. A task of the
+            same name is compared with its fine-tuned model.
+        recipe: Expression of those names, such as ``-digits`` or ``analogy(a, b, c)``. Names that are no vectors are
+            coefficients, with a value in ``coefs`` or a range in the search.
+        targets: Data modules of the tasks that the edit means to change, by name.
+        controls: Data modules of the tasks that it must leave alone.
+        base: Checkpoint of the base model.
+        coefs: Values of the coefficients in the recipe.
+        scaling_coef: Coefficient of the whole recipe; by default it is searched.
+        search: How coefficients are searched: ``Grid``, ``Bisect``, ``Race``, ``Optuna`` or ``Learned``; by default the
+            paper's 21 points from 0 to 1.
+        rule: ``"largest"`` coefficient whose constraints hold, or the ``"best"`` objective among those.
+        minimize: Objective to make small: ``TASK/METRIC``, ``mean(TASK/METRIC, …)`` or, over all targets,
+            ``mean(METRIC)``. A metric is what the model logs, or the name of a multi-class metric of torchmetrics where
+            its steps return ``preds`` and ``target``; with ``normalized_`` before it, it is divided by that of the
+            task's own fine-tuned model.
+        maximize: Objective to make large.
+        subject_to: Constraints such as ``imagenet/accuracy >= 0.95 * base``.
+        confidence: Constraints must hold with this one-sided confidence, such as 0.95, on validation data where the
+            coefficient is chosen and on test data where it is proved; by default their point estimates must.
+        statistics: BatchNorm statistics: ``"keep"`` the base's, add their ``"delta"``, or ``"reestimate"`` them on 20
+            training batches of each target.
+        random_seed: Seed of the baseline, a random vector of the same norm per tensor at the same coefficient; None
+            leaves it out.
+        baselines: What to compare with besides: see docs/choosing.md.
+        diagnostics: What to look into besides: see docs/choosing.md.
+        joint: Checkpoint of one model that was fine-tuned on all tasks together, for the baseline ``"joint"``.
+        log: JSON lines of all evaluations, which the next run re-uses; by default ``OUTPUT.evaluations.jsonl``.
+        cache: Transformed batches kept between passes over the same data, such as ``2GiB``.
+        cache_in: Where: ``"memory"``, the ``"device"``, or memory-mapped on ``"disk"``.
+        allow_other_base: Apply vectors to a base they were not taken from.
+        keep_undo: Write ``edited.undo.safetensors`` too, from which ``tva revert`` restores the base bit for bit.
+        allow_other_kind: Apply vectors of a linearized model (``tangent: true``) to an ordinary one, or the other way
+            round.
+    """
+
+    output: str | os.PathLike[str]
+    vectors: Mapping[str, str | os.PathLike[str]]
+    recipe: str
+    targets: dict[str, L.LightningDataModule] | None = None
+    controls: dict[str, L.LightningDataModule] | None = None
+    base: str | os.PathLike[str] | None = None
+    coefs: dict[str, float] | None = None
+    scaling_coef: float | None = None
+    search: Search | None = None
+    rule: Rule = "best"
+    minimize: str | None = None
+    maximize: str | None = None
+    subject_to: list[str] | None = None
+    confidence: float | None = None
+    statistics: Statistics = "keep"
+    random_seed: int | None = 0
+    baselines: list[Baseline] | None = None
+    diagnostics: list[Diagnosis] | None = None
+    joint: str | os.PathLike[str] | None = None
+    log: str | os.PathLike[str] | None = None
+    cache: str = "1GiB"
+    cache_in: Place = "memory"
+    allow_other_base: bool = False
+    keep_undo: bool = False
+    allow_other_kind: bool = False
+
+    def __post_init__(self) -> None:
+        paths = {name: os.fspath(path) for name, path in self.vectors.items()}
+        object.__setattr__(self, "vectors", paths)
+        for name in ("base", "joint"):
+            path = getattr(self, name)
+            object.__setattr__(self, name, path if path is None else os.fspath(path))
+
+    @property
+    def folder(self) -> Path:
+        """The output folder."""
+        return Path(self.output)
+
+    @property
+    def log_file(self) -> str:
+        """The file that evaluations are logged to."""
+        return os.fspath(self.folder) + ".evaluations.jsonl" if self.log is None else os.fspath(self.log)
+
+    @property
+    def tasks(self) -> dict[str, L.LightningDataModule]:
+        """The data modules of all tasks, targets first."""
+        return {**(self.targets or {}), **(self.controls or {})}
+
+    def checked(self) -> Goal:
+        """Parse and check the options; nothing is opened but files that the recipe names.
+
+        Raises:
+            ValueError: An option is wrong, or two do not go together.
+            FileNotFoundError: A file that the recipe names is missing.
+        """
+        self._check_tasks()
+        search = Given(self.scaling_coef) if self.scaling_coef is not None else self.search or Grid()
+        starts = {name: bounds[0] for name, bounds in search.ranges.items() if name != SCALING}
+        both = sorted(starts.keys() & (self.coefs or {}).keys())
+        if both:
+            raise ValueError(f"{some(both)} has a value in coefs and a range in the search; give one of them.")
+        recipe = Recipe(self.recipe, self.vectors, {**(self.coefs or {}), **starts})
+        unused = sorted(starts.keys() - recipe.coefs.keys())
+        if unused:
+            raise ValueError(
+                f"The search has a range for {some(unused)}, which the recipe {self.recipe!r} does not use."
+            )
+        constraints = [Constraint.parse(text, self.tasks) for text in self.subject_to or []]
+        objective = self._objective()
+        goal = Goal(self, recipe, search, starts, objective, constraints)
+        if not goal.is_given:
+            self._check_rule(objective, constraints)
+        self._check_confidence(constraints)
+        self._check_baselines(objective)
+        return goal
+
+    def _check_tasks(self) -> None:
+        twice = sorted((self.targets or {}).keys() & (self.controls or {}).keys())
+        if twice:
+            raise ValueError(f"A task is a target or a control, not both: {some(twice)}. Rename one of them.")
+        if not self.tasks:
+            raise ValueError("An edit must be shown to do something: give at least one data module under targets.")
+
+    def _objective(self) -> Objective | None:
+        if self.minimize is not None and self.maximize is not None:
+            raise ValueError(f"Give one objective: minimize={self.minimize!r} or maximize={self.maximize!r}.")
+        text = self.minimize if self.maximize is None else self.maximize
+        if text is None:
+            return None
+        maximize = self.maximize is not None
+        objective = Objective.parse(text, maximize=maximize, targets=list(self.targets or {}), tasks=list(self.tasks))
+        unknown = [task for task in objective.normalized if task not in self.vectors]
+        if unknown:
+            raise ValueError(
+                f"{objective.text} divides by each task's fine-tuned model, and {some(unknown)} has none: name its "
+                f"task vector like the task under vectors."
+            )
+        return objective
+
+    def _check_rule(self, objective: Objective | None, constraints: Sequence[Constraint]) -> None:
+        if self.rule == "best" and objective is None:
+            raise ValueError(
+                "To search a coefficient, say what is best (minimize= or maximize=), or set rule='largest' with a "
+                "constraint in subject_to, or give a scaling_coef."
+            )
+        if self.rule == "largest" and not constraints:
+            raise ValueError(
+                "The rule 'largest' needs a constraint in subject_to: without one the largest is unlimited."
+            )
+
+    def _check_confidence(self, constraints: Sequence[Constraint]) -> None:
+        if self.confidence is None:
+            return
+        if not 0.5 <= self.confidence < 1:
+            raise ValueError(
+                f"confidence must be in [0.5, 1), where 0.5 is the point estimate; found {self.confidence}."
+            )
+        for constraint in constraints:
+            _ = constraint.slope  # raises where the bound is not linear in the base
+
+    def _check_baselines(self, objective: Objective | None) -> None:
+        asked = self.baselines or []
+        if "gradient_ascent" in asked and objective is None:
+            raise ValueError(
+                "The baseline 'gradient_ascent' is stopped by an objective: give minimize= or maximize= too."
+            )
+        if ("joint" in asked) != (self.joint is not None):
+            raise ValueError("The baseline 'joint' and the checkpoint joint= go together: give both or none.")
+
+
+@dataclass(frozen=True)
+class Goal:
+    """What an edit is asked to do, parsed and checked.
+
+    Attributes:
+        options: The options it was parsed from.
+        recipe: The recipe, each searched coefficient at the start of its range.
+        search: Chooses the coefficients.
+        starts: By coefficient that is searched, besides ``scaling_coef``, the start of its range.
+        objective: What the rule ``"best"`` makes large or small.
+        constraints: All must hold.
+    """
+
+    options: EditOptions
+    recipe: Recipe
+    search: Search
+    starts: Mapping[str, float]
+    objective: Objective | None
+    constraints: Sequence[Constraint]
+
+    @property
+    def is_given(self) -> bool:
+        """Whether the coefficient is given rather than searched."""
+        return isinstance(self.search, Given)
+
+    @property
+    def needed(self) -> list[str]:
+        """The tasks that objective and constraints name."""
+        named = [*(self.objective.tasks if self.objective else ()), *(c.task for c in self.constraints)]
+        return list(dict.fromkeys(named))
+
+    @functools.cached_property
+    def metrics(self) -> dict[str, list[str]]:
+        """By task the metrics that objective and constraints name, the one that is reported first."""
+        found: dict[str, list[str]] = {}
+        terms: Sequence[tuple[str, str]] = self.objective.terms if self.objective else ()
+        named = [(task, metric.removeprefix(NORMALIZED)) for task, metric in terms]
+        for task, metric in [*named, *((c.task, c.metric) for c in self.constraints)]:
+            found.setdefault(task, [])
+            if metric not in found[task]:
+                found[task].append(metric)
+        return found
+
+    def recipe_at(self, values: Mapping[str, Any]) -> Recipe:
+        """Return the recipe with other values of the searched coefficients."""
+        coefs = {**(self.options.coefs or {}), **values}
+        return Recipe(self.options.recipe, self.options.vectors, coefs)

@@ -1,0 +1,172 @@
+"""What an edit works with: the model with its base's weights, the task vectors, and the evaluator."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import lightning as L
+from torch import Tensor
+
+from tva.arithmetic import check_same
+from tva.checkpoints import canonical_state_dict, fingerprint, open_finetuned, open_weights
+from tva.edit.editor import Editor, EditState
+from tva.edit.evaluator import Evaluator
+from tva.edit.options import EditOptions, Goal
+from tva.evaluation.batch_cache import BatchCache
+from tva.evaluation.log import EvaluationLog
+from tva.evaluation.result import Evaluation
+from tva.models.tangent import check_at_base
+from tva.search import SCALING, Candidate, Problem
+from tva.sizes import parse_bytes
+from tva.vectors.header import Origin, is_vector_file
+from tva.vectors.kind import KEY, check_kinds, kind_of
+from tva.vectors.task_vector import TaskVector
+
+
+@dataclass(frozen=True)
+class EditSession:
+    """An opened edit, from which any state of the model can be made and evaluated.
+
+    Attributes:
+        goal: What the edit is asked to do.
+        editor: Sets the model's weights.
+        vectors: Task vectors by name.
+        evaluator: Evaluates states.
+        kind: The model's kind; see `tva.vectors.kind`.
+    """
+
+    goal: Goal
+    editor: Editor
+    vectors: Mapping[str, TaskVector]
+    evaluator: Evaluator
+    kind: str | None
+
+    @property
+    def options(self) -> EditOptions:
+        """The options of the edit."""
+        return self.goal.options
+
+    @property
+    def recipe_vectors(self) -> dict[str, TaskVector]:
+        """The task vectors that the recipe names."""
+        return {name: self.vectors[name] for name in self.goal.recipe.vectors}
+
+    @functools.cached_property
+    def _vector_with(self) -> Callable[[tuple[tuple[str, Any], ...]], TaskVector]:
+        @functools.lru_cache(maxsize=4)
+        def vector_with(values: tuple[tuple[str, Any], ...]) -> TaskVector:
+            found = self.goal.recipe_at(dict(values)).evaluate(self.vectors)
+            found.check_base(self.editor.base, allow_other_base=self.options.allow_other_base)
+            return found
+
+        return vector_with
+
+    def state_of(self, candidate: Candidate, label: str = "edited") -> EditState:
+        """Return the state of the recipe at a candidate's coefficients."""
+        values = tuple((name, value) for name, value in candidate.coefs if name != SCALING)
+        recipe = self.goal.recipe
+        coefs = {SCALING: candidate.scaling_coef, **recipe.coefs, **dict(values)}
+        vector = functools.partial(self._vector_with, values)
+        return EditState(label, recipe.text, tuple(coefs.items()), vector, self.options.statistics)
+
+    def learned_state(self, vector: TaskVector) -> EditState:
+        """Return the state of a learned vector, which is identified by its contents."""
+        made = f"learned({self.goal.recipe.text}), {fingerprint(vector.deltas).digest}"
+        coefs = ((SCALING, 1.0), *self.goal.recipe.coefs.items())
+        return EditState("edited", made, coefs, lambda: vector, self.options.statistics)
+
+    def problem(
+        self,
+        states: Callable[[Sequence[Candidate]], list[EditState]],
+        is_identity: Callable[[Candidate], bool],
+        training_context: Callable[[], Any] | None = None,
+    ) -> Problem:
+        """Return the choice to make on validation data.
+
+        Args:
+            states: Returns the states of candidates.
+            is_identity: Whether a candidate edits nothing.
+            training_context: Makes what a search needs that trains.
+        """
+        goal, options = self.goal, self.options
+
+        def evaluate(candidates: Sequence[Candidate], ranges: Any, seed: int | None) -> list[dict[str, Evaluation]]:
+            return self.evaluator(states(candidates), ranges, "val", ranges, seed)
+
+        return Problem(
+            evaluate,
+            {task: self.evaluator.base(task, "val") for task in goal.needed or options.targets or {}},
+            goal.constraints,
+            goal.objective,
+            options.rule,
+            options.confidence,
+            self.evaluator.finetuned(goal.objective.normalized, "val") if goal.objective else {},
+            is_identity,
+            training_context,
+            self.editor.trainer,
+        )
+
+
+def open_session(
+    trainer: L.Trainer,
+    model: L.LightningModule,
+    goal: Goal,
+    log: EvaluationLog | None = None,
+    metrics: Mapping[str, Sequence[str]] | None = None,
+) -> EditSession:
+    """Set the model to the base, load the task vectors, and check that they fit together.
+
+    Args:
+        trainer: Trainer that evaluates.
+        model: The model to edit.
+        goal: What the edit is asked to do.
+        log: Keeps evaluations; by default the log that the options name.
+        metrics: By task the metrics to compute where the model does not log them; by default those that the goal names.
+
+    Raises:
+        ValueError: Model, base and vectors do not fit together.
+    """
+    options = goal.options
+    editor, kind = _open_editor(trainer, model, options)
+    vectors = {name: _load_vector(path, editor.base) for name, path in options.vectors.items()}
+    if options.allow_other_kind:
+        vectors = {name: vector.as_kind(kind) for name, vector in vectors.items()}
+    for name, vector in vectors.items():
+        check_kinds(
+            {f"the vector {name}": vector.origin.kind, f"the model {type(model).__name__}": kind},
+            "pass allow_other_kind if the other kind is meant",
+        )
+    log = EvaluationLog(options.log_file, trainer) if log is None else log
+    cache = BatchCache(parse_bytes(options.cache), options.cache_in)
+    evaluator = Evaluator(editor, vectors, log, cache, goal.metrics if metrics is None else metrics)
+    session = EditSession(goal, editor, vectors, evaluator, kind)
+    session.state_of(Candidate(tuple(goal.starts.items()))).vector()  # raises on any mismatch before evaluating
+    return session
+
+
+def _open_editor(trainer: L.Trainer, model: L.LightningModule, options: EditOptions) -> tuple[Editor, str | None]:
+    """Put the base into the model; return what edits it, and the model's kind."""
+    if any(hasattr(part, "peft_config") for part in model.modules()):
+        raise ValueError(
+            "An edit takes the plain model, and this one holds LoRA. Leave lora out of its options: the vectors that "
+            "TaskVectorCallback writes of LoRA are dense, under the plain model's names."
+        )
+    if options.base is not None:
+        weights = open_weights(options.base)
+        live = canonical_state_dict(model.state_dict())
+        check_same(live, weights, "the model", f"the base {options.base}")
+        for name, tensor in live.items():
+            tensor.copy_(weights[name])
+    kind = kind_of(model)
+    check_at_base(model)
+    return Editor(trainer, model, options.tasks, options.statistics, (options.targets or {}).values()), kind
+
+
+def _load_vector(path: str, base: Mapping[str, Tensor]) -> TaskVector:
+    if is_vector_file(path):
+        return TaskVector.load(path)
+    finetuned = open_finetuned(path, base)
+    return TaskVector.between(base, finetuned, origin=Origin(kind=finetuned.metadata.get(KEY)))
