@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from tva.search.base import Candidate, Choice, Problem, Search
+from tva.search.base import Choice, Problem, Search
+from tva.search.candidate import Candidate
 
 
 class Given(Search):
