@@ -122,7 +122,7 @@ def test_a_folder_may_be_base_and_hold_the_edit_but_keeps_its_weights(place):
     vectors = {"digits": "digits.tv.safetensors"}
     for _ in range(2):  # once more over the first
         compose("model", vectors, "digits", "model/edited.safetensors")
-    with pytest.raises(ValueError, match="lies in what is given as base, model, and would replace it"):
+    with pytest.raises(ValueError, match="is what is given as base, model, or a file of it, and would replace it"):
         compose("model", vectors, "digits", "model/model.safetensors")
 
 

@@ -346,7 +346,7 @@ def test_mistakes_in_the_command_are_named(files):
             compress(source, output, **options)
     with pytest.raises(ValueError, match=r"output must end in \.safetensors"):
         compress(source, str(files / "folder"), encoding="int8")
-    with pytest.raises(ValueError, match="output is the vector itself"):
+    with pytest.raises(ValueError, match="is what is given as vector, .*, and would replace it"):
         compress(source, source, encoding="int8")
     with pytest.raises(ValueError, match="is a checkpoint, not a task vector file"):
         compress(str(files / "base.safetensors"), output, encoding="int8")

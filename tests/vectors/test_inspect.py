@@ -91,7 +91,7 @@ def test_extract_refuses_what_makes_no_vector(files):
         extract("base.safetensors", "a.ckpt", "x.pt")
     with pytest.raises(ValueError, match="finetuned must be a checkpoint, and b.tv.safetensors is a task vector file"):
         extract("base.safetensors", "b.tv.safetensors", "x.tv.safetensors")
-    with pytest.raises(ValueError, match="output is the checkpoint given as base"):
+    with pytest.raises(ValueError, match="is what is given as base, .*, and would replace it"):
         extract("base.safetensors", "a.ckpt", "./base.safetensors")
     with pytest.raises(ValueError, match="which='raw': a.ckpt does not hold both raw and averaged weights"):
         extract("base.safetensors", "a.ckpt", "x.tv.safetensors", which="raw")

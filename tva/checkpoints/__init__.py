@@ -7,6 +7,7 @@ from tva.checkpoints.lazy import Entry, Info, LazyWeights, Which
 from tva.checkpoints.names import NameFilter, NameMatch, canonical_names, canonical_state_dict, map_names, match_names
 from tva.checkpoints.open import find, open_weights, read_metadata
 from tva.checkpoints.peft_adapter import open_adapter, open_finetuned
+from tva.checkpoints.protect import protect
 from tva.checkpoints.sharded_writer import Output, side_files
 from tva.checkpoints.spec import Elements, Spec, dtype_name
 
@@ -37,6 +38,7 @@ __all__ = [
     "open_adapter",
     "open_finetuned",
     "open_weights",
+    "protect",
     "read_metadata",
     "save_weights",
     "side_files",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,13 @@ from tva.checkpoints.foreign import read_json
 
 def weights_file(folder: Path) -> Path | None:
     """Return the file that is a folder's whole model, or the index of its shards, by the names that libraries use."""
-    names = sorted(path.name for path in folder.iterdir())
+    name = weights_name(path.name for path in folder.iterdir())
+    return None if name is None else folder / name
+
+
+def weights_name(names: Iterable[str]) -> str | None:
+    """Return which of a folder's names is the whole model, or the index of its shards."""
+    names = sorted(names)
     for known, ending in (("model", ".safetensors"), ("pytorch_model", ".bin")):
         for candidates in (
             [known + ending],
@@ -19,7 +26,7 @@ def weights_file(folder: Path) -> Path | None:
         ):
             found = [name for name in candidates if name in names]
             if len(found) == 1:
-                return folder / found[0]
+                return found[0]
     return None
 
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Literal
 
 from tva._torch import load_torch
-from tva.checkpoints import Fingerprint, LazyWeights, NameFilter, Output, find, is_hub, read_metadata, side_files
+from tva.checkpoints import Fingerprint, LazyWeights, NameFilter, Output, find, protect, side_files
 from tva.compose.engine import Composer, GroupEffect
 from tva.compose.plan import Plan, make_plan
 from tva.compose.recipe import Recipe
@@ -139,11 +139,12 @@ def compose(
         raise ValueError(f"output must end in .safetensors, or name a folder; found {output!r}.")
     if not math.isfinite(scaling_coef):
         raise ValueError(f"scaling_coef must be a finite number; found {scaling_coef}.")
-    check_output(output, {"base": base, **{f"vectors.{name}": path for name, path in vectors.items()}})
+    outputs = [Path(output), *([undo_path(Path(output))] if keep_undo else [])]
+    protect(outputs, {"base": base, **{f"vectors.{name}": path for name, path in vectors.items()}})
     options = {"allow_other_base": allow_other_base, "key_map": key_map or {}}
     options |= NameFilter(include, exclude).options
     composer = Composer.open(base, vectors, checked, scaling_coef, dtype, which=which, **options)
-    check_output(output, {f"a file of {recipe}": path for path in checked.files})
+    protect(outputs, {f"a file of {recipe}": path for path in checked.files})
     weights, sources = composer.base, composer.sources
     kinds = {name: source.origin.kind for name, source in sources.items()}
     if allow_other_kind and len(set(kinds.values())) > 1:
@@ -207,30 +208,6 @@ def compose(
         undo,
         undo_bytes,
     )
-
-
-def check_output(output: str, inputs: Mapping[str, str]) -> None:
-    """Check that what will be written is none of what is read.
-
-    Args:
-        output: A file or folder.
-        inputs: What an input is called, to its path.
-
-    Raises:
-        ValueError: It is, or is a file of a folder that is.
-    """
-    resolved = Path(output).resolve()
-    for name, path in inputs.items():
-        own = Path(path).resolve()
-        if is_hub(path) or not own.exists():
-            continue
-        # a base may be the folder in which one works, and an edit there may be made once more
-        inside = own in resolved.parents and resolved.is_file() and "tva.recipe" not in read_metadata(resolved)
-        if own == resolved or inside:
-            raise ValueError(
-                f"output {output} {'lies in' if inside else 'is'} what is given as {name}, {path}, and would replace "
-                f"it. Give another output."
-            )
 
 
 def _check_undo(keep_undo: bool | str, sources: Mapping[str, LazyTaskVector]) -> None:

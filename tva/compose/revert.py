@@ -20,9 +20,9 @@ from tva.checkpoints import (
     find,
     fingerprint,
     open_weights,
+    protect,
     side_files,
 )
-from tva.compose.apply import check_output
 from tva.compose.engine import Composer
 from tva.compose.recipe import Recipe
 from tva.compose.record import Record, check_inputs, open_edited, open_recipe
@@ -100,7 +100,9 @@ def revert(
     moved = {name: os.fspath(path) for name, path in (vectors or {}).items()}
     weights = open_edited(edited)
     opened = _open_undo(edited, weights, undo)
-    check_output(output, {"the edited checkpoint": edited, "undo": str(opened.path)})
+    with_vectors = loads(opened.metadata["tva.undo_with_vectors"])
+    paths = {f"vectors.{name}": path for name, path in {**opened.record.vectors, **moved}.items() if with_vectors}
+    protect([output], {"the edited checkpoint": edited, "undo": opened.path, **paths})
     composer = _way_back(edited, weights, opened, moved)
     composer.fit_into(max_memory)
     if composer.chunk < opened.block and not composer.recipe.needs_whole_tensors:

@@ -13,7 +13,7 @@ from itertools import pairwise
 from pathlib import Path
 
 from tva._torch import torch
-from tva.checkpoints import LazyWeights, Spec, atomic_path, open_weights
+from tva.checkpoints import LazyWeights, Spec, atomic_path, open_weights, protect
 from tva.checkpoints.sharded_writer import Shard
 from tva.console import progress
 from tva.errors import some
@@ -124,8 +124,7 @@ def compress(
             f"error to that one, and not be measured against the vector itself. Compress the vector that it was made "
             f"from; if that is gone, TaskVector.load({vector!r}).save(DENSE) writes one that can be."
         )
-    if Path(output).exists() and Path(output).samefile(weights.path):
-        raise ValueError(f"output is the vector itself, {vector}, which would be lost. Give another name.")
+    protect([output], {"vector": vector})
     float32_bytes = 4 * sum(weights.spec(name).shape.numel() for name in weights)
     if encoding is not None:
         wanted = Encoding.parse(encoding)

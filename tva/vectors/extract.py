@@ -7,7 +7,7 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from tva.checkpoints import NameFilter, find, open_weights
+from tva.checkpoints import NameFilter, open_weights, protect
 from tva.checkpoints.lazy import Which
 from tva.vectors.header import SUFFIX, Origin, is_vector_file
 from tva.vectors.lazy import LazyTaskVector
@@ -84,9 +84,8 @@ def extract(
     base, finetuned, output = os.fspath(base), os.fspath(finetuned), os.fspath(output)
     if not output.endswith(".safetensors"):
         raise ValueError(f"A task vector file's name must end in .safetensors, best in {SUFFIX}; found {output!r}.")
+    protect([output], {"base": base, "finetuned": finetuned})
     for flag, path in {"base": base, "finetuned": finetuned}.items():
-        if find(path).exists() and Path(output).exists() and find(path).samefile(output):
-            raise ValueError(f"output is the checkpoint given as {flag}, {path}. Give it a name of its own.")
         if is_vector_file(path):
             raise ValueError(
                 f"{flag} must be a checkpoint, and {path} is a task vector file already. Take two checkpoints; "

@@ -1,0 +1,147 @@
+"""No command replaces an input, or changes what an input folder means: by path, link, hard link or inside."""
+
+import json
+import os
+import shutil
+
+import pytest
+import torch
+import torch.distributed.checkpoint
+
+from tva import TaskVector, fingerprint, open_weights, save_weights
+from tva.checkpoints import protect
+from tva.cli.main import main
+from tva.compose.apply import compose
+
+KINDS = ["file", "folder", "shards", "torch_distributed", "adapter"]
+WAYS = ["same", "hard link", "link", "inside"]
+
+
+def state(seed):
+    generator = torch.Generator().manual_seed(seed)
+    return {"q.weight": torch.randn(6, 4, generator=generator), "q.bias": torch.randn(6, generator=generator)}
+
+
+def make(kind, path, weights):
+    """Write a checkpoint of some kind, and return its path, a file with its weights, and a place inside of it."""
+    if kind == "file":
+        save_weights(weights, path.with_suffix(".safetensors"))
+        return path.with_suffix(".safetensors"), path.with_suffix(".safetensors"), None
+    path.mkdir()
+    if kind == "folder":
+        save_weights(weights, path / "model.safetensors")
+        save_weights(weights, path / "other.safetensors")  # not by tva
+        return path, path / "model.safetensors", path / "other.safetensors"
+    if kind == "shards":
+        names = [f"model-{i}-of-2.safetensors" for i in (1, 2)]
+        for file, (name, tensor) in zip(names, weights.items(), strict=True):
+            save_weights({name: tensor}, path / file)
+        index = {"weight_map": dict(zip(weights, names, strict=True))}
+        (path / "model.safetensors.index.json").write_text(json.dumps(index))
+        return path, path / names[0], path / "model.safetensors"  # which is taken before the index
+    if kind == "torch_distributed":
+        torch.distributed.checkpoint.save(dict(weights), checkpoint_id=path, no_dist=True)
+        return path, next(path.glob("*.distcp")), path / "added.safetensors"
+    factors = {"lora_A": torch.randn(2, 4), "lora_B": torch.randn(6, 2)}
+    named = {f"base_model.model.q.{key}.weight": factor for key, factor in factors.items()}
+    save_weights(named, path / "adapter_model.safetensors")
+    config = {"peft_type": "LORA", "r": 2, "lora_alpha": 8, "target_modules": ["q"]}
+    (path / "adapter_config.json").write_text(json.dumps(config))
+    return path, path / "adapter_model.safetensors", path / "added.safetensors"
+
+
+def place(way, path, file, inside, folder):
+    """Return an output that is an input in some way, or None."""
+    if way == "inside":
+        return inside
+    if way == "same":
+        return file if file.suffix == ".safetensors" else path
+    output = folder / "output.safetensors"
+    os.link(file, output) if way == "hard link" else output.symlink_to(file)
+    return output
+
+
+def contents(folder):
+    return {path: path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def run(*words):
+    try:
+        main(list(map(str, words)))
+    except SystemExit as error:
+        return error.code
+    return 0
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("role", ["base", "vector"])
+@pytest.mark.parametrize("command", ["compose", "extract"])
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
+def test_outputs_are_never_inputs(tmp_path, capsys, command, role, kind, way):
+    if (kind, role) == ("adapter", "base") or (kind, way) == ("file", "inside"):
+        return
+    base, vector = make("file", tmp_path / "base", state(0)), make("file", tmp_path / "tuned", state(1))
+    given = make(kind, tmp_path / "given", state(2))
+    base, vector = (given, vector) if role == "base" else (base, given)
+    output = place(way, *given, tmp_path)
+    before = contents(tmp_path)
+    if command == "compose":
+        words = ["--base", base[0], "--vectors.v", vector[0], "--recipe", "v", "--output", output]
+    else:
+        words = ["--base", base[0], "--finetuned", vector[0], "--output", output]
+    assert run(command, *words) == 2
+    assert "output" in capsys.readouterr().err
+    assert contents(tmp_path) == before
+
+
+@pytest.mark.parametrize("way", ["same", "hard link", "link"])
+def test_compress_and_revert_never_replace_what_they_read(tmp_path, monkeypatch, way):
+    monkeypatch.chdir(tmp_path)
+    save_weights(state(0), "base.safetensors")
+    TaskVector.between(state(0), state(1)).save("v.tv.safetensors")
+    compose("base.safetensors", {"v": "v.tv.safetensors"}, "v", "edited.safetensors", keep_undo="with_vectors")
+    for name in ("v.tv", "edited", "edited.undo"):
+        file = tmp_path / f"{name}.safetensors"
+        output = place(way, file, file, None, tmp_path)
+        before = contents(tmp_path)
+        if name == "v.tv":
+            assert run("compress", file, "--output", output, "--encoding", "int8") == 2
+        assert run("revert", "edited.safetensors", "--output", output) == 2
+        assert contents(tmp_path) == before
+        (tmp_path / "output.safetensors").unlink(missing_ok=True)
+
+
+def test_an_undo_file_never_takes_the_place_of_an_input(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    save_weights(state(0), "base.safetensors")
+    TaskVector.between(state(0), state(1)).save("w.undo.safetensors")
+    before = contents(tmp_path)
+    words = ["--vectors.v", "w.undo.safetensors", "--recipe", "v", "--output", "w.safetensors", "--keep_undo"]
+    assert run("compose", "--base", "base.safetensors", *words) == 2
+    assert "output w.undo.safetensors is what is given as vectors.v" in capsys.readouterr().err
+    assert contents(tmp_path) == before
+
+
+def test_an_edited_model_is_a_base_like_any_other(tmp_path, monkeypatch):
+    """It was written by tva, and so are edits that are made once more; but it is an input here."""
+    monkeypatch.chdir(tmp_path)
+    save_weights(state(0), "base.safetensors")
+    save_weights(state(1), "tuned.safetensors")
+    compose("base.safetensors", {"v": "tuned.safetensors"}, "v", "first", max_shard_size="100")
+    known = fingerprint(open_weights("first"))
+    for name in ["model.safetensors", *(path.name for path in (tmp_path / "first").glob("model-*"))]:
+        with pytest.raises(ValueError, match="Give an"):
+            compose("first", {"v": "tuned.safetensors"}, "v", f"first/{name}")
+    for _ in range(2):  # an edit beside it may be made once more
+        compose("first", {"v": "tuned.safetensors"}, "-v", "first/edited.safetensors")
+    assert fingerprint(open_weights("first")) == known
+
+
+def test_a_folder_of_one_file_takes_no_other(tmp_path):
+    (tmp_path / "model").mkdir()
+    save_weights(state(0), tmp_path / "model/weights.safetensors")
+    with pytest.raises(ValueError, match="a file more would change which weights are read"):
+        protect([tmp_path / "model/edited.safetensors"], {"base": tmp_path / "model"})
+    shutil.copytree(tmp_path / "model", tmp_path / "same")
+    protect([tmp_path / "same/edited.safetensors"], {"base": tmp_path / "model"})

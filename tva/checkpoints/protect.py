@@ -1,0 +1,70 @@
+"""Refuse outputs that would replace an input, or change what an input folder means."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+from tva.checkpoints.folder import weights_file, weights_name
+from tva.checkpoints.foreign import read_json
+from tva.checkpoints.hub import is_hub
+from tva.checkpoints.open import read_metadata
+
+WRITTEN = ("tva.recipe", "tva.format")  # in the header of what tva writes, and may write once more
+
+
+def protect(outputs: Iterable[str | os.PathLike[str]], inputs: Mapping[str, str | os.PathLike[str]]) -> None:
+    """Check that what will be written is none of what is read, and leaves what is read as it is.
+
+    Args:
+        outputs: Every file or folder that will be written.
+        inputs: What an input is called, to its path: a file, or a folder of any checkpoint format.
+
+    Raises:
+        ValueError: An output is an input by its path, a link or a hard link; is a file of an input folder that tva did
+            not write; or is in an input folder in which a file more would change which weights are read.
+    """
+    outputs = [Path(output) for output in outputs]
+    for what, path in inputs.items():
+        if not is_hub(path) and Path(path).exists():
+            for output in outputs:
+                _check(output, what, Path(path))
+
+
+def _check(output: Path, what: str, path: Path) -> None:
+    given = f"what is given as {what}, {path}"
+    hidden = (output.with_name(f".{output.name}.{ending}") for ending in ("partial", "journal"))
+    there = {_identity(each) for each in (output, *hidden) if each.exists()}
+    if there & {_identity(path), *map(_identity, _files_read(path))}:
+        part = ", or a file of it" if path.is_dir() else ""
+        raise ValueError(f"output {output} is {given}{part}, and would replace it. Give another output.")
+    if not path.is_dir() or path.resolve() not in output.resolve().parents:
+        return
+    if output.is_file() and not any(key in read_metadata(output) for key in WRITTEN):
+        raise ValueError(f"output {output} is in {given}, and would replace a file of it. Give another output.")
+    names = {each.name for each in path.iterdir()}
+    added = {output.name} if output.parent.resolve() == path.resolve() else set()
+    known = weights_name(names)
+    if known is None or known != weights_name(names | added):
+        raise ValueError(
+            f"output {output} is in {given}, in which a file more would change which weights are read. Give an output "
+            f"outside of that folder."
+        )
+
+
+def _identity(path: Path) -> tuple[int, int]:
+    stat = path.stat()
+    return stat.st_dev, stat.st_ino
+
+
+def _files_read(path: Path) -> list[Path]:
+    """Return the files that are read of an input; of a folder without a known name of weights, all that are in it."""
+    known = weights_file(path) if path.is_dir() else path
+    if known is None:
+        return [each for each in path.rglob("*") if each.is_file()]
+    if not known.name.endswith(".index.json"):
+        return [known]
+    weight_map: dict[str, str] = read_json(known, {"weight_map": {str: str}}).get("weight_map") or {}
+    shards = {known.parent / name for name in weight_map.values()}
+    return [known, *(shard for shard in shards if shard.is_file())]
