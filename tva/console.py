@@ -81,20 +81,21 @@ def printable(text: str, most: int = 300, newline: str = "") -> str:
     return CONTROL.sub(lambda found: found[0] if found[0] == newline else ascii(found[0])[1:-1], text)
 
 
-def print_line(console: Console, text: str, style: str = "") -> None:
+def print_line(console: Console, text: str, style: str = "", wrap: bool = False) -> None:
     """Print one line as it is: no markup is read in it, and control characters are escaped.
 
     Args:
         console: Where to.
         text: The line.
         style: Such as ``"bold"``, or ``"bold red:"`` to apply it up to the first colon only.
+        wrap: Break it where the terminal ends.
     """
     from rich.text import Text
 
     line = Text(printable(text, most=100_000))
     style, first, _ = style.partition(":")
     line.stylize(style, 0, text.index(":") if first else None)
-    console.print(line, soft_wrap=True)
+    console.print(line, soft_wrap=not wrap)
 
 
 def counted(number: int, what: str) -> str:

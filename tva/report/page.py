@@ -10,6 +10,7 @@ from tva.report.curves import coefficient_map, curves
 from tva.report.render import draw, library
 from tva.report.scores import compared, dots, matrix
 from tva.report.series import Content, axes, coefficient, formula, interval, is_feasible, number, symbol
+from tva.report.table import Column, cells
 from tva.report.tradeoffs import planes
 from tva.report.vega import Chart
 
@@ -155,43 +156,47 @@ def _headline(content: Content) -> Iterator[dict[str, str]]:
 
 
 def before_table(content: Content) -> dict[str, Any]:
-    labels = [
-        label
-        for label in ("base", "edited", "finetuned", "random")
-        if any(label in entry for entry in content["tasks"].values())
-    ]
-    heads = {"base": "base", "finetuned": "fine-tuned", "edited": "edited", "random": "random vector"}
+    """Return every task before and after: what the page, the terminal and a notebook show.
+
+    Returns:
+        ``heads`` of the numbers, and for every task a row with its ``cells``: pairs of a number and its small print.
+    """
+    heads = {"base": "base", "edited": "edited", "finetuned": "fine-tuned", "random": "random vector"}
+    present = {label for entry in content["tasks"].values() for label in heads if label in entry}
+    columns = [_score(label, head) for label, head in heads.items() if label in present]
+    columns.append(Column("normalized", lambda entry: number(entry["normalized"], "accuracy")))
+    columns.append(Column("of base", _ratio, small=_ratio_interval))
     rows = []
-    for task, entry in content["tasks"].items():
-        metric = entry["metric"]
-        cells = [
-            (number(entry[label]["value"], metric), interval(entry[label], metric)) if label in entry else ("–", "")
-            for label in labels
-        ]
-        found = entry["comparison"] or {}
-        ratio = number(found.get("ratio"), "accuracy")
-        within = interval({"low": found.get("ratio_low"), "high": found.get("ratio_high")}, "accuracy")
-        verdicts = [c for c in content["constraints"] if c["task"] == task]
+    for (task, entry), shown in zip(
+        content["tasks"].items(), cells(columns, list(content["tasks"].values())), strict=True
+    ):
+        constraints = [{**c, "shown": _constraint(c)} for c in content["constraints"] if c["task"] == task]
+        words = {key: entry[key] for key in ("role", "metric", "split")}
         rows.append(
-            {
-                "task": task,
-                "role": entry["role"],
-                "metric": metric,
-                "split": entry["split"],
-                "n": f"{entry['num_examples']:,}",
-                "cells": [
-                    *cells,
-                    (number(entry["normalized"], "accuracy"), ""),
-                    (ratio, _joined(within, found.get("p_value"))),
-                ],
-                "constraints": [{**c, "shown": _constraint(c)} for c in verdicts],
-            }
+            {"task": task, **words, "n": f"{entry['num_examples']:,}", "cells": shown, "constraints": constraints}
         )
-    return {"heads": [heads[label] for label in labels] + ["normalized", "of base"], "rows": rows}
+    return {"heads": [column.heading for column in columns], "rows": rows}
 
 
-def _joined(within: str, p_value: float | None) -> str:
-    return within if p_value is None else f"{within}\np = {p_value:.2g}"
+def _score(label: str, heading: str) -> Column:
+    return Column(
+        heading,
+        lambda entry: number(entry[label]["value"], entry["metric"]) if label in entry else "–",
+        small=lambda entry: interval(entry[label], entry["metric"]) if label in entry else "",
+    )
+
+
+def _ratio(entry: Mapping[str, Any]) -> str:
+    before, after = entry["base"]["value"], entry["edited"]["value"]
+    found = (entry["comparison"] or {}).get("ratio")
+    return number(after / before if found is None and before > 0 else found, "accuracy")
+
+
+def _ratio_interval(entry: Mapping[str, Any]) -> str:
+    found = entry["comparison"] or {}
+    within = interval({"low": found.get("ratio_low"), "high": found.get("ratio_high")}, "accuracy")
+    p_value = found.get("p_value")
+    return within if p_value is None else f"{within} p = {p_value:.2g}"
 
 
 def _constraint(constraint: Mapping[str, Any]) -> str:

@@ -7,11 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table
 
-from tva.console import make_console
+from tva.console import make_console, print_line
+from tva.report.page import before_table
 from tva.report.run_files import PAGE
-from tva.report.series import axes, coefficient, curve, interval, is_feasible, number, symbol
+from tva.report.series import axes, coefficient, curve, is_feasible, number, symbol
+from tva.report.table import Column, print_table, words
 
 WIDE = 150  # columns of a terminal that has room for all of the table
 BARS = "▁▂▃▄▅▆▇█"
@@ -25,49 +26,43 @@ def print_report(report: Any, console: Console | None = None, folder: Path | Non
         console: By default the terminal. Where the output is piped every task is one line.
         folder: Where the report was written.
     """
-    console = console or make_console()
-    coefs = ", ".join(f"{name} = {coefficient(value)}" for name, value in report.coefficients.items())
-    console.print(f"[bold]base + scaling_coef · ({report.recipe})[/]   {coefs}: {report.reason}", highlight=False)
-    left, numbers = ["task", "role", "split", "n"], ["base", "fine-tuned", "edited", "random", "normalized", "of base"]
-    if console.width < WIDE:
-        left, numbers = ["task", "role"], ["base", "edited"]
-    if any(task.metric != "accuracy" for task in report.tasks.values()):  # which percentages say by themselves
-        left.insert(1, "metric")
-    table = Table(box=None, header_style="bold", pad_edge=False)
-    for heading in left:
-        table.add_column(heading)
-    for heading in numbers:
-        table.add_column(heading, justify="right", no_wrap=True)
-    table.add_column("verdict")
-    for name, task in report.tasks.items():
-        scores = {label: _score(score, task.metric) for label, score in task.scores.items()}
-        cells = {
-            "task": name,
-            "metric": task.metric,
-            "role": task.role,
-            "split": task.split,
-            "n": f"{task.num_examples:,}",
-            "base": scores["base"],
-            "fine-tuned": scores.get("finetuned", "–"),
-            "edited": scores["edited"],
-            "random": scores.get("random", "–"),
-            "normalized": "–" if task.normalized is None else f"{task.normalized:.1%}",
-            "of base": _ratio(task),
-            "verdict": _verdict(report, name),
-        }
-        row = [cells[heading] for heading in (*left, *numbers, "verdict")]
-        table.add_row(*(row if console.is_terminal else [cell.replace("\n", " ") for cell in row]))
-    console.print(table)
-    console.print(f"[dim]{_footnote(report)}[/]", highlight=False)
-    for line in sparklines(report.to_json()):
-        console.print(line, highlight=False, markup=False)
-    for title, found in (*report.baselines.items(), *report.diagnostics.items()):
+    console, content = console or make_console(), report.to_json()
+    coefs = ", ".join(f"{name} = {coefficient(value)}" for name, value in content["coefficients"].items())
+    print_line(
+        console, f"base + scaling_coef · ({content['recipe']})   {coefs}: {content['reason']}", "bold", wrap=True
+    )
+    left_out = _print_tasks(console, content)
+    print_line(console, _footnote(content), "dim", wrap=True)
+    if left_out:
+        print_line(console, f"columns for a wider terminal: {', '.join(left_out)}", "dim", wrap=True)
+    for line in sparklines(content):
+        print_line(console, line)
+    for title, found in (*content["baselines"].items(), *content["diagnostics"].items()):
         _print_extra(console, title, found)
-    checked = ("bold green", "holds") if report.constraints else ("bold blue", "not checked")
-    style, word = checked if report.holds else ("bold red", "refused")
-    console.print(f"[{style}]{word}[/]: {report.verdict}", highlight=False)
+    checked = ("bold green:", "holds") if content["constraints"] else ("bold blue:", "not checked")
+    style, word = checked if content["holds"] else ("bold red:", "refused")
+    print_line(console, f"{word}: {content['verdict']}", style, wrap=True)
     if folder is not None:
-        console.print(f"{folder / PAGE} shows all of it", highlight=False)
+        print_line(console, f"{folder / PAGE} shows all of it", wrap=True)
+
+
+def _print_tasks(console: Console, content: Mapping[str, Any]) -> list[str]:
+    """Print the table of tasks; return the columns for which the terminal is too narrow."""
+    table = before_table(content)
+    left = ["task", "metric", "role", "split", "n"]
+    if all(row["metric"] == "accuracy" for row in table["rows"]):  # which percentages say by themselves
+        left.remove("metric")
+    wanted = left + table["heads"]
+    if console.width < WIDE:
+        wanted = [head for head in wanted if head in ("task", "metric", "role", "base", "edited")]
+    columns = [words(head, lambda row, head=head: row[head]) for head in left if head in wanted]
+    columns += [_number(head, place) for place, head in enumerate(table["heads"]) if head in wanted]
+    print_table(console, [*columns, Column("verdict", _verdict, is_number=False, fold=True)], table["rows"])
+    return [head for head in (*left, *table["heads"]) if head not in wanted]
+
+
+def _number(heading: str, place: int) -> Column:
+    return Column(heading, lambda row: row["cells"][place][0], small=lambda row: row["cells"][place][1])
 
 
 def sparklines(content: Mapping[str, Any], most: int = 41) -> list[str]:
@@ -106,53 +101,32 @@ def sparklines(content: Mapping[str, Any], most: int = 41) -> list[str]:
     ]
 
 
-def _print_extra(console: Console, title: str, found: Any) -> None:
+def _print_extra(console: Console, title: str, found: Mapping[str, Any]) -> None:
     """Print one baseline or diagnosis: rows of named numbers."""
-    if "rows" not in found:
-        console.print(f"[bold]{title}[/]: {found['reason']}", highlight=False)
+    rows = found.get("rows", {})
+    if not rows:
+        print_line(console, f"{title}: {found.get('reason', '')}", "bold:", wrap=True)
         return
-    table = Table(box=None, header_style="bold", pad_edge=False, title=title, title_justify="left")
-    table.add_column("")
-    columns = list(next(iter(found["rows"].values()), {}))
-    for column in columns:
-        table.add_column(column, justify="right")
-    for name, row in found["rows"].items():
-        cells = (row.get(column) for column in columns)
-        table.add_row(
-            name, *("–" if cell is None else cell if isinstance(cell, str) else f"{cell:.4g}" for cell in cells)
-        )
-    console.print(table)
+    columns = [Column(key, lambda row, key=key: _cell(row[1].get(key))) for key in next(iter(rows.values()), {})]
+    print_table(console, [words("", lambda row: row[0]), *columns], rows.items(), title=title)
     if "reason" in found:
-        console.print(f"[dim]{found['reason']}[/]", highlight=False)
+        print_line(console, found["reason"], "dim", wrap=True)
 
 
-def _footnote(report: Any) -> str:
-    sizes = [
-        f"{task} {split.get('val', 0):,} / {split.get('test', 0):,}" for task, split in report.sizes.items() if split
-    ]
-    spent = f"{report.search['num_forward']:,} examples evaluated"
-    if report.search["num_reused"]:
-        spent += f", {report.search['num_reused']} evaluations re-used from {report.search['log']}"
+def _cell(value: Any) -> str:
+    return value if isinstance(value, str) else number(value)
+
+
+def _footnote(content: Mapping[str, Any]) -> str:
+    sizes = [f"{task} {split.get('val', 0):,} / {split.get('test', 0):,}" for task, split in content["sizes"].items()]
+    search = content["search"]
+    spent = f"{search['num_forward']:,} examples evaluated"
+    if search["num_reused"]:
+        spent += f", {search['num_reused']} evaluations reused from {search['log']}"
     return f"in brackets: 95 % intervals; examples to choose on / to report on: {'; '.join(sizes)}; {spent}"
 
 
-def _score(score: Any, metric: str) -> str:
-    between = interval(vars(score), metric)
-    return number(score.value, metric) + (f"\n[dim]\\{between}[/]" if between else "")
-
-
-def _ratio(task: Any) -> str:
-    found = task.comparison
-    if found is None or found.ratio is None or found.ratio_low is None or found.ratio_high is None:
-        before, after = task.scores["base"].value, task.scores["edited"].value
-        return f"{after / before:.1%}" if before > 0 else "–"
-    return f"{found.ratio:.1%}\n[dim]\\[{found.ratio_low:.1%}, {found.ratio_high:.1%}][/]"
-
-
-def _verdict(report: Any, name: str) -> str:
-    of_task = [constraint for constraint in report.constraints if constraint.task == name]
-    if of_task:
-        return "\n".join(f"{c.text}: {c.compared}, {'holds' if c.holds else 'FAILS'}" for c in of_task)
-    scores = report.tasks[name].scores
-    before, after = scores["base"].value, scores["edited"].value
-    return f"{(after - before) / before:+.0%} of base" if before else f"{after - before:+.3g}"
+def _verdict(row: Mapping[str, Any]) -> str:
+    constraints = [f"{c['text']}: {c['shown']}, {'holds' if c['holds'] else 'FAILS'}" for c in row["constraints"]]
+    ratio = row["cells"][-1][0]
+    return "; ".join(constraints) or (f"{ratio} of base" if ratio != "–" else ratio)
