@@ -15,7 +15,7 @@ class NoEffectError(ValueError):
 
 
 def some(items: Iterable[object], limit: int = 3) -> str:
-    """List at most ``limit`` items for an error message, with a count of the rest.
+    """List at most ``limit`` items for an error message, with a count of the rest; long texts are cut.
 
     Example:
         >>> some(["a", "b", "c", "d", "e"])
@@ -23,7 +23,12 @@ def some(items: Iterable[object], limit: int = 3) -> str:
     """
     items = list(items)
     rest = f" and {len(items) - limit} more" if len(items) > limit else ""
-    return ", ".join(repr(item) if isinstance(item, str) else str(item) for item in items[:limit]) + rest
+    return ", ".join(repr(_cut(item)) if isinstance(item, str) else _cut(str(item)) for item in items[:limit]) + rest
+
+
+def _cut(text: str, most: int = 200) -> str:
+    """Cut a long text in its middle: the ends tell paths and tensor names apart."""
+    return text if len(text) <= most else f"{text[: most // 2]}…{text[1 - most // 2 :]}"
 
 
 class RecipeError(ValueError):
