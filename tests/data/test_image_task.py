@@ -12,6 +12,7 @@ from small_images import everything, pictures, ready, table, to_tensor
 
 from tva.data import ImageTask
 from tva.data.builtin import BUILTIN_SETS, load_builtin
+from tva.models import ClipClassifier
 
 
 @pytest.fixture
@@ -233,3 +234,47 @@ def test_builtin_sets_are_the_same_each_time_and_their_splits_share_nothing(name
 def test_an_unknown_builtin_set_names_the_known_ones():
     with pytest.raises(ValueError, match="digits"):
         ready("builtin:digitz")
+
+
+# --- augmentation
+
+
+def augmented(path, **options):
+    task = ImageTask(path, augment=True, **options)
+    model = SimpleNamespace(image_transform=to_tensor, train_transform=lambda image: to_tensor(image) + torch.rand(1))
+    task.trainer = SimpleNamespace(lightning_module=model)
+    task.setup("fit")
+    return task
+
+
+def test_augmented_training_images_are_made_anew_and_all_others_stay(parquet):
+    task, plain = augmented(parquet), ready(parquet)
+    torch.manual_seed(0)
+    first, labels = everything(task.train_dataloader())
+    second, _ = everything(task.train_dataloader())
+    expected, plain_labels = everything(plain.train_dataloader())
+    assert torch.equal(labels, plain_labels)  # the same order
+    assert not torch.equal(first, second)
+    assert ((first - expected) >= 0).all()
+    assert ((first - expected) < 1).all()
+    for part in ("val", "test", "prototype"):
+        one, other = (everything(getattr(it, f"{part}_dataloader")()) for it in (task, plain))
+        assert torch.equal(one[0], other[0])
+
+
+def test_augmentation_needs_a_model_that_has_some(parquet):
+    with pytest.raises(TypeError, match="augment needs a model with a train_transform"):
+        ready(parquet, augment=True)
+    with pytest.raises(ValueError, match="a stream is not augmented"):
+        augmented(parquet, streaming=True, val_size=2)
+
+
+def test_clip_crops_at_random_in_training_as_the_papers_code_does():
+    model = ClipClassifier()
+    image = Image.fromarray(np.arange(32 * 32 * 3, dtype=np.uint8).reshape(32, 32, 3))
+    crop = model.train_transform.transforms[0]
+    assert (type(crop).__name__, tuple(crop.scale)) == ("RandomResizedCrop", (0.9, 1.0))
+    torch.manual_seed(0)
+    made = [model.train_transform(image) for _ in range(4)]
+    assert made[0].shape == model.image_transform(image).shape
+    assert not all(torch.equal(made[0], other) for other in made[1:])

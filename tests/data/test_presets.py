@@ -1,13 +1,20 @@
 """Presets: columns and class names of the literature's sets, on copies on disk; the real hub path asks by its name."""
 
 import os
+from importlib.metadata import EntryPoint
 from pathlib import Path
 
 import datasets
+import lightning as L
 import pytest
+import torch
+from jsonargparse import ArgumentParser
 from PIL import Image
 from small_images import everything, ready
 
+import tva.data
+from tva import plugins
+from tva.cli.commands.data import run as run_data
 from tva.data import ImageTask
 from tva.data.presets import PRESETS, find_preset, list_presets
 
@@ -110,7 +117,7 @@ def test_a_class_list_can_be_taken_by_name(tmp_path):
 def test_mistakes_with_presets_name_what_is_there(tmp_path):
     with pytest.raises(ValueError, match="no preset is named 'minst'.*Did you mean 'mnist'"):
         ImageTask("preset:minst")
-    with pytest.raises(ValueError, match="local= is where a preset's data lies, and 'mnist' is none"):
+    with pytest.raises(ValueError, match="local= is the copy of a preset, and 'mnist' is not a preset"):
         ImageTask("mnist", local="here")
     with pytest.raises(ValueError, match="gtsrb should have 43 classes, but the data names 2: 'a', 'b'"):
         ready("preset:gtsrb", local=write(tmp_path, ["a", "b"], [0, 1]))
@@ -135,3 +142,84 @@ def _small(image):
     import torch
 
     return torch.from_numpy(np.array(image.resize((8, 8)))).permute(2, 0, 1)
+
+
+def numbered(folder, count):
+    """Write a copy of MNIST whose images are their own number."""
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(num_classes=10)})
+    for split in ("train", "test"):
+        images = [Image.new("RGB", (1, 1), (at // 256, at % 256, 0)) for at in range(count)]
+        rows = {"image": images, "label": [at % 10 for at in range(count)]}
+        datasets.Dataset.from_dict(rows, features=features).to_parquet(folder / f"{split}.parquet")
+    return str(folder / "{split}.parquet")
+
+
+def rows_of(loader):
+    images, _ = everything(loader)
+    return [int(256 * image[0] + image[1]) for image in images[:, :, 0, 0]]
+
+
+@pytest.mark.parametrize("seed", [0, 3])
+def test_a_preset_holds_out_what_the_papers_code_does(tmp_path, seed):
+    task = ready("preset:mnist", local=numbered(tmp_path, 300), seed=seed)
+    kept, held = torch.utils.data.random_split(range(300), [270, 30], torch.Generator().manual_seed(seed))
+    assert rows_of(task.val_dataloader()) == sorted(held.indices)
+    assert rows_of(task.prototype_dataloader()) == sorted(kept.indices)
+
+
+def test_the_first_training_row_of_mnist_is_that_of_the_papers_code():
+    task = ImageTask("preset:mnist")
+    held, kept = task._draw_held_out(60000, 5000)
+    assert (kept[0], len(held), len(kept)) == (36044, 5000, 55000)  # its code asserts this index
+
+
+def test_an_installed_package_adds_presets_and_data_modules(tmp_path, monkeypatch):
+    (tmp_path / "their_sets.py").write_text(THEIRS)
+    monkeypatch.syspath_prepend(tmp_path)
+    found = {"twos": "their_sets:TWOS", "TheirData": "their_sets:TheirData", "odd": "math:tau"}
+    points = [EntryPoint(name, value, "tva.data_sets") for name, value in found.items()]
+    monkeypatch.setattr(plugins, "entry_points", lambda group: points[:2] if group == "tva.data_sets" else [])
+    plugins.installed.cache_clear()
+    try:
+        files = write(tmp_path, ["0", "1"], [0, 1] * 10)
+        task = ready("preset:twos", local=files)
+        assert (task.name, task.class_names, task.templates) == ("twos", ["nil", "one"], ["the number {}"])
+        assert find_preset("twos").revision == "abc"
+        assert ImageTask("preset:twos").revision == "abc"
+        assert ImageTask("preset:twos", revision="mine").revision == "mine"
+        assert "preset:twos" in [row["path"] for row in run_data()]
+        assert tva.data.TheirData(size=3).size == 3
+        parser = ArgumentParser()
+        parser.add_argument("--data", type=L.LightningDataModule)
+        parsed = parser.parse_args(["--data=tva.data.TheirData", "--data.size=4"])
+        assert parser.instantiate_classes(parsed).data.size == 4
+        with pytest.raises(AttributeError, match="'twos': the entry point .* A preset is used as preset:twos"):
+            _ = tva.data.twos
+        with pytest.raises(ValueError, match="no preset is named 'two'.*Did you mean 'twos'"):
+            find_preset("two")
+        monkeypatch.setattr(plugins, "entry_points", lambda group: points[2:])
+        plugins.installed.cache_clear()
+        with pytest.raises(
+            TypeError, match=r"'odd' in tva.data_sets .* must be a tva.data.presets.Preset .*found float"
+        ):
+            find_preset("mnist")
+        points[:] = [EntryPoint("mnist", "their_sets:TWOS", "tva.data_sets")] * 3
+        plugins.installed.cache_clear()
+        with pytest.raises(ValueError, match="'mnist' in tva.data_sets .* has a preset's name; rename it"):
+            find_preset("mnist")
+    finally:
+        plugins.installed.cache_clear()
+
+
+THEIRS = """
+import lightning as L
+from tva.data.presets import Preset
+
+TWOS = Preset("them/twos", 2, ("the number {}",), classes=("nil", "one"), label_order=True, revision="abc")
+
+
+class TheirData(L.LightningDataModule):
+    def __init__(self, size: int = 1) -> None:
+        super().__init__()
+        self.size = size
+"""

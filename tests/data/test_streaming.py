@@ -142,7 +142,7 @@ def test_the_hub_is_asked_to_stream(monkeypatch):
         ({"label_column": "class"}, "no column 'class'; its columns are 'image', 'label', 'style'"),
         ({"test_split": "tset"}, "no split 'tset'"),
         ({"where": {"label": "dog"}}, "where asks label for 'dog'; it holds 'ant', 'bee', 'cat'"),
-        ({"prototype_where": {}}, "picks rows by number, which a stream has not"),
+        ({"prototype_where": {}}, "picks rows by number, which a stream does not have"),
     ],
 )
 def test_mistakes_with_streams_say_what_to_do(parquet, options, message):

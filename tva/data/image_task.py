@@ -40,8 +40,10 @@ class ImageTask(LabeledTask):
             set's own, else ``a photo of a {}.``
         prototype_where: As ``where``, instead of it, for the training examples that class-mean heads are taken from.
         batch_size: Examples a batch, on each rank.
-        local: For a preset, where a copy of the data lies instead of the hub: anything that ``path`` may be.
-        cache: What decoded examples may take on this machine, such as ``500MiB``; the rest is decoded each time.
+        local: For a preset, a copy of the data to read instead of the hub: anything that ``path`` may be.
+        cache: What decoded examples may take of this machine's disk, such as ``500MiB``; the rest is decoded each time.
+        augment: Train on images as the model's ``train_transform`` makes them, each anew in each epoch (CLIP's: a
+            random crop of 90 to 100 % of the area, as in the paper). Nothing of them is cached.
         **options: Those of `tva.data.task.Task`.
 
     Raises:
@@ -70,6 +72,7 @@ class ImageTask(LabeledTask):
         batch_size: int = 128,
         local: str | dict[str, str] | None = None,
         cache: str = "2GiB",
+        augment: bool = False,
         **options: Any,
     ) -> None:
         preset = None
@@ -77,10 +80,12 @@ class ImageTask(LabeledTask):
             preset_name = path.removeprefix("preset:")
             preset = find_preset(preset_name)
             name, config = name or preset_name, config or preset.config
+            if local is None and preset.revision is not None:
+                options.setdefault("revision", preset.revision)
             path = preset.hub if local is None else local
             templates = preset.templates if templates is None else templates
         elif local is not None:
-            raise ValueError(f"local= is where a preset's data lies, and {path!r} is none. Give path= {local!r}.")
+            raise ValueError(f"local= is the copy of a preset, and {path!r} is not a preset. Give path= {local!r}.")
         if isinstance(class_names, str):
             class_names = find_preset(class_names).name_classes([], class_names)
         if isinstance(templates, str):
@@ -93,6 +98,7 @@ class ImageTask(LabeledTask):
         self.templates = list(templates) if templates is not None else _default_templates(self.path)
         self.prototype_where = None if prototype_where is None else dict(prototype_where)
         self._cache_bytes_left = parse_bytes(cache)
+        self.augment = augment
 
     # --- splits
 
@@ -100,32 +106,58 @@ class ImageTask(LabeledTask):
         transform = getattr(getattr(self.trainer, "lightning_module", None), "image_transform", None)
         if transform is None:
             raise TypeError(
-                "ImageTask needs a model that says how images reach it: its image_transform takes a PIL image and "
-                f"gives a tensor, and {type(getattr(self.trainer, 'lightning_module', None)).__name__} has none."
+                "ImageTask needs a model with an image_transform, which takes a PIL image and "
+                f"returns a tensor, and {type(getattr(self.trainer, 'lightning_module', None)).__name__} has none."
             )
         self._check_streaming(stage)
         if not self._examples:
             self._examples = self._load(transform)
-        for examples in self._examples.values():
-            (examples.finish if self.streaming else examples).set_transform(transform)
+        for part, examples in self._examples.items():
+            made = self._train_transform() if part == "augmented" else transform
+            (examples.finish if self.streaming else examples).set_transform(made)
+
+    def _train_transform(self) -> Callable[[Any], Tensor]:
+        model = getattr(self.trainer, "lightning_module", None)
+        if getattr(model, "train_transform", None) is None:
+            raise TypeError(
+                f"{self.name}: augment needs a model with a train_transform, from a PIL image to a tensor, as "
+                f"ClipClassifier's; {type(model).__name__} has none. Leave augment out."
+            )
+        return model.train_transform
 
     def _load(self, transform: Callable[[Any], Tensor]) -> dict[str, Any]:
         if self.streaming:
+            if self.augment:
+                raise ValueError(f"{self.name}: a stream is not augmented. Leave augment or streaming out.")
             if self.prototype_where is not None:
                 raise ValueError(
-                    f"{self.name}: prototype_where picks rows by number, which a stream has not. Leave one out."
+                    f"{self.name}: prototype_where picks rows by number, which a stream does not have. Leave one out."
                 )
             return self._make_streams(self._stream_tables(), ImageRow(self, transform))
-        return {
+        parts = {
             part: Examples(table[self.image_column], self._read_labels(table), transform)
             for part, table in self._select().items()
         }
+        if self.augment:
+            parts["augmented"] = Augmented(parts["train"].images, parts["train"].labels, self._train_transform())
+        return parts
 
     def _load_splits(self) -> Mapping[str, Any]:
         splits = super()._load_splits()
         if self.streaming:  # who reads an image need not decode it
             splits = {split: table.decode(False) if table.features else table for split, table in splits.items()}
         return splits if self.preset is None else self.preset.standardize(splits)
+
+    def _draw_held_out(self, count: int, num_val: int) -> tuple[np.ndarray, np.ndarray]:
+        if self.preset is None:
+            return super()._draw_held_out(count, num_val)
+        # As the paper's code splits, so that published checkpoints were not trained on what is held out:
+        # torch.utils.data.random_split with the generator's seed 0, the last of the order for validation.
+        order = torch.randperm(count, generator=torch.Generator().manual_seed(self.seed)).numpy()
+        return order[count - num_val :], order[: count - num_val]
+
+    def train_dataloader(self) -> DataLoader:
+        return self._loader("augmented" if self.augment else "train", shuffle=True)
 
     def _choose_rows(self, tables: dict[str, Any]) -> dict[str, np.ndarray]:
         rows = super()._choose_rows(tables)
@@ -147,7 +179,7 @@ class ImageTask(LabeledTask):
 
     def _loader(self, part: str, shuffle: bool = False) -> DataLoader:
         examples, trainer = self._examples[part], self.trainer
-        if self.streaming:
+        if self.streaming or part == "augmented":
             return super()._loader(part, shuffle)
         # Here and not in a worker, so that all share one file; ranks on one machine share the budget.
         used = examples.open_cache(self._cache_bytes_left // getattr(trainer, "num_devices", 1))
@@ -179,7 +211,7 @@ class Examples(Dataset):
                 self.open_cache(room)
 
     def open_cache(self, max_bytes: int) -> int:
-        """Keep decoded examples from here on; give the bytes that this takes more than before."""
+        """Keep decoded examples from here on; return the bytes that this takes more than before."""
         if self.cache is not None or not len(self):
             return 0
         first = self._decode(0)
@@ -197,12 +229,37 @@ class Examples(Dataset):
         return self.__getitems__([index])[0]
 
     def __getitems__(self, indices: Sequence[int]) -> list[tuple[Tensor, Tensor]]:
-        """Give a batch's examples, converted together; a DataLoader asks in this way."""
+        """Return a batch's examples, converted together; a DataLoader asks in this way."""
         if self.cache is None:
             kept = np.stack([self._decode(index) for index in indices])
         else:
             kept = self.cache.take(indices, self._decode)
         return list(zip(self.decoder.finish(kept), self.labels[torch.as_tensor(indices)], strict=True))
+
+
+class Augmented(Dataset):
+    """Training images with labels, transformed anew whenever they are asked for.
+
+    Args:
+        images: PIL images by index.
+        labels: Class indices, shape (examples,).
+        transform: From a PIL image to a tensor; random.
+    """
+
+    def __init__(self, images: Sequence[Any], labels: Tensor, transform: Callable[[Any], Tensor]) -> None:
+        self.images = images
+        self.labels = labels
+        self.set_transform(transform)
+
+    def set_transform(self, transform: Callable[[Any], Tensor]) -> None:
+        """Change the transform."""
+        self.transform = transform
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        return self.transform(self.images[index].convert("RGB")), self.labels[index]
 
 
 class ImageRow:

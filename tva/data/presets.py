@@ -1,26 +1,28 @@
 """Data sets that have a name: the image tasks of the paper, the 14 and 20 tasks of its successors, and ImageNet.
 
-A preset is where a set lies on the Hugging Face hub, what its columns are called, and the class names and prompt
-templates that CLIP is asked with. A copy on disk (``local``) takes the hub's place.
+A preset is a set's repository on the Hugging Face hub, the names of its columns, and the class names and prompt
+templates that CLIP is asked with. A copy on disk (``local``) takes the hub's place. An installed package adds presets
+under the entry-point group ``tva.data_sets``: the entry point's name is the preset's, its object a `Preset`.
 """
 
 from __future__ import annotations
 
-import difflib
-import functools
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from tva.data import class_names as known
-from tva.errors import some
+from tva.errors import did_you_mean, some
+from tva.plugins import installed
+
+GROUP = "tva.data_sets"
 
 _KINDS = ("", "blurry ", "black and white ", "low contrast ", "high contrast ", "bad ", "good ")
 
 
 def _each(*templates: str) -> tuple[str, ...]:
-    """Say each template with ``a`` and then each with ``the`` in the place of ``[a]``."""
+    """Return each template with ``a`` and then each with ``the`` in the place of ``[a]``."""
     return tuple(template.replace("[a]", article) for article in ("a", "the") for template in templates)
 
 
@@ -51,9 +53,10 @@ class Preset:
         test_split: Its split to report on.
         classes: Names to prompt with, in the order of the labels; or the data's own names, each with what to prompt
             with. Without it the data's own names are used, with spaces for ``_``.
-        label_order: Whether everybody numbers the classes in the order of ``classes``, whatever they call them.
+        label_order: Whether all copies number the classes in the order of ``classes``, whatever they call them.
         lists: The lists of tasks that it belongs to: ``8``, ``14``, ``20``.
         note: What is worth knowing.
+        revision: Revision of the repository to load, where the task names none.
     """
 
     hub: str
@@ -67,9 +70,10 @@ class Preset:
     label_order: bool = False
     lists: tuple[int, ...] = field(default=())
     note: str = ""
+    revision: str | None = None
 
     def standardize(self, splits: Mapping[str, Any]) -> dict[str, Any]:
-        """Call the columns ``image`` and ``label`` and the split to report on ``test``; copies may already do so."""
+        """Rename the columns to ``image`` and ``label``, and the split to report on to ``test``."""
         found = dict(splits)
         for split, table in found.items():
             for column, name in ((self.image, "image"), (self.label, "label")):
@@ -80,7 +84,7 @@ class Preset:
         return found
 
     def name_classes(self, own: Sequence[str], name: str) -> list[str]:
-        """Give the names to prompt with in the order of the labels.
+        """Return the names to prompt with in the order of the labels.
 
         Args:
             own: The data's names in that order; none where labels are plain numbers.
@@ -128,7 +132,7 @@ def _key(name: str) -> str:
 
 
 def _clean(name: str) -> str:
-    """Give a class's name as a prompt has it.
+    """Return a class's name as it is in prompts.
 
     Example:
         >>> _clean("dense_residential"), _clean("a_abbey"), _clean("/b/bow_window/indoor")
@@ -261,38 +265,56 @@ PRESETS: dict[str, Preset] = {
 
 
 def find_preset(name: str) -> Preset:
-    """Look a preset up.
+    """Return a preset by name.
 
     Raises:
         ValueError: No data set has this name.
+        TypeError: An installed package defines something else than a `Preset` under it.
 
     Example:
         >>> find_preset("mnist").hub
         'ylecun/mnist'
     """
-    if name not in PRESETS:
-        near = difflib.get_close_matches(name, PRESETS, n=1)
-        raise ValueError(
-            f"no preset is named {name!r}; the presets are {', '.join(PRESETS)}."
-            + (f" Did you mean {near[0]!r}?" if near else "")
-        )
-    preset = PRESETS[name]
-    return preset if preset.templates else _with_imagenet_prompts(name)
+    known = all_presets()
+    if name not in known:
+        raise ValueError(f"no preset is named {name!r}; the presets are {', '.join(known)}.{did_you_mean(name, known)}")
+    preset = known[name]
+    return preset if preset.templates else _with_imagenet_prompts(preset)
 
 
-@functools.cache
-def _with_imagenet_prompts(name: str) -> Preset:
-    from dataclasses import replace
+def all_presets() -> dict[str, Preset]:
+    """Return the presets by name: those of this module, then those of installed packages.
 
+    Raises:
+        TypeError: An entry point of the group ``tva.data_sets`` is neither a `Preset` nor a class.
+        ValueError: One has the name of a preset of this module.
+    """
+    found = dict(PRESETS)
+    for name, point in installed(GROUP).items():
+        value = point.load()
+        if isinstance(value, type):  # a LightningDataModule, which is tva.data.NAME
+            continue
+        if not isinstance(value, Preset):
+            raise TypeError(
+                f"The entry point {name!r} in {GROUP} ({point.value}) must be a tva.data.presets.Preset or a "
+                f"LightningDataModule class; found {type(value).__name__}."
+            )
+        if name in PRESETS:
+            raise ValueError(f"The entry point {name!r} in {GROUP} ({point.value}) has a preset's name; rename it.")
+        found[name] = value
+    return found
+
+
+def _with_imagenet_prompts(preset: Preset) -> Preset:
     from open_clip import IMAGENET_CLASSNAMES, OPENAI_IMAGENET_TEMPLATES
 
     templates = tuple(template("{}") for template in OPENAI_IMAGENET_TEMPLATES)
-    # Everybody numbers ImageNet's classes by WordNet's numbers, and hardly anybody names them alike.
-    return replace(PRESETS[name], templates=templates, classes=tuple(IMAGENET_CLASSNAMES), label_order=True)
+    # All copies number ImageNet's classes by WordNet's numbers, and hardly two name them alike.
+    return replace(preset, templates=templates, classes=tuple(IMAGENET_CLASSNAMES), label_order=True)
 
 
 def list_presets(size: int) -> list[str]:
-    """Name the tasks of a list of the literature: the paper's 8, or its successors' 14 or 20.
+    """Return the names of the tasks of a list of the literature: the paper's 8, or its successors' 14 or 20.
 
     Raises:
         ValueError: There is no list of this size.

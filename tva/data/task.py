@@ -166,7 +166,7 @@ class Task(L.LightningDataModule, ABC):
         return table
 
     def _hold_out(self, rows: dict[str, np.ndarray]) -> None:
-        """Take ``val`` out of ``train``, in place, by the paper's rule, unless it is there."""
+        """Hold ``val`` out of ``train``, in place, by the paper's rule, unless it is there."""
         if "val" in rows:
             return
         if len(rows["train"]) < 2:
@@ -174,11 +174,17 @@ class Task(L.LightningDataModule, ABC):
                 f"{self.name}: at least 2 training examples are needed to hold one out for validation, and "
                 f"{len(rows['train'])} are there{' where ' + str(self.where) if self.where else ''}."
             )
-        order = np.random.default_rng(self.seed).permutation(rows["train"])
-        num_val = max(1, min(len(order) // 10, 5000)) if self.val_size is None else self.val_size
-        if not 0 < num_val < len(order):
-            raise ValueError(f"{self.name}: val_size must lie in 1 … {len(order) - 1}; found {num_val}.")
-        rows["train"], rows["val"] = np.sort(order[num_val:]), np.sort(order[:num_val])
+        count = len(rows["train"])
+        num_val = max(1, min(count // 10, 5000)) if self.val_size is None else self.val_size
+        if not 0 < num_val < count:
+            raise ValueError(f"{self.name}: val_size must be in 1 … {count - 1}; found {num_val}.")
+        held, kept = self._draw_held_out(count, num_val)
+        rows["train"], rows["val"] = np.sort(rows["train"][kept]), np.sort(rows["train"][held])
+
+    def _draw_held_out(self, count: int, num_val: int) -> tuple[np.ndarray, np.ndarray]:
+        """Return which of ``count`` training examples are held out, and which are kept."""
+        order = np.random.default_rng(self.seed).permutation(count)
+        return order[:num_val], order[num_val:]
 
     def _limit(self, part: str, rows: np.ndarray) -> np.ndarray:
         """Keep the first of a seeded shuffle, in the data's order."""

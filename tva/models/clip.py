@@ -1,4 +1,4 @@
-"""An open_clip image encoder under a zero-shot head; the one door to open_clip."""
+"""An open_clip image encoder under a zero-shot head; the only importer of open_clip in models."""
 
 from __future__ import annotations
 
@@ -61,6 +61,16 @@ class ClipClassifier(FrozenHeadClassifier):
         self.logit_scale = float(clip.logit_scale.detach().exp())
         self._text = (clip,)  # the text tower, in a tuple that hides it from the state dict and the optimizer
         self._finish()
+
+    @functools.cached_property
+    def train_transform(self) -> Callable[[Any], Tensor]:
+        """CLIP's own transform for training, a random crop of 90 to 100 % of the area; `ImageTask` uses it if asked."""
+        import open_clip
+
+        settings = getattr(self.encoder, "preprocess_cfg", None)
+        if settings is None:  # as of tva-tiny
+            return open_clip.image_transform(self.encoder.image_size, is_train=True)
+        return open_clip.transform.image_transform_v2(open_clip.transform.PreprocessCfg(**settings), is_train=True)
 
     def load_base(self) -> nn.Module:
         return load_clip(*self._base)[0].visual.eval()

@@ -1,4 +1,4 @@
-"""A timm backbone under a head of class means; the one door to timm."""
+"""A timm backbone under a head of class means; the only importer of timm."""
 
 from __future__ import annotations
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any, Literal
 
 from tva.console import make_console
-from tva.data.presets import PRESETS
+from tva.data.presets import all_presets
 from tva.report.table import Column, print_table
 
 HELP = "list the data sets that can be named: presets, and those that ship with tva"
@@ -21,9 +21,9 @@ def run(what: Literal["ls"] = "ls") -> list[dict[str, Any]]:
     from tva.data.builtin import BUILTIN_SETS, MARKS
 
     rows = []
-    for name, preset in PRESETS.items():
+    for name, preset in all_presets().items():
         hub = preset.hub + (f" ({preset.config})" if preset.config else "")
-        lists = ", ".join(map(str, preset.lists)) or "control"
+        lists = ", ".join(map(str, preset.lists)) or ("control" if name == "imagenet" else "")
         rows.append((f"preset:{name}", preset.num_classes, len(preset.templates) or 80, lists, hub, preset.note))
     for name, spec in BUILTIN_SETS.items():
         note = f"ships with tva; {spec.num_train} / {spec.num_test} examples"
