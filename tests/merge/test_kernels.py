@@ -1,9 +1,17 @@
 """Fused kernels: the bits of torch's own operations, for every stored value and for odd ones."""
 
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
 import numpy
 import pytest
 import torch
 
+from tva import save_weights
 from tva.merge import kernels
 from tva.merge.program import ADD, DIV, DROP, LOAD, MUL, NEG, SUB, TRIM, ZERO, Step, encode
 
@@ -134,3 +142,27 @@ def test_a_delta_alone_is_the_difference(dtype):
     generator = torch.Generator().manual_seed(0)
     stored = torch.randn(2, 5000, generator=generator).to(dtype)
     assert torch.equal(run(stored, [Step(LOAD, 1)]), stored[1].float() - stored[0].float())
+
+
+@pytest.mark.slow  # compiles all kernels
+@pytest.mark.skipif(os.geteuid() != 0 or shutil.which("setpriv") is None, reason="becomes another user")
+@pytest.mark.parametrize("cache", [True, False])
+def test_compose_runs_for_a_user_who_can_write_nowhere_but_to_the_output(tmp_path, cache):
+    """As in a container with --user: the package is another's, and there is no home."""
+    folder = Path(tempfile.mkdtemp(dir="/tmp"))
+    folder.chmod(0o777)
+    for name, value in (("base", 1.0), ("a", 2.0)):
+        save_weights({"w": torch.full((3, 2), value)}, folder / f"{name}.safetensors")
+        (folder / f"{name}.safetensors").chmod(0o644)
+    environment = {"HOME": "/nonexistent", "PATH": os.environ["PATH"], "PYTHONDONTWRITEBYTECODE": "1"}
+    environment |= {"TVA_CACHE": str(folder / "cache")} if cache else {}
+    code = "from tva.cli.main import main; import sys; main(sys.argv[1:])"
+    words = ["compose", "--base", "base.safetensors", "--vectors.a", "a.safetensors", "--recipe", "a", "--output", "o"]
+    user = ["setpriv", "--reuid", "65534", "--clear-groups", sys.executable, "-c", code]
+    done = subprocess.run([*user, *words], cwd=folder, env=environment, capture_output=True, text=True)
+    if "Permission denied" in done.stderr and "python" in done.stderr:
+        pytest.skip("another user cannot run this Python")
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("what is compiled cannot be kept") == (0 if cache else 1)
+    assert any(folder.glob("cache/kernels/**/*.nbi")) == cache
+    shutil.rmtree(folder)

@@ -7,21 +7,66 @@ itself, so that the bits are the same (tested); where a step or a dtype is not k
 
 from __future__ import annotations
 
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import numpy
 from llvmlite import ir
-from numba import njit, types
+from numba import config, njit, types
 from numba.extending import intrinsic
 
+from tva.checkpoints.atomic import cache_folder
 from tva.merge.program import ADD, DIV, DROP, LOAD, MUL, NEG, SUB, TIES, TRIM, ZERO, Step, encode
 
 BLOCK = 2048  # elements: a few rows of float32 stay in the first-level cache
 LANES = 64  # values that are compared at once
 LOADED_BYTES = 28 * 2**20  # of memory that `load` takes
 BFLOAT16, FLOAT16, FLOAT32 = range(3)
-_OPTIONS: dict[str, Any] = {"nogil": True, "cache": True, "error_model": "numpy"}
+
+
+@contextmanager
+def _cached() -> Iterator[bool]:
+    """Let numba keep what is compiled beside this file, else in tva's own cache; whether it can.
+
+    numba looks for a place when a function is decorated, and raises where it finds none.
+    """
+    before, places = config.CACHE_DIR, [Path(__file__).parent / "__pycache__"]
+    with suppress(RuntimeError):  # of a user without a home
+        places.append(cache_folder() / "kernels")
+    if before:
+        places = [Path(before)]
+    place = next(filter(_can_write, places), None)
+    if place is None:
+        where = " nor ".join(map(str, places))
+        print(
+            f"tva: what is compiled cannot be kept, not in {where}: every run compiles it again. Set "
+            f"TVA_CACHE to a folder that can be written.",
+            file=sys.stderr,
+        )
+    elif place != Path(__file__).parent / "__pycache__":
+        config.CACHE_DIR = str(place)
+    try:
+        yield place is not None
+    finally:
+        config.CACHE_DIR = before
+
+
+def _can_write(folder: Path) -> bool:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError:
+        return False
+    return True
+
+
+_caching = _cached()
+_OPTIONS: dict[str, Any] = {"nogil": True, "cache": _caching.__enter__(), "error_model": "numpy"}
 
 
 @intrinsic
@@ -470,6 +515,9 @@ def locate(counts, rank):
         rank -= counts[position]
         position += 1
     return position, rank
+
+
+_caching.__exit__(None, None, None)  # every function is decorated
 
 
 @cache
