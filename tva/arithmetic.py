@@ -90,8 +90,13 @@ def subtract(finetuned: Tensor, base: Tensor, out: Tensor | None = None) -> Tens
     return delta.masked_fill_(delta.isnan() & ((new == old) | (new.isnan() & old.isnan())), 0)
 
 
+def _wide(tensor: Tensor) -> Tensor:
+    return tensor.float() if tensor.dtype.itemsize == 1 else tensor  # float8 has neither sum nor isfinite
+
+
 def all_finite(tensor: Tensor) -> bool:
     """Whether every element is finite; one sum says so unless it overflows."""
+    tensor = _wide(tensor)
     return math.isfinite(float(tensor.sum())) or bool(tensor.isfinite().all())
 
 
@@ -141,6 +146,6 @@ def add_scaled(
 
 def _keep(base: Tensor, moved: Tensor) -> Tensor:
     """Keep what is not finite in the base bit for bit; by arithmetic, the bits of NaN depend on where it stands."""
-    if moved.is_cpu and not all_finite(moved) and bool((still := ~base.isfinite()).any()):
+    if moved.is_cpu and not all_finite(moved) and bool((still := ~_wide(base).isfinite()).any()):
         moved.copy_(torch.where(still, base.to(moved.dtype), moved))
     return moved

@@ -8,6 +8,7 @@ from tva.checkpoints.names import NameFilter, NameMatch, canonical_names, canoni
 from tva.checkpoints.open import find, open_weights, read_metadata
 from tva.checkpoints.peft_adapter import open_adapter, open_finetuned
 from tva.checkpoints.protect import protect
+from tva.checkpoints.quantized import check_not_quantized
 from tva.checkpoints.sharded_writer import Output, side_files
 from tva.checkpoints.spec import Elements, Spec, dtype_name
 
@@ -28,6 +29,7 @@ __all__ = [
     "cache_folder",
     "canonical_names",
     "canonical_state_dict",
+    "check_not_quantized",
     "dtype_name",
     "find",
     "fingerprint",

@@ -23,6 +23,7 @@ from tva.checkpoints.lora import (
 )
 from tva.checkpoints.names import ADVICE, CopyOf, KeyMap, NameFilter, NameMatch, match_names
 from tva.checkpoints.open import find, open_weights
+from tva.checkpoints.quantized import check_not_quantized
 from tva.errors import MismatchError, some
 
 ADAPTER_FILES = ("adapter_model.safetensors", "adapter_model.bin")
@@ -60,6 +61,8 @@ def open_finetuned(
         return open_adapter(folder, base, key_map=key_map, dtype=torch.float32, only=only, advice=advice)
     only = only or NameFilter()
     whole = open_weights(path, which=which)
+    check_not_quantized(base, "the base" if not isinstance(base, LazyWeights) else str(base.path))
+    check_not_quantized(whole, str(whole.path))
     _refuse_unmerged(whole)
     notes = only.note(whole, "")
     weights = whole.renamed({name: name for name in only.kept(whole)}, *notes)
@@ -70,7 +73,12 @@ def open_finetuned(
     except MismatchError:  # a tied tensor may have one name on one side, and two on the other
         own, copies = weights.ties(), (_copies(weights), _copies(base))
         once, base_once = [n for n in weights if n not in own], [n for n in base_names if n not in ties]
-        match = match_names(once, base_once, key_map, copies=copies, advice=advice)
+        try:
+            match = match_names(once, base_once, key_map, copies=copies, advice=advice)
+        except MismatchError as error:
+            if not str(error).startswith("No one prefix"):
+                raise
+            raise MismatchError(f"{error}{_converted(weights, base)}") from error
     tied = {alias: kept for alias, kept in ties.items() if alias in base_names and kept in match.names}
     names = {**match.names, **{alias: match.names[kept] for alias, kept in tied.items() if alias not in match.names}}
     same = all(new == old for new, old in match.names.items())
@@ -92,6 +100,22 @@ def _copies(weights: Mapping[str, Tensor]) -> CopyOf:
 def _form(weights: Mapping[str, Tensor], name: str) -> tuple[torch.dtype, torch.Size]:
     like = weights.entry(name) if isinstance(weights, LazyWeights) else weights[name]
     return like.dtype, like.shape
+
+
+def _converted(weights: LazyWeights, base: Mapping[str, Tensor]) -> str:
+    """Return what to do where transformers keeps a model in memory under other names than in its folder."""
+    sides = [(name, _form(side, name)[1].numel()) for side in (weights, base) for name in side]
+    counts = [sum(count for _, count in part) for part in (sides[: len(weights)], sides[len(weights) :])]
+    config = model_config(base.path) if isinstance(base, LazyWeights) else {}
+    experts = any(re.search(r"\bexperts\b", name) for name, _ in sides)
+    if counts[0] != counts[1] or not (experts or config.get("architectures")):
+        return ""
+    what = "experts are one tensor each in one and fused in the other" if experts else "the names differ"
+    return (
+        f" Both hold {counts[0]} elements, and {what}: transformers has other names in memory than in the folders that "
+        f"it saves. Load the fine-tuned weights into the model that the base is of (from_pretrained, load_state_dict), "
+        f"save that with save_pretrained, and give the folder."
+    )
 
 
 def _refuse_unmerged(weights: LazyWeights) -> None:
@@ -140,6 +164,7 @@ def open_adapter(
     folder = find(path)
     folder = folder.parent if folder.is_file() else folder
     config = read_config(folder)
+    check_not_quantized(base, "the base" if not isinstance(base, LazyWeights) else str(base.path))
     tensors = sort_tensors(folder, _open_tensors(folder))
     modules = {f"{module}.weight": module for module in tensors.low_rank}
     model = model_config(base.path) if isinstance(base, LazyWeights) else {}

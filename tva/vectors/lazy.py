@@ -11,7 +11,14 @@ from typing import Any
 
 from tva._torch import Tensor, torch
 from tva.arithmetic import BATCH_NORM_STATISTICS, is_edited, subtract, sum_dtype
-from tva.checkpoints import HashedWeights, LazyWeights, NameFilter, open_finetuned, open_weights
+from tva.checkpoints import (
+    HashedWeights,
+    LazyWeights,
+    NameFilter,
+    check_not_quantized,
+    open_finetuned,
+    open_weights,
+)
 from tva.checkpoints.lazy import Entry
 from tva.errors import MismatchError, some
 from tva.vectors.geometry import TensorReader
@@ -60,6 +67,8 @@ class LazyTaskVector:
         self.name, self.base = name or self.path, base
         self.is_checkpoint = not is_vector_file(path)
         only = only or NameFilter()
+        if base is not None:
+            check_not_quantized(base, str(base.path))
         if not self.is_checkpoint:
             weights = open_weights(path)
             self.origin, buffers, untouched = read_origin(weights)

@@ -17,7 +17,14 @@ import xxhash
 
 from tva._torch import Tensor, torch
 from tva.arithmetic import BATCH_NORM_STATISTICS, StateDict, add_scaled, check_same, is_edited, subtract
-from tva.checkpoints import Fingerprint, fingerprint, open_weights, save_weights, tensor_digest
+from tva.checkpoints import (
+    Fingerprint,
+    check_not_quantized,
+    fingerprint,
+    open_weights,
+    save_weights,
+    tensor_digest,
+)
 from tva.errors import MismatchError, NoEffectError, some
 from tva.layers import block_of, in_layer_order
 from tva.vectors.header import SUFFIX, Origin, read_origin, vector_header
@@ -97,6 +104,8 @@ class TaskVector:
             >>> TaskVector.between(base, tuned).untouched
             {'frozen': 'frozen', 'steps': 'integer'}
         """
+        check_not_quantized(base, "the base")
+        check_not_quantized(finetuned, "the fine-tuned model")
         check_same(base, finetuned, "the base", "the fine-tuned model")
         deltas: dict[str, Tensor] = {}
         statistics: dict[str, Tensor] = {}

@@ -1,0 +1,113 @@
+"""Quantized checkpoints are refused by name wherever arithmetic begins, and still open to be inspected."""
+
+import json
+
+import pytest
+import torch
+
+from tva import MismatchError, TaskVector, open_weights, save_weights
+from tva.arithmetic import add_scaled
+from tva.checkpoints import open_finetuned
+from tva.cli.main import main
+
+UP = "model.layers.0.mlp.up_proj"
+CODES = torch.ones(8, 8, dtype=torch.uint8)
+FP8 = torch.ones(8, 8).to(torch.float8_e4m3fn)
+QUANTIZED = {
+    "FP8 or int8 with scales": {f"{UP}.weight": FP8, f"{UP}.weight_scale_inv": torch.ones(1, 1)},
+    "FP8 or int8 with scales ": {f"{UP}.weight": FP8, f"{UP}.scale_weight": torch.ones(1)},
+    "bitsandbytes int8": {f"{UP}.weight": CODES.to(torch.int8), f"{UP}.SCB": torch.ones(8)},
+    "bitsandbytes 4-bit": {f"{UP}.weight": CODES.reshape(-1, 1), f"{UP}.weight.absmax": torch.ones(1)},
+    "GPTQ or AWQ": {f"{UP}.qweight": CODES.int(), f"{UP}.scales": torch.ones(8).half(), f"{UP}.qzeros": CODES.int()},
+    "compressed-tensors": {f"{UP}.weight_packed": CODES.int(), f"{UP}.weight_scale": torch.ones(8)},
+    "MXFP4": {f"{UP}_blocks": CODES, f"{UP}_scales": CODES},
+}
+REFUSED = r"is quantized \({}\): '{}[\w.]*' holds codes.*Give the checkpoint that it was quantized from, or dequantize"
+
+
+def refused(kind):
+    return REFUSED.format(kind.strip(), UP.replace(".", "[.]"))
+
+
+@pytest.mark.parametrize("kind", QUANTIZED)
+def test_quantized_weights_are_refused_where_arithmetic_begins(tmp_path, kind, capsys):
+    state = {**QUANTIZED[kind], "model.norm.weight": torch.ones(8)}
+    for name in ("base", "tuned"):
+        save_weights(state, tmp_path / f"{name}.safetensors")
+    base = open_weights(tmp_path / "base.safetensors")
+    for weights in (base, state):
+        with pytest.raises(ValueError, match="the base " + refused(kind)):
+            TaskVector.between(weights, weights)
+        with pytest.raises(ValueError, match=refused(kind)):
+            open_finetuned(tmp_path / "tuned.safetensors", weights)
+    plain = tmp_path / "plain.safetensors"
+    save_weights({"model.norm.weight": torch.ones(8)}, plain)
+    with pytest.raises(ValueError, match="tuned.safetensors " + refused(kind)):
+        open_finetuned(tmp_path / "tuned.safetensors", open_weights(plain))
+    vector = tmp_path / "v.tv.safetensors"
+    TaskVector.between({"model.norm.weight": torch.ones(8)}, {"model.norm.weight": torch.zeros(8)}).save(vector)
+    paths = {name: str(tmp_path / f"{name}.safetensors") for name in ("base", "tuned", "out", "o.tv")}
+    for command in (
+        ["compose", "--base", paths["base"], "--vectors.a", paths["tuned"], "--recipe", "a", "--output", paths["out"]],
+        ["compose", "--base", paths["base"], "--vectors.a", str(vector), "--recipe", "a", "--output", paths["out"]],
+        [
+            "extract",
+            "--base",
+            paths["base"],
+            "--finetuned",
+            paths["tuned"],
+            "--output",
+            str(tmp_path / "o.tv.safetensors"),
+        ],
+        ["compare", paths["tuned"], str(vector), "--base", paths["base"]],
+    ):
+        with pytest.raises(SystemExit) as stopped:
+            main(command)
+        assert stopped.value.code == 2
+        assert f"is quantized ({kind.strip()})" in " ".join(capsys.readouterr().err.split())
+    assert set(open_weights(tmp_path / "tuned.safetensors")) == set(state)
+
+
+def test_codes_of_a_format_without_known_names_are_found_by_the_configuration(tmp_path):
+    (tmp_path / "b").mkdir()
+    save_weights({"l.weight": CODES, "n.weight": torch.ones(2)}, tmp_path / "b/model.safetensors")
+    (tmp_path / "b/config.json").write_text(json.dumps({"quantization_config": {"quant_method": "hqq"}}))
+    base = open_weights(tmp_path / "b")
+    with pytest.raises(ValueError, match=r"is quantized \(hqq\): 'l.weight' holds codes"):
+        open_finetuned(tmp_path / "b", base)
+
+
+def test_what_only_looks_quantized_is_edited(tmp_path):
+    base = {
+        "l.weight": FP8,  # a plain cast
+        "m.weight": torch.ones(2, 2),
+        "m.weight_scale": torch.ones(1),  # a parameter of that name
+        "codebook": torch.ones(3, 3, dtype=torch.int32),
+        "scales": torch.ones(2),
+    }
+    tuned = {name: tensor + 1 if tensor.dtype == torch.float32 else tensor for name, tensor in base.items()}
+    tuned["l.weight"] = (base["l.weight"].float() + 1).to(torch.float8_e4m3fn)
+    vector = TaskVector.between(base, tuned)
+    assert torch.equal(vector.apply_to(base)["l.weight"].float(), tuned["l.weight"].float())
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
+def test_float8_that_is_not_finite_stays_as_it_is(dtype):
+    base = torch.tensor([1.0, float("nan"), 2.0]).to(dtype)
+    moved = add_scaled(base, torch.tensor([1.0, 0.0, 1.0]), 1.0)
+    assert (
+        moved.view(torch.uint8).tolist() == torch.tensor([2.0, float("nan"), 3.0]).to(dtype).view(torch.uint8).tolist()
+    )
+
+
+def test_experts_that_are_fused_in_memory_are_recognized(tmp_path):
+    experts = {f"mlp.experts.{n}.w1.weight": torch.ones(2, 3) for n in range(4)}
+    save_weights({**experts, "norm.weight": torch.ones(3)}, tmp_path / "base.safetensors")
+    torch.save({"mlp.experts.gate_up_proj": torch.ones(4, 2, 3), "norm.weight": torch.ones(3)}, tmp_path / "t.ckpt")
+    base = open_weights(tmp_path / "base.safetensors")
+    with pytest.raises(MismatchError, match="hold 27 elements, and experts are one tensor each .* save_pretrained"):
+        open_finetuned(tmp_path / "t.ckpt", base)
+    torch.save({"mlp.experts.gate_up_proj": torch.ones(4, 2, 4), "norm.weight": torch.ones(3)}, tmp_path / "t.ckpt")
+    with pytest.raises(MismatchError, match="No one prefix") as refused:
+        open_finetuned(tmp_path / "t.ckpt", base)
+    assert "save_pretrained" not in str(refused.value)
