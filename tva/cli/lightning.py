@@ -22,7 +22,7 @@ import tva.models  # noqa: F401
 from tva.cli.arguments import replaced_argv
 from tva.cli.explain import explain
 from tva.cli.run_function import print_json, sentence
-from tva.edit.trainer import Trainer, write_config
+from tva.edit.trainer import Trainer
 from tva.report.run_files import CONFIG
 
 FLAGS = ("--allow_other_base", "--allow_other_kind", "--keep_undo")  # options of edit that may stand without a value
@@ -84,11 +84,8 @@ class EditMixin:
         cli: Any = self
         program = self.program or ("python", sys.argv[0])
         cli.trainer.command = shlex.join([*program, *sys.argv[1:]])
-        try:
-            cli.trainer.edit(**options)
-        finally:  # what it prints may find no reader
-            text = cli._parser("edit").dump(cli.config["edit"], skip_none=False)
-            write_config(cli.trainer, Path(options["output"]), text)
+        cli.trainer.config = cli._parser("edit").dump(cli.config["edit"], skip_none=False)
+        cli.trainer.edit(**options)
         # rank 0 reports the verdict; Lightning kills it, whatever it is writing, if another process ends with status 1
         if cli.trainer.is_global_zero and cli.trainer.report is not None and not cli.trainer.report.holds:
             sys.exit(1)

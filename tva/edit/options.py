@@ -108,6 +108,11 @@ class EditOptions:
         return os.fspath(self.folder) + ".evaluations.jsonl" if self.log is None else os.fspath(self.log)
 
     @property
+    def inputs(self) -> list[str | os.PathLike[str]]:
+        """Paths of the checkpoints and vectors that are read."""
+        return [path for path in (*self.vectors.values(), self.base, self.joint) if path is not None]
+
+    @property
     def tasks(self) -> dict[str, L.LightningDataModule]:
         """The data modules of all tasks, targets first."""
         return {**(self.targets or {}), **(self.controls or {})}

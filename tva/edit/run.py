@@ -6,11 +6,12 @@ from dataclasses import replace
 
 import lightning as L
 
+from tva.edit.folder import check_output
 from tva.edit.gate import prove
 from tva.edit.options import EditOptions
 from tva.edit.session import EditSession, open_session
 from tva.edit.training_context import training_context
-from tva.edit.write import build_report, check_output, write_edit
+from tva.edit.write import build_report, write_edit
 from tva.evaluation.ranks import check_strategy
 from tva.report.edit_report import EditReport
 from tva.search import Candidate, Choice, Given
@@ -39,7 +40,7 @@ def run_edit(trainer: L.Trainer, model: L.LightningModule, options: EditOptions)
     """
     check_strategy(trainer)
     goal = options.checked()
-    check_output(options)
+    check_output(options.folder, [*options.inputs, *goal.recipe.files])
     session = open_session(trainer, model, goal)
     choice = choose(session)
     outcome = prove(session, choice)

@@ -9,13 +9,11 @@ from typing import Any
 
 import lightning as L
 
-from tva.checkpoints import atomic_path
 from tva.console import in_notebook
 from tva.edit.options import EditOptions
 from tva.edit.run import run_edit
 from tva.evaluation.evaluate import quiet
-from tva.report.edit_report import EditReport, read_report
-from tva.report.run_files import CONFIG, EDIT_JSON
+from tva.report.edit_report import EditReport
 from tva.report.terminal import print_report
 from tva.vectors.header import SUFFIX
 
@@ -26,10 +24,12 @@ class Trainer(L.Trainer):
     Attributes:
         report: What the last edit did.
         command: The command line that it serves, if any, by which an edit can be made again.
+        config: The options of that command as YAML, which an edit writes beside its report.
     """
 
     report: EditReport | None = None
     command: str | None = None
+    config: str | None = None
 
     def edit(
         self,
@@ -99,11 +99,3 @@ def edit_model(
             bars = {"enable_progress_bar": False, "enable_model_summary": False, "enable_checkpointing": False}
             trainer = Trainer(logger=False, **bars)
         return run_edit(trainer, model, EditOptions(output=output, **options))
-
-
-def write_config(trainer: Trainer, folder: Path, text: str) -> None:
-    """Write the options of the trainer's last edit beside its ``edit.json``, if it wrote one."""
-    written = (folder / EDIT_JSON).exists() and trainer.report is not None
-    if trainer.is_global_zero and written and read_report(folder)["created"] == trainer.report.created:
-        with atomic_path(folder / CONFIG) as temporary:
-            temporary.write_text(text, encoding="utf-8")

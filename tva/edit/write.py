@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import platform
 import shlex
@@ -14,27 +15,22 @@ from typing import Any
 
 from torch import Tensor
 
-from tva.checkpoints import Info, LazyWeights, atomic_path, canonical_state_dict, fingerprint
+from tva.checkpoints import Info, LazyWeights, atomic_path, canonical_state_dict, fingerprint, save_weights
 from tva.checkpoints.lazy import InMemory
 from tva.compose.apply import write_undo
 from tva.compose.engine import Composer
 from tva.compose.record import Record
-from tva.compose.undo import undo_path
-from tva.edit.options import EditOptions
+from tva.edit.folder import MADE_BY, UNDO, replacing
 from tva.edit.outcome import Outcome
 from tva.evaluation.result import Evaluation
-from tva.report.edit_report import EditReport, Score, TaskReport, stamp, write_report
-from tva.report.model_card import check_card
-from tva.report.run_files import EDITED
+from tva.report.edit_report import EditReport, Score, TaskReport, stamp
+from tva.report.model_card import model_card
+from tva.report.page import edit_page
+from tva.report.run_files import CARD, CONFIG, EDIT_JSON, EDITED, PAGE
 from tva.search import score
 from tva.vectors.kind import KEY
 from tva.vectors.lazy import LazyTaskVector
 from tva.version import __version__
-
-
-def check_output(options: EditOptions) -> None:
-    """Check that the output folder holds no file of the same name that tva did not write."""
-    check_card(options.folder)
 
 
 def build_report(outcome: Outcome) -> EditReport:
@@ -129,23 +125,45 @@ def _call() -> str:
 
 
 def write_edit(report: EditReport, outcome: Outcome) -> EditReport:
-    """Write the files of an edit, on rank 0: the weights too if the constraints hold."""
+    """Write the files of an edit, on rank 0: all of them or none, the weights if the constraints hold.
+
+    The page comes last, and whatever keeps it from being drawn loses nothing else.
+    """
     session, options = outcome.session, outcome.session.options
     if not session.editor.trainer.is_global_zero:
         return report
     live = canonical_state_dict(session.editor.model.state_dict())
-    folder, record = options.folder, None
-    undo_path(folder / EDITED).unlink(missing_ok=True)
-    if report.holds:
-        record = _record(outcome, live)
-        if options.keep_undo:
-            before, after = _in_memory(session.editor.base), _in_memory(live)
-            back = Composer(before, {}, session.goal.recipe, 0.0, None, {}).back(after, with_vectors=False)
-            with atomic_path(undo_path(folder / EDITED)) as temporary:
-                write_undo(temporary, before, back, record)
-    header = {**(record.metadata() if record else {}), **({KEY: session.kind} if session.kind else {})}
-    write_report(report, folder, live if record else None, header)
+    content, config = report.to_json(), getattr(session.editor.trainer, "config", None)
+    with replacing(options.folder) as folder:
+        if report.holds:
+            record = _record(outcome, live)
+            kind = {KEY: session.kind} if session.kind else {}
+            header = {**record.metadata(), **kind, "tva.command": report.command}
+            save_weights(live, folder / EDITED, header)
+            if options.keep_undo:
+                before, after = _in_memory(session.editor.base), _in_memory(live)
+                back = Composer(before, {}, session.goal.recipe, 0.0, None, {}).back(after, with_vectors=False)
+                with atomic_path(folder / UNDO) as temporary:
+                    write_undo(temporary, before, back, record)
+            (folder / CARD).write_text(model_card(content), encoding="utf-8")
+        if config is not None:
+            (folder / CONFIG).write_text(f"{MADE_BY}\n{config}", encoding="utf-8")
+        text = json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False)
+        (folder / EDIT_JSON).write_text(text + "\n", encoding="utf-8")
+    _write_page(content, options.folder)
     return report
+
+
+def _write_page(content: Mapping[str, Any], folder: Path) -> None:
+    try:
+        page = edit_page(content)
+        with atomic_path(folder / PAGE) as temporary:
+            temporary.write_text(page, encoding="utf-8")
+    except (ValueError, RuntimeError, OSError, ImportError) as error:
+        print(
+            f"tva: the edit is written, but its page cannot be drawn: {error}. `tva report {folder}` draws it again.",
+            file=sys.stderr,
+        )
 
 
 def _in_memory(weights: Mapping[str, Tensor]) -> LazyWeights:

@@ -1,4 +1,4 @@
-"""What an edit did, as a value, and as the files of its folder: ``edit.json``, page, weights and card."""
+"""What an edit did, as a value and as ``edit.json``."""
 
 from __future__ import annotations
 
@@ -10,14 +10,10 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
-from torch import Tensor
-
-from tva.checkpoints import atomic_path, find, save_weights
+from tva.checkpoints import find
 from tva.console import in_notebook
 from tva.errors import some
-from tva.report.model_card import check_card, model_card
-from tva.report.page import edit_page
-from tva.report.run_files import CARD, CONFIG, EDIT_JSON, EDITED, PAGE
+from tva.report.run_files import EDIT_JSON
 from tva.report.series import formula, number
 from tva.report.terminal import print_report
 
@@ -270,39 +266,6 @@ def stamp(path: str | os.PathLike[str]) -> dict[str, Any]:
     files = [file for file in found.rglob("*") if file.is_file()] if found.is_dir() else [found]
     newest = max((file.stat().st_mtime_ns for file in files), default=0)
     return {"bytes": sum(file.stat().st_size for file in files), "modified_ns": newest}
-
-
-def write_report(
-    report: EditReport, folder: Path, weights: Mapping[str, Tensor] | None, header: Mapping[str, str]
-) -> None:
-    """Write ``edit.json`` and its page; if there are weights, ``edited.safetensors`` and their model card.
-
-    Args:
-        report: What to write.
-        folder: Made if need be. Weights of an earlier run in it are replaced, or removed if there are none now, so that
-            weights and report always belong together.
-        weights: The edited state dict, or None if the gate did not open.
-        header: Text for the weights' header.
-    """
-    content = report.to_json()
-    page = edit_page(content)
-    for name in (EDIT_JSON, PAGE, CONFIG):
-        (folder / name).unlink(missing_ok=True)
-    if weights is None:
-        (folder / EDITED).unlink(missing_ok=True)
-    else:
-        save_weights(weights, folder / EDITED, {**header, "tva.command": report.command})
-    with atomic_path(folder / EDIT_JSON) as temporary:
-        temporary.write_text(json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
-    with atomic_path(folder / PAGE) as temporary:
-        temporary.write_text(page)
-    card = folder / CARD
-    if weights is not None:
-        with atomic_path(card) as temporary:
-            temporary.write_text(model_card(content), encoding="utf-8")
-    elif card.exists():
-        check_card(folder)
-        card.unlink()
 
 
 def read_report(path: Path) -> dict[str, Any]:

@@ -1,0 +1,189 @@
+"""The folder of an edit: whose files may be replaced, and how a new edit takes the place of an earlier one."""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import os
+import shutil
+import socket
+import sys
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from tva.checkpoints import LazyWeights, open_weights
+from tva.checkpoints.atomic import can_write
+from tva.compose.undo import undo_path
+from tva.report.edit_report import read_report
+from tva.report.model_card import check_card
+from tva.report.run_files import CARD, CONFIG, EDIT_JSON, EDITED, PAGE
+
+UNDO = undo_path(Path(EDITED)).name
+FILES = (EDIT_JSON, PAGE, CONFIG, CARD, EDITED, UNDO)
+MADE_BY = "# written by tva edit"  # the first line of its config.yaml
+_EXCHANGE, _HERE = 2, -100  # RENAME_EXCHANGE and AT_FDCWD of Linux
+
+
+def check_output(folder: Path, inputs: Iterable[str | os.PathLike[str]]) -> None:
+    """Check that no input and no file that tva did not write would be replaced.
+
+    Args:
+        folder: Output folder of an edit.
+        inputs: Files and folders that the edit reads.
+
+    Raises:
+        ValueError: One would be.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"The output of an edit must be a folder, and {folder} is a file. Choose another output.")
+    check_card(folder)
+    for name in FILES:
+        file = folder / name
+        if not file.exists():
+            continue
+        same = [path for path in inputs if os.path.exists(path) and os.path.samefile(path, file)]
+        if same:
+            raise ValueError(f"{same[0]} is an input of the edit, which would replace it. Choose another output.")
+        if not _is_own(file):
+            raise ValueError(
+                f"The edit writes {file}, where a file is that tva did not write. Move it, or choose another output."
+            )
+
+
+def _is_own(file: Path) -> bool:
+    """Whether an edit wrote a file of this name."""
+    if file.name == CONFIG:
+        with file.open("rb") as opened:
+            return opened.readline().strip() == MADE_BY.encode()
+    try:
+        read_report(file.parent)
+    except (ValueError, FileNotFoundError):
+        return file.name == CARD or (file.name in (EDITED, UNDO) and _has_record(file))
+    return True
+
+
+def _has_record(file: Path) -> bool:
+    try:
+        weights: LazyWeights = open_weights(file)
+    except ValueError:
+        return False
+    return any(key.startswith("tva.") for key in weights.metadata)
+
+
+@contextmanager
+def replacing(folder: Path) -> Iterator[Path]:
+    """Give a folder in which to write an edit, which then takes the place of an earlier edit, whole or not at all.
+
+    Files in ``folder`` that are no part of an edit stay. On Linux the two folders change places in one step; elsewhere
+    in two. A folder that cannot be moved, such as the working directory, gets the new files one after another.
+    """
+    folder = folder.resolve()
+    prefix = f".{folder.name}.{socket.gethostname()}."
+    staging = folder.with_name(f"{prefix}{os.getpid()}.tmp")
+    with can_write(folder):
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        _remove_left(folder.parent, prefix)
+        shutil.rmtree(staging, ignore_errors=True)
+        staging.mkdir()
+    try:
+        yield staging
+        for file in filter(Path.is_file, staging.iterdir()):
+            with file.open("rb") as opened:
+                os.fsync(opened.fileno())
+        _put(staging, folder)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+def _remove_left(parent: Path, prefix: str) -> None:
+    """Remove what processes of this machine left that were killed; files that stay have their name in the folder."""
+    for left in parent.iterdir():
+        number = left.name.removeprefix(prefix).removesuffix(".tmp")
+        if left.name == f"{prefix}{number}.tmp" and number.isdecimal():
+            try:
+                os.kill(int(number), 0)
+            except ProcessLookupError:
+                shutil.rmtree(left, ignore_errors=True)
+            except PermissionError:  # another user's process, which is alive
+                continue
+
+
+def _put(staging: Path, folder: Path) -> None:
+    if not folder.exists():
+        os.replace(staging, folder)
+        return
+    kept = f"accepted-{_created(folder)}" if (folder / EDITED).exists() and not (staging / EDITED).exists() else None
+    if Path.cwd().is_relative_to(folder) or folder.is_mount():
+        _put_files(staging, folder, kept)
+        return
+    if kept is not None:
+        _link(folder, staging / kept, [name for name in FILES if (folder / name).exists()])
+    _link(folder, staging, [name for name in os.listdir(folder) if name not in FILES])
+    shutil.copymode(folder, staging)
+    _exchange(staging, folder)
+    if kept is not None:
+        _tell(folder / kept)
+
+
+def _put_files(staging: Path, folder: Path, kept: str | None) -> None:
+    """Replace the files of an earlier edit one after another; ``edit.json`` comes last."""
+    names = [name for name in FILES if name != EDIT_JSON]
+    if kept is not None:
+        _link(folder, folder / kept, [name for name in FILES if (folder / name).exists()])
+    for name in [*names, EDIT_JSON]:
+        if (staging / name).exists():
+            os.replace(staging / name, folder / name)
+        else:
+            (folder / name).unlink(missing_ok=True)
+    if kept is not None:
+        _tell(folder / kept)
+
+
+def _created(folder: Path) -> str:
+    """Return when the edit in a folder was made, as part of a file name."""
+    try:
+        return "".join(filter(str.isalnum, str(read_report(folder).get("created"))))
+    except (ValueError, FileNotFoundError):
+        return str((folder / EDITED).stat().st_mtime_ns)
+
+
+def _tell(kept: Path) -> None:
+    print(f"tva: this edit was refused; the accepted edit that was in its folder is now in {kept}", file=sys.stderr)
+
+
+def _link(source: Path, target: Path, names: Iterable[str]) -> None:
+    """Give files and folders a second name in another folder; where the file system has no links, a copy."""
+    target.mkdir(exist_ok=True)
+    for name in names:
+        path, copy = source / name, target / name
+        if path.is_symlink():
+            os.symlink(os.readlink(path), copy)
+        elif path.is_dir():
+            _link(path, copy, os.listdir(path))
+            shutil.copystat(path, copy)
+        else:
+            try:
+                os.link(path, copy)
+            except OSError:
+                shutil.copy2(path, copy)
+
+
+def _exchange(staging: Path, folder: Path) -> None:
+    """Let two folders change places."""
+    library = ctypes.CDLL(None, use_errno=True)
+    if hasattr(library, "renameat2"):
+        names = os.fsencode(staging), os.fsencode(folder)
+        if library.renameat2(_HERE, names[0], _HERE, names[1], _EXCHANGE) == 0:
+            return
+        number = ctypes.get_errno()
+        if number not in (errno.ENOSYS, errno.EINVAL):
+            raise OSError(number, os.strerror(number), os.fspath(folder))
+    aside = staging.with_suffix(".old")
+    os.replace(folder, aside)
+    try:
+        os.replace(staging, folder)
+    except OSError:
+        os.replace(aside, folder)
+        raise
+    os.replace(aside, staging)
