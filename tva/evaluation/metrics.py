@@ -39,7 +39,7 @@ def brier_score(preds: Tensor, target: Tensor) -> Tensor:
     return (probabilities - F.one_hot(target.long(), preds.shape[-1])).square().sum(dim=-1)
 
 
-brier_score.higher_is_better = False  # type: ignore[attr-defined]
+brier_score.higher_is_better = False
 
 # Metrics that torchmetrics lacks. One entry adds a metric: a torchmetrics class, or a function of ``preds`` and
 # ``target`` that returns one number, or one number an example (then the metric is their mean, and has intervals).
@@ -65,7 +65,7 @@ class FunctionMetric(Metric):
         self.add_state("target", default=[], dist_reduce_fx="cat")
 
     @property
-    def higher_is_better(self) -> bool | None:  # type: ignore[override]
+    def higher_is_better(self) -> bool | None:
         """The function's direction, where it has one."""
         return getattr(self.function, "higher_is_better", None)
 
