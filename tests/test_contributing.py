@@ -15,6 +15,7 @@ import small_edit
 import torch
 import yaml
 
+import tva.data
 import tva.search
 from tva import TaskVector, fingerprint, open_weights, save_weights
 from tva.cli.main import main
@@ -48,12 +49,13 @@ def folder(tmp_path, monkeypatch):
     (tmp_path / "arrays").mkdir()
     for key, value in open_weights("a.safetensors").items():
         numpy.save(f"arrays/{key}.npy", value.numpy())
-    names = vars(tva.search).copy()
+    names = {module: set(vars(module)) for module in (tva.search, tva.data)}
     installed.cache_clear()
     yield tmp_path
     installed.cache_clear()
-    for name in vars(tva.search).keys() - names:
-        delattr(tva.search, name)
+    for module, before in names.items():
+        for name in vars(module).keys() - before:
+            delattr(module, name)
     for name in [name for name in sys.modules if name.split(".")[0] == "my_package"]:
         del sys.modules[name]
 
@@ -152,13 +154,22 @@ def test_a_format_of_an_installed_package(package):
     assert_reads_arrays()
 
 
-def test_a_data_set_by_its_path(folder):
+def fit(folder, *change):
+    """Run ``tva fit`` on what the page's YAML block names."""
     from small_cli import fit_config
 
-    config = fit_config(folder / "run") | yaml.safe_load(blocks("yaml", "data:"))
+    config = fit_config(folder / "run") | yaml.safe_load(blocks("yaml", "data:").replace(*change))
     Path("fit.yaml").write_text(yaml.safe_dump(config))
     main(["fit", "--config", "fit.yaml"])
     assert TaskVector.load("run/last.tv.safetensors").origin.step == 30
+
+
+def test_a_data_set_by_its_path(folder):
+    fit(folder, "", "")
+
+
+def test_a_data_set_of_an_installed_package(package):
+    fit(package, "my_package.halves_of_a_square", "tva.data")
 
 
 FOLDERS = {

@@ -108,6 +108,7 @@ def assert_same_in_memory_and_on_files(model, text):
         assert torch.equal(found[name].view(torch.int32), expected[name].view(torch.int32)), (text, name)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("outer", ONE + SEVERAL)
 def test_every_method_takes_every_method(model, outer):
     for inner in ONE + SEVERAL:
@@ -118,6 +119,7 @@ def test_every_method_is_nested_here():
     assert {text.split("(")[0] for text in ONE + SEVERAL} == METHODS.keys()
 
 
+@pytest.mark.slow
 def test_methods_nest_three_deep(model):
     pick = random.Random(0)
     for _ in range(80):

@@ -9,6 +9,7 @@ from scipy import stats
 from tva.evaluation.bounds import clears, mean_limit, needed_examples, slack, worst
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("num", [1, 2, 5, 20, 200])
 def test_the_limit_of_a_mean_is_the_quantile_of_randomly_weighted_means(num):
     generator = np.random.default_rng(num)
@@ -111,6 +112,7 @@ def right_or_wrong(generator, num, right, kept, gained):
     return np.where(base, generator.random(num) < kept, generator.random(num) < gained), base
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("num", "right", "kept", "gained"),
     [
@@ -133,6 +135,7 @@ def test_at_95_percent_confidence_an_edit_at_its_bound_passes_at_most_one_time_i
     assert believed > 0.4 * runs  # the point estimate passes every other time
 
 
+@pytest.mark.slow
 def test_the_gate_does_not_just_refuse_everything():
     generator = np.random.default_rng(0)
     passed = sum(clears(*right_or_wrong(generator, 400, 0.9, 0.95, 0.0), 0.95, 0.0, 0.95) for _ in range(1000))

@@ -56,6 +56,7 @@ def flat(coef):
     return 0.95 - 1e-9  # all do, by nothing
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("kept", "rule"), [(shelf, "largest"), (shelf, "best"), (flat, "largest")])
 def test_the_grids_choice_goes_too_far_in_at_most_one_run_of_twenty_on_a_shelf_too(kept, rule):
     runs, too_far = 100, 0
