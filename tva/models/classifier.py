@@ -22,6 +22,7 @@ from tva.errors import some
 from tva.models.adapters import Lora, adapt
 from tva.models.heads import HeldHead, TrainedHead, class_means, examples_digest, fit_probe
 from tva.models.optim import check_layer_decay, make_optimizer, prepare
+from tva.models.sharding import shard
 
 START = "start"  # in heads: the head that a learned one would start from
 
@@ -249,6 +250,9 @@ class FrozenHeadClassifier(L.LightningModule, ABC):
                 for phase in ("train_", "val_", "test_")  # a ModuleDict refuses the plain name "train"
             }
         )
+
+    def configure_model(self) -> None:
+        shard(self, "encoder")
 
     def _check_no_averaging(self) -> None:
         averaging = [c for c in getattr(self.trainer, "callbacks", ()) if isinstance(c, WeightAveraging)]

@@ -17,6 +17,7 @@ from torchmetrics.text import BLEUScore
 from tva.models.adapters import Lora, adapt
 from tva.models.huggingface import Kind, load_network, load_tokenizer, longest_input, split_padding
 from tva.models.optim import check_layer_decay, make_optimizer, prepare
+from tva.models.sharding import shard
 
 TextMetric = Literal["exact_match", "rouge1", "rouge2", "rougeL", "bleu"]
 IGNORED = -100  # a target that no loss is taken of
@@ -126,6 +127,9 @@ class LanguageModel(L.LightningModule, ABC):
         self.bleu = nn.ModuleDict({stage: BLEUScore() for stage in ("val", "test") if "bleu" in self.metrics})
         prepare(self.network.train(), gradient_checkpointing, compiled=compile)
         adapt(self, weights, train_only, lora, tangent, part="network")
+
+    def configure_model(self) -> None:
+        shard(self, "network")
 
     def setup(self, stage: str) -> None:
         self.task = getattr(self.trainer.datamodule, "name", "task")
