@@ -417,7 +417,7 @@ def test_damaged_places_of_top_k_and_headers_are_errors(files):
         with pytest.raises(ValueError, match=message):
             TaskVector.load(files / "d.tv.safetensors")
     for change, message in (
-        ({"tva.encoded": "{"}, "tva.encoded cannot be read"),
+        ({"tva.encoded": "{"}, "tva.encoded is not valid JSON"),
         ({"tva.encoded": metadata["tva.encoded"].replace('"top_k"', '"top_q"')}, "encoded as 'top_q'.*Update tva"),
     ):
         save_file(parts, files / "d.tv.safetensors", {**metadata, **change})

@@ -7,7 +7,6 @@ operations whatever is asked for together with it, so what is read does not depe
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +14,7 @@ from pathlib import Path
 import numpy
 
 from tva._torch import Tensor, torch
+from tva.checkpoints.foreign import parse_json
 from tva.checkpoints.lazy import Entry
 from tva.checkpoints.spec import Spec
 from tva.errors import some
@@ -181,10 +181,13 @@ def decoded(path: Path, stored: Mapping[str, Entry], text: str) -> dict[str, Ent
     Raises:
         ValueError: A part is lacking, of another form or not accounted for, or an encoding is not known.
     """
+    fields = parse_json(text, f"{path}: tva.encoded", {str: list})
     try:
-        listed = {name: (str(fields[0]), torch.Size(fields[1])) for name, fields in json.loads(text).items()}
-    except (ValueError, LookupError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path} is damaged: its tva.encoded cannot be read ({error}). Write it again.") from error
+        listed = {name: (str(field[0]), torch.Size(field[1])) for name, field in fields.items()}
+    except Exception as error:  # a stranger's text may provoke any
+        raise ValueError(
+            f"{path} is damaged: its tva.encoded cannot be read ({type(error).__name__}). Write it again."
+        ) from error
     unknown = {encoding for encoding, _ in listed.values()} - {*KINDS, *PLAIN}
     if unknown:
         known = ", ".join([*PLAIN, *KINDS])

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
+from tva.checkpoints.foreign import is_plain_name, read_json
 from tva.errors import some
 
 # In the order in which they are looked for; an index brings its shards.
@@ -144,7 +144,8 @@ def _with_rest(repository: str, path: Path, name: str, revision: str | None) -> 
     # The rest must be of the same commit, which is the name of the cache's folder, even if a branch moves meanwhile.
     commit = next((part for part in reversed(path.parts) if re.fullmatch("[0-9a-f]{40}", part)), revision)
     if name.endswith(".index.json"):
-        for shard in sorted(set(json.loads(path.read_text())["weight_map"].values())):
+        weight_map: dict[str, str] = read_json(path, {"weight_map": {str: str}}).get("weight_map", {})
+        for shard in sorted(filter(is_plain_name, set(weight_map.values()))):  # others are refused on opening
             _download(repository, Path(name).with_name(shard).as_posix(), commit)
     elif Path(name).name == "adapter_config.json":
         safe, pickled = (Path(name).with_name(weights).as_posix() for weights in ADAPTER_NAMES)

@@ -21,6 +21,7 @@ import numpy
 from tva._torch import torch
 from tva.checkpoints.atomic import can_write, make_room
 from tva.checkpoints.fingerprint import TensorHash
+from tva.checkpoints.foreign import parse_json, read_bytes
 from tva.checkpoints.formats import safetensors
 from tva.checkpoints.lazy import Info, LazyWeights
 from tva.checkpoints.spec import Elements, Spec, dtype_name, encode_header
@@ -219,14 +220,19 @@ class Output:
         lines = lines[:-1]  # a line that was cut off has no end
         if not lines or not all(shard.path.exists() for shard in self._shards):
             return
-        job = json.loads(lines[0])
+        where = f"{self._journal_path}: line"
+        job = parse_json(lines[0], f"{where} 1", dict)
         other = sorted(key for key in job.keys() | self._job.keys() if job.get(key) != self._job.get(key))
         if other:
             raise ValueError(
                 f"The run that was interrupted at {self.path} was another: {some(other)} differ. Give the same "
                 f"command, or leave out resume to begin anew."
             )
-        self.done = dict(json.loads(line) for line in lines[1:])
+        for number, line in enumerate(lines[1:], 2):
+            done = parse_json(line, f"{where} {number}", [(str, {"edited": str})])
+            if len(done) != 2 or done[0] not in self._shard_of or not isinstance(done[1], dict) or not done[1]:
+                raise ValueError(f"{where} {number} does not name a tensor of {self.path}. Run without resume.")
+            self.done[done[0]] = done[1]
 
     def _check_done(self) -> None:
         """Read back what an earlier run left: a tensor that is not what the journal says is done again."""
@@ -344,6 +350,21 @@ class Output:
         return {"model.safetensors.index.json": json.dumps(index, indent=2).encode()}
 
 
+def _inside(folder: Path, path: Path) -> Path:
+    """Return a file of a folder, which may not be a link that leads out of it, but for the hub's cache.
+
+    Raises:
+        ValueError: It leads elsewhere, so that a file of this machine would be copied into the output.
+    """
+    roots = [folder.resolve(), *([folder.parent.parent / "blobs"] if folder.parent.name == "snapshots" else [])]
+    if path.is_symlink() and not any(path.resolve().is_relative_to(root.resolve()) for root in roots):
+        raise ValueError(
+            f"{path} is a link to {path.resolve()}, outside of {folder}, and would be copied beside the output. Put a "
+            f"copy of the file in its place, or remove the link."
+        )
+    return path
+
+
 def side_files(folder: Path, dtype: torch.dtype | str | None) -> dict[str, bytes]:
     """Read what lies beside a model's weights: configuration, tokenizer, code of its own.
 
@@ -355,7 +376,7 @@ def side_files(folder: Path, dtype: torch.dtype | str | None) -> dict[str, bytes
         Name to contents.
     """
     found = {
-        path.name: path.read_bytes()
+        path.name: read_bytes(_inside(folder, path))
         for path in sorted(folder.iterdir())
         if path.is_file()
         and (path.suffix in SIDE_FILES or path.name.startswith("LICENSE"))
@@ -363,7 +384,7 @@ def side_files(folder: Path, dtype: torch.dtype | str | None) -> dict[str, bytes
         and not path.name.endswith(".index.json")
     }
     if dtype is not None and "config.json" in found:
-        config = json.loads(found["config.json"])
+        config = parse_json(found["config.json"], str(folder / "config.json"), dict)
         config |= {key: dtype_name(dtype) for key in ("torch_dtype", "dtype") if key in config}
         found["config.json"] = json.dumps(config, indent=2).encode()
     return found

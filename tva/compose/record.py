@@ -10,6 +10,7 @@ from typing import Any
 
 from tva._torch import torch_version
 from tva.checkpoints import HashedWeights, LazyWeights, find, open_weights
+from tva.checkpoints.foreign import parse_json
 from tva.compose.recipe import Recipe
 from tva.errors import RecipeError
 from tva.layers import Coefficient
@@ -17,6 +18,16 @@ from tva.report.run_files import EDITED
 from tva.version import __version__
 
 UNKNOWN = "0" * 32  # in place of a fingerprint until all has been read
+
+
+FORMS: dict[str, Any] = {  # of the attributes that are JSON in the header
+    "coefs": {str: (float, dict, list)},
+    "scaling_coef": float,
+    "vectors": {str: str},
+    "options": dict,
+    "vector_fingerprints": {str: str},
+    "file_fingerprints": {str: str},
+}
 
 
 @dataclass(frozen=True)
@@ -76,7 +87,12 @@ class Record:
                 f"wrote has one, and other programs that write the weights again leave it out."
             )
         texts = {"recipe", "dtype", "base", "version", "torch", "base_fingerprint", "edited_fingerprint"}
-        return cls(**{name: text if name in texts else json.loads(text) for name, text in found.items()})
+        values = {
+            name: parse_json(text, f"{weights.path}: tva.{name}", FORMS[name])
+            for name, text in found.items()
+            if name not in texts
+        }
+        return cls(**{**found, **values})
 
 
 def open_edited(path: str) -> HashedWeights:

@@ -18,8 +18,9 @@ from typing import Any
 
 from tva._torch import Tensor, torch
 from tva.checkpoints import Elements, LazyWeights, Output, TensorHash
+from tva.checkpoints.foreign import parse_json
 from tva.checkpoints.formats import safetensors
-from tva.checkpoints.spec import Spec, encode_header
+from tva.checkpoints.spec import NAMES_OF_DTYPES, Spec, encode_header
 from tva.compose.record import Record
 from tva.errors import some
 
@@ -71,12 +72,16 @@ def decode(data: bytes, predicted: Tensor) -> Tensor:
         True
     """
     kind = getattr(torch, _INTEGERS[predicted.element_size()])
+    size = predicted.numel() * predicted.element_size()
+    reader = zstd.ZstdDecompressor()
     try:
-        places = torch.frombuffer(bytearray(zstd.decompress(data)), dtype=torch.uint8)
+        plain = reader.decompress(data, max_length=size + 1)  # no more, whatever the frame says of its size
     except zstd.ZstdError as error:
         raise ValueError(str(error)) from error
-    if places.numel() != predicted.numel() * predicted.element_size():
-        raise ValueError(f"{places.numel()} bytes for {predicted.numel()} elements of {predicted.element_size()}")
+    if len(plain) != size or not reader.eof or reader.unused_data:
+        found = f"more than {size}" if len(plain) > size else str(len(plain))
+        raise ValueError(f"{found} bytes for {predicted.numel()} elements of {predicted.element_size()}")
+    places = torch.frombuffer(bytearray(plain), dtype=torch.uint8)
     folded = places.view(kind.itemsize, -1).flip(0).T.reshape(-1).view(kind)
     difference = ((folded >> 1) & torch.iinfo(kind).max) ^ -(folded & 1)
     return (predicted.view(kind) + difference).view(predicted.dtype)
@@ -188,10 +193,15 @@ class OpenedUndo:
                 f"{path} is no undo file: its header must have tva.format {FORMAT!r}. Give another by --undo."
             )
         self.record = Record.read(self._blocks)
-        self.block = int(self.metadata["tva.undo_block"])
-        self.ties: dict[str, str] = json.loads(self.metadata["tva.undo_ties"])
-        self.base_metadata: dict[str, str] = json.loads(self.metadata["tva.undo_base_metadata"])
-        self.dtypes: dict[str, str] = json.loads(self.metadata["tva.undo_dtypes"])
+        self.block: int = self._fact("block", int)
+        self.ties: dict[str, str] = self._fact("ties", {str: str})
+        self.base_metadata: dict[str, str] = self._fact("base_metadata", {str: str})
+        self.dtypes: dict[str, str] = self._fact("dtypes", {str: str})
+        if self.block < 1 or not set(self.dtypes.values()) <= NAMES_OF_DTYPES.keys():
+            raise ValueError(f"{path} is damaged: its tva.undo_block or tva.undo_dtypes has a value that none has.")
+
+    def _fact(self, key: str, form: Any) -> Any:
+        return parse_json(self.metadata.get(f"tva.undo_{key}", "null"), f"{self.path}: tva.undo_{key}", form)
 
     def check_names(self, edited: LazyWeights) -> None:
         """Check that the edited checkpoint has the base's names.

@@ -10,10 +10,22 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from tva.checkpoints import Fingerprint, LazyWeights, read_metadata
+from tva.checkpoints.foreign import parse_json
 from tva.version import __version__
 
 FORMAT = "task_vector/1"
 SUFFIX = ".tv.safetensors"
+FORMS: dict[str, Any] = {  # of the fields that are JSON; see `tva.checkpoints.foreign.check_form`
+    "base_tensors": {str: str},
+    "step": (int, None),
+    "epoch": (int, None),
+    "averaged": (bool, None),
+    "since_step": (int, None),
+    "metrics": {str: (float, None)},
+    "hyperparameters": dict,
+    "untouched": {str: [str]},
+    "buffers": [str],
+}
 
 
 @dataclass(frozen=True)
@@ -125,7 +137,7 @@ def read_origin(weights: LazyWeights) -> tuple[Origin, set[str], dict[str, str]]
         )
 
     def fact(key: str, default: Any = None) -> Any:
-        return json.loads(header[key]) if key in header else default
+        return parse_json(header[key], f"{weights.path}: tva.{key}", FORMS[key]) if key in header else default
 
     digest = header.get("base_fingerprint")
     origin = Origin(
