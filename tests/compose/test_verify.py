@@ -10,9 +10,10 @@ from small_models import Blobs, LinearNet
 
 from tva import TaskVector, open_weights, save_weights
 from tva.checkpoints import HashedWeights, fingerprint, read_metadata
+from tva.checkpoints.fingerprint import HEADER, header_digest, sealed
 from tva.cli.main import main
 from tva.compose.apply import compose
-from tva.compose.record import Record
+from tva.compose.record import RECORD, Record
 from tva.compose.revert import revert
 from tva.compose.verify import verify
 from tva.edit.options import EditOptions
@@ -56,10 +57,15 @@ def write(recipe, output="out.safetensors", *options):
 
 
 def replace(path, change, **metadata):
-    """Write a checkpoint again with its header and one thing changed, as an accident would."""
-    weights, header = dict(open_weights(path)), read_metadata(path)
+    """Write a checkpoint or a vector again, as another program would that changes one thing and its header."""
+    weights, header = dict(open_weights(path)), {**read_metadata(path), **metadata}
     change(weights)
-    save_weights(weights, path, {**header, **metadata})
+    if HEADER in header:
+        header = sealed(header, fingerprint(weights).digest)
+    elif RECORD in header:
+        fields = {key: text for key, text in header.items() if key.removeprefix("tva.") in Record.__dataclass_fields__}
+        header[RECORD] = header_digest(fields)
+    save_weights(weights, path, header)
 
 
 @pytest.mark.parametrize(
@@ -199,11 +205,29 @@ def test_a_checkpoint_without_a_record_is_refused(folder):
         verify("nothing.safetensors")
     write("a")
     header = {key: text for key, text in read_metadata("out.safetensors").items() if "tor" not in key}
-    save_weights(dict(open_weights("out.safetensors")), "old.safetensors", {**header, "tva.vectors": '{"a": "a.ckpt"}'})
-    report = verify("old.safetensors")  # from before the inputs' fingerprints were recorded
-    assert report.holds
-    assert report.unrecorded == ["vector a"]
-    assert "no fingerprint was recorded of vector a" in str(report)
+    header["tva.vectors"] = '{"a": "a.ckpt"}'
+    save_weights(dict(open_weights("out.safetensors")), "lost.safetensors", header)
+    with pytest.raises(ValueError, match="lost.safetensors holds a record of an edit that is not as it was written"):
+        verify("lost.safetensors")
+    del header["tva.record_fingerprint"]  # from before the fingerprints of inputs and of the record were recorded
+    save_weights(dict(open_weights("out.safetensors")), "old.safetensors", header)
+    report = verify("old.safetensors")
+    assert not report.different
+    assert not report.changed
+    assert not report.holds  # what was not recorded is not verified
+    assert report.unrecorded == ["the record", "vector a"]
+    assert "no fingerprint was recorded of the record, vector a" in str(report)
+
+
+@pytest.mark.parametrize("lost", ["tva.vector_fingerprints", "tva.file_fingerprints"])
+def test_a_record_that_lost_a_field_or_had_it_changed_is_refused(folder, lost):
+    write("a")
+    header, weights = read_metadata("out.safetensors"), dict(open_weights("out.safetensors"))
+    for changed in ({**header, lost: "{}"}, {key: text for key, text in header.items() if key != lost}):
+        if changed != header:
+            save_weights(weights, "changed.safetensors", changed)
+            with pytest.raises(ValueError, match="is not as it was written: its fields do not have the recorded"):
+                verify("changed.safetensors")
 
 
 def test_shards_of_different_edits_hold_no_common_record(folder):

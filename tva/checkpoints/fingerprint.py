@@ -9,6 +9,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy
 import xxhash
@@ -196,3 +197,36 @@ class HashedWeights(LazyWeights):
     def fingerprint(self) -> Fingerprint:
         """Give the fingerprint of all tensors."""
         return Fingerprint.from_tensors({name: self.digest(name) for name in self})
+
+
+CONTENT, HEADER = "tva.content_fingerprint", "tva.header_fingerprint"
+
+
+def header_digest(metadata: Mapping[str, str], without: str = HEADER) -> str:
+    """Hash what tva has written into a header, but for one field."""
+    fields = sorted(key for key in metadata if key.startswith("tva.") and key != without)
+    return xxhash.xxh3_128_hexdigest("".join(f"{key}\0{metadata[key]}\0" for key in fields).encode())
+
+
+def sealed(metadata: Mapping[str, str], content: str) -> dict[str, str]:
+    """Return the header of a file that notices when it is damaged.
+
+    Args:
+        metadata: What else the header says.
+        content: Digest of the fingerprint of all tensors in the file, as they are stored.
+    """
+    metadata = {**metadata, CONTENT: content}
+    return {**metadata, HEADER: header_digest(metadata)}
+
+
+def check_header(path: Path, metadata: Mapping[str, str]) -> None:
+    """Check that a sealed header is as it was written; one without a seal passes.
+
+    Raises:
+        ValueError: It is not.
+    """
+    if (CONTENT in metadata or HEADER in metadata) and metadata.get(HEADER) != header_digest(metadata):
+        raise ValueError(
+            f"{path} is damaged: its header does not have the fingerprint that was written into it "
+            f"({metadata.get(HEADER)}). Take an undamaged copy, or write it again from its source."
+        )

@@ -178,6 +178,8 @@ def compose(
     with Output(Path(output), composer.layout(), metadata, job, shard_bytes, resume) as out:
         resumed = len(out.done)
         composer.run(out)
+        for source in sources.values():
+            source.check_content()
         composer.check()
         found = {key: composer.fingerprint(key) for key in ("base", "edited")}
         record = dataclasses.replace(

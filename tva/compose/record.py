@@ -10,6 +10,7 @@ from typing import Any
 
 from tva._torch import torch_version
 from tva.checkpoints import HashedWeights, LazyWeights, find, open_weights
+from tva.checkpoints.fingerprint import header_digest
 from tva.checkpoints.foreign import parse_json
 from tva.compose.recipe import Recipe
 from tva.errors import RecipeError
@@ -17,6 +18,7 @@ from tva.layers import Coefficient
 from tva.report.run_files import EDITED
 from tva.version import __version__
 
+RECORD = "tva.record_fingerprint"  # of the record's own fields
 UNKNOWN = "0" * 32  # in place of a fingerprint until all has been read
 
 
@@ -67,16 +69,25 @@ class Record:
     def metadata(self) -> dict[str, str]:
         """Give the text for a header."""
         values = {field.name: getattr(self, field.name) for field in fields(self)}
-        return {f"tva.{name}": value if isinstance(value, str) else json.dumps(value) for name, value in values.items()}
+        texts = {f"tva.{name}": v if isinstance(v, str) else json.dumps(v) for name, v in values.items()}
+        return {**texts, RECORD: header_digest(texts)}
 
     @classmethod
     def read(cls, weights: LazyWeights) -> Record:
         """Read the record of an edited checkpoint.
 
         Raises:
-            ValueError: Its header holds none.
+            ValueError: Its header holds none, or a changed one.
         """
         found = {f.name: weights.metadata[f"tva.{f.name}"] for f in fields(cls) if f"tva.{f.name}" in weights.metadata}
+        fingerprint = weights.metadata.get(RECORD)
+        if fingerprint is not None and fingerprint != header_digest(
+            {f"tva.{name}": text for name, text in found.items()}
+        ):
+            raise ValueError(
+                f"{weights.path} holds a record of an edit that is not as it was written: its fields do not have the "
+                f"recorded fingerprint {fingerprint}. Take an undamaged copy."
+            )
         found.setdefault("torch", "unknown")  # not recorded at first; nor were the fingerprints of vectors
         needed = {f.name for f in fields(cls)} - {"vector_fingerprints", "file_fingerprints"}
         lacking = sorted(needed - found.keys())

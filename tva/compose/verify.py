@@ -18,9 +18,11 @@ from tva.arithmetic import BATCH_NORM_STATISTICS
 from tva.checkpoints import Elements, HashedWeights
 from tva.compose.engine import Composer
 from tva.compose.recipe import ChunkDeltas
-from tva.compose.record import Record, check_inputs, open_edited, open_recipe
+from tva.compose.record import RECORD, Record, check_inputs, open_edited, open_recipe
 from tva.console import size_text
 from tva.errors import some
+from tva.vectors.content import VectorReport, verify_vector
+from tva.vectors.header import is_vector_file
 from tva.version import __version__
 
 SAMPLE = 16  # tensors that are computed in two ways
@@ -40,7 +42,7 @@ class VerifyReport:
             number: it is missing, is one too many, has another dtype or shape, or holds NaN.
         changed: What is not as recorded, ``stored weights``, ``base``, a vector or a file, to its recorded and its
             present fingerprint.
-        unrecorded: Inputs of which no fingerprint was recorded.
+        unrecorded: Inputs of which no fingerprint was recorded, ``the record`` itself among them.
         not_recomputed: Running statistics that the edit took from data.
         sampled: Tensors that were also computed in a second way, where methods observe the deltas before they merge.
         written_by: Versions that wrote it.
@@ -61,8 +63,8 @@ class VerifyReport:
 
     @property
     def holds(self) -> bool:
-        """Whether all is as recorded, and equal to what was computed."""
-        return not self.different and not self.changed
+        """Whether all was recorded and is as recorded, and equal to what was computed."""
+        return not self.different and not self.changed and not self.unrecorded
 
     def to_json(self) -> dict[str, Any]:
         """Give plain values."""
@@ -76,8 +78,7 @@ class VerifyReport:
             lines.append(
                 f"verified: {self.output} is {self.formula}, computed again and equal bit for bit ({compared})"
             )
-            if not self.unrecorded:
-                lines.append("the base, every other input and the stored weights have the recorded fingerprints")
+            lines.append("the base, every other input and the stored weights have the recorded fingerprints")
         else:
             lines.append(f"NOT verified: {self.output} against {self.formula} ({compared})")
             lines.append(self._differences())
@@ -92,7 +93,8 @@ class VerifyReport:
         if self.sampled:
             lines.append(f"{self.sampled} of the tensors were also computed in a second way, method by method in torch")
         if self.unrecorded:
-            lines.append(f"no fingerprint was recorded of {', '.join(self.unrecorded)}")
+            names = ", ".join(self.unrecorded)
+            lines.append(f"no fingerprint was recorded of {names}: nothing shows that it is the same")
         if self.not_recomputed:
             lines.append(f"not computed again: {len(self.not_recomputed)} running statistics, which the edit changed")
         return "\n".join(lines)
@@ -118,18 +120,21 @@ def verify(
     base: str | os.PathLike[str] | None = None,
     vectors: Mapping[str, str | os.PathLike[str]] | None = None,
     max_memory: str | None = None,
-) -> VerifyReport:
+) -> VerifyReport | VectorReport:
     """Compute an edited checkpoint again from its recorded recipe and inputs, and compare it bit by bit.
 
+    A task vector file is compared with the fingerprint that was written into its header.
+
     Args:
-        edited: What ``tva compose`` or ``tva edit`` wrote; nothing is changed.
+        edited: What ``tva compose`` or ``tva edit`` wrote, or a task vector file; nothing is changed.
         base: Where the base is now, if it has moved.
         vectors: Names to paths of vectors that have moved.
         max_memory: Anonymous memory that this process may take at most, such as ``512MiB``; by default 1 GiB more than
             it takes already.
 
     Returns:
-        Whether it holds; if not, how many tensors differ, and whether the stored weights or the inputs have changed.
+        Whether it holds; if not, how many tensors differ, and whether the stored weights or the inputs have changed. An
+        edit of which a fingerprint is missing in the record does not hold.
 
     Raises:
         ValueError: It holds no record, or one that cannot be computed again.
@@ -139,6 +144,8 @@ def verify(
     started = time.monotonic()
     edited, given = os.fspath(edited), None if base is None else os.fspath(base)
     moved = {name: os.fspath(path) for name, path in (vectors or {}).items()}
+    if Path(edited).is_file() and is_vector_file(edited):
+        return verify_vector(edited)
     weights = open_edited(edited)
     record = Record.read(weights)
     if record.recipe.startswith("learned("):
@@ -177,7 +184,7 @@ def verify(
         num_bytes=sum(spec.num_bytes for name, spec in composer.layout().items() if name not in skipped),
         different=comparison.different,
         changed={name: (recorded[name], found[name]) for name in recorded if recorded[name] != found[name]},
-        unrecorded=sorted(found.keys() - recorded.keys()),
+        unrecorded=sorted({*(found.keys() - recorded.keys()), *([] if RECORD in weights.metadata else ["the record"])}),
         not_recomputed=skipped,
         sampled=sampled,
         written_by=_versions(record.version, record.torch),

@@ -119,6 +119,8 @@ def compare(
     only.check_used()
     bases = _check_alike(opened, allow_other_base)
     groups = measure([vector.deltas for vector in opened], group_of)
+    for vector in opened:
+        vector.check_content()
     whole = total(groups.values(), len(opened))
     names = labels(paths, [vector.origin.task for vector in opened])
     return Compared(

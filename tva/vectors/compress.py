@@ -13,11 +13,22 @@ from itertools import pairwise
 from pathlib import Path
 
 from tva._torch import torch
-from tva.checkpoints import LazyWeights, Spec, atomic_path, open_weights, protect
+from tva.checkpoints import (
+    Fingerprint,
+    HashedWeights,
+    LazyWeights,
+    Spec,
+    atomic_path,
+    open_weights,
+    protect,
+    tensor_digest,
+)
+from tva.checkpoints.fingerprint import sealed
 from tva.checkpoints.sharded_writer import Shard
 from tva.console import progress
 from tva.errors import some
 from tva.sizes import parse_bytes
+from tva.vectors.content import check_content
 from tva.vectors.encoder import Encoder
 from tva.vectors.encoding import PARAMETERS, Encoding, check_names, encoded_header, relative_error
 from tva.vectors.header import read_origin
@@ -116,7 +127,7 @@ def compress(
         raise ValueError(f"Give one of encoding, max_error and max_size; found {some(given) or 'none'}.")
     if not output.endswith(".safetensors"):
         raise ValueError(f"output must end in .safetensors, best in .tv.safetensors; found {output!r}.")
-    weights = open_weights(vector)
+    weights = HashedWeights(open_weights(vector))
     read_origin(weights)
     if "tva.encoded" in weights.metadata:
         raise ValueError(
@@ -190,25 +201,30 @@ def write_encoded(
     def header() -> dict[str, str]:
         coded = {name: (chosen[name], weights.spec(name).shape, errors[name]) for name in weights}
         total = [sum(getattr(share, key) for share in shares.values()) for key in ("squared_error", "squared_norm")]
-        return encoded_header(text, coded, relative_error(*total), math.sqrt(math.fsum(squares)))
+        own = encoded_header(text, coded, relative_error(*total), math.sqrt(math.fsum(squares)))
+        content = Fingerprint.from_tensors(digests)
+        return {"format": "pt", **sealed({**weights.metadata, **own}, content.digest)}
 
-    metadata = {"format": "pt", **weights.metadata, **header()}
+    digests: dict[str, str] = {}
     with atomic_path(output) as temporary, temporary.open("r+b") as file:
         shard = Shard(temporary, specs)
-        file.write(shard.header(metadata))
+        file.write(shard.header(header()))
         for name, encoder in _encoders(weights, doing):
             coded = encoder.encode(chosen[name])
             encoder.check(coded)
             for part, tensor in coded.tensors.items():
                 file.seek(shard.offsets[part])
                 file.write(tensor.reshape(-1).view(torch.uint8).numpy())
+                digests[part] = tensor_digest(tensor)
             errors[name] = coded.error
             squares += [] if name in buffers else [coded.squared_read]
             share = Share(1, len(encoder.flat), chosen[name].num_bytes(encoder.spec))
             share.squared_error, share.squared_norm = coded.squared_error, coded.squared_norm
             shares.setdefault(str(chosen[name]), Share()).add(share)
+        if isinstance(weights, HashedWeights):
+            check_content(weights)
         file.seek(0)
-        file.write(shard.header({**metadata, **header()}))
+        file.write(shard.header(header()))
     largest = max(((error, name) for name, error in errors.items()), default=(0.0, ""))
     return shares, largest, output.stat().st_size
 
@@ -252,7 +268,9 @@ def _fit(weights: LazyWeights, budget: int, float32_bytes: int, text: str) -> di
         return {name: encoder.cheapest(0.0) for name, encoder in _encoders(weights, "measuring")}
     hulls = {name: _options(name, encoder, 4 * float32_bytes) for name, encoder in _encoders(weights, "measuring")}
     fixed = {key: value for key, value in weights.metadata.items() if not key.startswith("tva.encod")}
-    size = len(json.dumps({"__metadata__": {"format": "pt", **fixed}})) + 512  # the rest of the header, at most
+    size = (
+        len(json.dumps({"__metadata__": {"format": "pt", **sealed(fixed, "0" * 32)}})) + 512
+    )  # the rest of the header, at most
     size += sum(hull[0][0] for hull in hulls.values())
     if size > budget:
         raise ValueError(
@@ -275,7 +293,7 @@ def _file_size(weights: LazyWeights, chosen: Mapping[str, Encoding], text: str) 
     """Return the bytes of a file with these encodings, which do not depend on the errors."""
     specs = _layout(weights, chosen)
     coded = {name: (chosen[name], weights.spec(name).shape, 0.0) for name in weights}
-    metadata = {"format": "pt", **weights.metadata, **encoded_header(text, coded, 0.0, 0.0)}
+    metadata = {"format": "pt", **sealed({**weights.metadata, **encoded_header(text, coded, 0.0, 0.0)}, "0" * 32)}
     return len(Shard(weights.path, specs).header(metadata)) + sum(spec.num_bytes for spec in specs.values())
 
 

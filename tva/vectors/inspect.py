@@ -110,11 +110,11 @@ def inspect(path: str | os.PathLike[str], by: By = "group") -> Inspection:
     """
     group_of = grouping(by)
     path = os.fspath(path)
-    weights = open_weights(path)
+    weights, vector = open_weights(path), None
     if "tva.format" in weights.metadata:
         vector = open_vector(path)
         kind, facts, parts = "task vector", header_facts(vector), vector.deltas
-        buffers = {name: stored(weights.entry(name)) for name in vector.buffers}
+        buffers = {name: stored(vector.weights.entry(name)) for name in vector.buffers}
         reasons: dict[str, list[str]] = {}
         for name, reason in vector.untouched.items():
             reasons.setdefault(reason, []).append(name)
@@ -124,6 +124,8 @@ def inspect(path: str | os.PathLike[str], by: By = "group") -> Inspection:
         parts = {name: stored(weights.entry(name)) for name in weights if is_edited(weights.spec(name))}
         reasons = {"integer": [name for name in weights if name not in parts]} if len(parts) < len(weights) else {}
     groups = measure([parts], group_of)
+    if vector is not None:
+        vector.check_content()
     groups = {name: groups[name] for name in in_layer_order(groups)}
     return Inspection(
         path,

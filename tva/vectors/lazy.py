@@ -21,6 +21,7 @@ from tva.checkpoints import (
 )
 from tva.checkpoints.lazy import Entry
 from tva.errors import MismatchError, some
+from tva.vectors.content import check_content
 from tva.vectors.geometry import TensorReader
 from tva.vectors.header import Origin, is_vector_file, read_origin
 from tva.vectors.kind import KEY
@@ -74,6 +75,7 @@ class LazyTaskVector:
             self.origin, buffers, untouched = read_origin(weights)
             self.untouched = {name: reason for name, reason in untouched.items() if only.keeps(name)}
             self.buffers = {name for name in buffers if only.keeps(name)}
+            self._file = weights = HashedWeights(weights)
             weights = weights.renamed({name: name for name in only.kept(weights)}, *only.note(weights, ""))
         elif base is None:
             format_ = open_weights(path).info.format  # says what is wrong if it is not a checkpoint either
@@ -142,6 +144,10 @@ class LazyTaskVector:
                 f"{name!r} is another (the first found that differs). Give it its own base, or pass allow_other_base "
                 f"if the other base is meant."
             )
+
+    def check_content(self) -> bool:
+        """Check, best when it has been read, that a task vector file holds what was written; see `check_content`."""
+        return not self.is_checkpoint and check_content(self._file)
 
     def check_base(self, base: HashedWeights) -> None:
         """Check that a base is what a task vector file was taken from; the base is read through for it.

@@ -132,6 +132,8 @@ def match(
     paths = [x.path, x.path, *(vector.path for vector in candidates)]
     parts = [delta, {name: _last_places(x.weights.entry(name)) for name in delta}, *(v.deltas for v in candidates)]
     by_tensor = measure(parts, lambda name: name)
+    for vector in candidates:
+        vector.check_content()
     sums = total(by_tensor.values(), len(parts))
     bad = dict.fromkeys(path for path, count in zip(paths, sums.not_finite.tolist(), strict=True) if count)
     if bad:

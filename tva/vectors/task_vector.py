@@ -19,14 +19,17 @@ from tva._torch import Tensor, torch
 from tva.arithmetic import BATCH_NORM_STATISTICS, StateDict, add_scaled, check_same, is_edited, subtract
 from tva.checkpoints import (
     Fingerprint,
+    HashedWeights,
     check_not_quantized,
     fingerprint,
     open_weights,
     save_weights,
     tensor_digest,
 )
+from tva.checkpoints.fingerprint import sealed
 from tva.errors import MismatchError, NoEffectError, some
 from tva.layers import block_of, in_layer_order
+from tva.vectors.content import check_content
 from tva.vectors.header import SUFFIX, Origin, read_origin, vector_header
 from tva.vectors.kind import check_kinds
 
@@ -462,13 +465,13 @@ class TaskVector:
             from tva.vectors.encoder import encode_all  # the merge methods' selection and decompositions
 
             tensors, more = encode_all(self._tensors(), encoding, self.buffers)
-            save_weights(tensors, path, {**header, **more})
+            save_weights(tensors, path, sealed({**header, **more}, fingerprint(tensors).digest))
             return
         tensors = {name: value if dtype is None else value.to(dtype) for name, value in self._tensors().items()}
         overflown = [name for name, value in tensors.items() if not bool(torch.isfinite(value).all())]
         if overflown:
             raise ValueError(f"The deltas of {some(overflown)} do not fit {dtype}; choose a dtype of wider range.")
-        save_weights(tensors, path, header)
+        save_weights(tensors, path, sealed(header, fingerprint(tensors).digest))
 
     def _tensors(self) -> dict[str, Tensor]:
         return {**self.deltas, **self.buffers}
@@ -487,9 +490,10 @@ class TaskVector:
             FileNotFoundError: Nothing is there.
             ValueError: It is no task vector file, or one of a later format.
         """
-        weights = open_weights(path)
+        weights = HashedWeights(open_weights(path))
         origin, buffers, untouched = read_origin(weights)
         tensors = {name: value if value.dtype == torch.float64 else value.float() for name, value in weights.items()}
+        check_content(weights)
         return cls(
             {name: value for name, value in tensors.items() if name not in buffers},
             {name: value for name, value in tensors.items() if name in buffers},

@@ -8,15 +8,19 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+import numpy
+
 from tva._torch import Tensor, torch
 from tva.arithmetic import BATCH_NORM_STATISTICS, add_scaled, subtract, sum_dtype
 from tva.checkpoints import Fingerprint, LazyWeights, Spec, TensorHash, atomic_path
+from tva.checkpoints.fingerprint import sealed
 from tva.checkpoints.lazy import Entry
 from tva.checkpoints.stream_writer import AHEAD, LateHeaderFile
 from tva.errors import NoEffectError, some
 from tva.vectors.header import Origin, vector_header
 
 PIECE = 2**18  # elements; a float32 piece with its base and delta fits the cache of one core
+ZEROS = numpy.zeros(2**16, numpy.uint8)
 
 
 @dataclass(frozen=True)
@@ -137,7 +141,7 @@ def emit(plan: VectorPlan, path: Path, origin: Origin, snapshot: Path | None = N
         out = LateHeaderFile(
             stack.enter_context(atomic_path(path)),
             plan.specs,
-            vector_header(longest, names, dict.fromkeys(names, "excluded")),
+            sealed(vector_header(longest, names, dict.fromkeys(names, "excluded")), unknown.digest),
         )
         stack.callback(out.close)
         copy = None
@@ -155,7 +159,8 @@ def emit(plan: VectorPlan, path: Path, origin: Origin, snapshot: Path | None = N
         origin = replace(origin, base=base_tree, finetuned=tree.digest)
         untouched = {name: pass_.untouched[name] for name in names if name in pass_.untouched}
         norm = math.sqrt(math.fsum(pass_.squares))
-        out.close(vector_header(origin, [name for name in names if name in pass_.statistics], untouched, norm))
+        header = vector_header(origin, [name for name in names if name in pass_.statistics], untouched, norm)
+        out.close(sealed(header, Fingerprint.from_tensors(pass_.content).digest))
         if copy is not None:
             copy.close({})
     return Emitted(origin, tree, norm, pass_.cosine(), untouched)
@@ -168,6 +173,7 @@ class _Pass:
         self.plan, self.out, self.copy = plan, out, copy
         self.digests: dict[str, str] = {}
         self.base_digests: dict[str, str] = {}
+        self.content: dict[str, str] = {}  # of the deltas, as they are stored
         self.untouched: dict[str, str] = {}
         self.statistics: set[str] = set()
         self.squares: list[float] = []
@@ -198,6 +204,7 @@ class _Pass:
         if self.copy is not None:
             self.copy.begin()
         self.out.begin()
+        self._content, self._zeros = TensorHash(plan.specs[name]), 0
         moved, start = False, 0
         for piece, delta in self._pieces(source, base):
             digest.update(piece)
@@ -224,6 +231,8 @@ class _Pass:
         if plan.is_buffer(name):
             self.statistics.add(name)
         self.out.keep(name, plan.specs[name])
+        self._hash_zeros()
+        self.content[name] = self._content.hexdigest()
 
     def _subtract(self, piece: Tensor, base: Tensor) -> Tensor:
         # In buffers that take turns, one for each piece that may wait to be written and one more; of new ones, the
@@ -265,13 +274,23 @@ class _Pass:
         stored = self.plan.specs[name].dtype
         if square == 0 and not bool(delta.any()):
             self.out.skip(len(delta) * stored.itemsize)
+            self._zeros += len(delta) * stored.itemsize
             return False
         rounded = delta.to(stored)
         if stored != delta.dtype and not bool(torch.isfinite(rounded).all()):
             self._overflown[name] = None
         self.out.write(rounded)
+        self._hash_zeros()
+        self._content.update(rounded)
         self._written += 1
         return True
+
+    def _hash_zeros(self) -> None:
+        """Hash the zeros that were skipped, once it is known that the tensor moves."""
+        while self._zeros:
+            count = min(self._zeros, len(ZEROS))
+            self._content.update(ZEROS[:count])
+            self._zeros -= count
 
     def check(self) -> None:
         """Refuse, when all is read, what cannot be a task vector."""

@@ -11,6 +11,7 @@ from pathlib import Path
 from safetensors import SafetensorError, safe_open
 
 from tva.checkpoints.compressed import decoded
+from tva.checkpoints.fingerprint import check_header
 from tva.checkpoints.foreign import content_of, read_start
 from tva.checkpoints.lazy import Entry, Info, LazyWeights, OpenFile, Stored, Which
 from tva.checkpoints.spec import SAFETENSORS_DTYPES, Spec
@@ -28,8 +29,17 @@ def matches(path: Path) -> bool:
     return start[8:] == b"{" and int.from_bytes(start[:8], "little") <= LARGEST_HEADER
 
 
-def open(path: Path, which: Which = "checkpoint") -> LazyWeights:
-    """Open a safetensors file; see `tva.open_weights`."""
+def open(path: Path, which: Which = "checkpoint", *, as_stored: bool = False) -> LazyWeights:
+    """Open a safetensors file; see `tva.open_weights`.
+
+    Args:
+        path: The file.
+        which: Counts for other formats only.
+        as_stored: Give the tensors as they are in the file: parts of encoded ones, and no aliases.
+
+    Raises:
+        ValueError: It is damaged, by its form or by the fingerprint of its header.
+    """
     file = OpenFile(path)
     try:
         with safe_open(path, framework="numpy") as checked:  # the library checks every offset in the header
@@ -41,6 +51,7 @@ def open(path: Path, which: Which = "checkpoint") -> LazyWeights:
             f"{path} is not a safetensors file, or is damaged or cut off ({error}; {found}). Write it again from its "
             f"source."
         ) from error
+    check_header(path, metadata or {})
     length = int.from_bytes(file.read(0, 8), "little")
     header = json.loads(file.read(8, length))
     header.pop("__metadata__", None)
@@ -56,10 +67,13 @@ def open(path: Path, which: Which = "checkpoint") -> LazyWeights:
         )
         for name, fields in header.items()
     }
+    if as_stored:
+        return LazyWeights(Info(path, "safetensors file"), entries, metadata)
     if metadata and "tva.encoded" in metadata:
         info = Info(path, f"task vector file, compressed: {metadata.get('tva.encoding')}")
         return LazyWeights(info, decoded(path, entries, metadata["tva.encoded"]), metadata)
     # Tied weights: the library's save_model keeps one tensor, and the other names for it in the metadata.
-    tied = {name: kept for name, kept in (metadata or {}).items() if name not in entries and kept in entries}
+    others = {key: text for key, text in (metadata or {}).items() if key != "format" and not key.startswith("tva.")}
+    tied = {name: kept for name, kept in others.items() if name not in entries and kept in entries}
     entries |= {name: entries[kept] for name, kept in tied.items()}
     return LazyWeights(Info(path, "safetensors file"), entries, metadata)
