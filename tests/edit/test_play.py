@@ -1,5 +1,7 @@
 """A finished edit opened again: what any coefficient does, and the page where sliders set it, in a browser."""
 
+import contextlib
+import http.client
 import importlib.util
 import os
 import re
@@ -8,7 +10,10 @@ import subprocess
 import sys
 import threading
 import time
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -21,10 +26,10 @@ from tva.cli.commands import play
 from tva.cli.commands.play import open_run
 from tva.cli.main import main
 from tva.edit.options import EditOptions
-from tva.edit.play.model import Playground
-from tva.edit.play.page import examples_html, table_html
+from tva.edit.play.model import Example, Playground, Row, View
+from tva.edit.play.page import Page, examples_html, heading_html, proof_html, table_html
 from tva.edit.play.server import check_port
-from tva.report.edit_report import read_report
+from tva.report.edit_report import ConstraintReport, read_report
 from tva.search import Grid
 from tva.vectors.task_vector import TaskVector
 
@@ -210,39 +215,108 @@ def test_a_missing_library_is_named(run, monkeypatch):
         play.run(str(run))
 
 
+# --- what others may do
+
+
+MARKUP = "<img src=x onerror='document.title=1'>\""
+
+
+def test_every_string_is_escaped(playground):
+    constraint = ConstraintReport(MARKUP, MARKUP, 0.5, 0.4, 0.3, True, MARKUP, True, None)
+    row, example = Row(MARKUP, MARKUP, MARKUP, 10, 0.1, 0.2, 0.3), Example(*[MARKUP, None, *[MARKUP] * 4])
+    view = View({}, [row], [constraint], [example, replace(example, image=b"png")], 0.1)
+    content = {**playground.content, "recipe": MARKUP, "verdict": MARKUP}
+    content["coefficients"] = {MARKUP: 1.0}
+    stranger = SimpleNamespace(content=content, at=lambda: SimpleNamespace(rows=[row]))
+    page = Page(stranger, MARKUP, 1)
+    parts = [table_html(view), examples_html(view), heading_html(page), proof_html(content, MARKUP)]
+    for part in parts:
+        assert "&lt;img" in part
+        assert "<img src=x" not in part
+        assert not re.findall(r"""=(?:"[^"]*)onerror='""", part)
+
+
+@contextmanager
+def served(run):
+    """Serve a run's page; give its port."""
+    port = free_port()
+    # NiceGUI takes a server that knows of pytest for one of its own tests
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST")}
+    environment["PYTHONPATH"] = os.pathsep.join(map(str, Path(__file__).parents[:2]))
+    command = [sys.executable, "-m", "tva", "play", str(run), "--port", str(port)]
+    server = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment, cwd=run.parent)
+    try:
+        assert f"http://127.0.0.1:{port} shows" in server.stdout.readline()
+        until = time.monotonic() + 60
+        while time.monotonic() < until:
+            with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port)):
+                break
+            time.sleep(0.1)
+        yield port
+    finally:
+        server.kill()
+        server.wait()
+        server.stdout.close()
+
+
+def answer(port, path="/", **headers):
+    """Return the status and the headers of an answer."""
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=30)
+    try:
+        connection.request("GET", path, headers=headers)
+        response = connection.getresponse()
+        return response.status, dict(response.getheaders()), response.read()
+    finally:
+        connection.close()
+
+
+SOCKET = {"Upgrade": "websocket", "Connection": "Upgrade", "Sec-WebSocket-Version": "13"}
+
+
+def test_only_pages_of_this_machine_are_answered(run):
+    with served(run) as port:
+        own, socket_path = f"127.0.0.1:{port}", "/_nicegui_ws/socket.io/?EIO=4&transport="
+        status, headers, body = answer(port)
+        assert (status, headers["x-frame-options"]) == (200, "DENY")
+        policy = headers["content-security-policy"]
+        assert policy.startswith("default-src 'none'; ")
+        assert "http:" not in policy
+        assert b"cached validation examples" in body
+        assert answer(port, Host=f"localhost:{port}")[0] == 200
+        assert answer(port, Origin=f"http://{own}")[0] == 200
+        for host in ("evil.example", f"evil.example:{port}", "127.0.0.1", f"127.0.0.1.evil.example:{port}"):
+            status, headers, body = answer(port, Host=host)
+            assert (status, body) == (403, b"This page is for this machine only.\n")
+        for path in ("/", f"{socket_path}polling"):
+            for origin in ("http://evil.example", f"https://{own}", "null", "http://127.0.0.1"):
+                status, headers, _ = answer(port, path, Origin=origin)
+                assert status == 403
+                assert "access-control-allow-origin" not in headers
+        key = {**SOCKET, "Sec-WebSocket-Key": "AAAAAAAAAAAAAAAAAAAAAA=="}
+        assert answer(port, f"{socket_path}websocket", Origin="http://evil.example", **key)[0] == 403
+
+
 # --- in a browser
 
 
 @pytest.mark.slow
 def test_a_slider_in_a_browser_changes_the_numbers_and_nothing_leaves_this_machine(run):
-    port = free_port()
-    # NiceGUI takes a server that knows of pytest for one of its own tests
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST")}
-    environment["PYTHONPATH"] = str(Path(__file__).parents[1])
-    command = [sys.executable, "-m", "tva", "play", str(run), "--port", str(port)]
-    with browser() as tab:
-        server = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment, cwd=run.parent)
-        try:
-            assert f"http://127.0.0.1:{port} shows" in server.stdout.readline()
-            for size in (DESKTOP, PHONE):
-                live = "document.querySelector('.live-value')"
-                tab.open(f"http://127.0.0.1:{port}/", size, until=live)
-                before = tab.evaluate(f"{live}.textContent")
-                base = tab.evaluate(f"{live}.parentElement.querySelector('td').textContent")
-                assert "cached validation examples" in tab.evaluate("document.body.innerText")
-                tab.evaluate("document.querySelector('.q-slider [tabindex], .q-slider[tabindex]').focus()")
-                until = time.monotonic() + 60  # a busy page may take a press back while it is told of the one before
-                while tab.evaluate(f"{live}.textContent") != base and time.monotonic() < until:
-                    for kind in ("keyDown", "keyUp"):
-                        key = {"key": "ArrowLeft", "code": "ArrowLeft", "windowsVirtualKeyCode": 37}
-                        tab.send("Input.dispatchKeyEvent", type=kind, **key)
-                    time.sleep(0.02)
-                assert tab.evaluate(f"{live}.textContent") == base
-                assert before != base
-                assert tab.complaints == []
-                assert all(request.split("/")[2] == f"127.0.0.1:{port}" for request in tab.requests), tab.requests
-                assert tab.evaluate("document.documentElement.scrollWidth <= innerWidth")
-        finally:
-            server.kill()
-            server.wait()
-            server.stdout.close()
+    with browser() as tab, served(run) as port:
+        for size in (DESKTOP, PHONE):
+            live = "document.querySelector('.live-value')"
+            tab.open(f"http://127.0.0.1:{port}/", size, until=live)
+            before = tab.evaluate(f"{live}.textContent")
+            base = tab.evaluate(f"{live}.parentElement.querySelector('td').textContent")
+            assert "cached validation examples" in tab.evaluate("document.body.innerText")
+            tab.evaluate("document.querySelector('.q-slider [tabindex], .q-slider[tabindex]').focus()")
+            until = time.monotonic() + 60  # a busy page may take a press back while it is told of the one before
+            while tab.evaluate(f"{live}.textContent") != base and time.monotonic() < until:
+                for kind in ("keyDown", "keyUp"):
+                    key = {"key": "ArrowLeft", "code": "ArrowLeft", "windowsVirtualKeyCode": 37}
+                    tab.send("Input.dispatchKeyEvent", type=kind, **key)
+                time.sleep(0.02)
+            assert tab.evaluate(f"{live}.textContent") == base
+            assert before != base
+            assert tab.complaints == []
+            assert all(request.split("/")[2] == f"127.0.0.1:{port}" for request in tab.requests), tab.requests
+            assert tab.evaluate("document.documentElement.scrollWidth <= innerWidth")

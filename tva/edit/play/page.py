@@ -1,15 +1,17 @@
-"""The page of ``tva play``: sliders, and beside them what the edit does, on this machine alone; the door to NiceGUI."""
+"""The page of ``tva play``: sliders, and beside them what the edit does, on this machine only."""
 
 from __future__ import annotations
 
 import base64
-import html
-from collections.abc import Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tva.edit.play.model import Playground, View
+from tva.edit.play.model import Playground, Slider, View
+from tva.report.edit_report import ConstraintReport
+from tva.report.page import environment
+from tva.report.run_files import PAGE
 from tva.report.series import formula, is_feasible, number
 from tva.search import SCALING
 
@@ -94,108 +96,87 @@ def build(ui: Any, page: Page, style: str) -> None:
         ui.html(heading_html(page), sanitize=False)
         sliders, values = {}, {}
         for slider in playground.sliders:
-            name = "λ" if slider.name == SCALING else slider.name
-            with ui.element("div").classes("setting"):
-                ui.label(name)
-                sliders[slider.name] = ui.slider(
-                    min=slider.low,
-                    max=slider.high,
-                    step=(slider.high - slider.low) / 100,
-                    value=slider.chosen,
-                    on_change=lambda event, name=slider.name: moved(name, event.value),
-                ).props(f'aria-label="{name}"')
-                span = slider.high - slider.low  # a mark close to the chosen value would be written over it
-                ends = {at for at in (0.0, slider.low, slider.high) if abs(at - slider.chosen) > 0.2 * span}
-                marks = {at: f"{at:g}" for at in ends}
-                marks[slider.chosen] = f"chosen {slider.chosen:.4g}"
-                sliders[slider.name].props["marker-labels"] = [
-                    {"value": at, "label": text} for at, text in marks.items()
-                ]
-                values[slider.name] = ui.label(f"{slider.chosen:.4g}").classes("value")
+            sliders[slider.name], values[slider.name] = _slider(ui, slider, moved)
         with ui.element("div").classes("buttons"):
             chosen = {slider.name: slider.chosen for slider in playground.sliders}
             ui.button("as chosen", on_click=lambda: set_all(chosen)).props("outline no-caps")
             ui.button("base (λ = 0)", on_click=lambda: set_all({SCALING: 0.0})).props("outline no-caps")
         pace = ui.label().classes("soft")
         table = ui.html(sanitize=False)
-        ui.html(f"<p class='soft'>{html.escape(_proof(content, page.run))}</p>", sanitize=False)
+        ui.html(proof_html(content, page.run), sanitize=False)
         examples = ui.html(sanitize=False)
     show(playground.at())
 
 
+def _slider(ui: Any, slider: Slider, moved: Callable[[str, float], Any]) -> tuple[Any, Any]:
+    """Draw a slider; return it, and the label of its value."""
+    name = "λ" if slider.name == SCALING else slider.name
+    span = slider.high - slider.low
+    with ui.element("div").classes("setting"):
+        ui.label(name)
+        drawn = ui.slider(
+            min=slider.low,
+            max=slider.high,
+            step=span / 100,
+            value=slider.chosen,
+            on_change=lambda event: moved(slider.name, event.value),
+        )
+        # a mark close to the chosen value would be written over it
+        ends = {at for at in (0.0, slider.low, slider.high) if abs(at - slider.chosen) > 0.2 * span}
+        marks = {**{at: f"{at:g}" for at in ends}, slider.chosen: f"chosen {slider.chosen:.4g}"}
+        drawn.props["aria-label"] = name
+        drawn.props["marker-labels"] = [{"value": at, "label": text} for at, text in marks.items()]
+        return drawn, ui.label(f"{slider.chosen:.4g}").classes("value")
+
+
 def heading_html(page: Page) -> str:
-    """Write the formula, and how far what is below can be trusted."""
+    """Return the formula, and how far what is below can be trusted, as HTML."""
     sizes = {row.task: row.num_examples for row in page.playground.at().rows}
     recorded = page.playground.content["sizes"]
     fewer = any(size < recorded.get(task, {}).get("val", 0) for task, size in sizes.items())
-    counts = ", ".join(f"{task} {count:,}" for task, count in sizes.items())
-    chosen, proved = "The edit was chosen", "; what it does is shown on test data in the report."
+    chosen = "The edit was chosen on such data; what it does is shown on test data in the report."
     if not is_feasible(page.playground.content):
-        chosen, proved = "No coefficient was feasible", ": as chosen stands for the closest."
-    return (
-        f"<h1>{html.escape(page.run)}</h1><p class='formula'>{html.escape(formula(page.playground.content))}</p>"
-        f"<p class='notice'>{sum(sizes.values()):,} cached validation examples ({html.escape(counts)}): no proof. "
-        f"{chosen} on such data{proved}"
-        f"{' On fewer examples than it was chosen on, a constraint may fail that held.' if fewer else ''}</p>"
-    )
+        chosen = "No coefficient was feasible on such data: as chosen stands for the closest."
+    return _html("heading", page.run, formula(page.playground.content), sizes, chosen, fewer)
 
 
-def _proof(content: Any, run: str) -> str:
+def proof_html(content: Any, run: str) -> str:
+    """Return where the proof is, as HTML."""
     folder = Path(run) if Path(run).is_dir() else Path(run).parent
-    return f"The verdict of the report: {content['verdict'].rstrip('.')}. All of it is in {folder / 'report.html'}."
+    return _html("proof", content["verdict"].rstrip("."), str(folder / PAGE))
 
 
 def table_html(view: View) -> str:
-    """Write one row a task: base, edited and live metric, and its constraints."""
-    rows = []
-    for row in view.rows:
-        cells = (number(value, row.metric) for value in (row.base, row.edited, row.live))
-        base, edited, live = cells
-        rows.append(
-            f"<tr><th>{html.escape(row.task)}<small>{row.role}, {html.escape(row.metric)}</small></th>"
-            f"<td class='num'>{base}</td><td class='num'>{edited}</td>"
-            f"<td class='num edited live-value' data-task='{html.escape(row.task)}'>{'≈ ' * view.rough}{live}</td>"
-            f"<td>{''.join(_constraints(view, row.task)) or ('…' if view.rough else '–')}</td></tr>"
-        )
-    heads = "<th>task</th><th class='num'>base</th><th class='num'>as chosen</th><th class='num'>now</th>"
-    return (
-        f"<div class='wide'><table class='playing'><thead><tr>{heads}<th>constraint, now</th></tr></thead>"
-        f"<tbody>{''.join(rows)}</tbody></table></div>"
-    )
+    """Return a table with one row per task: base, edited and live metric, and its constraints."""
+    rows = [
+        {
+            "task": row.task,
+            "role": row.role,
+            "metric": row.metric,
+            **{name: number(getattr(row, name), row.metric) for name in ("base", "edited", "live")},
+            "constraints": [_constraint(each) for each in view.constraints if each.task == row.task],
+        }
+        for row in view.rows
+    ]
+    return _html("table", rows, view.rough)
 
 
-def _constraints(view: View, task: str) -> Iterator[str]:
-    for each in view.constraints:
-        if each.task == task:
-            word, kind = ("holds", "passes") if each.holds else ("FAILS", "fails")
-            limit = "" if each.limit is None else f", at the confidence limit {number(each.limit, each.metric)}"
-            yield (
-                f"<span class='{kind}'>{html.escape(each.text)} {word}</span><small>{number(each.value, each.metric)} "
-                f"against {number(each.bound, each.metric)}{limit}</small>"
-            )
+def _constraint(each: ConstraintReport) -> dict[str, Any]:
+    value, bound = (number(value, each.metric) for value in (each.value, each.bound))
+    limit = None if each.limit is None else number(each.limit, each.metric)
+    return {"text": each.text, "holds": each.holds, "value": value, "bound": bound, "limit": limit}
 
 
 def examples_html(view: View) -> str:
-    """Write a few examples of each task with what base, edited and present model call them."""
-    parts = []
-    for task in dict.fromkeys(example.task for example in view.examples):
-        figures = []
-        for example in view.examples:
-            if example.task != task:
-                continue
-            kind = "" if example.label is None else "passes" if example.live == example.label else "fails"
-            sign = {"passes": "✓ ", "fails": "✕ "}.get(kind, "")
-            data = None if example.image is None else base64.b64encode(example.image).decode()
-            image = (
-                ""
-                if data is None
-                else f"<img alt='{html.escape(example.label or task)}' src='data:image/png;base64,{data}'>"
-            )
-            truth = "" if example.label is None else f"is {html.escape(example.label)}; "
-            figures.append(
-                f"<figure>{image}<figcaption><strong class='{kind}'>{sign}{html.escape(example.live)}</strong>{truth}"
-                f"base: {html.escape(example.base)}; as chosen: {html.escape(example.edited)}</figcaption></figure>"
-            )
-        parts.append(f"<h2>{html.escape(task)}</h2><div class='shown'>{''.join(figures)}</div>")
-    said = "Up to half of them are ones that the chosen edit predicts otherwise than the base." if parts else ""
-    return f"{''.join(parts)}<p class='soft'>{said}</p>"
+    """Return a few examples of each task with what base, edited and present model predict."""
+    tasks: dict[str, list[dict[str, Any]]] = {}
+    for example in view.examples:
+        kind = "" if example.label is None else "passes" if example.live == example.label else "fails"
+        image = None if example.image is None else base64.b64encode(example.image).decode()
+        tasks.setdefault(example.task, []).append({**vars(example), "kind": kind, "image": image})
+    return _html("examples", tasks)
+
+
+def _html(part: str, *values: Any) -> str:
+    """Render one macro of the template, which escapes every value."""
+    return str(getattr(environment().get_template("play.html").module, part)(*values))
