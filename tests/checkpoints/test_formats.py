@@ -291,7 +291,7 @@ def test_what_the_hub_does_not_have_is_said(hub):
         open_weights("hf://owner/other")
     with pytest.raises(FileNotFoundError, match="cannot be reached, and x.bin is not in the local cache"):
         open_weights("hf://owner/other/x.bin")
-    with pytest.raises(ValueError, match="is no place on the hub; write hf://owner/name@revision/file"):
+    with pytest.raises(ValueError, match="is not a path on the hub; write hf://owner/name@revision/file"):
         open_weights("hf://net")
     (folder / "adapter_config.json").write_text("{}")
     with pytest.raises(FileNotFoundError, match="holds no file adapter_model.bin"):

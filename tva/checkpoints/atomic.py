@@ -13,7 +13,7 @@ from tva._torch import Tensor
 
 @contextlib.contextmanager
 def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """Give a temporary path beside ``path`` that takes its name on success and is removed on failure.
+    """Yield a temporary path beside ``path`` that takes its name on success and is removed on failure.
 
     Example:
         >>> import tempfile
@@ -29,7 +29,7 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary.touch()
     try:
-        mode = temporary.stat().st_mode  # as the umask has it; safetensors would leave files to their owner alone
+        mode = temporary.stat().st_mode  # by the umask; safetensors would let only their owner read files
         yield temporary
         temporary.chmod(mode)
         with temporary.open("rb") as file:
@@ -41,7 +41,7 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def can_write(path: Path) -> Iterator[None]:
-    """Let an error in making a file or its folder say what was to be written and what to do."""
+    """Raise an error in making a file or its folder as one that says what was to be written and what to do."""
     try:
         yield
     except OSError as error:
@@ -52,7 +52,7 @@ def can_write(path: Path) -> Iterator[None]:
 
 
 def make_room(file: int, size: int) -> None:
-    """Let a file have a size, with its place on the disk where the system can: writing then takes half the time."""
+    """Give a file its size and, where the system can, its place on the disk: writing then takes half the time."""
     try:
         os.posix_fallocate(file, 0, size)
     except (AttributeError, OSError) as error:

@@ -2,7 +2,7 @@
 
 An encoded tensor ``NAME`` is several tensors ``NAME#ENCODING.PART`` of a plain safetensors file, whose header lists
 under ``tva.encoded`` each tensor's encoding, shape and error. An element is computed from its own parts by the same
-operations whatever is asked for together with it, so what is read does not depend on the pieces it is read in.
+operations whatever is asked for together with it, so what is read does not depend on the chunks it is read in.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ PLAIN = ("exact", "bf16", "fp16")  # the tensor itself, under its own name
 
 
 def matrix_shape(shape: torch.Size) -> tuple[int, int]:
-    """Give the rows (the first dimension; one where there is no second) and columns (all others) of a tensor."""
+    """Return the rows (the first dimension; one where there is no second) and columns (all others) of a tensor."""
     return (shape[0], shape[1:].numel()) if len(shape) > 1 else (1, shape.numel())
 
 
 def part_specs(encoding: str, shape: torch.Size, size: int = 0) -> dict[str, Spec]:
-    """Give the dtype and shape of every part of an encoded tensor.
+    """Return the dtype and shape of every part of an encoded tensor.
 
     Args:
         encoding: One that consists of parts.
@@ -86,7 +86,7 @@ class Encoded(Entry):
         return sum(part.stored_bytes for part in self.parts.values())
 
     def _scales(self, start: int, stop: int) -> Tensor:
-        """Give the scale of each element's row; a single one where all lie in one row."""
+        """Return the scale of each element's row; a single one where all are in one row."""
         columns = max(1, matrix_shape(self.shape)[1])
         first, last = start // columns, -(-stop // columns)
         scales = self.parts["scale"].slice(first, last)

@@ -50,11 +50,11 @@ class Fingerprint:
 
 
 class TensorHash:
-    """Hashes one tensor's dtype, shape and bytes as its pieces stream past.
+    """Hash one tensor's dtype, shape and bytes as its chunks stream past.
 
     Args:
         like: What has the tensor's dtype and shape, such as itself or its `LazyWeights.spec`.
-        dtype: Of the pieces; by default that of ``like``.
+        dtype: Of the chunks; by default that of ``like``.
     """
 
     def __init__(self, like: Tensor | Spec, dtype: torch.dtype | str | None = None) -> None:
@@ -62,12 +62,12 @@ class TensorHash:
         name = spec.dtype_name if dtype is None else dtype_name(dtype)
         self._digest = xxhash.xxh3_128(f"torch.{name}{list(spec.sizes)}".encode())
 
-    def update(self, piece: Tensor | numpy.ndarray) -> None:
-        """Take the next elements, in the order of the flattened tensor, as a tensor or as bytes."""
-        self._digest.update(Elements.of(piece).data if isinstance(piece, Tensor) else piece)
+    def update(self, chunk: Tensor | numpy.ndarray) -> None:
+        """Hash the next elements, in the order of the flattened tensor, as a tensor or as bytes."""
+        self._digest.update(Elements.of(chunk).data if isinstance(chunk, Tensor) else chunk)
 
     def hexdigest(self) -> str:
-        """Give 32 hexadecimal digits."""
+        """Return 32 hexadecimal digits."""
         return self._digest.hexdigest()
 
 
@@ -98,7 +98,7 @@ def fingerprint(weights: Mapping[str, Tensor]) -> Fingerprint:
 
 
 class Hashed(Entry):
-    """An entry that hashes each element when it is first read in order; any reader and any thread may."""
+    """An entry that hashes each element when it is first read in order, by any reader and any thread."""
 
     def __init__(self, entry: Entry) -> None:
         self.entry = entry
@@ -150,7 +150,7 @@ class Hashed(Entry):
         return whole
 
     def _take(self, data: numpy.ndarray, start: int) -> None:
-        """Hash what of these elements is the next."""
+        """Hash those of these elements that come next."""
         width = self.entry.spec.itemsize
         with self._lock:
             if start <= self._read < start + len(data) // width:
@@ -158,7 +158,7 @@ class Hashed(Entry):
                 self._read = start + len(data) // width
 
     def hexdigest(self) -> str:
-        """Give the tensor's digest; what nobody has read yet is read for it."""
+        """Return the tensor's digest, reading what has not been read yet."""
         count = self.entry.spec.numel()
         if not self.in_parts and self._read < count:
             self.read()
@@ -169,7 +169,7 @@ class Hashed(Entry):
 
 
 class HashedWeights(LazyWeights):
-    """Weights whose fingerprint is taken while they are read.
+    """Weights whose fingerprint is computed while they are read.
 
     Example:
         >>> import torch
@@ -189,13 +189,13 @@ class HashedWeights(LazyWeights):
         super().__init__(weights.info, entries, weights.metadata)
 
     def digest(self, name: str) -> str:
-        """Give one tensor's digest."""
+        """Return one tensor's digest."""
         entry = self.entry(name)
         assert isinstance(entry, Hashed)
         return entry.hexdigest()
 
     def fingerprint(self) -> Fingerprint:
-        """Give the fingerprint of all tensors."""
+        """Return the fingerprint of all tensors."""
         return Fingerprint.from_tensors({name: self.digest(name) for name in self})
 
 

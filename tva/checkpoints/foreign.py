@@ -221,13 +221,13 @@ def content_of(path: Path) -> str:
     return f"text that begins with {start[:30].decode()!r}" if text else ""
 
 
-PATTERN_STEPS = 10**8
+PATTERN_STEPS = 10**8  # of a regular expression, by the count below
 
 
 def check_pattern(pattern: str, where: str, length: int) -> None:
     """Refuse a regular expression that could take forever to match a text of some length.
 
-    A repeated group, whose inside could be divided in ever so many ways, is refused; the steps of all else are counted
+    A repeated group, whose inside could be divided in many ways, is refused; the steps of all else are counted
     as if nothing matched.
 
     Args:

@@ -25,7 +25,7 @@ ADAPTER_NAMES = ("adapter_model.safetensors", "adapter_model.bin")
 
 
 def is_hub(path: str | os.PathLike[str]) -> bool:
-    """Tell whether a path is on the hub; ``Path`` makes one slash of the two."""
+    """Return whether a path is on the hub; ``Path`` makes one slash of the two."""
     return re.match(r"hf:/", os.fspath(path)) is not None
 
 
@@ -45,7 +45,7 @@ def fetch(path: str | os.PathLike[str]) -> Path:
     """
     found = re.fullmatch(r"hf:/+([\w.-]+/[\w.-]+)(?:@([^/]+))?(?:/(.+))?", os.fspath(path))
     if found is None:
-        raise ValueError(f"{os.fspath(path)!r} is no place on the hub; write hf://owner/name@revision/file.")
+        raise ValueError(f"{os.fspath(path)!r} is not a path on the hub; write hf://owner/name@revision/file.")
     repository, revision, file = found.groups()
     if file is not None:
         return _with_rest(repository, _download(repository, file, revision), file, revision)
@@ -112,13 +112,13 @@ def upload(files: Mapping[str, Path | bytes], repository: str, message: str, pri
 
 @contextlib.contextmanager
 def _asking(repository: str) -> Iterator[None]:
-    """Say what to do where the hub refuses."""
+    """Raise an error that says what to do where the hub refuses."""
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError, LocalTokenNotFoundError
 
     try:
         yield
     except HFValidationError as error:
-        raise OSError(f"{repository!r} is no repository's name: {error}") from error
+        raise OSError(f"{repository!r} is not a repository's name: {error}") from error
     except LocalTokenNotFoundError as error:
         raise OSError(f"The hub asks who you are, and there is no token: {LOG_IN}") from error
     except HfHubHTTPError as error:

@@ -179,7 +179,7 @@ def check_pickle(data: io.BytesIO) -> None:
 
 
 def _follow(opcode: Any, stack: list[int | None], since_mark: Callable[[], list[int]]) -> None:
-    """Take from the stack what an opcode takes, and put there what it leaves, which is no tuple."""
+    """Take from the stack what an opcode takes, and put there what it leaves, which is not a tuple."""
     before, after = opcode.stack_before, opcode.stack_after
     if pickletools.stackslice in before:
         since_mark()
@@ -247,7 +247,7 @@ class InertUnpickler(pickle.Unpickler):
         return type("Inert", (Inert,), {"name": qualified})
 
     def persistent_load(self, pid: Any) -> Any:
-        """Give where a storage's bytes are."""
+        """Return where a storage's bytes are."""
         if self._storage is None or not isinstance(pid, tuple) or len(pid) < 3 or pid[0] != "storage":
             raise pickle.UnpicklingError("it refers to something outside itself that is not a storage")
         dtype = pid[1].dtype if isinstance(pid[1], _StorageType) else None

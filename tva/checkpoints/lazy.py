@@ -54,7 +54,7 @@ class OpenFile:
             buffer, offset = buffer[count:], offset + count
 
     def map(self, offset: int, length: int) -> tuple[mmap.mmap, int]:
-        """Map some bytes, copied when written to; gives the mapping and where in it they start."""
+        """Map some bytes, copied when written to; return the mapping and where in it they start."""
         size = os.fstat(self._descriptor).st_size
         if size < offset + length:  # touching a page behind the end would kill the process
             raise self._ended(size, offset + length - size)
@@ -62,7 +62,7 @@ class OpenFile:
         return mmap.mmap(self._descriptor, length + skip, access=mmap.ACCESS_COPY, offset=offset - skip), skip
 
     def will_need(self, offset: int, length: int) -> None:
-        """Let the system read some bytes ahead, where it can be told."""
+        """Ask the system to read some bytes ahead, where it can."""
         if hasattr(os, "posix_fadvise"):
             os.posix_fadvise(self._descriptor, offset, length, os.POSIX_FADV_WILLNEED)
 
@@ -80,7 +80,7 @@ class OpenFile:
 
 
 class Entry:
-    """A tensor that can be read, whole or in part. Subclasses say how."""
+    """A tensor that can be read, whole or in part; subclasses implement it."""
 
     dtype: torch.dtype
     shape: torch.Size
@@ -111,7 +111,7 @@ class Entry:
         return None
 
     def will_need(self, start: int, stop: int) -> None:
-        """Let the system read elements ahead, where it can."""
+        """Ask the system to read elements ahead, where it can."""
 
     def slice(self, start: int, stop: int) -> Tensor:
         """Read the elements from ``start`` to ``stop`` of the flattened tensor, as fresh memory of one dimension."""
@@ -160,7 +160,7 @@ class Stored(Entry):
         self.file.will_need(self.offset + start * width, (stop - start) * width)
 
     def slice(self, start: int, stop: int) -> Tensor:
-        if self.stride is not None:  # the whole span is read: its elements lie in another order
+        if self.stride is not None:  # the whole span is read: its elements are in another order
             span = (
                 0
                 if self.shape.numel() == 0
@@ -220,19 +220,19 @@ class Joined(Entry):
         return all(entry.in_parts for entry, _, _ in self.parts)
 
     def slice(self, start: int, stop: int) -> Tensor:
-        pieces = [torch.empty(0, dtype=self.dtype)]
+        chunks = [torch.empty(0, dtype=self.dtype)]
         position = 0
         for entry, first, last in self.parts:
             low, high = max(start, position), min(stop, position + last - first)
             if low < high:
-                pieces.append(entry.slice(first + low - position, first + high - position))
+                chunks.append(entry.slice(first + low - position, first + high - position))
             position += last - first
-        return torch.cat(pieces)
+        return torch.cat(chunks)
 
 
 @dataclass(frozen=True)
 class Info:
-    """Where weights come from and everything that was decided in reading them.
+    """Where weights come from, and every choice that was made in reading them.
 
     Attributes:
         path: The file or folder.
@@ -270,7 +270,7 @@ class LazyWeights(Mapping[str, Tensor]):
         return self.info.path
 
     def spec(self, name: str) -> Spec:
-        """Give a tensor's dtype and shape without reading it."""
+        """Return a tensor's dtype and shape without reading it."""
         return self._entries[name].spec
 
     def slice(self, name: str, start: int, stop: int) -> Tensor:
@@ -308,11 +308,11 @@ class LazyWeights(Mapping[str, Tensor]):
         return f"LazyWeights({str(self.path)!r}, {self.info.format}, {len(self)} tensors)"
 
     def entry(self, name: str) -> Entry:
-        """Give the tensor as something that can be read later."""
+        """Return the tensor as an entry, to be read later."""
         return self._entries[name]
 
     def ties(self) -> dict[str, str]:
-        """Give the names whose tensors share the memory of another one in the file, each with the first such name."""
+        """Return the names whose tensors share the memory of another one in the file, with the first such name."""
         first: dict[object, str] = {}
         return {
             name: first[place]
@@ -321,7 +321,7 @@ class LazyWeights(Mapping[str, Tensor]):
         }
 
     def renamed(self, names: Mapping[str, str], *notes: str) -> LazyWeights:
-        """Give the same weights under other names.
+        """Return the same weights under other names.
 
         Args:
             names: New names to present ones; what it does not name is left out.

@@ -272,7 +272,7 @@ def _move_ties(
     model: Mapping[str, object],
     kept: set[str],
 ) -> list[str]:
-    """Let names that are tied to a moved embedding move with it, in place.
+    """Move the names that are tied to a moved embedding with it, in place.
 
     Returns:
         The names that were added.
@@ -294,7 +294,7 @@ def _move_ties(
         elif any(lora.values()) or len(inside) < len(group):
             raise MismatchError(
                 f"The base's {some(sorted(group))} are tied, and {folder} changes {some(inside)} otherwise than by "
-                f"low-rank factors of the embedding alone, so that the tied names would have to differ. "
+                f"low-rank factors of the embedding, so that the tied names would have to differ. "
                 f"{_untie([name for name in sorted(group) if _module(name) in HEADS] or inside)}"
             )
     return sorted(added)

@@ -32,14 +32,14 @@ try:
 except ImportError:  # no POSIX: two runs into one output are not noticed
     fcntl = None
 
-SYNC_BYTES = 2**26  # so much is written between two syncs; what is synced survives a loss of power
+SYNC_BYTES = 2**26  # bytes between two syncs; what is synced survives a loss of power
 SIDE_FILES = (".json", ".txt", ".model", ".jinja", ".tiktoken", ".py")  # what describes a model, beside its weights
 NOT_CARRIED = ("trainer_state.json", "training_args.json", "adapter_config.json", "all_results.json")
 
 
 @dataclass
 class Shard:
-    """One safetensors file to be written: where in it each tensor begins, in bytes."""
+    """One safetensors file to be written, and where in it each tensor begins, in bytes."""
 
     path: Path
     tensors: dict[str, Spec]
@@ -57,7 +57,7 @@ class Shard:
 
 
 def shard_tensors(tensors: Mapping[str, Spec], max_shard_bytes: int) -> list[dict[str, Spec]]:
-    """Cut a checkpoint into shards of a size, in order; a tensor larger than that is a shard of its own."""
+    """Split a checkpoint into shards of at most a size, in order; a larger tensor is a shard of its own."""
     shards: list[dict[str, Spec]] = [{}]
     filled = 0
     for name, spec in tensors.items():
@@ -89,7 +89,7 @@ class Output:
 
     Raises:
         ValueError: Another run writes there, the folder is not empty, or the journal is of another job.
-        OSError: There is no room.
+        OSError: There is not enough room.
     """
 
     def __init__(
@@ -132,13 +132,14 @@ class Output:
         return [Shard(self._partial / name, part) for name, part in zip(names, parts, strict=True)]
 
     def spec(self, name: str) -> Spec:
-        """Give the dtype and shape of a tensor."""
+        """Return the dtype and shape of a tensor."""
         return self._shard_of[name].tensors[name]
 
     def beside(self, path: Path) -> Path:
-        """Give where to write a file that gets its name together with the weights, just before them.
+        """Return where to write a file that gets its name together with the weights, just before them.
 
-        In a folder it is one step; beside a single file it is two, so that the file may be there alone for a moment.
+        In a folder it is one step; beside a single file it is two, so that for a moment the file may be there without
+        the weights.
         """
         if not self._single:
             return self._partial / path.name
@@ -261,7 +262,7 @@ class Output:
 
     # --- writing
 
-    def write(self, name: str, start: int, piece: Elements) -> None:
+    def write(self, name: str, start: int, chunk: Elements) -> None:
         """Write elements of a tensor, flattened, from ``start`` on; any thread may.
 
         Raises:
@@ -270,7 +271,7 @@ class Output:
         if self._failed:
             raise self._failed
         shard = self._shard_of[name]
-        data = memoryview(piece.data)
+        data = memoryview(chunk.data)
         offset = shard.offsets[name] + start * shard.tensors[name].itemsize
         while data.nbytes:
             count = os.pwrite(shard.file, data, offset)
@@ -320,7 +321,7 @@ class Output:
 
         Args:
             metadata: Values of the header to replace, of the same length.
-            side_files: Name to contents of what lies beside the weights in a folder.
+            side_files: Name to contents of the files beside the weights in a folder.
         """
         self._stop_syncing()
         if self._failed:
@@ -366,7 +367,7 @@ def _inside(folder: Path, path: Path) -> Path:
 
 
 def side_files(folder: Path, dtype: torch.dtype | str | None) -> dict[str, bytes]:
-    """Read what lies beside a model's weights: configuration, tokenizer, code of its own.
+    """Read the files beside a model's weights: configuration, tokenizer, code of its own.
 
     Args:
         folder: The base model's folder.

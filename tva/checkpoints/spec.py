@@ -25,7 +25,7 @@ _ITEMSIZES = {
 
 
 def dtype_name(dtype: torch.dtype | str) -> str:
-    """Give a dtype's name, such as ``"bfloat16"``."""
+    """Return a dtype's name, such as ``"bfloat16"``."""
     return str(dtype).removeprefix("torch.")
 
 
@@ -138,11 +138,11 @@ class Elements(NamedTuple):
 
     @classmethod
     def of(cls, tensor: Tensor) -> Elements:
-        """Give the elements of a tensor on the CPU, in its memory where that is contiguous."""
+        """Return the elements of a tensor on the CPU, in its memory where that is contiguous."""
         flat = tensor.contiguous().as_strided((tensor.numel(),), (1,))  # one element is contiguous with any stride
         return cls(flat.view(torch.uint8).numpy(), dtype_name(tensor.dtype))
 
     def tensor(self) -> Tensor:
-        """Give a tensor of one dimension in the same memory."""
+        """Return a tensor of one dimension in the same memory."""
         data, dtype = torch.from_numpy(self.data), getattr(torch, self.dtype_name)
         return data.view(dtype) if len(data) else data.to(dtype)

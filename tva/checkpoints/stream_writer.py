@@ -13,18 +13,18 @@ from tva.checkpoints.atomic import make_room
 from tva.checkpoints.spec import NAMES_OF_DTYPES, Spec, encode_header
 
 RESERVED = 2**26  # bytes of disk that are taken at once
-AHEAD = 2  # pieces that may wait to be written while others are computed
+AHEAD = 2  # chunks that may wait to be written while others are computed
 
 
 class LateHeaderFile:
     """A safetensors file whose tensors are written before its header is known; room for the header is left in front.
 
-    A thread writes while the next pieces are computed; what goes wrong there is raised by a later `write`, or `close`.
+    A thread writes while the next chunks are computed; what goes wrong there is raised by a later `write`, or `close`.
 
     Args:
         path: Where to write.
         specs: All tensors that may be written.
-        metadata: At least as long as that which `close` will be given.
+        metadata: At least as long as what `close` will be given.
     """
 
     def __init__(self, path: Path, specs: Mapping[str, Spec], metadata: Mapping[str, str]) -> None:
@@ -44,9 +44,9 @@ class LateHeaderFile:
         """Start a tensor."""
         self._start = self._end
 
-    def write(self, piece: Tensor) -> None:
-        """Write the next elements of the tensor; they may not change until `AHEAD` more pieces were."""
-        data = memoryview(piece.contiguous().reshape(-1).view(torch.uint8).numpy())
+    def write(self, chunk: Tensor) -> None:
+        """Write the next elements of the tensor; they may not change until `AHEAD` more chunks were."""
+        data = memoryview(chunk.contiguous().reshape(-1).view(torch.uint8).numpy())
         self._waiting.append(self._thread.submit(self._store, data, 8 + self._room + self._end))
         self._end += data.nbytes
         self._wait(AHEAD)

@@ -148,7 +148,7 @@ def _zero_entries(
     others = {name: entry for name, entry in models[0]["module"].items() if name not in entries}
     if stage == 3 and others:  # there the module's own tensors are empty
         raise _refused(folder, f"{some(others)} are in no partition")
-    return stage, {**entries, **others}  # stage 1 keeps frozen parameters in the module alone
+    return stage, {**entries, **others}  # stage 1 keeps frozen parameters only in the module
 
 
 def _frozen_whole(folder: Path, model: Mapping[str, Any]) -> Mapping[str, Entry]:
@@ -161,7 +161,7 @@ def _frozen_whole(folder: Path, model: Mapping[str, Any]) -> Mapping[str, Entry]
 
 
 def _split_whole(folder: Path, shapes: Mapping[str, Any], ranks: list[Entry]) -> dict[str, Entry]:
-    """Stages 1 and 2: a group's parameters lie one after the other, and the ranks hold equal stretches of that."""
+    """Stages 1 and 2: a group's parameters follow one another, and the ranks hold equal stretches of that."""
     parts = [(entry, 0, entry.shape.numel()) for entry in ranks]
     stored = sum(stop for _, _, stop in parts)
     entries: dict[str, Entry] = {}
@@ -177,15 +177,15 @@ def _split_whole(folder: Path, shapes: Mapping[str, Any], ranks: list[Entry]) ->
 
 
 def _split_each(folder: Path, shapes: Mapping[str, Any], ranks: list[list[Entry]]) -> dict[str, Entry]:
-    """Stage 3: each parameter is split over the ranks, which hold their pieces one after the other."""
+    """Stage 3: each parameter is split over the ranks, which hold their parts one after the other."""
     parts = [[(entry, 0, entry.shape.numel()) for entry in groups] for groups in ranks]
     stored = {sum(stop for _, _, stop in groups) for groups in parts}
     entries: dict[str, Entry] = {}
     position = 0
     for name, shape in shapes.items():
         each = -(-torch.Size(shape).numel() // len(ranks))
-        pieces = [piece for groups in parts for piece in _stretch(groups, position, position + each)]
-        entries[name] = _joined(pieces, torch.Size(shape))
+        cut = [part for groups in parts for part in _stretch(groups, position, position + each)]
+        entries[name] = _joined(cut, torch.Size(shape))
         position += each
     if stored != {position}:
         raise _refused(folder, f"parameters of {position} elements a rank are stored as {some(sorted(stored))}")
@@ -193,7 +193,7 @@ def _split_each(folder: Path, shapes: Mapping[str, Any], ranks: list[list[Entry]
 
 
 def _stretch(parts: list[Part], start: int, stop: int) -> list[Part]:
-    """Cut elements ``start`` to ``stop`` out of parts that lie one after the other."""
+    """Cut elements ``start`` to ``stop`` out of parts that follow one another."""
     cut = []
     position = 0
     for entry, first, last in parts:
