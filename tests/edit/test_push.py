@@ -120,7 +120,7 @@ def test_a_hub_that_refuses_or_is_not_there_is_told_plainly(run, hub, monkeypatc
         main(["push", str(run), "me/edited"])
     assert "log in with `hf auth login`, or set HF_TOKEN" in capsys.readouterr().err
     monkeypatch.setenv("HF_TOKEN", "right")
-    with pytest.raises(OSError, match="'no name' is no repository's name"):
+    with pytest.raises(OSError, match="'no name' is not a repository's name"):
         push(str(run), "no name")
     with pytest.raises(OSError, match="The hub refused me/other: "):
         push(str(run), "me/other")
