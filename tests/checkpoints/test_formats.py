@@ -238,7 +238,7 @@ def hub(tmp_path, monkeypatch):
     return folder, cache, asked, commit
 
 
-def test_hub_repositories_are_downloaded_as_weights_alone(hub):
+def test_only_the_weights_of_hub_repositories_are_downloaded(hub):
     folder, cache, asked, _ = hub
     save_weights(STATE, folder / "model.safetensors")
     torch.save(STATE, folder / "pytorch_model.bin")

@@ -1,4 +1,4 @@
-"""Opening checkpoints: every format gives the same mapping, and what is no checkpoint is refused with the reason."""
+"""Opening checkpoints: every format gives the same mapping, and what is not a checkpoint is refused with the reason."""
 
 import argparse
 import collections
@@ -185,7 +185,7 @@ def averaged(folder, callback):
     return folder / "m.ckpt"
 
 
-def test_raw_and_averaged_weights_are_told_apart(tmp_path):
+def test_raw_and_averaged_weights_are_distinguished(tmp_path):
     from lightning.pytorch.callbacks import EMAWeightAveraging
 
     path = averaged(tmp_path, EMAWeightAveraging(decay=0.5))
