@@ -43,7 +43,7 @@ __all__ = [
 ]
 
 _here = Path(__file__).parent
-if not (_here / "callbacks").is_dir():  # a checkout: the callbacks lie in a folder of their own beside this one
+if not (_here / "callbacks").is_dir():  # a checkout: the callbacks are in a folder of their own beside this one
     __path__.append(str(_here.parent))
 
 

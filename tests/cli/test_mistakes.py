@@ -230,7 +230,7 @@ def test_a_reader_that_goes_away_is_no_error(place, command):
 
 def test_json_of_an_edit_by_zero_or_of_a_base_of_zeros_is_json(place, capsys):
     def refuse(constant):
-        raise AssertionError(f"{constant} is no JSON")
+        raise AssertionError(f"{constant} is not JSON")
 
     zeros = {name: torch.zeros_like(value) for name, value in open_weights("base.safetensors").items()}
     save_weights(zeros, "zeros.safetensors")

@@ -71,17 +71,21 @@ def test_mistakes_are_told(run, tmp_path, capsys):
         revisit([str(tmp_path)])
     (tmp_path / "begun").mkdir()
     (tmp_path / "begun.evaluations.jsonl").touch()
-    with pytest.raises(FileNotFoundError, match="Its edit was not finished; the same command goes on from"):
+    with pytest.raises(FileNotFoundError, match="Its edit did not finish; the same command resumes from"):
         revisit([str(tmp_path / "begun")])
     with pytest.raises(ValueError, match="A run is given twice"):
         revisit([str(run), str(run)])
     odd = tmp_path / "odd.json"
     odd.write_text("no")
-    with pytest.raises(ValueError, match="is no report of an edit, for it is not JSON"):
+    with pytest.raises(ValueError, match="is not an edit report: invalid JSON"):
         revisit([str(odd)])
     odd.write_text('{"recipe": "a"}')
-    with pytest.raises(ValueError, match="it lacks 'tasks', 'evaluations', 'holds'. Give a run that `tva edit` wrote"):
+    with pytest.raises(ValueError, match="it lacks 'tasks', 'evaluations', 'holds', or has .* Give a run that `tva"):
         revisit([str(odd)])
+    for text in ("null", "[]", "3", "[" * 100_000, '{"recipe": 1, "tasks": [], "evaluations": {}, "holds": "yes"}'):
+        odd.write_text(text)
+        with pytest.raises(ValueError, match="odd.json is not an edit report"):
+            revisit([str(odd)])
     odd.write_text(json.dumps({**read_report(run), "evaluations": []}))
     with pytest.raises(ValueError, match="odd.json holds no evaluations, so there is nothing to draw"):
         revisit([str(odd)])

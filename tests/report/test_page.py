@@ -255,7 +255,7 @@ def test_a_card_is_what_the_hub_reads(runs):
     content = read_report(runs["searched"])
     card = ModelCard((runs["searched"] / "README.md").read_text())
     assert "task-arithmetic" in card.data.tags
-    assert card.data.base_model is None  # it was no repository, and a path on this machine tells nobody anything
+    assert card.data.base_model is None  # it was not a repository, and a path on this machine means nothing to others
     results = {result.dataset_name: result for result in card.data.eval_results}
     assert results.keys() == content["tasks"].keys()
     for task, result in results.items():
@@ -273,10 +273,10 @@ def test_a_card_is_what_the_hub_reads(runs):
     assert renamed.text == card.text
 
 
-def test_a_readme_of_somebody_else_is_not_overwritten(vectors, tmp_path):
+def test_a_readme_that_tva_did_not_write_is_not_overwritten(vectors, tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out/README.md").write_text("mine")
-    with pytest.raises(ValueError, match="README.md, where a file lies that tva did not write. Move it"):
+    with pytest.raises(ValueError, match="README.md, which tva did not write. Move it"):
         edit(vectors, tmp_path, scaling_coef=0.5)
     (tmp_path / "out/README.md").write_text(f"{MADE_BY} old")
     edit(vectors, tmp_path, scaling_coef=0.5)

@@ -21,7 +21,7 @@ def replaced_argv(words: Sequence[str]) -> Iterator[None]:
 
 
 def join_values(words: Iterable[str]) -> list[str]:
-    """Join values that begin with a minus to their options; argparse takes them for options else.
+    """Join values that begin with a minus to their options; otherwise argparse takes them for options.
 
     Example:
         >>> join_values(["--recipe", "-digits", "--scaling_coef", "-1e-3", "--plan", "-h"])
@@ -54,7 +54,7 @@ def take_flag(words: Sequence[str], flag: str) -> tuple[list[str], bool]:
 
 
 def name_words(words: list[str], order: Sequence[str], flags: Sequence[str], usage: str) -> list[str]:
-    """Give names to words that have none, in order, and values to flags that stand alone.
+    """Put names before words that have none, in order, and values after flags without one.
 
     Example:
         >>> name_words(["a", "--json", "b", "--by", "layer"], ["vectors…"], ["json"], "")

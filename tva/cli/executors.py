@@ -20,7 +20,7 @@ R = TypeVar("R")
 
 @dataclass(frozen=True)
 class Worker:
-    """What a function is told of where it runs.
+    """Where a function runs.
 
     Attributes:
         name: For the screen.

@@ -80,7 +80,7 @@ def _nearest_option(name: str, options: Collection[str]) -> str:
 
 
 def _explain_value(key: str, problem: str) -> str | None:
-    """Say which values an option takes, and what it was given."""
+    """Return which values an option takes, and what was found; None if the problem is not understood."""
     if found := re.fullmatch(r"Expected a (.*?)\. Got value: (.*)", problem, re.S):
         wanted, value, causes = [found[1]], found[2], []
     elif found := re.search(r"Does not validate against any of the Union subtypes\s+Subtypes: \[(.*)\]\n", problem):
@@ -107,7 +107,7 @@ def _explain_value(key: str, problem: str) -> str | None:
 
 
 def _causes(problem: str) -> Iterator[str]:
-    """Yield why a value is none of several types, without what is true of every value."""
+    """Yield the reasons why a value is of none of several types."""
     text = textwrap.dedent(problem.partition("Errors:\n")[2].partition("\n  Given value type:")[0])
     for cause in re.split(r"^- ", text, flags=re.M):
         if cause.strip() and not re.match(r"Expected a <class '(NoneType|list)'>", cause):
@@ -115,7 +115,7 @@ def _causes(problem: str) -> Iterator[str]:
 
 
 def _explain_cause(key: str, cause: str, value: str, wanted: Collection[str]) -> str | None:
-    """Say why a class cannot be made of what was given."""
+    """Return why a class cannot be instantiated with what was given."""
     if found := re.match(r"Expected a dot import path string: (.*)", cause):
         known = sorted({each.__name__ for base in wanted for each in _subclasses(_load(base))})
         near = did_you_mean(found[1], known)

@@ -10,6 +10,7 @@ import warnings
 from argparse import ArgumentError
 from collections.abc import Sequence
 from contextlib import nullcontext, redirect_stdout
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +23,11 @@ import tva.models  # noqa: F401
 from tva.cli.arguments import replaced_argv
 from tva.cli.explain import explain
 from tva.cli.run_function import print_json, sentence
+from tva.edit.options import EditOptions
 from tva.edit.trainer import Trainer
 from tva.report.run_files import CONFIG
 
-FLAGS = ("--allow_other_base", "--allow_other_kind", "--keep_undo")  # options of edit that may stand without a value
+FLAGS = [f"--{option.name}" for option in fields(EditOptions) if option.default is False]  # may stand without a value
 EDIT_DEFAULTS = {  # of the Trainer; an edit evaluates only
     "logger": False,
     "enable_checkpointing": False,

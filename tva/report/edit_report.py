@@ -45,7 +45,7 @@ class Comparison:
         ratio_low: Lower end of its 95 % interval; None where the base is so near 0 that it has none, or none is known.
         ratio_high: Upper end, likewise.
         p_value: Two-sided, of "nothing changed": McNemar's exact test where scores are right or wrong, else Student's
-            paired t; None where the metric is no mean of per-example scores.
+            paired t; None where the metric is not a mean of per-example scores.
     """
 
     difference: float
@@ -102,7 +102,7 @@ class ConstraintReport:
         limit: The value's one-sided confidence limit, where a confidence is asked for; it decides then.
         holds: Whether it holds.
         metric: The metric that it is on.
-        above: Whether the metric must lie above the bound.
+        above: Whether the metric must be above the bound.
         val_bound: The bound on validation data, where the coefficient was chosen there.
     """
 
@@ -118,7 +118,7 @@ class ConstraintReport:
 
     @property
     def compared(self) -> str:
-        """Say what its bound is compared with."""
+        """Return what its bound is compared with."""
         limit = "" if self.limit is None else f", at the confidence limit {self.limit:.4g}"
         return f"{self.value:.4g}{limit}"
 
@@ -202,7 +202,7 @@ class EditReport:
             run: Its folder, or the ``edit.json`` in it.
 
         Raises:
-            FileNotFoundError: There is none.
+            FileNotFoundError: It does not exist.
             ValueError: It is something else, or of another version of tva.
         """
 
@@ -217,7 +217,7 @@ class EditReport:
         return cls(**{**content, "tasks": tasks, "constraints": constraints})
 
     def to_json(self) -> dict[str, Any]:
-        """Give plain values, in the form of ``edit.json``."""
+        """Return plain values, in the form of ``edit.json``."""
         tasks = {
             name: {
                 "role": task.role,
@@ -247,12 +247,12 @@ def _task_of(entry: Mapping[str, Any], comparison: type[Comparison]) -> TaskRepo
 
 
 def _real(entry: Mapping[str, Any], *names: str) -> dict[str, float]:
-    """Give numbers that must be some; null was none."""
+    """Return numbers, with NaN where ``edit.json`` has null."""
     return {name: math.nan if entry[name] is None else entry[name] for name in names}
 
 
 def _plain(value: Any) -> Any:
-    """Give what JSON can hold: numbers that are none become null."""
+    """Return what JSON can hold: NaN and infinity become null."""
     if isinstance(value, Mapping):
         return {str(key): _plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
@@ -272,7 +272,7 @@ def read_report(path: Path) -> dict[str, Any]:
     """Read an ``edit.json``, or that of a run's folder.
 
     Raises:
-        FileNotFoundError: There is none.
+        FileNotFoundError: It does not exist.
         ValueError: It is something else.
     """
     if not path.exists():
@@ -284,15 +284,20 @@ def read_report(path: Path) -> dict[str, Any]:
         if below:
             hint = f"The runs below it are {some(below)}."
         elif log.exists():
-            hint = f"Its edit was not finished; the same command goes on from {log}."
+            hint = f"Its edit did not finish; the same command resumes from {log}."
         else:
-            hint = "Every edit that came to its end leaves one there."
+            hint = "Every finished edit leaves one there."
         raise FileNotFoundError(f"No report at {file}. {hint}")
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{file} is no report of an edit, for it is not JSON: {error}") from error
-    missing = [name for name in ("recipe", "tasks", "evaluations", "holds") if name not in content]
-    if missing:
-        raise ValueError(f"{file} is no report of an edit: it lacks {some(missing)}. Give a run that `tva edit` wrote.")
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{file} is not an edit report: invalid JSON ({error})") from error
+    fields = {"recipe": str, "tasks": dict, "evaluations": list, "holds": bool}
+    found = content if isinstance(content, dict) else {}
+    wrong = [name for name, kind in fields.items() if not isinstance(found.get(name), kind)]
+    if wrong:
+        raise ValueError(
+            f"{file} is not an edit report: it lacks {some(wrong)}, or has values of another type there. Give a run "
+            f"that `tva edit` wrote."
+        )
     return content

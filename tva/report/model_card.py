@@ -60,7 +60,7 @@ def model_card(content: Content, base_model: str | None = None) -> str:
 
 
 def hub_repository(path: str | None) -> str | None:
-    """Give the repository of a checkpoint on the hub.
+    """Return the repository of a checkpoint on the Hub.
 
     Example:
         >>> hub_repository("hf://openai/clip@main/model.safetensors"), hub_repository("runs/base.ckpt")
@@ -176,10 +176,7 @@ def check_card(folder: Path) -> None:
     """
     file = folder / CARD
     if file.exists() and MADE_BY not in file.read_text(encoding="utf-8", errors="replace"):
-        raise ValueError(
-            f"The model card goes to {file}, where a file lies that tva did not write. Move it, or choose "
-            f"another output."
-        )
+        raise ValueError(f"The model card goes to {file}, which tva did not write. Move it, or choose another output.")
 
 
 def with_base_model(card: str, base_model: str) -> str:

@@ -15,7 +15,7 @@ from tva.report.series import Content, formula, is_feasible, number
 from tva.report.table import EFFECTS, Column, cells, words
 from tva.report.vega import Chart
 
-MOST_ROWS = 24  # of a table; the rest is summed up in one
+MOST_ROWS = 24  # of a table; the rest is summed into one
 MOST_NAMES = 20  # of a matrix that is drawn
 WIDTH = 560  # of a chart, in pixels
 BLOCKS = [  # of pairs of a block's name, and its number of elements and sum of squares

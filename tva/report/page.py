@@ -1,4 +1,4 @@
-"""Put a page together: what is said, in which order; the look is in ``templates/``."""
+"""Assemble a page: its contents and their order; ``templates/`` holds the layout."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ ABOUT = {
     "norms": "The Euclidean norm of each task vector, and of the edit, by block of layers.",
     "linearity": "What the vectors' effects one by one would add up to, against what was measured.",
     "blame": "The metric when one block of layers is left out of the edit: which layers carry the effect.",
-    "gradient_ascent": "Training on the target with the loss turned round, stopped by the same constraints.",
+    "gradient_ascent": "Training on the target with the loss negated, stopped by the same constraints.",
     "average": "The uniform average of the fine-tuned models.",
     "endpoints": "Every fine-tuned model on every task.",
     "joint": "One model that was fine-tuned on all tasks together.",
@@ -38,7 +38,7 @@ def edit_page(content: Content, notices: Sequence[str] = ()) -> str:
 
     Args:
         content: An ``edit.json``.
-        notices: What must be said before all else.
+        notices: Shown before everything else.
     """
     diagnostics = {name: found for name, found in content["diagnostics"].items() if found.get("rows")}
     matrices = [
@@ -71,7 +71,7 @@ def comparison_page(contents: Mapping[str, Content], notices: Sequence[str] = ()
 
     Args:
         contents: An ``edit.json`` for every run, by the run's name.
-        notices: What must be said before all else.
+        notices: Shown before everything else.
     """
     tasks = list(dict.fromkeys(task for content in contents.values() for task in content["tasks"]))
     rows = []
@@ -107,11 +107,11 @@ def comparison_page(contents: Mapping[str, Content], notices: Sequence[str] = ()
 
 
 def differences(contents: Mapping[str, Content]) -> Iterator[str]:
-    """Say in what the runs differ besides their edits, so that their numbers are not compared unknowingly."""
+    """Yield how the runs differ besides their edits, which makes their numbers hard to compare."""
     bases = {run: content["base"]["fingerprint"] for run, content in contents.items()}
     if len(set(bases.values())) > 1:
         named = "; ".join(f"{run}: {(digest or 'unknown')[:12]}" for run, digest in bases.items())
-        yield (f"These edits start from different bases ({named}): differences are not due to the edits alone.")
+        yield (f"These edits start from different bases ({named}): differences are not due to the edits only.")
     without = [run for run, content in contents.items() if not is_feasible(content)]
     if without:
         yield (
@@ -130,7 +130,7 @@ def differences(contents: Mapping[str, Content]) -> Iterator[str]:
 
 
 def state_of(content: Content) -> dict[str, str]:
-    """Say the verdict in one word, with the color it is shown in."""
+    """Return the verdict in one word, with the color it is shown in."""
     if not is_feasible(content):
         return {"name": "refused", "word": "No feasible coefficient", "sign": "✕"}
     if not content["holds"]:
@@ -141,7 +141,7 @@ def state_of(content: Content) -> dict[str, str]:
 
 
 def _headline(content: Content) -> Iterator[dict[str, str]]:
-    """Give the numbers that the verdict is about: targets first."""
+    """Yield the numbers that the verdict is about: targets first."""
     for task, entry in sorted(content["tasks"].items(), key=lambda pair: pair[1]["role"] != "target"):
         metric = entry["metric"]
         before, after = entry["base"]["value"], entry["edited"]["value"]
@@ -207,7 +207,7 @@ def _constraint(constraint: Mapping[str, Any]) -> str:
 
 
 def _no_curve(content: Content) -> str:
-    """Say why there is no curve, where there is none."""
+    """Return why there is no curve."""
     searched = axes(content)
     if content["rule"] == "given":
         return f"λ = {coefficient(content['coefficients']['scaling_coef'])} was given, so nothing was searched."
@@ -244,7 +244,7 @@ def _table(found: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _lineage(content: Content) -> dict[str, Any]:
-    """Give what the edit was made from and by."""
+    """Return what the edit was made from, and how."""
     base = content["base"]
     inputs = [("base", base["path"] or f"the weights of {content.get('model', 'the model')}", base["fingerprint"], "")]
     for name, vector in content["vectors"].items():
@@ -264,7 +264,7 @@ def _lineage(content: Content) -> dict[str, Any]:
         "confidence": content["confidence"],
         "search": search["strategy"],
         "examples evaluated": f"{search['num_forward']:,}",
-        "evaluations re-used": search["num_reused"] or None,
+        "evaluations reused": search["num_reused"] or None,
         "BatchNorm statistics": content["statistics"],
         "seed": content["seed"],
         "seed of the random vector": content["random_seed"],

@@ -1,4 +1,4 @@
-"""The door to vl-convert, which brings Vega-Lite and draws without a browser and without a network."""
+"""Draw Vega-Lite charts with vl-convert, without a browser or a network; the only importer of vl-convert."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ VERSION = "6.4"  # of Vega-Lite, as the specifications are written for
 
 @functools.cache
 def library() -> str:
-    """Give the JavaScript that draws: Vega-Lite, Vega and vega-embed in one piece, put together once and kept."""
+    """Return the JavaScript that draws: Vega-Lite, Vega and vega-embed in one bundle, built once per process."""
     import vl_convert
 
     made = f"vega-lite-{VERSION}-vl-convert-{vl_convert.__version__}.js"

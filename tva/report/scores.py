@@ -12,7 +12,7 @@ DIVERGING, SEQUENTIAL = {"scheme": "blueorange", "domain": [-1, 1]}, {"scheme": 
 
 
 def dots(content: Content) -> Iterator[Chart]:
-    """Every task before and after, with its fine-tuned model and the random vector."""
+    """Yield charts of every task before and after, with its fine-tuned model and the random vector."""
     for position, (metric, tasks) in enumerate(by_metric(content).items()):
         rows = [
             make_row(content["tasks"][task][key], metric, task=task, model=label)
@@ -97,7 +97,7 @@ def _dots(
 
 
 def matrix(name: str, title: str, found: Mapping[str, Any], text: str, signed: bool) -> Chart:
-    """One number for every pair of names, such as cosines."""
+    """Draw one number for every pair of names, such as cosines."""
     rows = [
         {"row": row, "column": column, "value": value, "shown": number(value)}
         for row, cells in found["rows"].items()
@@ -139,7 +139,7 @@ def matrix(name: str, title: str, found: Mapping[str, Any], text: str, signed: b
 
 
 def compared(contents: Mapping[str, Content]) -> Iterator[Chart]:
-    """For every task that several runs report the base and the edited model of each."""
+    """Yield one chart for each task that several runs report: base and edited model of every run."""
     reported = [(task, c["tasks"][task]["metric"]) for c in contents.values() for task in c["tasks"]]
     shared = [pair for pair in dict.fromkeys(reported) if reported.count(pair) > 1]
     for position, (task, metric) in enumerate(shared):

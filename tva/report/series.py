@@ -33,7 +33,7 @@ class Point:
 
 
 def points(content: Content, task: str, split: str = "val") -> list[Point]:
-    """Give a task's reported metric under every choice of coefficients, of each the one from most examples.
+    """Return a task's reported metric for every choice of coefficients: of each the evaluation with the most examples.
 
     Example:
         >>> entry = {"model": "edited", "coefficients": {"scaling_coef": 0.5}, "task": "a", "split": "val"}
@@ -62,9 +62,9 @@ def points(content: Content, task: str, split: str = "val") -> list[Point]:
 
 
 def axes(content: Content) -> list[str]:
-    """Name the coefficients that took more than one value on the data they were chosen on.
+    """Return the names of the coefficients with more than one value on validation data.
 
-    Coefficients that always moved together are given once, by the first one's name.
+    Coefficients that always changed together are listed once, by the first one's name.
     """
     taken = [point.coefs for task in content["tasks"] for point in points(content, task) if not point.is_base]
     columns = {
@@ -80,7 +80,7 @@ def axes(content: Content) -> list[str]:
 
 
 def curve(content: Content, task: str, axis: str) -> list[tuple[float, Point]]:
-    """Give (coefficient, evaluation) in ascending order; the base stands at 0 of the whole recipe's coefficient."""
+    """Return pairs of coefficient and evaluation in ascending order; the base is at 0 of ``scaling_coef``."""
     found = [(float(p.coefs[axis]), p) for p in points(content, task) if p.coefs.get(axis) is not None]
     return sorted((pair for pair in found if axis == SCALING or not pair[1].is_base), key=lambda pair: pair[0])
 
@@ -91,7 +91,7 @@ def is_feasible(content: Content) -> bool:
 
 
 def symbol(axis: str) -> str:
-    """Name a coefficient as people write it."""
+    """Return a coefficient's display name."""
     return "λ" if axis == SCALING else axis
 
 

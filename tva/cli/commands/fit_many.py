@@ -38,7 +38,7 @@ class Fit:
     Attributes:
         task: Its task.
         seed: Its ``seed_everything``.
-        folder: ``OUTPUT/TASK/seed=SEED``; everything it writes lies there.
+        folder: ``OUTPUT/TASK/seed=SEED``; everything it writes is there.
         config: What ``tva fit`` is given.
     """
 
@@ -110,7 +110,7 @@ def fit_many(
             under the same paths; a fit whose node fails goes on on another one.
         per_fit: What Ray keeps for each fit: ``cpus``, ``gpus``, and ``memory`` such as ``8GiB``; by default one core.
         redo: Fit again what was done with another config; the old folder is kept under another name.
-        plan: Say what would be done, and do nothing.
+        plan: Report what would be done, and do nothing.
     """
     fits = make_fits(tasks, merge(shared, _nested(changes or {})), output, seeds)
     if plan:
@@ -231,8 +231,8 @@ def _look(fit: Fit) -> Result:
     if before == fit.config and not marker.exists():
         return Result(fit, "interrupted", message=f"goes on from {checkpoint}")
     changes = _differences(before, fit.config) if before else ["its config is unknown"]
-    told = "; ".join(changes[:3]) + (f"; and {len(changes) - 3} more" if len(changes) > 3 else "")
-    return Result(fit, "changed", message=f"{told}. Pass --redo to fit it again, or another output.")
+    shown = "; ".join(changes[:3]) + (f"; and {len(changes) - 3} more" if len(changes) > 3 else "")
+    return Result(fit, "changed", message=f"{shown}. Pass --redo to fit it again, or another output.")
 
 
 def find_checkpoint(folder: Path) -> Path | None:
@@ -255,7 +255,7 @@ def _differences(before: Any, after: Any, prefix: str = "") -> list[str]:
 
 
 def _metric(vector: Path | None) -> tuple[str, float] | None:
-    """Give the metric to show: an accuracy on validation data, else the first."""
+    """Return the metric to show: an accuracy on validation data, else the first."""
     metrics = read_origin(open_weights(vector))[0].metrics if vector else {}
     names = sorted(metrics, key=lambda name: (not name.startswith("val"), "accuracy" not in name, name))
     return (names[0], metrics[names[0]]) if names else None
