@@ -125,3 +125,15 @@ def test_unknown_commands_name_what_was_meant(words, message, capsys):
     with pytest.raises(SystemExit, match="2"):
         main(words)
     assert re.search(message, capsys.readouterr().err)
+
+
+@pytest.mark.parametrize("command", ["compose", "vectors match", "fit", "edit", "fit-many"])
+def test_a_commands_help_fits_80_columns_and_has_no_markup(command, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    with pytest.raises(SystemExit, match="0"):
+        main([*command.split(), "--help"])
+    shown = capsys.readouterr().out
+    assert shown.startswith(f"usage: tva {command} ")
+    assert not re.search(r"``|PathLike|Optional\[|default: null|<class", shown)
+    wide = [line for line in shown.splitlines() if len(line) > 80]
+    assert all(line.lstrip().startswith("--") for line in wide)  # an option's own name is never broken

@@ -22,6 +22,7 @@ import tva.data
 import tva.models  # noqa: F401
 from tva.cli.arguments import replaced_argv
 from tva.cli.explain import explain
+from tva.cli.help import HelpFormatter
 from tva.cli.run_function import print_json, sentence
 from tva.edit.options import EditOptions
 from tva.edit.trainer import Trainer
@@ -226,9 +227,11 @@ def _make(kind: type[_CommandLine], command: str, about: str | None = None) -> A
             load_from_checkpoint_support=False,
             parser_kwargs={
                 "exit_on_error": False,
+                "formatter_class": HelpFormatter,
                 command: {
                     "usage": f"tva {command} [options]",
                     "exit_on_error": False,
+                    "formatter_class": HelpFormatter,
                     **({"description": sentence(about)} if about else {}),
                 },
             },

@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import sys
+import textwrap
 from argparse import ArgumentError
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext, redirect_stdout
@@ -51,11 +53,19 @@ def _parse(name: str, command: ModuleType, steps: Sequence[Callable[..., Any]], 
     """Parse the options of a command's functions."""
     from jsonargparse import ArgumentParser
 
+    from tva.cli.help import HelpFormatter
+
     order = getattr(command, "ORDER", "").split()
     usage = _usage(name, command.run, order)
-    parser = ArgumentParser(prog=f"tva {name}", usage=usage, description=sentence(command.HELP), exit_on_error=False)
-    parser.add_argument("--config", action="config", help="a YAML file with these options")
-    parser.add_argument("--json", type=bool, default=False, help="print the result as JSON only")
+    parser = ArgumentParser(
+        prog=f"tva {name}",
+        usage=_wrapped(usage, len(f"usage: tva {name} ")),
+        description=sentence(command.HELP),
+        formatter_class=HelpFormatter,
+        exit_on_error=False,
+    )
+    parser.add_argument("--config", action="config", help="Take options from a YAML file.")
+    parser.add_argument("--json", type=bool, default=False, help="Print the result as JSON, and nothing else.")
     flags, seen = ["json"], set[str]()
     for step in steps:
         skip = seen | ({next(iter(signature(step).parameters))} if step is not command.run else set())
@@ -83,6 +93,12 @@ def _usage(name: str, function: Callable[..., Any], order: Sequence[str]) -> str
             by_name = ".NAME" * str(parameter.annotation).startswith(("dict", "Mapping"))
             named.append(f"--{key}{by_name} {key.upper()}")
     return " ".join(["tva", name, *shown, *named, "[options]"])
+
+
+def _wrapped(usage: str, indent: int) -> str:
+    """Return a usage in lines of at most 79 characters, with every option beside its value."""
+    text = re.sub(r"(--\S+) ", "\\1\xa0", usage)  # which does not break
+    return textwrap.fill(text, 72, subsequent_indent=" " * indent).replace("\xa0", " ")
 
 
 def sentence(line: str) -> str:
