@@ -13,9 +13,17 @@ _WRAPPERS = {"_fsdp_wrapped_module", "_checkpoint_wrapped_module"}  # in paramet
 
 
 def module_state(module: nn.Module) -> dict[str, Any]:
-    """Return a module's state dict with all its parameters, even those that its own ``state_dict`` leaves out."""
+    """Return a module's state dict with all its parameters, even those that its own ``state_dict`` leaves out.
+
+    Not those of modules that save themselves in another way (``_save_to_state_dict``), as tva's learned heads.
+    """
     state = dict(nn.Module.state_dict(module))
-    parameters = {_unwrapped(name): p for name, p in module.named_parameters(remove_duplicate=False)}
+    parameters = {
+        _unwrapped(f"{prefix}.{name}" if prefix else name): parameter
+        for prefix, part in module.named_modules(remove_duplicate=False)
+        if type(part)._save_to_state_dict is nn.Module._save_to_state_dict
+        for name, parameter in part.named_parameters(recurse=False)
+    }
     absent = {name: parameter for name, parameter in parameters.items() if name not in state}
     if absent:  # under any name: a module may have hooks that rename
         held = {tensor.data_ptr() for tensor in state.values() if isinstance(tensor, Tensor)}

@@ -272,7 +272,7 @@ def test_mistakes_with_streams_of_text(shards, tmp_path):
         ready(TextTask(shards, val_size=5, **classes), max_steps=-1)
     with pytest.raises(ValueError, match="column 'label' must hold texts; a row holds 0. Set text_column"):
         list(ready(TextTask(shards, text_column="label", val_size=5, **classes)).test_dataloader())
-    with pytest.raises(ValueError, match=r"labels must lie in 0 … 0; found 1. Give one class name for each class"):
+    with pytest.raises(ValueError, match=r"labels must be in 0 … 0; found 1. Give one class name for each class"):
         list(ready(TextTask(shards, class_names=["bad"], streaming=True, val_size=5)).test_dataloader())
     with pytest.raises(ValueError, match="999 examples are to be held out, and the training split has"):
         ready(LanguageTask(shards, block_length=16, streaming=True, val_size=999), "causal")
@@ -288,7 +288,7 @@ def test_mistakes_with_streams_of_text(shards, tmp_path):
         ({"class_names": ["bad"]}, r"has 2 classes, but class_names has 1"),
         (
             {"class_descriptions": {"negative": "a bad one", "positiv": "a good one"}},
-            r"must describe each class .*'negative', 'positive'; 'positive' has none and 'positiv' is no class",
+            r"must describe each class .*'negative', 'positive'; 'positive' has none and 'positiv' is not a class",
         ),
         ({"max_length": 257}, r"takes 256 tokens at most, and 257 are asked for. Lower max_length"),
     ],

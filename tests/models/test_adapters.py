@@ -136,7 +136,7 @@ def test_selections_that_choose_nothing_are_refused():
         select(clip, ["attention", "c_fcc"])
     with pytest.raises(ValueError, match=r"must be one of attention, linear, bias, or.*'attn'.*Write \['attn'\]"):
         select(clip, "attn")
-    with pytest.raises(ValueError, match=r"'\(', which is no regular expression"):
+    with pytest.raises(ValueError, match=r"'\(', which is not a regular expression"):
         select(clip, ["("])
     with pytest.raises(ValueError, match="empty list"):
         select(clip, [])

@@ -187,7 +187,7 @@ def test_learned_heads_that_are_not_there_or_of_other_classes_are_refused(tmp_pa
 
 def test_averaging_with_a_learned_head_is_refused_and_with_a_probe_is_not(tmp_path, task):
     average = EMAWeightAveraging(decay=0.5)
-    with pytest.raises(ValueError, match=r"EMAWeightAveraging averages the encoder alone.*head='probe'"):
+    with pytest.raises(ValueError, match=r"EMAWeightAveraging averages only the encoder.*head='probe'"):
         make_trainer(tmp_path, average, max_steps=1).fit(make_vision(tmp_path, head="learned"), task())
     model = make_vision(tmp_path, head="probe")
     callbacks = EMAWeightAveraging(decay=0.5), TaskVectorCallback(), last(tmp_path / "run")
@@ -227,7 +227,7 @@ def test_each_layer_learns_slower_than_that_above_it(tmp_path, task):
             seen.append(names[parameter])
     assert sorted(seen) == sorted(names.values())
     for wrong in (0, 1.5):
-        with pytest.raises(ValueError, match=r"layer_decay must lie in \(0, 1\]"):
+        with pytest.raises(ValueError, match=r"layer_decay must be in \(0, 1\]"):
             make_vision(tmp_path, layer_decay=wrong)
 
 

@@ -74,7 +74,7 @@ class SampleCache:
         self._open()
 
     def take(self, rows: Sequence[int], decode: Callable[[int], np.ndarray]) -> np.ndarray:
-        """Give examples, decoding and keeping those that are not there.
+        """Return examples, decoding and keeping those that are not there.
 
         Args:
             rows: Their numbers, from 0.
@@ -129,7 +129,7 @@ class Decoder:
             self._head, self._tail = steps[:cut], steps[cut + 1 :]
 
     def decode(self, image: Any) -> np.ndarray:
-        """Give what is kept of a PIL image: (height, width, 3) bytes where the transform could be cut."""
+        """Return what is kept of a PIL image: (height, width, 3) bytes where the transform could be cut."""
         if self._head is None:
             return np.asarray(self.transform(image))
         for step in self._head:

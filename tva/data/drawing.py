@@ -47,7 +47,7 @@ class Look:
         wobble: Amplitude of the smooth distortion that makes a mark look hand-drawn.
         outline: Whether only the mark's edge is inked.
         pixels: Number of pixels across that the ink is coarsened to.
-        noise: Largest standard deviation of the pixel noise; pixels lie in [0, 1].
+        noise: Largest standard deviation of the pixel noise; pixels are in [0, 1].
         contrast: Smallest and largest factor on the difference of ink and paper.
         inks: Names of the colors the ink is chosen from.
         papers: Names of the colors the paper is chosen from.
@@ -120,7 +120,7 @@ def _smooth_noise(size: int, rng: np.random.Generator) -> np.ndarray:
 
 
 def _edge(ink: np.ndarray, width: int) -> np.ndarray:
-    """Keep the ink that lies within ``width`` pixels of where it ends."""
+    """Keep the ink that is within ``width`` pixels of where it ends."""
     inside = ink
     for shift in (-width, width):
         for axis in (0, 1):

@@ -21,7 +21,7 @@ class ImageTask(LabeledTask):
 
     Batches are ``images, labels``: float tensors of shape (batch, 3, height, width) as the model's ``image_transform``
     makes them, and int64 class indices of shape (batch,). Decoded examples are kept, as bytes in a memory-mapped file.
-    Which examples are held out and in which order epochs take them depends on seeds alone, not on how many ranks and
+    Which examples are held out and in which order epochs take them depends only on seeds, not on how many ranks and
     workers share them: ranks together take in each step what one process would.
 
     Args:

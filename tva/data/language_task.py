@@ -23,14 +23,14 @@ class LanguageTask(Task):
     """One language modeling task: running text that is cut into blocks, or prompts with targets.
 
     Batches are mappings: ``tokens``, int64 token ids of the model's own tokenizer, shape (batch, length), padded at the
-    end with -1; and ``targets``, what is to be predicted, padded with -100. For a causal model targets lie where their
-    tokens lie, and prompts have none; for a sequence-to-sequence model tokens are the prompt and targets the answer.
+    end with -1; and ``targets``, what is to be predicted, padded with -100. For a causal model targets are where their
+    tokens are, and prompts have none; for a sequence-to-sequence model tokens are the prompt and targets the answer.
 
     Running text: all rows of a split are put one after the other, each with the tokenizer's own beginning and end, and
     cut into blocks of ``block_length``; what does not fill the last one is left out. A sequence-to-sequence model gets
     the first half of a block as prompt and the second as target. The held-out part is made of blocks.
 
-    The order of training depends on the run's seed alone, as with `TextTask`.
+    The order of training depends only on the run's seed, as with `TextTask`.
 
     Args:
         path: A local ``.txt`` or ``.txt.gz`` file (running text), or a parquet, arrow, csv or json file, where

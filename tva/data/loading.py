@@ -1,4 +1,4 @@
-"""Where data sets come from: files, folders, the hub or this package; the one door to Hugging Face `datasets`."""
+"""Where data sets come from: files, folders, the hub or this package; the only importer of Hugging Face `datasets`."""
 
 from __future__ import annotations
 
@@ -143,7 +143,7 @@ def _builtin(name: str) -> Mapping[str, Any]:
 
 
 def nearby(path: Path) -> str:
-    """Say which file of a similar name is there, for an error message."""
+    """Return a sentence on a file of a similar name that is there, for an error message."""
     if not path.parent.is_dir():
         return f" The folder {path.parent} does not exist."
     near = difflib.get_close_matches(path.name, [file.name for file in path.parent.iterdir()], n=1, cutoff=0.5)

@@ -12,11 +12,11 @@ from torch.utils.data import IterableDataset, get_worker_info
 BUFFER = 10_000  # rows among which the order is shuffled
 READ = 100  # rows that are read at once
 
-Cut = Callable[[Iterable[Mapping[str, Any]], int], Iterator[Any]]  # from rows, of which so many are taken at once
+Cut = Callable[[Iterable[Mapping[str, Any]], int], Iterator[Any]]  # from rows, of which this many are taken at once
 
 
 class Stream(IterableDataset):
-    """Examples of one part. Every rank and worker reads all rows, and makes examples of its share of them alone.
+    """Examples of one part. Every rank and worker reads all rows, and makes examples only of its share of them.
 
     So the batches are the same with any number of workers, and in each step n ranks take what one process with n times
     the batch takes; no rank gets more batches to train on than another, which would then wait for it for ever.
@@ -72,7 +72,7 @@ class Stream(IterableDataset):
 
 
 def read(table: Any) -> Iterator[dict[str, Any]]:
-    """Give the rows of a `datasets.IterableDataset`, all of them in a worker too, which iterating would share out."""
+    """Return the rows of a `datasets.IterableDataset`, all of them in a worker too, which iterating would share out."""
     for rows in table.iter(batch_size=READ):
         yield from (dict(zip(rows, values, strict=True)) for values in zip(*rows.values(), strict=True))
 
@@ -129,7 +129,7 @@ def make_streams(
 
 
 def _rows_of(name: str, table: Any, wanted: int, cut: Cut | None) -> int:
-    """Count the rows from the beginning that so many items are made of."""
+    """Count the rows from the beginning that make up a number of items."""
     if cut is None:
         return wanted
     count = 0

@@ -30,7 +30,7 @@ class Task(L.LightningDataModule, ABC):
         train_split: Split to train on.
         val_split: Split to choose on. By default a part of the training split is held out: min(10 %, 5,000) examples,
             the paper's rule.
-        val_size: Hold out so many training examples instead, where there is no ``val_split``.
+        val_size: Hold out this many training examples instead, where there is no ``val_split``.
         test_split: Split to report on.
         where: Keep the rows whose column holds one of the given values, such as
             ``{style: [sketch], label: [cat, dog]}``.
@@ -38,9 +38,9 @@ class Task(L.LightningDataModule, ABC):
         num_workers: Processes that make batches; 0 makes them in this one.
         seed: Of the held-out part, so that it is the same in every run; also of the order of training where the run has
             no seed (``seed_everything``).
-        limit_train: Train on so many examples at most, the first of a seeded shuffle, or of a stream.
-        limit_val: Validate on so many at most, likewise.
-        limit_test: Test on so many at most, likewise.
+        limit_train: Train on at most this many examples, the first of a seeded shuffle, or of a stream.
+        limit_val: Validate on at most this many, likewise.
+        limit_test: Test on at most this many, likewise.
         streaming: Read from beginning to end without an index, for sets too large for the disk: a hub set, or local
             parquet, arrow, csv or json files. Needs ``val_split`` or ``val_size``, whose examples are then the first of
             the training split, and ``trainer.max_steps``.
@@ -96,7 +96,7 @@ class Task(L.LightningDataModule, ABC):
         return load_splits(self.path, self.config, self.revision, self.folder_format, self.streaming)
 
     def _tables(self, splits: Mapping[str, Any]) -> dict[str, Any]:
-        """Give the table that each part is taken from; without a ``val`` split that of train."""
+        """Return the table that each part is taken from; without a ``val`` split that of train."""
         tables = {part: self._split(splits, part) for part in ("train", "test")}
         val = tables["train"] if self.splits["val"] is None else self._split(splits, "val")
         return {"train": tables["train"], "val": val, "test": tables["test"]}
@@ -108,7 +108,7 @@ class Task(L.LightningDataModule, ABC):
                 f"{self.name} has no split {name!r}; its splits are {some(splits, 8)}. Set {part}_split to one of them."
             )
         table = splits[name]
-        columns = table.column_names or list(next(iter(table)))  # some streams tell them by their first row alone
+        columns = table.column_names or list(next(iter(table)))  # some streams show them only by their first row
         for option in self.column_options:
             column = getattr(self, option)
             if column is not None and column not in columns:
@@ -125,7 +125,7 @@ class Task(L.LightningDataModule, ABC):
             raise ValueError(f"{self.name}: a stream's length is unknown, so training needs trainer.max_steps. Set it.")
 
     def _stream_tables(self) -> dict[str, Any]:
-        """Give the rows of each part that has a split of its own, as streams."""
+        """Return the rows of each part that has a split of its own, as streams."""
         splits = self._load_splits()
         tables = {part: self._split(splits, part) for part, name in self.splits.items() if name is not None}
         self._read_stream_names(tables["train"])
@@ -196,7 +196,7 @@ class Task(L.LightningDataModule, ABC):
         return rows
 
     def _select(self) -> dict[str, Any]:
-        """Give the rows of each part as a table."""
+        """Return the rows of each part as a table."""
         tables = self._tables(self._load_splits())
         rows = self._choose_rows(tables)
         return {part: tables[part].select(self._limit(part, indices)) for part, indices in rows.items()}
@@ -305,7 +305,7 @@ class LabeledTask(Task):
         return self.class_names
 
     def _default_class_names(self, own: list[str], labels: Sequence[Any]) -> list[str]:
-        """Give the names where none were passed."""
+        """Return the names where none were passed."""
         if not own:
             raise ValueError(
                 f"{self.name} does not name its classes; pass class_names, {max(labels) + 1} names in the order of the "
@@ -328,7 +328,7 @@ class LabeledTask(Task):
         return own
 
     def label_reader(self) -> Callable[[int | str], int]:
-        """Give the function from a label of one row to its class index; it goes to worker processes."""
+        """Return the function from a label of one row to its class index; it goes to worker processes."""
         return functools.partial(class_index, self.name, list(self.class_names))
 
     def _miscounted(self, required: int) -> str:
@@ -350,14 +350,14 @@ class LabeledTask(Task):
         labels = torch.as_tensor(labels, dtype=torch.int64)
         if labels.min() < 0 or labels.max() >= len(self.class_names):
             raise ValueError(
-                f"{self.name}: labels must lie in 0 … {len(self.class_names) - 1} but reach from {int(labels.min())} "
+                f"{self.name}: labels must be in 0 … {len(self.class_names) - 1} but reach from {int(labels.min())} "
                 f"to {int(labels.max())}. Give one class name for each class."
             )
         return labels
 
 
 def class_index(task: str, class_names: Sequence[str], label: int | str) -> int:
-    """Give the class index of one label.
+    """Return the class index of one label.
 
     Raises:
         ValueError: No class has it.
@@ -368,6 +368,6 @@ def class_index(task: str, class_names: Sequence[str], label: int | str) -> int:
         return class_names.index(label)
     if not 0 <= label < len(class_names):
         raise ValueError(
-            f"{task}: labels must lie in 0 … {len(class_names) - 1}; found {label}. Give one class name for each class."
+            f"{task}: labels must be in 0 … {len(class_names) - 1}; found {label}. Give one class name for each class."
         )
     return int(label)

@@ -22,7 +22,7 @@ class TextTask(LabeledTask):
 
     Batches are ``tokens, labels``: int64 token ids of the model's own tokenizer, shape (batch, length), padded at the
     end with -1 to the longest of the batch; and int64 class indices, shape (batch,). The order of training depends on
-    the run's seed alone: n ranks with batch size b see the batches of one rank with batch size n · b, whatever the
+    the run's seed only: n ranks with batch size b see the batches of one rank with batch size n · b, whatever the
     number of workers.
 
     Args:
@@ -91,7 +91,7 @@ class TextTask(LabeledTask):
             raise ValueError(
                 f"{self.name}: class_descriptions must describe each class by its name, {some(self.class_names, 8)}; "
                 + " and ".join(
-                    [f"{some(missing)} has none"] * bool(missing) + [f"{some(unknown)} is no class"] * bool(unknown)
+                    [f"{some(missing)} has none"] * bool(missing) + [f"{some(unknown)} is not a class"] * bool(unknown)
                 )
                 + "."
             )
@@ -163,7 +163,7 @@ class TextReader:
 
 
 def tokenizer_of(task: Any, length: int) -> Any:
-    """Give the tokenizer of the model that a task is used with, after checking that it takes so many tokens."""
+    """Return the tokenizer of the model that a task is used with, after checking that it takes ``length`` tokens."""
     model = getattr(task.trainer, "lightning_module", None)
     tokenizer = getattr(model, "tokenizer", None)
     if tokenizer is None:

@@ -1,4 +1,4 @@
-"""How an encoder is fine-tuned other than whole: some of its parameters, LoRA (by peft), or in the tangent space."""
+"""Partial fine-tuning: selected parameters, LoRA (by peft), or the tangent space."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def adapt(
     tangent: bool = False,
     part: str = "encoder",
 ) -> None:
-    """Load weights into a module and say what of one part is trained, and how; the last step of a constructor.
+    """Load weights into a module, and set what of one part is trained, and how; the last step of a constructor.
 
     Args:
         module: Changed in place; nothing of it but the part is frozen or adapted.
@@ -55,7 +55,7 @@ def adapt(
         train_only: ``"attention"``, ``"linear"`` (the linear layers, those of attention included) or ``"bias"``, or a
             list of these and of regular expressions that are searched for in the names of the encoder's parameters;
             what none of them names is frozen.
-        lora: Train low-rank additions alone, by peft (``pip install tva[lora]``); see `Lora`. ``{}`` takes the
+        lora: Train only low-rank additions, by peft (``pip install tva[lora]``); see `Lora`. ``{}`` takes the
             defaults.
         tangent: Linearize the encoder in its weights; see `tva.models.tangent.linearize`.
         part: Name of the attribute that holds the encoder, or whatever network is to be fine-tuned.
@@ -94,14 +94,14 @@ def _check_kind(weights: LazyWeights, tangent: bool) -> None:
 
 
 def select(encoder: nn.Module, train_only: str | Sequence[str]) -> set[str]:
-    """Give the names of the parameters that a selection names.
+    """Return the names of the parameters that a selection names.
 
     Args:
         encoder: Any module.
         train_only: As for `adapt`.
 
     Raises:
-        ValueError: An entry names no parameter, or is no regular expression.
+        ValueError: An entry names no parameter, or is not a regular expression.
     """
     if isinstance(train_only, str) and train_only not in PRESETS:
         raise ValueError(
@@ -127,7 +127,7 @@ def _search(names: Iterable[str], pattern: str) -> set[str]:
     try:
         return {name for name in names if re.search(pattern, name)}
     except re.error as error:
-        raise ValueError(f"train_only holds {pattern!r}, which is no regular expression: {error}.") from error
+        raise ValueError(f"train_only holds {pattern!r}, which is not a regular expression: {error}.") from error
 
 
 def _preset(encoder: nn.Module, names: Iterable[str], preset: str) -> set[str]:
@@ -149,7 +149,7 @@ def _is_conv1d(module: nn.Module) -> bool:
 
 
 def _nearest(wanted: str, names: Collection[str]) -> str:
-    """Name what is nearest, by the ends of names as by whole ones."""
+    """Name the nearest, by the ends of names or by whole ones."""
     parts = [name.split(".") for name in names]
     ends = dict.fromkeys(".".join(part[start:]) for part in parts for start in reversed(range(len(part))))
     near = difflib.get_close_matches(wanted, ends, n=3, cutoff=0.5)
@@ -201,7 +201,7 @@ def add_lora(encoder: nn.Module, options: Lora) -> nn.Module:
 
 
 def _targets(encoder: nn.Module, wanted: Sequence[str] | None) -> tuple[list[str], list[str]]:
-    """Find the modules that get LoRA, and the parameters that are no module's ``weight``."""
+    """Find the modules that get LoRA, and the parameters that are not a module's ``weight``."""
     named = {name: part for name, part in encoder.named_modules() if name}
     if wanted is None:
         # of transformers: what makes logits shares its weight with the embedding in most language models

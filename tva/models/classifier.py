@@ -22,16 +22,16 @@ from tva.errors import some
 from tva.models.adapters import Lora, adapt
 from tva.models.heads import HeldHead, TrainedHead, class_means, examples_digest, fit_probe
 from tva.models.optim import check_layer_decay, make_optimizer, prepare
-from tva.models.sharding import shard
+from tva.models.sharding import shard_later
 
 START = "start"  # in heads: the head that a learned one would start from
 
 
 class FrozenHeadClassifier(L.LightningModule, ABC):
-    """Fine-tune and evaluate an encoder under a head that is no part of the state dict.
+    """Fine-tune and evaluate an encoder under a head that is not part of the state dict.
 
     Task vectors need networks without parameters of their own for a task. So the head is made from the data module,
-    once for each task, and is no part of the state dict: the state dict is the encoder's, and one model can be
+    once for each task, and is not part of the state dict: the state dict is the encoder's, and one model can be
     evaluated on any number of tasks.
 
     The data module's batches are ``inputs, labels``; it has ``class_names`` and may have a ``name``. By default the
@@ -117,7 +117,7 @@ class FrozenHeadClassifier(L.LightningModule, ABC):
         self.accuracy = nn.ModuleDict()
 
     def _finish(self) -> None:
-        """Take the base's fingerprint, load ``weights``, set options; the last line of a subclass's constructor."""
+        """Compute the base's fingerprint, load ``weights``, set options; the last line of a subclass's constructor."""
         if self.head_kind != "zero_shot":  # which is not made of the encoder's features
             self._base_digest = fingerprint(self.encoder.state_dict()).digest
         self._held = HeldHead()  # after the encoder
@@ -140,11 +140,11 @@ class FrozenHeadClassifier(L.LightningModule, ABC):
         """Load the encoder once more, as it was before ``weights``, in evaluation mode on the CPU."""
 
     def embed(self, encoder: nn.Module, inputs: Tensor) -> Tensor:
-        """Give the features of a batch of inputs, shape (batch, features), not yet normalized."""
+        """Return the features of a batch of inputs, shape (batch, features), not yet normalized."""
         return encoder(inputs)
 
     def head_key(self, datamodule: L.LightningDataModule) -> dict[str, Any]:
-        """Say in JSON values all that the head of this data module depends on; it names the head's cache file."""
+        """Return in JSON values all that the head of this data module depends on; it names the head's cache file."""
         return {
             "head": self.head_kind,
             "base": self._base_digest,
@@ -164,7 +164,7 @@ class FrozenHeadClassifier(L.LightningModule, ABC):
         return class_means(encode, datamodule) * self.logit_scale
 
     def _base_features(self) -> Callable[[Tensor], Tensor]:
-        """Give the function from a batch of inputs to the base's normalized features."""
+        """Return the function from a batch of inputs to the base's normalized features."""
         device = self.trainer.strategy.root_device
         with torch.random.fork_rng(devices=[]):
             encoder = self.load_base()
@@ -188,7 +188,7 @@ class FrozenHeadClassifier(L.LightningModule, ABC):
         return self._data_digests[datamodule]
 
     def _learned_head(self, datamodule: L.LightningDataModule) -> Tensor:
-        """Give the head that ``heads`` names, else that of a fit in this process."""
+        """Return the head that ``heads`` names, else that of a fit in this process."""
         where = self.heads.get(self.task)
         if where is None and self.task in self._learned:
             return self._learned[self.task]
@@ -230,6 +230,7 @@ class FrozenHeadClassifier(L.LightningModule, ABC):
             self.head, self.trained_head = self._learned[self.task].to(self.device), None
 
     def setup(self, stage: str) -> None:
+        shard_later(self, "encoder")
         datamodule = self.trainer.datamodule
         if not hasattr(datamodule, "class_names"):
             raise TypeError(
@@ -251,14 +252,11 @@ class FrozenHeadClassifier(L.LightningModule, ABC):
             }
         )
 
-    def configure_model(self) -> None:
-        shard(self, "encoder")
-
     def _check_no_averaging(self) -> None:
         averaging = [c for c in getattr(self.trainer, "callbacks", ()) if isinstance(c, WeightAveraging)]
         if averaging:
             raise ValueError(
-                f"{type(averaging[0]).__name__} averages the encoder alone, and a learned head would not fit its "
+                f"{type(averaging[0]).__name__} averages only the encoder, and a learned head would not fit its "
                 f"averages. Use head='probe', or leave the callback out."
             )
 
@@ -291,7 +289,7 @@ class FrozenHeadClassifier(L.LightningModule, ABC):
         features = F.normalize(self.embed(self.encoder, inputs), dim=-1)
         if features.shape[-1] != head.shape[-1]:
             raise ValueError(
-                f"{self.task}: the encoder gives {features.shape[-1]} features, but the head takes {head.shape[-1]}. "
+                f"{self.task}: the encoder has {features.shape[-1]} features, but the head takes {head.shape[-1]}. "
                 f"Use a head of this encoder: head='means' or 'probe' are made of its own features."
             )
         return features @ head.T  # (batch, features) @ (features, classes)
@@ -310,7 +308,7 @@ class FrozenHeadClassifier(L.LightningModule, ABC):
         return {"loss": loss, "correct": logits.argmax(dim=-1) == labels, "preds": logits, "target": labels}
 
     def _is_read(self) -> bool:
-        """Say whether anybody reads this training step's metrics; telling Lightning costs milliseconds a step."""
+        """Return whether this training step's metrics are read; logging them costs milliseconds a step."""
         trainer = self.trainer
         bar = getattr(trainer.progress_bar_callback, "is_enabled", False)
         monitors = [str(getattr(callback, "monitor", None)) for callback in trainer.callbacks]

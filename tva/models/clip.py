@@ -160,6 +160,6 @@ def _register(config: Path) -> str:
     found = json.loads(config.read_text())
     missing = [key for key in ("embed_dim", "vision_cfg", "text_cfg") if key not in found]
     if missing:
-        raise ValueError(f"{config} is no open_clip model config: it lacks {', '.join(missing)}.")
+        raise ValueError(f"{config} is not an open_clip model config: it lacks {', '.join(missing)}.")
     open_clip.add_model_config(config)
     return config.stem

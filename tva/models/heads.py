@@ -15,7 +15,7 @@ from tva.errors import some
 
 
 def prototype_batches(datamodule: L.LightningDataModule) -> Iterator[tuple[Tensor, Tensor]]:
-    """Give the batches that heads are made of: those of ``prototype_dataloader``, else of ``train_dataloader``."""
+    """Return the batches that heads are made of: those of ``prototype_dataloader``, else of ``train_dataloader``."""
     loader = getattr(datamodule, "prototype_dataloader", datamodule.train_dataloader)
     with torch.random.fork_rng(devices=[]):  # a loader draws a seed; training must not depend on what is in the cache
         batches = iter(loader())
@@ -34,7 +34,7 @@ def examples_digest(datamodule: L.LightningDataModule) -> str:
 
 
 def class_means(encode: Callable[[Tensor], Tensor], datamodule: L.LightningDataModule) -> Tensor:
-    """Take the normalized mean of each class's normalized features.
+    """Compute the normalized mean of each class's normalized features.
 
     Args:
         encode: From a batch of inputs to normalized features (batch, features).

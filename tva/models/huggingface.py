@@ -1,4 +1,4 @@
-"""Networks and tokenizers of transformers; the one door to it."""
+"""Networks and tokenizers of transformers; the only importer of it in models."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def load_tokenizer(name: str, tokenizer: str | None, network: nn.Module) -> Any:
 
 
 def longest_input(tokenizer: Any, network: nn.Module) -> int | None:
-    """Give the tokens that a network takes at most; None where nothing says."""
+    """Return how many tokens a network takes at most; None if it does not say."""
     known = [tokenizer.model_max_length, getattr(network.config, "max_position_embeddings", None)]
     known = [length for length in known if length is not None and length < 10**9]  # a huge number stands for "none"
     return min(known) if known else None

@@ -17,7 +17,7 @@ from torchmetrics.text import BLEUScore
 from tva.models.adapters import Lora, adapt
 from tva.models.huggingface import Kind, load_network, load_tokenizer, longest_input, split_padding
 from tva.models.optim import check_layer_decay, make_optimizer, prepare
-from tva.models.sharding import shard
+from tva.models.sharding import shard_later
 
 TextMetric = Literal["exact_match", "rouge1", "rouge2", "rougeL", "bleu"]
 IGNORED = -100  # a target that no loss is taken of
@@ -39,12 +39,12 @@ class Perplexity(Metric):
         self.add_state("count", torch.zeros(()), dist_reduce_fx="sum")
 
     def update(self, total: Tensor, count: Tensor) -> None:
-        """Add the sum of losses of so many tokens."""
+        """Add the sum of the losses of ``count`` tokens."""
         self.total += total
         self.count += count
 
     def compute(self) -> Tensor:
-        """Give the perplexity so far."""
+        """Return the perplexity so far."""
         return (self.total / self.count).exp()
 
 
@@ -128,15 +128,13 @@ class LanguageModel(L.LightningModule, ABC):
         prepare(self.network.train(), gradient_checkpointing, compiled=compile)
         adapt(self, weights, train_only, lora, tangent, part="network")
 
-    def configure_model(self) -> None:
-        shard(self, "network")
-
     def setup(self, stage: str) -> None:
+        shard_later(self, "network")
         self.task = getattr(self.trainer.datamodule, "name", "task")
 
     @abstractmethod
     def forward(self, tokens: Tensor, targets: Tensor | None = None) -> Tensor:
-        """Give logits of the next token at each place.
+        """Return logits of the next token at each place.
 
         Args:
             tokens: Shape (batch, length), padded with -1.
@@ -148,14 +146,14 @@ class LanguageModel(L.LightningModule, ABC):
 
     @abstractmethod
     def predictions(self, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
-        """Give logits (batch, length, vocabulary) and what they should predict (batch, length)."""
+        """Return logits (batch, length, vocabulary) and what they should predict (batch, length)."""
 
     @abstractmethod
     def prompts(self, batch: Mapping[str, Tensor]) -> Tensor:
-        """Give what a batch's targets should follow, shape (batch, length), padded with -1."""
+        """Return what a batch's targets should follow, shape (batch, length), padded with -1."""
 
     def _losses(self, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
-        """Give each example's sum of losses, and its number of target tokens, both (batch,)."""
+        """Return each example's sum of losses, and its number of target tokens, both (batch,)."""
         logits, targets = self.predictions(batch)
         losses = F.cross_entropy(
             logits.flatten(0, 1).float(), targets.flatten(), ignore_index=IGNORED, reduction="none"

@@ -24,7 +24,7 @@ def make_optimizer(
     layer_decay: float | None = None,
     fused: bool = False,
 ) -> dict[str, Any]:
-    """Make AdamW with linear warm-up and cosine decay to 0, as ``configure_optimizers`` gives it.
+    """Make AdamW with linear warm-up and cosine decay to 0, as ``configure_optimizers`` returns it.
 
     Args:
         module: LightningModule with a Trainer; its parameters that require gradients are trained.
@@ -71,7 +71,7 @@ def keep_freed_memory() -> bool:
     """Let glibc keep what a step frees for the next, where it would give the memory back and fault it in anew.
 
     That costs milliseconds a step on a CPU, and varies with what else is allocated. The environment's ``MALLOC_…_`` go
-    before; other C libraries are left alone.
+    before; other C libraries are left as they are.
 
     Returns:
         Whether it does.
@@ -86,17 +86,17 @@ def keep_freed_memory() -> bool:
 
 
 def check_layer_decay(layer_decay: float | None) -> float | None:
-    """Give it back if it is in (0, 1], or None."""
+    """Return it if it is in (0, 1], or None."""
     if layer_decay is not None and not 0 < layer_decay <= 1:
         raise ValueError(
-            f"layer_decay must lie in (0, 1], such as 0.75: each layer's learning rate is that times the one above it; "
+            f"layer_decay must be in (0, 1], such as 0.75: each layer's learning rate is that times the one above it; "
             f"found {layer_decay}."
         )
     return layer_decay
 
 
 def layer_depths(names: Iterable[str]) -> dict[str, int]:
-    """Say how deep each parameter lies: 0 before the first numbered layer, then one more with each.
+    """Return how deep each parameter is: 0 before the first numbered layer, then one more with each.
 
     Args:
         names: In the order of registration, which is that of the forward pass in timm, open_clip and transformers,

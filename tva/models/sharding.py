@@ -2,15 +2,27 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import lightning as L
+from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import nn
 
 
+def shard_later(module: L.LightningModule, part: str) -> None:
+    """Let ``configure_model`` shard one part of a model, where the strategy asks for that; for ``setup``.
+
+    Not a method of the class: Lightning's WeightAveraging warns of every model that has one.
+    """
+    if isinstance(getattr(module.trainer, "strategy", None), ModelParallelStrategy):
+        module.configure_model = partial(shard, module, part)
+
+
 def shard(module: L.LightningModule, part: str) -> None:
-    """Shard one part of a model over the data-parallel ranks, if the strategy has a mesh; for ``configure_model``.
+    """Shard one part of a model over the data-parallel ranks, if the strategy has a mesh.
 
     Args:
-        module: Changed in place; nothing happens outside of ``ModelParallelStrategy``, or if it is sharded already.
+        module: Changed in place; nothing happens if it is sharded already.
         part: Name of the attribute that holds the network.
 
     Raises:

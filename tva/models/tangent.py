@@ -39,7 +39,7 @@ def linearize(network: nn.Module) -> None:
     if isinstance(vars(network).get("forward"), LinearizedForward):
         raise ValueError("This network is linearized already.")
     if getattr(getattr(network, "config", None), "use_cache", False):
-        network.config.use_cache = False  # of transformers: what a cache holds is no output
+        network.config.use_cache = False  # of transformers: what a cache holds is not an output
     network.vector_kind = TANGENT
     network.forward = LinearizedForward(network)
 

@@ -32,7 +32,7 @@ class VisionClassifier(FrozenHeadClassifier):
             (downloaded when first used). A network without weights is refused. Environment variables are filled in.
         image_size: Height and width that images are scaled to (the shorter side; the middle is taken); by default the
             network's own.
-        batch_norm: What becomes of BatchNorm. ``"fold"``: it is folded into the convolutions first, which changes no
+        batch_norm: How BatchNorm is handled. ``"fold"``: it is folded into the convolutions first, which changes no
             output, so that the base has no statistics to edit. ``"freeze"``: its statistics stay the base's.
             ``"train"``: they move in training, and the edit's ``statistics`` says how they are edited.
         logit_scale: What cosines are multiplied by.
