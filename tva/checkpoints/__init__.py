@@ -9,7 +9,8 @@ from tva.checkpoints.open import find, open_weights, read_metadata
 from tva.checkpoints.peft_adapter import open_adapter, open_finetuned
 from tva.checkpoints.protect import protect
 from tva.checkpoints.quantized import check_not_quantized
-from tva.checkpoints.sharded_writer import Output, side_files
+from tva.checkpoints.sharded_writer import Output
+from tva.checkpoints.side_files import model_folder, side_files, weights_stem
 from tva.checkpoints.spec import Elements, Spec, dtype_name
 
 __all__ = [
@@ -37,6 +38,7 @@ __all__ = [
     "make_room",
     "map_names",
     "match_names",
+    "model_folder",
     "open_adapter",
     "open_finetuned",
     "open_weights",
@@ -45,4 +47,5 @@ __all__ = [
     "save_weights",
     "side_files",
     "tensor_digest",
+    "weights_stem",
 ]

@@ -38,3 +38,8 @@ def model_config(path: Path) -> dict[str, Any]:
     """
     file = (path if path.is_dir() else path.parent) / "config.json"
     return read_json(file) if file.exists() else {}
+
+
+def is_undo(name: str) -> bool:
+    """Return whether a file's name is that of an undo file of `tva compose`, which is beside weights and is none."""
+    return name == "undo.safetensors" or name.endswith(".undo.safetensors")

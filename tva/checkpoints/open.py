@@ -8,7 +8,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from tva.checkpoints.folder import weights_file
+from tva.checkpoints.folder import is_undo, weights_file
 from tva.checkpoints.foreign import content_of, is_plain_name, read_json, shown
 from tva.checkpoints.hub import fetch, is_hub
 from tva.checkpoints.lazy import Info, LazyWeights, Which
@@ -159,7 +159,7 @@ def _file_in(folder: Path) -> Path:
     names = sorted(path.name for path in folder.iterdir())
     if "adapter_config.json" in names:
         raise ValueError(_is_adapter(folder))
-    files = [name for name in names if Path(name).suffix in ENDINGS]
+    files = [name for name in names if Path(name).suffix in ENDINGS and not is_undo(name)]
     if len(files) != 1:
         raise ValueError(
             f"{folder} is not a checkpoint folder: it must hold model.safetensors or pytorch_model.bin, or an index of "

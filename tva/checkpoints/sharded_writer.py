@@ -18,13 +18,12 @@ from typing import Any
 
 import numpy
 
-from tva._torch import torch
 from tva.checkpoints.atomic import can_write, make_room
 from tva.checkpoints.fingerprint import TensorHash
-from tva.checkpoints.foreign import parse_json, read_bytes
+from tva.checkpoints.foreign import parse_json
 from tva.checkpoints.formats import safetensors
 from tva.checkpoints.lazy import Info, LazyWeights
-from tva.checkpoints.spec import Elements, Spec, dtype_name, encode_header
+from tva.checkpoints.spec import Elements, Spec, encode_header
 from tva.errors import some
 
 try:
@@ -33,8 +32,6 @@ except ImportError:  # no POSIX: two runs into one output are not noticed
     fcntl = None
 
 SYNC_BYTES = 2**26  # bytes between two syncs; what is synced survives a loss of power
-SIDE_FILES = (".json", ".txt", ".model", ".jinja", ".tiktoken", ".py")  # what describes a model, beside its weights
-NOT_CARRIED = ("trainer_state.json", "training_args.json", "adapter_config.json", "all_results.json")
 
 
 @dataclass
@@ -82,6 +79,7 @@ class Output:
         job: What makes the bytes what they are: a run is continued only by an equal one.
         max_shard_bytes: Of one file in a folder.
         resume: Continue what an interrupted run has left.
+        stem: Of the names of weights in a folder.
 
     Attributes:
         done: Record of each tensor that an earlier run finished.
@@ -100,7 +98,9 @@ class Output:
         job: Mapping[str, Any],
         max_shard_bytes: int,
         resume: bool = False,
+        stem: str = "model",
     ) -> None:
+        self.stem = stem
         self.path, self.metadata, self.done = path, dict(metadata), {}
         self.size = sum(spec.num_bytes for spec in tensors.values())
         self._single = path.suffix == ".safetensors"
@@ -127,8 +127,8 @@ class Output:
                 f"there, or give another one."
             )
         parts = shard_tensors(tensors, max_shard_bytes)
-        names = [f"model-{i:05}-of-{len(parts):05}.safetensors" for i in range(1, len(parts) + 1)]
-        names = names if len(parts) > 1 else ["model.safetensors"]
+        names = [f"{self.stem}-{i:05}-of-{len(parts):05}.safetensors" for i in range(1, len(parts) + 1)]
+        names = names if len(parts) > 1 else [f"{self.stem}.safetensors"]
         return [Shard(self._partial / name, part) for name, part in zip(names, parts, strict=True)]
 
     def spec(self, name: str) -> Spec:
@@ -316,12 +316,12 @@ class Output:
         except OSError as error:
             self._failed = self._failed or error
 
-    def commit(self, metadata: Mapping[str, str], side_files: Mapping[str, bytes]) -> None:
+    def commit(self, metadata: Mapping[str, str], side_files: Mapping[str, bytes | Path]) -> None:
         """Give the files their names.
 
         Args:
             metadata: Values of the header to replace, of the same length.
-            side_files: Name to contents of the files beside the weights in a folder.
+            side_files: Path in the folder to contents, or to a file to copy, of what is beside the weights.
         """
         self._stop_syncing()
         if self._failed:
@@ -334,7 +334,9 @@ class Output:
             os.fsync(shard.file)
         if not self._single:
             for name, data in {**side_files, **self._index()}.items():
-                (self._partial / name).write_bytes(data)
+                path = self._partial / name
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.write_bytes(data) if isinstance(data, bytes) else shutil.copyfile(data, path)
         for hidden, path in self._beside.items():
             os.replace(hidden, path)
         os.replace(self._partial, self.path)
@@ -348,44 +350,4 @@ class Output:
             return {}
         weight_map = {name: shard.path.name for name, shard in self._shard_of.items()}
         index = {"metadata": {"total_size": self.size}, "weight_map": weight_map}
-        return {"model.safetensors.index.json": json.dumps(index, indent=2).encode()}
-
-
-def _inside(folder: Path, path: Path) -> Path:
-    """Return a file of a folder, which may not be a link that leads out of it, but for the hub's cache.
-
-    Raises:
-        ValueError: It leads elsewhere, so that a file of this machine would be copied into the output.
-    """
-    roots = [folder.resolve(), *([folder.parent.parent / "blobs"] if folder.parent.name == "snapshots" else [])]
-    if path.is_symlink() and not any(path.resolve().is_relative_to(root.resolve()) for root in roots):
-        raise ValueError(
-            f"{path} is a link to {path.resolve()}, outside of {folder}, and would be copied beside the output. Put a "
-            f"copy of the file in its place, or remove the link."
-        )
-    return path
-
-
-def side_files(folder: Path, dtype: torch.dtype | str | None) -> dict[str, bytes]:
-    """Read the files beside a model's weights: configuration, tokenizer, code of its own.
-
-    Args:
-        folder: The base model's folder.
-        dtype: Of the edited model where it is not the base's: ``config.json`` then says so.
-
-    Returns:
-        Name to contents.
-    """
-    found = {
-        path.name: read_bytes(_inside(folder, path))
-        for path in sorted(folder.iterdir())
-        if path.is_file()
-        and (path.suffix in SIDE_FILES or path.name.startswith("LICENSE"))
-        and path.name not in NOT_CARRIED
-        and not path.name.endswith(".index.json")
-    }
-    if dtype is not None and "config.json" in found:
-        config = parse_json(found["config.json"], str(folder / "config.json"), dict)
-        config |= {key: dtype_name(dtype) for key in ("torch_dtype", "dtype") if key in config}
-        found["config.json"] = json.dumps(config, indent=2).encode()
-    return found
+        return {f"{self.stem}.safetensors.index.json": json.dumps(index, indent=2).encode()}

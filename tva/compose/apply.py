@@ -13,10 +13,19 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from tva._torch import load_torch
-from tva.checkpoints import Fingerprint, LazyWeights, NameFilter, Output, find, protect, side_files
+from tva.checkpoints import (
+    Fingerprint,
+    LazyWeights,
+    NameFilter,
+    Output,
+    find,
+    protect,
+    side_files,
+    weights_stem,
+)
 from tva.compose.engine import Composer, GroupEffect
 from tva.compose.plan import Plan, make_plan
 from tva.compose.recipe import Recipe
@@ -134,82 +143,123 @@ def compose(
     started = time.monotonic()
     base, output = os.fspath(base), os.fspath(output)
     vectors = {name: os.fspath(path) for name, path in vectors.items()}
+    _check_output(output, scaling_coef)
     checked = Recipe(recipe, vectors, coefs)
-    if Path(output).suffix in (".bin", ".pt", ".pth", ".ckpt"):
-        raise ValueError(f"output must end in .safetensors, or name a folder; found {output!r}.")
-    if not math.isfinite(scaling_coef):
-        raise ValueError(f"scaling_coef must be a finite number; found {scaling_coef}.")
     outputs = [Path(output), *([undo_path(Path(output))] if keep_undo else [])]
     protect(outputs, {"base": base, **{f"vectors.{name}": path for name, path in vectors.items()}})
-    options = {"allow_other_base": allow_other_base, "key_map": key_map or {}}
-    options |= NameFilter(include, exclude).options
-    composer = Composer.open(base, vectors, checked, scaling_coef, dtype, which=which, **options)
     protect(outputs, {f"a file of {recipe}": path for path in checked.files})
-    weights, sources = composer.base, composer.sources
-    kinds = {name: source.origin.kind for name, source in sources.items()}
-    if allow_other_kind and len(set(kinds.values())) > 1:
-        kinds = {}
-    kind = check_kinds(kinds, "pass allow_other_kind if the mixture is meant")
+    options = {"allow_other_base": allow_other_base, "key_map": key_map or {}} | NameFilter(include, exclude).options
+    composer = Composer.open(base, vectors, checked, scaling_coef, dtype, which=which, **options)
+    kind = _kind(composer, allow_other_kind)
     shard_bytes = parse_bytes(max_shard_size)
     if plan:
         kept, need = composer.statistics, composer.need()
-        return make_plan(weights, composer.layout(), sources, checked, scaling_coef, kept, need)
+        return make_plan(composer.base, composer.layout(), composer.sources, checked, scaling_coef, kept, need)
 
     if keep_undo:
-        load_torch()  # which undo files take, and so the memory that is left
-        composer.beside = BYTES_HELD * max((weights.spec(name).itemsize for name in weights), default=0)
-        _check_undo(keep_undo, sources)
+        _prepare_undo(keep_undo, composer)
     composer.fit_into(max_memory)
-    record = Record(
-        recipe=checked.text,
-        coefs=checked.coefs,
-        scaling_coef=scaling_coef,
-        dtype=dtype or "",
-        base=base,
-        vectors={name: vectors[name] for name in checked.vectors},
-        options={**options, "which": {name: source.weights.info.which for name, source in sources.items()}},
-        vector_fingerprints=dict.fromkeys(sources, UNKNOWN),
-        file_fingerprints=dict.fromkeys(checked.files, UNKNOWN),
-    )
+    record = _record(composer, base, vectors, options)
     metadata = {"format": "pt", **record.metadata(), **({KEY: kind} if kind else {}), **composer.tied}
     job = {key: value for key, value in metadata.items() if key != "tva.version"}
     inputs = (base, *record.vectors.values(), *checked.files)
     job |= {"max_shard_size": shard_bytes, "inputs": [_stamp(path) for path in inputs]}
-    with Output(Path(output), composer.layout(), metadata, job, shard_bytes, resume) as out:
+    stem = weights_stem(find(base))
+    with Output(Path(output), composer.layout(), metadata, job, shard_bytes, resume, stem) as out:
         resumed = len(out.done)
         composer.run(out)
-        for source in sources.values():
+        for source in composer.sources.values():
             source.check_content()
         composer.check()
-        found = {key: composer.fingerprint(key) for key in ("base", "edited")}
-        record = dataclasses.replace(
-            record,
-            vector_fingerprints=composer.vector_fingerprints(),
-            file_fingerprints={path: file.fingerprint().digest for path, file in checked.files.items()},
-            **{f"{key}_fingerprint": fingerprint.digest for key, fingerprint in found.items()},
-        )
-        beside = side_files(find(base), composer.dtype) if find(base).is_dir() else {}
-        undo = undo_path(Path(output)) if keep_undo else None
-        undo_bytes = 0
-        if undo is not None:
-            config = {} if find(base).is_file() else side_files(find(base), None)
-            back = composer.back(out.weights(), with_vectors=keep_undo == "with_vectors")
-            undo_bytes = write_undo(out.beside(undo), weights, back, record, config.get("config.json", b"").decode())
+        record = _with_fingerprints(record, composer)
+        undo = _write_undo(out, composer, record, find(base), keep_undo) if keep_undo else None
+        beside, left_out = side_files(find(base), composer.dtype, bool(composer.untied()))
         out.commit(record.metadata(), beside)
-    infos = [opened.info for opened in (weights, *(source.weights for source in sources.values()))]
-    notes = [str(info) for info in infos if info.notes or info.which != "as stored"]
     return ComposeReport(
         Path(output),
-        found["base"],
-        found["edited"],
+        composer.fingerprint("base"),
+        composer.fingerprint("edited"),
         out.size,
         time.monotonic() - started,
         resumed,
         composer.effects(),
-        notes,
+        _notes(composer, left_out if Path(output).is_dir() else []),
         undo,
-        undo_bytes,
+        undo.stat().st_size if undo else 0,
     )
+
+
+def _check_output(output: str, scaling_coef: float) -> None:
+    if Path(output).suffix in (".bin", ".pt", ".pth", ".ckpt"):
+        raise ValueError(f"output must end in .safetensors, or name a folder; found {output!r}.")
+    if not math.isfinite(scaling_coef):
+        raise ValueError(f"scaling_coef must be a finite number; found {scaling_coef}.")
+
+
+def _kind(composer: Composer, allow_other_kind: bool) -> str | None:
+    """Return the kind that all vectors have; None for ordinary networks, and for a mixture that is meant."""
+    kinds = {name: source.origin.kind for name, source in composer.sources.items()}
+    if allow_other_kind and len(set(kinds.values())) > 1:
+        kinds = {}
+    return check_kinds(kinds, "pass allow_other_kind if the mixture is meant")
+
+
+def _record(composer: Composer, base: str, vectors: Mapping[str, str], options: Mapping[str, Any]) -> Record:
+    """Return the record of an edit that is not made yet: its fingerprints are unknown."""
+    recipe, sources = composer.recipe, composer.sources
+    return Record(
+        recipe=recipe.text,
+        coefs=recipe.coefs,
+        scaling_coef=composer.scaling_coef,
+        dtype=composer.dtype or "",
+        base=base,
+        vectors={name: vectors[name] for name in recipe.vectors},
+        options={**options, "which": {name: source.weights.info.which for name, source in sources.items()}},
+        vector_fingerprints=dict.fromkeys(sources, UNKNOWN),
+        file_fingerprints=dict.fromkeys(recipe.files, UNKNOWN),
+    )
+
+
+def _with_fingerprints(record: Record, composer: Composer) -> Record:
+    """Return the record with the fingerprints of what was read and computed."""
+    return dataclasses.replace(
+        record,
+        vector_fingerprints=composer.vector_fingerprints(),
+        file_fingerprints={path: file.fingerprint().digest for path, file in composer.recipe.files.items()},
+        base_fingerprint=composer.fingerprint("base").digest,
+        edited_fingerprint=composer.fingerprint("edited").digest,
+    )
+
+
+def _notes(composer: Composer, left_out: list[str]) -> list[str]:
+    """Return what was decided in reading, and what was not edited or carried though it is there."""
+    infos = [opened.info for opened in (composer.base, *(source.weights for source in composer.sources.values()))]
+    notes = [str(info) for info in infos if info.notes or info.which != "as stored"]
+    for path, names in composer.differing().items():
+        notes.append(
+            f"{path}: {len(names)} tensors of integers, booleans or complex numbers differ from the base's, which are "
+            f"kept: {some(names)}"
+        )
+    if left_out:
+        notes.append(f"not carried beside the weights: {some(left_out)}")
+    return notes
+
+
+def _prepare_undo(keep_undo: bool | str, composer: Composer) -> None:
+    """Check that an undo file can be written, and count the memory that it takes."""
+    load_torch()  # which undo files take, and so the memory that is left
+    base = composer.base
+    composer.beside = BYTES_HELD * max((base.spec(name).itemsize for name in base), default=0)
+    _check_undo(keep_undo, composer.sources)
+
+
+def _write_undo(out: Output, composer: Composer, record: Record, base: Path, keep_undo: bool | str) -> Path:
+    path = undo_path(out.path)
+    folder = base if base.is_dir() else None
+    config = (folder / "config.json").read_text() if folder and (folder / "config.json").is_file() else ""
+    back = composer.back(out.weights(), with_vectors=keep_undo == "with_vectors")
+    write_undo(out.beside(path), composer.base, back, record, config)
+    return path
 
 
 def _check_undo(keep_undo: bool | str, sources: Mapping[str, LazyTaskVector]) -> None:

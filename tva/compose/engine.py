@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import gc
 import math
+import re
 from collections import ChainMap
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -23,6 +24,7 @@ from tva.compose.recipe import ChunkDeltas, Chunks, Recipe, States
 from tva.console import progress
 from tva.errors import NoEffectError
 from tva.merge import Chunk, kernels
+from tva.merge.matrix import EMBEDDINGS
 from tva.merge.program import Program
 from tva.sizes import anonymous_memory, parse_bytes
 from tva.vectors.lazy import LazyTaskVector, untie
@@ -379,6 +381,29 @@ class Composer:
             found = {name: self.records[self.tied.get(name, name)]["vectors"][key] for name in source.weights}
             digests[key] = Fingerprint.from_tensors(found).digest
         return digests
+
+    def differing(self) -> dict[str, list[str]]:
+        """Return, by fine-tuned checkpoint, tensors that are never edited and yet differ: of integers, for instance."""
+        found: dict[str, list[str]] = {}
+        for name in self.names:
+            record, spec = self.records[name], self.base.spec(name)
+            for key, digest in record["vectors"].items() if not is_edited(spec) and spec.numel() > 1 else ():
+                if self.sources[key].is_checkpoint and digest != record["base"]:
+                    found.setdefault(str(self.sources[key].weights.path), []).append(name)
+        return found
+
+    def untied(self) -> list[str]:
+        """Return embeddings that equal another tensor in the base, as tied ones do, and no longer do in the output."""
+        twins: dict[str, list[str]] = {}
+        for name in self.names:
+            if len(self.base.spec(name).sizes) > 1 and re.search(EMBEDDINGS, name):
+                twins.setdefault(self.records[name]["base"], []).append(name)
+        return [
+            name
+            for names in twins.values()
+            for name in names[1:]
+            if self.records[name]["edited"] != self.records[names[0]]["edited"]
+        ]
 
     def check(self) -> None:
         """Check, when all is written, that the edit did something."""

@@ -22,6 +22,7 @@ from tva.checkpoints import (
     open_weights,
     protect,
     side_files,
+    weights_stem,
 )
 from tva.compose.engine import Composer
 from tva.compose.recipe import Recipe
@@ -108,13 +109,14 @@ def revert(
     if composer.chunk < opened.block and not composer.recipe.needs_whole_tensors:
         raise ValueError(f"{opened.path} was written in blocks for which max_memory={max_memory!r} is too little.")
     folder = _folder(edited, weights)
-    beside = side_files(folder, None) if folder else {}
+    beside = side_files(folder)[0] if folder else {}
     if opened.metadata["tva.undo_config"] and "config.json" in beside:
         beside["config.json"] = opened.metadata["tva.undo_config"].encode()
     metadata = {"format": "pt", **opened.base_metadata, **opened.ties}
     shard_bytes = parse_bytes(max_shard_size)
     job = {**opened.record.metadata(), "max_shard_size": shard_bytes}
-    with Output(Path(output), composer.layout(), metadata, job, shard_bytes, resume) as out:
+    stem = weights_stem(folder) if folder else "model"
+    with Output(Path(output), composer.layout(), metadata, job, shard_bytes, resume, stem) as out:
         restoring = Restoring(opened, out)
         composer.run(restoring)
         found = {**restoring.digests, **{name: restoring.digests[kept] for name, kept in opened.ties.items()}}

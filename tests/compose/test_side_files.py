@@ -1,0 +1,107 @@
+"""What comes out beside the weights: every file of the base's folder, under the names that loaders ask for."""
+
+import json
+
+import pytest
+import torch
+
+from tva import open_weights, save_weights
+from tva.checkpoints import side_files
+from tva.compose.apply import compose
+from tva.compose.revert import revert
+
+CARRIED = {
+    "config.json": json.dumps({"dtype": "float32", "text_config": {"dtype": "float32", "tie_word_embeddings": True}}),
+    "source.spm": "a",
+    "bpe.codes": "b",
+    "vocab.bpe": "c",
+    "tokenizer.model.v3": "d",
+    "1_Pooling/config.json": "{}",
+    "additional_chat_templates/tools.jinja": "e",
+    "LICENSE": "f",
+}
+LEFT = {
+    "optimizer.pt": "", "trainer_state.json": "{}", "logs/a.txt": "", "events.out.tfevents.1": "", "train.log": "",
+    "checkpoint-10/config.json": "{}", ".cache/x": "", "2_Dense/config.json": "{}", "2_Dense/pytorch_model.bin": "",
+}  # fmt: skip
+
+
+def weights(seed, shift=0.0):
+    generator = torch.Generator().manual_seed(seed)
+    embeddings = torch.randn(8, 4, generator=generator)
+    return {"embed_tokens.weight": embeddings, "lm_head.weight": embeddings + shift, "n": torch.arange(3) + seed}
+
+
+@pytest.fixture
+def model(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name, text in {**CARRIED, **LEFT}.items():
+        path = tmp_path / "model" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    save_weights(weights(0), "model/model.safetensors")
+    save_weights({**weights(1), "n": weights(0)["n"]}, "tuned.safetensors")
+    return tmp_path / "model"
+
+
+def files(folder):
+    return {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_every_file_that_describes_the_model_goes_along(model, tmp_path):
+    report = compose("model", {"v": "tuned.safetensors"}, "v", "out")
+    assert files(tmp_path / "out") == {*CARRIED, "2_Dense/config.json", "model.safetensors"}
+    for name, text in CARRIED.items():
+        assert (tmp_path / "out" / name).read_text() == text
+    assert report.notes == ["not carried beside the weights: '2_Dense/pytorch_model.bin'"]
+
+
+@pytest.mark.parametrize("base", ["model", "model/diffusion_pytorch_model.safetensors"])
+def test_weights_keep_their_name_and_a_file_beside_a_configuration_is_a_model(model, tmp_path, base):
+    (model / "model.safetensors").rename(model / "diffusion_pytorch_model.safetensors")
+    for path in ("optimizer.pt", "2_Dense/pytorch_model.bin"):
+        (model / path).unlink()
+    compose(base, {"v": "tuned.safetensors"}, "v", "out", keep_undo=True)
+    found = files(tmp_path / "out")
+    assert {"diffusion_pytorch_model.safetensors", "config.json", "source.spm"} <= found
+    assert not any(name.startswith("model.") for name in found)
+    compose(base, {"v": "tuned.safetensors"}, "v", "shards", max_shard_size="100")
+    assert "diffusion_pytorch_model.safetensors.index.json" in files(tmp_path / "shards")
+    assert torch.equal(open_weights("shards")["lm_head.weight"], open_weights("out")["lm_head.weight"])
+    revert("out", output="back")
+    assert "diffusion_pytorch_model.safetensors" in files(tmp_path / "back")
+
+
+def test_a_file_by_itself_brings_nothing(model, tmp_path):
+    save_weights(weights(0), "base.safetensors")
+    compose("base.safetensors", {"v": "tuned.safetensors"}, "v", "out")
+    assert files(tmp_path / "out") == {"model.safetensors"}
+
+
+@pytest.mark.parametrize(("shift", "tied"), [(0.0, True), (1.0, False)])
+def test_the_configuration_says_dtype_and_ties_in_every_part(model, tmp_path, shift, tied):
+    save_weights(weights(1, shift), "tuned.safetensors")
+    compose("model", {"v": "tuned.safetensors"}, "v", "out", dtype="bfloat16")
+    config = json.loads((tmp_path / "out/config.json").read_text())
+    assert config["dtype"] == config["text_config"]["dtype"] == "bfloat16"
+    assert config.get("tie_word_embeddings", True) is tied
+    assert config["text_config"]["tie_word_embeddings"] is tied
+
+
+def test_integers_that_differ_are_named_and_equal_ones_are_not(model):
+    save_weights(weights(1), "tuned.safetensors")
+    report = compose("model", {"v": "tuned.safetensors"}, "v", "out.safetensors")
+    (note,) = report.notes
+    assert note.startswith("tuned.safetensors: 1 tensors of integers, booleans or complex numbers differ from the base")
+    assert note.endswith("are kept: 'n'")
+    save_weights({**weights(1), "n": weights(0)["n"]}, "tuned.safetensors")
+    assert compose("model", {"v": "tuned.safetensors"}, "v", "out.safetensors").notes == []
+
+
+def test_links_that_lead_out_of_the_folder_are_refused(model, tmp_path):
+    (tmp_path / "secret.txt").write_text("secret")
+    (model / "merges.txt").symlink_to(model / "bpe.codes")
+    assert "merges.txt" in side_files(model)[0]
+    (model / "vocab.txt").symlink_to(tmp_path / "secret.txt")
+    with pytest.raises(ValueError, match=r"vocab.txt is a link to .*secret.txt, outside of"):
+        side_files(model)

@@ -1,0 +1,121 @@
+"""What is beside a model's weights and goes along with an edited model: configuration, tokenizer, code, sub-folders."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import Any
+
+from tva._torch import torch
+from tva.checkpoints.folder import is_undo, weights_file
+from tva.checkpoints.foreign import read_json
+from tva.checkpoints.spec import dtype_name
+
+WEIGHTS = (
+    ".safetensors",
+    ".bin",
+    ".pt",
+    ".pth",
+    ".ckpt",
+    ".h5",
+    ".msgpack",
+    ".onnx",
+    ".gguf",
+    ".ot",
+    ".npz",
+    ".distcp",
+)
+OF_TRAINING = (  # names of files and folders that belong to a training run
+    ".*", "__pycache__", "runs", "logs", "wandb", "lightning_logs", "checkpoint-*", "global_step*", "*.log", "latest",
+    "optimizer*", "scheduler*", "rng_state*", "events.out.tfevents*", "zero_to_fp32.py", "trainer_state.json",
+    "training_args.json", "all_results.json", "adapter_config.json", "edit.json", "report.html",
+)  # fmt: skip
+
+
+def model_folder(base: Path) -> Path | None:
+    """Return the folder of a base with what describes it: itself, or that of a file beside a ``config.json``."""
+    if base.is_dir():
+        return base
+    return base.parent if (base.parent / "config.json").is_file() else None
+
+
+def side_files(
+    base: Path, dtype: torch.dtype | str | None = None, untied: bool = False
+) -> tuple[dict[str, bytes | Path], list[str]]:
+    """Find what is beside a model's weights.
+
+    Args:
+        base: The base model's folder, or its file; of a file's folder the sub-folders do not belong to it.
+        dtype: Of the edited model where it is not the base's: ``config.json`` then says so.
+        untied: Whether the edit moved tied embeddings apart: ``config.json`` then says so.
+
+    Returns:
+        Path in the folder to the file, or to contents that differ from it; and the weights of other parts of the model,
+        in sub-folders, which are left out.
+    """
+    folder = model_folder(base)
+    if folder is None:
+        return {}, []
+    found: dict[str, bytes | Path] = {}
+    left_out = []
+    for path in _files(folder, base.is_dir()):
+        name = path.relative_to(folder).as_posix()
+        if path.suffix in WEIGHTS or name.endswith(".index.json"):
+            left_out += [name] if path.suffix in WEIGHTS and "/" in name else []
+        else:
+            found[name] = _inside(folder, path)
+    if (dtype is not None or untied) and "config.json" in found:
+        config = read_json(folder / "config.json", dict)
+        for part in (config, *(part for key, part in config.items() if key.endswith("_config"))):
+            if isinstance(part, dict):
+                part |= _changes(part, dtype, untied)
+        if untied:
+            config["tie_word_embeddings"] = False
+        found["config.json"] = json.dumps(config, indent=2).encode()
+    return found, left_out
+
+
+def _changes(config: Mapping[str, Any], dtype: torch.dtype | str | None, untied: bool) -> dict[str, Any]:
+    changed: dict[str, Any] = {} if dtype is None else dict.fromkeys(("torch_dtype", "dtype"), dtype_name(dtype))
+    if untied:
+        changed["tie_word_embeddings"] = False
+    return {key: value for key, value in changed.items() if key in config}
+
+
+def weights_stem(base: Path) -> str:
+    """Return the name that the weights of a model in this folder have, without endings; loaders ask for that name."""
+    known = base
+    if base.is_dir():
+        files = [path for path in base.glob("*.safetensors") if not is_undo(path.name)]
+        known = weights_file(base) or (files[0] if len(files) == 1 else base)
+    elif model_folder(base) is None:
+        return "model"
+    stem, found, _ = known.name.partition(".safetensors")
+    return stem if found and "-of-" not in stem else "model"
+
+
+def _files(folder: Path, deep: bool) -> Iterator[Path]:
+    for path in sorted(folder.iterdir()):
+        if any(fnmatch(path.name, pattern) for pattern in OF_TRAINING):
+            continue
+        if path.is_file():
+            yield path
+        elif deep and path.is_dir() and not path.is_symlink():
+            yield from _files(path, deep)
+
+
+def _inside(folder: Path, path: Path) -> Path:
+    """Return a file of a folder, which may not be a link that leads out of it, but for the hub's cache.
+
+    Raises:
+        ValueError: It leads elsewhere, so that a file of this machine would be copied into the output.
+    """
+    roots = [folder.resolve(), *([folder.parent.parent / "blobs"] if folder.parent.name == "snapshots" else [])]
+    if path.is_symlink() and not any(path.resolve().is_relative_to(root.resolve()) for root in roots):
+        raise ValueError(
+            f"{path} is a link to {path.resolve()}, outside of {folder}, and would be copied beside the output. Put a "
+            f"copy of the file in its place, or remove the link."
+        )
+    return path
