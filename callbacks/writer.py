@@ -31,6 +31,7 @@ from tva.vectors.compress import suited, write_encoded
 from tva.vectors.encoding import Encoding
 from tva.vectors.header import SUFFIX, Origin, vector_header
 from tva.vectors.kind import kind_of
+from tva.vectors.redact import public_values
 from tva.vectors.write import Emitted, TensorSource, VectorPlan, emit
 
 LoraMode = Literal["merge", "adapter"]
@@ -264,7 +265,7 @@ class VectorWriter:
             kind=kind_of(pl_module),
             since_step=job.since_step,
             metrics=_finite(trainer.callback_metrics),
-            hyperparameters=_json_only(job.checkpoint.get("hyper_parameters", pl_module.hparams)),
+            hyperparameters=public_values(_json_only(job.checkpoint.get("hyper_parameters", pl_module.hparams))),
         )
 
     def _write(self, trainer: L.Trainer, pl_module: L.LightningModule, plan: VectorPlan, job: VectorJob) -> SavedVector:

@@ -4,17 +4,23 @@ import errno
 import json
 import multiprocessing
 import os
+import shutil
 import signal
 import time
 from pathlib import Path
 
 import pytest
-from small_edit import Net, Task, edit
+from small_edit import Net, Task, edit, make_trainer
 
 from tva import open_weights, save_weights
 from tva.compose.revert import revert
+from tva.compose.verify import verify
 from tva.edit import folder as module
 from tva.edit.folder import FILES, MADE_BY, replacing
+from tva.edit.options import EditOptions
+from tva.edit.push import push
+from tva.edit.run import run_edit
+from tva.edit.runs import revisit
 
 
 class Killed(BaseException):
@@ -193,3 +199,34 @@ def test_a_configuration_that_an_edit_wrote_is_its_own(vectors, tmp_path):
     (tmp_path / "out/config.yaml").write_text(f"{MADE_BY}\nrecipe: a")
     edit(vectors, tmp_path, scaling_coef=0.5)
     assert not (tmp_path / "out/config.yaml").exists()  # it was of the edit before
+
+
+def test_nothing_that_is_written_or_pushed_names_the_home_folder_or_a_secret(vectors, tmp_path, monkeypatch):
+    home = tmp_path / "home"
+    monkeypatch.setenv("HOME", str(home))
+    (home / "vectors").mkdir(parents=True)
+    for path in vectors.values():
+        shutil.copy(path, home / "vectors" / Path(path).name)
+    own = {name: str(home / "vectors" / Path(path).name) for name, path in vectors.items()}
+    save_weights(Net().state_dict(), home / "base.safetensors")
+    trainer = make_trainer()
+    secret = "--trainer.logger.init_args.id=hunter2 --hub_token hunter2"
+    trainer.command = f"tva edit {secret} --base {home}/base.safetensors"
+    options = EditOptions(
+        output=str(home / "out"),
+        vectors=own,
+        recipe="a + b",
+        base=str(home / "base.safetensors"),
+        scaling_coef=0.5,
+        targets={"a": Task(1)},
+        keep_undo=True,
+    )
+    run_edit(trainer, Net(), options)
+    for file in (home / "out").iterdir():
+        content = file.read_bytes()
+        assert str(home).encode() not in content, file
+        assert b"hunter2" not in content, file
+    assert "~/base.safetensors" in (home / "out/edit.json").read_text()
+    assert verify(home / "out/edited.safetensors").holds
+    assert push(home / "out", "me/x", dry_run=True).files.keys() >= {"vectors/a.tv.safetensors"}
+    assert revisit([home / "out"]).notices == {"out": []}

@@ -83,7 +83,7 @@ def find(path: str | os.PathLike[str]) -> Path:
     """
     if is_hub(path):
         return fetch(path)
-    path = Path(path)
+    path = Path(path).expanduser()
     if not path.exists():
         there = path.parent.is_dir()
         names = sorted(p.name for p in path.parent.iterdir() if not p.name.startswith(".")) if there else []

@@ -113,7 +113,7 @@ def _changed(content: Mapping[str, Any]) -> Iterator[str]:
     }
     for name, entry in inputs.items():
         path = entry["path"]
-        if path is None or "modified_ns" not in entry or path.startswith("hf:") or not Path(path).exists():
+        if path is None or "modified_ns" not in entry or path.startswith("hf:") or not Path(path).expanduser().exists():
             continue
         if stamp(path) == {key: entry[key] for key in ("bytes", "modified_ns")}:
             continue

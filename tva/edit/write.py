@@ -30,6 +30,7 @@ from tva.report.run_files import CARD, CONFIG, EDIT_JSON, EDITED, PAGE
 from tva.search import score
 from tva.vectors.kind import KEY
 from tva.vectors.lazy import LazyTaskVector
+from tva.vectors.redact import public_command, public_path
 from tva.version import __version__
 
 
@@ -38,12 +39,13 @@ def build_report(outcome: Outcome) -> EditReport:
     session, choice = outcome.session, outcome.choice
     options, goal, evaluator = session.options, session.goal, session.evaluator
     trainer, live = session.editor.trainer, canonical_state_dict(session.editor.model.state_dict())
-    base = options.base
+    base = {} if options.base is None else stamp(options.base)
+    path = options.base and public_path(options.base)
     return EditReport(
         recipe=goal.recipe.text,
         coefficients=dict(outcome.state.coefs),
         reason=choice.reason,
-        base={"path": base, "fingerprint": evaluator.facts["base"], **({} if base is None else stamp(base))},
+        base={"path": path, "fingerprint": evaluator.facts["base"], **base},
         vectors=_describe_vectors(outcome),
         rule="given" if goal.is_given else options.rule,
         objective=goal.objective.text if goal.objective else None,
@@ -58,7 +60,7 @@ def build_report(outcome: Outcome) -> EditReport:
             "strategy": "given" if goal.is_given else type(goal.search).__name__,
             "num_forward": evaluator.num_forward,
             "num_reused": evaluator.log.num_reused,
-            "log": options.log_file,
+            "log": public_path(options.log_file),
             **choice.details,
         },
         baselines=outcome.baselines,
@@ -70,7 +72,7 @@ def build_report(outcome: Outcome) -> EditReport:
             "python": platform.python_version(),
         },
         seed=int(os.environ["PL_GLOBAL_SEED"]) if "PL_GLOBAL_SEED" in os.environ else None,
-        command=getattr(trainer, "command", None) or _call(),
+        command=public_command(getattr(trainer, "command", None) or _call()),
         model=evaluator.facts["model"],
         precision=evaluator.facts["precision"],
         data=evaluator.data(),
@@ -85,7 +87,7 @@ def _describe_vectors(outcome: Outcome) -> dict[str, dict[str, Any]]:
     deltas = session.evaluator.facts["vectors"]
     return {
         name: {
-            "path": path,
+            "path": public_path(path),
             "fingerprint": session.vectors[name].origin.finetuned,
             "norm": session.vectors[name].norm(),
             "deltas": deltas[name],
@@ -186,8 +188,8 @@ def _record(outcome: Outcome, edited: Mapping[str, Tensor]) -> Record:
         coefs={name: coefs[name] for name in recipe.coefs},
         scaling_coef=state.scaling_coef,
         dtype="",
-        base=options.base or _base_beside(options.vectors.values(), digest),
-        vectors=vectors,
+        base=public_path(options.base or _base_beside(options.vectors.values(), digest)),
+        vectors={name: public_path(path) for name, path in vectors.items()},
         options={
             "allow_other_base": options.allow_other_base,
             "key_map": {},
