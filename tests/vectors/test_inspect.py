@@ -322,3 +322,9 @@ def test_memory_is_bounded_whatever_the_size(tmp_path, function, call):
     run = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, env=environment)
     assert run.returncode == 0, run.stderr
     assert float(run.stdout) < 16, "MiB; one of the nine tensors takes 32"
+
+
+def test_the_cosine_of_a_vector_with_itself_is_one_whatever_its_norm():
+    for value in torch.rand(200, generator=torch.Generator().manual_seed(0)).tolist():
+        vector = TaskVector({"w": torch.tensor([value, 2 * value, 3 * value])})
+        assert cosine_matrix({"a": vector})["a"]["a"] == 1.0

@@ -104,8 +104,11 @@ class Sums:
 
     def cosines(self) -> list[list[float]]:
         """Give the cosine of every pair, in [-1, 1]; NaN where a vector is zero."""
-        norms = self.dots.diagonal().sqrt()
-        return (self.dots / torch.outer(norms, norms)).clamp(-1.0, 1.0).tolist()
+        squares = self.dots.diagonal()
+        norms = squares.sqrt()
+        cosines = (self.dots / torch.outer(norms, norms)).clamp(-1.0, 1.0)
+        cosines.diagonal().copy_(squares / squares)  # 1, where rounding of the roots may give 0.9999999999999998
+        return cosines.tolist()
 
     def conflicts(self) -> list[list[float]]:
         """Give for every pair the share of opposite signs, among the elements that both move; NaN if there are none."""
