@@ -21,6 +21,7 @@ from torchmetrics import Metric, MetricCollection
 from tva.checkpoints import tensor_digest
 from tva.errors import some
 from tva.evaluation.batch_cache import shallow_copy
+from tva.evaluation.leaks import row_digests
 from tva.evaluation.metrics import compute, find_metric
 from tva.evaluation.result import Evaluation
 
@@ -34,12 +35,14 @@ class _Batch:
         logged: (name, value, weight) of each number that was logged.
         returned: By key what the step returned.
         hashes: Digests of its tensors.
+        rows: Digests of its examples' inputs.
     """
 
     num_examples: int = 0
     logged: list[tuple[str, float, float]] = field(default_factory=list)
     returned: dict[str, Tensor] = field(default_factory=dict)
     hashes: list[str] = field(default_factory=list)
+    rows: list[int] = field(default_factory=list)
 
 
 class Recorder:
@@ -72,6 +75,7 @@ class Recorder:
         here.num_examples = len(first)
         if self.hashed:
             apply_to_collection(self.batch, Tensor, lambda tensor: here.hashes.append(tensor_digest(tensor)))
+            here.rows = row_digests(self.batch)
         if not isinstance(outputs, Mapping):
             return
         for key in ("correct", "preds", "target") if self.whole else ("correct",):
@@ -80,6 +84,14 @@ class Recorder:
         preds = outputs.get("preds")
         if preds is not None and preds.ndim == 2:
             here.returned["predicted"] = preds.argmax(dim=-1).int().cpu()
+            labels = outputs.get("target")
+            if (
+                self.hashed
+                and labels is not None
+                and labels.shape == preds.shape[:1]
+                and not labels.is_floating_point()
+            ):
+                here.returned["labels"] = labels.detach().int().cpu()
         for metric, scores in (outputs.get("scores") or {}).items():
             here.returned[f"scores/{metric}"] = scores.detach().cpu()
 
@@ -97,6 +109,10 @@ class Recorder:
         return xxhash.xxh3_128(
             "".join(digest for batch in self.batches for digest in batch.hashes).encode()
         ).hexdigest()
+
+    def row_digests(self) -> np.ndarray | None:
+        rows = [digest for batch in self.batches for digest in batch.rows]
+        return np.array(rows, dtype=np.uint64) if rows and len(rows) == self.num_examples else None
 
     def means(self) -> dict[str, float]:
         sums: dict[str, list[float]] = {}
@@ -165,7 +181,9 @@ class Recorder:
             shareable,
             returned["predicted"].numpy() if "predicted" in returned else None,
             self.data_digest(),
-            tuple(name for name in metrics if name not in logged_names),
+            computed=tuple(name for name in metrics if name not in logged_names),
+            row_digests=self.row_digests(),
+            labels=returned["labels"].numpy() if "labels" in returned else None,
         )
 
 

@@ -48,6 +48,8 @@ class Evaluation:
         shareable: Whether several edits can be evaluated in one pass: all that the model logs is logged in its step.
         predicted: The predicted class of each example, where the model's step returns ``preds`` (batch, classes).
         data_digest: Hash of all batches as the model's step got them, where one model was evaluated as it is.
+        row_digests: Hash of each example's input, shape (examples,), likewise.
+        labels: The class of each example, likewise, where the model's step returns ``preds`` and ``target``.
         computed: Names of the metrics that the model does not log: those in ``extra``, and those of ``scores`` that
             were computed from ``preds`` and ``target``.
     """
@@ -62,6 +64,8 @@ class Evaluation:
     shareable: bool = False
     predicted: np.ndarray | None = None
     data_digest: str | None = None
+    row_digests: np.ndarray | None = None
+    labels: np.ndarray | None = None
     computed: tuple[str, ...] = ()
 
     def higher(self, metric: str) -> bool:
