@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 
 from tva.checkpoints import canonical_state_dict
@@ -10,6 +11,7 @@ from tva.edit.diagnostics import run_diagnostics
 from tva.edit.editor import EditState
 from tva.edit.outcome import Outcome
 from tva.edit.session import EditSession
+from tva.evaluation.leaks import check_shared
 from tva.evaluation.result import Evaluation, Split
 from tva.report.edit_report import ConstraintReport
 from tva.search import Choice, Constraint, score
@@ -28,6 +30,7 @@ def prove(session: EditSession, choice: Choice) -> Outcome:
     if options.random_seed is not None and choice.feasible:
         states.append(_random_state(state, options.random_seed))
     before = {task: evaluator.base(task, split) for task in options.tasks}
+    shared = _shared_examples(session, before) if choice.feasible else {}
     results = evaluator(states, options.tasks, split)
     finetuned = evaluator.finetuned([task for task in options.tasks if task in session.vectors], split)
     evaluations = {
@@ -41,7 +44,7 @@ def prove(session: EditSession, choice: Choice) -> Outcome:
         verdict_on(c, results[0][c.task], before[c.task], chosen_on.get(c.task), options.confidence)
         for c in goal.constraints
     ]
-    outcome = Outcome(session, choice, state, split, evaluations, verdicts)
+    outcome = Outcome(session, choice, state, split, evaluations, verdicts, shared)
     if choice.feasible:
         baselines = run_baselines(options.baselines or [], outcome)
         outcome = replace(outcome, baselines=baselines, diagnostics=run_diagnostics(options.diagnostics or [], outcome))
@@ -49,6 +52,16 @@ def prove(session: EditSession, choice: Choice) -> Outcome:
     editor.set(vector, state.scaling_coef, state.statistics)
     vector.check_effect(canonical_state_dict(editor.model.state_dict()), editor.base, state.scaling_coef)
     return outcome
+
+
+def _shared_examples(session: EditSession, test: Mapping[str, Evaluation]) -> dict[str, int]:
+    """Return by task how many test examples the coefficient was chosen on."""
+    goal = session.goal
+    if goal.is_given:
+        return {}
+    chosen_on = {*(goal.objective.tasks if goal.objective else ()), *(c.task for c in goal.constraints)}
+    val = {task: session.evaluator.base(task, "val") for task in chosen_on}
+    return check_shared(val, test, session.options.allow_shared_examples)
 
 
 def _random_state(state: EditState, seed: int) -> EditState:

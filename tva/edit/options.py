@@ -62,6 +62,7 @@ class EditOptions:
         keep_undo: Write ``edited.undo.safetensors`` too, from which ``tva revert`` restores the base bit for bit.
         allow_other_kind: Apply vectors of a linearized model (``tangent: true``) to an ordinary one, or the other way
             round.
+        allow_shared_examples: Prove a coefficient on test examples of which it was chosen on more than 5 %.
     """
 
     output: str | os.PathLike[str]
@@ -89,6 +90,7 @@ class EditOptions:
     allow_other_base: bool = False
     keep_undo: bool = False
     allow_other_kind: bool = False
+    allow_shared_examples: bool = False
 
     def __post_init__(self) -> None:
         paths = {name: os.fspath(path) for name, path in self.vectors.items()}

@@ -28,6 +28,7 @@ class Outcome:
         evaluations: By task the evaluations on that split: ``base``, ``edited``, and where known ``random`` and
             ``finetuned``.
         verdicts: Whether each constraint holds.
+        shared: By task how many test examples the coefficient was chosen on, where there are any.
         baselines: Results of the baselines that were asked for.
         diagnostics: Results of the diagnostics that were asked for.
     """
@@ -38,6 +39,7 @@ class Outcome:
     split: Split
     evaluations: Mapping[str, Mapping[str, Evaluation]]
     verdicts: Sequence[ConstraintReport]
+    shared: Mapping[str, int] = field(default_factory=dict)
     baselines: Mapping[str, Any] = field(default_factory=dict)
     diagnostics: Mapping[str, Any] = field(default_factory=dict)
 

@@ -22,6 +22,7 @@ from tva.compose.engine import Composer
 from tva.compose.record import Record
 from tva.edit.folder import MADE_BY, UNDO, replacing
 from tva.edit.outcome import Outcome
+from tva.evaluation.leaks import chance_accuracy
 from tva.evaluation.result import Evaluation
 from tva.report.edit_report import EditReport, Score, TaskReport, stamp
 from tva.report.model_card import model_card
@@ -55,7 +56,10 @@ def build_report(outcome: Outcome) -> EditReport:
         tasks={task: _task_report(outcome, task) for task in options.tasks},
         constraints=outcome.verdicts,
         holds=outcome.holds,
-        sizes=evaluator.sizes(),
+        sizes={
+            task: counts | ({"shared": outcome.shared[task]} if task in outcome.shared else {})
+            for task, counts in evaluator.sizes().items()
+        },
         search={
             "strategy": "given" if goal.is_given else type(goal.search).__name__,
             "num_forward": evaluator.num_forward,
@@ -112,6 +116,7 @@ def _task_report(outcome: Outcome, task: str) -> TaskReport:
         num_examples=base.num_examples,
         scores={label: _score(evaluation, metric) for label, evaluation in evaluations.items()},
         comparison=edited.compare(base, metric),
+        chance=chance_accuracy(edited, base) if metric == "accuracy" else None,
     )
 
 

@@ -69,6 +69,8 @@ class TaskReport:
         num_examples: Examples evaluated.
         scores: ``base`` and ``edited``, and where known ``finetuned`` and ``random``.
         comparison: The edited model against the base, example by example, where examples are known.
+        chance: The accuracy that the edited model's predictions would have if they did not depend on the input, where
+            the metric is the accuracy and predictions and labels are known.
     """
 
     role: Literal["target", "control"]
@@ -78,6 +80,13 @@ class TaskReport:
     num_examples: int
     scores: Mapping[str, Score]
     comparison: Comparison | None
+    chance: float | None = None
+
+    @property
+    def below_chance(self) -> bool:
+        """Whether the edited model is worse than chance, beyond its interval: what it knew is inverted, not gone."""
+        high = self.scores["edited"].high
+        return self.chance is not None and high is not None and high < self.chance
 
     @property
     def normalized(self) -> float | None:
@@ -228,6 +237,8 @@ class EditReport:
                 **{label: vars(score) for label, score in task.scores.items()},
                 "normalized": task.normalized,
                 "comparison": vars(task.comparison) if task.comparison else None,
+                "chance": task.chance,
+                "below_chance": task.below_chance,
             }
             for name, task in self.tasks.items()
         }
@@ -243,6 +254,7 @@ def _task_of(entry: Mapping[str, Any], comparison: type[Comparison]) -> TaskRepo
         **{name: entry[name] for name in names},
         scores={label: Score(**{**entry[label], **_real(entry[label], "value")}) for label in labels},
         comparison=comparison(**entry["comparison"]) if entry["comparison"] else None,
+        chance=entry.get("chance"),
     )
 
 

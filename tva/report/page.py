@@ -182,8 +182,16 @@ def _score(label: str, heading: str) -> Column:
     return Column(
         heading,
         lambda entry: number(entry[label]["value"], entry["metric"]) if label in entry else "–",
-        small=lambda entry: interval(entry[label], entry["metric"]) if label in entry else "",
+        small=lambda entry: interval(entry[label], entry["metric"]) + _chance(entry, label) if label in entry else "",
     )
+
+
+def _chance(entry: Mapping[str, Any], label: str) -> str:
+    """Say what the edited model would score by chance, and whether it is below."""
+    if label != "edited" or entry.get("chance") is None:
+        return ""
+    below = ", below it: inverted, not gone" if entry["below_chance"] else ""
+    return f" chance {number(entry['chance'], entry['metric'])}{below}"
 
 
 def _ratio(entry: Mapping[str, Any]) -> str:
@@ -243,6 +251,11 @@ def _table(found: Mapping[str, Any]) -> dict[str, Any]:
     return {"columns": columns, "rows": cells, "reason": found.get("reason", "")}
 
 
+def _shared(content: Content, task: str, split: str) -> str:
+    count = content["sizes"].get(task, {}).get("shared") if split == "test" else None
+    return f", {count:,} of them among its validation examples" if count else ""
+
+
 def _lineage(content: Content) -> dict[str, Any]:
     """Return what the edit was made from, and how."""
     base = content["base"]
@@ -253,7 +266,7 @@ def _lineage(content: Content) -> dict[str, Any]:
     if content.get("edited"):
         inputs.append(("edited", content["edited"]["path"], content["edited"]["fingerprint"], "written by this edit"))
     data = [
-        (task, split, f"{content['sizes'].get(task, {}).get(split, 0):,}", digest)
+        (task, split, f"{content['sizes'].get(task, {}).get(split, 0):,}{_shared(content, task, split)}", digest)
         for task, splits in content.get("data", {}).items()
         for split, digest in splits.items()
     ]

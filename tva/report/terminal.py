@@ -118,7 +118,11 @@ def _cell(value: Any) -> str:
 
 
 def _footnote(content: Mapping[str, Any]) -> str:
-    sizes = [f"{task} {split.get('val', 0):,} / {split.get('test', 0):,}" for task, split in content["sizes"].items()]
+    sizes = [
+        f"{task} {split.get('val', 0):,} / {split.get('test', 0):,}"
+        + (f" ({split['shared']:,} of them in both)" if "shared" in split else "")
+        for task, split in content["sizes"].items()
+    ]
     search = content["search"]
     spent = f"{search['num_forward']:,} examples evaluated"
     if search["num_reused"]:
