@@ -126,6 +126,17 @@ PLAIN: dict[str, Any] = {
 }
 
 
+def _effect(opcode: pickletools.OpcodeInfo) -> tuple[bool, int, tuple[int | None, ...]]:
+    """Return what an opcode does to the stack: whether it takes all to the mark, how many it takes, what it leaves."""
+    before = opcode.stack_before
+    to_mark = pickletools.stackslice in before
+    pops = before.index(pickletools.markobject) if to_mark else len(before)
+    return to_mark, pops, tuple(None if kind is pickletools.markobject else 1 for kind in opcode.stack_after)
+
+
+_EFFECTS = {opcode.name: _effect(opcode) for opcode in pickletools.opcodes}
+
+
 def check_pickle(data: io.BytesIO) -> None:
     """Refuse a pickle whose keys would take forever to hash, or whose memo would take all memory.
 
@@ -161,8 +172,10 @@ def check_pickle(data: io.BytesIO) -> None:
         elif name == "MEMOIZE":
             memo[len(memo)] = stack[-1] or 0
         elif name in ("TUPLE1", "TUPLE2", "TUPLE3"):
-            count = int(name[-1])
-            stack[-count:] = [1 + sum(cost or 0 for cost in stack[-count:])]
+            cost = 1 + (stack.pop() or 0)
+            for _ in range(int(name[-1]) - 1):
+                cost += stack.pop() or 0
+            stack.append(cost)
         elif name == "TUPLE":
             stack.append(1 + sum(since_mark()))
         elif name == "SETITEM":
@@ -175,18 +188,12 @@ def check_pickle(data: io.BytesIO) -> None:
         elif name == "DUP":
             stack.append(stack[-1])
         else:
-            _follow(opcode, stack, since_mark)
-
-
-def _follow(opcode: Any, stack: list[int | None], since_mark: Callable[[], list[int]]) -> None:
-    """Take from the stack what an opcode takes, and put there what it leaves, which is not a tuple."""
-    before, after = opcode.stack_before, opcode.stack_after
-    if pickletools.stackslice in before:
-        since_mark()
-        before = before[: before.index(pickletools.markobject)]
-    for _ in before:
-        stack.pop()
-    stack.extend(None if kind is pickletools.markobject else 1 for kind in after)
+            to_mark, pops, pushes = _EFFECTS[name]
+            if to_mark:
+                since_mark()
+            for _ in range(pops):
+                stack.pop()
+            stack += pushes
 
 
 class _Storage(NamedTuple):
