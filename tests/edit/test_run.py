@@ -137,7 +137,7 @@ def test_what_was_evaluated_on_other_things_is_not_reused(vectors, tmp_path, cha
 # --- statistics in the report
 
 
-def test_every_number_has_an_interval_and_the_sizes_of_both_splits_are_told(vectors, tmp_path, capsys):
+def test_every_number_has_an_interval_and_the_sizes_of_both_splits_are_reported(vectors, tmp_path, capsys):
     trainer = Trainer(accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False)
     report = trainer.edit(
         Net(),
@@ -217,7 +217,7 @@ def test_coefficients_named_in_the_recipe_are_searched_together(vectors, tmp_pat
         edit(vectors, tmp_path, recipe="s * a", coefs={"s": 1.0}, search=Grid(num=3, ranges={"s": [0, 1]}))
 
 
-def test_a_race_goes_through_the_same_door(vectors, tmp_path):
+def test_a_race_is_run_like_any_other_search(vectors, tmp_path):
     report = edit(vectors, tmp_path, search=Race(num=11))
     assert report.search["rounds"][0]["candidates"] == 10
     assert report.holds
@@ -273,7 +273,7 @@ def test_learned_coefficients_forget_under_a_constraint(vectors, tmp_path):
     search = Learned(loss="cross_entropy", num_steps=30, learning_rate=0.05, start=0.1)
     report = edit(vectors, tmp_path, **wanted, search=search, subject_to=["other/accuracy >= 0.2 * base"])
     assert report.tasks["a"].scores["edited"].value < report.tasks["a"].scores["base"].value
-    with pytest.raises(ValueError, match="which forgets nothing"):
+    with pytest.raises(ValueError, match="it does not forget"):
         edit(vectors, tmp_path, **wanted, search=Learned())
 
 

@@ -1,4 +1,4 @@
-"""Finished edits looked at again: pages rebuilt from edit.json alone, side by side, and what has changed since."""
+"""Finished edits opened again: pages rebuilt from edit.json alone, side by side, and what has changed since."""
 
 import json
 import os

@@ -22,14 +22,14 @@ MAX_VECTORS = 4  # task vectors that are held at once for one pass
 
 @dataclass(frozen=True)
 class EditState:
-    """A state that the model can be put into: the base moved along a vector.
+    """Weights the model can be set to: the base moved along a vector.
 
     Attributes:
         label: What it is called in the report: ``edited``, ``random``, ``fine-tuned on TASK`` …
         recipe: What the vector is, in words that with the vectors' fingerprints determine it.
         coefs: Values of all coefficients, that of the whole recipe among them as ``scaling_coef``.
         vector: Makes the vector.
-        statistics: What becomes of BatchNorm statistics.
+        statistics: How BatchNorm statistics are handled.
     """
 
     label: str
@@ -56,7 +56,7 @@ class Editor:
         trainer: Trainer that evaluates.
         model: Any LightningModule; its present weights are the base.
         datamodules: The tasks by name.
-        statistics: What becomes of BatchNorm statistics; see `tva.edit.options.EditOptions`.
+        statistics: How BatchNorm statistics are handled; see `tva.edit.options.EditOptions`.
         reestimate_with: Data modules whose training images statistics are estimated from.
     """
 
@@ -100,7 +100,7 @@ class Editor:
             self._set_estimated(vector, scaling_coef, live)
 
     def _live(self) -> dict[str, Tensor]:
-        """Give the model's own tensors by name, looked up again only when they have moved."""
+        """Return the model's own tensors by name, looked up again only when they have moved."""
         tensors = itertools.chain(self.model.parameters(), self.model.buffers())
         place = tuple((tensor.data_ptr(), tensor.device) for tensor in tensors)
         if self._found is None or self._found[0] != place:
@@ -108,7 +108,7 @@ class Editor:
         return self._found[1]
 
     def _resident(self, device: torch.device) -> dict[str, Tensor]:
-        """Give the base on the device where it is added to, moved there once."""
+        """Return the base on the device where it is added to, moved there once."""
         if device.type == "cpu":
             return self.base
         if device not in self._base_on:
@@ -116,7 +116,7 @@ class Editor:
         return self._base_on[device]
 
     def _resident_vector(self, vector: TaskVector, device: torch.device) -> TaskVector:
-        """Give a vector on the device where it is added, moved there once; the last few are kept."""
+        """Return a vector on the device where it is added, moved there once; the last few are kept."""
         if device.type == "cpu":
             return vector
         if id(vector) not in self._vectors_on:

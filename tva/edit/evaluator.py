@@ -98,14 +98,14 @@ class Evaluator:
         return self._base[task, split]
 
     def sizes(self) -> dict[str, dict[str, int]]:
-        """Give by task how many examples of each split were used."""
+        """Return by task how many examples of each split were used."""
         found: dict[str, dict[str, int]] = {}
         for (task, split), evaluation in self._base.items():
             found.setdefault(task, {})[split] = evaluation.num_examples
         return found
 
     def data(self) -> dict[str, dict[str, str | None]]:
-        """Give by task the hash of each split's batches, as the model got them."""
+        """Return by task the hash of each split's batches, as the model got them."""
         found: dict[str, dict[str, str | None]] = {}
         for (task, split), evaluation in self._base.items():
             found.setdefault(task, {})[split] = evaluation.data_digest

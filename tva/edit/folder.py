@@ -73,7 +73,7 @@ def _has_record(file: Path) -> bool:
 
 @contextmanager
 def replacing(folder: Path) -> Iterator[Path]:
-    """Give a folder in which to write an edit, which then takes the place of an earlier edit, whole or not at all.
+    """Yield a folder in which to write an edit, which then takes the place of an earlier edit, whole or not at all.
 
     Files in ``folder`` that are no part of an edit stay. On Linux the two folders change places in one step; elsewhere
     in two. A folder that cannot be moved, such as the working directory, gets the new files one after another.
@@ -153,7 +153,7 @@ def _tell(kept: Path) -> None:
 
 
 def _link(source: Path, target: Path, names: Iterable[str]) -> None:
-    """Give files and folders a second name in another folder; where the file system has no links, a copy."""
+    """Hard-link files and folders into another folder; where the file system has no links, a copy."""
     target.mkdir(exist_ok=True)
     for name in names:
         path, copy = source / name, target / name

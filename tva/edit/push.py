@@ -19,7 +19,7 @@ from tva.vectors.header import is_vector_file
 
 @dataclass(frozen=True)
 class Pushed:
-    """What went up, or would.
+    """What was uploaded, or would be.
 
     Attributes:
         repository: ``owner/name``.
@@ -34,7 +34,7 @@ class Pushed:
     notes: list[str]
 
     def to_json(self) -> dict[str, Any]:
-        """Give plain values."""
+        """Return plain values."""
         return asdict(self)
 
 
@@ -55,7 +55,7 @@ def push(
         base_model: ``owner/name`` of the base on the hub, for the card.
         vectors: Upload the recipe's task vectors too, as ``vectors/NAME.tv.safetensors``.
         public: Make a new repository public.
-        dry_run: Send nothing; tell what would go up.
+        dry_run: Send nothing; return what would be uploaded.
 
     Returns:
         What went up.

@@ -1,4 +1,4 @@
-"""Look at finished edits again: rebuild their pages from ``edit.json`` alone, and put several side by side."""
+"""Finished edits, opened again: rebuild their pages from ``edit.json`` alone, and put several side by side."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tva.vectors.task_vector import TaskVector
 
 @dataclass(frozen=True)
 class Revisited:
-    """Runs that were looked at again.
+    """Runs that were opened again.
 
     Attributes:
         contents: Their ``edit.json``, by name.
@@ -31,7 +31,7 @@ class Revisited:
     pages: Sequence[Path]
 
     def to_json(self) -> dict[str, Any]:
-        """Give plain values."""
+        """Return plain values."""
         return {
             "runs": dict(self.contents),
             "notices": {name: list(said) for name, said in self.notices.items()},
@@ -85,7 +85,7 @@ def _write(path: Path, page: str) -> Path:
 
 
 def _names(paths: Sequence[Path]) -> dict[Path, str]:
-    """Give each run the shortest name that tells it from the others: its path without what all have in common.
+    """Return for each run the shortest name that distinguishes it: its path without what all have in common.
 
     Example:
         >>> list(_names([Path("runs/demo/add/seed=0"), Path("runs/demo/forget/seed=0/edit.json")]).values())

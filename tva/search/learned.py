@@ -38,7 +38,7 @@ KEEP_EVERY = 50  # steps
 
 @dataclass(frozen=True)
 class TrainingContext:
-    """What training coefficients needs of an edit.
+    """Inputs for training coefficients.
 
     Attributes:
         trainer: The Trainer that evaluates; its device and precision are used.
@@ -114,7 +114,7 @@ class Learned(Search):
         if problem.rule != "best" or (forget and self.loss == "entropy"):
             raise ValueError(
                 "Learned coefficients serve an objective to maximize (rule='best'), and with loss='cross_entropy' also "
-                "one to minimize: entropy makes a model surer, which forgets nothing."
+                "one to minimize: minimizing entropy makes a model more confident; it does not forget."
             )
         kept = [c.task for c in problem.constraints if c.task in context.controls]
         tasks = {**context.targets} | ({name: context.controls[name] for name in kept} if forget else {})
@@ -219,7 +219,7 @@ class _Kept(L.Callback):
         self.key = xxhash.xxh3_128_hexdigest(described.encode())
 
     def restore(self, num_steps: int) -> int:
-        """Take up a state of at most so many steps; give how many are done."""
+        """Restore a state of at most this many steps; return how many are done."""
         trainer, found = self.context.trainer, None
         if trainer.is_global_zero and self.context.kept is not None and self.context.kept.exists():
             found = torch.load(self.context.kept, weights_only=True)
@@ -233,7 +233,7 @@ class _Kept(L.Callback):
         return len(found["losses"])
 
     def losses(self) -> list[float]:
-        """Give each step's loss, the mean of all processes; all must call this."""
+        """Return each step's loss, the mean of all processes; all must call this."""
         return np.mean(gather(self.context.trainer, self.learner.losses), axis=0).tolist()
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
@@ -284,7 +284,7 @@ class CoefficientLearner(L.LightningModule):
             tensors.update({name: tensor.to(self.device) for name, tensor in tensors.items()})
 
     def edited(self) -> dict[str, Tensor]:
-        """Give the tensors that the vectors move, as functions of the coefficients."""
+        """Return the tensors that the vectors move, as functions of the coefficients."""
         coefs = self.coefs.clamp(0, 1) if self.options.clamp else self.coefs
         found: dict[str, Tensor] = {}
         for row, deltas in zip(coefs, self._deltas, strict=True):
@@ -319,12 +319,12 @@ class CoefficientLearner(L.LightningModule):
         return (self.coefs.clamp(0, 1) if self.options.clamp else self.coefs).detach().cpu()
 
     def table(self) -> dict[str, dict[str, float]]:
-        """Give the coefficients by vector and by tensor, layer or all."""
+        """Return the coefficients by vector and by tensor, layer or all."""
         rows = zip(self._context[0].vectors, self._values().tolist(), strict=True)
         return {name: dict(zip(self.groups, row, strict=True)) for name, row in rows}
 
     def vector(self) -> TaskVector:
-        """Give the sum of the vectors, each tensor times its coefficient; running statistics do not move."""
+        """Return the sum of the vectors, each tensor times its coefficient; running statistics do not move."""
         scaled = []
         for vector, row in zip(self._context[0].vectors.values(), self._values().tolist(), strict=True):
             deltas = {name: delta * row[self.group_of[name]] for name, delta in vector.deltas.items()}

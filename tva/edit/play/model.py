@@ -24,7 +24,7 @@ from tva.search import SCALING, Candidate, Grid
 
 SEED = 0  # of the validation examples that are taken
 NUM_SHOWN = 6  # examples a task
-NUM_GLANCED = 64  # examples a task that are enough for a first look
+NUM_GLANCED = 64  # examples a task that are enough for a rough view
 
 
 @dataclass(frozen=True)
@@ -190,7 +190,7 @@ class Playground:
         ]
 
     def at(self, coefs: Mapping[str, float] | None = None) -> View:
-        """Put the model into a state and say what it does.
+        """Set the model to a state and return what it does.
 
         Args:
             coefs: Values by name; those left out are the edit's own.
@@ -219,7 +219,7 @@ class Playground:
         return View(everything, rows, constraints, examples, time.monotonic() - started)
 
     def glance(self, coefs: Mapping[str, float] | None = None) -> View:
-        """Say roughly what a state does, by the first examples of each task alone; constraints need all of `at`.
+        """Return roughly what a state does, from the first examples of each task only; constraints need all of `at`.
 
         Args:
             coefs: As in `at`.
@@ -231,7 +231,7 @@ class Playground:
         return View(everything, self._rows(live), [], [], time.monotonic() - started, rough=True)
 
     def _setting(self, coefs: Mapping[str, float] | None) -> dict[str, float]:
-        """Give all coefficients, those that are left out as the edit has them."""
+        """Return all coefficients, those that are left out as the edit has them."""
         everything = {slider.name: slider.chosen for slider in self.sliders}
         unknown = sorted((coefs or {}).keys() - everything.keys())
         if unknown:
