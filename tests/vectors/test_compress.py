@@ -333,7 +333,7 @@ def test_mistakes_in_the_command_are_named(files):
     for options, message in (
         ({"encoding": "int9"}, "no encoding 'int9'; encodings are exact, bf16.*Did you mean 'int8'"),
         ({"encoding": "int8(rank=3)"}, "int8 takes no parameter"),
-        ({"encoding": "top_k(rank=3)"}, "top_k takes density alone, as in top_k\\(density=0.1\\)"),
+        ({"encoding": "top_k(rank=3)"}, "top_k takes only density, as in top_k\\(density=0.1\\)"),
         ({"encoding": "top_k(density=2)"}, "density is the fraction of elements to keep"),
         ({"encoding": "low_rank(rank=0)"}, "rank must be 1 or more"),
         ({"encoding": "low_rank(rank=few)"}, "rank must be a number, as in low_rank\\(rank=16\\)"),

@@ -56,7 +56,7 @@ def assert_same_file(path, expected):
 @pytest.mark.parametrize("piece", [7, 2**18])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 def test_extract_writes_bit_for_bit_what_between_and_save_write(tmp_path, monkeypatch, dtype, piece):
-    monkeypatch.setattr(tva.vectors.write, "PIECE", piece)
+    monkeypatch.setattr(tva.vectors.write, "CHUNK", piece)
     save_weights(state(0, dtype), tmp_path / "base.safetensors")
     torch.save({"state_dict": {f"model.{name}": value for name, value in state(1, dtype).items()}}, tmp_path / "a.ckpt")
     base, output = str(tmp_path / "base.safetensors"), str(tmp_path / "a.tv.safetensors")
@@ -86,7 +86,7 @@ def test_extract_takes_an_adapter_as_fine_tuned_model(tmp_path):
 
 
 def test_extract_refuses_what_makes_no_vector(files):
-    with pytest.raises(NoEffectError, match="The two checkpoints are alike: none of their 10 tensors moved"):
+    with pytest.raises(NoEffectError, match="The two checkpoints are equal: none of their 10 tensors moved"):
         extract("base.safetensors", "base.safetensors", "x.tv.safetensors")
     with pytest.raises(ValueError, match=r"must end in \.safetensors, best in \.tv\.safetensors; found 'x\.pt'"):
         extract("base.safetensors", "a.ckpt", "x.pt")
@@ -129,8 +129,8 @@ def flat(matrix):
 
 @pytest.mark.parametrize("piece", [5, 2**18])
 def test_norms_cosines_and_conflicts_are_those_of_the_formulas(monkeypatch, piece):
-    monkeypatch.setattr(tva.vectors.geometry, "PIECE", piece)
-    monkeypatch.setattr(tva.vectors.geometry, "LEAST_PIECE", 1)
+    monkeypatch.setattr(tva.vectors.geometry, "CHUNK", piece)
+    monkeypatch.setattr(tva.vectors.geometry, "LEAST_CHUNK", 1)
     vectors = [TaskVector.between(state(0), state(seed)) for seed in (1, 2, 3)]
     vectors[2].deltas.pop("l.0.w")  # frozen in one of them
     vectors[1].deltas["bias"][:10] = 0
@@ -264,7 +264,7 @@ def test_a_slow_disk_gets_every_piece_as_it_was_computed(tmp_path, monkeypatch):
         store(self, data, offset)
 
     monkeypatch.setattr(LateHeaderFile, "_store", slowly)
-    monkeypatch.setattr(tva.vectors.write, "PIECE", 100)
+    monkeypatch.setattr(tva.vectors.write, "CHUNK", 100)
     torch.manual_seed(0)
     base = {"w": torch.randn(805), "d": torch.randn(301, dtype=torch.float64)}
     tuned = {name: tensor + torch.randn_like(tensor) for name, tensor in base.items()}

@@ -165,8 +165,11 @@ def _open_editor(trainer: L.Trainer, model: L.LightningModule, options: EditOpti
     return Editor(trainer, model, options.tasks, options.statistics, (options.targets or {}).values()), kind
 
 
+ADVICE = "Make a task vector file of it with tva extract, which has --key_map and --exclude, and give that"
+
+
 def _load_vector(path: str, base: Mapping[str, Tensor]) -> TaskVector:
     if is_vector_file(path):
         return TaskVector.load(path)
-    finetuned = open_finetuned(path, base)
+    finetuned = open_finetuned(path, base, advice=ADVICE)
     return TaskVector.between(base, finetuned, origin=Origin(kind=finetuned.metadata.get(KEY)))

@@ -34,7 +34,7 @@ class PairwiseStatistics:
 
     @classmethod
     def of(cls, sums: Sums) -> PairwiseStatistics:
-        """Take it from sums."""
+        """Return the statistics of sums."""
         return cls(sums.norms(), sums.cosines(), sums.conflicts())
 
 

@@ -95,7 +95,7 @@ def compress(
     max_error: float | None = None,
     max_size: str | None = None,
 ) -> CompressReport:
-    r"""Write a task vector in fewer bytes; every command reads the file as it reads others. Give one of the last three.
+    r"""Write a task vector in fewer bytes, by one of the last three options; every command reads the file.
 
     The error is :math:`\|\hat\tau - \tau\| / \|\tau\|`, measured on what is read back. A budget chooses among exact,
     bf16, fp16, int8, sign, top_k and low_rank of several densities and ranks.
@@ -230,7 +230,7 @@ def write_encoded(
 
 
 def _layout(weights: LazyWeights, chosen: Mapping[str, Encoding]) -> dict[str, Spec]:
-    """Give every tensor of the file: wide elements first, so that each is aligned."""
+    """Return every tensor of the file: wide elements first, so that each is aligned."""
     parts = [item for name in weights for item in chosen[name].specs(name, weights.spec(name)).items()]
     check_names([name for name, _ in parts])
     return dict(sorted(parts, key=lambda item: -item[1].dtype.itemsize))

@@ -131,7 +131,7 @@ class Encoder:
         return {"bits": torch.from_numpy(bits), "scale": rows.abs().mean(1, dtype=torch.float64).float()}
 
     def _top_k(self, encoding: Encoding) -> dict[str, Tensor]:
-        """Keep exactly so many: of those that equal the smallest one kept, the first."""
+        """Keep exactly the number asked for; of elements that equal the smallest one kept, the first."""
         flat, threshold = self._rows().reshape(-1), Threshold(encoding.size)
         for pass_number in range(PASSES):
             for start in range(0, len(flat), CHUNK):
@@ -148,7 +148,7 @@ class Encoder:
         return {"start": starts, "scale": scale, "index": (index % BLOCK).to(torch.uint16), "values": values}
 
     def _low_rank(self, encoding: Encoding) -> dict[str, Tensor]:
-        """Give both factors' columns the largest value 1, so that float16 holds them to 11 bits."""
+        """Scale both factors' columns to the largest value 1, so that float16 holds them to 11 bits."""
         rank = min(int(encoding.size), *matrix_shape(self.spec.shape))
         left, values, right = (factor[..., :rank] for factor in self.factors(rank))
         peaks = [factor.abs().amax(0) for factor in (left, right)]
@@ -157,7 +157,7 @@ class Encoder:
         return {"scale": scale, "left": left.half().contiguous(), "right": right.T.half().contiguous()}
 
     def factors(self, rank: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Decompose into left vectors, singular values and right vectors, at least so many; the same ones every time.
+        """Decompose into left vectors, singular values and right vectors, at least ``rank``, the same each time.
 
         Exact up to a smaller side of 1,024, by random projections (seed 0, three power iterations) beyond.
         """
@@ -235,7 +235,7 @@ class Encoder:
 
 
 def _projected(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Give the leading singular triplets of a large matrix by random projections, the same ones every time."""
+    """Return the leading singular triplets of a large matrix by random projections, the same ones every time."""
     generator = torch.Generator().manual_seed(0)
     basis = matrix @ torch.randn(matrix.shape[1], rank + OVERSAMPLE, generator=generator)
     for _ in range(POWER_ITERATIONS):

@@ -67,7 +67,7 @@ class Encoding:
         key, size = PARAMETERS.get(name, (None, 0))
         if found[3]:
             if key is None or found[2] not in (None, key):
-                takes = f"takes {key} alone, as in {cls(name, size)}" if key else "takes no parameter"
+                takes = f"takes only {key}, as in {cls(name, size)}" if key else "takes no parameter"
                 raise ValueError(f"The encoding {name} {takes}; found {text!r}.")
             try:
                 size = int(found[3]) if key == "rank" else float(found[3])
@@ -83,7 +83,7 @@ class Encoding:
         return f"{self.name}({PARAMETERS[self.name][0]}={self.size:g})" if self.name in PARAMETERS else self.name
 
     def specs(self, name: str, spec: Spec) -> dict[str, Spec]:
-        """Give the names, dtypes and shapes of the tensors that take a tensor's place in the file."""
+        """Return the names, dtypes and shapes of the tensors that take a tensor's place in the file."""
         if self.name in PLAIN:
             dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.name, spec.dtype)
             return {name: Spec(dtype, spec.shape)}
@@ -95,11 +95,11 @@ class Encoding:
         return {part_name(name, self.name, part): s for part, s in part_specs(self.name, spec.shape, size).items()}
 
     def num_bytes(self, spec: Spec) -> int:
-        """Give the size of a tensor so stored."""
+        """Return the bytes of a tensor that is stored so."""
         return sum(part.num_bytes for part in self.specs("", spec).values())
 
     def suited(self, spec: Spec) -> Encoding:
-        """Give this encoding, or bf16 for what it is not meant for.
+        """Return this encoding, or bf16 for what it is not meant for.
 
         That is: tensors with fewer than two dimensions (biases, norms), which are few and matter much, and those that
         would take as many bytes as in bf16, or more.
@@ -110,7 +110,7 @@ class Encoding:
 
 
 def relative_error(squared_error: float, squared_norm: float) -> float:
-    """Give the relative error; 0 for a zero tensor that is read back as such."""
+    """Return the relative error; 0 for a zero tensor that is read back as such."""
     return math.sqrt(squared_error / squared_norm) if squared_norm else math.inf if squared_error else 0.0
 
 
@@ -128,7 +128,7 @@ def check_names(names: Sequence[str]) -> None:
 def encoded_header(
     text: str, coded: Mapping[str, tuple[Encoding, torch.Size, float]], error: float, norm: float
 ) -> dict[str, str]:
-    """Make what the header of a compressed vector says more than others; of one length whatever the errors.
+    """Return what the header of a compressed vector says beyond that of others, of one length whatever the errors.
 
     Args:
         text: What was asked for.

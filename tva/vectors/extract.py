@@ -1,4 +1,4 @@
-"""Take a task vector from two checkpoints on disk, a piece at a time: the file that training would have written."""
+"""Take a task vector from two checkpoints on disk, a chunk at a time: the file that training would have written."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def extract(
     Raises:
         MismatchError: Keys or shapes differ.
         NoEffectError: The checkpoints are alike.
-        ValueError: The output's name is none for a task vector file, an input is no checkpoint or a task vector
+        ValueError: The output is not named ``*.safetensors``, an input is not a checkpoint or is a task vector
             already, or a delta is NaN or infinite.
         OSError: A file cannot be read, or there is no room for the output.
     """
@@ -89,7 +89,7 @@ def extract(
         if is_vector_file(path):
             raise ValueError(
                 f"{flag} must be a checkpoint, and {path} is a task vector file already. Take two checkpoints; "
-                f"'tva inspect {path}' tells what is in it."
+                f"'tva inspect {path}' shows what is in it."
             )
     weights = open_weights(base)
     only = NameFilter(include, exclude)

@@ -1,4 +1,4 @@
-"""How task vectors lie to each other: angles, signs that disagree, norms; in memory or read from files in pieces."""
+"""Angles, sign conflicts and norms of task vectors, in memory or read from files in chunks."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from tva.errors import MismatchError, some
 from tva.layers import block_of
 from tva.vectors.task_vector import TaskVector
 
-PIECE = 2**18  # elements of all vectors together that are looked at at once; as float64 they stay in the cache
-LEAST_PIECE = 2**12  # of one vector, however many there are
+CHUNK = 2**18  # elements of all vectors together that are measured at once; as float64 they stay in the cache
+LEAST_CHUNK = 2**12  # of one vector, however many there are
 
 
 def blocks(names: Iterable[str]) -> dict[str, list[str]]:
@@ -28,7 +28,7 @@ class TensorReader:
 
     Attributes:
         length: Its elements.
-        read: Gives the flattened elements from the first number to the second.
+        read: Returns the flattened elements from the first number to the second.
     """
 
     length: int
@@ -36,7 +36,7 @@ class TensorReader:
 
 
 def readers_of(vector: TaskVector) -> dict[str, TensorReader]:
-    """Give the parameters that a vector in memory moves."""
+    """Return the parameters that a vector in memory moves."""
 
     def part(delta: Tensor) -> TensorReader:
         flat = delta.detach().cpu().reshape(-1)
@@ -80,7 +80,7 @@ class Sums:
         )
 
     def add(self, rows: Tensor, which: Tensor) -> None:
-        """Count one piece of some of the vectors in, float64 [len(which), elements]."""
+        """Count one chunk of some of the vectors in, float64 [len(which), elements]."""
         if not rows.numel():
             return
         square = which[:, None], which[None, :]
@@ -99,11 +99,11 @@ class Sums:
         self.opposite[square] += ((both - agree) / 2).long()
 
     def norms(self) -> list[float]:
-        """Give the Euclidean norms."""
+        """Return the Euclidean norms."""
         return self.dots.diagonal().sqrt().tolist()
 
     def cosines(self) -> list[list[float]]:
-        """Give the cosine of every pair, in [-1, 1]; NaN where a vector is zero."""
+        """Return the cosine of every pair, in [-1, 1]; NaN where a vector is zero."""
         squares = self.dots.diagonal()
         norms = squares.sqrt()
         cosines = (self.dots / torch.outer(norms, norms)).clamp(-1.0, 1.0)
@@ -111,18 +111,18 @@ class Sums:
         return cosines.tolist()
 
     def conflicts(self) -> list[list[float]]:
-        """Give for every pair the share of opposite signs, among the elements that both move; NaN if there are none."""
+        """Return for every pair the share of opposite signs among the elements that both move, or NaN."""
         return (self.opposite.double() / self.both).tolist()
 
 
 def measure(
     vectors: Sequence[Mapping[str, TensorReader]], group: Callable[[str], str] = lambda name: ""
 ) -> dict[str, Sums]:
-    """Read vectors once, a piece of all of them at a time, and sum up how they lie to each other.
+    """Read vectors once, a chunk of all of them at a time, and sum up their inner products and signs.
 
     Args:
         vectors: Name to tensor, for each vector.
-        group: Gives the group that a tensor's sums are added to.
+        group: Returns the group that a tensor's sums are added to.
 
     Returns:
         Sums by group, in order of appearance.
@@ -130,8 +130,8 @@ def measure(
     Raises:
         MismatchError: A tensor has another number of elements in one of the vectors.
     """
-    piece = max(LEAST_PIECE, PIECE // max(1, len(vectors)))
-    space = torch.empty(len(vectors), piece, dtype=torch.float64)
+    chunk = max(LEAST_CHUNK, CHUNK // max(1, len(vectors)))
+    space = torch.empty(len(vectors), chunk, dtype=torch.float64)
     found: dict[str, Sums] = {}
     for name in dict.fromkeys(name for parts in vectors for name in parts):
         moving = [i for i, parts in enumerate(vectors) if name in parts]
@@ -144,8 +144,8 @@ def measure(
         sums = found.setdefault(group(name), Sums.of(len(vectors)))
         sums.tensors, sums.elements = sums.tensors + 1, sums.elements + length
         which = torch.tensor(moving)
-        for start in range(0, length, piece):
-            stop = min(start + piece, length)
+        for start in range(0, length, chunk):
+            stop = min(start + chunk, length)
             rows = space[: len(moving), : stop - start]
             for row, i in zip(rows, moving, strict=True):
                 row.copy_(vectors[i][name].read(start, stop))
@@ -169,7 +169,7 @@ def total(sums: Iterable[Sums], count: int) -> Sums:
 
 
 def fit(dots: Tensor, along: Tensor) -> tuple[list[float], int]:
-    r"""Find the coefficients of the sum of vectors that is nearest to another vector x, from inner products alone.
+    r"""Find the coefficients of the sum of vectors that is nearest to another vector x, from inner products only.
 
     Args:
         dots: Of the vectors with each other, float64 [k, k].
@@ -191,7 +191,7 @@ def fit(dots: Tensor, along: Tensor) -> tuple[list[float], int]:
 
 
 def cosine_matrix(vectors: Mapping[str, TaskVector]) -> dict[str, dict[str, float]]:
-    """Give the cosine of every pair of vectors.
+    """Return the cosine of every pair of vectors.
 
     Example:
         >>> a, b = TaskVector({"w": torch.tensor([1.0, 0.0])}), TaskVector({"w": torch.tensor([0.0, 2.0])})
@@ -202,7 +202,7 @@ def cosine_matrix(vectors: Mapping[str, TaskVector]) -> dict[str, dict[str, floa
 
 
 def sign_conflicts(vectors: Mapping[str, TaskVector]) -> dict[str, dict[str, float]]:
-    """Give for every pair the share of elements with opposite signs, among those that both move.
+    """Return for every pair the share of elements with opposite signs, among those that both move.
 
     Example:
         >>> a, b = TaskVector({"w": torch.tensor([1.0, 1.0, 0.0])}), TaskVector({"w": torch.tensor([-1.0, 2.0, 3.0])})
@@ -222,7 +222,7 @@ def _by_pair(names: Iterable[str], matrix: list[list[float]]) -> dict[str, dict[
 
 
 def norms_by_block(vector: TaskVector) -> dict[str, float]:
-    """Give the Euclidean norm of a vector's part in each block."""
+    """Return the Euclidean norm of a vector's part in each block."""
     return {block: sums.norms()[0] for block, sums in measure([readers_of(vector)], block_of).items()}
 
 

@@ -64,7 +64,7 @@ class Origin:
 def vector_header(
     origin: Origin, buffers: Collection[str], untouched: Mapping[str, str], norm: float | None = None
 ) -> dict[str, str]:
-    """Make the header of a task vector file.
+    """Return the header of a task vector file.
 
     Args:
         origin: Where the vector comes from.
@@ -122,7 +122,7 @@ def read_origin(weights: LazyWeights) -> tuple[Origin, set[str], dict[str, str]]
         Where the vector comes from; the names of its buffers; and the names it does not move, each with the reason.
 
     Raises:
-        ValueError: It is no task vector file, or one of a later format.
+        ValueError: It is not a task vector file, or one of a later format.
     """
     header = {key.removeprefix("tva."): value for key, value in weights.metadata.items() if key.startswith("tva.")}
     if "format" not in header:

@@ -52,7 +52,7 @@ class GroupSummary:
 
     @classmethod
     def of(cls, sums: Sums) -> GroupSummary:
-        """Take it from the sums of one vector."""
+        """Return the summary of one vector's sums."""
         zeros = sums.elements - int(sums.both[0, 0]) - int(sums.not_finite[0])
         return cls(
             sums.tensors,
@@ -94,7 +94,7 @@ class Inspection:
 
 
 def inspect(path: str | os.PathLike[str], by: By = "group") -> Inspection:
-    """Tell what a task vector file, or any checkpoint, holds.
+    """Inspect a task vector file, or any checkpoint, without loading it whole.
 
     Args:
         path: A task vector file, or a checkpoint in any format that `tva.open_weights` reads.
@@ -142,7 +142,7 @@ def inspect(path: str | os.PathLike[str], by: By = "group") -> Inspection:
 
 
 def _parsed(metadata: Mapping[str, str]) -> dict[str, Any]:
-    """Give what tva has written into a checkpoint's header."""
+    """Return what tva has written into a checkpoint's header."""
     found = {}
     for key, text in metadata.items():
         if key.startswith("tva.") and text:

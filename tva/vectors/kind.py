@@ -1,4 +1,4 @@
-"""Kinds of task vectors: those of ordinary networks, and those that mean something in another network alone.
+"""Kinds of task vectors: those of ordinary networks, and those that mean something only in another network.
 
 A module says what kind its vectors are of by an attribute ``vector_kind``; ordinary networks have none.
 """
@@ -18,7 +18,7 @@ KEY = "tva.kind"  # in the headers of vectors and of weights
 
 
 def kind_of(module: nn.Module) -> str | None:
-    """Say of which kind a model's task vectors are; None is an ordinary network's.
+    """Return the kind of a model's task vectors, or None for an ordinary network.
 
     Raises:
         ValueError: Its parts say different things.
@@ -30,16 +30,16 @@ def kind_of(module: nn.Module) -> str | None:
 
 
 def name_of(kind: str | None) -> str:
-    """Give the word for a kind."""
+    """Return the display name of a kind."""
     return kind or "ordinary"
 
 
-def check_kinds(kinds: Mapping[str, str | None], way_past: str) -> str | None:
-    """Check that vectors, and what they are used with, are of one kind, and give it.
+def check_kinds(kinds: Mapping[str, str | None], override: str) -> str | None:
+    """Check that vectors, and what they are used with, are of one kind, and return it.
 
     Args:
         kinds: What each is called, to its kind.
-        way_past: What to do if the mixture is meant.
+        override: What to do if the mixture is meant.
 
     Raises:
         MismatchError: There are several kinds.
@@ -50,7 +50,7 @@ def check_kinds(kinds: Mapping[str, str | None], way_past: str) -> str | None:
     if len(by_kind) > 1:
         found = "; ".join(f"{name_of(kind)}: {', '.join(names[:3])}" for kind, names in by_kind.items())
         raise MismatchError(
-            f"Task vectors go with their own kind alone (a tangent vector is a linearized network's), but here are "
-            f"several: {found}. Fine-tune and edit with one setting of tangent; or {way_past}."
+            f"Task vectors go only with their own kind (a tangent vector is a linearized network's), but here are "
+            f"several: {found}. Fine-tune and edit with one setting of tangent; or {override}."
         )
     return next(iter(by_kind), None)

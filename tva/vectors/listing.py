@@ -48,7 +48,7 @@ class Listing:
         folder: Where.
         bases: Digest of a base to the vectors that were taken from it, ``"unknown"`` where a header names none.
         damaged: Path to reason, of files that cannot be read.
-        others: Safetensors files that are no task vectors.
+        others: Safetensors files that are not task vectors.
     """
 
     folder: str
@@ -64,7 +64,7 @@ def list_vectors(folder: str | os.PathLike[str]) -> Listing:
         folder: Where to look for ``.safetensors`` files, and for adapters that `TaskVectorCallback` has written.
 
     Returns:
-        Vectors by base; files that cannot be read, with the reason. A norm that no header tells is computed.
+        Vectors by base; files that cannot be read, with the reason. A norm that is in no header is computed.
 
     Raises:
         FileNotFoundError: There is no such folder, or no task vector in it.
@@ -100,7 +100,7 @@ def _visible(folder: Path) -> Iterator[Path]:
 
 
 def _listed(path: Path) -> Listed | None:
-    """Read the header of one file; None if it is no task vector."""
+    """Read the header of one file; None if it is not a task vector."""
     weights = safetensors.open(path)
     header = weights.metadata
     if "tva.format" in header:

@@ -1,4 +1,4 @@
-"""Tell whether a checkpoint is its base plus a number times a task vector, or a sum of several."""
+"""Find whether a checkpoint is its base plus a number times a task vector, or a sum of several."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ class Matched:
         distance: ‖x − b‖ over the parameters.
         rounding: The residual that rounding of x to its dtype leaves at most; about 0.6 of it is to be expected.
         dtypes: The dtypes of x.
-        fits: Each vector alone, the best first.
+        fits: Each vector by itself, the best first.
         joint: Each vector's path to its number in the sum of all that is nearest to x − b.
         joint_residual: What that sum leaves.
         joint_exact: Whether that is no more than rounding explains.
@@ -82,7 +82,7 @@ def match(
     include: list[str] | None = None,
     exclude: list[str] | None = None,
 ) -> Matched:
-    r"""Tell whether a checkpoint is its base plus a number times a task vector, and which number.
+    r"""Find whether a checkpoint is its base plus a number times a task vector, and which number.
 
     Over all parameters, :math:`k = \langle x - b, \tau \rangle / \langle \tau, \tau \rangle`, and what is left over is
     :math:`\lVert x - b - k \tau \rVert / \lVert x - b \rVert`; then the same for the sum of all vectors, each times
@@ -169,7 +169,7 @@ def match(
 
 
 def _last_places(entry: Entry) -> TensorReader:
-    """Give the unit in the last place of every element in place of the element."""
+    """Return the unit in the last place of every element in place of the element."""
     part, eps = stored(entry), torch.finfo(entry.dtype).eps
 
     def read(start: int, stop: int) -> Tensor:
@@ -180,7 +180,7 @@ def _last_places(entry: Entry) -> TensorReader:
 
 
 def _nearest(dots: Tensor, along: Tensor, square: float) -> tuple[list[float], float, int]:
-    """Give the numbers of the nearest sum, its relative residual, and how many vectors are independent."""
+    """Return the numbers of the nearest sum, its relative residual, and how many vectors are independent."""
     coefs, independent = fit(dots, along)
     c = torch.tensor(coefs, dtype=torch.float64)
     left = square - 2 * float(c @ along) + float(c @ dots @ c)
@@ -188,7 +188,7 @@ def _nearest(dots: Tensor, along: Tensor, square: float) -> tuple[list[float], f
 
 
 def _files(paths: Iterable[str]) -> list[str]:
-    """Give the task vector files in folders of them, and everything else as it is."""
+    """Return the task vector files in folders of them, and everything else as it is."""
     found: list[str] = []
     for path in paths:
         listed: list[str] = []

@@ -309,7 +309,7 @@ class TaskVector:
         """Draw a random task vector whose every delta has the norm of this one's: the baseline of an edit.
 
         Args:
-            seed: Each tensor's values depend on this seed and the tensor's name alone.
+            seed: Each tensor's values depend on this seed and the tensor's name only.
 
         Returns:
             Gaussian deltas scaled to this vector's norms, tensor by tensor; the buffers do not move.
@@ -333,7 +333,7 @@ class TaskVector:
 
         Args:
             base: State dict of the base model.
-            allow_other_base: Check keys and shapes alone.
+            allow_other_base: Check only keys and shapes.
 
         Raises:
             MismatchError: Keys or shapes differ, or it is not the base that this vector was taken from.
@@ -488,7 +488,7 @@ class TaskVector:
 
         Raises:
             FileNotFoundError: Nothing is there.
-            ValueError: It is no task vector file, or one of a later format.
+            ValueError: It is not a task vector file, or one of a later format.
         """
         weights = HashedWeights(open_weights(path))
         origin, buffers, untouched = read_origin(weights)

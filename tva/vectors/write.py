@@ -1,4 +1,4 @@
-"""One pass from weights to a task vector file: fingerprint, delta, norm and writing while a piece is in the cache."""
+"""Write a task vector in one pass over the weights: each chunk is hashed, subtracted and written while cached."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tva.checkpoints.stream_writer import AHEAD, LateHeaderFile
 from tva.errors import NoEffectError, some
 from tva.vectors.header import Origin, vector_header
 
-PIECE = 2**18  # elements; a float32 piece with its base and delta fits the cache of one core
+CHUNK = 2**18  # elements; a float32 chunk with its base and delta fits the cache of one core
 ZEROS = numpy.zeros(2**16, numpy.uint8)
 
 
@@ -29,8 +29,8 @@ class TensorSource:
 
     Attributes:
         spec: Its dtype and shape.
-        parts: Gives its flattened elements, part by part and in order, on the CPU.
-        delta: Gives the flattened change where it is kept apart, as by LoRA; ``parts`` gives the weights without it.
+        parts: Returns its flattened elements, part by part and in order, on the CPU.
+        delta: Returns the flattened change where it is kept apart, as by LoRA; ``parts`` has the weights without it.
     """
 
     spec: Spec
@@ -39,17 +39,17 @@ class TensorSource:
 
     @classmethod
     def stored(cls, entry: Entry) -> TensorSource:
-        """Make one of a tensor in a file, which is read part by part where it can be."""
+        """Wrap a tensor in a file, which is read part by part where it can be."""
         length = entry.shape.numel()
-        starts = range(0, length, PIECE)
+        starts = range(0, length, CHUNK)
         spec = entry.spec
         if not entry.in_parts:
             return cls(spec, lambda: [entry.read().reshape(-1)])
-        return cls(spec, lambda: (entry.slice(start, min(start + PIECE, length)) for start in starts))
+        return cls(spec, lambda: (entry.slice(start, min(start + CHUNK, length)) for start in starts))
 
     @classmethod
     def of(cls, tensor: Tensor, delta: Callable[[], Tensor] | None = None) -> TensorSource:
-        """Make one of a tensor on any device."""
+        """Wrap a tensor on any device."""
         spec = Spec(tensor.dtype, tensor.shape)
         return cls(spec, lambda: [tensor.detach().cpu().contiguous().reshape(-1)], delta)
 
@@ -167,7 +167,7 @@ def emit(plan: VectorPlan, path: Path, origin: Origin, snapshot: Path | None = N
 
 
 class _Pass:
-    """The account of one pass over all tensors."""
+    """State of one pass over all tensors."""
 
     def __init__(self, plan: VectorPlan, out: LateHeaderFile, copy: LateHeaderFile | None) -> None:
         self.plan, self.out, self.copy = plan, out, copy
@@ -180,7 +180,7 @@ class _Pass:
         self._dots: list[float] = []
         self._other_squares: list[float] = []
         self._buffers: dict[torch.dtype, list[Tensor]] = {}
-        self._written = 0  # pieces
+        self._written = 0  # chunks
         self._bad: dict[str, None] = {}
         self._overflown: dict[str, None] = {}
 
@@ -206,15 +206,15 @@ class _Pass:
         self.out.begin()
         self._content, self._zeros = TensorHash(plan.specs[name]), 0
         moved, start = False, 0
-        for piece, delta in self._pieces(source, base):
-            digest.update(piece)
-            stop = start + len(piece)
+        for chunk, delta in self._chunks(source, base):
+            digest.update(chunk)
+            stop = start + len(chunk)
             if base_digest is not None:
                 base_digest.update(base[start:stop])
             if self.copy is not None:
-                self.copy.write(piece.clone())  # it may be a view of a shard, which is to go
+                self.copy.write(chunk.clone())  # it may be a view of a shard, which is to go
             if reason is None:
-                delta = self._subtract(piece, base[start:stop]) if delta is None else delta
+                delta = self._subtract(chunk, base[start:stop]) if delta is None else delta
                 moved |= self._delta(name, delta, None if other is None else other[start:stop])
             start = stop
         self.digests[name] = digest.hexdigest()
@@ -234,30 +234,30 @@ class _Pass:
         self._hash_zeros()
         self.content[name] = self._content.hexdigest()
 
-    def _subtract(self, piece: Tensor, base: Tensor) -> Tensor:
-        # In buffers that take turns, one for each piece that may wait to be written and one more; of new ones, the
+    def _subtract(self, chunk: Tensor, base: Tensor) -> Tensor:
+        # In buffers that take turns, one for each chunk that may wait to be written and one more; of new ones, the
         # allocator would keep tens of MiB.
-        dtype = sum_dtype(piece, base)
+        dtype = sum_dtype(chunk, base)
         if dtype not in self._buffers:
-            self._buffers[dtype] = [torch.empty(PIECE, dtype=dtype) for _ in range(AHEAD + 1)]
-        return subtract(piece, base, self._buffers[dtype][self._written % (AHEAD + 1)][: len(piece)])
+            self._buffers[dtype] = [torch.empty(CHUNK, dtype=dtype) for _ in range(AHEAD + 1)]
+        return subtract(chunk, base, self._buffers[dtype][self._written % (AHEAD + 1)][: len(chunk)])
 
-    def _pieces(self, source: TensorSource, base: Tensor) -> Iterator[tuple[Tensor, Tensor | None]]:
+    def _chunks(self, source: TensorSource, base: Tensor) -> Iterator[tuple[Tensor, Tensor | None]]:
         change, position = None if source.delta is None else source.delta(), 0
         for part in source.parts():
-            for start in range(0, len(part), PIECE):
-                piece, stop = part[start : start + PIECE], position + min(PIECE, len(part) - start)
+            for start in range(0, len(part), CHUNK):
+                chunk, stop = part[start : start + CHUNK], position + min(CHUNK, len(part) - start)
                 if change is None:
-                    yield piece, None
+                    yield chunk, None
                 else:  # exactly, where the weights below are the base's: the sum would round a small change away
                     added, old = change[position:stop], base[position:stop]
-                    exact = torch.equal(piece, old)
-                    piece = add_scaled(piece, added, 1.0, dtype=source.spec.dtype)
-                    yield piece, added if exact else subtract(piece, old)
+                    exact = torch.equal(chunk, old)
+                    chunk = add_scaled(chunk, added, 1.0, dtype=source.spec.dtype)
+                    yield chunk, added if exact else subtract(chunk, old)
                 position = stop
 
     def _delta(self, name: str, delta: Tensor, other: Tensor | None) -> bool:
-        """Write one piece of a delta; whether it moves anything."""
+        """Write one chunk of a delta; return whether it moves anything."""
         counts = self.plan.counts(name)
         if other is not None:
             other = other.to(delta.dtype)
@@ -293,7 +293,7 @@ class _Pass:
             self._zeros -= count
 
     def check(self) -> None:
-        """Refuse, when all is read, what cannot be a task vector."""
+        """Raise if the result is not a valid task vector."""
         if self._bad:
             raise ValueError(
                 f"A task vector must be finite, but the deltas of {some(self._bad)} hold NaN or infinity. "
@@ -305,7 +305,7 @@ class _Pass:
             )
         if self.plan.must_move and self.untouched.keys() == self.digests.keys():
             raise NoEffectError(
-                f"The two checkpoints are alike: none of their {len(self.digests)} tensors moved, so there is no task "
+                f"The two checkpoints are equal: none of their {len(self.digests)} tensors moved, so there is no task "
                 f"vector. Check which of the two is the fine-tuned one, and that the base is the one it started from."
             )
 
@@ -332,9 +332,9 @@ def write_weights(sources: Mapping[str, TensorSource], path: Path) -> Fingerprin
             digest = TensorHash(specs[name])
             out.begin()
             for part in sources[name].parts():
-                for start in range(0, len(part), PIECE):
-                    digest.update(part[start : start + PIECE])
-                    out.write(part[start : start + PIECE])
+                for start in range(0, len(part), CHUNK):
+                    digest.update(part[start : start + CHUNK])
+                    out.write(part[start : start + CHUNK])
             out.keep(name, specs[name])
             digests[name] = digest.hexdigest()
         out.close({})
