@@ -119,6 +119,8 @@ def test_a_long_value_from_a_file_is_cut(tmp_path, capfd, monkeypatch):
     (size,) = struct.unpack("<Q", data[:8])
     header = json.loads(data[8 : 8 + size])
     header["__metadata__"]["tva.encoding"] = "x" * 100_000
+    for seal in ("tva.content_fingerprint", "tva.header_fingerprint"):  # which would be in the way
+        del header["__metadata__"][seal]
     text = json.dumps(header).encode()
     (tmp_path / "a.tv.safetensors").write_bytes(struct.pack("<Q", len(text)) + text + data[8 + size :])
     for words in (("inspect", "a.tv.safetensors"), (*COMPOSE, "--output", "out.safetensors")):
