@@ -178,7 +178,7 @@ def shown(value: Any) -> str:
         return repr(value)
     if isinstance(value, int):
         return repr(value) if abs(value) < 10**SHOWN else "an integer of more than 80 digits"
-    return _WORDS.get(type(value), f"of type {type(value).__name__[:SHOWN]}")
+    return _WORDS.get(type(value), f"an object of type {type(value).__name__[:SHOWN]}")
 
 
 def is_plain_name(name: str) -> bool:
