@@ -62,7 +62,7 @@ def is_edited(like: Any) -> bool:
 
 
 def sum_dtype(*tensors: Tensor) -> torch.dtype:
-    """Give the dtype in which sums of these are taken: float64 if one of them is, else float32."""
+    """Return the dtype in which sums of these are taken: float64 if one of them is, else float32."""
     return torch.float64 if any(tensor.dtype == torch.float64 for tensor in tensors) else torch.float32
 
 

@@ -92,7 +92,7 @@ def layers_of(names: Iterable[str]) -> dict[str, tuple[int, int]]:
 
 
 def label_of(name: str) -> str:
-    """Give a name with ``*`` in place of its layer's number, if it has one.
+    """Return a name with ``*`` in place of its layer's number, if it has one.
 
     Example:
         >>> label_of("h.0.w"), label_of("layer1.1.w"), label_of("emb.w")
@@ -109,7 +109,7 @@ def _along(values: Sequence[float], layer: int, num_layers: int) -> float:
 
 
 def block_of(name: str) -> str:
-    """Give the block of layers that a tensor lies in: its name up to the first number, else its module.
+    """Return the block of layers that a tensor is in: its name up to the first number, else its module.
 
     Example:
         >>> block_of("encoder.blocks.3.attn.weight"), block_of("encoder.proj.weight"), block_of("scale")

@@ -37,7 +37,7 @@ class Space(threading.local):
         self._taken: dict[torch.dtype, list[Tensor]] = {}
 
     def take(self, dtype: torch.dtype, length: int) -> Tensor:
-        """Give a tensor of one dimension, with any contents."""
+        """Return a tensor of one dimension, with any contents."""
         taken = self._taken.setdefault(dtype, [])
         buffers = self._buffers.setdefault(dtype, [])
         if len(taken) == len(buffers):
@@ -54,7 +54,7 @@ class Space(threading.local):
             taken.pop()
 
     def bytes(self, use: str, num_bytes: int, num_rows: int = 1) -> numpy.ndarray:
-        """Give rows of at least so many bytes, with any contents; the next call for this use gives the same memory."""
+        """Return rows of at least ``num_bytes``, of any contents; the next call for this use gives the same memory."""
         found = self._arrays.get(use)
         if found is None or found.shape[0] < num_rows or found.shape[1] < num_bytes:
             width = -(-num_bytes // 64) * 64
@@ -119,7 +119,7 @@ class OpenedTensor:
         self.fused &= bool(self.vectors)
 
     def starts(self) -> range:
-        """Give where the chunks begin; an empty tensor has one, so that every tensor is seen."""
+        """Return where the chunks begin; an empty tensor has one, so that every tensor is seen."""
         return range(0, max(1, self.length), self.chunk)
 
     def base_chunk(self, start: int) -> Tensor:
@@ -208,7 +208,7 @@ class OpenedTensor:
         return program.steps, program.numbers, program.depth, *self._views, self._kinds, self._relative, start
 
     def widened(self, base: Tensor) -> Tensor:
-        """Give a chunk of the base in the dtype of sums."""
+        """Return a chunk of the base in the dtype of sums."""
         if base.dtype == sum_dtype(base):
             return base
         wide = self.space.take(sum_dtype(base), len(base)).copy_(base)

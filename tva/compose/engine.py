@@ -115,7 +115,7 @@ class Composer:
         self._stop = False
 
     def layout(self) -> dict[str, Spec]:
-        """Give the dtype and shape of every output tensor, in the order written."""
+        """Return the dtype and shape of every output tensor, in the order written."""
         return {name: Spec(self._output_dtype(name), self.base.spec(name).sizes) for name in self.names}
 
     def _output_dtype(self, name: str) -> str:
@@ -170,7 +170,7 @@ class Composer:
         return cls(weights, sources, recipe, scaling_coef, dtype, untie(weights, sources.values()))
 
     def back(self, edited: LazyWeights, with_vectors: bool) -> Composer:
-        """Give the composer that predicts this one's base from what this one has computed.
+        """Return the composer that predicts this one's base from what this one has computed.
 
         Its output is the edited weights in the base's dtypes, with vectors minus ``scaling_coef * recipe``.
         """
@@ -306,7 +306,7 @@ class Composer:
         self.records[name] = record
 
     def _program(self, opened: OpenedTensor, states: States) -> Program | None:
-        """Give what computes the whole recipe in one tensor, if methods and dtypes allow."""
+        """Return the program that computes the whole recipe in one tensor, if methods and dtypes allow."""
         if not opened.fused or self._output_dtype(opened.name) not in FUSED_DTYPES:
             return None
         steps = self.recipe.steps(self._chunk(opened, 0), states, self.identities)
@@ -370,12 +370,12 @@ class Composer:
         return groups
 
     def fingerprint(self, which: str) -> Fingerprint:
-        """Give the fingerprint of the ``"base"`` or the ``"edited"`` weights."""
+        """Return the fingerprint of the ``"base"`` or the ``"edited"`` weights."""
         found = {name: self.records[name][which] for name in self.names}
         return Fingerprint.from_tensors({**found, **{alias: found[kept] for alias, kept in self.tied.items()}})
 
     def vector_fingerprints(self) -> dict[str, str]:
-        """Give the fingerprint of each vector's file, by its name in the recipe."""
+        """Return the fingerprint of each vector's file, by its name in the recipe."""
         digests = {}
         for key, source in self.sources.items():
             found = {name: self.records[self.tied.get(name, name)]["vectors"][key] for name in source.weights}
@@ -422,7 +422,7 @@ class Composer:
 
 @contextmanager
 def _threads(workers: int) -> Iterator[ThreadPoolExecutor]:
-    """Give threads for tensors, each with one core to itself if there are several.
+    """Return threads for tensors, each with one core to itself if there are several.
 
     Python's garbage collector rests meanwhile: chunks leave no cycles, but so many of them would make it walk over all
     that torch has loaded, again and again (measured: more than half of the time).

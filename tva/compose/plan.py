@@ -1,4 +1,4 @@
-"""What an edit of files would do, told by headers alone: coefficients by tensor, memory, bytes read and written."""
+"""What an edit of files would do, from headers only: coefficients by tensor, memory, bytes read and written."""
 
 from __future__ import annotations
 

@@ -117,7 +117,7 @@ class Recipe(Expression):
                 self._by_tensor[name] = coefs_by_tensor(name, groups, names)
 
     def coef_of(self, vector: str, chunk: Chunk) -> float:
-        """Give the number by which a linear recipe multiplies one vector in one tensor."""
+        """Return the number by which a linear recipe multiplies one vector in one tensor."""
         steps = self.steps(chunk, {}, dict.fromkeys(self.vectors, ""))
         if steps is not None:
             return value_of(steps, [float(name == vector) for name in self.vectors])
@@ -337,7 +337,7 @@ class Recipe(Expression):
         fresh: Collection[str] = (),
         free: Callable[[Tensor], None] = lambda _: None,
     ) -> tuple[Any, bool]:
-        """Give a value, and whether its memory is free to be overwritten; results are the same bits either way."""
+        """Return a value, and whether its memory is free to be overwritten; results are the same bits either way."""
         if isinstance(node, ast.BinOp | ast.UnaryOp | ast.Call) and id(node) not in self._numbers:
             steps = self.steps(chunk, states, sources, node) if hasattr(deltas, "run") else None
             value = None if steps is None else deltas.run(steps)
@@ -375,7 +375,7 @@ class Recipe(Expression):
         sources: Mapping[str, str],
         node: ast.expr | None = None,
     ) -> Steps | None:
-        """Give the steps that compute the recipe, or a part of it, in one tensor; None if a method has none.
+        """Return the steps that compute the recipe, or a part of it, in one tensor; None if a method has none.
 
         Args:
             chunk: The tensor.
@@ -408,7 +408,7 @@ class Recipe(Expression):
         raise AssertionError(f"unchecked node {ast.dump(node)}")
 
     def number(self, name: str, chunk: Chunk) -> float:
-        """Give a coefficient's value in one tensor."""
+        """Return a coefficient's value in one tensor."""
         by_tensor = self._by_tensor.get(name)
         return self.coefs[name] if by_tensor is None else by_tensor[chunk.tensor]
 
@@ -420,7 +420,7 @@ class Recipe(Expression):
         states: States,
         sources: Mapping[str, str],
     ) -> Iterable[Tensor | ndarray]:
-        """Give what a method observes: one argument after the other in the same memory, where that will do."""
+        """Return what a method observes: one argument after the other in the same memory, where that will do."""
         if self._methods[id(call)].counts and getattr(deltas, "fused", False):
             steps = [self.steps(chunk, states, sources, argument) for argument in call.args]
             if None not in steps:

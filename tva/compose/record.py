@@ -67,7 +67,7 @@ class Record:
     torch: str = field(default_factory=torch_version)
 
     def metadata(self) -> dict[str, str]:
-        """Give the text for a header."""
+        """Return the text for a header."""
         values = {field.name: getattr(self, field.name) for field in fields(self)}
         texts = {f"tva.{name}": v if isinstance(v, str) else json.dumps(v) for name, v in values.items()}
         return {**texts, RECORD: header_digest(texts)}

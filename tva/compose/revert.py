@@ -55,7 +55,7 @@ class RevertReport:
     seconds: float
 
     def to_json(self) -> dict[str, Any]:
-        """Give plain values."""
+        """Return plain values."""
         return {**vars(self), "output": str(self.output), "undo": str(self.undo)}
 
     def __str__(self) -> str:
@@ -129,7 +129,7 @@ def revert(
 
 
 def _folder(edited: str, weights: HashedWeights) -> Path | None:
-    """Give the folder that `tva compose` wrote, if it is one."""
+    """Return the folder that `tva compose` wrote, if it is one."""
     path = find(edited)
     return path if path.is_dir() and weights.path.name != EDITED else None
 

@@ -36,7 +36,7 @@ _OPTIONS = {zstd.CompressionParameter.compression_level: 1, zstd.CompressionPara
 
 
 def undo_path(output: Path) -> Path:
-    """Give where the undo file of an edited checkpoint lies: beside a file, in a folder."""
+    """Return where the undo file of an edited checkpoint lies: beside a file, in a folder."""
     single = output.suffix == ".safetensors"
     return output.with_name(f"{output.stem}.undo.safetensors") if single else output / "undo.safetensors"
 
@@ -150,7 +150,7 @@ class UndoFile:
                 self._write_all(data, 8 + self._room + begin)
 
     def finish(self, name: str, record: Mapping[str, Any]) -> None:
-        """Nothing is left to do."""
+        """Do nothing."""
 
     def _write_all(self, data: bytes, offset: int) -> None:
         left = memoryview(data)
@@ -235,7 +235,7 @@ class OpenedUndo:
 
 
 class Restoring:
-    """Takes what predicts the base and writes the base.
+    """Reconstruct and write the base from its prediction.
 
     Attributes:
         digests: Of the base's tensors by name.

@@ -67,7 +67,7 @@ class VerifyReport:
         return not self.different and not self.changed and not self.unrecorded
 
     def to_json(self) -> dict[str, Any]:
-        """Give plain values."""
+        """Return plain values."""
         changed = {name: {"recorded": old, "found": new} for name, (old, new) in self.changed.items()}
         return {"holds": self.holds, **vars(self), "output": str(self.output), "changed": changed}
 
@@ -220,7 +220,7 @@ def _compute_a_sample_again(composer: Composer, comparison: _Comparison) -> int:
 
 
 class _Comparison:
-    """Takes what is computed and compares it with what is stored."""
+    """Compare what is computed with what is stored."""
 
     def __init__(self, edited: HashedWeights, skipped: list[str]) -> None:
         self.edited, self.skipped = edited, set(skipped)
@@ -249,7 +249,7 @@ class _Comparison:
             self.different[name] = max(largest, self.different.get(name, 0.0))
 
     def finish(self, name: str, record: Mapping[str, Any]) -> None:
-        """Nothing is left to do."""
+        """Do nothing."""
 
     def compare_names(self, composer: Composer) -> None:
         """Compare, when all is computed, names and shapes, and the other names of tied tensors."""
@@ -279,7 +279,7 @@ def _versions(version: str = __version__, of_torch: str = "") -> str:
 
 
 def _fingerprints(record: Record, composer: Composer, edited: HashedWeights) -> tuple[dict[str, str], dict[str, str]]:
-    """Give the recorded and the present fingerprints of the stored weights and of every input."""
+    """Return the recorded and the present fingerprints of the stored weights and of every input."""
     recorded = {STORED: record.edited_fingerprint, "base": record.base_fingerprint}
     recorded |= {f"vector {name}": digest for name, digest in record.vector_fingerprints.items()}
     recorded |= {f"file {path}": digest for path, digest in record.file_fingerprints.items()}

@@ -74,7 +74,7 @@ class Method:
         return 0
 
     def inputs(self) -> Mapping[str, HashedWeights]:
-        """Give the files that it reads besides the vectors, by path."""
+        """Return the files that it reads besides the vectors, by path."""
         return {}
 
     def start(self, num_vectors: int) -> Any:

@@ -409,7 +409,7 @@ def random_bits(start, upper, lower, out):
 
 @njit(**_OPTIONS)
 def _key(value, signed):
-    """Give bits that order as unsigned integers as the values, or else their magnitudes, do."""
+    """Return bits that order as unsigned integers as the values, or else their magnitudes, do."""
     if signed:
         bits = _as_bits(value + numpy.float32(0))  # which makes -0.0 the 0.0 that it equals
         return bits ^ (numpy.uint32(0xFFFFFFFF) if bits >> numpy.uint32(31) else numpy.uint32(0x80000000))

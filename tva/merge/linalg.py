@@ -19,7 +19,7 @@ def eigen(gram: Tensor, norm: float = 0.0) -> tuple[Tensor, Tensor]:
 
 
 def leading(matrix: Tensor, rank: int, norm: float = 0.0) -> tuple[Tensor, Tensor, Tensor]:
-    r"""Give the ``rank`` leading singular triplets, by the eigenvectors of the smaller Gram matrix.
+    r"""Return the ``rank`` leading singular triplets, by the eigenvectors of the smaller Gram matrix.
 
     In float64 the relative error of a singular value :math:`\sigma` is about :math:`10^{-16} (\sigma_1 / \sigma)^2`,
     where a float32 singular value decomposition has :math:`10^{-7} \sigma_1 / \sigma`: better for all singular values
@@ -44,7 +44,7 @@ def leading(matrix: Tensor, rank: int, norm: float = 0.0) -> tuple[Tensor, Tenso
 
 
 def polar(matrix: Tensor) -> tuple[Tensor, Tensor]:
-    r"""Give the orthonormal factor :math:`P Q^\top` of :math:`P S Q^\top`, and all singular values.
+    r"""Return the orthonormal factor :math:`P Q^\top` of :math:`P S Q^\top`, and all singular values.
 
     Directions whose singular value is 0, in which the factor is not determined, are left out of it.
     """

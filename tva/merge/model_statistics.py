@@ -48,7 +48,7 @@ def measure_information(
         model: Its weights, gradients and modes are afterwards what they were.
         examples: Batches of one example each.
         loss: From such a batch to its negative log-likelihood, with the model as it is.
-        num_examples: See so many at most.
+        num_examples: See at most this many.
         conv: Also measure convolutions (of one group that leave padding to torch), whose inputs are the patches.
         add_up: Adds a tensor up over processes that each see other examples of one model; all of them must call.
 
@@ -128,7 +128,7 @@ class _Gram:
 
 
 def _matrices(grams: list[_Gram], count: int, add_up: Callable[[Tensor], Tensor]) -> list[Tensor | None]:
-    """Give the matrices over all processes, of which some may never have called a layer."""
+    """Return the matrices over all processes, of which some may never have called a layer."""
     if not grams:
         return []
     seen = add_up(torch.tensor([float(gram.seen) for gram in grams]))

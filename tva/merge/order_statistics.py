@@ -175,18 +175,18 @@ class Threshold(OrderStatistics):
 
 
 def num_kept(density: float, count: int) -> int:
-    """Say how many of ``count`` elements a density keeps: rounded down, but at least one of any tensor."""
+    """Return how many of ``count`` elements a density keeps: rounded down, but at least one of any tensor."""
     return min(count, max(1, math.floor(density * count + 1e-9)))
 
 
 def check_density(density: float) -> None:
-    """Refuse a density outside of (0, 1]."""
+    """Raise if a density is outside of (0, 1]."""
     if not 0 < density <= 1:
         raise ValueError(f"density is the fraction of elements to keep, in (0, 1]; found {density}.")
 
 
 def limit(threshold: float) -> float:
-    """Give the largest magnitude that a threshold zeroes; negative if it keeps all."""
+    """Return the largest magnitude that a threshold zeroes; negative if it keeps all."""
     return after(threshold, 0) if threshold else -1.0
 
 
@@ -200,7 +200,7 @@ def trim(delta: Tensor, threshold: float) -> Tensor:
 
 
 def after(value: float, towards: float = math.inf) -> float:
-    """Give the float32 number next to one."""
+    """Return the float32 number next to one."""
     return float(numpy.nextafter(numpy.float32(value), numpy.float32(towards)))
 
 

@@ -77,14 +77,14 @@ class Tall(Method):
 
 
 def pick_task(deltas: Sequence[Tensor], task: int) -> Tensor:
-    """Give the delta of one task, counted from 1."""
+    """Return the delta of one task, counted from 1."""
     if task not in range(1, len(deltas) + 1):
         raise ValueError(f"task is the position of the task's vector, from 1 to {len(deltas)} here; found {task}.")
     return deltas[int(task) - 1]
 
 
 def _tall_mask(delta: Tensor, total: Tensor, tall: float) -> Tensor:
-    """Give 1 where the mask is set, else 0; in floating point, where this takes a quarter of the time of booleans."""
+    """Return 1 where the mask is set, else 0; in floating point, where this takes a quarter of the time of booleans."""
     return delta.abs().sub_((total - delta).abs_().mul_(tall)).sign_().clamp_(min=0)
 
 

@@ -59,7 +59,7 @@ class Dare(Method):
 
 
 def random_bits(count: int, chunk: Chunk, seed: int) -> Tensor:
-    """Give uniform random int32 numbers for elements ``chunk.start`` and following.
+    """Return uniform random int32 numbers for elements ``chunk.start`` and following.
 
     Args:
         count: How many elements.
@@ -86,7 +86,7 @@ def random_bits(count: int, chunk: Chunk, seed: int) -> Tensor:
 
 
 def _key(chunk: Chunk, seed: int, upper: int) -> tuple[int, int]:
-    """Give the two halves of the key of a stretch of `_CHUNK` elements."""
+    """Return the two halves of the key of a stretch of `_CHUNK` elements."""
     source = chunk.sources[0] if chunk.sources else ""
     key = xxhash.xxh3_64_intdigest(f"{seed}\0{source}\0{chunk.tensor}\0{upper}".encode())
     return key >> 32, key & 0xFFFFFFFF

@@ -51,7 +51,7 @@ class Mean(Method):
 
 
 def add_up(deltas: Sequence[Tensor]) -> Tensor:
-    """Give the sum of tensors, in their order, as a new tensor."""
+    """Return the sum of tensors, in their order, as a new tensor."""
     if len(deltas) == 1:
         return deltas[0].clone()
     total = deltas[0] + deltas[1]

@@ -107,7 +107,7 @@ class Pcb(Method):
         return merged.div_(total.clamp_(min=1e-12))
 
     def _scores(self, deltas: Sequence[Tensor], state: _State) -> Iterator[tuple[Tensor, Tensor]]:
-        """Give the clamped values and the scores of each vector in turn, the scores in float32 as their ranks are."""
+        """Return the clamped values and the scores of each vector in turn, the scores in float32 as their ranks are."""
         signs = [delta.sign() for delta in deltas]
         magnitudes = [delta.abs().clamp_(*bounds) for delta, bounds in zip(deltas, state.bounds, strict=True)]
         normalized = [

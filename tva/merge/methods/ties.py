@@ -151,7 +151,7 @@ class SignConsensus(Method):
 
 
 def merge_agreeing(deltas: Sequence[Tensor], elected: Tensor, mean: bool, weights: Sequence[float]) -> Tensor:
-    """Give the weighted mean, or sum, of the elements that are not zero and have the elected sign.
+    """Return the weighted mean, or sum, of the elements that are not zero and have the elected sign.
 
     Args:
         deltas: One chunk of each vector.
