@@ -171,7 +171,7 @@ def _diverge(folder, kind):
                     for parameter in pl_module.parameters():
                         parameter.mul_(float("nan"))
 
-    warned = pytest.warns(UserWarning, match="training goes on: A task vector must be finite")
+    warned = pytest.warns(UserWarning, match="training goes on: A task vector must be finite|things were not done")
     with warned if os.environ["LOCAL_RANK"] == "0" else contextlib.nullcontext():
         fit_sharded(folder, kind, callbacks=[Diverging()])
     (folder / f"done-{os.environ['LOCAL_RANK']}").touch()
