@@ -52,7 +52,11 @@ def outside(tmp_path, monkeypatch):
     (tmp_path / "outside_command.py").write_text(OUTSIDE)
     monkeypatch.syspath_prepend(tmp_path)
     points = {"double": EntryPoint("double", "outside_command", "tva.commands")}
-    monkeypatch.setattr("tva.cli.main.installed", lambda group: points if group == "tva.commands" else installed(group))
+    monkeypatch.setattr(
+        importlib.import_module("tva.cli.main"),
+        "installed",
+        lambda group: points if group == "tva.commands" else installed(group),
+    )
     yield points
     sys.modules.pop("outside_command", None)
 

@@ -1,15 +1,17 @@
-"""The command line. `TvaCLI` and `EditMixin` bring ``edit`` into a LightningCLI of your own."""
+"""The command line: `main` runs a command; `TvaCLI` and `EditMixin` bring ``edit`` into your own LightningCLI."""
 
 from typing import TYPE_CHECKING, Any
+
+from tva.cli.main import main, run
 
 if TYPE_CHECKING:
     from tva.cli.lightning import EditMixin, TvaCLI
 
-__all__ = ["EditMixin", "TvaCLI"]
+__all__ = ["EditMixin", "TvaCLI", "main", "run"]
 
 
 def __getattr__(name: str) -> Any:
-    if name in __all__:  # Lightning takes seconds to load
+    if name in ("EditMixin", "TvaCLI"):  # Lightning takes seconds to load
         from tva.cli import lightning
 
         return getattr(lightning, name)
