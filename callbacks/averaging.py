@@ -72,7 +72,7 @@ def choose_weights(
         if average is None or weights == "raw":
             return pl_module, live_state(trainer.strategy, pl_module), has_averaged(trainer)
         return average.module, module_state(average.module), True
-    both = "averaging_state" in checkpoint  # Lightning stores the raw weights alone when it stores weights only
+    both = "averaging_state" in checkpoint  # Lightning stores only the raw weights when it stores weights only
     if weights == "averaged" and not both:
         return average.module, module_state(average.module), True
     if weights == "raw" and both:

@@ -26,7 +26,7 @@ SNAPSHOT = ".previous-"  # how the name of the weights at the last trajectory ve
 
 
 def snapshot_name(run: str | None, step: int) -> str:
-    """Return the file name of the weights at a step, in which this process can be told from those that died."""
+    """Return the file name of the weights at a step; it tells this process from those that died."""
     return f"{SNAPSHOT}{run}-{step}-{os.getpid()}@{socket.gethostname()}.safetensors"
 
 

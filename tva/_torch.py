@@ -19,7 +19,7 @@ else:
 
     class _Torch:
         def __getattr__(self, name: str) -> Any:
-            if name.startswith("__"):  # as jsonargparse asks of whatever lies in a module
+            if name.startswith("__"):  # as jsonargparse asks of everything in a module
                 raise AttributeError(name)
             return getattr(importlib.import_module("torch"), name)
 
@@ -46,7 +46,7 @@ def load_torch() -> None:
 
 
 def num_threads() -> int:
-    """Give the number of threads that torch uses, or would use, for one operation."""
+    """Return the number of threads that torch uses, or would use, for one operation."""
     if torch_is_loaded():
         return torch.get_num_threads()
     asked = os.environ.get("OMP_NUM_THREADS", "")
@@ -55,7 +55,7 @@ def num_threads() -> int:
 
 
 def torch_version() -> str:
-    """Give ``torch.__version__``, without loading torch."""
+    """Return ``torch.__version__``, without loading torch."""
     if torch_is_loaded():
         return sys.modules["torch"].__version__
     package = importlib.util.find_spec("torch")

@@ -48,7 +48,7 @@ def progress(items: Sequence[T], description: str) -> Iterable[T]:
 
 @contextmanager
 def counting(description: str | None) -> Iterator[Callable[[float], None]]:
-    """Give a function that counts one more of so many, on a bar as `progress` has it.
+    """Return a function that advances a progress bar by one, as `progress` shows it.
 
     Args:
         description: Before the bar; None draws none.

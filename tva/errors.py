@@ -36,7 +36,7 @@ class RecipeError(ValueError):
 
 
 class HarnessError(ValueError):
-    """An edit with coefficient 0 did not score as the base did: what is measured is not the edit alone."""
+    """An edit with coefficient 0 did not score as the base did: what is measured is not only the edit."""
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:

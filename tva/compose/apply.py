@@ -1,4 +1,4 @@
-"""Apply a recipe to a base checkpoint on disk, within a stated memory: the door to `tva.compose.engine`.
+"""Apply a recipe to a base checkpoint on disk, within a stated memory, the public function over `tva.compose.engine`.
 
 No Trainer, no data and no knowledge of the architecture: names and shapes are all there is.
 """
@@ -267,7 +267,7 @@ def _check_undo(keep_undo: bool | str, sources: Mapping[str, LazyTaskVector]) ->
     if keep_undo == "with_vectors" and checkpoints:
         raise ValueError(
             f"keep_undo='with_vectors' needs task vector files, and {some(checkpoints)} are fine-tuned checkpoints, "
-            f"whose deltas are not known without the base. Give task vector files, or keep_undo alone."
+            f"whose deltas are not known without the base. Give task vector files, or keep_undo only."
         )
 
 

@@ -1,6 +1,6 @@
 """Tensors of a base and its vectors, read chunk by chunk into memory that is used over and over.
 
-Where the dtypes allow, a chunk of the base and of each vector lies in a row of its own, as stored, and
+Where the dtypes allow, a chunk of the base and of each vector is in a row of its own, as stored, and
 `tva.merge.kernels` computes with the rows, without torch; else torch computes with one tensor after the other.
 """
 
@@ -19,7 +19,7 @@ from tva.merge import kernels
 from tva.merge.program import LOAD, ZERO, Program, Step, Steps, encode
 from tva.vectors.lazy import LazyTaskVector
 
-AHEAD = 2**23  # elements that the system is told to read ahead
+AHEAD = 2**23  # elements that the system is asked to read ahead
 HEAD = 4096  # elements in which most fine-tuned tensors differ from the base
 FUSED_DTYPES = {"bfloat16": 0, "float16": 1, "float32": 2}  # as `tva.merge.kernels` numbers them
 

@@ -101,7 +101,7 @@ class Composer:
         self.base, self.sources, self.recipe, self.tied = base, sources, recipe, tied
         self.scaling_coef, self.dtype = scaling_coef, dtype
         self.names = [name for name in base if name not in tied]
-        # Running statistics are kept: their deltas mean something at coefficient 1 alone.
+        # Running statistics are kept: their deltas mean something only at coefficient 1.
         self.statistics = set().union(*(source.buffers for source in sources.values()))
         if not self._is_fusible():
             load_torch()  # now, so that the memory that it takes is known

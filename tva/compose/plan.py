@@ -15,7 +15,7 @@ from tva.vectors.lazy import LazyTaskVector
 
 @dataclass
 class PlanRow:
-    """Tensors that differ in their layer alone.
+    """Tensors that differ only in their layer.
 
     Attributes:
         names: Their names.

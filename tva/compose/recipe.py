@@ -24,7 +24,7 @@ from tva.vectors.header import Origin
 if TYPE_CHECKING:
     from tva.vectors.task_vector import TaskVector
 
-ChunkDeltas = tuple[Chunk, Mapping[str, Tensor]]  # where it lies, and the flattened deltas of the vectors by name
+ChunkDeltas = tuple[Chunk, Mapping[str, Tensor]]  # where it is, and the flattened deltas of the vectors by name
 Chunks = Callable[[], Iterable[ChunkDeltas]]
 Spread = Callable[[Callable[[str, Chunks], None]], None]
 States = MutableMapping[tuple[int, str], Any]  # of a call and a tensor; of methods over the model the tensor is ""
@@ -176,7 +176,7 @@ class Recipe(Expression):
 
     @property
     def is_fusible(self) -> bool:
-        """Whether it can be computed in steps alone, whatever is observed."""
+        """Whether it can be computed in steps only, whatever is observed."""
         return all(
             not method.whole
             and type(method).in_steps is not Method.in_steps
@@ -317,7 +317,7 @@ class Recipe(Expression):
         """Compute one chunk of the result.
 
         Args:
-            chunk: Where the chunk lies.
+            chunk: Where the chunk is.
             deltas: For each vector its flattened chunk, float32 or float64; asked for each time a vector is named.
                 Where they have a method ``run`` that computes `Steps`, it is asked first.
             states: From `observe`.
@@ -439,6 +439,6 @@ class Recipe(Expression):
         return values, self._chunk_of(call, chunk, sources)
 
     def _chunk_of(self, call: ast.Call, chunk: Chunk, sources: Mapping[str, str]) -> Chunk:
-        """Add what a method is told of its arguments and of the model."""
+        """Add what a method is given about its arguments and of the model."""
         named = tuple("+".join(sources[name] for name in self._names_in(argument)) for argument in call.args)
         return dataclasses.replace(chunk, sources=named, layers=self._layers)

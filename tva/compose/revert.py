@@ -81,7 +81,7 @@ def revert(
         edited: What ``tva compose`` or ``tva edit`` wrote with ``keep_undo``; nothing in it is changed.
         output: A ``.safetensors`` file, or a folder to be made; it appears under this name when it is whole and has the
             fingerprint that was recorded of the base.
-        undo: The undo file, if it no longer lies beside ``edited``.
+        undo: The undo file, if it is no longer beside ``edited``.
         vectors: For an undo file that was written ``with_vectors``: names to paths of vectors that have moved.
         max_memory: Anonymous memory that this process may take at most, such as ``512MiB``; by default 1 GiB more than
             it takes already.
@@ -150,7 +150,7 @@ def _open_undo(edited: str, weights: HashedWeights, undo: str | None) -> OpenedU
 
 
 def _without_undo(edited: str, weights: HashedWeights, path: Path) -> str:
-    """Say what else there is where there is no undo file."""
+    """Describe what can be done instead where there is no undo file."""
     record = Record.read(weights)
     text = f"An undo file was expected at {path}, and nothing is there. "
     try:

@@ -36,7 +36,7 @@ _OPTIONS = {zstd.CompressionParameter.compression_level: 1, zstd.CompressionPara
 
 
 def undo_path(output: Path) -> Path:
-    """Return where the undo file of an edited checkpoint lies: beside a file, in a folder."""
+    """Return where the undo file of an edited checkpoint is: beside a file, in a folder."""
     single = output.suffix == ".safetensors"
     return output.with_name(f"{output.stem}.undo.safetensors") if single else output / "undo.safetensors"
 
@@ -46,7 +46,7 @@ def encode(original: Tensor, predicted: Tensor) -> bytes:
 
     Args:
         original: Any dtype, shape (elements,).
-        predicted: Of the same dtype and shape; its values matter for the size alone.
+        predicted: Of the same dtype and shape; its values matter only for the size.
 
     Returns:
         Nothing where they are equal in every bit.

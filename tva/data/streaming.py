@@ -115,7 +115,7 @@ def make_streams(
         if val_size is None:
             raise ValueError(
                 f"{name}: a stream's length is unknown, so no tenth can be held out. Set val_split, or val_size, "
-                f"so many examples from the beginning."
+                f"the number of examples from the beginning."
             )
         held = _rows_of(name, tables["train"], val_size, cut)
         tables["train"], tables["val"] = tables["train"].skip(held), tables["train"].take(held)

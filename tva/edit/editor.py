@@ -147,7 +147,7 @@ class Editor:
 
         def images() -> Iterator[Tensor]:
             for datamodule in self.reestimate_with:
-                datamodule.trainer = self.trainer  # it may not have been evaluated yet, or on another stage alone
+                datamodule.trainer = self.trainer  # it may not have been evaluated yet, or only on another stage
                 datamodule.prepare_data()
                 datamodule.setup("fit")
                 for batch_images, _ in itertools.islice(datamodule.train_dataloader(), num_batches):

@@ -280,6 +280,6 @@ def check_identity(found: Evaluation, base: Evaluation, task: str, split: str) -
     ] or ["the same means of other scores by example"]
     raise HarnessError(
         f"An edit with coefficient 0 must score exactly as the base, but on {task} ({split}) it did not: "
-        f"{', '.join(odd[:3])}. So what is measured is not the edit alone: look for randomness in the evaluation step "
+        f"{', '.join(odd[:3])}. So what is measured is not only the edit: look for randomness in the evaluation step "
         f"or the data module, and for state outside the state dict. Nothing was written."
     )

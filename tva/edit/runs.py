@@ -1,4 +1,4 @@
-"""Finished edits, opened again: rebuild their pages from ``edit.json`` alone, and put several side by side."""
+"""Finished edits, opened again: rebuild their pages from ``edit.json`` only, and put several side by side."""
 
 from __future__ import annotations
 
@@ -99,7 +99,7 @@ def _names(paths: Sequence[Path]) -> dict[Path, str]:
 
 
 def changed_inputs(content: Mapping[str, Any]) -> list[str]:
-    """Say which inputs of an edit are not what they were; what is not here any more is not said.
+    """Return which inputs of an edit have changed since; files that are gone are not listed.
 
     Inputs of the same size and time are taken to be the same; the others are read again and compared by fingerprint.
     """

@@ -47,7 +47,7 @@ class BatchCache:
         return key in self._kept
 
     def get(self, key: Any) -> Any:
-        """Give a batch that is kept; the caller may change the batch, but not its tensors."""
+        """Return a kept batch; the caller may change the batch, but not its tensors."""
         batch = self._kept[key]
         return torch.load(batch, mmap=True, weights_only=True) if isinstance(batch, Path) else shallow_copy(batch)
 
@@ -81,7 +81,7 @@ def shallow_copy(batch: Any) -> Any:
 
 
 def example_order(num_examples: int, seed: int | None) -> Tensor:
-    """Give the order in which examples are taken: the data set's own without a seed.
+    """Return the order in which examples are read: the data set's own without a seed.
 
     Nested subsets are the beginnings of one order, so that scores on a small subset are part of those on a larger one.
 

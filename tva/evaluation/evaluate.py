@@ -102,7 +102,7 @@ def evaluate(
     if late and trainer.world_size > 1:
         raise ValueError(
             f"{type(model).__name__} logs {some(late)} outside its {step_name(split)}, where {trainer.world_size} "
-            f"processes know their own examples alone. Log in the step, or use a Trainer with devices=1."
+            f"processes know only their own examples. Log in the step, or use a Trainer with devices=1."
         )
     agree = ours.keys() == by_lightning.keys() and all(
         # of several processes Lightning gives the mean of all, or this one's, as the model says

@@ -39,11 +39,11 @@ def num_shared(one: Evaluation, other: Evaluation) -> int | None:
     """
     if one.row_digests is None or other.row_digests is None:
         return None
-    sets = []
+    sets: list[np.ndarray] = []
     for rows in (one.row_digests, other.row_digests):
         values, counts = np.unique(rows, return_counts=True)
         sets.append(values[counts == 1])
-    return len(np.intersect1d(*sets, assume_unique=True))
+    return len(np.intersect1d(sets[0], sets[1], assume_unique=True))
 
 
 def check_shared(

@@ -37,7 +37,7 @@ class Evaluation:
     """What a model scored on examples of one task.
 
     Attributes:
-        metrics: Metric name to value; accuracies lie in [0, 1].
+        metrics: Metric name to value; accuracies are in [0, 1].
         num_examples: Examples evaluated.
         scores: Metric name to one score an example, shape (examples,), in the order of the examples; the metric is
             their mean. ``accuracy`` has boolean scores where the model's step returns ``correct``.

@@ -20,7 +20,7 @@ class Chunk:
         start: Index of the first element in the flattened tensor.
         sources: For each vector what identifies it: the fingerprint of its fine-tuned model, or its name.
         shape: Shape of the whole tensor, of which the elements may be a part.
-        layers: For every tensor of the model that lies in a layer, which one, from 0, and how many there are.
+        layers: For every tensor of the model that is in a layer, which one, from 0, and how many there are.
     """
 
     tensor: str
@@ -96,7 +96,7 @@ class Method:
         raise NotImplementedError  # every subclass says how
 
     def in_steps(self, arguments: Sequence[Steps], state: Any, chunk: Chunk) -> Steps | None:
-        """Say in steps what `merge` does, which then runs fused; None where there are none for it.
+        """Return what `merge` does as steps that run fused; None if it cannot be written so.
 
         Args:
             arguments: Steps that give the value of each vector.

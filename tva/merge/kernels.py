@@ -315,7 +315,7 @@ def agree(halves, floats, kinds, row, length):
 
 @njit(fastmath={"reassoc"}, **_OPTIONS)
 def _account(delta, base, written):
-    """Count what moves and what changes, and sum up squares; these sums alone may be taken in any order.
+    """Count what moves and what changes, and sum up squares; only these sums may be taken in any order.
 
     The counts are of at most a block, so that float32 has them exactly.
     """
@@ -480,7 +480,7 @@ def count_window(values, signed, start, shift, counts):
         values: Contiguous, any length.
         signed: Whether keys are of values or of their magnitudes.
         start: The first key.
-        shift: A bin holds the keys that are the same but for so many lower bits, counted from ``start``.
+        shift: A bin holds the keys that are the same but for this many lower bits, counted from ``start``.
         counts: Added to: those before, those in each bin, those behind; shape (bins + 2,).
     """
     bins = len(counts) - 2

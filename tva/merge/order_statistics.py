@@ -16,7 +16,7 @@ PASSES = 4  # passes that `OrderStatistics` takes at most; one, or two, are usua
 _WINDOW = 2**18  # keys that are counted each by itself; those of 0.8 to 1.6 % of a value's neighbours on either side
 _COARSE = 16  # lower bits that a sample's counts leave out
 _ENOUGH = 2**17  # elements of the first chunk, from which a rank's place is expected
-_SAMPLED = 61  # of so many elements of every chunk one is sampled
+_SAMPLED = 61  # one element in this many is sampled, in every chunk
 _KEPT = 16  # counts, of 2 MiB each
 
 HELD_BYTES = 8 * (_WINDOW + 2 + 2**_COARSE)  # that each thread takes for each rank that is looked for
@@ -26,13 +26,13 @@ _spare: list[numpy.ndarray] = []  # counts, all zero: new memory would cost more
 
 @dataclass
 class _Wanted:
-    """A rank's value: keys between which it lies, and the window in which it is looked for.
+    """A rank's value: keys between which it is, and the window in which it is looked for.
 
     Attributes:
         low: The smallest key that it may have.
         high: The largest.
         start: First key of the window.
-        shift: Keys are counted by their bits above so many.
+        shift: Keys are counted by their bits above this many.
     """
 
     low: int
@@ -41,7 +41,7 @@ class _Wanted:
     shift: int = 0
 
     def expect(self, key: int) -> None:
-        """Look around a key, where that is possible."""
+        """Set the window around a key, if there is one."""
         self.start, self.shift = min(max(self.low, key - _WINDOW // 2), max(self.low, self.high - _WINDOW + 1)), 0
 
     def narrow(self, position: int) -> None:
@@ -68,7 +68,7 @@ class OrderStatistics:
     float32.
 
     Args:
-        ranks: Gives the ranks wanted, from 0 for the smallest, when told how many values there are (at least one).
+        ranks: Gives the ranks wanted, from 0 for the smallest, given how many values there are (at least one).
         signed: Whether values may be negative; their magnitudes are meant otherwise.
 
     Attributes:
@@ -124,7 +124,7 @@ class OrderStatistics:
         return _zeros(self._num_keys >> _COARSE)
 
     def _expect(self, sample: numpy.ndarray) -> None:
-        """Set the windows around where the ranks lie in a sample."""
+        """Set the windows around where the ranks are in a sample."""
         from tva.merge.kernels import locate
 
         for wanted, rank in zip(self._wanted, self._ranks(int(sample.sum())), strict=True):

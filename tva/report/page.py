@@ -187,7 +187,7 @@ def _score(label: str, heading: str) -> Column:
 
 
 def _chance(entry: Mapping[str, Any], label: str) -> str:
-    """Say what the edited model would score by chance, and whether it is below."""
+    """Describe the score that chance would give, and whether the edited model is below it."""
     if label != "edited" or entry.get("chance") is None:
         return ""
     below = ", below it: inverted, not gone" if entry["below_chance"] else ""

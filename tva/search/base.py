@@ -154,7 +154,7 @@ class Problem:
         return self._evaluate(candidates, ranges, seed)
 
     def once(self, make: Callable[[], Any]) -> Any:
-        """Call a function in the first process alone, and give its value in all."""
+        """Call a function in the first process only, and return its value in all."""
         if self._trainer is None:
             return make()
         return self._trainer.strategy.broadcast(make() if self._trainer.is_global_zero else None)
@@ -197,7 +197,7 @@ class Problem:
         return own / value if value else math.nan
 
     def weights(self) -> dict[str, tuple[str, float]]:
-        """Give the objective as a sum: by task the metric and what one unit of it is worth, larger being better.
+        """Return the objective as a sum: by task the metric and what one unit of it is worth, larger being better.
 
         Raises:
             ValueError: It is no sum of means over examples, so that candidates cannot be compared example by example.
@@ -246,7 +246,7 @@ class Problem:
 
 
 def constraint_slack(constraint: Constraint, edited: Evaluation, base: Evaluation, confidence: float) -> float:
-    """Say by how much a constraint must hold for that to be believed.
+    """Return by how much a constraint must hold to hold with the confidence asked for.
 
     Raises:
         ValueError: The metric is no mean of per-example scores.
@@ -387,7 +387,7 @@ class Search:
         raise TypeError(f"{type(self).__name__} does not say which coefficients to try; use tva.search.Grid.")
 
     def axes(self, num: int) -> list[Candidate]:
-        """Give evenly spaced candidates, ``num`` along each range, ends included, the smallest first."""
+        """Return evenly spaced candidates, ``num`` along each range, ends included, the smallest first."""
         # rounded, so that 0.15000000000000002 is printed and recorded as 0.15
         steps = {
             name: [round(low + (high - low) * step / (num - 1), 12) for step in range(num)]

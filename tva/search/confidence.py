@@ -96,7 +96,7 @@ def rising(
     scores: Mapping[Candidate, Mapping[tuple[str, str], np.ndarray]],
     holds: Callable[[Candidate], bool],
 ) -> str | None:
-    """Say where a constraint gets better as the coefficient grows, among points evaluated on the same examples.
+    """Describe where a constraint gets better as the coefficient grows, among points evaluated on the same examples.
 
     Args:
         constraints: That are taken to get only worse.

@@ -61,7 +61,7 @@ class Bisect(Search):
     Args:
         start: First coefficient, on the same side of 0 as ``stop``.
         stop: Last coefficient.
-        num: Points that are told apart, both ends included.
+        num: Points that can be distinguished, both ends included.
         ranges: One coefficient's name with its smallest and largest value, instead of ``start`` and ``stop``.
     """
 

@@ -44,8 +44,8 @@ class TrainingContext:
         trainer: The Trainer that evaluates; its device and precision are used.
         model: The model; it is left as it was.
         base: The base's state dict.
-        vectors: Task vectors by name, each times its number in the recipe where the recipe is a sum; else the recipe's
-            value alone.
+        vectors: Task vectors by name, each times its number in the recipe where the recipe is a sum; else only the
+            recipe's value.
         targets: Data modules of the tasks to change, set up.
         controls: Data modules of the tasks to leave alone, set up where they decide.
         buffers: By task the buffers that the model makes for it and does not save, such as its head.

@@ -1,4 +1,4 @@
-"""Search by Optuna, with a storage that several processes or machines share; the one door to optuna."""
+"""Search by Optuna, with a storage that several processes or machines share, the only importer of optuna."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ class Optuna(Search):
 
 
 class _Trials:
-    """The study of one search; of several processes that evaluate together the first alone opens it."""
+    """The study of one search; of several processes that evaluate together only the first opens it."""
 
     def __init__(self, search: Optuna, problem: Problem) -> None:
         self.search, self.problem = search, problem
@@ -99,7 +99,7 @@ class _Trials:
         )
 
     def ask(self) -> dict[str, float] | None:
-        """Give the coefficients of the next trial; None when there are enough."""
+        """Return the coefficients of the next trial; None when there are enough."""
         search = self.search
         if len(self.finished()) >= search.num_trials:
             return None
@@ -129,7 +129,7 @@ class _Trials:
         self.study.tell(self.trial, loss + penalty if math.isfinite(loss) else 1e12)
 
     def finished(self) -> list[dict[str, Any]]:
-        """Give the coefficients, scores and slacks of the trials that all processes have finished."""
+        """Return the coefficients, scores and slacks of the trials that all processes have finished."""
         import optuna
 
         states = [optuna.trial.TrialState.COMPLETE]

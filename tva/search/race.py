@@ -183,7 +183,7 @@ class Race(Search):
         base: Mapping[str, Evaluation],
         level: float,
     ) -> list[Candidate]:
-        """Give the candidates that no test says are beaten."""
+        """Return the candidates that no test rejects."""
         possible = [c for c in scored if not any(_fails(k, scored[c], base, level) for k in problem.constraints)]
         sure = [c for c in possible if all(_holds(k, scored[c], base, level) for k in problem.constraints)]
         if problem.rule == "largest":

@@ -88,7 +88,7 @@ class View:
         constraints: Whether each holds on these examples.
         examples: A few predictions.
         time_s: What it took.
-        rough: Whether it is from a few examples alone, without constraints and predictions.
+        rough: Whether it is from a few examples only, without constraints and predictions.
     """
 
     coefs: Mapping[str, float]

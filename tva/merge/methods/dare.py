@@ -20,7 +20,7 @@ _CHUNK = 2**32  # elements that share the upper part of their index
 class Dare(Method):
     r"""Drop each element with probability ``drop`` and divide the others by ``1 - drop``.
 
-    Which elements are dropped depends on (seed, vector, tensor name, element index) alone: the same for any order of
+    Which elements are dropped depends on (seed, vector, tensor name, element index) only: the same for any order of
     tensors, any chunks, threads and device.
 
     Args:
@@ -40,7 +40,7 @@ class Dare(Method):
 
     def __post_init__(self) -> None:
         if not 0 <= self.drop < 1:
-            raise ValueError(f"drop must lie in [0, 1), where 0 keeps all; found {self.drop}.")
+            raise ValueError(f"drop must be in [0, 1), where 0 keeps all; found {self.drop}.")
 
     def merge(self, deltas: Sequence[Tensor], state: Any, chunk: Chunk) -> Tensor:
         (delta,) = deltas

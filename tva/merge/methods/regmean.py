@@ -44,7 +44,7 @@ class RegMean(_Statistics, OrientedMethod):
         super().__post_init__()
         self._open("regmean")
         if not 0 <= self.off_diagonal <= 1:
-            raise ValueError(f"off_diagonal must lie in [0, 1]; found {self.off_diagonal}.")
+            raise ValueError(f"off_diagonal must be in [0, 1]; found {self.off_diagonal}.")
 
     def merge_matrices(self, matrices: list[Tensor], chunk: Chunk) -> Tensor:
         columns = matrices[0].shape[1]

@@ -70,7 +70,7 @@ class Wudi(OrientedMethod):
 
 def _adam(gram: Tensor, slope: Tensor, steps: int, lr: float) -> Tensor:
     """Minimize the quadratic function with gradient ``2 (x gram + slope)`` from 0, all tasks in one product a step."""
-    # Moments of the gradient as in torch.optim.Adam at its defaults; in float32, where the cost lies
+    # Moments of the gradient as in torch.optim.Adam at its defaults; in float32, where the cost is
     gram, slope = gram.float(), slope.float()
     moved, first, second = (torch.zeros_like(slope) for _ in range(3))
     for step in range(1, steps + 1):
