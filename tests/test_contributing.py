@@ -34,8 +34,13 @@ def blocks(language, containing):
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
-    """A folder with checkpoints, and the page's package on the path; nothing of it stays."""
+    """A folder with checkpoints, and the page's package on the path.
+
+    Its modules stay loaded after the last test: help lists the subclasses there are, and imports them by name.
+    """
     monkeypatch.chdir(tmp_path)
+    for name in [name for name in sys.modules if name.split(".")[0] == "my_package"]:
+        del sys.modules[name]
     package = tmp_path / "site/my_package"
     package.mkdir(parents=True)
     (package / "__init__.py").touch()
@@ -56,8 +61,6 @@ def folder(tmp_path, monkeypatch):
     for module, before in names.items():
         for name in vars(module).keys() - before:
             delattr(module, name)
-    for name in [name for name in sys.modules if name.split(".")[0] == "my_package"]:
-        del sys.modules[name]
 
 
 vectors = small_edit.vectors  # a fixture

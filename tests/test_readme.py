@@ -91,7 +91,9 @@ def test_every_option_named_in_the_pages_is_an_option_of_its_command(capsys):
                 if command not in helps:
                     with contextlib.suppress(SystemExit):
                         main([*command.split(), "--help"])
-                    helps[command] = capsys.readouterr().out
+                    printed = capsys.readouterr()
+                    assert printed.out, f"tva {command} --help: {printed.err}"
+                    helps[command] = printed.out
                 assert re.search(rf"{option}\b", helps[command]), f"{page.name}: {line}"
                 count += 1
     assert count > 40

@@ -389,7 +389,7 @@ def test_a_head_of_another_width_and_generated_text_without_prompts_are_refused(
     model = TextClassifier(str(folder / "bert"))
     evaluate(make_trainer(tmp_path), model, texts(folder), "val")
     model.head = torch.zeros(2, 5)
-    with pytest.raises(ValueError, match=r"encoder gives 16 features, but the head takes 5"):
+    with pytest.raises(ValueError, match=r"the encoder has 16 features, but the head takes 5"):
         model(torch.tensor([[8, 9]]))
     with pytest.raises(ValueError, match=r"running text has none. Give the data a prompt_column"):
         evaluate(make_trainer(tmp_path), CausalLM(str(folder / "causal"), metrics=["bleu"]), prose(folder), "val")
