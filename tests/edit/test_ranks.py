@@ -89,7 +89,7 @@ def assert_same(one, *others):
     ("search", "more"),
     [
         (Grid(num=5), {"baselines": ["average", "gradient_ascent"], "diagnostics": ["blame", "disentanglement"]}),
-        (Bisect(num=9), {"rule": "largest", "subject_to": ["other/accuracy >= 0.7 * base"], "confidence": 0.9}),
+        (Bisect(num=9), {"rule": "largest", "subject_to": ["b/accuracy >= 0.7 * base"], "confidence": 0.9}),
         (Optuna({"s": [0, 1], "l": [0, 1]}, num_trials=6), {"recipe": "s * a + l * b"}),
     ],
     ids=["grid", "bisect", "optuna"],
