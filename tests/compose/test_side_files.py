@@ -53,7 +53,12 @@ def test_every_file_that_describes_the_model_goes_along(model, tmp_path):
     assert files(tmp_path / "out") == {*CARRIED, "2_Dense/config.json", "model.safetensors"}
     for name, text in CARRIED.items():
         assert (tmp_path / "out" / name).read_text() == text
-    assert report.notes == ["not carried beside the weights: '2_Dense/pytorch_model.bin'"]
+    (note,) = report.notes
+    assert note.startswith("model/model.safetensors: not carried along: '2_Dense/pytorch_model.bin'")
+    assert set(side_files(model)[1]) == {
+        *("2_Dense/pytorch_model.bin", "checkpoint-10", "events.out.tfevents.1", "logs"),
+        *("optimizer.pt", "train.log", "trainer_state.json"),
+    }
 
 
 @pytest.mark.parametrize("base", ["model", "model/diffusion_pytorch_model.safetensors"])

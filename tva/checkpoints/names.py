@@ -17,6 +17,7 @@ from tva._torch import Tensor
 from tva.errors import MismatchError, some
 
 KeyMap = Mapping[str, str] | Sequence[str]
+Patterns = Sequence[str] | str | None
 CopyOf = Callable[[str, Iterable[str]], str | None]  # a name, and others: the first of them with an equal tensor
 
 MOST_TIED = 8  # names that only one side has, of which each may be a copy of another tensor
@@ -113,7 +114,7 @@ class NameFilter:
     r"""Which names take part in a command: those that ``include`` finds, if it is given, without those of ``exclude``.
 
     Args:
-        include: Regular expressions that are searched for in names.
+        include: Regular expressions, or one, that are searched for in names.
         exclude: Regular expressions of names to leave out, on the side of the base as on that of a vector.
 
     Raises:
@@ -128,9 +129,9 @@ class NameFilter:
         ValueError: exclude holds 'inv_freq', which matches no name of the base or a vector. Correct or remove it.
     """
 
-    def __init__(self, include: Sequence[str] | None = None, exclude: Sequence[str] | None = None) -> None:
-        self.options = {"include": include, "exclude": exclude}
-        self.options = {option: list(given) for option, given in self.options.items() if _is_list(option, given)}
+    def __init__(self, include: Patterns = None, exclude: Patterns = None) -> None:
+        given = {"include": include, "exclude": exclude}
+        self.options = {key: [each] if isinstance(each, str) else list(each) for key, each in given.items() if each}
         self._patterns = {
             option: [_compiled(option, pattern) for pattern in given] for option, given in self.options.items()
         }
@@ -171,12 +172,6 @@ class NameFilter:
                     f"{option} holds {some(unused)}, which matches no name of the base or a vector. Correct or remove "
                     f"it."
                 )
-
-
-def _is_list(option: str, given: Sequence[str] | None) -> bool:
-    if isinstance(given, str):
-        raise ValueError(f"{option} must be a list of regular expressions, not one string: [{given!r}].")
-    return bool(given)
 
 
 def _compiled(option: str, pattern: str) -> re.Pattern[str]:

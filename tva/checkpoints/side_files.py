@@ -27,6 +27,7 @@ WEIGHTS = (
     ".npz",
     ".distcp",
 )
+OF_MODELS = WEIGHTS[:5]  # of a folder's own files these hold the weights that were edited, or a copy of them
 OF_TRAINING = (  # names of files and folders that belong to a training run
     ".*", "__pycache__", "runs", "logs", "wandb", "lightning_logs", "checkpoint-*", "global_step*", "*.log", "latest",
     "optimizer*", "scheduler*", "rng_state*", "events.out.tfevents*", "zero_to_fp32.py", "trainer_state.json",
@@ -52,8 +53,8 @@ def side_files(
         untied: Whether the edit moved tied embeddings apart: ``config.json`` then says so.
 
     Returns:
-        Path in the folder to the file, or to contents that differ from it; and the weights of other parts of the model,
-        in sub-folders, which are left out.
+        Path in the folder to the file, or to contents that differ from it; and what is left out, other than copies of
+        the weights themselves: weights of other parts of the model, and what a training run left.
     """
     folder = model_folder(base)
     if folder is None:
@@ -62,8 +63,10 @@ def side_files(
     left_out = []
     for path in _files(folder, base.is_dir()):
         name = path.relative_to(folder).as_posix()
-        if path.suffix in WEIGHTS or name.endswith(".index.json"):
-            left_out += [name] if path.suffix in WEIGHTS and "/" in name else []
+        if any(fnmatch(path.name, pattern) for pattern in OF_TRAINING):
+            left_out += [] if path.name.startswith((".", "__")) else [name]
+        elif path.suffix in WEIGHTS or name.endswith(".index.json"):
+            left_out += [name] if path.suffix in WEIGHTS and ("/" in name or path.suffix not in OF_MODELS) else []
         else:
             found[name] = _inside(folder, path)
     if (dtype is not None or untied) and "config.json" in found:
@@ -98,9 +101,7 @@ def weights_stem(base: Path) -> str:
 
 def _files(folder: Path, deep: bool) -> Iterator[Path]:
     for path in sorted(folder.iterdir()):
-        if any(fnmatch(path.name, pattern) for pattern in OF_TRAINING):
-            continue
-        if path.is_file():
+        if path.is_file() or any(fnmatch(path.name, pattern) for pattern in OF_TRAINING):
             yield path
         elif deep and path.is_dir() and not path.is_symlink():
             yield from _files(path, deep)

@@ -92,8 +92,8 @@ def compose(
     allow_other_base: bool = False,
     key_map: dict[str, str] | None = None,
     which: str = "checkpoint",
-    include: list[str] | None = None,
-    exclude: list[str] | None = None,
+    include: list[str] | str | None = None,
+    exclude: list[str] | str | None = None,
     allow_other_kind: bool = False,
     plan: bool = False,
     resume: bool = False,
@@ -241,7 +241,7 @@ def _notes(composer: Composer, left_out: list[str]) -> list[str]:
             f"kept: {some(names)}"
         )
     if left_out:
-        notes.append(f"not carried beside the weights: {some(left_out)}")
+        notes.append(f"{composer.base.path}: not carried along: {some(left_out)}")
     return notes
 
 

@@ -152,8 +152,8 @@ class Composer:
         allow_other_base: bool = False,
         key_map: Mapping[str, str] | None = None,
         which: str = "checkpoint",
-        include: Sequence[str] | None = None,
-        exclude: Sequence[str] | None = None,
+        include: Sequence[str] | str | None = None,
+        exclude: Sequence[str] | str | None = None,
     ) -> Composer:
         """Open the files of an edit; the arguments are those of `compose`."""
         if dtype is not None and dtype not in DTYPES:

@@ -81,8 +81,8 @@ def compare(
     allow_other_base: bool = False,
     key_map: dict[str, str] | None = None,
     which: Which = "checkpoint",
-    include: list[str] | None = None,
-    exclude: list[str] | None = None,
+    include: list[str] | str | None = None,
+    exclude: list[str] | str | None = None,
 ) -> Compared:
     """Compare task vectors: norms, the cosine of every pair and the share of signs on which two disagree.
 

@@ -50,8 +50,8 @@ def extract(
     task: str | None = None,
     key_map: dict[str, str] | None = None,
     which: Which = "checkpoint",
-    include: list[str] | None = None,
-    exclude: list[str] | None = None,
+    include: list[str] | str | None = None,
+    exclude: list[str] | str | None = None,
 ) -> Extracted:
     """Write the task vector from a base to its fine-tuned checkpoint, without loading either of them whole.
 

@@ -79,8 +79,8 @@ def match(
     allow_other_base: bool = False,
     key_map: dict[str, str] | None = None,
     which: Which = "checkpoint",
-    include: list[str] | None = None,
-    exclude: list[str] | None = None,
+    include: list[str] | str | None = None,
+    exclude: list[str] | str | None = None,
 ) -> Matched:
     r"""Find whether a checkpoint is its base plus a number times a task vector, and which number.
 
