@@ -44,9 +44,13 @@ def make_trainer(devices, kind=Trainer, **options):
     )
 
 
-def _edit(folder, vectors, devices, changes):
-    # in a fork of a process that has drawn, vl-convert waits for threads that stayed behind
+def _draw_nothing():
+    """In a fork of a process that has drawn, vl-convert waits for threads that stayed behind."""
     page.draw, page.library = lambda spec, name: "<svg/>", lambda: ""
+
+
+def _edit(folder, vectors, devices, changes):
+    _draw_nothing()
     model, trainer = Net(), make_trainer(devices)
     options = EditOptions(
         vectors=vectors,
@@ -202,6 +206,7 @@ def test_the_command_line_edits_with_two_devices(vectors, tmp_path):
 
 
 def _command(words, folder):
+    _draw_nothing()
     status = 0
     with open(folder / os.environ["LOCAL_RANK"], "w") as said, contextlib.redirect_stdout(said):
         try:

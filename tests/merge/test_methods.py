@@ -200,7 +200,7 @@ def test_running_statistics_follow_linear_recipes_only():
         ("ties(a, density=1.5)", "density is the fraction"),
         ('ties(a, trim="layer")', "trim 'model' or 'tensor'"),
         ("ties(a, densty=0.2)", "no option 'densty'; its options are density, trim, elect, combine"),
-        ("dare(a, drop=1)", r"drop must lie in \[0, 1\)"),
+        ("dare(a, drop=1)", r"drop must be in \[0, 1\)"),
         ("dare(a, b)", "dare takes 1 task vectors and was given 2"),
         ("magnitude(a)", "density"),
         ("ties(a, density=b)", "An option must be"),

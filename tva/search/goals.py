@@ -89,7 +89,7 @@ class Constraint:
 
     @property
     def above(self) -> bool:
-        """Whether the metric must lie above its bound."""
+        """whether the metric must be above its bound."""
         return self._compare.startswith(">")
 
     @property
