@@ -309,7 +309,7 @@ def test_a_slider_in_a_browser_changes_the_numbers_and_nothing_leaves_this_machi
             base = tab.evaluate(f"{live}.parentElement.querySelector('td').textContent")
             assert "cached validation examples" in tab.evaluate("document.body.innerText")
             tab.evaluate("document.querySelector('.q-slider [tabindex], .q-slider[tabindex]').focus()")
-            until = time.monotonic() + 60  # a busy page may take a press back while it is told of the one before
+            until = time.monotonic() + 60  # a busy page may undo a press while the one before is still answered
             while tab.evaluate(f"{live}.textContent") != base and time.monotonic() < until:
                 for kind in ("keyDown", "keyUp"):
                     key = {"key": "ArrowLeft", "code": "ArrowLeft", "windowsVirtualKeyCode": 37}

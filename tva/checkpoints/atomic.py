@@ -52,7 +52,7 @@ def can_write(path: Path) -> Iterator[None]:
 
 
 def make_room(file: int, size: int) -> None:
-    """Give a file its size and, where the system can, its place on the disk: writing then takes half the time."""
+    """Set a file's size and, where the system can, reserve its place on the disk, which halves the time to write."""
     try:
         os.posix_fallocate(file, 0, size)
     except (AttributeError, OSError) as error:

@@ -424,7 +424,7 @@ class Composer:
 def _threads(workers: int) -> Iterator[ThreadPoolExecutor]:
     """Return threads for tensors, each with one core to itself if there are several.
 
-    Python's garbage collector rests meanwhile: chunks leave no cycles, but so many of them would make it walk over all
+    Python's garbage collector rests meanwhile: chunks leave no cycles, but their number would make it walk over all
     that torch has loaded, again and again (measured: more than half of the time).
     """
     alone, collecting = workers > 1 and torch_is_loaded(), gc.isenabled()

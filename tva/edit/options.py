@@ -33,7 +33,7 @@ class EditOptions:
         recipe: Expression of those names, such as ``-digits`` or ``analogy(a, b, c)``. Names that are no vectors are
             coefficients, with a value in ``coefs`` or a range in the search.
         targets: Data modules of the tasks that the edit means to change, by name.
-        controls: Data modules of the tasks that it must leave alone.
+        controls: Data modules of the tasks that it must not change.
         base: Checkpoint of the base model.
         coefs: Values of the coefficients in the recipe.
         scaling_coef: Coefficient of the whole recipe; by default it is searched.
