@@ -23,6 +23,7 @@ CARRIED = {
 LEFT = {
     "optimizer.pt": "", "trainer_state.json": "{}", "logs/a.txt": "", "events.out.tfevents.1": "", "train.log": "",
     "checkpoint-10/config.json": "{}", ".cache/x": "", "2_Dense/config.json": "{}", "2_Dense/pytorch_model.bin": "",
+    "pooling.npz": "",
 }  # fmt: skip
 
 
@@ -57,7 +58,7 @@ def test_every_file_that_describes_the_model_goes_along(model, tmp_path):
     assert note.startswith("model/model.safetensors: not carried along: '2_Dense/pytorch_model.bin'")
     assert set(side_files(model)[1]) == {
         *("2_Dense/pytorch_model.bin", "checkpoint-10", "events.out.tfevents.1", "logs"),
-        *("optimizer.pt", "train.log", "trainer_state.json"),
+        *("optimizer.pt", "pooling.npz", "train.log", "trainer_state.json"),
     }
 
 
