@@ -52,7 +52,7 @@ IMPORTERS = {
 }
 
 
-PAGE = (ROOT / "docs/architecture.md").read_text()
+PAGE = (ROOT / "docs/reference/architecture.md").read_text()
 TREE = re.search(r"```\n(.*?)```", PAGE, flags=re.DOTALL)[1]
 
 MOST_LINES = {"file": 430, "function": 60}
@@ -142,7 +142,7 @@ def test_every_path_that_the_page_names_is_there():
     named = re.findall(r"`([\w/]+(?:/|\.py))`", PAGE) + re.findall(r"\]\(([\w./]+)\)", PAGE)
     assert len(named) > 30
     for path in named:
-        assert (ROOT / path).exists() or (ROOT / "docs" / path).exists(), path
+        assert (ROOT / path).exists() or (ROOT / "docs/reference" / path).exists(), path
 
 
 def test_the_tree_describes_every_room_and_names_only_what_is_in_it():

@@ -181,7 +181,7 @@ def real_config(name):
     return yaml.safe_load((ROOT / f"configs/{name}.yaml").read_text())
 
 
-BLOCKS = re.findall(r"```yaml\n(.*?)```", (ROOT / "docs/models.md").read_text(), flags=re.DOTALL)
+BLOCKS = re.findall(r"```yaml\n(.*?)```", (ROOT / "docs/reference/models.md").read_text(), flags=re.DOTALL)
 BLOCKS = [block for block in BLOCKS if block.startswith("model:")]  # the others are part of a configuration
 
 

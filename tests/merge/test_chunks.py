@@ -235,7 +235,7 @@ def test_every_method_explains_its_options():
 
 
 def test_the_documentation_says_everything_of_every_method():
-    page = (Path(__file__).parents[2] / "docs" / "methods.md").read_text()
+    page = (Path(__file__).parents[2] / "docs" / "reference" / "methods.md").read_text()
     sections = {  # the first line below a heading shows how a method is written
         line: part
         for part in re.split(r"^## .*\n", page, flags=re.M)

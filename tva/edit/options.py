@@ -52,8 +52,8 @@ class EditOptions:
             training batches of each target.
         random_seed: Seed of the baseline, a random vector of the same norm per tensor at the same coefficient; None
             leaves it out.
-        baselines: What to compare with besides: see docs/choosing.md.
-        diagnostics: What to look into besides: see docs/choosing.md.
+        baselines: What to compare with besides: see docs/howto/choose.md.
+        diagnostics: What to look into besides: see docs/howto/choose.md.
         joint: Checkpoint of one model that was fine-tuned on all tasks together, for the baseline ``"joint"``.
         log: JSON lines of all evaluations, which the next run re-uses; by default ``OUTPUT.evaluations.jsonl``.
         cache: Transformed batches kept between passes over the same data, such as ``2GiB``.

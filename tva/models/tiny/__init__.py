@@ -1,7 +1,7 @@
 """``tva-tiny``: a CLIP of a million parameters that ships with the package, so that every example runs offline.
 
 Its architecture is open_clip's, its vocabulary a byte-pair encoding of the words of its captions, and its weights come
-from ``python -m tva.models.tiny.pretrain``; docs/tva-tiny.md says how well it does.
+from ``python -m tva.models.tiny.pretrain``; docs/reference/tva-tiny.md says how well it does.
 """
 
 from __future__ import annotations
