@@ -9,7 +9,7 @@ largest coefficient). Told are the coefficients, the share of the grid's forward
 tied on test data: McNemar's exact test, or for a mean over tasks a sign-flip test, at 5 %.
 
 ``pass``: 21 coefficients on JPEG pictures of side ``--side``, by 21 calls of ``trainer.validate`` and by one shared
-pass, in turn, in one process; with the time of reading and decoding alone, so that its share is known.
+pass, in turn, in one process; with the time of only reading and decoding, so that its share is known.
 """
 
 from __future__ import annotations
@@ -271,7 +271,7 @@ def one_pass(options: argparse.Namespace) -> None:
     share = 21 * medians["decode"] / medians["21 x validate"]
     print(
         f"decoding is {share:.0%} of the separate calls; one pass is "
-        f"{medians['21 x validate'] / medians['one pass']:.2f} x faster; at this share sharing alone allows "
+        f"{medians['21 x validate'] / medians['one pass']:.2f} x faster; at this share sharing by itself allows "
         f"{1 / (1 - share + share / 21):.2f} x"
     )
 

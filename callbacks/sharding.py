@@ -97,7 +97,7 @@ class Shards:
 
     Args:
         strategy: The Trainer's.
-        state: This rank's state dict; tensors that are whole are left alone.
+        state: This rank's state dict; tensors that are whole are not touched.
 
     Raises:
         MismatchError: The ranks hold different names.

@@ -206,7 +206,7 @@ class VectorWriter:
         return {name: state[name] for name in state if name in own} | {name: own[name] for name in absent}
 
     def _unused(self, path: str) -> str:
-        """Leave files of other runs alone, as ModelCheckpoint does: ``-v1``, ``-v2`` … is added to the name."""
+        """Do not overwrite files of other runs, as ModelCheckpoint does: ``-v1``, ``-v2`` … is added to the name."""
         start, version = path.removesuffix(SUFFIX), 0
         while not all(_is_of_run(vector_path(path, suffix), self.run) for suffix in (SUFFIX, ADAPTER)):
             version += 1

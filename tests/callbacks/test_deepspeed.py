@@ -255,7 +255,7 @@ def test_partitions_arrive_whole_wherever_they_are_cut(tmp_path, monkeypatch, st
     assert names(tmp_path) == ["done-0", "done-1"]
 
 
-def test_partitions_over_some_ranks_alone_are_refused_by_name(monkeypatch):
+def test_partitions_over_only_some_ranks_are_refused_by_name(monkeypatch):
     model = Net()
     as_stage_1_or_2(model, 0, 2)  # the other half is nowhere
     monkeypatch.setattr(dist, "get_world_size", lambda group=None: 1)

@@ -105,7 +105,7 @@ def lora_net(how):
     return LoraOnly()
 
 
-def test_a_checkpoint_of_lora_alone_has_the_vector_of_the_whole_model(tmp_path):
+def test_a_checkpoint_with_only_lora_weights_has_the_vector_of_the_whole_model(tmp_path):
     vectors = {}
     for how in ("whole", "hook", "override"):
         fit(tmp_path / how, TaskVectorCallback(at_train_end=True), model=lora_net(how))

@@ -14,7 +14,7 @@ from tva.callbacks import TaskVectorCallback
 from tva import MismatchError, TaskVector, fingerprint, open_weights, save_weights
 
 
-def test_a_vector_lies_beside_every_checkpoint(tmp_path):
+def test_a_vector_is_written_beside_every_checkpoint(tmp_path):
     fit(tmp_path)
     assert names(tmp_path, "*.ckpt") == ["epoch=0-step=4.ckpt", "epoch=1-step=8.ckpt"]
     assert names(tmp_path, "*.tv.safetensors") == ["epoch=0-step=4.tv.safetensors", "epoch=1-step=8.tv.safetensors"]

@@ -77,7 +77,7 @@ def test_codes_of_a_format_without_known_names_are_found_by_the_configuration(tm
         open_finetuned(tmp_path / "b", base)
 
 
-def test_what_only_looks_quantized_is_edited(tmp_path):
+def test_weights_that_only_resemble_quantized_ones_are_edited(tmp_path):
     base = {
         "l.weight": FP8,  # a plain cast
         "m.weight": torch.ones(2, 2),

@@ -135,7 +135,7 @@ def test_an_option_on_the_command_line_changes_nothing_else_in_shared(tmp_path, 
         ({"devices": "0,,1", "plan": False}, "devices must read like '0,1', '0\\+1,2\\+3' or 'cpu'; found '0,,1'"),
     ],
 )
-def test_mistakes_in_the_list_are_told_before_anything_runs(tmp_path, options, message):
+def test_mistakes_in_the_list_are_reported_before_anything_runs(tmp_path, options, message):
     with pytest.raises(ValueError, match=message):
         fit_many(**{"tasks": ["a"], "shared": {}, "output": str(tmp_path / "out"), "plan": True, **options})
     assert not (tmp_path / "out").exists()

@@ -293,7 +293,7 @@ def test_a_plan_is_made_from_headers_and_writes_nothing(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "base"]
 
 
-def test_a_folder_gets_shards_an_index_and_what_lies_beside_the_base(files, tmp_path):
+def test_a_folder_gets_shards_an_index_and_the_files_beside_the_base(files, tmp_path):
     base, vectors = files
     folder = tmp_path / "base"
     folder.mkdir()

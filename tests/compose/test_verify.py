@@ -113,7 +113,7 @@ def test_elements_are_hashed_once_whatever_is_read_first(folder):
     assert hashed.fingerprint() == fingerprint(weights)
 
 
-def test_weights_changed_after_the_edit_are_told_from_inputs_that_changed(folder, capsys):
+def test_weights_changed_after_the_edit_are_distinguished_from_changed_inputs(folder, capsys):
     write("0.5 * (a + b)")
     replace("out.safetensors", lambda weights: weights["bias"][3].add_(0.25))
     assert run("verify", "out.safetensors") == 1
@@ -239,7 +239,7 @@ def test_shards_of_different_edits_hold_no_common_record(folder):
         verify("out")
 
 
-def test_raw_and_averaged_weights_are_told_apart(tmp_path, monkeypatch):
+def test_raw_and_averaged_weights_are_distinguished(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     save_weights({"w": torch.zeros(4)}, "base.safetensors")
     averaged, raw = {"w": torch.ones(4)}, {"w": torch.full((4,), 2.0)}
@@ -310,7 +310,7 @@ def test_what_edit_wrote_is_verified_too(trained, capsys, statistics, base):
     assert "changed after the edit" in capsys.readouterr().out
 
 
-def test_the_base_that_lies_beside_a_vector_needs_no_naming(trained, capsys):
+def test_the_base_beside_a_vector_needs_no_naming(trained, capsys):
     base = open_weights("base.safetensors")
     save_weights(dict(base), f"base-{fingerprint(base).digest}.safetensors")  # as TaskVectorCallback writes it
     edit(vectors={"a": "a.safetensors"}, recipe="a")

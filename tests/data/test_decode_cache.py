@@ -104,7 +104,7 @@ def test_a_copy_in_another_process_shares_the_file_and_only_the_maker_removes_it
     assert not folder.exists()
 
 
-def test_a_full_disk_is_told_before_anything_is_decoded(monkeypatch):
+def test_a_full_disk_is_reported_before_anything_is_decoded(monkeypatch):
     def full(descriptor, start, size):
         raise OSError(28, "No space left on device")
 

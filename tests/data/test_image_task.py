@@ -35,7 +35,7 @@ def test_split_by_the_papers_rule_holds_out_a_tenth_and_shares_nothing(parquet):
     }
 
 
-def test_held_out_part_depends_on_the_seed_alone(parquet):
+def test_held_out_part_depends_only_on_the_seed(parquet):
     first, same, other = (everything(ready(parquet, seed=seed).val_dataloader())[0] for seed in (0, 0, 1))
     assert torch.equal(first, same)
     assert not torch.equal(first, other)

@@ -110,7 +110,7 @@ def test_a_dry_run_sends_nothing_and_a_new_repository_can_be_public(run, hub, ca
     assert sorted(hub.files) == FILES[:4]
 
 
-def test_a_hub_that_refuses_or_is_not_there_is_told_plainly(run, hub, monkeypatch, tmp_path, capsys):
+def test_an_unreachable_or_refusing_hub_is_a_plain_error(run, hub, monkeypatch, tmp_path, capsys):
     monkeypatch.setenv("HF_TOKEN", "wrong")
     with pytest.raises(OSError, match=r"not let this token write to me/edited \(status 401\): log in with `hf auth"):
         push(str(run), "me/edited")

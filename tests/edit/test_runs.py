@@ -64,7 +64,7 @@ def test_several_runs_lie_side_by_side(run, tmp_path, capsys):
     assert found["pages"][-1] == str(tmp_path / "both.html")
 
 
-def test_mistakes_are_told(run, tmp_path, capsys):
+def test_mistakes_are_reported(run, tmp_path, capsys):
     with pytest.raises(FileNotFoundError, match="No report at .*nowhere: a run's folder, or its edit.json"):
         revisit([str(tmp_path / "nowhere")])
     with pytest.raises(FileNotFoundError, match="No report at .*The runs below it are .*out"):

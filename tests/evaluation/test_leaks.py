@@ -67,7 +67,7 @@ def test_inputs_that_do_not_tell_examples_apart_are_not_counted():
     assert check_shared(*both(*planted)) == {}
 
 
-def test_a_task_that_is_not_known_by_example_is_left_alone():
+def test_a_task_without_example_digests_is_not_checked():
     known = Evaluation({"accuracy": 0.5}, 3, row_digests=np.arange(3))
     unknown = Evaluation({"accuracy": 0.5}, 3)
     assert num_shared(known, unknown) is None

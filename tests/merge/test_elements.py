@@ -41,7 +41,7 @@ def assert_is(merged, expected):
 
 
 @pytest.mark.parametrize(("top", "bottom"), [(0.0, 0.0), (0.007, 0.85), (0.1, 0.72), (0.5, 0.0), (0.3, 0.69)])
-def test_breadcrumbs_keeps_what_lies_between_two_quantiles_of_each_tensor(top, bottom):
+def test_breadcrumbs_keeps_what_is_between_two_quantiles_of_each_tensor(top, bottom):
     given = vectors(1)
     merged = evaluate(f"breadcrumbs(a, top={top}, bottom={bottom})", given)
     for key, shape in SHAPES.items():

@@ -97,7 +97,7 @@ def test_steps_are_the_operations_of_torch(dtype, length):
     assert base_square == pytest.approx(float(base.double().square().sum()), rel=1e-5)
 
 
-def test_dropping_depends_on_the_place_alone():
+def test_dropping_depends_only_on_the_position():
     stored = torch.ones(2, 6000)
     stored[0] = 0
     steps = [Step(LOAD, 1), Step(DROP, round(0.4 * 2**32) - 2**31, (0.6,), (12345, 67890))]
@@ -138,7 +138,7 @@ def test_counts_of_a_window_are_those_of_each_key_by_itself(signed):
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
-def test_a_delta_alone_is_the_difference(dtype):
+def test_a_single_delta_is_the_difference(dtype):
     generator = torch.Generator().manual_seed(0)
     stored = torch.randn(2, 5000, generator=generator).to(dtype)
     assert torch.equal(run(stored, [Step(LOAD, 1)]), stored[1].float() - stored[0].float())

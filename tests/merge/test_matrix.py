@@ -198,7 +198,7 @@ def test_weights_stored_inputs_first_are_turned_before_and_after(text, tmp_path)
 
 
 @pytest.mark.parametrize("name", ["h.0.attn.c_attn.weight", "h.0.mlp.c_fc.weight", "h.0.mlp.c_proj.weight"])
-def test_weights_that_look_like_those_of_gpt2_are_not_taken_for_linear(name):
+def test_weights_shaped_like_gpt2s_are_not_mistaken_for_linear(name):
     shape = (16, 4) if "c_proj" in name else (4, 12)
     given = {v: TaskVector({name: torch.randn(shape)}) for v in "ab"}
     with pytest.raises(ValueError, match="Conv1D of GPT-2.* Pass inputs_first='c_attn|c_fc|c_proj'"):

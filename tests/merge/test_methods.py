@@ -113,7 +113,7 @@ def test_dare_drops_the_right_share_and_keeps_the_mean():
     assert torch.equal(evaluate("dare(a, drop=0)", given)["w"], given["a"].deltas["w"])
 
 
-def test_dare_depends_on_seed_vector_and_tensor_alone():
+def test_dare_depends_only_on_seed_vector_and_tensor():
     one = random_bits(1000, Chunk("w", 0, ("a",)), seed=0)
     assert torch.equal(one, random_bits(1000, Chunk("w", 0, ("a",)), seed=0))
     assert torch.equal(one[17:40], random_bits(23, Chunk("w", 17, ("a",)), seed=0))
@@ -159,7 +159,7 @@ def test_zero_vectors_give_zero():
         assert not evaluate(text, given)["w"].any(), text
 
 
-def test_methods_nest_and_inner_ones_look_first():
+def test_methods_nest_and_inner_ones_run_first():
     given = vectors()
     nested = evaluate(
         '0.4 * ties(dare(a, seed=1), 2 * magnitude(b, density=0.5), c, density=0.3, trim="tensor")', given

@@ -105,7 +105,7 @@ def test_all_else_is_frozen_and_nothing_beside_the_encoder_is():
 
 
 @pytest.mark.parametrize("tangent", [False, True])
-def test_a_fit_moves_the_selection_alone_and_lists_the_rest_as_frozen(tmp_path, tangent):
+def test_a_fit_moves_only_the_selection_and_lists_the_rest_as_frozen(tmp_path, tangent):
     model = ClipClassifier(train_only="attention", tangent=tangent, learning_rate=1e-3, warmup_steps=0)
     vector = fit(tmp_path, model)
     assert set(vector.deltas) == {f"encoder.{name}" for name in select(model.encoder, "attention")}

@@ -51,7 +51,7 @@ def test_logits_are_those_of_the_whole_clip_model():
         torch.testing.assert_close(model(images), scale * image_features @ text_features.T, rtol=1e-4, atol=1e-4)
 
 
-def test_the_state_dict_is_the_image_encoder_alone():
+def test_the_state_dict_is_only_the_image_encoder():
     model = with_head(ClipClassifier(), task())
     assert all(name.startswith("encoder.") for name in model.state_dict())
     assert all(name.startswith("encoder.") for name, _ in model.named_parameters())
@@ -159,7 +159,7 @@ def test_fine_tuning_beats_zero_shot_on_real_handwriting():
 
 
 @pytest.mark.parametrize(("monitor", "expected"), [(None, [0, 2, 5, 7]), ("train/digits/loss", list(range(8)))])
-def test_training_metrics_are_told_only_when_somebody_reads_them(tmp_path, monitor, expected):
+def test_training_metrics_are_logged_only_when_something_reads_them(tmp_path, monitor, expected):
     told = []
 
     class Noted(ClipClassifier):

@@ -133,7 +133,7 @@ def test_it_is_linear_in_the_task_vectors():
     )
 
 
-def test_a_step_moves_the_tangent_part_alone_and_reaches_every_parameter():
+def test_a_step_moves_only_the_tangent_part_and_reaches_every_parameter():
     network, call = copy.deepcopy(NETWORKS["timm"][0]).train(), NETWORKS["timm"][1]
     linearize(network)
     with torch.no_grad():
@@ -215,7 +215,7 @@ def vectors_of_two_kinds():
     return base, TaskVector.between(base, tuned), TaskVector.between(base, tuned, origin=Origin(kind="tangent"))
 
 
-def test_a_vector_keeps_its_kind_and_is_combined_with_it_alone(tmp_path):
+def test_a_vector_keeps_its_kind_and_is_combined_only_with_its_own_kind(tmp_path):
     base, ordinary, tangent = vectors_of_two_kinds()
     tangent.save(tmp_path / "t.tv.safetensors")
     ordinary.save(tmp_path / "o.tv.safetensors")
@@ -326,7 +326,7 @@ def test_an_edit_of_a_linearized_model_is_evaluated_in_it(fitted, tmp_path):
 
 @pytest.mark.parametrize("ending", ["tv.safetensors", "ckpt"])
 @pytest.mark.parametrize(("kind", "tangent"), [("tangent", False), ("ordinary", True)])
-def test_an_edit_refuses_the_other_kind_of_model_unless_told(fitted, tmp_path, capsys, kind, tangent, ending):
+def test_an_edit_refuses_the_other_kind_of_model_unless_allowed(fitted, tmp_path, capsys, kind, tangent, ending):
     config = edit_config(fitted, f"{kind}/last.{ending}", tmp_path, tangent)
     with pytest.raises(SystemExit):
         main(config)

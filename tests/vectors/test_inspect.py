@@ -256,7 +256,7 @@ def test_not_a_number_is_said_and_not_averaged_away(files):
     assert math.isnan(found.whole.cosines[0][1])
 
 
-def test_a_slow_disk_gets_every_piece_as_it_was_computed(tmp_path, monkeypatch):
+def test_a_slow_disk_gets_every_chunk_as_it_was_computed(tmp_path, monkeypatch):
     store = LateHeaderFile._store
 
     def slowly(self, data, offset):

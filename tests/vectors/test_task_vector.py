@@ -144,7 +144,7 @@ def test_norm_dot_and_cosine_are_those_of_the_one_flattened_vector(a, b):
     assert a.cosine(-2 * a) == pytest.approx(-1)
 
 
-def test_random_like_has_the_same_norm_per_tensor_and_depends_on_seed_and_name_alone(a):
+def test_random_like_has_the_same_norm_per_tensor_and_depends_only_on_seed_and_name(a):
     one, again, other = a.random_like(0), (a + a - a).random_like(0), a.random_like(1)
     for name, delta in a.deltas.items():
         assert one.deltas[name].norm() == pytest.approx(float(delta.norm()), rel=1e-5)

@@ -41,7 +41,7 @@ class OpenFile:
     def read_into(self, buffer: memoryview, offset: int) -> None:
         """Fill a buffer of bytes from ``offset`` on; threads and forked processes may read at once."""
         while buffer.nbytes:
-            if hasattr(os, "preadv"):  # the file's position is shared with forked processes; this leaves it alone
+            if hasattr(os, "preadv"):  # the file's position is shared with forked processes; this does not move it
                 count = os.preadv(self._descriptor, [buffer], offset)
             else:
                 with self._lock:

@@ -41,7 +41,7 @@ def layer_norms(outcome: Outcome) -> dict[str, Any]:
 
 
 def linearity_gap(outcome: Outcome) -> dict[str, Any]:
-    """The metric under the whole edit, against the base plus what each vector alone would change.
+    """The metric under the whole edit, against the base plus what each vector would change by itself.
 
     Only for recipes that are sums; each vector is applied with the number that the edit gives it.
     """

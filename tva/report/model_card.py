@@ -146,7 +146,7 @@ def _limits(content: Content) -> list[str]:
     controls = [task for task, entry in content["tasks"].items() if entry["role"] == "control"]
     watched = f"Only {some(controls, 8)} was watched" if controls else "Nothing was watched"
     limits = [
-        f"- {watched} for what the edit must leave alone; what it did elsewhere was not measured.",
+        f"- {watched} for what the edit must not change; what it did elsewhere was not measured.",
         "- Intervals speak of other examples like these test data: not of other data, and not of fine-tuning anew.",
     ]
     worse = [

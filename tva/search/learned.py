@@ -47,7 +47,7 @@ class TrainingContext:
         vectors: Task vectors by name, each times its number in the recipe where the recipe is a sum; else only the
             recipe's value.
         targets: Data modules of the tasks to change, set up.
-        controls: Data modules of the tasks to leave alone, set up where they decide.
+        controls: Data modules of the control tasks, set up where they decide.
         buffers: By task the buffers that the model makes for it and does not save, such as its head.
         evaluate: Evaluates the base moved along a vector, on validation data.
         inputs: All that training depends on besides its options, as JSON values.
