@@ -262,7 +262,7 @@ def test_a_card_is_what_the_hub_reads(runs):
         edited = content["tasks"][task]["edited"]
         assert result.metric_value == edited["value"]
         assert (result.metric_args["low"], result.metric_args["high"]) == (edited["low"], edited["high"])
-    for limit in ("Only 'other' was watched", "not of fine-tuning anew"):
+    for limit in ("Only 'other' was watched", "not for other data or another fine-tuning run"):
         assert limit in card.text
     named = ModelCard(
         model_card({**content, "base": {**content["base"], "path": "hf://owner/base@main/x.safetensors"}})

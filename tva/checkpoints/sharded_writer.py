@@ -227,7 +227,7 @@ class Output:
         if other:
             raise ValueError(
                 f"The run that was interrupted at {self.path} was another: {some(other)} differ. Give the same "
-                f"command, or leave out resume to begin anew."
+                f"command, or leave out resume to start over."
             )
         for number, line in enumerate(lines[1:], 2):
             done = parse_json(line, f"{where} {number}", [(str, {"edited": str})])

@@ -264,7 +264,7 @@ class OpenedTensor:
 
 
 class Deltas(Mapping[str, Tensor]):
-    """The deltas of one chunk, each made anew when it is asked for: so the memory in use stays in the cache."""
+    """The deltas of one chunk, each recomputed when it is asked for, so that the memory in use stays in the cache."""
 
     def __init__(self, opened: OpenedTensor, start: int, base: Tensor | None = None) -> None:
         self._opened, self._start = opened, start

@@ -210,7 +210,7 @@ class Recipe(Expression):
         """Let methods observe the deltas of a whole model before they merge: one after the other, inner ones first.
 
         Args:
-            chunks: Returns the chunks of all tensors, anew at each call.
+            chunks: Returns the chunks of all tensors, afresh at each call.
             sources: What identifies each vector.
 
         Returns:
@@ -235,7 +235,7 @@ class Recipe(Expression):
 
         Args:
             spread: Calls what it is given with the name of every tensor that the recipe moves, and with a function that
-                returns the tensor's chunks anew.
+                returns the tensor's chunks afresh.
             sources: What identifies each vector.
 
         Returns:
@@ -273,7 +273,7 @@ class Recipe(Expression):
 
         Args:
             tensor: Its name.
-            chunks: Returns its chunks, anew at each call.
+            chunks: Returns its chunks, afresh at each call.
             sources: What identifies each vector.
             known: States so far: methods that have observed the tensor do not observe it again.
             only: Nodes of the calls that are to observe; by default all.
@@ -322,7 +322,7 @@ class Recipe(Expression):
                 Where they have a method ``run`` that computes `Steps`, it is asked first.
             states: From `observe`.
             sources: What identifies each vector.
-            fresh: Vectors whose chunk is made anew each time it is asked for, and may be overwritten.
+            fresh: Vectors whose chunk is made afresh each time it is asked for, and may be overwritten.
             free: Told of each tensor that is no longer needed.
         """
         return self._evaluate(self._tree, chunk, deltas, states, sources, fresh, free)[0]

@@ -166,7 +166,7 @@ def _glyph_bitmap(char: str, font: str) -> np.ndarray:
 
 
 def glyph(char: str, fonts: tuple[str, ...] = _SYMBOL_FONTS) -> Mark:
-    """Return the mark that shows one character, in one of the named fonts chosen anew for each picture."""
+    """Return the mark that shows one character, in one of the named fonts chosen for each picture."""
 
     def mark(x: np.ndarray, y: np.ndarray, rng: np.random.Generator) -> np.ndarray:
         bitmap = _glyph_bitmap(char, fonts[rng.integers(len(fonts))])

@@ -42,7 +42,7 @@ class ImageTask(LabeledTask):
         batch_size: Examples a batch, on each rank.
         local: For a preset, a copy of the data to read instead of the hub: anything that ``path`` may be.
         cache: What decoded examples may take of this machine's disk, such as ``500MiB``; the rest is decoded each time.
-        augment: Train on images as the model's ``train_transform`` makes them, each anew in each epoch (CLIP's: a
+        augment: Train on images as the model's ``train_transform`` makes them, differently in each epoch (CLIP's: a
             random crop of 90 to 100 % of the area, as in the paper). Nothing of them is cached.
         **options: Those of `tva.data.task.Task`.
 
@@ -238,7 +238,7 @@ class Examples(Dataset):
 
 
 class Augmented(Dataset):
-    """Training images with labels, transformed anew whenever they are asked for.
+    """Training images with labels, transformed again whenever they are asked for.
 
     Args:
         images: PIL images by index.

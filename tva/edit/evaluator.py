@@ -74,7 +74,7 @@ class Evaluator:
         }
 
     def base(self, task: str, split: Split) -> Evaluation:
-        """Evaluate the base, in every run anew: what other evaluations are compared with, and the check of the log."""
+        """Evaluate the base again in every run: what other evaluations are compared with, and the check of the log."""
         if (task, split) not in self._base:
             if self._written:
                 self.editor.set(None, 0.0)

@@ -60,7 +60,7 @@ def revisit(runs: Sequence[str | os.PathLike[str]], output: str | os.PathLike[st
     if empty:
         raise ValueError(
             f"{empty[0]} holds no evaluations, so there is nothing to draw. Make the edit again: "
-            f"what its log holds is not evaluated anew."
+            f"what its log holds is not evaluated again."
         )
     names = _names(paths)
     contents = {names[path]: content for path, content in read.items()}

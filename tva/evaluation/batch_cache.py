@@ -170,7 +170,7 @@ def through_cache(
     Args:
         datamodule: Restored afterwards.
         split: ``"val"`` or ``"test"``.
-        cache: None reads anew.
+        cache: None reads again.
         device: Where batches are evaluated.
         part: (first, last + 1) examples of the order that a seed gives, and the seed; all in the data set's order
             without it.

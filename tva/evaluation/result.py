@@ -26,7 +26,7 @@ from tva.report.edit_report import Comparison
 Split = Literal["val", "test"]
 
 
-NUM_METRIC_RESAMPLES = 200  # of metrics that are no mean over examples, each of which is computed anew
+NUM_METRIC_RESAMPLES = 200  # of metrics that are not a mean over examples, each computed again
 
 
 _LOWER_IS_BETTER = ("loss", "perplexity", "error", "nll", "wer", "cer", "mae", "mse", "rmse", "ece")

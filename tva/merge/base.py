@@ -13,7 +13,7 @@ from tva.merge.program import Steps
 
 @dataclass(frozen=True)
 class Chunk:
-    """Where the elements that a method sees lie, so that randomness depends on nothing else.
+    """The positions of the elements that a method sees, so that randomness depends on nothing else.
 
     Attributes:
         tensor: Name of the tensor.

@@ -474,7 +474,7 @@ def _lowest(context, bits):
 
 @njit(**_OPTIONS)
 def count_window(values, signed, start, shift, counts):
-    """Count float32 values whose keys lie before, in each bin of, and behind a window.
+    """Count float32 values whose keys are below, in each bin of, and above a window.
 
     Args:
         values: Contiguous, any length.

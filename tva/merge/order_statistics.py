@@ -61,7 +61,7 @@ class OrderStatistics:
     """Find some of the values that sorting would bring to given ranks, by counting, from chunks seen a few times.
 
     The bits of float32 values, turned where negative, are keys that order as the values do. A pass counts how many keys
-    lie before a window in which a rank is expected, and the keys within it, each by itself: nearly all that has to be
+    are below a window in which a rank is expected, and the keys within it, each by itself: nearly all that has to be
     done is to compare. Where the window lies says the beginning of the first chunk, and in the second pass a sample of
     all; should the rank be outside both times, a third pass counts all that is left coarsely and a fourth finds it. The
     values depend neither on the chunks nor on their order, nor on what was expected. Float64 input is rounded to

@@ -68,7 +68,7 @@ def make_optimizer(
 
 
 def keep_freed_memory() -> bool:
-    """Let glibc keep what a step frees for the next, where it would give the memory back and fault it in anew.
+    """Let glibc keep what a step frees for the next, where it would give the memory back and fault it in again.
 
     That costs milliseconds a step on a CPU, and varies with what else is allocated. The environment's ``MALLOC_…_`` go
     before; other C libraries are left as they are.

@@ -11,7 +11,7 @@ from tva.errors import some
 from tva.report.run_files import CARD
 from tva.report.series import Content, coefficient, formula, interval, number
 
-MADE_BY = "<!-- made by tva from edit.json, and made anew by every edit into this folder -->"
+MADE_BY = "<!-- made by tva from edit.json, and rewritten by every edit into this folder -->"
 
 
 def model_card(content: Content, base_model: str | None = None) -> str:
@@ -147,7 +147,7 @@ def _limits(content: Content) -> list[str]:
     watched = f"Only {some(controls, 8)} was watched" if controls else "Nothing was watched"
     limits = [
         f"- {watched} for what the edit must not change; what it did elsewhere was not measured.",
-        "- Intervals speak of other examples like these test data: not of other data, and not of fine-tuning anew.",
+        "- Intervals hold for other examples like these test data: not for other data or another fine-tuning run.",
     ]
     worse = [
         task

@@ -29,7 +29,7 @@ class Race(Search):
     is shared among the rounds, in each of which a candidate meets one test.
 
     Few examples cannot tell neighbors apart. So the race ends while a part of the budget is left, and some of those
-    that are tied are compared on all examples: with ``"best"`` three or more that lie evenly in the better half of
+    that are tied are compared on all examples: with ``"best"`` three or more spaced evenly in the better half of
     them; with ``"largest"`` those that bisection asks for.
 
     Args:
@@ -225,7 +225,7 @@ def _promising(problem: Problem, points: Sequence[Candidate], num: int) -> list[
 
 
 def _spread(points: Sequence[Candidate], num: int) -> list[Candidate]:
-    """Take points that lie evenly among those that no test could tell apart."""
+    """Take points spaced evenly among those that no test could tell apart."""
     if num >= len(points):
         return list(points)
     return [points[int((place + 0.5) * len(points) / num)] for place in range(num)]

@@ -405,8 +405,8 @@ class TaskVector:
     ) -> None:
         """Write ``base`` moved along this vector into tensors that exist, such as a module's own.
 
-        Every call starts from ``base``, so that a sweep over coefficients accumulates no rounding. Bases are not
-        compared here: call `check_base` once before a sweep.
+        Every call starts from ``base``, so that a pass over many coefficients accumulates no rounding. Bases are not
+        compared here: call `check_base` once before such a pass.
 
         Args:
             out: Names to tensors to overwrite, with the shapes of ``base``; only what this vector moves is written.

@@ -100,7 +100,7 @@ class View:
 
 
 class Playground:
-    """A model in memory that is edited anew for every setting of the coefficients.
+    """A model in memory that is edited again for every setting of the coefficients.
 
     Args:
         trainer: Trainer that evaluates.
