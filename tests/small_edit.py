@@ -31,7 +31,7 @@ class Counted(Dataset):
 class Task(Blobs):
     """Blobs whose reads are counted."""
 
-    def __init__(self, seed, num_examples=200, shuffle=False):
+    def __init__(self, seed: int, num_examples: int = 200, shuffle: bool = False):
         super().__init__(seed, num_examples)
         self.reads = {"val": [], "test": []}
         self.shuffle = shuffle

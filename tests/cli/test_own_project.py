@@ -31,6 +31,11 @@ class Wrong(Net):
         return self(batch[0].reshape(7, 7)).sum()
 
 
+class Untyped(Blobs):
+    def __init__(self, seed):
+        super().__init__(seed)
+
+
 class Remote(Logger):
     name, version = "remote", 0
 
@@ -136,6 +141,9 @@ def test_options_of_an_edit_keep_their_causes(own, capsys):
     words = ["edit", "--model", "own_project.Net", "--recipe", "a", "--vectors.a", "b", "--output", "out"]
     status, text = fails(capsys, *words, "--search=Girde")
     assert (status, "--search: no class is called 'Girde'. Did you mean 'Grid'?" in text) == (2, True)
+    (own / "edit.yaml").write_text("targets: {t: {class_path: own_project.Untyped, init_args: {seed: 3}}}")
+    status, text = fails(capsys, *words, "--config=edit.yaml")
+    assert (status, "the parameter 'seed' of own_project.Untyped has no type" in text) == (2, True)
     status, text = fails(capsys, *words, "--subject_to=a/accuracy>=3")
     assert (status, """Write --subject_to='["a/accuracy>=3"]', or --subject_to+=VALUE for each.""" in text) == (2, True)
 

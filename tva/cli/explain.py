@@ -122,6 +122,12 @@ def _explain_cause(key: str, cause: str, value: str, wanted: Collection[str]) ->
         return (
             f"--{key}: no class is called {found[1]!r}.{near} Name your own with its module, as in my_module.MyClass."
         )
+    if found := re.search(r"Parameter '(.*?)' from '(.*?)(?:\.__init__)?' does not specify a type", cause):
+        name, path = found.groups()
+        return (
+            f"--{key}: the parameter {name!r} of {path} has no type, so that its value cannot be checked. Annotate it, "
+            f"as in '{name}: int'."
+        )
     if (found := re.match(r"Problem with given class_path '(.*?)':\s*(.*)", cause, re.S)) is None:
         return None
     path, reason = found[1], textwrap.dedent(found[2]).strip()

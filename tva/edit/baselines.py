@@ -10,14 +10,14 @@ import lightning as L
 import torch
 from torch import Tensor
 
-from tva.checkpoints import canonical_state_dict, open_finetuned
+from tva.checkpoints import canonical_state_dict
 from tva.edit.editor import Editor, EditState
 from tva.edit.options import Baseline
 from tva.edit.outcome import Outcome
+from tva.edit.session import load_vector
 from tva.evaluation.evaluate import quiet
 from tva.search import Candidate, Grid, Problem
-from tva.vectors.header import Origin
-from tva.vectors.kind import KEY, check_kinds, kind_of
+from tva.vectors.kind import check_kinds, kind_of
 from tva.vectors.task_vector import TaskVector
 
 
@@ -50,9 +50,12 @@ def joint_training(outcome: Outcome) -> dict[str, Any]:
     base = outcome.session.editor.base
     joint = outcome.session.options.joint
     assert joint is not None
-    opened = open_finetuned(joint, base)
-    kinds = {"the joint model": opened.metadata.get(KEY), "the model": kind_of(outcome.session.editor.model)}
-    vector = TaskVector.between(base, opened, origin=Origin(kind=check_kinds(kinds, "leave the baseline out")))
+    vector = load_vector(joint, base, outcome.session.options.only)
+    vector.check_base(base, allow_other_base=outcome.session.options.allow_other_base)
+    check_kinds(
+        {"the joint model": vector.origin.kind, "the model": kind_of(outcome.session.editor.model)},
+        "leave the baseline out",
+    )
     return {
         "rows": outcome.rows([replace(outcome.moved("joint fine-tuning", vector), statistics="delta")]),
         "reason": f"from {joint}",

@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 import lightning as L
 
+from tva.checkpoints import NameFilter
 from tva.compose.recipe import Recipe
 from tva.edit.editor import Statistics
 from tva.errors import some
@@ -58,6 +59,9 @@ class EditOptions:
         log: JSON lines of all evaluations, which the next run re-uses; by default ``OUTPUT.evaluations.jsonl``.
         cache: Transformed batches kept between passes over the same data, such as ``2GiB``.
         cache_in: Where: ``"memory"``, the ``"device"``, or memory-mapped on ``"disk"``.
+        include: Regular expressions that are searched for in the names of tensors; only those found are edited.
+        exclude: Regular expressions of names to leave out, of the model as of the vectors, such as ``^head[.]``: they
+            keep the model's weights. Fine-tuned models are evaluated with those too.
         allow_other_base: Apply vectors to a base they were not taken from.
         keep_undo: Write ``edited.undo.safetensors`` too, from which ``tva revert`` restores the base bit for bit.
         allow_other_kind: Apply vectors of a linearized model (``tangent: true``) to an ordinary one, or the other way
@@ -87,6 +91,8 @@ class EditOptions:
     log: str | os.PathLike[str] | None = None
     cache: str = "1GiB"
     cache_in: Place = "memory"
+    include: list[str] | str | None = None
+    exclude: list[str] | str | None = None
     allow_other_base: bool = False
     keep_undo: bool = False
     allow_other_kind: bool = False
@@ -114,6 +120,11 @@ class EditOptions:
         """Paths of the checkpoints and vectors that are read."""
         return [path for path in (*self.vectors.values(), self.base, self.joint) if path is not None]
 
+    @functools.cached_property
+    def only(self) -> NameFilter:
+        """Which names of tensors take part."""
+        return NameFilter(self.include, self.exclude)
+
     @property
     def tasks(self) -> dict[str, L.LightningDataModule]:
         """The data modules of all tasks, targets first."""
@@ -127,6 +138,7 @@ class EditOptions:
             FileNotFoundError: A file that the recipe names is missing.
         """
         self._check_tasks()
+        _ = self.only  # raises where a pattern cannot be used
         search = Given(self.scaling_coef) if self.scaling_coef is not None else self.search or Grid()
         starts = {name: bounds[0] for name, bounds in search.ranges.items() if name != SCALING}
         both = sorted(starts.keys() & (self.coefs or {}).keys())

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import lightning as L
 from torch import Tensor
 
 from tva.arithmetic import check_same
-from tva.checkpoints import canonical_state_dict, fingerprint, open_finetuned, open_weights
+from tva.checkpoints import NameFilter, canonical_state_dict, fingerprint, open_finetuned, open_weights
 from tva.edit.editor import Editor, EditState
 from tva.edit.evaluator import Evaluator
 from tva.edit.options import EditOptions, Goal
@@ -43,6 +43,11 @@ class EditSession:
     vectors: Mapping[str, TaskVector]
     evaluator: Evaluator
     kind: str | None
+
+    @functools.cached_property
+    def left_out(self) -> list[str]:
+        """The names of the model's tensors that take no part."""
+        return [name for name in self.editor.base if not self.options.only.keeps(name)]
 
     @property
     def options(self) -> EditOptions:
@@ -131,7 +136,8 @@ def open_session(
     """
     options = goal.options
     editor, kind = _open_editor(trainer, model, options)
-    vectors = {name: _load_vector(path, editor.base) for name, path in options.vectors.items()}
+    vectors = {name: load_vector(path, editor.base, options.only) for name, path in options.vectors.items()}
+    options.only.check_used()
     if options.allow_other_kind:
         vectors = {name: vector.as_kind(kind) for name, vector in vectors.items()}
     for name, vector in vectors.items():
@@ -157,19 +163,44 @@ def _open_editor(trainer: L.Trainer, model: L.LightningModule, options: EditOpti
     if options.base is not None:
         weights = open_weights(options.base)
         live = canonical_state_dict(model.state_dict())
-        check_same(live, weights, "the model", f"the base {options.base}")
+        kept, wanted = ({name: side[name] for name in options.only.kept(side)} for side in (live, weights))
+        check_same(kept, wanted, "the model", f"the base {options.base}")
         for name, tensor in live.items():
-            tensor.copy_(weights[name])
+            if name in wanted or (name in weights and weights[name].shape == tensor.shape):
+                tensor.copy_(weights[name])
     kind = kind_of(model)
     check_at_base(model)
     return Editor(trainer, model, options.tasks, options.statistics, (options.targets or {}).values()), kind
 
 
-ADVICE = "Make a task vector file of it with tva extract, which has --key_map and --exclude, and give that"
+ADVICE = (
+    "Leave it out by exclude, or make a task vector file of it with tva extract, which has --key_map, and give that"
+)
 
 
-def _load_vector(path: str, base: Mapping[str, Tensor]) -> TaskVector:
+def load_vector(path: str, base: Mapping[str, Tensor], only: NameFilter) -> TaskVector:
+    """Load a task vector file, or take the vector of a fine-tuned checkpoint.
+
+    Args:
+        path: The file or folder.
+        base: Weights of the base.
+        only: Which names take part; the vector does not move the others.
+    """
+    kept = only.kept(base)
+    excluded = {name: "excluded" for name in base if not only.keeps(name)}
     if is_vector_file(path):
-        return TaskVector.load(path)
-    finetuned = open_finetuned(path, base, advice=ADVICE)
-    return TaskVector.between(base, finetuned, origin=Origin(kind=finetuned.metadata.get(KEY)))
+        vector = TaskVector.load(path)
+        parts = (vector.deltas, vector.buffers, vector.untouched)
+        deltas, buffers, untouched = ({name: part[name] for name in only.kept(part)} for part in parts)
+        origin = vector.origin
+    else:
+        opened = open_finetuned(path, base, only=only, advice=ADVICE)
+        vector = TaskVector.between(
+            {name: base[name] for name in kept}, opened, origin=Origin(kind=opened.metadata.get(KEY))
+        )
+        deltas, buffers, untouched, origin = vector.deltas, vector.buffers, vector.untouched, vector.origin
+    if excluded and origin.base is not None:
+        whole = fingerprint(base)
+        if all(origin.base.tensors.get(name) == whole.tensors[name] for name in kept):
+            origin = replace(origin, base=whole)  # what does not take part may be another
+    return TaskVector(deltas, buffers, untouched | excluded, origin)

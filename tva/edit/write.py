@@ -15,13 +15,24 @@ from typing import Any
 
 from torch import Tensor
 
-from tva.checkpoints import Info, LazyWeights, atomic_path, canonical_state_dict, fingerprint, save_weights
+from tva.checkpoints import (
+    Info,
+    LazyWeights,
+    atomic_path,
+    canonical_state_dict,
+    fingerprint,
+    open_weights,
+    save_weights,
+)
 from tva.checkpoints.lazy import InMemory
 from tva.compose.apply import write_undo
 from tva.compose.engine import Composer
 from tva.compose.record import Record
 from tva.edit.folder import MADE_BY, UNDO, replacing
+from tva.edit.options import EditOptions
 from tva.edit.outcome import Outcome
+from tva.edit.session import EditSession
+from tva.errors import some
 from tva.evaluation.leaks import chance_accuracy
 from tva.evaluation.result import Evaluation
 from tva.report.edit_report import EditReport, Score, TaskReport, stamp
@@ -83,7 +94,28 @@ def build_report(outcome: Outcome) -> EditReport:
         edited={"path": EDITED, "fingerprint": fingerprint(live).digest} if outcome.holds else None,
         created=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         kind=session.kind,
+        names=_names(session),
+        notes=_notes(outcome),
     )
+
+
+def _names(session: EditSession) -> dict[str, Any]:
+    """Return which names of tensors take part, where not all do."""
+    patterns, left_out = session.options.only.options, session.left_out
+    return {**patterns, "left_out": len(left_out), "of": len(session.editor.base)} if patterns else {}
+
+
+def _notes(outcome: Outcome) -> list[str]:
+    """Return what a reader of the numbers must know of how they came about."""
+    session, notes = outcome.session, []
+    if session.left_out:
+        note = (
+            f"{len(session.left_out)} of the {len(session.editor.base)} tensors take no part and keep the model's "
+            f"weights (by {' and '.join(session.options.only.options)}): {some(session.left_out)}"
+        )
+        tuned = sorted(session.vectors.keys() & session.options.tasks.keys())
+        notes.append(f"{note}; the fine-tuned models of {some(tuned)} are evaluated so too." if tuned else f"{note}.")
+    return notes
 
 
 def _describe_vectors(outcome: Outcome) -> dict[str, dict[str, Any]]:
@@ -184,7 +216,7 @@ def _record(outcome: Outcome, edited: Mapping[str, Tensor]) -> Record:
     base, vectors = outcome.session.editor.base, {name: options.vectors[name] for name in recipe.vectors}
     opened = _in_memory(base)
     sources = {
-        name: LazyTaskVector(path, opened, name=name, allow_other_base=options.allow_other_base)
+        name: LazyTaskVector(path, opened, name=name, allow_other_base=options.allow_other_base, only=options.only)
         for name, path in vectors.items()
     }
     coefs, digest = dict(state.coefs), fingerprint(base).digest
@@ -193,19 +225,26 @@ def _record(outcome: Outcome, edited: Mapping[str, Tensor]) -> Record:
         coefs={name: coefs[name] for name in recipe.coefs},
         scaling_coef=state.scaling_coef,
         dtype="",
-        base=public_path(options.base or _base_beside(options.vectors.values(), digest)),
+        base=public_path(_base_file(options, base) or _base_beside(options.vectors.values(), digest)),
         vectors={name: public_path(path) for name, path in vectors.items()},
         options={
             "allow_other_base": options.allow_other_base,
             "key_map": {},
             "which": {name: source.weights.info.which for name, source in sources.items()},
             "statistics": state.statistics,
+            **options.only.options,
         },
         vector_fingerprints={name: source.weights.fingerprint().digest for name, source in sources.items()},
         file_fingerprints={path: file.fingerprint().digest for path, file in recipe.files.items()},
         base_fingerprint=digest,
         edited_fingerprint=fingerprint(edited).digest,
     )
+
+
+def _base_file(options: EditOptions, base: Mapping[str, Tensor]) -> str:
+    """Return the base that was given, or an empty string where it lacks names of the model that take no part."""
+    whole = options.base is not None and (not options.only.options or open_weights(options.base).keys() == base.keys())
+    return str(options.base) if whole else ""
 
 
 def _base_beside(vectors: Iterable[str], digest: str) -> str:

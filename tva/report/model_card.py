@@ -149,6 +149,7 @@ def _limits(content: Content) -> list[str]:
         f"- {watched} for what the edit must not change; what it did elsewhere was not measured.",
         "- Intervals hold for other examples like these test data: not for other data or another fine-tuning run.",
     ]
+    limits += [f"- {note}" for note in content.get("notes", [])]
     worse = [
         task
         for task, entry in content["tasks"].items()

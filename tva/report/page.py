@@ -279,6 +279,7 @@ def _lineage(content: Content) -> dict[str, Any]:
         "examples evaluated": f"{search['num_forward']:,}",
         "evaluations reused": search["num_reused"] or None,
         "BatchNorm statistics": content["statistics"],
+        **{name: value for name, value in content.get("names", {}).items() if name in ("include", "exclude")},
         "seed": content["seed"],
         "seed of the random vector": content["random_seed"],
         "model": content.get("model"),
@@ -286,6 +287,7 @@ def _lineage(content: Content) -> dict[str, Any]:
         "versions": ", ".join(f"{name} {version}" for name, version in content["versions"].items()),
         "made": content.get("created"),
     }
+    facts = {name: ", ".join(value) if isinstance(value, list) else value for name, value in facts.items()}
     facts = {name: value for name, value in facts.items() if value is not None}
     return {"inputs": inputs, "data": data, "facts": facts, "command": content["command"]}
 

@@ -39,6 +39,8 @@ def print_report(report: Any, console: Console | None = None, folder: Path | Non
         print_line(console, line)
     for title, found in (*content["baselines"].items(), *content["diagnostics"].items()):
         _print_extra(console, title, found)
+    for note in content.get("notes", []):
+        print_line(console, f"note: {note}", "yellow:", wrap=True)
     checked = ("bold green:", "holds") if content["constraints"] else ("bold blue:", "not checked")
     style, word = checked if content["holds"] else ("bold red:", "refused")
     print_line(console, f"{word}: {content['verdict']}", style, wrap=True)
