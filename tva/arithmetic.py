@@ -52,7 +52,7 @@ def check_same(
         raise MismatchError(
             f"{left_name} and {right_name} must have the same keys and shapes, but "
             + "; ".join(problems)
-            + ". Take both from the same architecture, name the prefix of the weights, or leave names out by exclude."
+            + ". Take both from the same architecture, or leave names out by exclude."
         )
 
 

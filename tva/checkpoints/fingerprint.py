@@ -7,7 +7,7 @@ with their hashes. It guards against accidents (another base, a changed file), n
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,9 +16,11 @@ import xxhash
 
 from tva._torch import Tensor, torch
 from tva.checkpoints.lazy import Entry, LazyWeights
+from tva.checkpoints.names import CopyOf
 from tva.checkpoints.spec import Elements, Spec, dtype_name
 
 CHUNK = 2**18  # elements that are read at a time where nobody has read them
+FLOATS = ("float32", "bfloat16", "float16", "float64")
 
 
 @dataclass(frozen=True)
@@ -95,6 +97,48 @@ def fingerprint(weights: Mapping[str, Tensor]) -> Fingerprint:
         1
     """
     return Fingerprint.from_tensors({name: tensor_digest(weights[name]) for name in weights})
+
+
+def copies_in(weights: Mapping[str, Tensor]) -> CopyOf:
+    """Return how copies are found among weights: of one dtype and shape first, then of equal bits."""
+
+    def copy_of(name: str, others: Iterable[str]) -> str | None:
+        mine = weights[name]
+        alike = (other for other in others if form_of(weights, other) == (mine.dtype, mine.shape))
+        digest = tensor_digest(mine)
+        return next((other for other in alike if tensor_digest(weights[other]) == digest), None)
+
+    return copy_of
+
+
+def form_of(weights: Mapping[str, Tensor], name: str) -> tuple[torch.dtype, torch.Size]:
+    """Return a tensor's dtype and shape, without reading it where that can be."""
+    like = weights.entry(name) if isinstance(weights, LazyWeights) else weights[name]
+    return like.dtype, like.shape
+
+
+def has_values(weights: Mapping[str, Tensor], name: str, digest: str) -> bool:
+    """Whether a floating tensor has the values of which a digest was taken in another floating dtype.
+
+    A network that is loaded in float32 has the very values of its folder in bfloat16.
+    """
+    dtype, shape = form_of(weights, name)
+    if not dtype.is_floating_point:
+        return False
+    floats = [getattr(torch, other) for other in FLOATS]
+    others = {other: TensorHash(Spec(other, shape)) for other in floats if other != dtype}
+    count = shape.numel()
+    for start in range(0, count, CHUNK):
+        stop = min(start + CHUNK, count)
+        lazy = isinstance(weights, LazyWeights)
+        part = weights.slice(name, start, stop) if lazy else weights[name].detach().reshape(-1)[start:stop].cpu()
+        for other, hashed in list(others.items()):
+            cast = part.to(other)
+            if torch.equal(cast.to(dtype), part):
+                hashed.update(cast)
+            else:
+                del others[other]
+    return any(hashed.hexdigest() == digest for hashed in others.values())
 
 
 class Hashed(Entry):

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -268,6 +268,17 @@ def match_names(
     return NameMatch({name: matched[name] for name in order}, "; ".join(texts) or f"{total} match as they are")
 
 
+def match_state(state: Mapping[str, Tensor], base: Collection[str]) -> Mapping[str, Tensor]:
+    """Return a state dict under a base's names, if one mapping fits; else as it is, for a check to refuse."""
+    if state.keys() == set(base):
+        return state
+    try:
+        names = match_names(state, base).names
+    except MismatchError:
+        return state
+    return state.renamed(names) if hasattr(state, "renamed") else {new: state[old] for new, old in names.items()}
+
+
 def _before(fits: Mapping[tuple[str, str], Mapping[str, str]], change: tuple[str, str]) -> list[Mapping[str, str]]:
     """Return the mappings of the changes before this one, which are simpler."""
     return [fits[other] for other in itertools.takewhile(lambda other: other != change, fits)]
@@ -332,6 +343,12 @@ def _common_prefixes(names: list[str]) -> list[str]:
     return [prefix for prefix in prefixes if all(name.startswith(prefix) for name in names)]
 
 
+def _tops(names: list[str]) -> list[str]:
+    """List the dotted prefixes, of one part or two, that some names have."""
+    parts = (name.split(".")[:-1] for name in names)
+    return list(dict.fromkeys(".".join(part[: n + 1]) + "." for part in parts for n in range(min(2, len(part)))))
+
+
 def _is_wrapper(prefix: str) -> bool:
     return all(part + "." in WRAPPERS for part in prefix.split(".")[:-1])
 
@@ -360,7 +377,24 @@ def _no_match(
         parts.append(f"{len(missing)} of the base's {len(base)} names are not there: {some(missing)}")
     agreeing = [name for name in base if name not in missing]
     example = _example(extra if subset else extra + missing, agreeing, advice) if agreeing else ""
-    return f"No one prefix makes the names match: {'; '.join(parts)}. {advice}{example}."
+    return f"No one prefix makes the names match: {'; '.join(parts)}. {_shared(names, base)} {advice}{example}."
+
+
+def _shared(names: list[str], base: Mapping[str, None]) -> str:
+    """Return a sentence that says how many names are shared, by the prefix that makes most of them equal."""
+    strips, adds = _tops(names), _tops(list(base))
+    tops = [("", ""), *((old, "") for old in strips), *(("", new) for new in adds)]
+
+    def count(change: tuple[str, str]) -> int:
+        old, new = change
+        return sum(new + name[len(old) :] in base for name in names if name.startswith(old))
+
+    best = max(tops, key=count)
+    number, fewer = count(best), min(len(names), len(base))
+    how = f" under {best[0] or best[1]!r}" if any(best) else ""
+    if 2 * number < fewer:
+        return f"They share {number or 'none'} of {fewer} names{how}: these are different architectures."
+    return f"They share {number} of {fewer} names{how}."
 
 
 def _example(names: list[str], others: list[str], advice: str) -> str:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 
 from tva._torch import Tensor, torch
-from tva.checkpoints.fingerprint import tensor_digest
+from tva.checkpoints.fingerprint import copies_in, form_of
 from tva.checkpoints.folder import model_config, weights_file
 from tva.checkpoints.formats import pytorch, safetensors
 from tva.checkpoints.lazy import Entry, Info, InMemory, LazyWeights, Which
@@ -21,7 +21,7 @@ from tva.checkpoints.lora import (
     read_config,
     sort_tensors,
 )
-from tva.checkpoints.names import ADVICE, CopyOf, KeyMap, NameFilter, NameMatch, match_names
+from tva.checkpoints.names import ADVICE, KeyMap, NameFilter, NameMatch, match_names
 from tva.checkpoints.open import find, open_weights
 from tva.checkpoints.quantized import check_not_quantized
 from tva.errors import MismatchError, some
@@ -71,7 +71,7 @@ def open_finetuned(
     try:
         match = match_names(weights, base_names, key_map, advice=advice)
     except MismatchError:  # a tied tensor may have one name on one side, and two on the other
-        own, copies = weights.ties(), (_copies(weights), _copies(base))
+        own, copies = weights.ties(), (copies_in(weights), copies_in(base))
         once, base_once = [n for n in weights if n not in own], [n for n in base_names if n not in ties]
         try:
             match = match_names(once, base_once, key_map, copies=copies, advice=advice)
@@ -85,26 +85,9 @@ def open_finetuned(
     return weights.renamed(names, *([] if same else [match.text]))
 
 
-def _copies(weights: Mapping[str, Tensor]) -> CopyOf:
-    """Return how copies are found among weights: of one dtype and shape first, then of equal bits."""
-
-    def copy_of(name: str, others: Iterable[str]) -> str | None:
-        mine = weights[name]
-        alike = (other for other in others if _form(weights, other) == (mine.dtype, mine.shape))
-        digest = tensor_digest(mine)
-        return next((other for other in alike if tensor_digest(weights[other]) == digest), None)
-
-    return copy_of
-
-
-def _form(weights: Mapping[str, Tensor], name: str) -> tuple[torch.dtype, torch.Size]:
-    like = weights.entry(name) if isinstance(weights, LazyWeights) else weights[name]
-    return like.dtype, like.shape
-
-
 def _converted(weights: LazyWeights, base: Mapping[str, Tensor]) -> str:
     """Return what to do where transformers keeps a model in memory under other names than in its folder."""
-    sides = [(name, _form(side, name)[1].numel()) for side in (weights, base) for name in side]
+    sides = [(name, form_of(side, name)[1].numel()) for side in (weights, base) for name in side]
     counts = [sum(count for _, count in part) for part in (sides[: len(weights)], sides[len(weights) :])]
     config = model_config(base.path) if isinstance(base, LazyWeights) else {}
     experts = any(re.search(r"\bexperts\b", name) for name, _ in sides)

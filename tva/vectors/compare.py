@@ -117,6 +117,7 @@ def compare(
     options = {"allow_other_base": allow_other_base, "key_map": key_map, "which": which, "only": only}
     opened = [open_vector(path, opened_base, **options) for path in paths]
     only.check_used()
+    opened = [opened[0], *(vector.matched_to(opened[0]) for vector in opened[1:])]
     bases = _check_alike(opened, allow_other_base)
     groups = measure([vector.deltas for vector in opened], group_of)
     for vector in opened:

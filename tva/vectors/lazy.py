@@ -19,12 +19,15 @@ from tva.checkpoints import (
     open_finetuned,
     open_weights,
 )
+from tva.checkpoints.fingerprint import copies_in, has_values
 from tva.checkpoints.lazy import Entry
+from tva.checkpoints.names import CopyOf, KeyMap
 from tva.errors import MismatchError, some
 from tva.vectors.content import check_content
 from tva.vectors.geometry import TensorReader
 from tva.vectors.header import Origin, is_vector_file, read_origin
 from tva.vectors.kind import KEY
+from tva.vectors.matching import match_vector, renamed_origin
 
 
 class LazyTaskVector:
@@ -32,10 +35,11 @@ class LazyTaskVector:
 
     Args:
         path: The file or folder.
-        base: The base that it is applied to. A checkpoint needs one, and a file's names and shapes must be the base's.
+        base: The base that it is applied to. A checkpoint needs one, and a file's shapes must be the
+            base's, as its names must by one mapping of `tva.checkpoints.match_names`.
         name: Its name in a recipe; by default the path.
         allow_other_base: Whether a task vector file may be of another base.
-        key_map: For a checkpoint's names; see `tva.checkpoints.map_names`.
+        key_map: For the vector's or checkpoint's names; see `tva.checkpoints.map_names`.
         which: Of a checkpoint with two sets of weights.
         only: Which names take part, on the side of the base as on the vector's; the others are not moved.
 
@@ -68,6 +72,7 @@ class LazyTaskVector:
         self.name, self.base = name or self.path, base
         self.is_checkpoint = not is_vector_file(path)
         only = only or NameFilter()
+        kept = None if base is None else only.kept(base)
         if base is not None:
             check_not_quantized(base, str(base.path))
         if not self.is_checkpoint:
@@ -77,6 +82,8 @@ class LazyTaskVector:
             self.buffers = {name for name in buffers if only.keeps(name)}
             self._file = weights = HashedWeights(weights)
             weights = weights.renamed({name: name for name in only.kept(weights)}, *only.note(weights, ""))
+            if base is not None:
+                weights = self._matched(weights, kept, key_map or {}, copies_in(base))
         elif base is None:
             format_ = open_weights(path).info.format  # says what is wrong if it is not a checkpoint either
             raise ValueError(f"{path} is a checkpoint ({format_}), not a task vector file. Give its base with --base.")
@@ -86,9 +93,38 @@ class LazyTaskVector:
             self.buffers = {name for name in weights if name.rpartition(".")[2] in BATCH_NORM_STATISTICS}
         self.weights = HashedWeights(weights)
         if base is not None:
-            _check_names(self.path, self.weights, self.names, base, only.kept(base))
+            _check_names(self.path, self.weights, self.names, base, kept)
             self.untouched |= {name: "excluded" for name in base if not only.keeps(name)}
         self._check_base = self.origin.base is not None and not allow_other_base
+        self._kept = None if kept is None or len(kept) == len(base) else set(kept)
+
+    def _matched(
+        self, weights: LazyWeights, names: Collection[str], key_map: KeyMap = (), copy_in_base: CopyOf | None = None
+    ) -> LazyWeights:
+        """Give the tensors of a task vector file, and what is known of the others, the names of a base."""
+        try:
+            found = match_vector([*weights, *self.untouched], names, self.origin, weights.get, key_map, copy_in_base)
+        except MismatchError as error:
+            raise MismatchError(f"{self.path}: {error}") from error
+        if found is None:
+            return weights
+        new, text = found
+        self.untouched = {name: self.untouched[old] for name, old in new.items() if old in self.untouched}
+        self.buffers = {name for name, old in new.items() if old in self.buffers}
+        self.origin = renamed_origin(self.origin, new)
+        same = all(name == old for name, old in new.items())
+        return weights.renamed({name: old for name, old in new.items() if old in weights}, *([] if same else [text]))
+
+    def matched_to(self, other: LazyTaskVector) -> LazyTaskVector:
+        """Return this task vector file under the names of another vector, if one mapping fits; else as it is."""
+        if self.is_checkpoint or self.names == other.names:
+            return self
+        mine = copy.copy(self)
+        try:
+            mine.weights = HashedWeights(mine._matched(self.weights, other.names))
+        except MismatchError:
+            return self
+        return mine
 
     @property
     def names(self) -> set[str]:
@@ -138,12 +174,19 @@ class LazyTaskVector:
         Raises:
             MismatchError: It is another.
         """
-        if self._check_base and self.origin.base.tensors.get(name) != digest:
+        if self._check_base and not self._is_of(name, digest):
             raise MismatchError(
                 f"The task vector {self.name} was taken from the base {self.origin.base.digest}, and in the base given "
                 f"{name!r} is another (the first found that differs). Give it its own base, or pass allow_other_base "
                 f"if the other base is meant."
             )
+
+    def _is_of(self, name: str, digest: str) -> bool:
+        """Whether a tensor of the base is what this vector was taken from, in whatever floating dtype."""
+        if self._kept is not None and name not in self._kept:
+            return True
+        recorded = self.origin.base.tensors.get(name)
+        return recorded == digest or (recorded is not None and has_values(self.base, name, recorded))
 
     def check_content(self) -> bool:
         """Check, best when it has been read, that a task vector file holds what was written; see `check_content`."""
@@ -157,11 +200,11 @@ class LazyTaskVector:
         """
         if not self._check_base:
             return
-        mine, theirs = self.origin.base, base.fingerprint()
-        if mine.digest != theirs.digest:
+        different = [name for name in base if not self._is_of(name, base.digest(name))]
+        if different:
             raise MismatchError(
-                f"{self.path} was taken from the base {mine.digest}, and the base given is {theirs.digest}: "
-                f"{theirs.num_different(mine.tensors)} of {len(theirs.tensors)} tensors differ. Give its own base, or "
+                f"{self.path} was taken from the base {self.origin.base.digest}, and the base given is "
+                f"{base.fingerprint().digest}: {len(different)} of {len(base)} tensors differ. Give its own base, or "
                 f"--allow_other_base if the other base is meant."
             )
 

@@ -5,6 +5,7 @@ Source: Ilharco et al., "Editing models with task arithmetic", ICLR 2023, https:
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 from collections import Counter
@@ -26,12 +27,14 @@ from tva.checkpoints import (
     save_weights,
     tensor_digest,
 )
-from tva.checkpoints.fingerprint import sealed
+from tva.checkpoints.fingerprint import copies_in, has_values, sealed
+from tva.checkpoints.names import KeyMap, match_state
 from tva.errors import MismatchError, NoEffectError, some
 from tva.layers import block_of, in_layer_order
 from tva.vectors.content import check_content
 from tva.vectors.header import SUFFIX, Origin, read_origin, vector_header
 from tva.vectors.kind import check_kinds
+from tva.vectors.matching import match_vector, renamed_origin
 
 Buffers = Literal["keep", "delta"]
 
@@ -87,15 +90,15 @@ class TaskVector:
 
         Args:
             base: State dict of the base model, in memory or from `tva.open_weights`; left unchanged.
-            finetuned: State dict of the fine-tuned model, with the same keys and shapes.
+            finetuned: State dict of the fine-tuned model, with the same shapes and, but for one prefix, the same keys.
             buffers: Names of floating-point buffers, kept apart from the parameters. By default the names that end in
                 ``running_mean`` or ``running_var``.
             exclude: Names to leave out; they are listed in ``untouched``.
             origin: What is known of the run; the fingerprints are filled in here where they are missing.
 
         Returns:
-            Deltas in float32 (float64 where a tensor is float64). Tensors that did not move are listed as frozen;
-            integer and boolean tensors are never edited and are listed as such.
+            Deltas in float32 (float64 where a tensor is float64), under the base's names. Tensors that did not move are
+            listed as frozen; integer and boolean tensors are never edited and are listed as such.
 
         Raises:
             MismatchError: A key is on one side only, or shapes differ.
@@ -109,6 +112,7 @@ class TaskVector:
         """
         check_not_quantized(base, "the base")
         check_not_quantized(finetuned, "the fine-tuned model")
+        finetuned = match_state(finetuned, base)
         check_same(base, finetuned, "the base", "the fine-tuned model")
         deltas: dict[str, Tensor] = {}
         statistics: dict[str, Tensor] = {}
@@ -196,9 +200,46 @@ class TaskVector:
             {block: (elements[block], squares[block]) for block in in_layer_order(elements)},
         )
 
+    # --- names
+
+    def named_for(self, names: Collection[str], key_map: KeyMap = ()) -> TaskVector:
+        """Return this vector under a base's names, by the one rule of `tva.checkpoints.match_names`.
+
+        Args:
+            names: The base's names, or its state dict, by which tied tensors that it holds once are known too.
+            key_map: Regular expressions and replacements that are applied to this vector's names first.
+
+        Returns:
+            The same deltas, without the prefix that a wrapper has put before every name, or with the one that it wants.
+
+        Raises:
+            MismatchError: No one mapping makes the names match.
+
+        Example:
+            >>> TaskVector({"network.w": torch.ones(1)}).named_for(["w"]).deltas
+            {'w': tensor([1.])}
+        """
+        copies = copies_in(names) if isinstance(names, Mapping) else None
+        found = match_vector(self.names, names, self.origin, self._tensors().get, key_map, copies)
+        if found is None:
+            return self
+        new, _ = found
+        parts = (self.deltas, self.buffers, self.untouched)
+        return TaskVector(
+            *({name: part[old] for name, old in new.items() if old in part} for part in parts),
+            renamed_origin(self.origin, new),
+        )
+
+    def _matched(self, names: Collection[str]) -> TaskVector:
+        """Return this vector under other names, if one mapping fits; else as it is, for a check to refuse."""
+        with contextlib.suppress(MismatchError):
+            return self if self.names == set(names) else self.named_for(names)
+        return self
+
     # --- operators
 
     def _combine(self, other: TaskVector, sign: float) -> TaskVector:
+        other = other._matched(self.names)
         if self.names != other.names:
             missing, extra = self.names - other.names, other.names - self.names
             raise MismatchError(
@@ -288,6 +329,7 @@ class TaskVector:
         Raises:
             MismatchError: The vectors come from different architectures.
         """
+        other = other._matched(self.names)
         if self.names != other.names:
             self._combine(other, 1.0)  # raises, naming what differs
         shared = [name for name in self.deltas if name in other.deltas]
@@ -352,11 +394,17 @@ class TaskVector:
         if mine is None or allow_other_base:
             return
         theirs = fingerprint(base)
-        if theirs.digest != mine.digest:
+        different = [
+            name
+            for name, digest in theirs.tensors.items()
+            if mine.tensors.get(name) != digest
+            and not (name in mine.tensors and has_values(base, name, mine.tensors[name]))
+        ]
+        if different or (not mine.tensors and theirs.digest != mine.digest):
             raise MismatchError(
                 f"This task vector was taken from the base {mine.digest}, but is applied to {theirs.digest}: "
-                f"{theirs.num_different(mine.tensors)} of {len(mine.tensors)} tensors differ. Apply it to its base, "
-                f"or pass allow_other_base if the other base is meant."
+                f"{len(different)} of {len(mine.tensors)} tensors differ. Apply it to its base, or pass "
+                f"allow_other_base if the other base is meant."
             )
 
     def apply_to(
@@ -370,8 +418,8 @@ class TaskVector:
         r"""Move ``base`` along this task vector: :math:`\theta = \theta_0 + \lambda \tau`.
 
         Args:
-            base: State dict of the base model, left unchanged. Must have this task vector's keys and shapes; any
-                floating dtype.
+            base: State dict of the base model, left unchanged. Must have this task vector's shapes and, but for one
+                prefix, its keys; any floating dtype.
             scaling_coef: Scaling coefficient :math:`\lambda`, unitless. 0 gives back ``base`` bit for bit; a negative
                 value forgets the task. Choose it on validation data.
             buffers: What becomes of running statistics: ``"keep"`` those of the base, or add their ``"delta"`` scaled
@@ -394,10 +442,11 @@ class TaskVector:
             >>> (-mnist).apply_to(base)
             {'w': tensor([0.5000, 2.0000])}
         """
-        self.check_base(base, allow_other_base=allow_other_base)
+        mine = self._matched(base)
+        mine.check_base(base, allow_other_base=allow_other_base)
         edited = {name: base[name].clone() for name in base}
-        self.write_into(edited, base, scaling_coef, buffers=buffers)
-        self.check_effect(edited, base, scaling_coef)
+        mine.write_into(edited, base, scaling_coef, buffers=buffers)
+        mine.check_effect(edited, base, scaling_coef)
         return edited
 
     def write_into(
