@@ -110,6 +110,14 @@ ROWS = [
     Row("iso_c", lambda s: f"iso_c({s.all}{s.matrix})", 2),
     Row("iso_cts", lambda s: f"iso_cts({s.all}{s.matrix})", 2),
     Row("wudi", lambda s: f"wudi({s.all}{s.matrix})"),
+    *(
+        Row(f"wudi, filtered at {time}", lambda s, time=time: f'wudi({s.all}, solve="filtered", time={time}{s.matrix})')
+        for time in (10, 50, 250)
+    ),
+    Row(
+        "wudi, filtered at 50, participation",
+        lambda s: f'wudi({s.all}, solve="filtered", time=50, rank="participation"{s.matrix})',
+    ),
     Row("wudi, solve=exact", lambda s: f'wudi({s.all}, solve="exact"{s.matrix})'),
     Row("fisher", lambda s: f"fisher({s.all}, files={s.files('fisher')})", 4),
     Row("fisher, normalize=True", lambda s: f"fisher({s.all}, files={s.files('fisher')}, normalize=True)", 4),

@@ -168,7 +168,37 @@ def test_wudi_exactly_is_its_minimum():
         assert float(gradient.abs().max()) < 1e-5, key
 
 
-@pytest.mark.parametrize("solve", ["adam", "exact"])
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ("time=0", [[1, 1, 2], [2, 1, 1]]),
+        ("time=1", [[0.17505, 0.858266, 1.789123], [1.789123, 0.858266, 0.17505]]),
+        ("time=5, rank=1", [[0.333702, 1, 1.333702], [1.333702, 1, 0.333702]]),
+        ("time=1e9", [[-5 / 3, 0.5, 10 / 3], [10 / 3, 0.5, -5 / 3]]),
+        # eigenvalues 1.5, 1/3, 1/6: 4 / 2.389 rounds to 2 of them
+        ("time=1, rank='participation'", "time=1, rank=2"),
+    ],
+)
+def test_wudi_filtered_is_gradient_flow_that_stops(options, expected):
+    """By hand in float64: the values follow from the formula in the docstring."""
+    a, b = [[1.0, 0, 2], [0, 1, 0]], [[0.0, 1, 0], [2, 0, 1]]
+    given = {"a": TaskVector({"w": torch.tensor(a)}), "b": TaskVector({"w": torch.tensor(b)})}
+    merged = evaluate(f'wudi(a, b, solve="filtered", {options})', given)["w"]
+    if isinstance(expected, str):
+        wanted = evaluate(f'wudi(a, b, solve="filtered", {expected})', given)["w"]
+    else:
+        wanted = torch.tensor(expected, dtype=torch.float32)
+    torch.testing.assert_close(merged, wanted, rtol=0, atol=2e-6)
+
+
+def test_wudi_filtered_nears_the_exact_solution():
+    given = vectors(3)
+    exact, filtered = (evaluate(f"wudi(a, b, c, {x})", given) for x in ('solve="exact"', 'solve="filtered", time=1e12'))
+    for key in MATRICES:
+        torch.testing.assert_close(filtered[key], exact[key], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("solve", ["adam", "exact", "filtered"])
 def test_wudi_of_one_vector_is_that_vector_in_its_matrices(solve):
     given = vectors(1)
     merged = evaluate(f'wudi(a, solve="{solve}")', given)
@@ -311,7 +341,10 @@ def test_statistics_that_do_not_fit_are_refused(tmp_path):
         ('iso_c(a, conv="flat")', "conv is 'mean' or 'matrix'"),
         ('tsv(a, exclude="(")', "no regular expression"),
         ("iso_cts(a, common=1.5)", r"in \[0, 1\]"),
-        ('wudi(a, solve="sgd")', "solve 'adam' or 'exact'"),
+        ('wudi(a, solve="sgd")', "'adam', 'exact' or 'filtered'; found 'sgd'"),
+        ('wudi(a, solve="filtered", time=-1)', "time of at least 0; found -1"),
+        ('wudi(a, solve="filtered", rank=0)', "whole number of at least 1; found 0"),
+        ('wudi(a, solve="filtered", rank="half")', "'all', 'participation'.*found 'half'"),
         ("wudi(a, lr=0)", "positive lr"),
         ('wudi(a, inputs_first="(")', "inputs_first is no regular expression"),
     ],
