@@ -1,12 +1,13 @@
 # make demo    install into .venv, then forget, add and infer a task on this machine, offline
 # make test    install, lint and run every test; make quick: the unit tests only
+# make docs    build the site in docs/_build/html; any warning is an error
 PYTHON ?= python3
 SEEDS ?= 0
 BIN := .venv/bin
 # two processes, and a file's tests in one of them, which share what is made for all of them; a plain pytest is one process
 TWO := -n 2 --dist loadfile --no-loadscope-reorder
 
-.PHONY: demo test quick lint install clean
+.PHONY: demo test quick lint docs install clean
 
 demo: install
 	$(BIN)/python -m examples.demo --seeds $(SEEDS)
@@ -23,6 +24,9 @@ lint: install
 	$(BIN)/mypy
 	$(BIN)/vulture
 
+docs: install
+	$(BIN)/python -m sphinx -q -W --keep-going docs docs/_build/html
+
 install: .venv/installed
 
 .venv/installed: pyproject.toml
@@ -31,4 +35,4 @@ install: .venv/installed
 	touch $@
 
 clean:
-	rm -rf build runs .mypy_cache .pytest_cache .ruff_cache
+	rm -rf build docs/_build docs/reference/commands runs .mypy_cache .pytest_cache .ruff_cache

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import logging
 import os
 import shlex
@@ -146,6 +147,17 @@ class _CommandLine(TvaCLI):
             raise ValueError(explain(error.message, self.command, names)) from error
 
 
+class _Described(Exception):
+    """Carries a parser out of LightningCLI, which otherwise goes on to parse."""
+
+
+class _DescribedCLI(_CommandLine):
+    """Make the parser, and parse nothing."""
+
+    def parse_arguments(self, parser: Any, args: Any) -> None:
+        raise _Described(self._parser(self.command))
+
+
 class _OpenedCLI(_CommandLine):
     """Keep what ``edit`` would get, and do not edit."""
 
@@ -178,6 +190,16 @@ def open_edit(config: str | os.PathLike[str]) -> dict[str, Any]:
     with replaced_argv(["edit", "--config", os.fspath(config)]):
         cli = _make(_OpenedCLI, "edit")
     return {"trainer": cli.trainer, **cli.options}
+
+
+def make_parser(command: str) -> Any:
+    """Return the parser of a subcommand, such as ``"fit"``."""
+    about = importlib.import_module(f"tva.cli.commands.{command}").HELP
+    with replaced_argv([command]):
+        try:
+            _make(_DescribedCLI, command, about)
+        except _Described as described:
+            return described.args[0]
 
 
 def run_lightning(command: str, words: Sequence[str], as_json: bool = False, about: str | None = None) -> bool:

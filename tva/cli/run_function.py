@@ -36,8 +36,7 @@ def run_function(name: str, command: ModuleType, words: Sequence[str], as_json: 
         ValueError: The arguments cannot be parsed.
     """
     words = command.read_words(words) if hasattr(command, "read_words") else list(words)
-    steps = [command.run, command.show, *([command.finish] if hasattr(command, "finish") else [])]
-    options = _parse(name, command, steps, words)
+    options = _parse(name, command, words)
     as_json = options.pop("json") or as_json
     with redirect_stdout(sys.stderr) if as_json else nullcontext():
         result = command.run(**_own(command.run, options))
@@ -46,17 +45,16 @@ def run_function(name: str, command: ModuleType, words: Sequence[str], as_json: 
     else:
         command.show(result, **_own(command.show, options))
     with redirect_stdout(sys.stderr) if as_json else nullcontext():
-        return len(steps) < 3 or command.finish(result, **_own(command.finish, options)) is not False
+        return not hasattr(command, "finish") or command.finish(result, **_own(command.finish, options)) is not False
 
 
-def _parse(name: str, command: ModuleType, steps: Sequence[Callable[..., Any]], words: list[str]) -> dict[str, Any]:
-    """Parse the options of a command's functions."""
+def make_parser(name: str, command: ModuleType) -> Any:
+    """Return the parser of a command that is a function."""
     from jsonargparse import ArgumentParser
 
     from tva.cli.help import HelpFormatter
 
-    order = getattr(command, "ORDER", "").split()
-    usage = _usage(name, command.run, order)
+    usage = _usage(name, command)
     parser = ArgumentParser(
         prog=f"tva {name}",
         usage=_wrapped(usage, len(f"usage: tva {name} ")),
@@ -66,18 +64,30 @@ def _parse(name: str, command: ModuleType, steps: Sequence[Callable[..., Any]], 
     )
     parser.add_argument("--config", action="config", help="Take options from a YAML file.")
     parser.add_argument("--json", type=bool, default=False, help="Print the result as JSON, and nothing else.")
-    flags, seen = ["json"], set[str]()
-    for step in steps:
+    seen = set[str]()
+    for step in _steps(command):
         skip = seen | ({next(iter(signature(step).parameters))} if step is not command.run else set())
         parser.add_function_arguments(step, as_positional=False, as_group=False, skip=skip)
         seen |= set(signature(step).parameters)
-        flags += [key for key, parameter in signature(step).parameters.items() if parameter.default is False]
+    return parser
+
+
+def _parse(name: str, command: ModuleType, words: list[str]) -> dict[str, Any]:
+    """Parse the options of a command's functions."""
+    parser, usage = make_parser(name, command), _usage(name, command)
+    parameters = [parameter for step in _steps(command) for parameter in signature(step).parameters.items()]
+    flags = ["json", *(key for key, parameter in parameters if parameter.default is False)]
     try:
-        given = parser.parse_args(name_words(words, order, flags, usage))
+        given = parser.parse_args(name_words(words, getattr(command, "ORDER", "").split(), flags, usage))
     except ArgumentError as error:
         names = [action.dest for action in parser._actions]
         raise ValueError(explain(error.message, name, names, usage)) from error
     return {key: value for key, value in given.as_dict().items() if key != "config"}
+
+
+def _steps(command: ModuleType) -> list[Callable[..., Any]]:
+    """Return the functions of a command, in the order in which they are called."""
+    return [command.run, command.show, *([command.finish] if hasattr(command, "finish") else [])]
 
 
 def _own(step: Callable[..., Any], options: Mapping[str, Any]) -> dict[str, Any]:
@@ -85,10 +95,11 @@ def _own(step: Callable[..., Any], options: Mapping[str, Any]) -> dict[str, Any]
     return {key: options[key] for key in signature(step).parameters if key in options}
 
 
-def _usage(name: str, function: Callable[..., Any], order: Sequence[str]) -> str:
+def _usage(name: str, command: ModuleType) -> str:
+    order = getattr(command, "ORDER", "").split()
     shown = [word.rstrip("…").upper() + " …" * word.endswith("…") for word in order]
     named = []
-    for key, parameter in signature(function).parameters.items():
+    for key, parameter in signature(command.run).parameters.items():
         if parameter.default is parameter.empty and key not in [word.rstrip("…") for word in order]:
             by_name = ".NAME" * str(parameter.annotation).startswith(("dict", "Mapping"))
             named.append(f"--{key}{by_name} {key.upper()}")

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from tva.cli.lightning import run_lightning
+from tva.cli.subcommand import run_subcommand
 
 HELP = "combine task vectors, choose the coefficient, edit the model and prove it on control tasks"
 
 
 def start(words: list[str], as_json: bool) -> bool:
     """Run it."""
-    return run_lightning("edit", words, as_json, HELP)
+    return run_subcommand("edit", words, as_json, HELP)

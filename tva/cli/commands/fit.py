@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from tva.cli.lightning import run_lightning
+from tva.cli.subcommand import run_subcommand
 
 HELP = "fine-tune a model; TaskVectorCallback writes task vectors beside its checkpoints"
 
 
 def start(words: list[str], as_json: bool) -> bool:
     """Run it."""
-    return run_lightning("fit", words, as_json, HELP)
+    return run_subcommand("fit", words, as_json, HELP)

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from tva.cli.lightning import run_lightning
+from tva.cli.subcommand import run_subcommand
 
 HELP = "run a model's prediction step on data, as LightningCLI does"
 
 
 def start(words: list[str], as_json: bool) -> bool:
     """Run it."""
-    return run_lightning("predict", words, as_json, HELP)
+    return run_subcommand("predict", words, as_json, HELP)
