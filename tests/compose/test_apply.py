@@ -246,7 +246,7 @@ def test_groups_that_do_not_fit_are_refused(files, tmp_path, groups, message):
     base, vectors = files
     with pytest.raises(ValueError, match=message):
         compose(base, vectors, "s * a", str(tmp_path / "out.safetensors"), coefs={"s": groups})
-    with pytest.raises(ValueError, match="this coefficient is given by group"):
+    with pytest.raises(ValueError, match="must be the same in all tensors.*this coefficient is given by group"):
         compose(base, vectors, "ties(a, density=s)", str(tmp_path / "out.safetensors"), coefs={"s": {".*": 0.5}})
 
 

@@ -144,7 +144,7 @@ def compose(
     base, output = os.fspath(base), os.fspath(output)
     vectors = {name: os.fspath(path) for name, path in vectors.items()}
     _check_output(output, scaling_coef)
-    checked = Recipe(recipe, vectors, coefs)
+    checked = Recipe(recipe, vectors, coefs, with_base=True)
     outputs = [Path(output), *([undo_path(Path(output))] if keep_undo else [])]
     protect(outputs, {"base": base, **{f"vectors.{name}": path for name, path in vectors.items()}})
     protect(outputs, {f"a file of {recipe}": path for path in checked.files})

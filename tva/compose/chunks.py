@@ -81,6 +81,7 @@ class OpenedTensor:
 
     Attributes:
         vectors: Which vectors move it, by name; empty if none does.
+        moved: Whether the recipe moves it.
         fused: Whether `tva.merge.kernels` computes with it.
     """
 
@@ -92,7 +93,9 @@ class OpenedTensor:
         chunk: int,
         edited: bool,
         space: Space,
+        with_base: bool = False,
     ) -> None:
+        self.with_base = with_base
         self.name, self.spec, self.sources, self.space = name, base.spec(name), sources, space
         self.base_path = base.path
         self.length, self.chunk = self.spec.numel(), chunk
@@ -102,8 +105,8 @@ class OpenedTensor:
         self._loaded: set[int] = set()
         self.vectors: dict[str, bool] = {}
         present = [entry for entry in self._entries if entry is not None]
-        edited &= len(present) > 1 and is_edited(self.spec)
-        self.fused = edited and not isinstance(space, NewSpace) and all(map(is_fusible, present))
+        edited &= (len(present) > 1 or with_base) and is_edited(self.spec)
+        self.fused = edited and not with_base and not isinstance(space, NewSpace) and all(map(is_fusible, present))
         if self.fused:
             width = min(chunk, self.length) * max(entry.spec.itemsize for entry in present)
             self._rows = space.bytes("rows", width, len(self._entries))
@@ -115,7 +118,8 @@ class OpenedTensor:
                 key: entry is not None and (not sources[key].is_checkpoint or self._differs(row))
                 for row, (key, entry) in enumerate(zip(sources, self._entries[1:], strict=True), start=1)
             }
-            self.vectors = moving if any(moving.values()) else {}
+            self.vectors = moving if any(moving.values()) or with_base else {}
+        self.moved = bool(self.vectors) or (edited and with_base)
         self.fused &= bool(self.vectors)
 
     def starts(self) -> range:
@@ -208,7 +212,9 @@ class OpenedTensor:
         return program.steps, program.numbers, program.depth, *self._views, self._kinds, self._relative, start
 
     def widened(self, base: Tensor) -> Tensor:
-        """Return a chunk of the base in the dtype of sums."""
+        """Return a chunk of the base in the dtype of sums: float64 if its own weights are in the recipe."""
+        if self.with_base:
+            return base.double()
         if base.dtype == sum_dtype(base):
             return base
         wide = self.space.take(sum_dtype(base), len(base)).copy_(base)
@@ -296,6 +302,8 @@ class Deltas(Mapping[str, Tensor]):
         opened, space = self._opened, self._opened.space
         if opened.fused:
             return self.run((Step(LOAD, list(opened.sources).index(key)),))
+        if opened.with_base:
+            return self._wide(key)
         if not opened.vectors[key]:
             return space.take(torch.float32, self._length).zero_()
         stored = opened.read(1 + list(opened.sources).index(key), self._start)
@@ -304,6 +312,18 @@ class Deltas(Mapping[str, Tensor]):
             raise opened.not_finite()
         space.give_back(stored)
         return delta
+
+    def _wide(self, key: str) -> Tensor:
+        """Return a delta in float64, or the base's own elements."""
+        opened = self._opened
+        if key not in opened.vectors:
+            return self._base
+        if not opened.vectors[key]:
+            return torch.zeros(self._length, dtype=torch.float64)
+        delta = opened.sources[key].delta(opened.read(1 + list(opened.sources).index(key), self._start), self._base)
+        if not all_finite(delta):
+            raise opened.not_finite()
+        return delta.double()
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._opened.vectors)

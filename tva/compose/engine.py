@@ -21,6 +21,7 @@ from tva.arithmetic import add_scaled, is_edited
 from tva.checkpoints import Elements, Fingerprint, LazyWeights, NameFilter, Spec, TensorHash, open_weights
 from tva.compose.chunks import FUSED_DTYPES, Deltas, NewSpace, OpenedTensor, Space, is_fusible
 from tva.compose.recipe import ChunkDeltas, Chunks, Recipe, States
+from tva.compose.syntax import BASE
 from tva.console import progress
 from tva.errors import NoEffectError
 from tva.merge import Chunk, kernels
@@ -185,11 +186,13 @@ class Composer:
 
     def need(self) -> int:
         """Predict the anonymous memory in bytes, at the chunk size and number of workers chosen."""
-        held, unparted, largest = 4 * (2 * len(self.sources) + 8) + self.beside, 0, 0
+        width = 8 if self.recipe.uses_base else 4
+        held, unparted, largest = width * (2 * len(self.sources) + 8) + self.beside, 0, 0
         for name in self.names:
             entries = [weights.entry(name) for weights in self._inputs() if name in weights]
             unparted = max(unparted, sum(entry.held_bytes for entry in entries))
-            largest = max(largest, entries[0].spec.numel() if len(entries) > 1 else 0)
+            moved = len(entries) > 1 or self.recipe.uses_base
+            largest = max(largest, entries[0].spec.numel() if moved else 0)
         chunk = largest if self.recipe.needs_whole_tensors else self.chunk
         each = chunk * held + unparted + self.recipe.observing_bytes
         kernels_bytes = 0 if kernels.load.cache_info().currsize else kernels.LOADED_BYTES
@@ -227,6 +230,7 @@ class Composer:
             self.identities = {name: source.identity() for name, source in self.sources.items()}
         else:
             self.identities = {name: name for name in self.sources}
+        self.identities[BASE] = BASE
         todo = sorted((name for name in self.names if name not in out.done), key=self._size, reverse=True)
         with _threads(self.workers) as pool:
             if todo and self.recipe.observing:
@@ -235,7 +239,7 @@ class Composer:
                 def spread(observe: Callable[[str, Chunks], None]) -> None:
                     def observe_one(name: str) -> None:
                         opened = self._open(name)
-                        if opened.vectors:
+                        if opened.moved:
                             observe(name, lambda: self.deltas_of(opened))
 
                     list(pool.map(observe_one, by_size))
@@ -254,7 +258,8 @@ class Composer:
 
     def _open(self, name: str, space: Space | None = None) -> OpenedTensor:
         chunk = max(1, self._size(name)) if self.recipe.needs_whole_tensors else self.chunk
-        return OpenedTensor(name, self.base, self.sources, chunk, name not in self.statistics, space or self._space)
+        edited, with_base = name not in self.statistics, self.recipe.uses_base
+        return OpenedTensor(name, self.base, self.sources, chunk, edited, space or self._space, with_base)
 
     def plain(self, name: str) -> OpenedTensor:
         """Open a tensor for torch, whatever its dtypes."""
@@ -274,12 +279,12 @@ class Composer:
         opened = self._open(name)
         dtype = self._output_dtype(name)
         states = self.model_states
-        moved = bool(opened.vectors) and self.scaling_coef != 0
+        moved = opened.moved and self.scaling_coef != 0
         if moved and self.recipe.observing:
             own = self.recipe.observe_tensor(name, lambda: self.deltas_of(opened), self.identities, states)
             states = ChainMap(own, states)
         program = self._program(opened, states) if moved else None
-        effect = GroupEffect(tensors=int(bool(opened.vectors)))
+        effect = GroupEffect(tensors=int(opened.moved))
         before, after = TensorHash(opened.spec), TensorHash(opened.spec, dtype)
         copied = not moved and dtype == opened.spec.dtype_name and self.base.entry(name).in_parts
         for start in opened.starts():

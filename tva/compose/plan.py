@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from tva.arithmetic import is_edited
 from tva.checkpoints import LazyWeights, Spec
 from tva.compose.recipe import Recipe
+from tva.compose.syntax import BASE
 from tva.layers import label_of
 from tva.merge import Chunk
 from tva.vectors.lazy import LazyTaskVector
@@ -82,7 +83,8 @@ def make_plan(
     """
     rows: dict[tuple[str, Spec, bool], PlanRow] = {}
     for name, spec in layout.items():
-        moved = is_edited(spec) and name not in kept and any(name in source.weights for source in sources.values())
+        touched = recipe.uses_base or any(name in source.weights for source in sources.values())
+        moved = is_edited(spec) and name not in kept and touched
         label = label_of(name)
         row = rows.setdefault((label, spec, moved), PlanRow(label, spec))
         row.names.append(name)
@@ -108,5 +110,6 @@ def make_plan(
 
 def _coefs(recipe: Recipe, scaling_coef: float, chunk: Chunk) -> dict[str, float]:
     if recipe.is_linear:
-        return {vector: scaling_coef * recipe.coef_of(vector, chunk) for vector in recipe.vectors}
+        names = [*recipe.vectors, *([BASE] if recipe.uses_base else [])]
+        return {vector: scaling_coef * recipe.coef_of(vector, chunk) for vector in names}
     return {"scaling_coef": scaling_coef, **{name: recipe.number(name, chunk) for name in recipe.coefs}}

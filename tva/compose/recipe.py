@@ -14,7 +14,7 @@ from numpy import ndarray
 
 from tva._torch import Tensor, torch
 from tva.checkpoints import HashedWeights
-from tva.compose.syntax import Expression
+from tva.compose.syntax import BASE, Expression
 from tva.errors import RecipeError as RecipeError
 from tva.layers import Coefficient, coefs_by_tensor, layers_of
 from tva.merge import Chunk, Method
@@ -72,6 +72,7 @@ class Recipe(Expression):
         coefs: Names that are numbers, with their values: a number; or one by group of tensors, from regular expressions
             that are searched for in tensor names, the first that is found counting, to a number or to
             ``[first, …, last]`` over the layers. ``layer`` stands for every name that has a layer's number in it.
+        with_base: Whether ``base`` is the base's own weights, a vector from zero, where no vector has that name.
 
     Attributes:
         text: The expression as written.
@@ -89,8 +90,15 @@ class Recipe(Expression):
         {'w': tensor([4.5000])}
     """
 
-    def __init__(self, text: str, vectors: Collection[str], coefs: Mapping[str, Coefficient] | None = None) -> None:
-        super().__init__(text, vectors, coefs)
+    def __init__(
+        self,
+        text: str,
+        vectors: Collection[str],
+        coefs: Mapping[str, Coefficient] | None = None,
+        with_base: bool = False,
+    ) -> None:
+        super().__init__(text, vectors, coefs, with_base)
+        self._in_tensor: dict[tuple[int, str], Method] = {}  # methods whose options differ by tensor
         self._by_tensor: dict[str, dict[str, float]] = {}  # of coefficients by group, once the names are known
         self._layers: dict[str, tuple[int, int]] = {}  # likewise
 
@@ -115,14 +123,32 @@ class Recipe(Expression):
         for name, groups in self.coefs.items():
             if isinstance(groups, Mapping):
                 self._by_tensor[name] = coefs_by_tensor(name, groups, names)
+        for node in (node for node in ast.walk(self._tree) if id(node) in self._by_group):
+            made: dict[tuple[Any, ...], Method] = {}
+            method, by_group = self._methods[id(node)], self._by_group[id(node)]
+            for tensor in names:
+                options = {option: self._option(value, tensor) for option, value in by_group.items()}
+                key = tuple(options.values())
+                if key not in made:
+                    rest = {field.name: getattr(method, field.name) for field in dataclasses.fields(method)}
+                    made[key] = self._make(node, type(method), rest | options, f"In {tensor!r}: ")
+                self._in_tensor[id(node), tensor] = made[key]
+
+    def _method(self, node: ast.expr, tensor: str) -> Method:
+        return self._in_tensor.get((id(node), tensor)) or self._methods[id(node)]
+
+    def _number_in(self, name: str, tensor: str) -> float:
+        by_tensor = self._by_tensor.get(name)
+        return float(self.coefs[name]) if by_tensor is None else by_tensor[tensor]
 
     def coef_of(self, vector: str, chunk: Chunk) -> float:
         """Return the number by which a linear recipe multiplies one vector in one tensor."""
-        steps = self.steps(chunk, {}, dict.fromkeys(self.vectors, ""))
+        names = [*self.vectors, BASE]
+        steps = self.steps(chunk, {}, dict.fromkeys(names, ""))
         if steps is not None:
             return value_of(steps, [float(name == vector) for name in self.vectors])
-        deltas = {name: torch.tensor([float(name == vector)], dtype=torch.float64) for name in self.vectors}
-        return float(self.merge(chunk, deltas, {}, dict.fromkeys(self.vectors, "")))
+        deltas = {name: torch.tensor([float(name == vector)], dtype=torch.float64) for name in names}
+        return float(self.merge(chunk, deltas, {}, dict.fromkeys(names, "")))
 
     def evaluate(self, vectors: Mapping[str, TaskVector]) -> TaskVector:
         """Compute the recipe in memory.
@@ -138,6 +164,8 @@ class Recipe(Expression):
         """
         from tva.vectors.task_vector import TaskVector
 
+        if self.uses_base:
+            raise self._error("The base's own weights are known only where a checkpoint is composed, not here", 0)
         used = {name: vectors[name] for name in self.vectors}
         whole = sum(used.values())  # checks that they belong together
         sources = {name: vector.origin.finetuned or name for name, vector in used.items()}
@@ -177,7 +205,7 @@ class Recipe(Expression):
     @property
     def is_fusible(self) -> bool:
         """Whether it can be computed in steps only, whatever is observed."""
-        return all(
+        return not self.uses_base and all(
             not method.whole
             and type(method).in_steps is not Method.in_steps
             and (method.counts or not method.num_passes)
@@ -219,12 +247,12 @@ class Recipe(Expression):
         states: States = {}
         for node in self._observers:
             for pass_number in range(self._methods[id(node)].num_passes):
-                mine = [state for (owner, _), state in states.items() if owner == id(node)]
-                if not (mine and all(self._methods[id(node)].ready(state, pass_number) for state in mine)):
+                mine = [(tensor, state) for (owner, tensor), state in states.items() if owner == id(node)]
+                if not (mine and all(self._method(node, tensor).ready(state, pass_number) for tensor, state in mine)):
                     self._one_pass(node, chunks, states, sources, pass_number)
-                    for (owner, _), state in states.items():
+                    for (owner, tensor), state in states.items():
                         if owner == id(node):
-                            self._methods[id(node)].finish(state, pass_number)
+                            self._method(node, tensor).finish(state, pass_number)
         return states
 
     def observe_model(self, spread: Spread, sources: Mapping[str, str]) -> States:
@@ -283,7 +311,7 @@ class Recipe(Expression):
         """
         added: States = {}
         for node in self._observers:
-            method, key = self._methods[id(node)], (id(node), tensor)
+            method, key = self._method(node, tensor), (id(node), tensor)
             if method.over_model or key in known or (only is not None and id(node) not in only):
                 continue
             state = added[key] = method.start(len(node.args))
@@ -297,8 +325,8 @@ class Recipe(Expression):
         self, node: ast.Call, chunks: Chunks, states: States, sources: Mapping[str, str], pass_number: int
     ) -> None:
         """Let one method observe chunks once; a state that it lacks is made."""
-        method = self._methods[id(node)]
         for chunk, deltas in chunks():
+            method = self._method(node, chunk.tensor)
             key = _state_key(node, method, chunk)
             if key not in states:
                 states[key] = method.start(len(node.args))
@@ -347,7 +375,8 @@ class Recipe(Expression):
             case ast.Constant(value=value):
                 return float(value), False
             case ast.Name(id=name):
-                return (deltas[name], name in fresh) if name in self._known else (self.number(name, chunk), False)
+                is_vector = name in self._known or (self.uses_base and name == BASE)
+                return (deltas[name], name in fresh) if is_vector else (self.number(name, chunk), False)
             case ast.UnaryOp(op=op, operand=operand):
                 value, own = self._evaluate(operand, chunk, deltas, states, sources, fresh, free)
                 if not isinstance(op, ast.USub):
@@ -363,7 +392,7 @@ class Recipe(Expression):
                     free(second)
                 return result
             case ast.Call():
-                method = self._methods[id(node)]
+                method = self._method(node, chunk.tensor)
                 arguments, here = self._arguments(node, chunk, deltas, states, sources)
                 return method.merge(arguments, _state(node, method, chunk, states), here), True
         raise AssertionError(f"unchecked node {ast.dump(node)}")
@@ -386,7 +415,7 @@ class Recipe(Expression):
         node = self._tree if node is None else node
         match node:
             case ast.Name(id=name):
-                return (Step(LOAD, self.vectors.index(name)),)
+                return (Step(LOAD, self.vectors.index(name)),) if name in self._known else None
             case ast.UnaryOp(op=op, operand=operand):
                 steps = self.steps(chunk, states, sources, operand)
                 return steps if steps is None or isinstance(op, ast.UAdd) else (*steps, Step(NEG))
@@ -401,7 +430,7 @@ class Recipe(Expression):
                 parts = [self.steps(chunk, states, sources, side) for side in sides]
                 return None if None in parts else (*chain(*parts), last)
             case ast.Call(args=args):
-                method = self._methods[id(node)]
+                method = self._method(node, chunk.tensor)
                 parts = [self.steps(chunk, states, sources, argument) for argument in args]
                 here = dataclasses.replace(self._chunk_of(node, chunk, sources), start=0)
                 return None if None in parts else method.in_steps(parts, _state(node, method, chunk, states), here)
@@ -409,8 +438,7 @@ class Recipe(Expression):
 
     def number(self, name: str, chunk: Chunk) -> float:
         """Return a coefficient's value in one tensor."""
-        by_tensor = self._by_tensor.get(name)
-        return self.coefs[name] if by_tensor is None else by_tensor[chunk.tensor]
+        return self._number_in(name, chunk.tensor)
 
     def _observed(
         self,

@@ -154,7 +154,7 @@ def open_recipe(output: str, record: Record, vectors: Mapping[str, str]) -> Reci
         RecipeError: This version of tva cannot read it, or a merge method of another package cannot be imported.
     """
     try:
-        return Recipe(record.recipe, vectors, record.coefs)
+        return Recipe(record.recipe, vectors, record.coefs, with_base=True)
     except FileNotFoundError as error:
         raise FileNotFoundError(
             f"{error} The recipe of {output} reads it; relative paths are from the folder that the edit was made in."

@@ -23,6 +23,7 @@ from tva.merge import Method, find_method, method_names
 Kind = Literal["vector", "number"]
 MAX = float(numpy.finfo(numpy.float32).max)
 _DOTTED = re.compile(r"\w+(\.\w+)*")
+BASE = "base"  # the base's own weights, in a recipe
 SYMBOLS = {ast.Add: "+", ast.Sub: "-", ast.Mult: "*", ast.Div: "/"}
 
 
@@ -53,18 +54,27 @@ class Expression:
         text: The expression.
         vectors: Names that are task vectors.
         coefs: Names that are numbers, with their values as given.
+        with_base: Whether ``base`` names the base's own weights, where nothing else has that name.
 
     Attributes:
         text: The expression as written.
         vectors: Names of the task vectors it uses, in order of appearance.
         coefs: Names of the coefficients it uses, with their values as given.
+        uses_base: Whether the base's own weights are in it.
 
     Raises:
         RecipeError: It is no expression of task vectors, or uses an unknown name.
     """
 
-    def __init__(self, text: str, vectors: Collection[str], coefs: Mapping[str, Coefficient] | None = None) -> None:
+    def __init__(
+        self,
+        text: str,
+        vectors: Collection[str],
+        coefs: Mapping[str, Coefficient] | None = None,
+        with_base: bool = False,
+    ) -> None:
         self.text = text
+        self._with_base, self.uses_base = with_base, False
         self._known = set(vectors)
         self._values = dict(coefs or {})
         self.vectors: list[str] = []
@@ -82,6 +92,7 @@ class Expression:
             raise RecipeError("A recipe must be an expression of task vectors, such as 'a + b'; found nothing.")
         self._numbers: set[int] = set()  # parts that are no vectors
         self._methods: dict[int, Method] = {}
+        self._by_group: dict[int, dict[str, ast.expr]] = {}  # options that have coefficients by group, of each call
         self._observers: list[ast.Call] = []  # calls that must see the deltas first, inner before outer
         try:
             self._tree = ast.parse(text.strip(), mode="eval").body
@@ -98,7 +109,8 @@ class Expression:
             raise self._error(f"A recipe must give a task vector, but this is a number; known {self._names()}", 0)
 
     def _names_in(self, node: ast.expr) -> Iterator[str]:
-        return (n.id for n in ast.walk(node) if isinstance(n, ast.Name) and n.id in self._known)
+        known = self._known | {BASE} if self.uses_base else self._known
+        return (n.id for n in ast.walk(node) if isinstance(n, ast.Name) and n.id in known)
 
     def _check(self, node: ast.expr) -> Kind:
         kind = self._kind(node)
@@ -124,6 +136,9 @@ class Expression:
                     )
                 self.coefs[name] = value if isinstance(value, Mapping) else float(value)
                 return "number"
+            case ast.Name(id=name) if name == BASE and self._with_base:
+                self.uses_base = True
+                return "vector"
             case ast.Name(id=name):
                 near = self._nearest(name) or f" If it is a coefficient, give its value: --coefs.{name} NUMBER"
                 raise self._error(f"{name!r} is unknown; known {self._names()}.{near}", node.col_offset)
@@ -182,22 +197,49 @@ class Expression:
                     f"{name} has no option {keyword.arg!r}; {options_text}: {kind.usage}", keyword.value.col_offset
                 )
             options[keyword.arg] = self._option(keyword.value)
-        try:
-            _check_options(kind, options)
-            method = kind(**options)
-        except (TypeError, ValueError) as error:
-            raise self._error(f"{error} Written as {kind.usage}", node.col_offset) from error
-        self._methods[id(node)] = method
+        self._methods[id(node)] = method = self._make(node, kind, options)
+        by_group = {word.arg: word.value for word in node.keywords if self._has_groups(word.value)}
+        if by_group:
+            self._check_by_group(method, by_group)
+            self._by_group[id(node)] = by_group
         if method.num_passes:
             self._observers.append(node)
         return "vector"
 
-    def _option(self, node: ast.expr) -> Any:
+    def _make(self, node: ast.Call, kind: type[Method], options: Mapping[str, Any], where: str = "") -> Method:
+        try:
+            _check_options(kind, options)
+            return kind(**options)
+        except (TypeError, ValueError) as error:
+            raise self._error(f"{where}{error} Written as {kind.usage}", node.col_offset) from error
+
+    def _has_groups(self, node: ast.expr) -> bool:
+        names = (part.id for part in ast.walk(node) if isinstance(part, ast.Name))
+        return any(isinstance(self._values.get(name), Mapping) for name in names)
+
+    def _check_by_group(self, method: Method, by_group: Mapping[str, ast.expr]) -> None:
+        """Check that options may differ from tensor to tensor."""
+        types = {field.name: str(field.type) for field in dataclasses.fields(method)}
+        for name, node in by_group.items():
+            if method.over_model or types[name] not in ("float", "Sequence[float]"):
+                why = f"{method.name} looks at the whole model at once" if method.over_model else "it is not a number"
+                raise self._error(
+                    f"The option {name!r} must be the same in all tensors, for {why}; this coefficient is given by "
+                    f"group",
+                    node.col_offset,
+                )
+
+    def _option(self, node: ast.expr, tensor: str | None = None) -> Any:
+        """Return an option's value in a tensor; without one that of the first group, where it differs."""
         if isinstance(node, ast.Name) and node.id in self._values:
-            if isinstance(self._values[node.id], Mapping):
-                raise self._error("An option is one number; this coefficient is given by group", node.col_offset)
-            self.coefs[node.id] = float(self._values[node.id])
-            return self.coefs[node.id]
+            value = self._values[node.id]
+            if tensor is not None:
+                return self._number_in(node.id, tensor)
+            self.coefs[node.id] = value if isinstance(value, Mapping) else float(value)
+            first = next(iter(value.values()), 0.0) if isinstance(value, Mapping) else value
+            return float(first if isinstance(first, int | float) else first[0] if first else 0.0)
+        if isinstance(node, ast.Tuple | ast.List):
+            return tuple(self._option(part, tensor) for part in node.elts)
         try:
             return ast.literal_eval(node)
         except ValueError as error:

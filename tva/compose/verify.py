@@ -201,7 +201,7 @@ def _compute_a_sample_again(composer: Composer, comparison: _Comparison) -> int:
     """
     if not composer.recipe.observing or not composer.scaling_coef:
         return 0
-    moved = [name for name in composer.names if composer.plain(name).vectors and name not in comparison.skipped]
+    moved = [name for name in composer.names if composer.plain(name).moved and name not in comparison.skipped]
     sample = set(random.Random(0).sample(moved, min(SAMPLE, len(moved))))
     over_model = any(method.over_model for method in composer.recipe.observing)
 

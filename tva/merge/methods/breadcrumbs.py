@@ -11,7 +11,7 @@ from numpy import ndarray
 from tva._torch import Tensor, torch
 from tva.merge.base import Chunk, Method
 from tva.merge.order_statistics import HELD_BYTES, PASSES, OrderStatistics, after, limit, trim
-from tva.merge.program import SUB, TRIM, Step, Steps
+from tva.merge.program import MUL, SUB, TRIM, Step, Steps
 
 
 @dataclass(frozen=True)
@@ -26,6 +26,8 @@ class Breadcrumbs(Method):
     Args:
         top: Fraction of outliers to drop, in [0, 1); the paper keeps what is below its quantile 99.3 %.
         bottom: Fraction of small elements to drop, in [0, 1); the paper's is 85 %. ``top + bottom`` is below 1.
+        density: Fraction to keep in place of ``bottom``, as in mergekit: ``int(density * n)`` elements, those below the
+            ``int(top * n)`` largest, or the smallest of all where there are not as many below. 0: ``bottom`` counts.
         rows: Take both fractions of every row, that is of the last dimension, instead of every tensor.
 
     Source: Davari and Belilovsky, "Model breadcrumbs: scaling multi-task model merging with sparse masks", ECCV 2024.
@@ -33,15 +35,21 @@ class Breadcrumbs(Method):
 
     top: float = 0.007
     bottom: float = 0.85
+    density: float = 0.0
     rows: bool = False
 
     name = "breadcrumbs"
-    usage = "breadcrumbs(v, top=0.007, bottom=0.85) or breadcrumbs(v, top=0.1, bottom=0.7, rows=True)"
+    usage = "breadcrumbs(v, top=0.007, bottom=0.85), breadcrumbs(v, top=0.01, density=0.15) or …, rows=True)"
     num_vectors = 1
     counts = True
 
     def __post_init__(self) -> None:
-        if not (self.top >= 0 and self.bottom >= 0 and self.top + self.bottom < 1):
+        if self.density and not (0 <= self.top < 1 and 0 < self.density <= 1):
+            raise ValueError(
+                f"top is the fraction of elements to drop, in [0, 1), and density the fraction to keep, in (0, 1]; "
+                f"found top={self.top}, density={self.density}."
+            )
+        if not self.density and not (self.top >= 0 and self.bottom >= 0 and self.top + self.bottom < 1):
             raise ValueError(
                 f"top and bottom are the fractions of elements to drop, at least 0 and together below 1; "
                 f"found top={self.top}, bottom={self.bottom}."
@@ -66,8 +74,15 @@ class Breadcrumbs(Method):
         return OrderStatistics(self._smallest_and_largest_kept)
 
     def _smallest_and_largest_kept(self, count: int) -> list[int]:
+        if self.density:
+            kept = max(1, int(self.density * count))
+            first = min(max(0, count - kept - int(self.top * count)), count - kept)
+            return [first, first + kept - 1]
         dropped = [math.floor(fraction * count + 1e-9) for fraction in (self.bottom, self.top)]
         return [min(dropped[0], count - 1 - dropped[1]), count - 1 - dropped[1]]
+
+    def _keeps_none(self, chunk: Chunk) -> bool:
+        return self.density > 0 and self.density * math.prod(chunk.shape) < 1
 
     def observe(
         self, state: OrderStatistics, deltas: Iterable[Tensor | ndarray], chunk: Chunk, pass_number: int
@@ -86,6 +101,8 @@ class Breadcrumbs(Method):
             return self._merge_rows(deltas[0], chunk.shape[-1] if chunk.shape else 1)
         if not state.values:
             return deltas[0]
+        if self._keeps_none(chunk):
+            return deltas[0] * 0
         smallest, largest = state.values
         return trim(deltas[0], smallest) - trim(deltas[0], after(largest))  # without rounding: all, one, or none is 0
 
@@ -94,6 +111,8 @@ class Breadcrumbs(Method):
             return None
         if not state.values:
             return arguments[0]
+        if self._keeps_none(chunk):
+            return (*arguments[0], Step(MUL, numbers=(0.0,)))
         smallest, largest = state.values
         upper = Step(TRIM, numbers=(limit(after(largest)),))
         return (*arguments[0], Step(TRIM, numbers=(limit(smallest),)), *arguments[0], upper, Step(SUB))
@@ -101,6 +120,8 @@ class Breadcrumbs(Method):
     def _merge_rows(self, delta: Tensor, columns: int) -> Tensor:
         if not delta.numel():
             return delta.clone()
+        if self.density and self.density * columns < 1:
+            return delta * 0
         rows = delta.view(-1, columns)
         ordered = rows.abs().sort(dim=1).values
         smallest, largest = (ordered[:, rank, None] for rank in self._smallest_and_largest_kept(columns))

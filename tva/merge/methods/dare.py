@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import xxhash
 
@@ -20,32 +20,42 @@ _CHUNK = 2**32  # elements that share the upper part of their index
 class Dare(Method):
     r"""Drop each element with probability ``drop`` and divide the others by ``1 - drop``.
 
+    mergekit's ``dare_ties`` and ``dare_linear`` restore the sum of magnitudes instead: ``rescale(dare(v), v)``.
+
     Which elements are dropped depends on (seed, vector, tensor name, element index) only: the same for any order of
     tensors, any chunks, threads and device.
 
     Args:
         drop: Probability, in [0, 1).
         seed: Any integer.
+        rescale: Divide what is kept by ``1 - drop`` (``"probability"``, as in the paper), or leave it (``"none"``).
 
     Source: Yu et al., "Language models are super Mario", ICML 2024.
     """
 
     drop: float = 0.9
     seed: int = 0
+    rescale: Literal["probability", "none"] = "probability"
 
     name = "dare"
-    usage = "dare(v, drop=0.9, seed=0)"
+    usage = 'dare(v, drop=0.9, seed=0, rescale="probability" or "none")'
     num_vectors = 1
     random = True
 
     def __post_init__(self) -> None:
         if not 0 <= self.drop < 1:
             raise ValueError(f"drop must be in [0, 1), where 0 keeps all; found {self.drop}.")
+        if self.rescale not in ("probability", "none"):
+            raise ValueError(f"dare has rescale 'probability' or 'none'; found {self.rescale!r}.")
 
     def merge(self, deltas: Sequence[Tensor], state: Any, chunk: Chunk) -> Tensor:
         (delta,) = deltas
         keep = (random_bits(delta.numel(), chunk, self.seed) >= self._lowest).to(delta.dtype)
-        return (delta / (1 - self.drop)).mul_(keep.to(delta.device))
+        return (delta / self._divisor).mul_(keep.to(delta.device))
+
+    @property
+    def _divisor(self) -> float:
+        return 1 - self.drop if self.rescale == "probability" else 1.0
 
     @property
     def _lowest(self) -> int:
@@ -55,7 +65,7 @@ class Dare(Method):
     def in_steps(self, arguments: Sequence[Steps], state: Any, chunk: Chunk) -> Steps | None:
         if math.prod(chunk.shape) > _CHUNK:
             return None
-        return (*arguments[0], Step(DROP, self._lowest, (1 - self.drop,), _key(chunk, self.seed, 0)))
+        return (*arguments[0], Step(DROP, self._lowest, (self._divisor,), _key(chunk, self.seed, 0)))
 
 
 def random_bits(count: int, chunk: Chunk, seed: int) -> Tensor:

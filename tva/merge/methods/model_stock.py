@@ -27,18 +27,23 @@ class ModelStock(Method):
     Args:
         over: The angle is that of each ``"tensor"``, or of each ``"row"`` (an output channel; a tensor of one dimension
             is one row).
+        floor: The product of two vectors' norms is taken as at least this where it divides their inner product, so that
+            tensors that hardly moved go back to the base: mergekit's 1e-6, where the paper has none.
 
     Source: Jang et al., "Model Stock: all we need is just a few fine-tuned models", ECCV 2024.
     """
 
     over: Literal["tensor", "row"] = "tensor"
+    floor: float = 0.0
 
     name = "model_stock"
-    usage = 'model_stock(a, b, …, over="tensor" or "row")'
+    usage = 'model_stock(a, b, …, over="tensor" or "row", floor=0)'
 
     def __post_init__(self) -> None:
         if self.over not in ("tensor", "row"):
             raise ValueError(f"model_stock has over 'tensor' or 'row'; found {self.over!r}.")
+        if not 0 <= self.floor < math.inf:
+            raise ValueError(f"model_stock has a finite floor of at least 0; found {self.floor}.")
 
     @property
     def num_passes(self) -> int:
@@ -69,15 +74,25 @@ class ModelStock(Method):
             products = {pair: found.total for pair, found in state.items()}
             norms = [math.sqrt(products[j, j]) for j in range(len(deltas))]
             cosines = [
-                max(-1.0, min(1.0, products[j, k] / (norms[j] * norms[k]))) if norms[j] and norms[k] else 0.0
+                max(-1.0, min(1.0, products[j, k] / max(norms[j] * norms[k], self.floor)))
+                if norms[j] and norms[k]
+                else 0.0
                 for j, k in combinations(range(len(deltas)), 2)
             ]
             return mean * _ratio(torch.tensor(sum(cosines) / len(cosines), dtype=torch.float64), len(deltas)).item()
         rows = [delta.view(chunk.shape[0] if len(chunk.shape) > 1 else 1, -1).double() for delta in deltas]
-        units = [row / row.norm(dim=1, keepdim=True).clamp(min=torch.finfo(torch.float64).tiny) for row in rows]
-        cosines = [(a * b).sum(1, keepdim=True).clamp(-1, 1) for a, b in combinations(units, 2)]
+        norms = [row.norm(dim=1, keepdim=True).clamp(min=torch.finfo(torch.float64).tiny) for row in rows]
+        units = [row / norm for row, norm in zip(rows, norms, strict=True)]
+        cosines = [
+            ((a * b).sum(1, keepdim=True) * self._share(m * n)).clamp(-1, 1)
+            for (a, m), (b, n) in combinations(zip(units, norms, strict=True), 2)
+        ]
         ratio = _ratio(sum(cosines) / len(cosines), len(deltas))
         return (mean.view(rows[0].shape) * ratio).reshape(-1).to(mean.dtype)
+
+    def _share(self, norms: Tensor) -> Tensor | float:
+        """Return what remains of a cosine where the product of the norms is below the floor."""
+        return (norms / self.floor).clamp(max=1) if self.floor else 1.0
 
 
 def _ratio(cosine: Tensor, count: int) -> Tensor:

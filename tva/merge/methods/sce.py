@@ -23,18 +23,23 @@ class Sce(Method):
 
     Args:
         density: Fraction of elements to keep, in (0, 1]; 1 keeps all.
+        floor: mergekit's 1e-6, where the paper has none: vectors whose mean squares in a tensor add up to less weigh
+            the same there, and an element is divided by at least this share of the weights.
 
     Source: Wan et al., "FuseChat: knowledge fusion of chat models", 2024.
     """
 
     density: float = 1.0
+    floor: float = 0.0
 
     name = "sce"
-    usage = "sce(a, b, …, density=1.0)"
+    usage = "sce(a, b, …, density=1.0, floor=0)"
     whole = True
 
     def __post_init__(self) -> None:
         check_density(self.density)
+        if not 0 <= self.floor < 1:
+            raise ValueError(f"sce has a floor in [0, 1); found {self.floor}.")
 
     def merge(self, deltas: Sequence[Tensor], state: Any, chunk: Chunk) -> Tensor:
         vectors = [delta.double() for delta in deltas]
@@ -48,7 +53,11 @@ class Sce(Method):
             kept[variance.argsort(descending=True, stable=True)[:count]] = 1
             vectors = [vector * kept for vector in vectors]
         elected = torch.where(add_up(vectors) < 0, -1.0, 1.0)
-        weights = [vector.square().sum() * (vector.sign() == elected) for vector in vectors]
-        total = add_up(weights)
+        energies = [float(vector.square().sum()) for vector in vectors]
+        if sum(energies) / vectors[0].numel() < self.floor:
+            energies = [1.0] * len(vectors)
+        agreeing = [(vector.sign() == elected).double() for vector in vectors]
+        weights = [agrees * energy for agrees, energy in zip(agreeing, energies, strict=True)]
+        total = add_up(weights).clamp_(min=self.floor * sum(energies))
         merged = add_up([vector * weight for vector, weight in zip(vectors, weights, strict=True)])
         return (merged / torch.where(total > 0, total, 1)).to(deltas[0].dtype)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import chain
@@ -36,7 +37,9 @@ class Ties(Method):
         elect: Which vectors vote where ``weights`` are given: ``"weighted"`` ones, as in mergekit, or
             ``"unweighted"``, as in peft.
         combine: ``"mean"`` of those that agree, as in the paper, or their ``"sum"``; both are weighted by ``weights``.
-        weights: A positive number for each vector; by default all are 1.
+        weights: A number for each vector; by default all are 1. A vector of weight 0 takes no part. One of a negative
+            weight votes and counts as if it were turned round, and its weight is negative in the sum by which the mean
+            divides, as in mergekit; where that sum is 0, nothing is divided.
         undecided: An element whose sum is exactly zero has no elected sign and stays at the ``"base"``, or takes the
             ``"positive"`` sign, as in mergekit.
 
@@ -65,8 +68,10 @@ class Ties(Method):
             raise ValueError(f"ties has elect 'weighted' or 'unweighted'; found {self.elect!r}.")
         if self.undecided not in ("base", "positive"):
             raise ValueError(f"ties has undecided 'base' or 'positive'; found {self.undecided!r}.")
-        if not isinstance(self.weights, Sequence) or not all(weight > 0 for weight in self.weights):
-            raise ValueError(f"weights are positive numbers, such as (1, 0.5); found {self.weights!r}.")
+        if not isinstance(self.weights, Sequence) or not all(math.isfinite(weight) for weight in self.weights):
+            raise ValueError(f"weights are finite numbers, such as (1, 0.5); found {self.weights!r}.")
+        if self.elect == "unweighted" and not all(weight > 0 for weight in self.weights):
+            raise ValueError(f"elect='unweighted' needs positive weights, such as (1, 0.5); found {self.weights!r}.")
 
     @property
     def over_model(self) -> bool:
@@ -105,12 +110,26 @@ class Ties(Method):
         voters = zip(trimmed, weights, strict=True) if self.elect == "weighted" else ((t, 1.0) for t in trimmed)
         elected = add_up([delta if weight == 1 else delta * weight for delta, weight in voters])
         elected = elected.sign_() if self.undecided == "base" else torch.where(elected < 0, -1.0, 1.0).to(elected)
+        if min(weights) < 0:
+            return self._merge_signed(trimmed, elected, weights)
         return merge_agreeing(trimmed, elected, self.combine == "mean", weights)
 
-    def in_steps(self, arguments: Sequence[Steps], state: list[Threshold], chunk: Chunk) -> Steps:
+    def _merge_signed(self, trimmed: Sequence[Tensor], elected: Tensor, weights: Sequence[float]) -> Tensor:
+        """Merge where weights may be negative."""
+        turned = [delta * weight for delta, weight in zip(trimmed, weights, strict=True)]
+        agreeing = [(value * elected > 0).to(value) for value in turned]
+        merged = add_up([value * agrees for value, agrees in zip(turned, agreeing, strict=True)])
+        if self.combine == "sum":
+            return merged
+        total = add_up([agrees * weight for agrees, weight in zip(agreeing, weights, strict=True)])
+        return merged / torch.where(total == 0, 1, total)
+
+    def in_steps(self, arguments: Sequence[Steps], state: list[Threshold], chunk: Chunk) -> Steps | None:
         weights = self.weights or [1.0] * len(arguments)
+        if min(weights) < 0:
+            return None
         positive = float(self.undecided == "positive")
-        rule = (float(self.combine == "mean"), float(self.elect == "weighted"), min(weights), positive)
+        rule = (float(self.combine == "mean"), float(self.elect == "weighted"), _least(weights), positive)
         numbers = (*rule, *(threshold.limit for threshold in state), *weights)
         return (*chain(*arguments), Step(TIES, len(arguments), numbers))
 
@@ -157,7 +176,7 @@ def merge_agreeing(deltas: Sequence[Tensor], elected: Tensor, mean: bool, weight
         deltas: One chunk of each vector.
         elected: 1, -1, or 0 where the result is to be 0.
         mean: Divide by the sum of the weights of those that agree.
-        weights: Positive, one for each vector.
+        weights: One for each vector, at least 0.
     """
     merged, count = torch.zeros_like(elected), torch.zeros_like(elected)
     part = torch.empty_like(elected)
@@ -168,5 +187,10 @@ def merge_agreeing(deltas: Sequence[Tensor], elected: Tensor, mean: bool, weight
             part.sign_()
             count += part if weight == 1 else part * weight
     if mean:
-        merged /= count.clamp_(min=min(weights))
+        merged /= count.clamp_(min=_least(weights))
     return merged.mul_(elected)
+
+
+def _least(weights: Sequence[float]) -> float:
+    """Return the smallest weight that counts, so that nothing is divided by zero."""
+    return min((weight for weight in weights if weight), default=1.0)
