@@ -25,6 +25,7 @@ FLOORS = [
     {"tva.vectors", "tva.evaluation"},
     {"tva.compose", "tva.models", "tva.callbacks", "tva.search"},
     {"tva.edit"},
+    {"tva.paper"},
     {"tva.cli", "tva.__main__", "tva.weights"},
 ]
 ON_FILES = ("tva._torch", "tva.arithmetic", "tva.layers", "tva.checkpoints", "tva.merge", "tva.vectors", "tva.compose")

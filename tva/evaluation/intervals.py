@@ -98,6 +98,29 @@ def quick_interval(scores: np.ndarray, confidence: float = 0.95) -> tuple[float,
     return mean - float(width), mean + float(width)
 
 
+def student_interval(values: np.ndarray, confidence: float = 0.95) -> tuple[float, float] | None:
+    """Compute Student's t interval of the mean of a few independent numbers, such as one per seed.
+
+    Args:
+        values: Shape (numbers,).
+        confidence: Two-sided.
+
+    Returns:
+        Lower and upper end; None for fewer than two numbers, which say nothing about their spread.
+
+    Source: Student, "The probable error of a mean", Biometrika 1908.
+
+    Example:
+        >>> low, high = student_interval(np.array([1.0, 2.0, 3.0]))
+        >>> round(low, 3), round(high, 3)
+        (-0.484, 4.484)
+    """
+    if len(values) < 2:
+        return None
+    half = float(stats.t.ppf((1 + confidence) / 2, len(values) - 1) * np.std(values, ddof=1) / math.sqrt(len(values)))
+    return float(np.mean(values)) - half, float(np.mean(values)) + half
+
+
 def is_binary(*scores: np.ndarray) -> bool:
     """Return whether all scores are right or wrong: booleans, or numbers of any dtype that are all 0 or 1.
 

@@ -21,6 +21,7 @@ from tva.cli.executors import Executor, Worker, make_executor
 from tva.cli.processes import only_one, run_process, terminate_as_interrupt
 from tva.console import make_console, print_line
 from tva.errors import some
+from tva.paper.configs import fill, merge, nested
 from tva.report.table import Column, print_table, words
 from tva.vectors.header import read_origin
 
@@ -112,9 +113,9 @@ def fit_many(
         redo: Fit again what was done with another config; the old folder is kept under another name.
         plan: Report what would be done, and do nothing.
     """
-    fits = make_fits(tasks, merge(shared, _nested(changes or {})), output, seeds)
+    fits = make_fits(tasks, merge(shared, nested(changes or {})), output, seeds)
     if plan:
-        return [_look(fit) for fit in fits]
+        return [check_fit(fit) for fit in fits]
     executor = make_executor(engine, jobs, devices, per_fit or {})
     with only_one(Path(output), "fit-many"):
         at_a_time = f"{executor.num_workers} at a time" if executor.num_workers else f"on {engine}"
@@ -151,7 +152,7 @@ def make_fits(
                 f"Under tasks stand names without '/', each with options of tva fit; found {task}: {change}."
             )
         for seed in seeds:
-            config = _fill(merge(shared, _nested(change or {})), {"{task}": str(task), "{seed}": str(seed)})
+            config = fill(merge(shared, nested(change or {})), {"{task}": str(task), "{seed}": str(seed)})
             trainer = config.setdefault("trainer", {})
             if "seed_everything" in config or "default_root_dir" in trainer:
                 raise ValueError(
@@ -173,49 +174,10 @@ def _named_list(name: str) -> list[str]:
     return list_presets(int(size))
 
 
-def _nested(change: Mapping[str, Any]) -> dict[str, Any]:
-    """Write keys with dots as mappings within mappings."""
-    nested: dict[str, Any] = {}
-    for key, value in change.items():
-        for part in reversed(str(key).split(".")):
-            value = {part: value}
-        nested = merge(nested, value)
-    return nested
-
-
-def merge(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
-    """Lay one config over another: mappings are merged, anything else is replaced.
-
-    Another ``class_path`` drops the ``init_args`` of the one before, as in LightningCLI.
-
-    Example:
-        >>> merge({"a": {"b": 1, "c": [1]}}, {"a": {"c": [2]}})
-        {'a': {'b': 1, 'c': [2]}}
-    """
-    merged = dict(below)
-    if merged.get("class_path") != above.get("class_path", merged.get("class_path")):
-        merged.pop("init_args", None)
-    for key, value in above.items():
-        both = isinstance(value, Mapping) and isinstance(merged.get(key), Mapping)
-        merged[key] = merge(merged[key], value) if both else value
-    return merged
-
-
-def _fill(value: Any, words: Mapping[str, str]) -> Any:
-    if isinstance(value, Mapping):
-        return {key: _fill(item, words) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_fill(item, words) for item in value]
-    if isinstance(value, str):
-        for word, text in words.items():
-            value = value.replace(word, text)
-    return value
-
-
 # --- what is there
 
 
-def _look(fit: Fit) -> Result:
+def check_fit(fit: Fit) -> Result:
     """See how far a fit has come."""
     marker = fit.folder / DONE
     if marker.exists():
@@ -296,24 +258,24 @@ def run_fits(
             left = [fit for fit in fits if fit.folder not in results and (fit.folder / "fit.log").exists()]
             more = "the same command goes on with it"
             results |= {fit.folder: Result(fit, "interrupted", message=more) for fit in left}
-    return [results.get(fit.folder) or _look(fit) for fit in fits]
+    return [results.get(fit.folder) or check_fit(fit) for fit in fits]
 
 
 def run_fit(fit: Fit, worker: Worker, command: Sequence[str] = TVA_FIT, redo: bool = False) -> Result:
     """Fit once, if need be, in a process of its own, and mark the folder when it is done."""
-    look = _look(fit)
-    if look.state == "changed" and redo:
+    before = check_fit(fit)
+    if before.state == "changed" and redo:
         number = next(n for n in range(1, 10**6) if not Path(f"{fit.folder}.replaced-{n}").exists())
         os.rename(fit.folder, f"{fit.folder}.replaced-{number}")
-        look = _look(fit)
-    if look.state in ("skipped", "changed"):
-        return look
+        before = check_fit(fit)
+    if before.state in ("skipped", "changed"):
+        return before
     fit.folder.mkdir(parents=True, exist_ok=True)
     _write(fit.folder / CONFIG, yaml.safe_dump(fit.config, sort_keys=False))
     words = [*command, "--config", str(fit.folder / CONFIG)]
-    if look.state == "interrupted":
+    if before.state == "interrupted":
         words += ["--ckpt_path", str(find_checkpoint(fit.folder))]
-    _say(f"{fit.name} {'goes on' if look.state == 'interrupted' else 'begins'} on {worker.name}")
+    _say(f"{fit.name} {'goes on' if before.state == 'interrupted' else 'begins'} on {worker.name}")
     started = time.monotonic()
     status = run_process(words, fit.folder / "fit.log", worker)
     seconds = time.monotonic() - started

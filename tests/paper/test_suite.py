@@ -1,0 +1,237 @@
+"""The declared suite: every experiment can be expanded, planned offline and parsed; a run skips what is finished."""
+
+import json
+import os
+import re
+import shlex
+import statistics
+from pathlib import Path
+
+import pytest
+import yaml
+from small_cli import blobs, fit_config
+
+from tva.cli.commands import fit_many, paper__run
+from tva.cli.main import main
+from tva.paper.quantities import QUANTITIES, quantity
+from tva.paper.results import find_made
+from tva.paper.suite import find_scale, list_experiments, load_experiment
+
+SCALES = [scale for name in list_experiments() for scale in load_experiment(name).values()]
+
+
+@pytest.mark.parametrize("scale", SCALES, ids=lambda scale: f"{scale.experiment}-{scale.name}")
+def test_rows_and_effects_name_quantities_and_edits_that_exist(scale):
+    groups = scale.content["edits"]
+    for entry in [*scale.content["rows"], *scale.content.get("effects", [])]:
+        assert entry["edits"] in groups
+        for name in (entry["value"], *(entry[key] for key in ("above", "below") if key in entry)):
+            assert name in QUANTITIES
+    assert scale.differs
+    assert list(scale.edits([0], "data"))
+    assert all(fit.changes["data"] for fit in scale.fits([0], "data"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("scale", SCALES, ids=lambda scale: f"{scale.experiment}-{scale.name}")
+def test_the_configs_of_every_experiment_parse(scale, tmp_path, capsys):
+    edit = next(scale.edits([0], "data"))
+    fit = paper__run.make_fits(scale, tmp_path, [0], "data")[0]
+    vectors = {name: f"{name}.tv.safetensors" for name in edit.vectors}
+    for command, config in (("fit", fit.config), ("edit", {**edit.config, "vectors": vectors, "output": "out"})):
+        file = tmp_path / f"{command}.yaml"
+        file.write_text(yaml.safe_dump(config))
+        with pytest.raises(SystemExit) as stop:
+            main([command, "--config", str(file), "--print_config"])
+        assert stop.value.code == 0
+        assert yaml.safe_load(capsys.readouterr().out)
+
+
+def own_experiment(folder):
+    """Write an experiment of one's own on three tasks of blobs, with its setup beside it."""
+    (folder / "setups").mkdir()
+    config = fit_config("FOLDER")
+    del config["trainer"]["default_root_dir"]
+    config["trainer"]["callbacks"][1]["init_args"].pop("dirpath")
+    setup = {
+        "model": config["model"],
+        "fit": {"trainer": config["trainer"]},
+        "data": blobs("{seed}"),
+        "tasks": {"one": {"data.init_args.seed": 1}, "two": {"data.init_args.seed": 2}, "other": None},
+    }
+    experiment = {
+        "title": "Two blobs",
+        "source": "nowhere",
+        "edits": {
+            "forget-{task}": {
+                "each": {"task": "{tasks}"},
+                "vectors": ["{task}"],
+                "targets": ["{task}"],
+                "controls": "{controls}",
+                "options": {"recipe": "-{task}", "scaling_coef": 0.5},
+            }
+        },
+        "scales": {
+            "small": {"setup": "blobs", "tasks": ["one", "two"], "controls": ["other"], "seeds": [3, 4], "paper": "A"}
+        },
+        "rows": [
+            {"row": "target", "edits": "forget-{task}", "value": "target.edited", "paper": {"A": 10.0}},
+            {"row": "coefficient", "edits": "forget-{task}", "value": "scaling_coef", "unit": "number"},
+        ],
+        "effects": [
+            {"effect": "forgets", "edits": "forget-{task}", "value": "target.edited", "below": "target.base"},
+            {"effect": "is above itself", "edits": "forget-{task}", "value": "target.base", "above": "target.base"},
+        ],
+    }
+    (folder / "setups" / "blobs.yaml").write_text(yaml.safe_dump(setup))
+    (folder / "blobs.yaml").write_text(yaml.safe_dump(experiment))
+    return folder / "blobs.yaml"
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """An experiment that was run, the processes' commands in this process."""
+    patch, ran = pytest.MonkeyPatch(), []
+
+    def in_this_process(command, log, worker):
+        ran.append(command[3])
+        try:
+            main(list(command[3:]))
+        except SystemExit as stop:
+            return stop.code
+        return 0
+
+    for module in (fit_many, paper__run):
+        patch.setattr(module, "run_process", in_this_process)
+    folder = tmp_path_factory.mktemp("paper")
+    file, words = own_experiment(folder), ["--output", str(folder / "out"), "--devices", "cpu"]
+    main(["paper", "run", str(file), *words])
+    yield file, folder / "out", ran, words
+    patch.undo()
+
+
+def test_every_fit_and_edit_is_made_once(made, capsys):
+    file, output, ran, words = made
+    assert sorted(ran) == ["edit"] * 4 + ["fit"] * 4
+    main(["paper", "run", str(file), *words, "--json"])
+    steps = json.loads(capsys.readouterr().out)
+    assert {step["state"] for step in steps} == {"skipped"}
+    assert len(ran) == 8
+    main(["paper", "plan", str(file), "--output", str(output), "--json"])
+    (planned,) = json.loads(capsys.readouterr().out)
+    assert planned["fits"] == {"skipped": 4}
+    assert planned["edits"] == {"new": 0, "made": 4}
+
+
+def test_the_table_has_means_over_seeds_and_the_papers_numbers(made, capsys, tmp_path):
+    file, output, _, _ = made
+    main(["paper", "table", str(file), "--output", str(output), "--write", str(tmp_path)])
+    assert "coefficient" in capsys.readouterr().out
+    ledger = json.loads((tmp_path / "table.json").read_text())
+    row = ledger["rows"][0]
+    values = {}
+    for report in output.glob("blobs/small/*/seed=*/edit/edit.json"):
+        content = json.loads(report.read_text())
+        values.setdefault(content["seed"], []).append(
+            next(entry for entry in content["tasks"].values() if entry["role"] == "target")["edited"]["value"]
+        )
+    means = [100 * statistics.fmean(found) for found in values.values()]
+    assert sorted(values) == [3, 4]
+    assert row["ours"] == pytest.approx(statistics.fmean(means))
+    half = 12.706205 * statistics.stdev(means) / 2**0.5  # Student's t, one degree of freedom
+    assert row["low"] == pytest.approx(row["ours"] - half)
+    assert row["difference"] == pytest.approx(row["ours"] - 10)
+    assert {edit["edit"] for edit in ledger["edits"]} == {"forget-one", "forget-two"}
+    assert "| target | 10.0 (A) |" in (tmp_path / "table.md").read_text()
+    assert (tmp_path / "table.csv").read_text().count("\n") == 3
+    assert r"\toprule" in (tmp_path / "table.tex").read_text()
+
+
+def test_check_fails_where_an_effect_is_not_shown(made, capsys, tmp_path):
+    file, output, _, _ = made
+    with pytest.raises(SystemExit) as stop:
+        main(["paper", "table", str(file), "--output", str(output), "--write", str(tmp_path), "--check"])
+    assert stop.value.code == 1
+    assert "not shown" in capsys.readouterr().out
+
+
+def test_an_edit_of_another_config_is_kept_until_redo(made, capsys, tmp_path, monkeypatch):
+    file, output, _, words = made
+    content = yaml.safe_load(file.read_text())
+    content["edits"]["forget-{task}"]["options"]["scaling_coef"] = 0.25
+    before = file.read_text()
+    file.write_text(yaml.safe_dump(content))
+    try:
+        with pytest.raises(SystemExit) as stop:
+            main(["paper", "run", str(file), *words, "--seeds", "[3]"])
+        assert stop.value.code == 1
+        assert "Pass --redo" in capsys.readouterr().out
+        main(["paper", "run", str(file), *words, "--seeds", "[3]", "--redo"])
+        coefs = {
+            made.seed: quantity("scaling_coef", made.content) for made in find_made(output, find_scale(str(file), None))
+        }
+        assert coefs == {3: 0.25, 4: 0.5}
+        assert (output / "blobs/small/forget-one/seed=3.replaced-1/edit/edit.json").exists()
+    finally:
+        file.write_text(before)
+        main(["paper", "run", str(file), *words, "--redo"])
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["run", "forgetting-image"], "Did you mean 'forgetting-images'?"),
+        (["plan", "forgetting-images", "--scale", "smal"], "Did you mean 'small'?"),
+        (["run", "forgetting-images", "--scale", "real"], "pass --data_root"),
+        (["run", "forgetting-images", "--scale", "real", "--data_root", "nowhere"], "There is no folder nowhere"),
+        (["run", "nowhere.yaml"], "There is no experiment nowhere.yaml"),
+        (["table", "forgetting-images", "--output", "nowhere"], "There are no results"),
+    ],
+)
+def test_mistakes_say_what_to_do(words, message, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit):
+        main(["paper", *words])
+    assert message in capsys.readouterr().err.replace("\n", " ")
+
+
+def test_an_experiment_with_an_unknown_key_is_refused(tmp_path, capsys):
+    file = own_experiment(tmp_path)
+    file.write_text(file.read_text() + "\nrow: []\n")
+    with pytest.raises(SystemExit):
+        main(["paper", "plan", str(file)])
+    assert "unknown keys ['row']" in capsys.readouterr().err
+
+
+def test_list_and_plan_read_no_network(capsys):
+    main(["paper", "list", "--json"])
+    listed = json.loads(capsys.readouterr().out)
+    assert {"forgetting-images", "adding-images"} <= {row["experiment"] for row in listed}
+    main(["paper", "plan", "forgetting-images", "--scale", "l14", "--json"])
+    (planned,) = json.loads(capsys.readouterr().out)
+    assert planned["fits"] == {"new": 24}
+    assert planned["download_bytes"]["model"] > 10**9
+
+
+PAGE = (Path(__file__).parents[2] / "docs/howto/paper.md").read_text()
+
+
+def test_the_commands_of_the_page_name_experiments_that_exist(capsys, tmp_path, monkeypatch):
+    monkeypatch.setattr(paper__run, "run_scale", lambda scale, *_: [])
+    monkeypatch.setenv("TVA_DATA", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    lines = [line for block in re.findall(r"```bash\n(.*?)```", PAGE, flags=re.DOTALL) for line in block.splitlines()]
+    assert len(lines) >= 7
+    for line in lines:
+        words = shlex.split(os.path.expandvars(line), comments=True)
+        assert words[:2] == ["tva", "paper"]
+        if words[2] != "table":
+            main(words[1:])
+        else:
+            assert not set(words[3:]) - {"--check", *list_experiments()}
+
+
+def test_the_experiment_of_the_page_is_one(capsys, tmp_path):
+    (tmp_path / "mine.yaml").write_text(re.findall(r"```yaml\n(.*?)```", PAGE, flags=re.DOTALL)[0])
+    main(["paper", "plan", str(tmp_path / "mine.yaml"), "--json"])
+    assert json.loads(capsys.readouterr().out)[0]["fits"] == {"new": 6}

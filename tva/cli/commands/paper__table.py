@@ -1,0 +1,104 @@
+"""The command ``tva paper table``."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tva.console import make_console, print_line
+from tva.paper.results import Effect, Row, effects_of, find_made, ledger, rows_of
+from tva.paper.suite import list_experiments, load_experiment
+from tva.paper.table import HEADINGS, cells, write_tables
+from tva.report.table import Column, print_table, words
+
+HELP = "put the paper's numbers and ours side by side: Markdown, CSV, LaTeX, JSON and figures"
+ORDER = "names…"
+
+
+@dataclass(frozen=True)
+class Tables:
+    """What is known of the experiments.
+
+    Attributes:
+        rows: Numbers.
+        effects: Directions.
+        files: Files written.
+    """
+
+    rows: Sequence[Row]
+    effects: Sequence[Effect]
+    files: Sequence[Path]
+
+
+def run(
+    names: list[str] = [],  # noqa: B006 (never changed; jsonargparse shows it)
+    scale: str | None = None,
+    output: str = "runs/paper",
+    confidence: float = 0.95,
+    write: str | None = None,
+) -> Tables:
+    """Put the paper's numbers and ours side by side: Markdown, CSV, LaTeX, JSON and figures.
+
+    Args:
+        names: Experiments, or paths of YAML files of your own; by default all that have results.
+        scale: Only this scale; by default all that have results.
+        output: Folder that ``tva paper run`` wrote to.
+        confidence: One-sided, with which an effect is said to hold.
+        write: Folder for ``table.md``, ``table.csv``, ``table.tex`` and ``table.json``; by default ``output``.
+    """
+    if not 0.5 <= confidence < 1:
+        raise ValueError(f"confidence must be in [0.5, 1); found {confidence}.")
+    rows: list[Row] = []
+    effects: list[Effect] = []
+    made: list[Any] = []
+    for name in names or list_experiments():
+        for each in load_experiment(name).values():
+            found = find_made(Path(output), each) if scale in (None, each.name) else []
+            if not found:
+                continue
+            rows += rows_of(each, found)
+            effects += effects_of(each, found, confidence)
+            made += [(each, one) for one in found]
+    if not made:
+        wanted = " ".join(names) or "any experiment"
+        raise ValueError(f"There are no results of {wanted} in {output}. Run `tva paper run NAME --output {output}`.")
+    files = write_tables(Path(write or output), rows, ledger(rows, effects, made))
+    return Tables(rows, effects, files)
+
+
+COLUMNS = [
+    Column(heading, lambda row, place=place: cells(row)[place], is_number=place > 2, fold=True)
+    for place, heading in enumerate(HEADINGS)
+]
+EFFECTS = [
+    words("experiment", lambda effect: f"{effect.experiment} ({effect.scale})"),
+    words("effect", lambda effect: effect.effect),
+    Column("difference", lambda effect: _number(effect.difference)),
+    Column("at least", lambda effect: _number(effect.limit)),
+    words("holds", lambda effect: "yes" if effect.holds else "not shown"),
+]
+
+
+def _number(value: float | None) -> str:
+    return "–" if value is None else f"{value:+.3f}"
+
+
+def show(result: Tables) -> None:
+    """Print the numbers, the effects, and where the files are."""
+    console = make_console()
+    print_table(console, COLUMNS, result.rows)
+    print_table(console, EFFECTS, result.effects)
+    for file in result.files:
+        print_line(console, f"wrote {file}")
+
+
+def finish(result: Tables, check: bool = False) -> bool:
+    """Return whether all effects hold, where that is asked for.
+
+    Args:
+        result: What is known.
+        check: End with status 1 unless every effect holds with the confidence, seeds being the unit.
+    """
+    return not check or all(effect.holds for effect in result.effects)

@@ -1,0 +1,100 @@
+"""Numbers of an ``edit.json`` that tables and effects name, such as ``target.edited`` or ``control.base``."""
+
+from __future__ import annotations
+
+import itertools
+import statistics
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from tva.errors import did_you_mean, some
+from tva.report.series import Content, is_feasible
+
+Quantity = Callable[[Content], "float | None"]
+
+
+def mean(values: Iterable[float | None]) -> float | None:
+    """Return the mean of what is known; None where nothing is."""
+    found = [value for value in values if value is not None]
+    return statistics.fmean(found) if found else None
+
+
+def _tasks(content: Content, role: str) -> dict[str, Any]:
+    return {task: entry for task, entry in content["tasks"].items() if entry["role"] == role}
+
+
+def _score(role: str, label: str) -> Quantity:
+    """Return the mean over a role's tasks of the score of one model."""
+    return lambda content: mean(entry[label]["value"] for entry in _tasks(content, role).values() if label in entry)
+
+
+def _divided(label: str) -> Quantity:
+    """Return the mean over targets of a model's score divided by that of the task's own fine-tuned model."""
+
+    def quantity(content: Content) -> float | None:
+        found = [entry for entry in _tasks(content, "target").values() if label in entry and "finetuned" in entry]
+        return mean(_ratio(entry, entry[label]["value"], entry["finetuned"]["value"]) for entry in found)
+
+    return quantity
+
+
+def _ratio(entry: Any, value: float, finetuned: float) -> float | None:
+    above, below = (value, finetuned) if entry["higher_is_better"] else (finetuned, value)
+    return above / below if below else None
+
+
+def _finetuned_elsewhere(content: Content) -> float | None:
+    """Return the fine-tuned models' mean score on the controls; from the baseline ``endpoints``."""
+    rows = content["baselines"].get("endpoints", {}).get("rows", {})
+    controls = _tasks(content, "control")
+    return mean(row[task] for row in rows.values() for task in controls)
+
+
+def _baseline(name: str, label: Callable[[str], bool], role: str) -> Quantity:
+    def quantity(content: Content) -> float | None:
+        rows = content["baselines"].get(name, {}).get("rows", {})
+        tasks = _tasks(content, role)
+        return mean(row[task] for key, row in rows.items() if label(key) for task in tasks)
+
+    return quantity
+
+
+def _cosine(content: Content) -> float | None:
+    """Return the mean cosine of two different vectors; from the diagnosis ``cosine``."""
+    rows = content["diagnostics"].get("cosine", {}).get("rows", {})
+    return mean(rows[a][b] for a, b in itertools.combinations(rows, 2))
+
+
+_ROLES, _LABELS = ("target", "control"), ("base", "edited", "random")
+
+QUANTITIES: dict[str, Quantity] = {
+    **{f"{role}.{label}": _score(role, label) for role in _ROLES for label in _LABELS},
+    "target.finetuned": _score("target", "finetuned"),
+    "target.normalized": _divided("edited"),
+    "target.normalized_base": _divided("base"),
+    "target.normalized_random": _divided("random"),
+    "control.finetuned": _finetuned_elsewhere,
+    "scaling_coef": lambda content: float(content["coefficients"]["scaling_coef"]),
+    "cosine.mean": _cosine,
+} | {
+    f"{role}.{name}": _baseline(baseline, label, role)
+    for role in _ROLES
+    for name, baseline, label in (
+        ("ascent", "gradient_ascent", lambda key: key.endswith("stopped")),
+        ("ascent_interpolated", "gradient_ascent", lambda key: "interpolated" in key),
+        ("average", "average", lambda key: True),
+    )
+}
+
+
+def quantity(name: str, content: Content) -> float | None:
+    """Return a number of an edit; None where the edit has none of this kind, or no coefficient was feasible.
+
+    Raises:
+        ValueError: There is no such quantity.
+    """
+    if name not in QUANTITIES:
+        raise ValueError(
+            f"There is no quantity {name!r}; there are {some(QUANTITIES, 60)}.{did_you_mean(name, QUANTITIES)}"
+        )
+    return QUANTITIES[name](content) if is_feasible(content) else None

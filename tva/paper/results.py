@@ -1,0 +1,217 @@
+"""Results of experiments: the paper's numbers and ours with an interval over seeds, and whether effects hold."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from tva.evaluation.intervals import student_interval
+from tva.paper.quantities import mean, quantity
+from tva.paper.suite import Scale
+from tva.report.edit_report import read_report
+
+DONE = "done.json"  # in the folder of an edit: what it was made of, and how long it took
+
+
+@dataclass(frozen=True)
+class Row:
+    """One number of the paper and ours.
+
+    Attributes:
+        experiment: The experiment's name.
+        scale: The scale's name.
+        row: What the number is.
+        paper: The paper's, where it has one.
+        ours: Mean over seeds, in the paper's unit.
+        low: Lower end of Student's 95 % interval over seeds; None for one seed.
+        high: Upper end.
+        seeds: One number a seed.
+        edits: Edits of one seed that it is a mean over.
+        unit: ``percent`` or ``number``.
+        column: Of the paper's table.
+        differs: What differs in the set-up.
+    """
+
+    experiment: str
+    scale: str
+    row: str
+    paper: float | None
+    ours: float | None
+    low: float | None
+    high: float | None
+    seeds: dict[int, float]
+    edits: int
+    unit: str
+    column: str | None
+    differs: str
+
+    @property
+    def difference(self) -> float | None:
+        """Ours minus the paper's."""
+        return None if self.ours is None or self.paper is None else self.ours - self.paper
+
+
+@dataclass(frozen=True)
+class Effect:
+    """A direction that an experiment should show.
+
+    Attributes:
+        experiment: The experiment's name.
+        scale: The scale's name.
+        effect: What should be.
+        difference: Mean over seeds of how far it is so: positive in the direction that is claimed.
+        limit: Student's lower one-sided confidence limit of it, over seeds; None for fewer than two.
+        confidence: Of the limit.
+        seeds: One difference a seed.
+    """
+
+    experiment: str
+    scale: str
+    effect: str
+    difference: float | None
+    limit: float | None
+    confidence: float
+    seeds: dict[int, float]
+
+    @property
+    def holds(self) -> bool:
+        """Whether the limit is above zero."""
+        return self.limit is not None and self.limit > 0
+
+
+@dataclass(frozen=True)
+class Made:
+    """One finished edit.
+
+    Attributes:
+        group: Its template.
+        name: Its name.
+        seed: Its seed.
+        seconds: Of the run that made it.
+        content: Its ``edit.json``.
+        folder: Where it is.
+    """
+
+    group: str
+    name: str
+    seed: int
+    seconds: float
+    content: Any
+    folder: Path
+
+
+def edit_folder(output: Path, scale: Scale, name: str, seed: int) -> Path:
+    """Return the folder of one edit of an experiment."""
+    return output / scale.experiment / scale.name / name / f"seed={seed}"
+
+
+def find_made(output: Path, scale: Scale) -> list[Made]:
+    """Find the finished edits of an experiment, whatever their seeds."""
+    found = []
+    for file in sorted((output / scale.experiment / scale.name).glob(f"*/seed=*/{DONE}")):
+        if not file.parent.name.removeprefix("seed=").isdecimal():
+            continue  # replaced by another edit
+        done = json.loads(file.read_text())
+        report = read_report(file.parent / "edit")
+        found.append(Made(done["group"], done["name"], done["seed"], done["seconds"], report, file.parent))
+    return found
+
+
+def by_seed(made: Sequence[Made], edits: str, value: str) -> tuple[dict[int, float], int]:
+    """Return a quantity's mean over the edits of a group, one a seed, and the number of edits of a seed."""
+    found: dict[int, list[float | None]] = {}
+    for each in made:
+        if each.group == edits:
+            found.setdefault(each.seed, []).append(quantity(value, each.content))
+    known = {seed: mean(values) for seed, values in sorted(found.items())}
+    return {s: v for s, v in known.items() if v is not None}, max((len(values) for values in found.values()), default=0)
+
+
+def rows_of(scale: Scale, made: Sequence[Made]) -> Iterator[Row]:
+    """Return the rows of an experiment's table; those of which nothing is known are left out."""
+    column = scale.options.get("paper")
+    for entry in scale.content["rows"]:
+        if scale.name not in entry.get("scales", [scale.name]):
+            continue
+        unit = entry.get("unit", "percent")
+        factor = 100.0 if unit == "percent" else 1.0
+        seeds, count = by_seed(made, entry["edits"], entry["value"])
+        if not seeds:
+            continue
+        values = {seed: factor * value for seed, value in seeds.items()}
+        ends = student_interval(np.array(list(values.values())))
+        paper = (entry.get("paper") or {}).get(column)
+        yield Row(
+            scale.experiment,
+            scale.name,
+            entry["row"],
+            paper,
+            mean(values.values()),
+            ends[0] if ends else None,
+            ends[1] if ends else None,
+            values,
+            count,
+            unit,
+            column if paper is not None else None,
+            scale.differs,
+        )
+
+
+def effects_of(scale: Scale, made: Sequence[Made], confidence: float = 0.95) -> Iterator[Effect]:
+    """Return whether each effect of an experiment holds, seeds being the unit."""
+    for entry in scale.content.get("effects", []):
+        if scale.name not in entry.get("scales", [scale.name]):
+            continue
+        above = "above" in entry
+        ours, _ = by_seed(made, entry["edits"], entry["value"])
+        other, _ = by_seed(made, entry["edits"], entry["above" if above else "below"])
+        differences = {s: (v - other[s]) * (1 if above else -1) for s, v in ours.items() if s in other}
+        ends = student_interval(np.array(list(differences.values())), 2 * confidence - 1)
+        yield Effect(
+            scale.experiment,
+            scale.name,
+            entry["effect"],
+            mean(differences.values()),
+            ends and ends[0],
+            confidence,
+            differences,
+        )
+
+
+def ledger(rows: Sequence[Row], effects: Sequence[Effect], made: Sequence[tuple[Scale, Made]]) -> dict[str, Any]:
+    """Return everything behind a table as plain values."""
+    return {
+        "rows": [{**asdict(row), "difference": row.difference} for row in rows],
+        "effects": [{**asdict(effect), "holds": effect.holds} for effect in effects],
+        "edits": [
+            {
+                "experiment": scale.experiment,
+                "scale": scale.name,
+                "edit": each.name,
+                "seed": each.seed,
+                "seconds": each.seconds,
+                **{key: each.content[key] for key in _KEPT},
+            }
+            for scale, each in made
+        ],
+    }
+
+
+_KEPT = (
+    "recipe",
+    "coefficients",
+    "verdict",
+    "tasks",
+    "baselines",
+    "diagnostics",
+    "sizes",
+    "vectors",
+    "versions",
+    "command",
+    "created",
+)

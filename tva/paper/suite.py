@@ -1,0 +1,250 @@
+"""The declared suite: experiments at several scales, each a YAML file, and the setups that they share.
+
+A *setup* is a model, how it is fine-tuned, and data modules by task. An *experiment* is a list of edits over the tasks
+of a setup, with the numbers of the paper. A *scale* is an experiment on one setup.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from tva.errors import did_you_mean, some
+from tva.paper.configs import fill, merge, nested
+
+SUITE = Path(__file__).parent / "suite"
+_SETUP = {"about", "model", "fit", "edit", "data", "edit_data", "tasks", "download", "needs", "classes"}
+_EXPERIMENT = {"title", "source", "edits", "scales", "rows", "effects", "needs", "figures"}
+_SCALE = {"setup", "tasks", "controls", "seeds", "paper", "differs", "words", "options"}
+
+
+@dataclass(frozen=True)
+class Fit:
+    """One fit that an experiment needs.
+
+    Attributes:
+        name: The setup's task.
+        seed: Its ``seed_everything``.
+        changes: What differs from the setup's fits, its data among it.
+    """
+
+    name: str
+    seed: int
+    changes: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Edit:
+    """One edit that an experiment makes.
+
+    Attributes:
+        group: The name of its template; edits of one group are averaged.
+        name: Its own name.
+        seed: Seed of its fits, and its ``seed_everything``.
+        vectors: Names of the fits whose vectors it combines.
+        config: What ``tva edit`` is given, without vectors and output.
+    """
+
+    group: str
+    name: str
+    seed: int
+    vectors: Sequence[str]
+    config: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Scale:
+    """An experiment on one setup.
+
+    Attributes:
+        experiment: The experiment's name.
+        name: The scale's name.
+        content: The experiment's file.
+        setup_name: The setup's name.
+        setup: The setup's file.
+    """
+
+    experiment: str
+    name: str
+    content: Mapping[str, Any]
+    setup_name: str
+    setup: Mapping[str, Any] = field(repr=False)
+
+    @property
+    def title(self) -> str:
+        """The experiment's title."""
+        return self.content["title"]
+
+    @cached_property
+    def options(self) -> Mapping[str, Any]:
+        """The scale's own part of the file."""
+        return self.content["scales"][self.name]
+
+    @property
+    def seeds(self) -> list[int]:
+        """Seeds that it is run with, unless told otherwise."""
+        return list(self.options.get("seeds", [0, 1, 2]))
+
+    @property
+    def needs(self) -> list[str]:
+        """What must be there that tva does not bring."""
+        return [*self.content.get("needs", []), *self.setup.get("needs", [])]
+
+    @property
+    def differs(self) -> str:
+        """What differs from the paper's own set-up, in one sentence."""
+        return self.options.get("differs", "")
+
+    @property
+    def needs_data_root(self) -> bool:
+        """Whether it reads sets or models from a folder that must be given."""
+        return "{data_root}" in yaml.safe_dump(dict(self.setup))
+
+    def edits(self, seeds: Sequence[int] | None = None, data_root: str = "") -> Iterator[Edit]:
+        """Make the edits, those of one seed after another."""
+        for seed in self.seeds if seeds is None else seeds:
+            for group, template in self.content["edits"].items():
+                if self.name in template.get("scales", [self.name]):
+                    yield from self._expand(group, template, seed, data_root)
+
+    def _expand(self, group: str, template: Mapping[str, Any], seed: int, data_root: str) -> Iterator[Edit]:
+        lists = {"tasks": list(self.options["tasks"]), "controls": list(self.options.get("controls", []))}
+        words = {f"{{{name}}}": value for name, value in lists.items()}
+        words |= {"{sum}": " + ".join(lists["tasks"]), "{seed}": seed, "{data_root}": data_root}
+        words |= {f"{{{name}}}": value for name, value in self.options.get("words", {}).items()}
+        words |= {"{control}": lists["controls"][0]} if lists["controls"] else {}
+        each = fill(template.get("each", {}), words)
+        for values in itertools.product(*each.values()):
+            own = dict(zip(each, values, strict=True))
+            filled = fill(fill(template, {f"{{{key}}}": value for key, value in own.items()}), words)
+            name = fill(fill(group, {f"{{{key}}}": value for key, value in own.items()}), words)
+            config = {"model": self.setup["model"], **nested(self.setup.get("edit", {}))}
+            config = merge(fill(config, words), nested(filled.get("options", {})))
+            config = merge(config, nested(fill(self.options.get("options", {}).get(group, {}), words)))
+            for role in ("targets", "controls"):
+                tasks = list(filled.get(role, []))
+                tasks = [task for task in tasks if role == "targets" or task not in filled["targets"]]
+                if tasks:
+                    over = nested(self.setup.get("edit_data", {}))
+                    config[role] = {task: merge(self.data(task, seed, data_root), over) for task in tasks}
+            yield Edit(group, name, seed, filled["vectors"], config | {"seed_everything": seed})
+
+    def data(self, task: str, seed: int, data_root: str) -> dict[str, Any]:
+        """Return the data module of a task.
+
+        Raises:
+            ValueError: The setup has no such task.
+        """
+        changes = self._changes(task, seed, data_root)
+        return merge(self._filled(self.setup["data"], task, seed, data_root), changes.get("data", {}))
+
+    def _changes(self, task: str, seed: int, data_root: str) -> dict[str, Any]:
+        tasks = self.setup["tasks"]
+        if task not in tasks:
+            raise ValueError(
+                f"The setup {self.setup_name!r} has no task {task!r}; it has {some(tasks, 20)}."
+                f"{did_you_mean(task, tasks)}"
+            )
+        return nested(self._filled(tasks[task] or {}, task, seed, data_root))
+
+    def _filled(self, value: Any, task: str, seed: int, data_root: str) -> Any:
+        return fill(value, {"{task}": task, "{seed}": seed, "{data_root}": data_root})
+
+    def fits(self, seeds: Sequence[int] | None = None, data_root: str = "") -> list[Fit]:
+        """Return the fits that the edits need, each once."""
+        names: dict[tuple[str, int], None] = {}
+        for edit in self.edits(seeds, data_root):
+            names |= dict.fromkeys((vector, edit.seed) for vector in edit.vectors)
+        return [
+            Fit(name, seed, self._changes(name, seed, data_root) | {"data": self.data(name, seed, data_root)})
+            for name, seed in names
+        ]
+
+    def shared(self, seed: int, data_root: str = "") -> dict[str, Any]:
+        """Return what the setup's fits share, as ``tva fit-many`` takes it."""
+        words = {"{seed}": seed, "{data_root}": data_root}
+        below = {"model": fill(self.setup["model"], words)}
+        return merge(below, nested(fill(self.setup["fit"], words)))
+
+
+def list_experiments() -> list[str]:
+    """Return the names of the experiments that ship with tva, sorted.
+
+    Example:
+        >>> "forgetting-images" in list_experiments()
+        True
+    """
+    return sorted(file.stem for file in SUITE.glob("*.yaml"))
+
+
+def load_experiment(name: str) -> dict[str, Scale]:
+    """Return an experiment's scales by name.
+
+    Args:
+        name: One of `list_experiments`, or the path of a YAML file of one's own; its setups are then looked for in the
+            folder ``setups`` beside it, and after that among those of tva.
+
+    Raises:
+        ValueError: There is none of this name, or its file is wrong.
+        FileNotFoundError: There is no such file.
+    """
+    if name.endswith((".yaml", ".yml")):
+        file = Path(name)
+        if not file.is_file():
+            raise FileNotFoundError(f"There is no experiment {name}; give the path of its YAML file.")
+    else:
+        known = list_experiments()
+        if name not in known:
+            raise ValueError(
+                f"There is no experiment {name!r}; there are {some(known, 30)}.{did_you_mean(name, known)} "
+                f"One of your own is named by the path of its YAML file."
+            )
+        file = SUITE / f"{name}.yaml"
+    content = _read(file, _EXPERIMENT, ("title", "source", "edits", "scales", "rows"))
+    scales = {}
+    for scale, options in content["scales"].items():
+        _check_keys(f"{file}, scale {scale}", options, _SCALE, ("setup", "tasks"))
+        setups = [folder / "setups" / f"{options['setup']}.yaml" for folder in (file.parent, SUITE)]
+        found = next((setup for setup in setups if setup.is_file()), None)
+        if found is None:
+            raise ValueError(f"{file}, scale {scale}: there is no setup {options['setup']!r} at {some(setups)}.")
+        setup = _read(found, _SETUP, ("model", "fit", "data", "tasks"))
+        scales[scale] = Scale(file.stem, scale, content, options["setup"], setup)
+    return scales
+
+
+def find_scale(name: str, scale: str | None) -> Scale:
+    """Return one scale of an experiment; by default ``small``, else the first.
+
+    Raises:
+        ValueError: The experiment has no such scale.
+    """
+    scales = load_experiment(name)
+    if scale is None:
+        return scales.get("small", next(iter(scales.values())))
+    if scale not in scales:
+        raise ValueError(f"{name} has no scale {scale!r}; it has {some(scales, 9)}.{did_you_mean(scale, scales)}")
+    return scales[scale]
+
+
+def _read(file: Path, known: set[str], needed: Sequence[str]) -> dict[str, Any]:
+    try:
+        content = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise ValueError(f"{file} is not YAML: {error}") from error
+    _check_keys(str(file), content, known, needed)
+    return content
+
+
+def _check_keys(where: str, content: Any, known: set[str], needed: Sequence[str]) -> None:
+    if not isinstance(content, Mapping):
+        raise ValueError(f"{where} must be a mapping with the keys {some(sorted(known), 20)}; found {content!r}.")
+    odd, missing = sorted(content.keys() - known), [key for key in needed if key not in content]
+    if odd or missing:
+        raise ValueError(f"{where} has unknown keys {odd} and lacks {missing}; the keys are {some(sorted(known), 20)}.")

@@ -1,0 +1,78 @@
+"""Write the table of results: Markdown, CSV, LaTeX, and all numbers behind it as JSON."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from tva.checkpoints import atomic_path
+from tva.paper.results import Row
+
+HEADINGS = ("experiment", "scale", "number", "paper", "ours", "95 % over seeds", "seeds", "edits", "difference")
+
+
+def cells(row: Row) -> tuple[str, ...]:
+    """Return a row's cells as text, in the order of `HEADINGS`."""
+    places = 1 if row.unit == "percent" else 3
+
+    def text(value: float | None, sign: str = "") -> str:
+        return "–" if value is None else f"{value:{sign}.{places}f}"
+
+    paper = text(row.paper) + (f" ({row.column})" if row.paper is not None else "")
+    ends = "–" if row.low is None else f"[{text(row.low)}, {text(row.high)}]"
+    counts = str(len(row.seeds)), str(row.edits)
+    return row.experiment, row.scale, row.row, paper, text(row.ours), ends, *counts, text(row.difference, "+")
+
+
+def to_markdown(rows: Sequence[Row]) -> str:
+    """Return one table a scale, with what differs from the paper's set-up below it."""
+    lines: list[str] = []
+    for experiment, scale in dict.fromkeys((row.experiment, row.scale) for row in rows):
+        own = [row for row in rows if (row.experiment, row.scale) == (experiment, scale)]
+        lines += [f"## {experiment}, {scale}", "", f"| {' | '.join(HEADINGS[2:])} |", "|" + "---|" * len(HEADINGS[2:])]
+        lines += [f"| {' | '.join(cells(row)[2:])} |" for row in own]
+        lines += ["", f"Differs from the paper: {own[0].differs}.", ""] if own[0].differs else [""]
+    return "\n".join(lines)
+
+
+def to_csv(rows: Sequence[Row]) -> str:
+    """Return numbers as they are, one row a line."""
+    output = io.StringIO()
+    writer = csv.writer(output, lineterminator="\n")
+    writer.writerow([*HEADINGS[:5], "low", "high", *HEADINGS[6:], "unit", "column", "differs"])
+    for row in rows:
+        numbers = row.paper, row.ours, row.low, row.high, len(row.seeds), row.edits, row.difference
+        writer.writerow([row.experiment, row.scale, row.row, *numbers, row.unit, row.column, row.differs])
+    return output.getvalue()
+
+
+def to_latex(rows: Sequence[Row]) -> str:
+    """Return a ``tabular`` that needs the package booktabs."""
+    lines = [r"\begin{tabular}{lllrrrrrr}", r"\toprule", " & ".join(map(_escaped, HEADINGS)) + r" \\", r"\midrule"]
+    lines += [" & ".join(map(_escaped, cells(row))) + r" \\" for row in rows]
+    return "\n".join([*lines, r"\bottomrule", r"\end{tabular}", ""])
+
+
+def _escaped(text: str) -> str:
+    for character in "\\&%$#_{}":
+        text = text.replace(character, r"\textbackslash " if character == "\\" else f"\\{character}")
+    return text.replace("–", "--").replace("λ", r"$\lambda$")
+
+
+def write_tables(folder: Path, rows: Sequence[Row], ledger: dict[str, Any]) -> list[Path]:
+    """Write ``table.md``, ``table.csv``, ``table.tex`` and ``table.json``, each whole or not at all."""
+    folder.mkdir(parents=True, exist_ok=True)
+    texts = {
+        "table.md": to_markdown(rows),
+        "table.csv": to_csv(rows),
+        "table.tex": to_latex(rows),
+        "table.json": json.dumps(ledger, indent=1, ensure_ascii=False) + "\n",
+    }
+    for name, text in texts.items():
+        with atomic_path(folder / name) as temporary:
+            temporary.write_text(text, encoding="utf-8")
+    return [folder / name for name in texts]
