@@ -1,6 +1,7 @@
 """Checkpoints as lazy, read-only mappings of names to tensors, their fingerprints, and atomic writing."""
 
 from tva.checkpoints.atomic import atomic_path, cache_folder, make_room, save_weights
+from tva.checkpoints.dequantized import Dequantized, as_stored, dequantized_entries
 from tva.checkpoints.fingerprint import Fingerprint, HashedWeights, TensorHash, fingerprint, tensor_digest
 from tva.checkpoints.hub import is_hub
 from tva.checkpoints.lazy import Entry, Info, LazyWeights, Which
@@ -14,6 +15,7 @@ from tva.checkpoints.side_files import model_folder, side_files, weights_stem
 from tva.checkpoints.spec import Elements, Spec, dtype_name
 
 __all__ = [
+    "Dequantized",
     "Elements",
     "Entry",
     "Fingerprint",
@@ -26,11 +28,13 @@ __all__ = [
     "Spec",
     "TensorHash",
     "Which",
+    "as_stored",
     "atomic_path",
     "cache_folder",
     "canonical_names",
     "canonical_state_dict",
     "check_not_quantized",
+    "dequantized_entries",
     "dtype_name",
     "find",
     "fingerprint",

@@ -161,6 +161,10 @@ class Hashed(Entry):
         return self.entry.shape
 
     @property
+    def written_dtype(self) -> str:
+        return self.entry.written_dtype
+
+    @property
     def in_parts(self) -> bool:
         return self.entry.in_parts
 

@@ -91,6 +91,11 @@ class Entry:
         return Spec(self.dtype, self.shape)
 
     @property
+    def written_dtype(self) -> str:
+        """Name of the dtype in which an edit of it is written, unless another is asked for."""
+        return self.spec.dtype_name
+
+    @property
     def in_parts(self) -> bool:
         """Whether a part can be read at the cost of that part."""
         return True

@@ -13,6 +13,7 @@ from tva.checkpoints.foreign import content_of, is_plain_name, read_json, shown
 from tva.checkpoints.hub import fetch, is_hub
 from tva.checkpoints.lazy import Info, LazyWeights, Which
 from tva.checkpoints.names import KeyMap, canonical_names, map_names
+from tva.checkpoints.quantized import dequantized
 from tva.errors import some
 from tva.plugins import installed, modules_in
 
@@ -36,7 +37,8 @@ def open_weights(
         key_map: Regular expressions and replacements for names, applied last; see `tva.checkpoints.map_names`.
 
     Returns:
-        Names to tensors on the CPU in their stored dtypes. ``info`` says what was read and how names were changed;
+        Names to tensors on the CPU in their stored dtypes; quantized ones, which are stored as codes and scales, under
+        the names of their weights and in float64. ``info`` says what was read and how names were changed;
         ``spec(name)`` gives dtype and shape without reading, ``slice(name, start, stop)`` reads a part.
 
     Raises:
@@ -52,7 +54,7 @@ def open_weights(
         ...     dict(open_weights(f"{folder}/m.safetensors", prefix="encoder."))
         {'w': tensor([1., 1.])}
     """
-    weights = open_any(find(path), which)
+    weights = dequantized(open_any(find(path), which))
     if which != "checkpoint" and weights.info.which != which:
         raise ValueError(f"{weights.path} is a {weights.info.format}, which holds one set of weights; leave out which.")
     names = canonical_names(list(weights))

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from tva._torch import torch
+from tva.checkpoints.dequantized import EDITED
 from tva.checkpoints.folder import is_undo, weights_file
 from tva.checkpoints.foreign import read_json
 from tva.checkpoints.spec import dtype_name
@@ -28,6 +29,7 @@ WEIGHTS = (
     ".distcp",
 )
 OF_MODELS = WEIGHTS[:5]  # of a folder's own files these hold the weights that were edited, or a copy of them
+OF_QUANTIZATION = ("quantize_config.json", "quant_config.json", "hf_quant_config.json")
 OF_TRAINING = (  # names of files and folders that belong to a training run
     ".*", "__pycache__", "runs", "logs", "wandb", "lightning_logs", "checkpoint-*", "global_step*", "*.log", "latest",
     "optimizer*", "scheduler*", "rng_state*", "events.out.tfevents*", "zero_to_fp32.py", "trainer_state.json",
@@ -43,7 +45,7 @@ def model_folder(base: Path) -> Path | None:
 
 
 def side_files(
-    base: Path, dtype: torch.dtype | str | None = None, untied: bool = False
+    base: Path, dtype: torch.dtype | str | None = None, untied: bool = False, dequantized: bool = False
 ) -> tuple[dict[str, bytes | Path], list[str]]:
     """Find what is beside a model's weights.
 
@@ -51,6 +53,8 @@ def side_files(
         base: The base model's folder, or its file; of a file's folder the sub-folders do not belong to it.
         dtype: Of the edited model where it is not the base's: ``config.json`` then says so.
         untied: Whether the edit moved tied embeddings apart: ``config.json`` then says so.
+        dequantized: Whether the base is quantized and the edited model is not: ``config.json`` then says nothing of
+            quantization.
 
     Returns:
         Path in the folder to the file, or to contents that differ from it; and what is left out, other than copies of
@@ -67,13 +71,15 @@ def side_files(
             left_out += [] if path.name.startswith((".", "__")) else [name]
         elif path.suffix in WEIGHTS or name.endswith(".index.json"):
             left_out += [name] if path.suffix in WEIGHTS and ("/" in name or path.suffix not in OF_MODELS) else []
-        else:
+        elif not (dequantized and path.name in OF_QUANTIZATION):
             found[name] = _inside(folder, path)
-    if (dtype is not None or untied) and "config.json" in found:
+    if (dtype is not None or untied or dequantized) and "config.json" in found:
         config = read_json(folder / "config.json", dict)
         for part in (config, *(part for key, part in config.items() if key.endswith("_config"))):
             if isinstance(part, dict):
-                part |= _changes(part, dtype, untied)
+                part |= _changes(part, dtype or (EDITED if dequantized else None), untied)
+                for key in ("quantization_config", "compression_config") if dequantized else ():
+                    part.pop(key, None)
         if untied:
             config["tie_word_embeddings"] = False
         found["config.json"] = json.dumps(config, indent=2).encode()

@@ -30,6 +30,7 @@ from tva.compose.engine import Composer, GroupEffect
 from tva.compose.plan import Plan, make_plan
 from tva.compose.recipe import Recipe
 from tva.compose.record import UNKNOWN, Record
+from tva.compose.requantize import requantizer
 from tva.compose.undo import BYTES_HELD, UndoFile, undo_path
 from tva.errors import some
 from tva.layers import Coefficient
@@ -98,6 +99,7 @@ def compose(
     plan: bool = False,
     resume: bool = False,
     keep_undo: bool | Literal["with_vectors"] = False,
+    requantize: bool = False,
 ) -> ComposeReport | Plan:
     """Write ``base + scaling_coef * recipe`` without loading any model whole.
 
@@ -129,6 +131,7 @@ def compose(
         resume: Go on where an interrupted run of the same command stopped; the bytes are the same.
         keep_undo: Write an undo file beside the output, from which ``tva revert`` restores the base bit for bit. With
             ``with_vectors`` it is far smaller, and useless without the same task vector files.
+        requantize: Write a quantized base's tensors in its own scheme; by default they are written in bfloat16.
 
     Returns:
         What was written, and what the edit did; or the plan.
@@ -150,11 +153,15 @@ def compose(
     protect(outputs, {f"a file of {recipe}": path for path in checked.files})
     options = {"allow_other_base": allow_other_base, "key_map": key_map or {}} | NameFilter(include, exclude).options
     composer = Composer.open(base, vectors, checked, scaling_coef, dtype, which=which, **options)
+    quantizer = requantizer(composer) if requantize else None
+    options |= {"requantize": True} if requantize else {}
+    layout = quantizer.layout() if quantizer else composer.layout()
     kind = _kind(composer, allow_other_kind)
     shard_bytes = parse_bytes(max_shard_size)
     if plan:
         kept, need = composer.statistics, composer.need()
-        return make_plan(composer.base, composer.layout(), composer.sources, checked, scaling_coef, kept, need)
+        made = make_plan(composer.base, composer.layout(), composer.sources, checked, scaling_coef, kept, need)
+        return dataclasses.replace(made, write_bytes=sum(spec.num_bytes for spec in layout.values()))
 
     if keep_undo:
         _prepare_undo(keep_undo, composer)
@@ -165,15 +172,16 @@ def compose(
     inputs = (base, *record.vectors.values(), *checked.files)
     job |= {"max_shard_size": shard_bytes, "inputs": [_stamp(path) for path in inputs]}
     stem = weights_stem(find(base))
-    with Output(Path(output), composer.layout(), metadata, job, shard_bytes, resume, stem) as out:
-        resumed = len(out.done)
-        composer.run(out)
+    with Output(Path(output), layout, metadata, job, shard_bytes, resume, stem) as out:
+        sink = quantizer.into(out) if quantizer else out
+        resumed = len(sink.done)
+        composer.run(sink)
         for source in composer.sources.values():
             source.check_content()
         composer.check()
         record = _with_fingerprints(record, composer)
         undo = _write_undo(out, composer, record, find(base), keep_undo) if keep_undo else None
-        beside, left_out = side_files(find(base), composer.dtype, bool(composer.untied()))
+        beside, left_out = side_files(find(base), composer.dtype, bool(composer.untied()), composer.dequantizes)
         out.commit(record.metadata(), beside)
     return ComposeReport(
         Path(output),
@@ -183,7 +191,7 @@ def compose(
         time.monotonic() - started,
         resumed,
         composer.effects(),
-        _notes(composer, left_out if Path(output).is_dir() else []),
+        _notes(composer, left_out if Path(output).is_dir() else []) + ([quantizer.note()] if quantizer else []),
         undo,
         undo.stat().st_size if undo else 0,
     )
@@ -249,6 +257,11 @@ def _prepare_undo(keep_undo: bool | str, composer: Composer) -> None:
     """Check that an undo file can be written, and count the memory that it takes."""
     load_torch()  # which undo files take, and so the memory that is left
     base = composer.base
+    if composer.quantized:
+        raise ValueError(
+            f"keep_undo cannot restore {base.path}, which is quantized: the undo file would restore its dequantized "
+            f"weights. Keep the base, and leave keep_undo out."
+        )
     composer.beside = BYTES_HELD * max((base.spec(name).itemsize for name in base), default=0)
     _check_undo(keep_undo, composer.sources)
 

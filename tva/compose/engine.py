@@ -18,7 +18,16 @@ from typing import Any, Protocol
 
 from tva._torch import Tensor, load_torch, num_threads, torch, torch_is_loaded
 from tva.arithmetic import add_scaled, is_edited
-from tva.checkpoints import Elements, Fingerprint, LazyWeights, NameFilter, Spec, TensorHash, open_weights
+from tva.checkpoints import (
+    Elements,
+    Fingerprint,
+    LazyWeights,
+    NameFilter,
+    Spec,
+    TensorHash,
+    dequantized_entries,
+    open_weights,
+)
 from tva.compose.chunks import FUSED_DTYPES, Deltas, NewSpace, OpenedTensor, Space, is_fusible
 from tva.compose.recipe import ChunkDeltas, Chunks, Recipe, States
 from tva.compose.syntax import BASE
@@ -83,8 +92,8 @@ class Sink(Protocol):
     def write(self, name: str, start: int, chunk: Elements) -> None:
         """Take elements of a tensor, flattened, from ``start`` on; the chunks of one tensor come in order."""
 
-    def finish(self, name: str, record: Mapping[str, Any]) -> None:
-        """Take the digests of a tensor that is whole."""
+    def finish(self, name: str, record: dict[str, Any]) -> None:
+        """Take the digests of a tensor that is whole; a sink that writes it otherwise puts its own under ``edited``."""
 
 
 class Composer:
@@ -102,6 +111,8 @@ class Composer:
         self.base, self.sources, self.recipe, self.tied = base, sources, recipe, tied
         self.scaling_coef, self.dtype = scaling_coef, dtype
         self.names = [name for name in base if name not in tied]
+        self.quantized = dequantized_entries(base)
+        self.requantize = False  # whether a sink quantizes what is computed, which is then not rounded
         # Running statistics are kept: their deltas mean something only at coefficient 1.
         self.statistics = set().union(*(source.buffers for source in sources.values()))
         if not self._is_fusible():
@@ -113,6 +124,7 @@ class Composer:
         self.records: dict[str, Mapping[str, Any]] = {}
         self._space = NewSpace() if recipe.needs_whole_tensors else Space()
         self.beside = 0  # bytes that a sink holds of each element of a chunk
+        self.beside_whole = 0  # bytes that a sink holds of each element of a quantized tensor
         self._stop = False
 
     def layout(self) -> dict[str, Spec]:
@@ -123,7 +135,16 @@ class Composer:
         stored = self.base.spec(name)
         if isinstance(self.dtype, Mapping):
             return self.dtype[name]
-        return self.dtype if self.dtype is not None and stored.is_floating_point() else stored.dtype_name
+        if self.requantize and name in self.quantized:
+            return stored.dtype_name
+        if self.dtype is not None and stored.is_floating_point():
+            return self.dtype
+        return self.base.entry(name).written_dtype
+
+    @property
+    def dequantizes(self) -> bool:
+        """Whether the base is quantized and the output is not."""
+        return bool(self.quantized) and not self.requantize
 
     def _is_fusible(self) -> bool:
         """Whether all can be computed without torch."""
@@ -188,13 +209,15 @@ class Composer:
         """Predict the anonymous memory in bytes, at the chunk size and number of workers chosen."""
         width = 8 if self.recipe.uses_base else 4
         held, unparted, largest = width * (2 * len(self.sources) + 8) + self.beside, 0, 0
+        quantized = 0
         for name in self.names:
             entries = [weights.entry(name) for weights in self._inputs() if name in weights]
             unparted = max(unparted, sum(entry.held_bytes for entry in entries))
             moved = len(entries) > 1 or self.recipe.uses_base
             largest = max(largest, entries[0].spec.numel() if moved else 0)
+            quantized = max(quantized, entries[0].spec.numel() * self.beside_whole if name in self.quantized else 0)
         chunk = largest if self.recipe.needs_whole_tensors else self.chunk
-        each = chunk * held + unparted + self.recipe.observing_bytes
+        each = chunk * held + unparted + quantized + self.recipe.observing_bytes
         kernels_bytes = 0 if kernels.load.cache_info().currsize else kernels.LOADED_BYTES
         return anonymous_memory() + kernels_bytes + SLACK + self.workers * each
 

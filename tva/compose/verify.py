@@ -15,10 +15,11 @@ import numpy
 
 from tva._torch import torch, torch_version
 from tva.arithmetic import BATCH_NORM_STATISTICS
-from tva.checkpoints import Elements, HashedWeights
+from tva.checkpoints import Elements, HashedWeights, Spec, as_stored
 from tva.compose.engine import Composer
 from tva.compose.recipe import ChunkDeltas
 from tva.compose.record import RECORD, Record, check_inputs, open_edited, open_recipe
+from tva.compose.requantize import requantizer
 from tva.console import size_text
 from tva.errors import some
 from tva.vectors.content import VectorReport, verify_vector
@@ -170,11 +171,12 @@ def verify(
         which="raw" if "raw" in record.options["which"].values() else "checkpoint",
     )
     skipped = [] if record.options.get("statistics", "keep") == "keep" else list(filter(_is_estimated, composer.names))
-    comparison = _Comparison(weights, skipped)
+    quantizer = requantizer(composer) if record.options.get("requantize") else None
+    comparison = _Comparison(HashedWeights(as_stored(weights)) if quantizer else weights, skipped)
     composer.beside = 8
     composer.fit_into(max_memory)
-    composer.run(comparison)
-    comparison.compare_names(composer)
+    composer.run(quantizer.into(comparison) if quantizer else comparison)
+    comparison.compare_names(quantizer.layout() if quantizer else composer.layout(), composer.tied)
     sampled = _compute_a_sample_again(composer, comparison)
     recorded, found = _fingerprints(record, composer, weights)
     return VerifyReport(
@@ -202,7 +204,8 @@ def _compute_a_sample_again(composer: Composer, comparison: _Comparison) -> int:
     if not composer.recipe.observing or not composer.scaling_coef:
         return 0
     moved = [name for name in composer.names if composer.plain(name).moved and name not in comparison.skipped]
-    sample = set(random.Random(0).sample(moved, min(SAMPLE, len(moved))))
+    compared = [name for name in moved if not (composer.requantize and name in composer.quantized)]
+    sample = set(random.Random(0).sample(compared, min(SAMPLE, len(compared))))
     over_model = any(method.over_model for method in composer.recipe.observing)
 
     def chunks() -> Iterator[ChunkDeltas]:
@@ -251,11 +254,10 @@ class _Comparison:
     def finish(self, name: str, record: Mapping[str, Any]) -> None:
         """Do nothing."""
 
-    def compare_names(self, composer: Composer) -> None:
+    def compare_names(self, layout: Mapping[str, Spec], tied: Mapping[str, str]) -> None:
         """Compare, when all is computed, names and shapes, and the other names of tied tensors."""
-        layout = composer.layout()
         for name in self.edited.keys() | layout.keys():
-            kept = composer.tied.get(name)
+            kept = tied.get(name)
             if name not in self.edited or (kept is None and name not in layout):
                 same = False
             elif kept is None:

@@ -7,7 +7,8 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from tva.checkpoints import NameFilter, open_weights, protect
+from tva._torch import torch
+from tva.checkpoints import NameFilter, dequantized_entries, open_weights, protect
 from tva.checkpoints.lazy import Which
 from tva.vectors.header import SUFFIX, Origin, is_vector_file
 from tva.vectors.lazy import LazyTaskVector
@@ -55,7 +56,8 @@ def extract(
 ) -> Extracted:
     """Write the task vector from a base to its fine-tuned checkpoint, without loading either of them whole.
 
-    The tensors in the file are bit for bit those of ``TaskVector.between(base, finetuned).save(output)``.
+    The tensors in the file are bit for bit those of ``TaskVector.between(base, finetuned).save(output)``; where a side
+    is quantized, rounded to float32.
 
     Args:
         base: Checkpoint of the base model, in any format that `tva.open_weights` reads.
@@ -102,7 +104,9 @@ def extract(
     task = task or Path(output).name.removesuffix(".safetensors").removesuffix(".tv")
     entries = {name: (moved if name in moved else weights).entry(name) for name in weights}
     sources = {name: TensorSource.stored(entry) for name, entry in entries.items()}
-    plan = VectorPlan(weights, None, sources, exclude=source.untouched, must_move=True)
+    # Dequantized weights are float64 for exact sums, which no file needs to keep.
+    dtype = torch.float32 if dequantized_entries(weights) or dequantized_entries(moved) else None
+    plan = VectorPlan(weights, None, sources, exclude=source.untouched, must_move=True, dtype=dtype)
     origin = Origin(task=task, averaged=averaged, weights=which, kind=source.origin.kind)
     emitted = emit(plan, Path(output), origin)
     reasons = sorted(emitted.untouched.values())

@@ -1,0 +1,168 @@
+"""Edits of quantized bases are exact, and are written in bfloat16 or in the scheme of the base."""
+
+import json
+import re
+
+import pytest
+import small_quantized
+import torch
+from safetensors.torch import load_file
+
+from tva import TaskVector, open_weights, save_weights
+from tva.cli.main import main
+from tva.compose import compose, verify
+
+REQUANTIZED = ["FP8 blocks", "FP8 rows", "int8", "nf4", "nf4 nested", "MXFP4"]
+
+
+def make(folder, scheme, seed=0):
+    """Write a quantized model; return what its quantized tensor stands for."""
+    maker, shape, config = small_quantized.MAKERS[scheme]
+    name = small_quantized.tensor_name(scheme).removesuffix(".weight")
+    stored, exact = maker(name, small_quantized.values(*shape, seed=seed))
+    folder.mkdir()
+    save_weights({**stored, "norm.weight": torch.ones(3, dtype=torch.bfloat16)}, folder / "model.safetensors")
+    text = {"torch_dtype": "float16", "quantization_config": config, "text_config": {"quantization_config": config}}
+    (folder / "config.json").write_text(json.dumps(text))
+    (folder / "quantize_config.json").write_text("{}")
+    return exact
+
+
+def make_vector(folder, scheme, exact, size=0.3):
+    name, path = small_quantized.tensor_name(scheme), folder / "v.tv.safetensors"
+    base = {name: exact.float(), "norm.weight": torch.ones(3)}
+    tau = (size * small_quantized.values(*exact.shape, seed=7)).float()
+    TaskVector.between(base, {name: base[name] + tau, "norm.weight": torch.full((3,), 1.5)}).save(path)
+    return str(path), TaskVector.load(path).deltas[name].double()
+
+
+@pytest.mark.parametrize("scheme", small_quantized.MAKERS)
+def test_an_edit_of_a_quantized_base_is_that_of_its_dequantized_weights_in_float64(tmp_path, scheme):
+    exact, name = make(tmp_path / "base", scheme), small_quantized.tensor_name(scheme)
+    opened = open_weights(tmp_path / "base")
+    assert set(opened) == {name, "norm.weight"}
+    assert torch.equal(opened[name], exact)
+    for start, stop in ((0, 1), (3, 29), (7, exact.numel()), (5, 5)):
+        assert torch.equal(opened.slice(name, start, stop), exact.reshape(-1)[start:stop])
+    path, tau = make_vector(tmp_path, scheme, exact)
+    out = tmp_path / "out"
+    report = compose(tmp_path / "base", {"a": path}, "a", out, scaling_coef=0.37, allow_other_base=True)
+    assert "dequantized 1 tensors of" in report.notes[0]
+    written = load_file(out / "model.safetensors")
+    assert torch.equal(written[name], (exact + 0.37 * tau).to(torch.bfloat16))
+    assert written["norm.weight"].dtype == torch.bfloat16
+    assert json.loads((out / "config.json").read_text()) == {"torch_dtype": "bfloat16", "text_config": {}}
+    assert not (out / "quantize_config.json").exists()
+    assert verify(out).holds
+
+
+@pytest.mark.parametrize("scheme", REQUANTIZED)
+def test_an_edit_is_requantized_as_well_as_the_exact_result(tmp_path, scheme):
+    exact, name = make(tmp_path / "base", scheme), small_quantized.tensor_name(scheme)
+    path, tau = make_vector(tmp_path, scheme, exact)
+    out, coef = tmp_path / "out", 0.37
+    options = {"scaling_coef": coef, "allow_other_base": True, "requantize": True}
+    report = compose(tmp_path / "base", {"a": path}, "a", out, **options)
+    wanted = exact + coef * tau
+    _, by_hand = small_quantized.MAKERS[scheme][0]("l", wanted)
+    found = open_weights(out)
+    assert (found[name] - wanted).norm() <= 1.1 * (by_hand - wanted).norm()
+    before, after = load_file(tmp_path / "base/model.safetensors"), load_file(out / "model.safetensors")
+    assert {n: (t.dtype, t.shape) for n, t in before.items()} == {n: (t.dtype, t.shape) for n, t in after.items()}
+    assert (out / "config.json").read_bytes() == (tmp_path / "base/config.json").read_bytes()
+    stated = float(re.search(r"relative error of ([\d.]+)%", report.notes[-1])[1]) / 100
+    assert stated == pytest.approx(float((found[name] - wanted).norm() / wanted.norm()), abs=1e-4)
+    assert verify(out).holds
+    with (out / "model.safetensors").open("r+b") as file:
+        file.seek(-1, 2)
+        last = file.read(1)
+        file.seek(-1, 2)
+        file.write(bytes([last[0] ^ 8]))
+    assert not verify(out).holds
+
+
+def test_a_tensor_that_no_vector_moves_keeps_its_codes(tmp_path):
+    stored = {}
+    for name in ("a", "b"):
+        stored |= small_quantized.fp8(name, small_quantized.values(8, 8, seed=ord(name)))[0]
+    save_weights(stored, tmp_path / "base.safetensors")
+    base = dict(open_weights(tmp_path / "base.safetensors"))
+    save_weights({"a.weight": base["a.weight"] + 1, "b.weight": base["b.weight"]}, tmp_path / "tuned.safetensors")
+    out = tmp_path / "out.safetensors"
+    vectors = {"a": tmp_path / "tuned.safetensors"}
+    report = compose(tmp_path / "base.safetensors", vectors, "a", out, requantize=True)
+    written = load_file(out)
+    assert torch.equal(written["b.weight"].view(torch.uint8), stored["b.weight"].view(torch.uint8))
+    assert torch.equal(written["b.weight_scale_inv"], stored["b.weight_scale_inv"])
+    assert "requantized 1 of 2 tensors" in report.notes[-1]
+    small = compose(
+        tmp_path / "base.safetensors", vectors, "a", tmp_path / "s.safetensors", scaling_coef=1e-9, requantize=True
+    )
+    assert "1 of them the edit is smaller than a step of the codes" in small.notes[-1]
+
+
+def test_an_interrupted_requantization_goes_on_to_the_same_bytes(tmp_path, monkeypatch):
+    from tva.compose.requantize import Requantized
+
+    stored, vectors = {}, {"v": tmp_path / "tuned.safetensors"}
+    for name in ("a", "b", "c"):
+        stored |= small_quantized.int8(name, small_quantized.values(8, 8, seed=ord(name)))[0]
+    save_weights(stored, tmp_path / "base.safetensors")
+    tuned = {name: tensor + 1 for name, tensor in open_weights(tmp_path / "base.safetensors").items()}
+    save_weights(tuned, vectors["v"])
+    whole, part = tmp_path / "whole.safetensors", tmp_path / "part.safetensors"
+    finish, finished = Requantized.finish, []
+
+    def stop_after_two(self, name, record):
+        if len(finished) == 2:
+            raise KeyboardInterrupt
+        finished.append(name)
+        finish(self, name, record)
+
+    monkeypatch.setattr(Requantized, "finish", stop_after_two)
+    arguments = (tmp_path / "base.safetensors", vectors, "v")
+    with pytest.raises(KeyboardInterrupt):
+        compose(*arguments, part, requantize=True)
+    monkeypatch.setattr(Requantized, "finish", finish)
+    report = compose(*arguments, part, requantize=True, resume=True)
+    assert report.resumed >= 1
+    other = compose(*arguments, whole, requantize=True)
+    assert part.read_bytes() == whole.read_bytes()
+    assert report.notes[-1] == other.notes[-1]
+
+
+@pytest.mark.parametrize(
+    ("scheme", "options", "message"),
+    [
+        ("AWQ", {"requantize": True}, "cannot write 'AWQ'.* only read"),
+        ("int8", {"requantize": True, "dtype": "float32"}, "dtype='float32' is another"),
+        ("int8", {"keep_undo": True}, "keep_undo cannot restore .* quantized"),
+    ],
+)
+def test_what_cannot_be_written_is_refused(tmp_path, scheme, options, message):
+    path, _ = make_vector(tmp_path, scheme, make(tmp_path / "base", scheme))
+    with pytest.raises(ValueError, match=message):
+        compose(tmp_path / "base", {"a": path}, "a", tmp_path / "out", allow_other_base=True, **options)
+    assert not list(tmp_path.glob("*out*"))
+
+
+def test_requantize_needs_a_quantized_base(tmp_path, capsys):
+    save_weights({"l.weight": torch.ones(2, 2)}, tmp_path / "base.safetensors")
+    save_weights({"l.weight": torch.zeros(2, 2)}, tmp_path / "tuned.safetensors")
+    paths = [str(tmp_path / f"{name}.safetensors") for name in ("base", "tuned", "out")]
+    with pytest.raises(SystemExit):
+        main(
+            [
+                "compose",
+                "--base",
+                paths[0],
+                "--vectors.a",
+                paths[1],
+                "--recipe",
+                "a",
+                "--output",
+                paths[2],
+                "--requantize",
+            ]
+        )
+    assert "requantize needs a quantized base" in capsys.readouterr().err
