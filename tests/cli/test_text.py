@@ -136,7 +136,7 @@ def test_a_causal_model_forgets_under_a_constraint_on_perplexity(tmp_path, tied,
     bad = report["tasks"]["bad"]
     assert bad["finetuned"]["value"] < bad["base"]["value"] < bad["edited"]["value"]
     assert bad["edited"]["low"] < bad["edited"]["value"] < bad["edited"]["high"]  # loss has scores by example
-    edit |= {"scaling_coef": 0.01, "subject_to": ["prose/loss <= 1.1 * base"], "confidence": 0.95}
+    edit |= {"scaling_coef": 0.01, "subject_to": ["prose/loss <= 1.1 * base", "prose/kl <= 0.05"], "confidence": 0.95}
     assert run(tmp_path / "edit.yaml", "edit", edit) == 0
     edited = open_weights(tmp_path / "out/edited.safetensors")
     same = torch.equal(edited["network.lm_head.weight"], edited["network.model.embed_tokens.weight"])

@@ -189,6 +189,17 @@ def test_a_metric_that_the_model_does_not_log_is_computed_from_its_predictions(v
         edit(vectors, tmp_path, maximize="mean(f2)")
 
 
+def test_the_divergence_from_the_base_is_a_constraint_that_needs_no_labels(vectors, tmp_path):
+    """The largest coefficient whose predictions stay near the base's; at the base the divergence is 0."""
+    report = edit(vectors, tmp_path, subject_to=["other/kl <= 0.5"], rule="largest", maximize="mean(loss)")
+    task = report.tasks["other"]
+    assert (task.metric, task.higher_is_better, task.scores["base"].value) == ("kl", False, 0)
+    assert 0.1 < task.scores["edited"].value <= 0.5
+    tried = {e["coefficients"]["scaling_coef"]: e["value"] for e in report.evaluations if e["metric"] == "kl"}
+    assert [tried[x] for x in sorted(tried)] == sorted(tried.values()), tried
+    assert max(tried.values()) > 0.5
+
+
 def test_a_task_that_nothing_names_is_reported_by_accuracy_or_else_by_the_metric_of_the_others():
     logged = Evaluation({"loss": 1.0, "perplexity": 2.7}, 10)
     assert reported_metric(logged, {"a": ["perplexity"]}, "other") == "perplexity"

@@ -1,5 +1,6 @@
 """Metrics by name: those of torchmetrics, tva's own, an installed package's, and any by its path."""
 
+import functools
 import sys
 from importlib.metadata import EntryPoint
 
@@ -7,11 +8,13 @@ import lightning as L
 import numpy as np
 import pytest
 import torch
+from small_edit import make_trainer
 from small_models import Blobs, LinearNet
+from torch.nn import functional as F
 
 from tva import plugins
 from tva.evaluation.evaluate import evaluate
-from tva.evaluation.metrics import compute, find_metric
+from tva.evaluation.metrics import compute, divergence, find_metric
 from tva.search import Constraint, Objective
 
 MODULE = """
@@ -122,3 +125,57 @@ def test_the_brier_score_is_the_squared_distance_from_the_label():
         found = compute(metric, torch.from_numpy(given), torch.from_numpy(labels))
         np.testing.assert_allclose(found.numpy(), reference, atol=1e-12)
     assert metric.higher_is_better is False
+
+
+# --- the divergence from the base, which needs no labels
+
+
+def test_kl_of_classes_is_torchs_for_logits_and_probabilities():
+    base, edited = torch.randn(2, 7, 5, dtype=torch.float64)
+    expected = F.kl_div(edited.log_softmax(-1), base.log_softmax(-1), log_target=True, reduction="none").sum(-1)
+    torch.testing.assert_close(divergence({"preds": base}, {"preds": edited}), expected)
+    probabilities = divergence({"preds": base.softmax(-1)}, {"preds": edited.softmax(-1)})
+    torch.testing.assert_close(probabilities, expected)
+    assert divergence({"preds": base}, {"preds": base}).tolist() == [0.0] * 7
+    certain = torch.tensor([[1.0, 0.0], [0.5, 0.5]])
+    even = torch.tensor([[0.5, 0.5], [1.0, 0.0]])
+    assert divergence({"preds": certain}, {"preds": even}).tolist() == [pytest.approx(np.log(2)), np.inf]
+
+
+def test_kl_of_a_language_model_is_the_mean_over_the_positions_that_count():
+    base, edited = torch.randn(2, 3, 4, 6)
+    mask = torch.tensor([[1, 1, 0, 0], [1, 1, 1, 1], [0, 0, 1, 0]], dtype=torch.bool)
+    per_token = F.kl_div(edited.log_softmax(-1), base.log_softmax(-1), log_target=True, reduction="none").sum(-1)
+    expected = torch.stack([row[kept].mean() for row, kept in zip(per_token, mask, strict=True)])
+    found = divergence({"logits": base, "mask": mask}, {"logits": edited, "mask": mask})
+    torch.testing.assert_close(found, expected)
+
+
+def test_kl_of_edits_is_that_of_their_predictions_and_the_bases():
+    """A linear network's predictions under each edit, computed here once more without tva."""
+    model, data, trainer = Predicting(), Blobs(1), make_trainer()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+
+    def put(scale):
+        model.load_state_dict({name: value * scale for name, value in before.items()})
+
+    edits = [functools.partial(put, scale) for scale in (1.0, 0.5, -1.0)]
+    found = evaluate(trainer, model, data, "val", edits=edits, extra=["kl"], reference=edits[0])
+    put(1.0)
+    inputs = torch.cat([batch[0] for batch in data.val_dataloader()])
+    logits = []
+    for edit in edits:
+        edit()
+        logits.append(model(inputs).detach())
+    for evaluation, theirs in zip(found, logits, strict=True):
+        wanted = F.kl_div(theirs.log_softmax(-1), logits[0].log_softmax(-1), log_target=True, reduction="none").sum(-1)
+        np.testing.assert_allclose(evaluation.scores["kl"], wanted, rtol=1e-5, atol=1e-7)
+        assert evaluation.metrics["kl"] == pytest.approx(float(wanted.mean()), abs=1e-6)
+        assert not evaluation.higher("kl")
+        assert evaluation.compare(found[0], "kl") is not None
+    assert not found[0].scores["kl"].any()
+
+
+def test_kl_needs_a_step_that_returns_predictions():
+    with pytest.raises(ValueError, match="validation_step of LinearNet returns none. Return 'preds'"):
+        evaluate(make_trainer(), LinearNet(), Blobs(1), "val", extra=["kl"])

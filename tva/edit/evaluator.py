@@ -198,6 +198,7 @@ class Evaluator:
             cache=self.cache,
             part=None if whole else (window, seed),
             extra=base.computed,
+            reference=functools.partial(self.editor.set, None, 0.0),
             progress=f"{len(states)} edit{'s' if len(states) > 1 else ''} on {task} ({split})",
         )
         self.num_forward += sum(evaluation.num_examples for evaluation in found)

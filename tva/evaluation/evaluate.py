@@ -15,6 +15,7 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from tva.console import counting
 from tva.errors import some
 from tva.evaluation.batch_cache import BatchCache, through_cache
+from tva.evaluation.metrics import KL
 from tva.evaluation.ranks import check_strategy, gather, in_turn
 from tva.evaluation.recorder import Recorder, recording, step_name
 from tva.evaluation.result import Split
@@ -33,6 +34,7 @@ def evaluate(
     cache: BatchCache | None = None,
     part: Part | None = None,
     extra: Sequence[str] = (),
+    reference: Callable[[], None] | None = None,
     progress: str | None = None,
 ) -> Any:
     """Evaluate a model, or several edits of it, on one split of a task.
@@ -54,7 +56,8 @@ def evaluate(
         cache: Keeps batches for later passes.
         part: Evaluate a part of the examples.
         extra: Names of torchmetrics metrics to compute from ``preds`` and ``target``, where the model does not log
-            them.
+            them; ``kl`` is the divergence of predictions from those of ``reference``.
+        reference: Puts the model into its base, which ``kl`` of edits is measured against; needed only for that.
         progress: What is written before a progress bar on a terminal; None draws none.
 
     Returns:
@@ -66,6 +69,11 @@ def evaluate(
             several processes cannot share the task.
     """
     check_strategy(trainer)
+    if KL in extra and edits is not None and not share:
+        raise ValueError(
+            f"The metric {KL!r} compares edits with the base batch by batch, but {type(model).__name__} logs metrics "
+            f"outside its {step_name(split)}, so that its edits are evaluated one after the other. Log in the step."
+        )
     if edits is not None and not share:
         options = {"cache": cache, "part": part, "extra": extra, "progress": progress}
         results = []
@@ -73,12 +81,12 @@ def evaluate(
             edit()
             results.append(evaluate(trainer, model, datamodule, split, **options))
         return results
-    recorders = [Recorder(hashed=edits is None, whole=bool(extra)) for _ in edits or [None]]
+    recorders = [Recorder(hashed=edits is None, extra=extra) for _ in edits or [None]]
     device = trainer.strategy.root_device
     with (
         quiet(),
         counting(progress if trainer.is_global_zero else None) as count,
-        recording(model, split, recorders, edits, count),
+        recording(model, split, recorders, edits, count, reference if KL in extra else None),
         through_cache(datamodule, split, cache, device, part, trainer.global_rank, trainer.world_size),
     ):
         run = trainer.validate if split == "val" else trainer.test

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -40,6 +40,45 @@ def brier_score(preds: Tensor, target: Tensor) -> Tensor:
 
 
 brier_score.higher_is_better = False
+
+KL = "kl"  # the metric of `divergence`
+
+
+def divergence(base: Mapping[str, Tensor], edited: Mapping[str, Tensor]) -> Tensor | None:
+    r"""Compute :math:`\sum_y p_\text{base}(y) \log \frac{p_\text{base}(y)}{p_\text{edited}(y)}` of each example.
+
+    No labels are needed: it is how far an edit changes what the base predicts.
+
+    Args:
+        base: What the model's step returns for a batch: ``preds``, logits or probabilities (examples, classes); or
+            ``logits`` (examples, positions, vocabulary) with ``mask`` (examples, positions), the positions that count.
+        edited: Likewise, of the edited model.
+
+    Returns:
+        Nats, shape (examples,), of ``logits`` the mean over an example's positions; None if the step returns neither.
+    """
+    if base.get("logits") is not None:
+        mask, pairs = base["mask"], (base["logits"], edited["logits"])
+    elif base.get("preds") is not None and base["preds"].ndim == 2:
+        mask, pairs = None, (base["preds"], edited["preds"])
+    else:
+        return None
+    found = _divergence(*(values.detach() if mask is None else values.detach()[mask] for values in pairs))
+    if mask is None:
+        return found
+    return torch.zeros_like(mask, dtype=found.dtype).masked_scatter(mask, found).sum(dim=1) / mask.sum(dim=1)
+
+
+def _divergence(base: Tensor, edited: Tensor) -> Tensor:
+    base, edited = (values if values.dtype == torch.float64 else values.float() for values in (base, edited))
+    sums = base.sum(dim=-1)
+    if bool((base >= 0).all()) and torch.allclose(sums, torch.ones_like(sums), atol=1e-4):
+        ours, theirs = base.log(), edited.log()
+    else:
+        ours, theirs = base.log_softmax(dim=-1), edited.log_softmax(dim=-1)
+    terms = ours.exp() * (ours - theirs)
+    return terms.masked_fill(ours == -torch.inf, 0).sum(dim=-1)
+
 
 # Metrics that torchmetrics lacks. One entry adds a metric: a torchmetrics class, or a function of ``preds`` and
 # ``target`` that returns one number, or one number an example (then the metric is their mean, and has intervals).

@@ -22,7 +22,7 @@ from tva.checkpoints import tensor_digest
 from tva.errors import some
 from tva.evaluation.batch_cache import shallow_copy
 from tva.evaluation.leaks import row_digests
-from tva.evaluation.metrics import compute, find_metric
+from tva.evaluation.metrics import KL, compute, divergence, find_metric
 from tva.evaluation.result import Evaluation
 
 
@@ -48,8 +48,9 @@ class _Batch:
 class Recorder:
     """What one edit logged and returned in a pass, batch by batch."""
 
-    def __init__(self, hashed: bool = False, whole: bool = False) -> None:
-        self.whole = whole  # whether predictions must be kept as they are, for metrics that the model does not log
+    def __init__(self, hashed: bool = False, extra: Sequence[str] = ()) -> None:
+        self.whole = any(name != KL for name in extra)  # whether predictions are kept, for metrics not logged
+        self.divergent = KL in extra
         self.hashed = hashed
         self.batches: list[_Batch] = []
         self.metrics: dict[str, Metric] = {}
@@ -66,7 +67,8 @@ class Recorder:
         weight = float(extract_batch_size(self.batch) if batch_size is None else batch_size)
         self.batches[-1].logged.append((name, float(value), weight))
 
-    def take(self, outputs: Any) -> None:
+    def take(self, outputs: Any, reference: Any = None) -> None:
+        """Keep what the step returned for a batch; ``reference`` is what it returns at the base, if that is not it."""
         here, first = self.batches[-1], self.batch
         if isinstance(first, Mapping):
             first = next(iter(first.values()))
@@ -94,6 +96,10 @@ class Recorder:
                 here.returned["labels"] = labels.detach().int().cpu()
         for metric, scores in (outputs.get("scores") or {}).items():
             here.returned[f"scores/{metric}"] = scores.detach().cpu()
+        if self.divergent and KL not in (outputs.get("scores") or {}):
+            found = divergence(outputs if reference is None else reference, outputs)
+            if found is not None:
+                here.returned[f"scores/{KL}"] = found.cpu()
 
     @property
     def num_examples(self) -> int:
@@ -152,6 +158,14 @@ class Recorder:
         # 950 of 1,000 is 0.95 and meets a bound of 0.95; the 0.94999999 that is logged in float32 does not
         metrics |= {name: float(values.mean(dtype=np.float64)) for name, values in scores.items() if name in metrics}
         found, logged_names = {}, set(metrics)
+        if KL in extra and KL not in metrics:
+            if KL not in scores:
+                raise ValueError(
+                    f"The metric {KL!r} compares predictions with the base's, but the {step_name(split)} of "
+                    f"{type(model).__name__} returns none. Return 'preds' (batch, classes), or 'logits' (batch, "
+                    f"positions, vocabulary) with 'mask' (batch, positions), from it."
+                )
+            metrics[KL], directions[KL] = float(scores[KL].mean(dtype=np.float64)), False
         preds, target = returned.get("preds"), returned.get("target")
         for name in extra if preds is not None and target is not None else ():
             if name in metrics:
@@ -217,10 +231,11 @@ def recording(
     recorders: Sequence[Recorder],
     edits: Sequence[Callable[[], None]] | None,
     count: Callable[[float], None],
+    reference: Callable[[], None] | None = None,
 ) -> Iterator[None]:
     """Let the model's step run under every edit in turn, and note what each logs and returns.
 
-    With edits, what the step logs does not reach the Trainer, and torchmetrics objects in the model stand aside for a
+    ``reference`` puts the model into the base, whose outputs on each batch all edits are compared with. With edits, what the step logs does not reach the Trainer, and torchmetrics objects in the model stand aside for a
     copy of each edit's own.
     """
     name = step_name(split)
@@ -229,6 +244,7 @@ def recording(
     present: list[Recorder] = []  # the one whose step runs, if one does
     originals: list[tuple[Any, str, Any]] = []
     copies: list[list[tuple[Any, str, Any]]] = []
+    spare: list[tuple[Any, str, Any]] = []  # for the reference, whose metrics nobody reads
 
     @functools.wraps(log)
     def noted_log(name: str, value: Any, *args: Any, **kwargs: Any) -> None:
@@ -237,14 +253,14 @@ def recording(
         if edits is None:
             log(name, value, *args, **kwargs)
 
-    def noted_step(recorder: Recorder, kept: Any, *args: Any, **kwargs: Any) -> Any:
+    def noted_step(recorder: Recorder, kept: Any, *args: Any, at_base: Any = None, **kwargs: Any) -> Any:
         recorder.begin(kept)
         present.append(recorder)
         try:
             outputs = step(*args, **kwargs)
         finally:
             present.clear()
-        recorder.take(outputs)
+        recorder.take(outputs, at_base)
         return outputs
 
     @functools.wraps(step)
@@ -258,11 +274,18 @@ def recording(
         if not copies:  # only now has the model been set up for the task
             originals.extend(_metric_places(model))
             copies.extend([(parent, child, _fresh(metric)) for parent, child, metric in originals] for _ in edits)
+            spare.extend((parent, child, _fresh(metric)) for parent, child, metric in originals)
+        at_base = None
+        if reference is not None:
+            reference()
+            for parent, child, metric in spare:
+                parent._modules[child] = metric
+            at_base = step(shallow_copy(batch), *args, **kwargs)
         for edit, recorder, metrics in zip(edits, recorders, copies, strict=True):
             edit()
             for parent, child, metric in metrics:
                 parent._modules[child] = metric
-            noted_step(recorder, batch, shallow_copy(batch), *args, **kwargs)
+            noted_step(recorder, batch, shallow_copy(batch), *args, at_base=at_base, **kwargs)
             count(total)
         return None
 

@@ -152,16 +152,15 @@ class LanguageModel(L.LightningModule, ABC):
     def prompts(self, batch: Mapping[str, Tensor]) -> Tensor:
         """Return what a batch's targets should follow, shape (batch, length), padded with -1."""
 
-    def _losses(self, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+    def _losses(self, logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         """Return each example's sum of losses, and its number of target tokens, both (batch,)."""
-        logits, targets = self.predictions(batch)
         losses = F.cross_entropy(
             logits.flatten(0, 1).float(), targets.flatten(), ignore_index=IGNORED, reduction="none"
         )
         return losses.view_as(targets).sum(dim=1), (targets != IGNORED).sum(dim=1)
 
     def training_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> Tensor:
-        sums, counts = self._losses(batch)
+        sums, counts = self._losses(*self.predictions(batch))
         loss = sums.sum() / counts.sum()
         self.log(f"train/{self.task}/loss", loss, prog_bar=True, batch_size=len(counts))
         return loss
@@ -173,7 +172,8 @@ class LanguageModel(L.LightningModule, ABC):
         return self._evaluate(batch, "test")
 
     def _evaluate(self, batch: Mapping[str, Tensor], stage: str) -> dict[str, Any]:
-        sums, counts = self._losses(batch)
+        logits, targets = self.predictions(batch)
+        sums, counts = self._losses(logits, targets)
         scores = {"loss": sums / counts}
         self.perplexity[stage](sums.sum(), counts.sum())
         options = {"on_step": False, "on_epoch": True, "batch_size": len(counts)}
@@ -189,7 +189,7 @@ class LanguageModel(L.LightningModule, ABC):
                     scores[metric] = torch.stack(found).to(self.device)
         for metric, values in scores.items():
             self.log(f"{stage}/{self.task}/{metric}", values.float().mean(), sync_dist=True, **options)
-        return {"loss": scores["loss"].mean(), "scores": scores}
+        return {"loss": scores["loss"].mean(), "scores": scores, "logits": logits, "mask": targets != IGNORED}
 
     @torch.no_grad()
     def generate(self, batch: Mapping[str, Tensor]) -> tuple[list[str], list[str]]:
