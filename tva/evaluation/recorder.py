@@ -132,9 +132,10 @@ class Recorder:
     def logged(self) -> dict[str, float]:
         return self.means() | {name: float(metric.compute()) for name, metric in self.metrics.items()}
 
-    def evaluation(
-        self, model: Any, split: str, logged: Mapping[str, float], shareable: bool, extra: Sequence[str]
-    ) -> Evaluation:
+    def _by_last_name(
+        self, model: Any, split: str, logged: Mapping[str, float]
+    ) -> tuple[dict[str, float], dict[str, bool]]:
+        """Return the logged metrics by their last name, and their directions where they say."""
         metrics: dict[str, float] = {}
         directions: dict[str, bool] = {}
         for key, value in logged.items():
@@ -150,6 +151,12 @@ class Recorder:
                 f"{type(model).__name__} logged no metric on the {split} split; its "
                 f"{'validation' if split == 'val' else 'test'}_step must call self.log."
             )
+        return metrics, directions
+
+    def evaluation(
+        self, model: Any, split: str, logged: Mapping[str, float], shareable: bool, extra: Sequence[str]
+    ) -> Evaluation:
+        metrics, directions = self._by_last_name(model, split, logged)
         returned = self.returned()
         scores = {key.removeprefix("scores/"): v.numpy() for key, v in returned.items() if key.startswith("scores/")}
         if "correct" in returned:
@@ -159,13 +166,7 @@ class Recorder:
         metrics |= {name: float(values.mean(dtype=np.float64)) for name, values in scores.items() if name in metrics}
         found, logged_names = {}, set(metrics)
         if KL in extra and KL not in metrics:
-            if KL not in scores:
-                raise ValueError(
-                    f"The metric {KL!r} compares predictions with the base's, but the {step_name(split)} of "
-                    f"{type(model).__name__} returns none. Return 'preds' (batch, classes), or 'logits' (batch, "
-                    f"positions, vocabulary) with 'mask' (batch, positions), from it."
-                )
-            metrics[KL], directions[KL] = float(scores[KL].mean(dtype=np.float64)), False
+            metrics[KL], directions[KL] = _mean_divergence(model, split, scores), False
         preds, target = returned.get("preds"), returned.get("target")
         for name in extra if preds is not None and target is not None else ():
             if name in metrics:
@@ -199,6 +200,16 @@ class Recorder:
             row_digests=self.row_digests(),
             labels=returned["labels"].numpy() if "labels" in returned else None,
         )
+
+
+def _mean_divergence(model: Any, split: str, scores: Mapping[str, np.ndarray]) -> float:
+    if KL not in scores:
+        raise ValueError(
+            f"The metric {KL!r} compares predictions with the base's, but the {step_name(split)} of "
+            f"{type(model).__name__} returns none. Return 'preds' (batch, classes), or 'logits' (batch, positions, "
+            f"vocabulary) with 'mask' (batch, positions), from it."
+        )
+    return float(scores[KL].mean(dtype=np.float64))
 
 
 def _last_name(key: str) -> str:
@@ -235,7 +246,9 @@ def recording(
 ) -> Iterator[None]:
     """Let the model's step run under every edit in turn, and note what each logs and returns.
 
-    ``reference`` puts the model into the base, whose outputs on each batch all edits are compared with. With edits, what the step logs does not reach the Trainer, and torchmetrics objects in the model stand aside for a
+    ``reference`` puts the model into the base, whose outputs on each batch all edits are compared with.
+
+    With edits, what the step logs does not reach the Trainer, and torchmetrics objects in the model stand aside for a
     copy of each edit's own.
     """
     name = step_name(split)
