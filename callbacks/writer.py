@@ -231,7 +231,9 @@ class VectorWriter:
                 sources[name] = replace(shards.source(stored), delta=deltas.get(name))
             else:
                 sources[name] = TensorSource.of(tensor, deltas.get(name))
-        check_keys({name: source.spec.shape for name, source in sources.items()}, job.base, view, pl_module)
+        check_keys(
+            {name: (source.whole or source.spec).shape for name, source in sources.items()}, job.base, view, pl_module
+        )
         buffers = set(view.plain_names(buffer_names(pl_module)))
         if not is_sharded(trainer.strategy):  # which may show a module's parameters under other names
             buffers = set(base.weights) - view.plain_names(self.parameters).keys()

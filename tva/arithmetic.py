@@ -58,7 +58,17 @@ def check_same(
 
 def is_edited(like: Any) -> bool:
     """Whether arithmetic applies to a tensor, or one of this `Spec`: never to integers or booleans."""
-    return like.is_floating_point()
+    return like.is_floating_point() or like.is_complex()
+
+
+def real_parts(tensor: Tensor) -> Tensor:
+    """View complex numbers as their real and imaginary parts, shape (…, 2); real tensors are returned as they are."""
+    return torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor
+
+
+def from_real_parts(parts: Tensor, like: Tensor) -> Tensor:
+    """View parts as complex numbers again, where ``like`` is complex: the inverse of `real_parts`."""
+    return torch.view_as_complex(parts.reshape(*like.shape, 2)) if like.is_complex() else parts
 
 
 def sum_dtype(*tensors: Tensor) -> torch.dtype:
@@ -70,7 +80,7 @@ def subtract(finetuned: Tensor, base: Tensor, out: Tensor | None = None) -> Tens
     """Take the delta of one tensor.
 
     Args:
-        finetuned: Any floating dtype and shape.
+        finetuned: Any floating dtype and shape; or complex, of which real and imaginary parts are subtracted.
         base: The same shape.
         out: Where to write; of that shape and of the result's dtype.
 
@@ -78,6 +88,9 @@ def subtract(finetuned: Tensor, base: Tensor, out: Tensor | None = None) -> Tens
         ``finetuned - base`` in float32, or float64 if either is float64; ``out``, or a new tensor. What is equal on
         both sides has the delta 0, also NaN and infinity, such as the -inf of attention masks.
     """
+    if base.is_complex():
+        parts = subtract(real_parts(finetuned), real_parts(base), None if out is None else real_parts(out))
+        return from_real_parts(parts, base)
     dtype = sum_dtype(finetuned, base)
     old = base.to(dtype)
     if finetuned.dtype == dtype:
@@ -102,6 +115,7 @@ def all_finite(tensor: Tensor) -> bool:
 
 def equal(left: Tensor, right: Tensor) -> bool:
     """Whether two floating tensors of one shape are equal, where NaN equals NaN."""
+    left, right = real_parts(left), real_parts(right)
     if torch.equal(left, right):
         return True
     return bool(left.isnan().any()) and not bool(torch.count_nonzero(subtract(left, right)))
@@ -118,7 +132,7 @@ def add_scaled(
     r"""Compute :math:`\theta = \theta_0 + \lambda \delta` for one tensor, rounded once.
 
     Args:
-        base: Tensor of the base model, any floating dtype; left unchanged.
+        base: Tensor of the base model, any floating dtype; or complex, as ``delta`` then is. Left unchanged.
         delta: Delta of the same shape; left unchanged unless ``overwrite``.
         scaling_coef: :math:`\lambda`, unitless. 0 copies ``base`` bit for bit.
         out: Where to write, with the shape of ``base``; may not share memory with ``base`` or ``delta``.
@@ -134,6 +148,10 @@ def add_scaled(
     """
     if scaling_coef == 0:
         return base.to(dtype or base.dtype, copy=True) if out is None else out.copy_(base)
+    if base.is_complex():
+        parts = (real_parts(base), real_parts(delta))
+        moved = add_scaled(*parts, scaling_coef, None if out is None else real_parts(out), overwrite=overwrite)
+        return from_real_parts(moved, base) if out is None else out
     wide = sum_dtype(base, delta)
     if out is not None and out.dtype == wide:
         return _keep(base, torch.mul(delta.to(wide), scaling_coef, out=out).add_(base.to(wide)))

@@ -15,7 +15,7 @@ import numpy
 import xxhash
 
 from tva._torch import Tensor, torch
-from tva.checkpoints.lazy import Entry, LazyWeights
+from tva.checkpoints.lazy import Entry, LazyWeights, Wrapped
 from tva.checkpoints.names import CopyOf
 from tva.checkpoints.spec import Elements, Spec, dtype_name
 
@@ -141,16 +141,20 @@ def has_values(weights: Mapping[str, Tensor], name: str, digest: str) -> bool:
     return any(hashed.hexdigest() == digest for hashed in others.values())
 
 
-class Hashed(Entry):
+class Hashed(Wrapped):
     """An entry that hashes each element when it is first read in order, by any reader and any thread."""
 
     def __init__(self, entry: Entry) -> None:
         self.entry = entry
-        self._hash, self._read, self._lock = TensorHash(entry.spec), 0, threading.Lock()
+        self._hash, self._read, self._lock = TensorHash(entry.whole), 0, threading.Lock()
 
     @property
     def spec(self) -> Spec:
         return self.entry.spec
+
+    @property
+    def whole(self) -> Spec:
+        return self.entry.whole
 
     @property
     def dtype(self) -> torch.dtype:
@@ -159,26 +163,6 @@ class Hashed(Entry):
     @property
     def shape(self) -> torch.Size:
         return self.entry.shape
-
-    @property
-    def written_dtype(self) -> str:
-        return self.entry.written_dtype
-
-    @property
-    def in_parts(self) -> bool:
-        return self.entry.in_parts
-
-    @property
-    def stored_bytes(self) -> int:
-        return self.entry.stored_bytes
-
-    @property
-    def held_bytes(self) -> int:
-        return self.entry.held_bytes
-
-    @property
-    def location(self) -> object:
-        return self.entry.location
 
     def will_need(self, start: int, stop: int) -> None:
         self.entry.will_need(start, stop)

@@ -96,6 +96,11 @@ class Entry:
         return self.spec.dtype_name
 
     @property
+    def whole(self) -> Spec:
+        """Dtype and shape of the tensor that a file says it is, also where its numbers are read apart."""
+        return self.spec
+
+    @property
     def in_parts(self) -> bool:
         """Whether a part can be read at the cost of that part."""
         return True
@@ -233,6 +238,81 @@ class Joined(Entry):
                 chunks.append(entry.slice(first + low - position, first + high - position))
             position += last - first
         return torch.cat(chunks)
+
+
+class Wrapped(Entry):
+    """Another entry, read in another way."""
+
+    entry: Entry
+
+    @property
+    def written_dtype(self) -> str:
+        return self.entry.written_dtype
+
+    @property
+    def in_parts(self) -> bool:
+        return self.entry.in_parts
+
+    @property
+    def stored_bytes(self) -> int:
+        return self.entry.stored_bytes
+
+    @property
+    def held_bytes(self) -> int:
+        return self.entry.held_bytes
+
+    @property
+    def location(self) -> object:
+        return self.entry.location
+
+
+@dataclass(frozen=True)
+class RealParts(Wrapped):
+    """A tensor of complex numbers as their real and imaginary parts, one after the other, shape (…, 2)."""
+
+    entry: Entry
+
+    @property
+    def whole(self) -> Spec:
+        return self.entry.spec
+
+    @property
+    def spec(self) -> Spec:
+        return self.entry.spec.real_parts()
+
+    @property
+    def dtype(self) -> torch.dtype:  # type: ignore[override]
+        return self.spec.dtype
+
+    @property
+    def shape(self) -> torch.Size:  # type: ignore[override]
+        return self.spec.shape
+
+    def will_need(self, start: int, stop: int) -> None:
+        self.entry.will_need(start // 2, -(-stop // 2))
+
+    def slice(self, start: int, stop: int) -> Tensor:
+        first = start // 2
+        parts = torch.view_as_real(self.entry.slice(first, -(-stop // 2)).resolve_conj())
+        return parts.reshape(-1)[start - 2 * first : stop - 2 * first]
+
+    def read_into(self, out: numpy.ndarray, start: int) -> None:
+        if start % 2 or len(out) % self.whole.itemsize:
+            super().read_into(out, start)
+        else:
+            self.entry.read_into(out, start // 2)  # the same bytes
+
+    def read(self) -> Tensor:
+        return torch.view_as_real(self.entry.read().resolve_conj())
+
+
+def as_real(weights: LazyWeights) -> LazyWeights:
+    """Return weights with the real and imaginary parts of complex tensors in their place, as arithmetic takes them."""
+    entries = {name: weights.entry(name) for name in weights}
+    if not any(entry.spec.is_complex() for entry in entries.values()):
+        return weights
+    parts = {name: RealParts(entry) if entry.spec.is_complex() else entry for name, entry in entries.items()}
+    return LazyWeights(weights.info, parts, weights.metadata)
 
 
 @dataclass(frozen=True)

@@ -272,7 +272,7 @@ class Output:
             raise self._failed
         shard = self._shard_of[name]
         data = memoryview(chunk.data)
-        offset = shard.offsets[name] + start * shard.tensors[name].itemsize
+        offset = shard.offsets[name] + start * Spec(chunk.dtype_name, ()).itemsize
         while data.nbytes:
             count = os.pwrite(shard.file, data, offset)
             data, offset = data[count:], offset + count

@@ -23,6 +23,8 @@ _ITEMSIZES = {
     name: 1 if "8" in code or code == "BOOL" else int(code[-2:]) // 8 for name, code in NAMES_OF_DTYPES.items()
 }
 
+REAL_DTYPES = {"complex32": "float16", "complex64": "float32", "complex128": "float64"}  # of their parts
+
 
 def dtype_name(dtype: torch.dtype | str) -> str:
     """Return a dtype's name, such as ``"bfloat16"``."""
@@ -77,6 +79,14 @@ class Spec:
     def is_floating_point(self) -> bool:
         """Whether the elements are real floating-point numbers."""
         return self.dtype_name.startswith(("float", "bfloat"))
+
+    def is_complex(self) -> bool:
+        """Whether the elements are complex numbers."""
+        return self.dtype_name.startswith("complex")
+
+    def real_parts(self) -> Spec:
+        """Return the dtype and shape of the real and imaginary parts of complex elements, shape (…, 2)."""
+        return Spec(REAL_DTYPES[self.dtype_name], (*self.sizes, 2))
 
     def __eq__(self, other: object) -> bool:
         if isinstance(other, Spec):

@@ -245,8 +245,8 @@ def _notes(composer: Composer, left_out: list[str]) -> list[str]:
     notes = [str(info) for info in infos if info.notes or info.which != "as stored"]
     for path, names in composer.differing().items():
         notes.append(
-            f"{path}: {len(names)} tensors of integers, booleans or complex numbers differ from the base's, which are "
-            f"kept: {some(names)}"
+            f"{path}: {len(names)} tensors of integers or booleans differ from the base's, which are kept: "
+            f"{some(names)}"
         )
     if left_out:
         notes.append(f"{composer.base.path}: not carried along: {some(left_out)}")

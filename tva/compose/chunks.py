@@ -83,6 +83,7 @@ class OpenedTensor:
         vectors: Which vectors move it, by name; empty if none does.
         moved: Whether the recipe moves it.
         fused: Whether `tva.merge.kernels` computes with it.
+        whole: Its dtype and shape in the file: ``spec`` is that of the parts of complex numbers.
     """
 
     def __init__(
@@ -97,6 +98,7 @@ class OpenedTensor:
     ) -> None:
         self.with_base = with_base
         self.name, self.spec, self.sources, self.space = name, base.spec(name), sources, space
+        self.whole = base.entry(name).whole
         self.base_path = base.path
         self.length, self.chunk = self.spec.numel(), chunk
         inputs = [base, *(source.weights for source in sources.values())]

@@ -28,6 +28,7 @@ from tva.checkpoints import (
     dequantized_entries,
     open_weights,
 )
+from tva.checkpoints.lazy import as_real
 from tva.compose.chunks import FUSED_DTYPES, Deltas, NewSpace, OpenedTensor, Space, is_fusible
 from tva.compose.recipe import ChunkDeltas, Chunks, Recipe, States
 from tva.compose.syntax import BASE
@@ -108,7 +109,7 @@ class Composer:
         dtype: str | Mapping[str, str] | None,
         tied: Mapping[str, str],
     ) -> None:
-        self.base, self.sources, self.recipe, self.tied = base, sources, recipe, tied
+        self.base, self.sources, self.recipe, self.tied = as_real(base), sources, recipe, tied
         self.scaling_coef, self.dtype = scaling_coef, dtype
         self.names = [name for name in base if name not in tied]
         self.quantized = dequantized_entries(base)
@@ -129,10 +130,17 @@ class Composer:
 
     def layout(self) -> dict[str, Spec]:
         """Return the dtype and shape of every output tensor, in the order written."""
-        return {name: Spec(self._output_dtype(name), self.base.spec(name).sizes) for name in self.names}
+        return {
+            name: entry.whole if entry.whole.is_complex() else Spec(self._output_dtype(name), entry.spec.sizes)
+            for name in self.names
+            for entry in [self.base.entry(name)]
+        }
 
     def _output_dtype(self, name: str) -> str:
+        """Return the dtype of the numbers that are written: of complex ones that of their parts, as it is stored."""
         stored = self.base.spec(name)
+        if self.base.entry(name).whole.is_complex():
+            return stored.dtype_name
         if isinstance(self.dtype, Mapping):
             return self.dtype[name]
         if self.requantize and name in self.quantized:
@@ -295,7 +303,8 @@ class Composer:
             yield self._chunk(opened, start), Deltas(opened, start, None if opened.fused else base)
 
     def _chunk(self, opened: OpenedTensor, start: int) -> Chunk:
-        return Chunk(opened.name, start, shape=opened.spec.sizes)
+        shape = (opened.length,) if opened.whole.is_complex() else opened.spec.sizes  # which is no matrix
+        return Chunk(opened.name, start, shape=shape)
 
     def _compose(self, name: str, out: Sink) -> None:
         """Compute and write one tensor."""
@@ -308,7 +317,8 @@ class Composer:
             states = ChainMap(own, states)
         program = self._program(opened, states) if moved else None
         effect = GroupEffect(tensors=int(opened.moved))
-        before, after = TensorHash(opened.spec), TensorHash(opened.spec, dtype)
+        before = TensorHash(opened.whole)
+        after = TensorHash(opened.whole, None if opened.whole.is_complex() else dtype)
         copied = not moved and dtype == opened.spec.dtype_name and self.base.entry(name).in_parts
         for start in opened.starts():
             if self._stop:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from numpy import ndarray
 
 from tva._torch import Tensor, torch
+from tva.arithmetic import from_real_parts, real_parts
 from tva.checkpoints import HashedWeights
 from tva.compose.syntax import BASE, Expression
 from tva.errors import RecipeError as RecipeError
@@ -47,6 +48,11 @@ _OPERATORS: dict[type, Callable] = {
 }
 _STEPS: dict[type, int] = {ast.Add: ADD, ast.Sub: SUB, ast.Mult: MUL, ast.Div: DIV}
 _INTO = {ast.Add: "add", ast.Sub: "sub", ast.Mult: "mul", ast.Div: "div"}
+
+
+def _shaped(flat: Tensor, like: Tensor) -> Tensor:
+    """Return a merged delta in the shape of another, of complex numbers where that one is."""
+    return from_real_parts(flat, like).reshape(like.shape)
 
 
 def _apply(kind: type, first: Any, second: Any, own_first: bool, own_second: bool) -> tuple[Any, bool]:
@@ -173,27 +179,29 @@ class Recipe(Expression):
 
         def chunks() -> Iterator[ChunkDeltas]:
             for name in sorted(whole.deltas):
+                like = whole.deltas[name]
+                parts = real_parts(like).reshape(-1)
                 yield (
-                    Chunk(name, shape=tuple(whole.deltas[name].shape)),
+                    Chunk(name, shape=tuple((parts if like.is_complex() else like).shape)),  # complex: no matrix
                     {
-                        v: vector.deltas[name].reshape(-1)
+                        v: real_parts(vector.deltas[name]).reshape(-1)
                         if name in vector.deltas
-                        else torch.zeros(whole.deltas[name].numel(), dtype=whole.deltas[name].dtype)
+                        else torch.zeros_like(parts)
                         for v, vector in used.items()
                     },
                 )
 
         observed = self.observe(chunks, sources)
         deltas = {
-            chunk.tensor: self.merge(chunk, values, observed, sources).reshape(whole.deltas[chunk.tensor].shape)
+            chunk.tensor: _shaped(self.merge(chunk, values, observed, sources), whole.deltas[chunk.tensor])
             for chunk, values in chunks()
         }
         buffers = {}
         if self.is_linear:
             zeros = {name: torch.zeros_like(delta) for name, delta in whole.buffers.items()}
             for name in whole.buffers:
-                values = {v: vector.buffers.get(name, zeros[name]) for v, vector in used.items()}
-                buffers[name] = self.merge(Chunk(name), values, {}, sources)
+                values = {v: real_parts(vector.buffers.get(name, zeros[name])) for v, vector in used.items()}
+                buffers[name] = _shaped(self.merge(Chunk(name), values, {}, sources), zeros[name])
         untouched = {**dict.fromkeys(whole.buffers.keys() - buffers.keys(), "excluded"), **whole.untouched}
         return TaskVector(deltas, buffers, untouched, Origin(base=whole.origin.base, kind=whole.origin.kind))
 

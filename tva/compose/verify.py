@@ -13,9 +13,10 @@ from typing import Any
 
 import numpy
 
-from tva._torch import torch, torch_version
+from tva._torch import torch_version
 from tva.arithmetic import BATCH_NORM_STATISTICS
 from tva.checkpoints import Elements, HashedWeights, Spec, as_stored
+from tva.checkpoints.lazy import as_real
 from tva.compose.engine import Composer
 from tva.compose.recipe import ChunkDeltas
 from tva.compose.record import RECORD, Record, check_inputs, open_edited, open_recipe
@@ -227,13 +228,14 @@ class _Comparison:
 
     def __init__(self, edited: HashedWeights, skipped: list[str]) -> None:
         self.edited, self.skipped = edited, set(skipped)
+        self._parts = as_real(edited)
         self.done: Mapping[str, Any] = {}
         self.different: dict[str, float] = {}
         self._lock = threading.Lock()
 
     def write(self, name: str, start: int, chunk: Elements) -> None:
         """Compare some elements."""
-        entry = self.edited.entry(name) if name in self.edited else None
+        entry = self._parts.entry(name) if name in self.edited else None
         if (
             entry is None
             or entry.spec.dtype_name != chunk.dtype_name
@@ -247,8 +249,7 @@ class _Comparison:
             return
         with self._lock:  # one at a time, for the memory it takes
             mine, theirs = chunk.tensor(), stored.tensor()
-            wide = torch.complex128 if mine.is_complex() else torch.float64
-            largest = float(theirs.to(wide).sub_(mine).abs().max())
+            largest = float(theirs.double().sub_(mine).abs().max())
             self.different[name] = max(largest, self.different.get(name, 0.0))
 
     def finish(self, name: str, record: Mapping[str, Any]) -> None:

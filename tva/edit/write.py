@@ -24,7 +24,7 @@ from tva.checkpoints import (
     open_weights,
     save_weights,
 )
-from tva.checkpoints.lazy import InMemory
+from tva.checkpoints.lazy import InMemory, as_real
 from tva.compose.apply import write_undo
 from tva.compose.engine import Composer
 from tva.compose.record import Record
@@ -207,7 +207,7 @@ def _write_page(content: Mapping[str, Any], folder: Path) -> None:
 
 def _in_memory(weights: Mapping[str, Tensor]) -> LazyWeights:
     entries = {name: InMemory(tensor.detach().cpu()) for name, tensor in weights.items()}
-    return LazyWeights(Info(Path("model"), "model in memory"), entries)
+    return as_real(LazyWeights(Info(Path("model"), "model in memory"), entries))
 
 
 def _record(outcome: Outcome, edited: Mapping[str, Tensor]) -> Record:

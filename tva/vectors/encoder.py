@@ -69,6 +69,11 @@ class Encoder:
     """
 
     def __init__(self, name: str, delta: Tensor) -> None:
+        if delta.is_complex():
+            raise ValueError(
+                f"{name!r} is complex, and complex deltas are stored exactly only. Leave the encoding out, or the "
+                f"tensor by exclude."
+            )
         self.name, self.delta = name, delta.detach().cpu().contiguous()
         self.spec = Spec(delta.dtype, delta.shape)
         self.flat = self.delta.reshape(-1)

@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 from tva.arithmetic import is_edited
 from tva.checkpoints import fingerprint, open_weights
+from tva.checkpoints.lazy import as_real
 from tva.layers import block_of, in_layer_order
 from tva.vectors.geometry import Sums, measure, total
 from tva.vectors.lazy import header_facts, open_vector, size_of, stored
@@ -121,7 +122,8 @@ def inspect(path: str | os.PathLike[str], by: By = "group") -> Inspection:
     else:
         kind, buffers = weights.info.format, {}
         facts = {"fingerprint": fingerprint(weights).digest, **_parsed(weights.metadata)}
-        parts = {name: stored(weights.entry(name)) for name in weights if is_edited(weights.spec(name))}
+        numbers = as_real(weights)
+        parts = {name: stored(numbers.entry(name)) for name in numbers if is_edited(numbers.spec(name))}
         reasons = {"integer": [name for name in weights if name not in parts]} if len(parts) < len(weights) else {}
     groups = measure([parts], group_of)
     if vector is not None:

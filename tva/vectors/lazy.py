@@ -20,7 +20,7 @@ from tva.checkpoints import (
     open_weights,
 )
 from tva.checkpoints.fingerprint import copies_in, has_values
-from tva.checkpoints.lazy import Entry
+from tva.checkpoints.lazy import Entry, as_real
 from tva.checkpoints.names import CopyOf, KeyMap
 from tva.errors import MismatchError, some
 from tva.vectors.content import check_content
@@ -69,14 +69,14 @@ class LazyTaskVector:
         only: NameFilter | None = None,
     ) -> None:
         self.path = os.fspath(path)
-        self.name, self.base = name or self.path, base
+        self.name, self.base = name or self.path, None if base is None else as_real(base)
         self.is_checkpoint = not is_vector_file(path)
         only = only or NameFilter()
         kept = None if base is None else only.kept(base)
         if base is not None:
             check_not_quantized(base, str(base.path))
         if not self.is_checkpoint:
-            weights = open_weights(path)
+            weights = as_real(open_weights(path))
             self.origin, buffers, untouched = read_origin(weights)
             self.untouched = {name: reason for name, reason in untouched.items() if only.keeps(name)}
             self.buffers = {name for name in buffers if only.keeps(name)}
@@ -88,12 +88,12 @@ class LazyTaskVector:
             format_ = open_weights(path).info.format  # says what is wrong if it is not a checkpoint either
             raise ValueError(f"{path} is a checkpoint ({format_}), not a task vector file. Give its base with --base.")
         else:
-            weights = _open_checkpoint(self.path, base, key_map or {}, which, only)
+            weights = as_real(_open_checkpoint(self.path, base, key_map or {}, which, only))
             self.origin, self.untouched = Origin(kind=weights.metadata.get(KEY)), {}
             self.buffers = {name for name in weights if name.rpartition(".")[2] in BATCH_NORM_STATISTICS}
         self.weights = HashedWeights(weights)
         if base is not None:
-            _check_names(self.path, self.weights, self.names, base, kept)
+            _check_names(self.path, self.weights, self.names, self.base, kept)
             self.untouched |= {name: "excluded" for name in base if not only.keeps(name)}
         self._check_base = self.origin.base is not None and not allow_other_base
         self._kept = None if kept is None or len(kept) == len(base) else set(kept)

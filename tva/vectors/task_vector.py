@@ -17,7 +17,16 @@ from typing import Literal
 import xxhash
 
 from tva._torch import Tensor, torch
-from tva.arithmetic import BATCH_NORM_STATISTICS, StateDict, add_scaled, check_same, is_edited, subtract
+from tva.arithmetic import (
+    BATCH_NORM_STATISTICS,
+    StateDict,
+    add_scaled,
+    check_same,
+    from_real_parts,
+    is_edited,
+    real_parts,
+    subtract,
+)
 from tva.checkpoints import (
     Fingerprint,
     HashedWeights,
@@ -117,13 +126,15 @@ class TaskVector:
         deltas: dict[str, Tensor] = {}
         statistics: dict[str, Tensor] = {}
         untouched: dict[str, str] = {}
-        not_finite = []
+        not_finite, complex_once = [], []
         digests: dict[str, tuple[str, str]] = {}
         for name in base:
             old, new = base[name], finetuned[name]
             digests[name] = tensor_digest(old), tensor_digest(new)
             if name in exclude:
                 untouched[name] = "excluded"
+            elif old.is_complex() != new.is_complex():
+                complex_once.append(name)
             elif not is_edited(old) or not is_edited(new):
                 untouched[name] = "integer"
             elif not bool(torch.isfinite(delta := subtract(new, old)).all()):
@@ -134,6 +145,11 @@ class TaskVector:
                 statistics[name] = delta
             else:
                 deltas[name] = delta
+        if complex_once:
+            raise MismatchError(
+                f"A tensor must be complex in both models or in none, but {some(complex_once)} is complex in one only. "
+                f"Save both in one dtype."
+            )
         if not_finite:
             raise ValueError(
                 f"A task vector must be finite, but the deltas of {some(not_finite)} hold NaN or infinity. "
@@ -184,7 +200,7 @@ class TaskVector:
         for name, delta in self.deltas.items():
             block = block_of(name)
             elements[block] = elements.get(block, 0) + delta.numel()
-            squares[block] = squares.get(block, 0.0) + float(delta.double().square().sum())
+            squares[block] = squares.get(block, 0.0) + float(real_parts(delta).double().square().sum())
         return vector_cell(
             {
                 "task": self.origin.task,
@@ -304,8 +320,8 @@ class TaskVector:
 
     def _map(self, function: Callable[[Tensor], Tensor]) -> TaskVector:
         return TaskVector(
-            {name: function(delta) for name, delta in self.deltas.items()},
-            {name: function(delta) for name, delta in self.buffers.items()},
+            {name: _in_parts(function, delta) for name, delta in self.deltas.items()},
+            {name: _in_parts(function, delta) for name, delta in self.buffers.items()},
             self.untouched,
             Origin(base=self.origin.base, kind=self.origin.kind),
         )
@@ -334,8 +350,7 @@ class TaskVector:
             self._combine(other, 1.0)  # raises, naming what differs
         shared = [name for name in self.deltas if name in other.deltas]
         return math.fsum(
-            float(torch.dot(self.deltas[name].reshape(-1).double(), other.deltas[name].reshape(-1).double()))
-            for name in shared
+            float(torch.dot(_flat(self.deltas[name]).double(), _flat(other.deltas[name]).double())) for name in shared
         )
 
     def norm(self) -> float:
@@ -361,9 +376,10 @@ class TaskVector:
         deltas = {}
         for name, delta in self.deltas.items():
             key = xxhash.xxh3_64_intdigest(name.encode(), seed=seed % 2**64)
-            noise = torch.randn(delta.shape, generator=torch.Generator().manual_seed(key - 2**63), dtype=torch.float64)
-            scale = delta.double().norm() / noise.norm()
-            deltas[name] = (noise * scale).to(delta.dtype)
+            generator, parts = torch.Generator().manual_seed(key - 2**63), real_parts(delta)
+            noise = torch.randn(parts.shape, generator=generator, dtype=torch.float64)
+            scale = parts.double().norm() / noise.norm()
+            deltas[name] = from_real_parts((noise * scale).to(parts.dtype), delta)
         untouched = {**dict.fromkeys(self.buffers, "excluded"), **self.untouched}
         origin = Origin(base=self.origin.base, task=f"random, seed {seed}", kind=self.origin.kind)
         return TaskVector(deltas, {}, untouched, origin)
@@ -495,7 +511,7 @@ class TaskVector:
         Args:
             path: Conventionally ends in ``.tv.safetensors``; must end in ``.safetensors``.
             dtype: Round the deltas to this dtype in the file, such as ``torch.bfloat16`` (relative error 2⁻⁹) to halve
-                its size. By default they are stored exactly.
+                its size. By default they are stored exactly, as complex ones always are.
             encoding: Store them in fewer bytes, as ``"int8"``, ``"top_k(density=0.1)"`` or another one of
                 `tva.vectors.encoding`; `tva.vectors.compress` does this to files, and to an error or size that is
                 given.
@@ -516,7 +532,10 @@ class TaskVector:
             tensors, more = encode_all(self._tensors(), encoding, self.buffers)
             save_weights(tensors, path, sealed({**header, **more}, fingerprint(tensors).digest))
             return
-        tensors = {name: value if dtype is None else value.to(dtype) for name, value in self._tensors().items()}
+        tensors = {
+            name: value if dtype is None or value.is_complex() else value.to(dtype)
+            for name, value in self._tensors().items()
+        }
         overflown = [name for name, value in tensors.items() if not bool(torch.isfinite(value).all())]
         if overflown:
             raise ValueError(f"The deltas of {some(overflown)} do not fit {dtype}; choose a dtype of wider range.")
@@ -541,7 +560,8 @@ class TaskVector:
         """
         weights = HashedWeights(open_weights(path))
         origin, buffers, untouched = read_origin(weights)
-        tensors = {name: value if value.dtype == torch.float64 else value.float() for name, value in weights.items()}
+        exact = (torch.float64, torch.complex64, torch.complex128)
+        tensors = {name: value if value.dtype in exact else value.float() for name, value in weights.items()}
         check_content(weights)
         return cls(
             {name: value for name, value in tensors.items() if name not in buffers},
@@ -549,6 +569,15 @@ class TaskVector:
             untouched,
             origin,
         )
+
+
+def _in_parts(function: Callable[[Tensor], Tensor], delta: Tensor) -> Tensor:
+    """Apply a function of real numbers, to the parts of complex ones."""
+    return from_real_parts(function(real_parts(delta)), delta)
+
+
+def _flat(delta: Tensor) -> Tensor:
+    return real_parts(delta).reshape(-1)
 
 
 def _merge(left: StateDict, right: StateDict, sign: float) -> dict[str, Tensor]:
@@ -565,7 +594,7 @@ def _merge(left: StateDict, right: StateDict, sign: float) -> dict[str, Tensor]:
         if name not in right:
             merged[name] = left[name].clone()
         elif name not in left:
-            merged[name] = right[name] * sign
+            merged[name] = _in_parts(lambda delta: delta * sign, right[name])
         else:
             merged[name] = left[name] + right[name] if sign > 0 else left[name] - right[name]
     return merged

@@ -11,10 +11,10 @@ from pathlib import Path
 import numpy
 
 from tva._torch import Tensor, torch
-from tva.arithmetic import BATCH_NORM_STATISTICS, add_scaled, subtract, sum_dtype
+from tva.arithmetic import BATCH_NORM_STATISTICS, add_scaled, real_parts, subtract, sum_dtype
 from tva.checkpoints import Fingerprint, LazyWeights, Spec, TensorHash, atomic_path
 from tva.checkpoints.fingerprint import sealed
-from tva.checkpoints.lazy import Entry
+from tva.checkpoints.lazy import Entry, as_real
 from tva.checkpoints.stream_writer import AHEAD, LateHeaderFile
 from tva.errors import NoEffectError, some
 from tva.vectors.header import Origin, vector_header
@@ -31,21 +31,32 @@ class TensorSource:
         spec: Its dtype and shape.
         parts: Returns its flattened elements, part by part and in order, on the CPU.
         delta: Returns the flattened change where it is kept apart, as by LoRA; ``parts`` has the weights without it.
+        whole: Of complex numbers whose parts these are, the tensor's dtype and shape; else None.
     """
 
     spec: Spec
     parts: Callable[[], Iterable[Tensor]]
     delta: Callable[[], Tensor] | None = None
+    whole: Spec | None = None
+
+    def real(self) -> TensorSource:
+        """Return the real and imaginary parts of complex numbers; real ones as they are."""
+        if not self.spec.is_complex():
+            return self
+        read = self.parts
+        return TensorSource(
+            self.spec.real_parts(), lambda: (real_parts(part).reshape(-1) for part in read()), whole=self.spec
+        )
 
     @classmethod
     def stored(cls, entry: Entry) -> TensorSource:
         """Wrap a tensor in a file, which is read part by part where it can be."""
         length = entry.shape.numel()
         starts = range(0, length, CHUNK)
-        spec = entry.spec
+        spec, whole = entry.spec, entry.whole if entry.whole.is_complex() else None
         if not entry.in_parts:
-            return cls(spec, lambda: [entry.read().reshape(-1)])
-        return cls(spec, lambda: (entry.slice(start, min(start + CHUNK, length)) for start in starts))
+            return cls(spec, lambda: [entry.read().reshape(-1)], whole=whole)
+        return cls(spec, lambda: (entry.slice(start, min(start + CHUNK, length)) for start in starts), whole=whole)
 
     @classmethod
     def of(cls, tensor: Tensor, delta: Callable[[], Tensor] | None = None) -> TensorSource:
@@ -103,14 +114,22 @@ class VectorPlan:
     order: list[str] = field(init=False)
 
     def __post_init__(self) -> None:
-        self.specs = {}
+        self.base, self.specs = as_real(self.base), {}
+        self.sources = {name: source.real() for name, source in self.sources.items()}
         for name in self.base:
             spec = self.base.spec(name)
+            if self.whole(name).is_complex():
+                self.specs[name] = self.whole(name)
+                continue
             new = self.sources[name].spec.dtype if name in self.sources else spec.dtype
             wide = torch.float64 if torch.float64 in (spec.dtype, new) else torch.float32
             self.specs[name] = Spec(self.dtype or wide, spec.shape)
         # Wide elements first, so that every tensor is aligned in the file.
         self.order = sorted(self.specs, key=lambda name: -self.specs[name].dtype.itemsize)
+
+    def whole(self, name: str) -> Spec:
+        """Return what the base's file says of a tensor, of which ``base`` has the parts where it is complex."""
+        return self.base.entry(name).whole
 
     def is_buffer(self, name: str) -> bool:
         return name in self.buffers if self.buffers is not None else name.rpartition(".")[2] in BATCH_NORM_STATISTICS
@@ -147,7 +166,7 @@ def emit(plan: VectorPlan, path: Path, origin: Origin, snapshot: Path | None = N
         copy = None
         if snapshot is not None:
             copy = LateHeaderFile(
-                stack.enter_context(atomic_path(snapshot)), {name: plan.base.spec(name) for name in names}, {}
+                stack.enter_context(atomic_path(snapshot)), {name: plan.whole(name) for name in names}, {}
             )
             stack.callback(copy.close)
         pass_ = _Pass(plan, out, copy)
@@ -195,12 +214,13 @@ class _Pass:
         if source is None and self.copy is None:  # nothing to read: it is the base's
             self.digests[name], self.untouched[name] = plan.base_tree.tensors[name], reason or "frozen"
             return
-        source = source or TensorSource(old, lambda: [plan.base[name].reshape(-1)])
-        digest, base_digest = TensorHash(new), None if plan.base_tree else TensorHash(old)
+        source = source or TensorSource.stored(plan.base.entry(name))
+        whole = source.whole or new
+        digest, base_digest = TensorHash(whole), None if plan.base_tree else TensorHash(plan.whole(name))
         base = plan.base[name].reshape(-1)
         other = None
         if plan.compare is not None and name in plan.compare and reason is None and plan.counts(name):
-            other = plan.compare[name].reshape(-1)
+            other = real_parts(plan.compare[name]).reshape(-1)
         if self.copy is not None:
             self.copy.begin()
         self.out.begin()
@@ -221,7 +241,7 @@ class _Pass:
         if base_digest is not None:
             self.base_digests[name] = base_digest.hexdigest()
         if self.copy is not None:
-            self.copy.keep(name, new)
+            self.copy.keep(name, whole)
         if reason is None and not moved:
             reason = "frozen"
         if reason is not None:
@@ -271,7 +291,8 @@ class _Pass:
             square = float(delta.double().square().sum())  # finite, but too large for the square to be
         if counts:
             self.squares.append(square)
-        stored = self.plan.specs[name].dtype
+        spec = self.plan.specs[name]
+        stored = delta.dtype if spec.is_complex() else spec.dtype
         if square == 0 and not bool(delta.any()):
             self.out.skip(len(delta) * stored.itemsize)
             self._zeros += len(delta) * stored.itemsize
