@@ -237,6 +237,7 @@ for line in sys.argv[1].splitlines():
 """
 
 
+@pytest.mark.slow
 def test_commands_on_files_never_load_lightning(tmp_path):
     for name, value in (("base", 1.0), ("a", 2.0), ("b", 4.0)):
         save_weights({"w": torch.full((3, 2), value)}, tmp_path / f"{name}.safetensors")

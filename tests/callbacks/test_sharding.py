@@ -57,6 +57,7 @@ def fit_sharded(folder, kind, ckpt_path=None, epochs=2, callback=None, **options
 KINDS = ["fsdp2 full", "fsdp2 sharded", "fsdp1 full", "fsdp1 sharded"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_vector_is_that_of_the_gathered_checkpoints_fresh_and_resumed(tmp_path, kind):
     run_ranks(fit_sharded, tmp_path / "first", kind)

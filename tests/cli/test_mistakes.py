@@ -219,6 +219,7 @@ def test_an_interrupted_command_says_so_in_one_line(place, capsys, monkeypatch, 
     assert ("the same command with --resume continues" in text) == (command == "compose")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", ["inspect digits.tv.safetensors", "inspect digits.tv.safetensors --json"])
 def test_a_reader_that_goes_away_is_no_error(place, command):
     words = [sys.executable, "-c", f"from tva.cli.main import main; main({command.split()})"]

@@ -248,6 +248,7 @@ def test_edit_stands_beside_fit_in_a_lightning_cli_of_ones_own(own, monkeypatch,
 SEEDS = {"a": 1, "b": 2}
 
 
+@pytest.mark.slow
 def test_the_command_line_in_python_loads_lightning_only_when_used():
     code = "import sys, tva.cli; assert 'lightning' not in sys.modules; from tva.cli import TvaCLI, EditMixin; "
     code += "assert issubclass(TvaCLI, EditMixin); print(tva.cli.__all__)"

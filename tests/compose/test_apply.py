@@ -352,6 +352,7 @@ def test_tied_weights_are_stored_once_while_every_vector_moves_them_alike(tmp_pa
     assert set(again.edited.tensors) == {"emb.weight", "head.weight", "w"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("files", [torch.bfloat16], ids=["bfloat16"], indirect=True)
 def test_a_killed_run_leaves_no_file_and_goes_on_to_the_same_bytes(files, tmp_path):
     base, vectors = files

@@ -154,6 +154,7 @@ LOSSES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("num", [1, 2, 5, 20, 50, 100, 200])
 @pytest.mark.parametrize("damage", LOSSES)
 def test_losses_at_their_bound_pass_at_most_one_time_in_twenty_with_rare_damage_too(damage, num):

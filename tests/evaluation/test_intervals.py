@@ -98,6 +98,7 @@ def test_right_or_wrong_is_so_by_its_values_and_not_by_its_dtype(dtype):
 DRAWS = {"normal": lambda g, n: g.normal(1, 1, n), "exponential": lambda g, n: g.exponential(1, n)}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("draw", "num"), [("normal", 5), ("normal", 20), ("exponential", 20)])
 def test_the_interval_of_a_mean_covers_it_19_times_in_20_with_few_examples_too(draw, num):
     generator, runs, covered, differences, ratios = np.random.default_rng(0), 200, 0, 0, 0

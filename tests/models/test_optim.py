@@ -122,6 +122,7 @@ def test_a_learned_head_is_trained_and_stays_out_of_the_vector(tmp_path, task):
     assert evaluate(make_trainer(tmp_path), elsewhere, task(), "test").same_as(after)
 
 
+@pytest.mark.slow
 def test_an_edit_compares_all_models_under_the_learned_head(tmp_path, task):
     L.seed_everything(0)
     model = make_vision(tmp_path, head="learned")
@@ -257,6 +258,7 @@ def test_checkpointing_that_a_network_does_not_know_is_an_error(tmp_path):
         prepare(torch.nn.Linear(2, 2), gradient_checkpointing=True)
 
 
+@pytest.mark.slow
 def test_compiling_leaves_the_names_of_weights(tmp_path):
     plain, compiled = make_vision(tmp_path), make_vision(tmp_path, compile=True)
     assert list(plain.state_dict()) == list(compiled.state_dict())

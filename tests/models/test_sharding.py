@@ -54,6 +54,7 @@ def fit(folder, strategy, make, *args, **options):
     trainer.validate(model, datamodule=task, verbose=False)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("make", [clip, causal])
 def test_fsdp2_trains_a_model_as_ddp_does(tmp_path, make):
     if make is causal:
