@@ -26,7 +26,7 @@ def adapted(folder, base=None, safe=True, **settings):
     model = peft.get_peft_model(base or net(), peft.LoraConfig(**{"r": 3, "lora_alpha": 5, **settings}))
     generator = torch.Generator().manual_seed(1)
     for name, parameter in model.named_parameters():
-        if "lora_" in name or "modules_to_save" in name:
+        if any(part in name for part in ("lora_", "modules_to_save", "trainable_tokens_delta")):
             parameter.data.normal_(generator=generator)
     model.save_pretrained(folder, safe_serialization=safe, save_embedding_layers=False)
     return model.merge_and_unload().state_dict()

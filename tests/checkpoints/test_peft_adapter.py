@@ -22,6 +22,10 @@ LORAS = {
     "convolutions": {"target_modules": ["conv", "point"]},
     "embedding": {"target_modules": ["embed", "q"]},
     "modules_to_save": {"target_modules": ["q"], "modules_to_save": ["head"]},
+    "dora": {"target_modules": ["q", "k"], "use_dora": True, "use_rslora": True},
+    "dora of an embedding": {"target_modules": ["embed", "q"], "use_dora": True},
+    "dora of convolutions": {"target_modules": ["conv", "point"], "use_dora": True},
+    "tokens": {"target_modules": ["q"], "trainable_token_indices": {"embed": [2, 7, 5]}},
 }
 
 
@@ -40,6 +44,32 @@ def test_adapted_weights_are_those_of_peft_merge(tmp_path, kind, safe):
         assert weights.spec(name) == base.spec(name)
         torch.testing.assert_close(weights[name], expected[name], rtol=0, atol=1e-6)
     assert f"{len(moved)} of {len(base)} tensors" in str(weights.info) or kind == "modules_to_save"
+
+
+@pytest.mark.parametrize("kind", LORAS)
+def test_in_float64_the_weights_are_those_of_peft_merge_in_float64(tmp_path, kind):
+    expected = adapted(tmp_path, net().double(), **LORAS[kind])
+    weights = open_adapter(tmp_path, net().double().state_dict())
+    for name in weights:
+        assert weights[name].dtype == torch.float64
+        torch.testing.assert_close(weights[name], expected[name], rtol=0, atol=1e-14)
+        flat = weights[name].reshape(-1)
+        for start in (0, 1, 3):
+            stop = min(start + 40, len(flat))
+            assert torch.equal(weights.slice(name, start, stop), flat[start:stop])
+
+
+def test_names_of_wrappers_around_an_adapter_are_dropped(tmp_path):
+    weight = {"a.q.weight": torch.zeros(4, 3)}
+    expected = dict(open_adapter(write(tmp_path), weight))
+    for name in (
+        "module.base_model.model.a.q.lora_{}.weight",
+        "_orig_mod.base_model.model.a.q.lora_{}.default.weight",
+        "base_model.model.a._fsdp_wrapped_module.q._checkpoint_wrapped_module.lora_{}.weight",
+    ):
+        factors = {name.format("A"): torch.ones(1, 3), name.format("B"): torch.ones(4, 1)}
+        save_weights(factors, tmp_path / "adapter_model.safetensors")
+        assert torch.equal(open_adapter(tmp_path, weight)["a.q.weight"], expected["a.q.weight"])
 
 
 def test_a_part_of_an_adapted_tensor_is_that_part_of_the_whole_bit_for_bit(tmp_path):
@@ -91,7 +121,7 @@ def write(folder, scale=1.0, tensors=None, **settings):
 @pytest.mark.parametrize(
     ("setting", "message"),
     [
-        ({"use_dora": True}, "use_dora=True, which is not supported.*merge_and_unload"),
+        ({"use_dora": True}, "use_dora=True, and has none as the magnitude of .*merge_and_unload"),
         ({"lora_bias": True}, "lora_bias=True"),
         ({"bias": "all"}, "bias='all'"),
         ({"init_lora_weights": "pissa_niter_4"}, "init_lora_weights='pissa_niter_4'"),
@@ -112,7 +142,9 @@ def test_other_variants_are_refused_by_name(tmp_path, setting, message):
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("base_model.model.a.q.lora_magnitude_vector", "of no supported kind"),
+        ("base_model.model.a.q.lora_magnitude_vector", r"use_dora=None, and has one of \[2, 3\] as the magnitude"),
+        ("base_model.model.a.q.token_adapter.trainable_tokens_delta", "trainable_token_indices=None, and holds"),
+        ("base_model.model.a.q.lora_magnitude_vector_of_tomorrow", "of no supported kind"),
         ("base_model.model.a.k.lora_A.weight", "'a.k' lacks A or B"),
         ("a.stranger", "of no supported kind"),
     ],

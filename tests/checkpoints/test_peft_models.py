@@ -175,7 +175,7 @@ def test_a_vocabulary_that_was_grown_is_named(tmp_path):
 
 def test_no_tensor_of_an_adapter_is_left_unused(tmp_path):
     pair = Factors(None, None, False, ("a.lora_A.weight", "a.lora_B.weight"))
-    tensors = AdapterTensors({"a": pair}, {"b.weight": None}, {"b.weight": "base_model.model.b.weight"})
+    tensors = AdapterTensors({"a": pair}, {"b.weight": None}, {"b.weight": ("base_model.model.b.weight",)}, {})
     tensors.check_used(tmp_path, {"a.weight", "b.weight"})
     with pytest.raises(ValueError, match="holds 3 tensors, and 2 of them would not be used: 'a.lora_A.weight'"):
         tensors.check_used(tmp_path, {"b.weight"})
@@ -225,3 +225,21 @@ def test_settings_of_another_form_are_refused_with_their_names(tmp_path, setting
     file.write_text(json.dumps({**json.loads(file.read_text()), **settings}))
     with pytest.raises(ValueError, match=f"adapter_config.json.*{message}"):
         open_adapter(tmp_path / "adapter", open_weights(tmp_path / "base"))
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_trained_tokens_are_those_of_peft_also_where_the_head_is_tied(tmp_path, tied):
+    settings = {"target_modules": ["q_proj"], "trainable_token_indices": [3, 20, 4]}
+    model = llama(tied)
+    model.save_pretrained(tmp_path / "base")
+    adapter = peft.get_peft_model(model, peft.LoraConfig(r=3, **settings))
+    for name, parameter in adapter.named_parameters():
+        if "lora_" in name or "trainable_tokens_delta" in name:
+            parameter.data = torch.randn(parameter.shape, dtype=torch.float64)
+    adapter.save_pretrained(tmp_path / "adapter")
+    expected = adapter.merge_and_unload().state_dict()
+    weights = open_adapter(tmp_path / "adapter", open_weights(tmp_path / "base"))
+    check(weights, expected)
+    assert not torch.equal(
+        weights["model.embed_tokens.weight"], open_weights(tmp_path / "base")["model.embed_tokens.weight"]
+    )

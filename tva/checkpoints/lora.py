@@ -1,10 +1,10 @@
 r"""The tensors of a PEFT LoRA adapter, and the delta of one module: :math:`\Delta W = s\,BA`.
 
-:math:`s = \alpha/r`, or :math:`\alpha/\sqrt r` (rsLoRA). What changes weights in any other way is refused by name,
-never approximated.
+:math:`s = \alpha/r`, or :math:`\alpha/\sqrt r` (rsLoRA). In DoRA the sum is scaled so that every output has the norm
+that was trained. What changes weights in any other way is refused by name, never approximated.
 
 Source: Hu et al., "LoRA: low-rank adaptation of large language models", ICLR 2022; Kalajdzievski, "A rank stabilization
-scaling factor for fine-tuning with LoRA", 2023.
+scaling factor for fine-tuning with LoRA", 2023; Liu et al., "DoRA: weight-decomposed low-rank adaptation", ICML 2024.
 """
 
 from __future__ import annotations
@@ -16,16 +16,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tva._torch import Tensor, torch
-from tva.arithmetic import add_scaled
+from tva._torch import torch
 from tva.checkpoints.foreign import ForeignFileError, check_form, check_pattern, read_json, shown
 from tva.checkpoints.lazy import Entry, LazyWeights
+from tva.checkpoints.lora_entries import Adapted, Factors, NewRows
+from tva.checkpoints.names import canonical_names
 from tva.errors import MismatchError, some
 
 # Settings that the merged weights do not depend on, or that are used below. Any other one that is set is refused.
 KNOWN = {
     "peft_type", "peft_version", "auto_mapping", "task_type", "base_model_name_or_path", "revision", "inference_mode",
-    "r", "lora_alpha", "lora_dropout", "fan_in_fan_out", "use_rslora", "rank_pattern", "alpha_pattern",
+    "r", "lora_alpha", "lora_dropout", "fan_in_fan_out", "use_rslora", "use_dora", "rank_pattern", "alpha_pattern",
+    "trainable_token_indices",
     "target_modules", "exclude_modules", "modules_to_save", "layers_to_transform", "layers_pattern",
     "init_lora_weights", "bias", "runtime_config", "eva_config", "megatron_core", "qalora_group_size",
 }  # fmt: skip
@@ -38,18 +40,10 @@ FORM = {
     "rank_pattern": ({str: int}, None),
     "alpha_pattern": ({str: float}, None),
     "bias": (str, None),
+    "trainable_token_indices": ([int], {str: [int]}, None),
 }
-BLOCK = 2**16  # elements of a low-rank product that are computed at a time
-
-
-@dataclass(frozen=True)
-class Factors:
-    """The low-rank factors of one module, with the names of their tensors."""
-
-    a: Entry  # [rank, in, …kernel]; of an embedding [rank, number of embeddings]
-    b: Entry  # [out, rank, …]
-    embedding: bool
-    names: tuple[str, str]
+PREFIX = "base_model.model."  # of every name in an adapter's file
+FACTOR = r"(.+)\.lora_(?:(embedding_)?([AB])|magnitude_vector)(?:\.(?!weight$)(\w+))??(?:\.weight)?"
 
 
 @dataclass(frozen=True)
@@ -59,12 +53,14 @@ class AdapterTensors:
     Attributes:
         low_rank: Module to its factors.
         whole: Name to a tensor that is saved whole, of a module of ``modules_to_save`` or below an adapted module.
-        names: Names of ``whole`` to the names in the file.
+        names: Names of ``whole`` and ``tokens`` to the names in the file.
+        tokens: Name of an embedding's weight to the rows that take the place of some of its own.
     """
 
     low_rank: Mapping[str, Factors]
     whole: Mapping[str, Entry]
-    names: Mapping[str, str]
+    names: Mapping[str, tuple[str, ...]]
+    tokens: Mapping[str, Entry]
 
     def check_used(self, folder: Path, used: set[str]) -> None:
         """Check that every tensor of the adapter was used.
@@ -78,8 +74,8 @@ class AdapterTensors:
         """
         pairs = {f"{module}.weight": factors.names for module, factors in self.low_rank.items()}
         files = {name for target in used for name in pairs.get(target, ())}
-        files |= {self.names[target] for target in used if target in self.names}
-        every = {name for pair in pairs.values() for name in pair} | {*self.names.values()}
+        files |= {name for target in used for name in self.names.get(target, ())}
+        every = {name for group in (*pairs.values(), *self.names.values()) for name in group}
         if every - files:
             raise ValueError(
                 f"{folder} holds {len(every)} tensors, and {len(every - files)} of them would not be used: "
@@ -139,7 +135,7 @@ def merge_advice(config: Mapping[str, Any]) -> str:
     )
 
 
-def sort_tensors(folder: Path, weights: LazyWeights) -> AdapterTensors:
+def sort_tensors(folder: Path, config: Mapping[str, Any], weights: LazyWeights) -> AdapterTensors:
     """Sort an adapter's tensors into factors by module, and tensors that are saved whole.
 
     Raises:
@@ -147,19 +143,24 @@ def sort_tensors(folder: Path, weights: LazyWeights) -> AdapterTensors:
     """
     factors: dict[str, dict[str, str]] = {}
     whole: dict[str, str] = {}
+    tokens: dict[str, str] = {}
     unknown, adapters = [], set()
-    for name in weights:
-        short = name.removeprefix("base_model.model.")
-        found = re.fullmatch(r"(.+)\.lora_(embedding_)?([AB])(?:\.(\w+))??(?(2)|\.weight)", short)
+    for full, name in canonical_names(list(weights)).items():  # without what wrappers add
+        short = full.removeprefix(PREFIX)
+        found = re.fullmatch(FACTOR, short)
+        rows = re.fullmatch(r"(.+)\.token_adapter\.trainable_tokens_delta(?:\.(\w+))?", short)
         if found:
-            pair = factors.setdefault(found[1], {})
+            pair, role = factors.setdefault(found[1], {}), found[3] or "magnitude"
             adapters.add(found[4] or "")
-            if found[3] in pair or (("embedding" in pair) != bool(found[2]) and pair):
+            if role in pair:
                 unknown.append(name)
-            pair[found[3]] = name
+            pair[role] = name
             if found[2]:
                 pair["embedding"] = ""
-        elif short == name or re.search(r"(^|\.)lora_", short):
+        elif rows:
+            adapters.add(rows[2] or "")
+            tokens[f"{rows[1]}.weight"] = name
+        elif not full.startswith(PREFIX) or re.search(r"(^|\.)(lora|trainable_tokens)_", short):
             unknown.append(name)
         else:  # saved whole: a module of modules_to_save, or the base of an adapted module
             target = re.sub(r"(?<=\.)(modules_to_save(\.default)?|base_layer)\.", "", short)
@@ -168,7 +169,7 @@ def sort_tensors(folder: Path, weights: LazyWeights) -> AdapterTensors:
             whole[target] = name
     broken = [module for module, pair in factors.items() if not {"A", "B"} <= pair.keys()]
     several = sorted(adapters) if len(adapters) > 1 else []
-    if unknown or broken or several or not factors:
+    if unknown or broken or several or not (factors or tokens):
         parts = [f"the tensors {some(unknown)} are of no supported kind"] if unknown else []
         parts += [f"{some(broken)} lacks A or B"] if broken else []
         parts += [f"it holds several adapters, {some(several)}"] if several else []
@@ -177,49 +178,45 @@ def sort_tensors(folder: Path, weights: LazyWeights) -> AdapterTensors:
             f"{merge_advice({})}"
         )
     low_rank = {
-        module: Factors(weights.entry(pair["A"]), weights.entry(pair["B"]), "embedding" in pair, (pair["A"], pair["B"]))
+        module: Factors(
+            weights.entry(pair["A"]),
+            weights.entry(pair["B"]),
+            "embedding" in pair,
+            tuple(filter(None, pair.values())),
+            weights.entry(pair["magnitude"]) if "magnitude" in pair else None,
+        )
         for module, pair in factors.items()
     }
-    return AdapterTensors(low_rank, {target: weights.entry(name) for target, name in whole.items()}, whole)
+    if bool(tokens) != bool(config.get("trainable_token_indices")):
+        has = some(tokens.values()) or "no trainable_tokens_delta"
+        ids = config.get("trainable_token_indices")
+        raise ValueError(f"{folder} says trainable_token_indices={ids}, and holds {has}. {merge_advice(config)}")
+    return AdapterTensors(
+        low_rank,
+        {target: weights.entry(name) for target, name in whole.items()},
+        {t: tuple(group[t] for group in (whole, tokens) if t in group) for t in (*whole, *tokens)},
+        {target: weights.entry(name) for target, name in tokens.items()},
+    )
 
 
-@dataclass(frozen=True)
-class Adapted(Entry):
-    """A base tensor plus ``scaling * b @ a``, computed when it is read."""
+def with_tokens(folder: Path, config: Mapping[str, Any], target: str, base: Entry, rows: Entry) -> NewRows:
+    """Return an embedding with the rows of the tokens that were trained.
 
-    base: Entry
-    a: Entry
-    b: Entry
-    scaling: float
-    transposed: bool
-    dtype: torch.dtype
-    shape: torch.Size
-
-    @property
-    def in_parts(self) -> bool:
-        return self.base.in_parts
-
-    @property
-    def held_bytes(self) -> int:
-        factors = self.a.shape.numel() + self.b.shape.numel()
-        return self.base.held_bytes + factors * (self.a.dtype.itemsize + torch.float32.itemsize)
-
-    def slice(self, start: int, stop: int) -> Tensor:
-        # A part of a matrix product may differ in its last bit from the same part of the whole: blocks of rows are
-        # therefore always the same ones, whatever is asked for.
-        a, b = self.a.read().flatten(1), self.b.read().flatten(1)  # [rank, in · kernel], [out, rank]
-        wide = torch.float64 if torch.float64 in (a.dtype, b.dtype, self.base.dtype) else torch.float32
-        left, right = (a.T, b.T) if self.transposed else (b, a)
-        left, right = left.to(wide), right.to(wide)
-        row = max(1, right.shape[1])
-        rows = max(1, BLOCK // row)
-        parts = [torch.empty(0, dtype=self.dtype)]
-        for first in range(start // row // rows * rows, -(-stop // row), rows):
-            last = min(first + rows, len(left))
-            low, high = max(start, first * row), min(stop, last * row)
-            delta = (left[first:last] @ right).mul_(self.scaling).reshape(-1)[low - first * row : high - first * row]
-            parts.append(add_scaled(self.base.slice(low, high), delta, 1.0, dtype=self.dtype))
-        return torch.cat(parts)
+    Raises:
+        ValueError: The configuration does not say which rows they are, or the embedding does not have them.
+    """
+    given = config.get("trainable_token_indices")
+    module = target.removesuffix(".weight")
+    if isinstance(given, Mapping):
+        given = next((ids for name, ids in given.items() if module == name or module.endswith(f".{name}")), None)
+    ids = tuple(given or ())
+    if (len(ids), *base.shape[1:]) != tuple(rows.shape) or not all(0 <= index < base.shape[0] for index in ids):
+        raise ValueError(
+            f"{folder} has {list(rows.shape)} trained rows of {target!r}, which is {list(base.shape)} in the base, and "
+            f"adapter_config.json gives {len(ids)} trainable_token_indices for it. Take the base that it was trained "
+            f"on, with as many tokens."
+        )
+    return NewRows(base, rows, ids)
 
 
 def adapted(
@@ -269,7 +266,16 @@ def adapted(
             f"weight is {list(base.shape)}. {advice}"
         )
     scaling = alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank
-    return Adapted(base, a, b, scaling, transposed, dtype, base.shape)
+    magnitude = factors.magnitude
+    if (magnitude is not None) != bool(config.get("use_dora")) or (
+        magnitude is not None and magnitude.spec.numel() != b.shape[0]
+    ):
+        found = "none" if magnitude is None else f"one of {list(magnitude.shape)}"
+        raise ValueError(
+            f"{folder} says use_dora={config.get('use_dora')}, and has {found} as the magnitude of {module!r}, whose "
+            f"outputs are {b.shape[0]}. {merge_advice(config)}"
+        )
+    return Adapted(base, factors, module, scaling, transposed, dtype, base.shape)
 
 
 # The last part of the names of modules that models tie to one another.

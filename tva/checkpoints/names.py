@@ -25,12 +25,14 @@ ADVICE = "Map the rest by key_map, or leave it out by exclude"
 # The attribute or wrapper that holds the model, in front of every name; only these may be exchanged for one another.
 WRAPPERS = ("model.", "module.", "encoder.", "net.", "network.", "backbone.", "base_model.", "_forward_module.")
 
+WITHIN = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")  # parts that wrappers add to a name
+
 
 def canonical_names(names: list[str]) -> dict[str, str]:
     """Map canonical names to the given ones, dropping what wrappers add.
 
-    ``torch.compile`` adds ``_orig_mod`` anywhere in a name; ``DistributedDataParallel`` adds ``module.`` in front of
-    every name.
+    ``torch.compile`` adds ``_orig_mod`` anywhere in a name, FSDP ``_fsdp_wrapped_module`` and activation checkpointing
+    ``_checkpoint_wrapped_module``; ``DistributedDataParallel`` adds ``module.`` in front of every name.
 
     Example:
         >>> canonical_names(["module.net._orig_mod.weight"])
@@ -40,7 +42,7 @@ def canonical_names(names: list[str]) -> dict[str, str]:
     canonical = {}
     for name in names:
         short = name.removeprefix("module.") if wrapped else name
-        short = ".".join(part for part in short.split(".") if part != "_orig_mod")
+        short = ".".join(part for part in short.split(".") if part not in WITHIN)
         _put(canonical, short, name)
     return canonical
 

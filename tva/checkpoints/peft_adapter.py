@@ -20,6 +20,7 @@ from tva.checkpoints.lora import (
     orientations,
     read_config,
     sort_tensors,
+    with_tokens,
 )
 from tva.checkpoints.names import ADVICE, KeyMap, NameFilter, NameMatch, match_names
 from tva.checkpoints.open import find, open_weights
@@ -148,11 +149,11 @@ def open_adapter(
     folder = folder.parent if folder.is_file() else folder
     config = read_config(folder)
     check_not_quantized(base, "the base" if not isinstance(base, LazyWeights) else str(base.path))
-    tensors = sort_tensors(folder, _open_tensors(folder))
+    tensors = sort_tensors(folder, config, _open_tensors(folder))
     modules = {f"{module}.weight": module for module in tensors.low_rank}
     model = model_config(base.path) if isinstance(base, LazyWeights) else {}
     only = only or NameFilter()
-    targets = [*modules, *(name for name in tensors.whole if name not in modules)]
+    targets = list(dict.fromkeys([*modules, *tensors.whole, *tensors.tokens]))
     left_out = only.note(targets, "")
     kept = only.kept(base)
     match = _match(folder, only.kept(targets), tensors, kept, key_map, advice)
@@ -170,6 +171,8 @@ def open_adapter(
         start = tensors.whole.get(target, entries[name])
         if start.shape != shapes[name]:
             raise MismatchError(_other_shape(folder, target, start.shape, shapes[name]))
+        if target in tensors.tokens:
+            start = with_tokens(folder, config, target, start, tensors.tokens[target])
         if target in modules:
             module = modules[target]
             factors = tensors.low_rank[module]
@@ -270,7 +273,8 @@ def _move_ties(
         if not inside:
             continue
         lora = {name: tensors.low_rank.get(targets[name].removesuffix(".weight")) for name in inside}
-        if len(inside) == 1 and (factors := lora[inside[0]]) is not None and factors.embedding:
+        factors, only_tokens = lora[inside[0]], {targets[name] for name in inside} <= tensors.tokens.keys()
+        if len(inside) == 1 and (factors.embedding if factors else only_tokens):
             for name in group - {inside[0]}:
                 moved[name] = moved[inside[0]]
                 added.append(name)
