@@ -65,6 +65,34 @@ def write_model(folder: Path, kind="bert", words=WORDS, seed=0, tokenizer=True, 
     return str(folder)
 
 
+def write_classifier(
+    folder: Path, kind="sequence", moved=0.0, seed=1, labels=("negative", "positive"), **options
+) -> str:
+    """Write a tiny BERT with a trained head, its weights moved at random, with its tokenizer; return the folder."""
+    import transformers
+
+    torch.manual_seed(0)
+    names = {"id2label": dict(enumerate(labels)), "label2id": {label: index for index, label in enumerate(labels)}}
+    size = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+    config = transformers.BertConfig(
+        vocab_size=len(SPECIAL) + len(WORDS),
+        max_position_embeddings=64,
+        initializer_range=0.3,
+        **size,
+        **names,
+        **options,
+    )
+    auto = {"sequence": "BertForSequenceClassification", "token": "BertForTokenClassification"}[kind]
+    model = getattr(transformers, auto)(config)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += moved * torch.randn(parameter.shape, generator=generator)
+    model.save_pretrained(folder)
+    make_tokenizer().save_pretrained(folder)
+    return str(folder)
+
+
 def reviews(count: int, seed=0) -> dict[str, list]:
     """Make short reviews whose class is that of their adjective."""
     random = np.random.default_rng(seed)

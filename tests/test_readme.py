@@ -38,9 +38,28 @@ def folder(tmp_path, monkeypatch):
     return tmp_path
 
 
-@pytest.mark.parametrize("text", blocks("python"))
+@pytest.mark.parametrize("text", blocks("python")[1:])
 def test_python_blocks_run(folder, text, capsys):
     exec(text, {})
+
+
+def test_the_first_python_block_is_an_edit_of_a_newcomers_network(folder, capsys):
+    from small_text import write_classifier
+    from torch.utils.data import DataLoader
+
+    text = blocks("python")[0]
+    assert len(text.splitlines()) <= 12
+    write_classifier(folder / "reviews-base")
+    write_classifier(folder / "toxic-finetuned", moved=0.05)
+    rows = [{"input_ids": torch.tensor([1 + row, 8, 9]), "labels": row % 2} for row in range(20)]
+
+    def evaluate(model, split):
+        return [1.0, 0.0] if split == "val" else 0.5
+
+    scope = {"val_loader": DataLoader(rows[:10], 5), "test_loader": DataLoader(rows[10:], 5), "evaluate": evaluate}
+    exec(text, scope)
+    assert "toxic" in capsys.readouterr().out
+    assert (folder / "edited/edited.safetensors").exists()
 
 
 def test_the_library_block_computes_what_it_says(folder):

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from importlib.metadata import version
 from typing import Any
 
+import lightning as L
 from torch import Tensor
 
 from tva.checkpoints import fingerprint
@@ -16,6 +17,7 @@ from tva.evaluation.batch_cache import BatchCache
 from tva.evaluation.evaluate import evaluate
 from tva.evaluation.log import EvaluationLog, digest_of
 from tva.evaluation.result import Evaluation, Split
+from tva.models.network import measured_module
 from tva.vectors.kind import kind_of
 from tva.vectors.task_vector import TaskVector
 from tva.version import __version__
@@ -57,11 +59,12 @@ class Evaluator:
         self._checked: set[tuple[str, Split]] = set()
         self.buffers: dict[str, dict[str, Tensor]] = {}
         self._written = False
+        self._modules: dict[str, L.LightningModule] = {}
 
     @functools.cached_property
     def facts(self) -> dict[str, Any]:
         """What every evaluation of this run depends on."""
-        model, trainer = self.editor.model, self.editor.trainer
+        model, trainer = getattr(self.editor.model, "wrapped", self.editor.model), self.editor.trainer
         return {
             "base": fingerprint(self.editor.base).digest,
             "model": f"{type(model).__module__}.{type(model).__qualname__}",
@@ -73,6 +76,12 @@ class Evaluator:
             "versions": {"tva": __version__, **{name: version(name) for name in ("torch", "lightning")}},
         }
 
+    def _module(self, task: str) -> L.LightningModule:
+        """Return the module that evaluates the model on a task, the same in every pass."""
+        if task not in self._modules:
+            self._modules[task] = measured_module(self.editor.model, self.editor.datamodules[task])
+        return self._modules[task]
+
     def base(self, task: str, split: Split) -> Evaluation:
         """Evaluate the base again in every run: what other evaluations are compared with, and the check of the log."""
         if (task, split) not in self._base:
@@ -80,7 +89,7 @@ class Evaluator:
                 self.editor.set(None, 0.0)
             found = evaluate(
                 self.editor.trainer,
-                self.editor.model,
+                self._module(task),
                 self.editor.datamodules[task],
                 split,
                 cache=self.cache,
@@ -190,7 +199,7 @@ class Evaluator:
         self._written = True
         found = evaluate(
             self.editor.trainer,
-            self.editor.model,
+            self._module(task),
             self.editor.datamodules[task],
             split,
             edits=edits,
@@ -281,6 +290,6 @@ def check_identity(found: Evaluation, base: Evaluation, task: str, split: str) -
     ] or ["the same means of other scores by example"]
     raise HarnessError(
         f"An edit with coefficient 0 must score exactly as the base, but on {task} ({split}) it did not: "
-        f"{', '.join(odd[:3])}. So what is measured is not only the edit: look for randomness in the evaluation step "
-        f"or the data module, and for state outside the state dict. Nothing was written."
+        f"{', '.join(odd[:3])}. So what is measured is not only the edit: look for randomness in the evaluation step, "
+        f"the data or the function that evaluates, and for state outside the state dict. Nothing was written."
     )

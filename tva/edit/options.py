@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import functools
+import keyword
 import os
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +18,9 @@ from tva.compose.recipe import Recipe
 from tva.edit.editor import Statistics
 from tva.errors import some
 from tva.evaluation.batch_cache import Place
+from tva.evaluation.measures import as_tasks
 from tva.search import NORMALIZED, SCALING, Constraint, Given, Grid, Objective, Rule, Search
+from tva.vectors.task_vector import TaskVector
 
 Baseline = Literal["gradient_ascent", "average", "endpoints", "joint"]
 Diagnosis = Literal["cosine", "signs", "norms", "linearity", "disentanglement", "blame"]
@@ -29,12 +33,15 @@ class EditOptions:
     Args:
         output: Folder for ``edit.json`` and ``report.html``, and if the constraints hold for ``edited.safetensors`` and
             the model card ``README.md``.
-        vectors: Names to task vector files, or to fine-tuned checkpoints whose task vector is taken here. A task of the
-            same name is compared with its fine-tuned model.
+        vectors: Names to task vector files, or to fine-tuned checkpoints whose task vector is taken here; from Python
+            also to `TaskVector` in memory, or a list of any of these, named by their paths. A task of the same name is
+            compared with its fine-tuned model.
         recipe: Expression of those names, such as ``-digits`` or ``analogy(a, b, c)``. Names that are no vectors are
             coefficients, with a value in ``coefs`` or a range in the search.
-        targets: Data modules of the tasks that the edit means to change, by name.
-        controls: Data modules of the tasks that it must not change.
+        targets: Data modules of the tasks that the edit means to change, by name; from Python also
+            ``(val_loader, test_loader, metric)``, ``(datamodule, metric)``, or a function ``evaluate(model, split)``
+            (see `tva.evaluation.measures`).
+        controls: The tasks that it must not change, likewise.
         base: Checkpoint of the base model.
         coefs: Values of the coefficients in the recipe.
         scaling_coef: Coefficient of the whole recipe; by default it is searched.
@@ -99,8 +106,9 @@ class EditOptions:
     allow_shared_examples: bool = False
 
     def __post_init__(self) -> None:
-        paths = {name: os.fspath(path) for name, path in self.vectors.items()}
-        object.__setattr__(self, "vectors", paths)
+        object.__setattr__(self, "vectors", named_vectors(self.vectors))
+        for name in ("targets", "controls"):
+            object.__setattr__(self, name, as_tasks(getattr(self, name)))
         for name in ("base", "joint"):
             path = getattr(self, name)
             object.__setattr__(self, name, path if path is None else os.fspath(path))
@@ -118,7 +126,9 @@ class EditOptions:
     @property
     def inputs(self) -> list[str | os.PathLike[str]]:
         """Paths of the checkpoints and vectors that are read."""
-        return [path for path in (*self.vectors.values(), self.base, self.joint) if path is not None]
+        return [
+            path for path in (*self.vectors.values(), self.base, self.joint) if isinstance(path, (str, os.PathLike))
+        ]
 
     @functools.cached_property
     def only(self) -> NameFilter:
@@ -164,7 +174,7 @@ class EditOptions:
         if twice:
             raise ValueError(f"A task is a target or a control, not both: {some(twice)}. Rename one of them.")
         if not self.tasks:
-            raise ValueError("An edit must be shown to do something: give at least one data module under targets.")
+            raise ValueError("An edit must be shown to do something: give at least one task under targets.")
 
     def _objective(self) -> Objective | None:
         if self.minimize is not None and self.maximize is not None:
@@ -211,6 +221,51 @@ class EditOptions:
             )
         if ("joint" in asked) != (self.joint is not None):
             raise ValueError("The baseline 'joint' and the checkpoint joint= go together: give both or none.")
+
+
+def named_vectors(given: Any) -> dict[str, str | TaskVector]:
+    """Return vectors by name: paths as texts, and those in memory as they are.
+
+    Args:
+        given: A mapping from names; or a list of paths and `TaskVector`, or one, which get names from their paths and
+            tasks.
+
+    Raises:
+        TypeError: One is neither a path nor a `TaskVector`.
+        ValueError: Two get the same name.
+    """
+    if isinstance(given, (str, os.PathLike, TaskVector)):
+        given = [given]
+    if not isinstance(given, Mapping):
+        named: dict[str, Any] = {}
+        for place, vector in enumerate(given, start=1):
+            name = _name_of(vector, f"vector{place}")
+            if name in named:
+                raise ValueError(
+                    f"Two vectors would be called {name!r}. Give them names, as in "
+                    f"vectors={{'a': {str(vector)[:60]!r}, …}}."
+                )
+            named[name] = vector
+        given = named
+    odd = [name for name, vector in given.items() if not isinstance(vector, (str, os.PathLike, TaskVector))]
+    if odd:
+        raise TypeError(
+            f"A vector must be the path of a task vector file or of a fine-tuned checkpoint, or a TaskVector; "
+            f"{some(odd)} is a {type(given[odd[0]]).__name__}. Of two models in memory take "
+            f"TaskVector.between(base.state_dict(), finetuned.state_dict())."
+        )
+    return {name: vector if isinstance(vector, TaskVector) else os.fspath(vector) for name, vector in given.items()}
+
+
+def _name_of(vector: Any, otherwise: str) -> str:
+    """Name a vector by its task or its path's last part, as an identifier that a recipe can use."""
+    if isinstance(vector, TaskVector):
+        text = vector.origin.task or otherwise
+    else:
+        path = Path(os.fspath(vector))
+        text = path.name.split(".")[0] if path.suffix in (".safetensors", ".ckpt", ".bin", ".pt", ".pth") else path.name
+    name = re.sub(r"\W+", "_", text).strip("_")
+    return name if name.isidentifier() and not keyword.iskeyword(name) else f"v_{name}" if name else otherwise
 
 
 @dataclass(frozen=True)

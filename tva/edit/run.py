@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import lightning as L
 
@@ -13,11 +14,12 @@ from tva.edit.session import EditSession, open_session
 from tva.edit.training_context import training_context
 from tva.edit.write import build_report, write_edit
 from tva.evaluation.ranks import check_strategy
+from tva.models.network import as_module
 from tva.report.edit_report import EditReport
 from tva.search import Candidate, Choice, Given
 
 
-def run_edit(trainer: L.Trainer, model: L.LightningModule, options: EditOptions) -> EditReport:
+def run_edit(trainer: L.Trainer, model: Any, options: EditOptions) -> EditReport:
     """Edit a model, validate the edit on control tasks, and write it if the constraints hold.
 
     The coefficients are chosen on validation data; what is reported, and what decides, is test data. An edit with
@@ -25,8 +27,8 @@ def run_edit(trainer: L.Trainer, model: L.LightningModule, options: EditOptions)
 
     Args:
         trainer: Any Trainer.
-        model: Any LightningModule with validation and test steps; its weights are the base unless ``base`` is given.
-            Left with the edited weights.
+        model: What `tva.models.network.as_module` takes; its weights are the base unless ``base`` is given. Left with
+            the edited weights.
         options: What to do.
 
     Returns:
@@ -41,7 +43,7 @@ def run_edit(trainer: L.Trainer, model: L.LightningModule, options: EditOptions)
     check_strategy(trainer)
     goal = options.checked()
     check_output(options.folder, [*options.inputs, *goal.recipe.files])
-    session = open_session(trainer, model, goal)
+    session = open_session(trainer, as_module(model), goal)
     choice = choose(session)
     outcome = prove(session, choice)
     report = build_report(outcome)

@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping, Sequence
 from json import dumps
 from pathlib import Path
 from typing import Any
 
 import lightning as L
+from torch import nn
 
 from tva.console import in_notebook
-from tva.edit.options import EditOptions
+from tva.edit.options import EditOptions, named_vectors
 from tva.edit.run import run_edit
 from tva.evaluation.evaluate import quiet
 from tva.report.edit_report import EditReport
 from tva.report.terminal import print_report
 from tva.vectors.header import SUFFIX
+from tva.vectors.task_vector import TaskVector
+
+Vector = str | os.PathLike[str] | TaskVector
+Vectors = Mapping[str, Vector] | Sequence[Vector] | Vector
 
 
 class Trainer(L.Trainer):
@@ -76,26 +82,52 @@ class Trainer(L.Trainer):
 
 
 def edit_model(
-    model: L.LightningModule, *, output: str | os.PathLike[str], trainer: L.Trainer | None = None, **options: Any
+    model: L.LightningModule | nn.Module | str | os.PathLike[str],
+    *,
+    vectors: Vectors,
+    output: str | os.PathLike[str],
+    recipe: str | None = None,
+    trainer: L.Trainer | None = None,
+    **options: Any,
 ) -> EditReport:
     """Combine task vectors, choose the coefficient, edit the model and prove it, as ``tva edit`` does, from Python.
 
     Args:
-        model: Any LightningModule with validation and test steps; its weights are the base unless ``base`` is given.
-            Left with the edited weights.
+        model: A LightningModule with validation and test steps, or any network, for tasks that bring a metric; its
+            weights are the base unless ``base`` is given. Left with the edited weights.
+        vectors: Names to task vector files, fine-tuned checkpoints or `TaskVector` in memory; or a list of these, or
+            one, named by their paths.
         output: Folder for ``edit.json``, the page, and if the constraints hold the weights and the model card.
+        recipe: Expression of the vectors, such as ``-toxic``; by default their sum.
         trainer: Any Trainer; by default a quiet one for this machine.
-        **options: Those of `tva.edit.options.EditOptions`, such as ``vectors``, ``recipe`` and ``targets``.
+        **options: Those of `tva.edit.options.EditOptions`, such as ``targets``, ``controls`` and ``minimize``.
 
     Returns:
         The report; ``report.show()`` shows it, in a notebook as a page and elsewhere as a table.
 
     Raises:
+        TypeError: Model, vectors or tasks are of a kind that cannot be edited or evaluated.
         ValueError: Options, model, base or vectors do not fit together; nothing was written.
         FileNotFoundError: A checkpoint or data file is missing.
+
+    Example:
+        Let a network forget what fine-tuning on toxic texts taught it, as far as a control task allows::
+
+            edit_model(
+                network,
+                vectors={"toxic": "toxic-finetuned"},
+                recipe="-toxic",
+                targets={"toxic": (val_loader, test_loader, MulticlassAccuracy(2))},
+                controls={"reviews": evaluate_on_reviews},
+                minimize="toxic/accuracy",
+                subject_to=["reviews/score >= 0.95 * base"],
+                output="edited",
+            )
     """
+    named = named_vectors(vectors)
     with quiet():
         if trainer is None:
             bars = {"enable_progress_bar": False, "enable_model_summary": False, "enable_checkpointing": False}
             trainer = Trainer(logger=False, **bars)
-        return run_edit(trainer, model, EditOptions(output=output, **options))
+        recipe = " + ".join(named) if recipe is None else recipe
+        return run_edit(trainer, model, EditOptions(output=output, vectors=named, recipe=recipe, **options))

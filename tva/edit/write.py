@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import platform
@@ -16,6 +17,7 @@ from typing import Any
 from torch import Tensor
 
 from tva.checkpoints import (
+    HashedWeights,
     Info,
     LazyWeights,
     atomic_path,
@@ -32,7 +34,7 @@ from tva.edit.folder import MADE_BY, UNDO, replacing
 from tva.edit.options import EditOptions
 from tva.edit.outcome import Outcome
 from tva.edit.session import EditSession
-from tva.errors import some
+from tva.errors import MismatchError, some
 from tva.evaluation.leaks import chance_accuracy
 from tva.evaluation.result import Evaluation
 from tva.report.edit_report import EditReport, Score, TaskReport, stamp
@@ -43,6 +45,7 @@ from tva.search import score
 from tva.vectors.kind import KEY
 from tva.vectors.lazy import LazyTaskVector
 from tva.vectors.redact import public_command, public_path
+from tva.vectors.task_vector import TaskVector
 from tva.version import __version__
 
 
@@ -123,12 +126,12 @@ def _describe_vectors(outcome: Outcome) -> dict[str, dict[str, Any]]:
     deltas = session.evaluator.facts["vectors"]
     return {
         name: {
-            "path": public_path(path),
+            "path": shown_path(path),
             "fingerprint": session.vectors[name].origin.finetuned,
             "norm": session.vectors[name].norm(),
             "deltas": deltas[name],
             "step": session.vectors[name].origin.step,
-            **stamp(path),
+            **(stamp(path) if isinstance(path, str) else {}),
         }
         for name, path in session.options.vectors.items()
     }
@@ -205,6 +208,11 @@ def _write_page(content: Mapping[str, Any], folder: Path) -> None:
         )
 
 
+def shown_path(vector: str | TaskVector) -> str:
+    """Return where a vector is, for the report and the record."""
+    return public_path(vector) if isinstance(vector, str) else "in memory"
+
+
 def _in_memory(weights: Mapping[str, Tensor]) -> LazyWeights:
     entries = {name: InMemory(tensor.detach().cpu()) for name, tensor in weights.items()}
     return as_real(LazyWeights(Info(Path("model"), "model in memory"), entries))
@@ -215,10 +223,16 @@ def _record(outcome: Outcome, edited: Mapping[str, Tensor]) -> Record:
     options, recipe, state = outcome.session.options, outcome.session.goal.recipe, outcome.state
     base, vectors = outcome.session.editor.base, {name: options.vectors[name] for name in recipe.vectors}
     opened = _in_memory(base)
-    sources = {
-        name: LazyTaskVector(path, opened, name=name, allow_other_base=options.allow_other_base, only=options.only)
-        for name, path in vectors.items()
-    }
+
+    def source(name: str) -> HashedWeights:
+        path, vector = vectors[name], outcome.vectors[name]
+        if isinstance(path, str):
+            with contextlib.suppress(MismatchError):  # of names, which the vector was loaded in spite of
+                other = options.allow_other_base
+                return LazyTaskVector(path, opened, name=name, allow_other_base=other, only=options.only).weights
+        return HashedWeights(_in_memory({**vector.deltas, **vector.buffers}))  # as its file would be
+
+    sources = {name: source(name) for name in vectors}
     coefs, digest = dict(state.coefs), fingerprint(base).digest
     return Record(
         recipe=state.recipe,
@@ -226,15 +240,15 @@ def _record(outcome: Outcome, edited: Mapping[str, Tensor]) -> Record:
         scaling_coef=state.scaling_coef,
         dtype="",
         base=public_path(_base_file(options, base) or _base_beside(options.vectors.values(), digest)),
-        vectors={name: public_path(path) for name, path in vectors.items()},
+        vectors={name: shown_path(path) for name, path in vectors.items()},
         options={
             "allow_other_base": options.allow_other_base,
             "key_map": {},
-            "which": {name: source.weights.info.which for name, source in sources.items()},
+            "which": {name: found.info.which for name, found in sources.items()},
             "statistics": state.statistics,
             **options.only.options,
         },
-        vector_fingerprints={name: source.weights.fingerprint().digest for name, source in sources.items()},
+        vector_fingerprints={name: found.fingerprint().digest for name, found in sources.items()},
         file_fingerprints={path: file.fingerprint().digest for path, file in recipe.files.items()},
         base_fingerprint=digest,
         edited_fingerprint=fingerprint(edited).digest,
@@ -247,7 +261,7 @@ def _base_file(options: EditOptions, base: Mapping[str, Tensor]) -> str:
     return str(options.base) if whole else ""
 
 
-def _base_beside(vectors: Iterable[str], digest: str) -> str:
+def _base_beside(vectors: Iterable[str | TaskVector], digest: str) -> str:
     """Return the base that TaskVectorCallback wrote beside a vector, found by its name, or an empty string."""
-    places = [Path(path).parent / f"base-{digest}.safetensors" for path in vectors]
+    places = [Path(path).parent / f"base-{digest}.safetensors" for path in vectors if isinstance(path, str)]
     return next((str(place) for place in places if place.is_file()), "")

@@ -15,6 +15,7 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from tva.console import counting
 from tva.errors import some
 from tva.evaluation.batch_cache import BatchCache, through_cache
+from tva.evaluation.measures import FunctionTask, measures_of
 from tva.evaluation.metrics import KL
 from tva.evaluation.ranks import check_strategy, gather, in_turn
 from tva.evaluation.recorder import Recorder, recording, step_name
@@ -69,6 +70,9 @@ def evaluate(
             several processes cannot share the task.
     """
     check_strategy(trainer)
+    if isinstance(datamodule, FunctionTask):
+        network = getattr(model, "wrapped", model)
+        return datamodule.evaluate_edits(network, split, trainer.strategy.root_device, edits, part)
     if KL in extra and edits is not None and not share:
         raise ValueError(
             f"The metric {KL!r} compares edits with the base batch by batch, but {type(model).__name__} logs metrics "
@@ -81,7 +85,9 @@ def evaluate(
             edit()
             results.append(evaluate(trainer, model, datamodule, split, **options))
         return results
-    recorders = [Recorder(hashed=edits is None, extra=extra) for _ in edits or [None]]
+    measures = measures_of(datamodule)
+    extra = [name for name in extra if name not in measures]
+    recorders = [Recorder(edits is None, extra, measures) for _ in edits or [None]]
     device = trainer.strategy.root_device
     with (
         quiet(),

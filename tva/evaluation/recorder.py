@@ -22,7 +22,8 @@ from tva.checkpoints import tensor_digest
 from tva.errors import some
 from tva.evaluation.batch_cache import shallow_copy
 from tva.evaluation.leaks import row_digests
-from tva.evaluation.metrics import KL, compute, divergence, find_metric
+from tva.evaluation.measures import Measure
+from tva.evaluation.metrics import KL, divergence
 from tva.evaluation.result import Evaluation
 
 
@@ -40,7 +41,7 @@ class _Batch:
 
     num_examples: int = 0
     logged: list[tuple[str, float, float]] = field(default_factory=list)
-    returned: dict[str, Tensor] = field(default_factory=dict)
+    returned: dict[str, Any] = field(default_factory=dict)
     hashes: list[str] = field(default_factory=list)
     rows: list[int] = field(default_factory=list)
 
@@ -48,7 +49,10 @@ class _Batch:
 class Recorder:
     """What one edit logged and returned in a pass, batch by batch."""
 
-    def __init__(self, hashed: bool = False, extra: Sequence[str] = ()) -> None:
+    def __init__(
+        self, hashed: bool = False, extra: Sequence[str] = (), measures: Mapping[str, Measure] | None = None
+    ) -> None:
+        self.measures = measures or {}  # what the task is measured by, where the model does not log it
         self.whole = any(name != KL for name in extra)  # whether predictions are kept, for metrics not logged
         self.divergent = KL in extra
         self.hashed = hashed
@@ -80,11 +84,19 @@ class Recorder:
             here.rows = row_digests(self.batch)
         if not isinstance(outputs, Mapping):
             return
-        for key in ("correct", "preds", "target") if self.whole else ("correct",):
-            if outputs.get(key) is not None:
-                here.returned[key] = outputs[key].detach().cpu()
         preds = outputs.get("preds")
-        if preds is not None and preds.ndim == 2:
+        whole = self.whole
+        if preds is not None and outputs.get("target") is not None:
+            for measure in self._unlogged():
+                scores = measure.scores(preds, outputs["target"])
+                whole |= scores is None
+                if scores is not None:
+                    here.returned[f"scores/{measure.name}"] = scores
+        for key in ("correct", "preds", "target") if whole else ("correct",):
+            if outputs.get(key) is not None:
+                value = outputs[key]
+                here.returned[key] = value.detach().cpu() if isinstance(value, Tensor) else list(value)
+        if isinstance(preds, Tensor) and preds.ndim == 2:
             here.returned["predicted"] = preds.argmax(dim=-1).int().cpu()
             labels = outputs.get("target")
             if (
@@ -105,9 +117,14 @@ class Recorder:
     def num_examples(self) -> int:
         return sum(batch.num_examples for batch in self.batches)
 
-    def returned(self) -> dict[str, Tensor]:
+    def _unlogged(self) -> list[Measure]:
+        """Return the task's measures that the model's step did not log by itself."""
+        logged = {_last_name(name) for name in (*self.metrics, *(name for name, *_ in self.batches[-1].logged))}
+        return [measure for name, measure in self.measures.items() if name not in logged]
+
+    def returned(self) -> dict[str, Any]:
         keys = dict.fromkeys(key for batch in self.batches for key in batch.returned)
-        return {key: torch.cat([b.returned[key] for b in self.batches if key in b.returned]) for key in keys}
+        return {key: _joined([b.returned[key] for b in self.batches if key in b.returned]) for key in keys}
 
     def data_digest(self) -> str | None:
         if not self.hashed:
@@ -132,6 +149,24 @@ class Recorder:
     def logged(self) -> dict[str, float]:
         return self.means() | {name: float(metric.compute()) for name, metric in self.metrics.items()}
 
+    def _direction(self, name: str) -> bool | None:
+        """Return whether larger values of a task's own measure are better, where it says so."""
+        return getattr(getattr(self.measures.get(name), "given", None), "higher_is_better", None)
+
+    def _check_metrics(self, model: Any, split: str, metrics: Mapping[str, float]) -> None:
+        step = f"{type(getattr(model, 'wrapped', model)).__name__}.{step_name(split)}"
+        missing = [name for name in self.measures if name not in metrics]
+        if missing:
+            raise ValueError(
+                f"The metric {some(missing)} is of predictions and targets, and {step} returns none. Return a mapping "
+                f"with 'preds' and 'target' from it."
+            )
+        if not metrics:
+            raise ValueError(
+                f"{type(model).__name__} logged no metric on the {split} split; its "
+                f"{'validation' if split == 'val' else 'test'}_step must call self.log."
+            )
+
     def _by_last_name(
         self, model: Any, split: str, logged: Mapping[str, float]
     ) -> tuple[dict[str, float], dict[str, bool]]:
@@ -146,38 +181,37 @@ class Recorder:
             direction = getattr(self.metrics.get(key), "higher_is_better", None)
             if direction is not None:
                 directions[name] = direction
-        if not metrics:
-            raise ValueError(
-                f"{type(model).__name__} logged no metric on the {split} split; its "
-                f"{'validation' if split == 'val' else 'test'}_step must call self.log."
-            )
         return metrics, directions
 
     def evaluation(
         self, model: Any, split: str, logged: Mapping[str, float], shareable: bool, extra: Sequence[str]
     ) -> Evaluation:
         metrics, directions = self._by_last_name(model, split, logged)
+        logged_names = set(metrics)
         returned = self.returned()
         scores = {key.removeprefix("scores/"): v.numpy() for key, v in returned.items() if key.startswith("scores/")}
         if "correct" in returned:
             scores["accuracy"] = returned["correct"].bool().numpy()
         _check_scores(model, scores, metrics, self.num_examples)
         # 950 of 1,000 is 0.95 and meets a bound of 0.95; the 0.94999999 that is logged in float32 does not
-        metrics |= {name: float(values.mean(dtype=np.float64)) for name, values in scores.items() if name in metrics}
-        found, logged_names = {}, set(metrics)
+        own = {*metrics, *self.measures}
+        metrics |= {name: float(values.mean(dtype=np.float64)) for name, values in scores.items() if name in own}
         if KL in extra and KL not in metrics:
             metrics[KL], directions[KL] = _mean_divergence(model, split, scores), False
         preds, target = returned.get("preds"), returned.get("target")
-        for name in extra if preds is not None and target is not None else ():
+        asked = {name: Measure(name, name) for name in extra} | dict(self.measures)
+        found: dict[str, Metric] = {}
+        for name, measure in asked.items() if preds is not None and target is not None else ():
             if name in metrics:
                 continue
-            metric = find_metric(name, preds.shape[-1])
-            value = compute(metric, preds, target)
+            metric, value = measure.compute(preds, target)
             if value.ndim == 1 and len(value) == self.num_examples:
                 scores[name] = value.double().numpy()
                 metrics[name] = float(scores[name].mean())
             elif value.numel() == 1:
-                found[name], metrics[name] = metric, float(value)
+                metrics[name] = float(value)
+                if isinstance(target, Tensor) and len(target) == self.num_examples:  # else no row is an example
+                    found[name] = metric
             else:
                 raise ValueError(
                     f"The metric {name!r} must be one number, or one an example; of {self.num_examples} examples it "
@@ -185,6 +219,8 @@ class Recorder:
                 )
             if metric.higher_is_better is not None:
                 directions[name] = bool(metric.higher_is_better)
+        directions |= {name: way for name in scores if (way := self._direction(name)) is not None}
+        self._check_metrics(model, split, metrics)
         return Evaluation(
             metrics,
             self.num_examples,
@@ -210,6 +246,19 @@ def _mean_divergence(model: Any, split: str, scores: Mapping[str, np.ndarray]) -
             f"vocabulary) with 'mask' (batch, positions), from it."
         )
     return float(scores[KL].mean(dtype=np.float64))
+
+
+def _joined(parts: Sequence[Any]) -> Any:
+    """Put the parts of all batches together: tensors of one shape but for their length, or lists."""
+    if not isinstance(parts[0], Tensor):
+        return [item for part in parts for item in part]
+    if len({part.shape[1:] for part in parts}) == 1:
+        return torch.cat(list(parts))
+    shapes = some(list(dict.fromkeys(str(list(part.shape)) for part in parts)))
+    raise ValueError(
+        f"A metric of all examples together needs predictions and targets of one shape in all batches; found {shapes}. "
+        f"Give a function of preds and target that returns one number an example of a batch, or pad the batches alike."
+    )
 
 
 def _last_name(key: str) -> str:

@@ -66,7 +66,7 @@ class TaskReport:
         split: Split that the scores are from.
         metric: The metric's name.
         higher_is_better: Its direction.
-        num_examples: Examples evaluated.
+        num_examples: Examples evaluated; 0 where a function returned one number of all of them.
         scores: ``base`` and ``edited``, and where known ``finetuned`` and ``random``.
         comparison: The edited model against the base, example by example, where examples are known.
         chance: The accuracy that the edited model's predictions would have if they did not depend on the input, where
@@ -173,7 +173,13 @@ class EditReport:
 
     @property
     def verdict(self) -> str:
-        """One sentence: whether the constraints hold, and on which data."""
+        """One sentence: whether the constraints hold, and on which data; another if a score has no interval."""
+        single = [name for name, task in self.tasks.items() if task.num_examples == 0]
+        without = f"; {some(single)}: one number, for which no interval is claimed" if single else ""
+        return self._verdict + without
+
+    @property
+    def _verdict(self) -> str:
         if self.split == "val":
             return f"NO EDIT: {self.reason}. No weights were written."
         failing = [constraint for constraint in self.constraints if not constraint.holds]

@@ -88,7 +88,8 @@ def _body(content: Content) -> str:
             for label in ("base", "edited", "finetuned", "random")
         ]
         own = [number(entry["normalized"], "accuracy")] if normalized else []
-        scores.append([task, entry["role"], metric, f"{entry['split']}, {entry['num_examples']:,}", *cells, *own])
+        count = f", {entry['num_examples']:,}" if entry["num_examples"] else ""
+        scores.append([task, entry["role"], metric, entry["split"] + count, *cells, *own])
     heads = ["task", "role", "metric", "data", "base", "edited", "fine-tuned on it", "random vector"]
     constraints = [
         f"- `{c['text']}`: {'holds' if c['holds'] else 'fails'} ({number(c['value'], c['metric'])} against "

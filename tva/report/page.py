@@ -173,7 +173,13 @@ def before_table(content: Content) -> dict[str, Any]:
         constraints = [{**c, "shown": _constraint(c)} for c in content["constraints"] if c["task"] == task]
         words = {key: entry[key] for key in ("role", "metric", "split")}
         rows.append(
-            {"task": task, **words, "n": f"{entry['num_examples']:,}", "cells": shown, "constraints": constraints}
+            {
+                "task": task,
+                **words,
+                "n": f"{entry['num_examples']:,}" if entry["num_examples"] else "–",
+                "cells": shown,
+                "constraints": constraints,
+            }
         )
     return {"heads": [column.heading for column in columns], "rows": rows}
 

@@ -124,6 +124,7 @@ def _footnote(content: Mapping[str, Any]) -> str:
         f"{task} {split.get('val', 0):,} / {split.get('test', 0):,}"
         + (f" ({split['shared']:,} of them in both)" if "shared" in split else "")
         for task, split in content["sizes"].items()
+        if any(split.values())
     ]
     search = content["search"]
     spent = f"{search['num_forward']:,} examples evaluated"

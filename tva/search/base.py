@@ -254,7 +254,8 @@ def constraint_slack(constraint: Constraint, edited: Evaluation, base: Evaluatio
     if constraint.metric not in edited.scores or constraint.metric not in base.scores:
         raise ValueError(
             f"A confidence needs per-example scores, and there are none for {constraint.text!r}: the model's steps "
-            f"must return 'correct' for accuracy, or 'scores' with {constraint.metric!r}."
+            f"must return 'correct' for accuracy, or 'scores' with {constraint.metric!r}; a function that evaluates "
+            f"must return one number an example."
         )
     scores = edited.scores[constraint.metric], base.scores[constraint.metric]
     return slack_of(*scores, constraint.slope, confidence, constraint.above)
