@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import datasets
 import pytest
 import torch
 from small_models import free_port
@@ -88,3 +89,25 @@ def test_hugging_face_trainer(tmp_path):
         assert vector.origin.base == fingerprint(base)
         for name, delta in vector.deltas.items():
             assert torch.equal(delta, tuned[name] - base[name])
+
+
+def test_fetched_data_are_what_the_configs_name(tmp_path, monkeypatch):
+    """The hub is replaced by rows of its form; that the repositories exist is not tested."""
+
+    def load(repository, subset, revision):
+        texts = {"tweet" if "hate" in repository else "text": [f"text {row}\n" for row in range(20)]}
+        label = {"CogComp/trec": "coarse_label", "tdavidson/hate_speech_offensive": "class"}.get(repository, "label")
+        rows = datasets.Dataset.from_dict({**texts, label: [row % 2 for row in range(20)]})
+        return {"train": rows} if "hate" in repository else {"train": rows, "test": rows}
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    names = ["trec6", "ag_news", "toxicity", "sentence_polarity", "wikitext2"]
+    run(monkeypatch, "fetch_data.py", *names, "--folder", tmp_path)
+    configs = "".join(path.read_text() for path in (EXAMPLES.parent / "configs").rglob("*.yaml"))
+    used = set(re.findall(r"\bdata/([\w-]+\{split\}[.\w]+)", configs))
+    assert len(used) == 5
+    for name in used:
+        assert (tmp_path / name.replace("{split}", "test")).exists()
+    read = datasets.Dataset.from_parquet(str(tmp_path / "toxicity-test.parquet"), cache_dir=str(tmp_path / "cache"))
+    assert read.features["label"].names == ["hate speech", "offensive language", "neither"]
+    assert read["text"][:2] == ["text 0\n", "text 10\n"]

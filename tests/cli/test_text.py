@@ -148,13 +148,16 @@ def test_a_causal_model_forgets_under_a_constraint_on_perplexity(tmp_path, tied,
 
 
 def test_a_real_sentence_encoder_learns_and_forgets_questions(tmp_path, monkeypatch):
-    monkeypatch.setenv("TVA_DATA", str(real_data()))
-    monkeypatch.setenv("TVA_MODELS", str(real_models(tmp_path)))
+    (tmp_path / "data").symlink_to(real_data() / "text")
+    monkeypatch.chdir(tmp_path)
+    encoder = str(real_models(tmp_path) / "minilm-l6")
     root = real_config("fit/text")
+    root["model"]["init_args"]["name"] = encoder
     root["trainer"] |= {"accelerator": "cpu", "max_epochs": 1, "default_root_dir": str(tmp_path / "run")}
     root["data"]["init_args"] |= {"limit_train": 256, "limit_val": 100}
     assert run(tmp_path / "fit.yaml", "fit", root) == 0
     edit = real_config("edit/forget-text")
+    edit["model"]["init_args"]["name"] = encoder
     edit |= {
         "vectors": {"trec6": str(tmp_path / "run/checkpoints/last.tv.safetensors")},
         "output": str(tmp_path / "out"),
@@ -181,7 +184,9 @@ def real_config(name):
     return yaml.safe_load((ROOT / f"configs/{name}.yaml").read_text())
 
 
-BLOCKS = re.findall(r"```yaml\n(.*?)```", (ROOT / "docs/reference/models.md").read_text(), flags=re.DOTALL)
+PAGES = ("reference/models", "howto/language-models")
+TEXT = "".join((ROOT / f"docs/{page}.md").read_text() for page in PAGES)
+BLOCKS = re.findall(r"```yaml\n(.*?)```", TEXT, flags=re.DOTALL)
 BLOCKS = [block for block in BLOCKS if block.startswith("model:")]  # the others are part of a configuration
 
 

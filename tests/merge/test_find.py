@@ -16,7 +16,7 @@ from tva.merge import METHODS, Method
 from tva.merge.find import own_methods
 from tva.plugins import installed
 
-PAGE = (Path(__file__).parents[2] / "docs" / "reference" / "methods.md").read_text()
+PAGE = (Path(__file__).parents[2] / "docs" / "tutorials" / "your-method.md").read_text()
 (MEDIAN,) = re.findall(r"```python\n([^`]*class Median.*?)```", PAGE, re.S)
 OTHER = "class Other:\n    pass\n"
 

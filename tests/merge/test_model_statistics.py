@@ -278,7 +278,7 @@ def test_training_that_cannot_be_measured_says_why(tmp_path):
 
 @pytest.mark.filterwarnings("ignore:.*does not have many workers.*", "ignore:.*number of training batches.*")
 def test_the_documentation_makes_both_files(tmp_path, monkeypatch):
-    page = (Path(__file__).parents[2] / "docs" / "reference" / "methods.md").read_text()
+    page = (Path(__file__).parents[2] / "docs" / "howto" / "merge-statistics.md").read_text()
     (block,) = re.findall(r"```python\n([^`]*MergeStatistics.*?)```", page, re.S)
     monkeypatch.chdir(tmp_path)
     scope = {"model": LinearNet(), "data": Blobs()}

@@ -10,6 +10,7 @@ from typing import Any
 
 from tva.checkpoints import atomic_path, fingerprint, open_weights
 from tva.report.edit_report import read_report, stamp
+from tva.report.export import all_rows, to_csv, to_latex
 from tva.report.page import comparison_page, differences, edit_page
 from tva.report.run_files import EDIT_JSON, PAGE
 from tva.vectors.header import is_vector_file
@@ -23,12 +24,14 @@ class Revisited:
     Attributes:
         contents: Their ``edit.json``, by name.
         notices: What is said at the top of each page, by name; of the comparison under ``""``.
-        pages: The pages written.
+        pages: The files written: pages, and tables if asked for.
+        skipped: Folders that hold no edit, such as those of fits.
     """
 
     contents: Mapping[str, Mapping[str, Any]]
     notices: Mapping[str, Sequence[str]]
     pages: Sequence[Path]
+    skipped: Sequence[Path] = ()
 
     def to_json(self) -> dict[str, Any]:
         """Return plain values."""
@@ -36,22 +39,54 @@ class Revisited:
             "runs": dict(self.contents),
             "notices": {name: list(said) for name, said in self.notices.items()},
             "pages": [str(page) for page in self.pages],
+            "skipped": [str(path) for path in self.skipped],
         }
 
 
-def revisit(runs: Sequence[str | os.PathLike[str]], output: str | os.PathLike[str] | None = None) -> Revisited:
-    """Rebuild the page of every run, and with several put them side by side.
+def revisit(
+    runs: Sequence[str | os.PathLike[str]],
+    output: str | os.PathLike[str] | None = None,
+    csv: str | os.PathLike[str] | None = None,
+    latex: str | os.PathLike[str] | None = None,
+) -> Revisited:
+    """Rebuild the page of every run, and with several put them side by side; export their numbers.
 
     Args:
-        runs: Folders of finished edits, or their ``edit.json``.
-        output: The page that compares them; by default ``comparison.html``. Of one run, where its page goes, by default
-            beside its ``edit.json``.
+        runs: Folders of finished edits, or their edit.json. Folders of fits among them are left out.
+        output: The page that compares them; by default comparison.html. Of one run, where its page goes, by default
+            beside its edit.json. A name that ends in .csv or .tex is a table instead, and no page is written.
+        csv: Also write all numbers of the tasks as CSV.
+        latex: Also write the table before and after as LaTeX.
 
     Raises:
-        FileNotFoundError: A run is none.
-        ValueError: A run holds no evaluations, or is given twice.
+        FileNotFoundError: A run does not exist, or none is an edit.
+        ValueError: A run holds no evaluations, or is given twice, or the output has another ending.
     """
-    paths = [Path(run) for run in runs]
+    kind = Path(output).suffix.lower() if output is not None else ".html"
+    if kind not in (".html", ".htm", ".csv", ".tex"):
+        raise ValueError(f"--output must end in .html for a page, .csv or .tex for a table; found {str(output)!r}.")
+    given = [Path(run) for run in runs]
+    skipped = [path for path in given if _is_fit(path)]
+    paths = [path for path in given if path not in skipped] or given
+    contents = _read(paths)
+    notices: dict[str, list[str]] = {name: changed_inputs(content) for name, content in contents.items()}
+    tables = {csv: to_csv(all_rows(contents)), latex: to_latex(contents)}
+    if kind in (".csv", ".tex"):
+        tables[output] = to_csv(all_rows(contents)) if kind == ".csv" else to_latex(contents)
+        pages = []
+    else:
+        pages = _write_pages(paths, contents, notices, output)
+    pages += [_write(Path(path), text) for path, text in tables.items() if path is not None]
+    return Revisited(contents, notices, pages, [path for path in skipped if path not in paths])
+
+
+def _is_fit(path: Path) -> bool:
+    """Whether a folder holds checkpoints of a fit rather than an edit."""
+    return path.is_dir() and not (path / EDIT_JSON).exists() and any(path.glob("**/*.ckpt"))
+
+
+def _read(paths: Sequence[Path]) -> dict[str, Mapping[str, Any]]:
+    """Read every run, by its short name."""
     read = {path: read_report(path) for path in paths}
     if len(read) < len(paths):
         twice = next(path for path in paths if paths.count(path) > 1)
@@ -63,9 +98,17 @@ def revisit(runs: Sequence[str | os.PathLike[str]], output: str | os.PathLike[st
             f"what its log holds is not evaluated again."
         )
     names = _names(paths)
-    contents = {names[path]: content for path, content in read.items()}
-    notices: dict[str, list[str]] = {name: changed_inputs(content) for name, content in contents.items()}
-    pages = []
+    return {names[path]: content for path, content in read.items()}
+
+
+def _write_pages(
+    paths: Sequence[Path],
+    contents: Mapping[str, Mapping[str, Any]],
+    notices: dict[str, list[str]],
+    output: str | os.PathLike[str] | None,
+) -> list[Path]:
+    """Write the page of each run, and of several the comparison, whose notices are added."""
+    names, pages = _names(paths), []
     for path in paths:
         folder = path if path.is_dir() else path.parent
         page = Path(output) if output is not None and len(paths) == 1 else folder / PAGE
@@ -75,7 +118,7 @@ def revisit(runs: Sequence[str | os.PathLike[str]], output: str | os.PathLike[st
         page = Path("comparison.html" if output is None else output)
         pages.append(_write(page, comparison_page(contents, said)))
         notices[""] = list(differences(contents))
-    return Revisited(contents, notices, pages)
+    return pages
 
 
 def _write(path: Path, page: str) -> Path:

@@ -13,6 +13,7 @@ from typing import Any, Literal
 from tva.checkpoints import find
 from tva.console import in_notebook
 from tva.errors import some
+from tva.report.export import Table, table_rows
 from tva.report.run_files import EDIT_JSON
 from tva.report.series import formula, number
 from tva.report.terminal import print_report
@@ -210,6 +211,17 @@ class EditReport:
         from IPython.display import display
 
         display(self)
+
+    def to_frame(self, table: Table = "tasks") -> Any:
+        """Return one table of the edit as a pandas DataFrame.
+
+        Args:
+            table: ``"tasks"``: before and after, with intervals; ``"constraints"``; or ``"evaluations"``: every number
+                of the search.
+        """
+        import pandas
+
+        return pandas.DataFrame(table_rows(self.to_json(), table))
 
     @classmethod
     def load(cls, run: str | os.PathLike[str]) -> EditReport:

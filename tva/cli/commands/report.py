@@ -6,11 +6,12 @@ from typing import Any
 
 from tva.console import make_console, print_line
 from tva.edit.runs import Revisited, revisit
+from tva.errors import some
 from tva.report.page import state_of
 from tva.report.series import interval, number
 from tva.report.table import Column, print_table, words
 
-HELP = "rebuild the pages of finished edits, and compare several side by side"
+HELP = "rebuild the pages of finished edits, compare several side by side, and export their numbers"
 ORDER = "runs…"
 run = revisit
 
@@ -42,5 +43,7 @@ def show(result: Revisited) -> None:
     for name, notices in result.notices.items():
         for notice in notices:
             print_line(console, f"note: {name + ': ' if name else ''}{notice}")
+    if result.skipped:
+        print_line(console, f"left out, for they hold no edit: {some([str(path) for path in result.skipped])}")
     for page in result.pages:
         print_line(console, f"wrote {page}")
