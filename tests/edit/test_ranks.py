@@ -128,7 +128,7 @@ def test_a_race_of_two_processes_takes_parts_of_one_order(vectors, tmp_path):
     assert [r["left"] for r in two[0]["search"]["rounds"]] == [r["left"] for r in one["search"]["rounds"]]
 
 
-@pytest.mark.parametrize("loss", ["entropy", "cross_entropy"])
+@pytest.mark.parametrize("loss", ["entropy", "cross_entropy", "expert"])
 def test_learned_coefficients_are_those_of_one_process(vectors, tmp_path, loss):
     search = Learned(loss=loss, num_steps=25, learning_rate=0.02, batch_size=15)  # 8 and 7 examples
     one, *two = both(tmp_path, vectors, search=search)

@@ -13,6 +13,7 @@ from tva.errors import HarnessError
 from tva.evaluation.batch_cache import BatchCache
 from tva.evaluation.evaluate import evaluate
 from tva.evaluation.result import Evaluation
+from tva.layers import block_of
 from tva.search import Grid, Learned, Race, learned
 from tva.vectors.geometry import blocks
 
@@ -234,7 +235,9 @@ def test_a_race_is_run_like_any_other_search(vectors, tmp_path):
     assert report.holds
 
 
-@pytest.mark.parametrize(("loss", "per", "num"), [("entropy", "tensor", 4), ("cross_entropy", "vector", 1)])
+@pytest.mark.parametrize(
+    ("loss", "per", "num"), [("entropy", "tensor", 4), ("cross_entropy", "vector", 1), ("expert", "layer", 2)]
+)
 def test_learned_coefficients_are_what_is_applied(vectors, tmp_path, loss, per, num):
     search = Learned(loss=loss, per=per, num_steps=40, learning_rate=0.02)
     model = Net()
@@ -244,7 +247,7 @@ def test_learned_coefficients_are_what_is_applied(vectors, tmp_path, loss, per, 
     assert {name: len(row) for name, row in coefs.items()} == {"a": num, "b": num}
     base, loaded = Net().state_dict(), {name: TaskVector.load(path) for name, path in vectors.items()}
     for name, tensor in model.state_dict().items():
-        rows = {v: row.get(name, row.get("all")) for v, row in coefs.items()}
+        rows = {v: row.get(name, row.get("all", row.get(block_of(name)))) for v, row in coefs.items()}
         expected = base[name] + sum(rows[v] * loaded[v].deltas[name] for v in rows)
         torch.testing.assert_close(tensor, expected)
     losses = report.search["loss"]
@@ -252,6 +255,21 @@ def test_learned_coefficients_are_what_is_applied(vectors, tmp_path, loss, per, 
     assert all(value.requires_grad for value in model.parameters())
     means = [sum(r.tasks[t].normalized for t in "ab") / 2 for r in (start, report)]
     assert means[1] > means[0] - 0.02
+
+
+def test_the_experts_labels_are_the_predictions_of_the_finetuned_models(vectors, tmp_path):
+    """With one vector at coefficient 1 the loss is the entropy of the fine-tuned model's own predictions."""
+    only = {"recipe": "a", "targets": {"a": Task(1)}, "maximize": "a/accuracy"}
+    search = Learned(loss="expert", start=1.0, num_steps=1, learning_rate=1e-9, batch_size=200, per="vector")
+    report = edit({"a": vectors["a"]}, tmp_path, **only, search=search)
+    model = Net()
+    model.load_state_dict(TaskVector.load(vectors["a"]).apply_to(model.state_dict(), allow_other_base=True))
+    task = Task(1)
+    inputs = torch.cat([batch[0] for batch in task.val_dataloader()])
+    entropy = torch.special.entr(model(inputs).softmax(-1)).sum(-1).mean()
+    assert report.search["loss"] == [pytest.approx(float(entropy.detach()), rel=1e-5)]
+    with pytest.raises(ValueError, match="a vector of its name; there is none for 'c'"):
+        edit(vectors, tmp_path, targets={"a": Task(1), "c": Task(2)}, maximize="mean(accuracy)", search=search)
 
 
 def test_a_training_that_was_cut_off_goes_on_to_the_same_coefficients(vectors, tmp_path, monkeypatch):
@@ -284,6 +302,12 @@ def test_learned_coefficients_forget_under_a_constraint(vectors, tmp_path):
     search = Learned(loss="cross_entropy", num_steps=30, learning_rate=0.05, start=0.1)
     report = edit(vectors, tmp_path, **wanted, search=search, subject_to=["other/accuracy >= 0.2 * base"])
     assert report.tasks["a"].scores["edited"].value < report.tasks["a"].scores["base"].value
+    by_loss = {**wanted, "minimize": None, "maximize": "a/loss"}
+    same = edit(vectors, tmp_path, **by_loss, search=search, subject_to=["other/accuracy >= 0.2 * base"])
+    assert same.search["coefficients"] == report.search["coefficients"]
+    better = {**wanted, "recipe": "a", "minimize": "a/loss"}
+    learned = edit(vectors, tmp_path, **better, search=search).tasks["a"].scores
+    assert learned["edited"].value < learned["base"].value
     with pytest.raises(ValueError, match="it does not forget"):
         edit(vectors, tmp_path, **wanted, search=Learned())
 

@@ -36,6 +36,7 @@ def training_context(session: EditSession) -> TrainingContext:
         vectors=parts,
         targets=options.targets or {},
         controls=options.controls or {},
+        experts={task: evaluator.vectors[task] for task in options.targets or {} if task in evaluator.vectors},
         buffers=evaluator.buffers,
         evaluate=evaluate,
         inputs={

@@ -220,6 +220,25 @@ class Objective:
         """The tasks whose fine-tuned model it needs."""
         return [task for task, metric in self.terms if metric.startswith(NORMALIZED)]
 
+    def worsens(self, base: Mapping[str, Any]) -> bool:
+        """Whether it makes the targets worse, such as a small accuracy or a large loss.
+
+        Args:
+            base: The base's evaluations by task, which know the direction of their metrics.
+
+        Raises:
+            ValueError: It makes some better and some worse.
+        """
+        worse = {
+            self.maximize != (metric.startswith(NORMALIZED) or base[task].higher(metric)) for task, metric in self.terms
+        }
+        if len(worse) > 1:
+            raise ValueError(
+                f"Learned coefficients make all targets better or all worse, but the objective {self.text!r} asks for "
+                f"both. Name metrics of one direction."
+            )
+        return worse.pop()
+
     def value(self, scores: Scores) -> float:
         """Compute the objective."""
         return sum(score(scores, task, metric) for task, metric in self.terms) / len(self.terms)

@@ -22,6 +22,7 @@ from torch.nn import functional as F
 from torch.utils.data import BatchSampler, DataLoader, RandomSampler
 
 from tva.checkpoints import atomic_path, canonical_state_dict
+from tva.errors import some
 from tva.evaluation.evaluate import quiet
 from tva.evaluation.ranks import gather
 from tva.evaluation.result import Evaluation
@@ -31,9 +32,10 @@ from tva.search.candidate import Candidate
 from tva.vectors.task_vector import TaskVector
 
 Per = Literal["tensor", "layer", "vector"]
-Loss = Literal["entropy", "cross_entropy"]
+Loss = Literal["entropy", "cross_entropy", "expert"]
 
 KEEP_EVERY = 50  # steps
+IGNORED = -100  # a target that torch's cross-entropy leaves out by default
 
 
 @dataclass(frozen=True)
@@ -48,6 +50,7 @@ class TrainingContext:
             recipe's value.
         targets: Data modules of the tasks to change, set up.
         controls: Data modules of the control tasks, set up where they decide.
+        experts: By target the task vector of the model that was fine-tuned on it, where one has the target's name.
         buffers: By task the buffers that the model makes for it and does not save, such as its head.
         evaluate: Evaluates the base moved along a vector, on validation data.
         inputs: All that training depends on besides its options, as JSON values.
@@ -60,6 +63,7 @@ class TrainingContext:
     vectors: Mapping[str, TaskVector]
     targets: Mapping[str, L.LightningDataModule]
     controls: Mapping[str, L.LightningDataModule]
+    experts: Mapping[str, TaskVector]
     buffers: Mapping[str, Mapping[str, Tensor]]
     evaluate: Callable[[TaskVector], dict[str, Evaluation]]
     inputs: Mapping[str, Any]
@@ -76,9 +80,11 @@ class Learned(Search):
 
     Args:
         loss: ``"entropy"`` of the predictions on the targets, which needs no label (AdaMerging; the model's ``forward``
-            must give logits); or ``"cross_entropy"`` (aTLAS): where batches are ``inputs, labels`` that of the logits,
-            else the loss of the model's ``training_step``. With ``minimize`` as objective, the targets' cross-entropy
-            is made large and that of the constraints' controls is kept small.
+            must give logits); ``"expert"``, the cross-entropy to the predictions of each target's own fine-tuned
+            model, which needs none either; or ``"cross_entropy"`` (aTLAS): where batches are ``inputs, labels`` that
+            of the logits, else the loss of the model's ``training_step``. With an objective that makes the targets
+            worse (a small accuracy, a large loss) their cross-entropy is made large, and that of the constraints'
+            controls is kept small.
         per: One coefficient for each ``"tensor"``, ``"layer"`` (or other module), or ``"vector"``.
         start: Where all coefficients start.
         learning_rate: Adam's.
@@ -88,7 +94,8 @@ class Learned(Search):
         seed: Of the order of the examples.
 
     Source: Yang et al., "AdaMerging: adaptive model merging for multi-task learning", ICLR 2024; Zhang et al.,
-    "Knowledge composition using task vectors with learned anisotropic scaling" (aTLAS), NeurIPS 2024.
+    "Knowledge composition using task vectors with learned anisotropic scaling" (aTLAS), NeurIPS 2024; the labels of
+    ``"expert"`` are those of SyMerge, ICML 2026.
     """
 
     def __init__(
@@ -110,11 +117,16 @@ class Learned(Search):
     def run(self, problem: Problem) -> Choice:
         """Train the coefficients, then see on validation data whether the constraints hold."""
         context: TrainingContext = problem.training_context()
-        forget = problem.objective is not None and not problem.objective.maximize
-        if problem.rule != "best" or (forget and self.loss == "entropy"):
+        forget = problem.objective is not None and problem.objective.worsens(problem.base)
+        if problem.rule != "best" or (forget and self.loss != "cross_entropy"):
             raise ValueError(
-                "Learned coefficients serve an objective to maximize (rule='best'), and with loss='cross_entropy' also "
-                "one to minimize: minimizing entropy makes a model more confident; it does not forget."
+                f"Learned coefficients serve an objective that makes the targets better (rule='best'), and with "
+                f"loss='cross_entropy' also one that makes them worse; with loss={self.loss!r} it does not forget."
+            )
+        if self.loss == "expert" and (missing := sorted(set(context.targets) - set(context.experts))):
+            raise ValueError(
+                f"loss='expert' imitates the fine-tuned model of each target, so each must have a vector of its name; "
+                f"there is none for {some(missing)}. Name the vectors as the targets, or use loss='entropy'."
             )
         kept = [c.task for c in problem.constraints if c.task in context.controls]
         tasks = {**context.targets} | ({name: context.controls[name] for name in kept} if forget else {})
@@ -272,6 +284,8 @@ class CoefficientLearner(L.LightningModule):
         self.losses: list[float] = []
         self.weights = dict.fromkeys(signs, 1.0)  # of this process's examples in the mean
         self.optimizer_state: dict[str, Any] | None = None
+        experts = context.experts if options.loss == "expert" else {}
+        self._experts = {task: vector.apply_to(context.base, buffers="delta") for task, vector in experts.items()}
         self._deltas: list[dict[str, Tensor]] = [dict(vector.deltas) for vector in context.vectors.values()]
         self._base = dict(context.base)
         state = context.model.state_dict()
@@ -280,7 +294,7 @@ class CoefficientLearner(L.LightningModule):
 
     def on_fit_start(self) -> None:
         self._context[0].model.to(self.device)
-        for tensors in (self._base, *self._deltas, *self._task_buffers.values()):
+        for tensors in (self._base, *self._deltas, *self._task_buffers.values(), *self._experts.values()):
             tensors.update({name: tensor.to(self.device) for name, tensor in tensors.items()})
 
     def edited(self) -> dict[str, Tensor]:
@@ -300,13 +314,22 @@ class CoefficientLearner(L.LightningModule):
         for task, part in batch.items():
             tensors = {**weights, **self._task_buffers.get(task, {})}
             if self.options.loss == "entropy":
-                probabilities = _logits(model, tensors, part).softmax(dim=-1)  # (batch, classes)
-                loss = torch.special.entr(probabilities).sum(dim=-1).mean()
+                logits, shares = _predicted(model, tensors, part)
+                loss = _mean(torch.special.entr(logits.softmax(dim=-1)).sum(dim=-1), shares)
+            elif self.options.loss == "expert":
+                logits, shares = _predicted(model, tensors, part)
+                labels = self._expert_labels(model, task, part)
+                loss = _mean(F.cross_entropy(logits, labels, reduction="none"), shares)
             else:
                 loss = _cross_entropy(model, tensors, part, batch_idx)
             total = total + self.signs[task] * self.weights[task] * loss
         self.losses.append(float(total.detach()))
         return total
+
+    @torch.no_grad()
+    def _expert_labels(self, model: nn.Module, task: str, batch: Any) -> Tensor:
+        expert = {self._names[name]: tensor for name, tensor in self._experts[task].items()}
+        return _predicted(model, {**expert, **self._task_buffers.get(task, {})}, batch)[0].softmax(dim=-1)
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         optimizer = torch.optim.Adam(self.parameters(), lr=self.options.learning_rate)
@@ -342,23 +365,41 @@ def _logits(model: nn.Module, tensors: Mapping[str, Tensor], batch: Any) -> Tens
     return getattr(outputs, "logits", outputs)
 
 
+def _predicted(model: nn.Module, tensors: Mapping[str, Tensor], batch: Any) -> tuple[Tensor, Tensor | None]:
+    """Return logits (predictions, classes) and the weight of each; None where each example has one prediction.
+
+    A model with a method ``predictions``, which returns logits (batch, length, classes) and targets (batch, length),
+    as `tva.models.LanguageModel`, predicts every target token; an example's tokens share its weight.
+    """
+    if not hasattr(model, "predictions"):
+        return _logits(model, tensors, batch), None
+    renamed = {f"model.{name}": tensor for name, tensor in tensors.items()}
+    logits, targets = functional_call(_Call(model, "predictions"), renamed, (batch,))
+    counted = targets != IGNORED
+    return logits[counted], (counted / counted.sum(dim=1, keepdim=True) / len(counted))[counted]
+
+
+def _mean(values: Tensor, weights: Tensor | None) -> Tensor:
+    return values.mean() if weights is None else (values * weights).sum()
+
+
 def _cross_entropy(model: L.LightningModule, tensors: Mapping[str, Tensor], batch: Any, batch_idx: int) -> Tensor:
     if isinstance(batch, Sequence) and len(batch) == 2 and batch[1].dtype == torch.int64:
         return F.cross_entropy(_logits(model, tensors, batch), batch[1])
     renamed = {f"model.{name}": tensor for name, tensor in tensors.items()}
-    outputs = functional_call(_Step(model), renamed, (batch, batch_idx))
+    outputs = functional_call(_Call(model, "training_step"), renamed, (batch, batch_idx))
     return outputs["loss"] if isinstance(outputs, Mapping) else outputs
 
 
-class _Step(nn.Module):
-    """A model's training step as the forward that `functional_call` calls."""
+class _Call(nn.Module):
+    """A method of a model as the forward that `functional_call` calls."""
 
-    def __init__(self, model: L.LightningModule) -> None:
+    def __init__(self, model: nn.Module, method: str) -> None:
         super().__init__()
-        self.model = model
+        self.model, self.method = model, method
 
-    def forward(self, batch: Any, batch_idx: int) -> Any:
-        return self.model.training_step(batch, batch_idx)
+    def forward(self, *arguments: Any) -> Any:
+        return getattr(self.model, self.method)(*arguments)
 
 
 @contextlib.contextmanager
