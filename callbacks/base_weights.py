@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 import socket
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 
 import lightning as L
@@ -18,7 +18,15 @@ from tva.callbacks.remote_files import deliver, exists, is_remote, open_anywhere
 from tva.callbacks.sharding import Shards, is_shard, live_state
 
 from tva.arithmetic import check_same
-from tva.checkpoints import Fingerprint, LazyWeights, TensorHash, canonical_state_dict, fingerprint, open_weights
+from tva.checkpoints import (
+    Fingerprint,
+    LazyWeights,
+    TensorHash,
+    canonical_state_dict,
+    fingerprint,
+    open_weights,
+)
+from tva.checkpoints.names import match_state, matched
 from tva.errors import MismatchError, some
 from tva.vectors.write import TensorSource, write_weights
 
@@ -120,7 +128,7 @@ class BaseWeights:
         def prepare() -> tuple[Sequence[str], Callable[[], tuple[str, str]]]:
             names = view.plain_names(state)
             if self.digest is not None:
-                return [], lambda: self._find(beside)
+                return [], lambda: self._find(names, beside)
             if self.given is not None:
                 return [], lambda: self._open_given({name: state[stored] for name, stored in names.items()})
             if self.resumed_from_step > 0 and self.name is None:
@@ -135,11 +143,16 @@ class BaseWeights:
         self.path, self.digest = shards.on_rank_zero(prepare)
         self.settled = True
 
-    def try_to_settle(self, strategy: Strategy) -> bool:
-        """Find the base if it is where it was; return on every rank whether it is."""
+    def try_to_settle(self, strategy: Strategy, names: Collection[str]) -> bool:
+        """Find the base if it is where it was; return on every rank whether it is.
+
+        Args:
+            strategy: The Trainer's.
+            names: The network's own names of its weights.
+        """
         if not self.settled and strategy.is_global_zero:
             try:
-                self._find()
+                self._find(names)
             except (OSError, ValueError):
                 self.digest = None
         self.digest = strategy.broadcast(self.digest)
@@ -160,12 +173,12 @@ class BaseWeights:
         return path, self.tree.digest
 
     def _open_given(self, state: Mapping[str, Tensor]) -> tuple[str, str]:
-        self.weights = open_anywhere(self.given)
+        self.weights = match_state(open_anywhere(self.given), state)
         check_same(state, self.weights, "the model", f"the base {self.given}")
         self.tree = fingerprint(self.weights)
         return plain(self.given), self.tree.digest
 
-    def _find(self, beside: Sequence[str] = ()) -> tuple[str, str]:
+    def _find(self, names: Collection[str], beside: Sequence[str] = ()) -> tuple[str, str]:
         recorded = plain(self.given or self.path)
         paths = [recorded, *(f"{folder}/{os.path.basename(recorded)}" for folder in beside if self.given is None)]
         path = next((path for path in paths if exists(path)), None)
@@ -175,14 +188,17 @@ class BaseWeights:
                 f"The base that this run started from was expected at {recorded}, but it is not there{also}. Put it "
                 f"back, or pass its new path: TaskVectorCallback(base=PATH)."
             )
-        self.weights = open_anywhere(path)
-        self.tree = fingerprint(self.weights)
-        if self.tree.digest != self.digest:
+        stored = open_anywhere(path)
+        found = fingerprint(stored)
+        new = matched(stored, names)  # bases of earlier versions have the wrapper's prefix
+        self.weights = stored.renamed(new)
+        self.tree = Fingerprint.from_tensors({name: found.tensors[old] for name, old in new.items()})
+        if self.digest not in (found.digest, self.tree.digest):
             raise ValueError(
-                f"The checkpoint was trained from the base {self.digest}, but {path} is {self.tree.digest}. Put the "
+                f"The checkpoint was trained from the base {self.digest}, but {path} is {found.digest}. Put the "
                 f"original base back, or pass its path: TaskVectorCallback(base=PATH)."
             )
-        return path, self.tree.digest
+        return path, self.digest
 
 
 def check_keys(

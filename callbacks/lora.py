@@ -15,20 +15,25 @@ import torch
 from torch import Tensor, nn
 
 from tva.checkpoints import save_weights
+from tva.checkpoints.wrappers import network_of
 from tva.errors import some
 
 
 class LoraView:
-    """A model with LoRA modules, viewed as the model that they were put into.
+    """A model viewed as the network that it wraps, without the LoRA modules that were put into it.
 
     Args:
-        module: Any module; one without LoRA is viewed as it is.
+        module: Any module; one without LoRA and without a wrapper is viewed as it is.
+
+    Attributes:
+        prefix: What a wrapper puts before the network's names, or an empty string.
 
     Raises:
         ValueError: It has modules of peft that change weights in another way than LoRA's product.
     """
 
     def __init__(self, module: nn.Module) -> None:
+        self.prefix = network_of(module)[0]
         self.layers: dict[str, nn.Module] = {}
         self._copies: dict[str, nn.Module] = {}
         self.roots: dict[str, nn.Module] = {}
@@ -54,14 +59,12 @@ class LoraView:
         return bool(self.layers)
 
     def plain_names(self, names: Iterable[str]) -> dict[str, str]:
-        """Map the names of the model without LoRA to those of the state dict; what LoRA adds is left out."""
-        if not self:
-            return {name: name for name in names}
+        """Map the network's own names to those of the state dict; what LoRA adds is left out."""
         plain = {}
         for stored in names:
-            name = self._plain(stored)
+            name = self._plain(stored) if self else stored
             if name is not None:
-                plain[name] = stored
+                plain[name.removeprefix(self.prefix)] = stored
         return plain
 
     def _plain(self, name: str) -> str | None:
@@ -92,7 +95,7 @@ class LoraView:
     def deltas(self) -> dict[str, Callable[[], Tensor]]:
         """Map plain names of weights to functions that return the flattened float32 delta of the active adapters."""
         return {
-            f"{self._plain(name)}.{_parameter(layer)}": (lambda layer=layer: _delta(layer))
+            f"{self._plain(name)}.{_parameter(layer)}".removeprefix(self.prefix): (lambda layer=layer: _delta(layer))
             for name, layer in self.layers.items()
             if layer.active_adapters
         }

@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader, IterableDataset
 from tva.callbacks.sharding import check_package
 
 from tva.checkpoints import save_weights
+from tva.checkpoints.wrappers import network_of
 from tva.merge.model_statistics import measure_information
 
 KINDS = ("fisher", "gram")
@@ -92,7 +93,8 @@ class MergeStatistics(L.Callback):
         facts = {"tva.num_examples": str(found.num_examples), "tva.seed": str(self.seed)}
         for kind, tensors in (("fisher", found.fisher), ("gram", found.grams)):
             if kind in self.kinds and trainer.is_global_zero:
-                save_weights(tensors, Path(folder) / f"{kind}.safetensors", {**facts, "tva.statistics": kind})
+                own = {name.removeprefix(network_of(pl_module)[0]): tensor for name, tensor in tensors.items()}
+                save_weights(own, Path(folder) / f"{kind}.safetensors", {**facts, "tva.statistics": kind})
         strategy.barrier()
 
     def _examples(self, trainer: L.Trainer) -> DataLoader:

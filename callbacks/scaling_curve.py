@@ -102,7 +102,8 @@ class ScalingCurve(L.Callback):
     ) -> list[dict[str, float]]:
         state = pl_module.state_dict()
         parameters = dict(pl_module.named_parameters(remove_duplicate=False))
-        names = {new: old for new, old in canonical_names(list(state)).items() if old in parameters}
+        canonical = {new: old for new, old in canonical_names(list(state)).items() if old in parameters}
+        names = {own: canonical[new] for own, new in LoraView(pl_module).plain_names(canonical).items()}
         save_weights({new: state[old] for new, old in names.items()}, file)
         base, finetuned = ours.open_base(trainer), open_weights(file)
 

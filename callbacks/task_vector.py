@@ -226,7 +226,10 @@ class TaskVectorCallback(L.Callback):
     def _settle_previous(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Find the weights of the last trajectory vector; after resuming without them, those resumed from."""
         step = trainer.global_step
-        found = self._previous is not None and self._previous[0].try_to_settle(trainer.strategy)
+        found = False
+        if self._previous is not None:
+            names = LoraView(pl_module).plain_names(canonical_state_dict(live_state(trainer.strategy, pl_module)))
+            found = self._previous[0].try_to_settle(trainer.strategy, names)
         folder = self.folder(trainer)
         if trainer.is_global_zero:
             for each in (folder, f"{folder}/{TRAJECTORY}"):

@@ -188,7 +188,8 @@ class VectorWriter:
         state, strategy = canonical_state_dict(job.state), trainer.strategy
         if not job.checkpoint or isinstance(strategy, DeepSpeedStrategy):  # of which no checkpoint's weights are read
             return state
-        as_base = trainer.is_global_zero and set(state) == set(job.base.weights) and not LoraView(job.module)
+        view = LoraView(job.module)
+        as_base = trainer.is_global_zero and not view and set(view.plain_names(state)) == set(job.base.weights)
         if strategy.broadcast(as_base):  # even where the model has other names by now, as with pruning
             return state
         own = live_state(strategy, pl_module) if job.module is pl_module else module_state(job.module)
@@ -237,7 +238,7 @@ class VectorWriter:
         buffers = set(view.plain_names(buffer_names(pl_module)))
         if not is_sharded(trainer.strategy):  # which may show a module's parameters under other names
             buffers = set(base.weights) - view.plain_names(self.parameters).keys()
-        exclude = {name for name in base.weights if name not in buffers and not self._selects(name)}
+        exclude = {name for name in base.weights if name not in buffers and not self._selects(name, view.prefix)}
         known = self._compare.get(job.against)
         compares = self.log_geometry and trainer.loggers and known and known[0] != trainer.global_step
         return VectorPlan(
@@ -251,9 +252,13 @@ class VectorWriter:
             compare=known[1] if compares else None,
         )
 
-    def _selects(self, name: str) -> bool:
-        included = self.include is None or any(re.fullmatch(pattern, name) for pattern in self.include)
-        return included and not any(re.fullmatch(pattern, name) for pattern in self.exclude)
+    def _selects(self, name: str, prefix: str) -> bool:
+        """Whether a tensor takes part, by the network's own name or by that with the wrapper's prefix."""
+
+        def found(patterns: Sequence[str]) -> bool:
+            return any(re.fullmatch(pattern, each) for pattern in patterns for each in (name, prefix + name))
+
+        return (self.include is None or found(self.include)) and not found(self.exclude)
 
     def _origin(self, trainer: L.Trainer, pl_module: L.LightningModule, job: VectorJob) -> Origin:
         datamodule = getattr(trainer, "datamodule", None)

@@ -178,7 +178,7 @@ def test_options_of_controls():
 def test_the_curve_is_what_editing_by_hand_gives(tmp_path):
     curve = ScalingCurve([0.0, 0.5, 1.0, -1.0])
     _, model = run(tmp_path, TaskVectorCallback(), curve)
-    base = open_weights(next(tmp_path.glob("base-*")))
+    base = {f"net.{name}": tensor for name, tensor in open_weights(next(tmp_path.glob("base-*"))).items()}
     vector = TaskVector.load(tmp_path / "last.tv.safetensors")
     for coef, values in zip(curve.coefs, curve.values, strict=True):
         assert values["accuracy"] == pytest.approx(accuracy_of(vector.apply_to(base, coef), 0)), coef

@@ -166,7 +166,7 @@ class LoraNet(LinearNet):
         super().__init__()
         from peft import LoraConfig, get_peft_model
 
-        self.plain = {name: value.clone() for name, value in self.state_dict().items()}
+        self.plain = {name: value.clone() for name, value in self.net.state_dict().items()}
         config = LoraConfig(r=2, lora_alpha=3, target_modules=["0"], modules_to_save=["2"], **options)
         self.net = get_peft_model(self.net, config)
         with torch.no_grad():
@@ -186,7 +186,7 @@ def merged(model):
     import copy
 
     net = copy.deepcopy(model).net.merge_and_unload()
-    return {f"net.{name}": value for name, value in net.state_dict().items()}
+    return net.state_dict()
 
 
 def test_lora_merged_is_the_dense_delta_under_the_names_of_the_base_model(tmp_path):
@@ -196,11 +196,11 @@ def test_lora_merged_is_the_dense_delta_under_the_names_of_the_base_model(tmp_pa
     assert fingerprint(base) == fingerprint(model.plain)
     vector = TaskVector.load(tmp_path / "final.tv.safetensors")
     layer = model.net.base_model.model[0]
-    assert torch.equal(vector.deltas["net.0.weight"], layer.get_delta_weight("default"))
-    assert vector.untouched == {"net.0.bias": "frozen"}
+    assert torch.equal(vector.deltas["0.weight"], layer.get_delta_weight("default"))
+    assert vector.untouched == {"0.bias": "frozen"}
     for name, value in merged(model).items():
         assert torch.allclose(vector.apply_to(base)[name], value, atol=1e-6), name
-    assert vector.deltas["net.2.weight"].any()  # modules_to_save
+    assert vector.deltas["2.weight"].any()  # modules_to_save
     beside = sorted(tmp_path.glob("epoch=1*.tv.safetensors"))
     assert TaskVector.load(beside[0]).origin.finetuned == vector.origin.finetuned
 
@@ -210,9 +210,9 @@ def test_lora_along_the_way_against_the_previous(tmp_path):
     fit(tmp_path, TaskVectorCallback(every_n_steps=3, against="previous", at_train_end=True), model=model)
     steps = [TaskVector.load(file) for file in sorted((tmp_path / "trajectory").glob("step=*"))]
     final = TaskVector.load(tmp_path / "final.tv.safetensors")
-    total = sum(step.deltas["net.0.weight"] for step in steps)
+    total = sum(step.deltas["0.weight"] for step in steps)
     assert len(steps) == 2
-    assert torch.allclose(total, final.deltas["net.0.weight"], atol=1e-6)
+    assert torch.allclose(total, final.deltas["0.weight"], atol=1e-6)
 
 
 def test_an_adapter_kept_as_it_is_opens_as_a_fine_tuned_checkpoint(tmp_path):
@@ -256,7 +256,7 @@ def test_an_adapter_needs_one_peft_model(tmp_path):
 
     fit(tmp_path / "merge", model=Injected())
     vector = TaskVector.load(next((tmp_path / "merge").glob("epoch=1*.tv.safetensors")))
-    assert set(vector.names) == set(LinearNet().state_dict())
+    assert set(vector.names) == set(LinearNet().net.state_dict())
     with pytest.raises(ValueError, match="keeps one adapter of one peft model; found none. Use lora='merge'"):
         fit(tmp_path / "adapter", TaskVectorCallback(lora="adapter"), model=Injected())
     assert read_metadata(next((tmp_path / "merge").glob("epoch=1*.tv.safetensors")))["tva.weights"] == "checkpoint"

@@ -37,11 +37,11 @@ def status_and_message(capsys, *arguments):
 
 def test_fit_writes_a_task_vector_with_the_runs_facts(runs):
     vector = TaskVector.load(runs / "blobs1/last.tv.safetensors")
-    assert vector.origin.base == fingerprint(LinearNet().state_dict())
+    assert vector.origin.base == fingerprint(LinearNet().net.state_dict())  # the network's own names
     assert vector.origin.task == "blobs1"
     assert vector.origin.step == 9
     assert vector.origin.hyperparameters["width"] == 8
-    assert set(vector.deltas) == set(LinearNet().state_dict())
+    assert set(vector.deltas) == set(LinearNet().net.state_dict())
 
 
 def test_every_data_module_keeps_its_own_hyperparameters_in_fit(tmp_path):
@@ -307,7 +307,7 @@ def test_fit_and_edit_under_ddp_with_two_processes(tmp_path):
     subprocess.run([sys.executable, "-m", "tva", "fit", "--config", config], check=True, env=environment, timeout=300)
     base, tuned = (open_weights(path) for path in (next((tmp_path / "run").glob("base-*")), tmp_path / "run/last.ckpt"))
     vector = TaskVector.load(tmp_path / "run/last.tv.safetensors")
-    assert all(torch.equal(delta, tuned[name] - base[name]) for name, delta in vector.deltas.items())
+    assert all(torch.equal(delta, tuned[f"net.{name}"] - base[name]) for name, delta in vector.deltas.items())
 
 
 # --- compose
@@ -328,7 +328,7 @@ def test_compose_on_the_command_line_and_from_yaml(runs, tmp_path, capsys):
     config = write_yaml(tmp_path / "c.yaml", {**content, "output": str(tmp_path / "two.safetensors")})
     main(["compose", "--config", config])
     a, b = (TaskVector.load(runs / name / "last.tv.safetensors") for name in ("blobs1", "blobs2"))
-    expected = fingerprint((-0.5 * (a + b)).apply_to(LinearNet().state_dict(), 0.5))
+    expected = fingerprint((-0.5 * (a + b)).apply_to(LinearNet().net.state_dict(), 0.5))
     for name in ("one", "two"):
         assert fingerprint(open_weights(tmp_path / f"{name}.safetensors")) == expected
     status, text = status_and_message(capsys, "compose", "--config", config, "--recipe", "blobs1 + blobs3")

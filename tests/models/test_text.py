@@ -15,6 +15,7 @@ from torchmetrics.functional.text import perplexity
 from tva.callbacks import TaskVectorCallback
 
 from tva import TaskVector, fingerprint, open_weights, save_weights
+from tva.checkpoints.wrappers import network_of
 from tva.data import LanguageTask, TextTask
 from tva.evaluation.evaluate import evaluate
 from tva.models import CausalLM, Seq2SeqLM, TextClassifier
@@ -256,7 +257,7 @@ def test_options_of_speed_and_memory_go_together_for_every_model(folder, tmp_pat
     data = texts(folder, class_descriptions=DESCRIPTIONS) if kind == "bert" else prose(folder)
     make_trainer(tmp_path, max_steps=4, callbacks=callbacks, precision="bf16-mixed").fit(model, data)
     vector, plain = TaskVector.load(tmp_path / "final.tv.safetensors"), make(str(folder / kind))
-    assert vector.names == plain.state_dict().keys()
+    assert vector.names == network_of(plain)[1].state_dict().keys()
     assert 0 < float(vector.norm()) < float("inf")
     plain.load_state_dict(vector.apply_to(plain.state_dict()))
     for name, tensor in model.state_dict().items():
@@ -276,7 +277,7 @@ def test_every_model_is_adapted_and_its_vector_edits_the_plain_one(folder, tmp_p
     tangent = {"tangent": True} if "tangent" in options else {}
     assert vector.origin.kind == ("tangent" if tangent else None)
     plain = make(str(folder / kind), **tangent)
-    assert vector.names == plain.state_dict().keys()
+    assert vector.names == network_of(plain)[1].state_dict().keys()
     state = vector.apply_to(plain.state_dict())
     if "tangent" not in options:
         moved = {name.rpartition(".")[0].rpartition(".")[2] for name in vector.deltas}

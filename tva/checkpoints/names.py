@@ -270,14 +270,19 @@ def match_names(
     return NameMatch({name: matched[name] for name in order}, "; ".join(texts) or f"{total} match as they are")
 
 
+def matched(names: Collection[str], base: Collection[str]) -> Mapping[str, str]:
+    """Return the base's names to the present ones, if one mapping fits; else the present ones to themselves."""
+    try:
+        return match_names(names, base).names
+    except MismatchError:
+        return {name: name for name in names}
+
+
 def match_state(state: Mapping[str, Tensor], base: Collection[str]) -> Mapping[str, Tensor]:
     """Return a state dict under a base's names, if one mapping fits; else as it is, for a check to refuse."""
     if state.keys() == set(base):
         return state
-    try:
-        names = match_names(state, base).names
-    except MismatchError:
-        return state
+    names = matched(state, base)
     return state.renamed(names) if hasattr(state, "renamed") else {new: state[old] for new, old in names.items()}
 
 

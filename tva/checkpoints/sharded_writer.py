@@ -36,16 +36,26 @@ SYNC_BYTES = 2**26  # bytes between two syncs; what is synced survives a loss of
 
 @dataclass
 class Shard:
-    """One safetensors file to be written, and where in it each tensor begins, in bytes."""
+    """One safetensors file to be written, and where in it each tensor begins, in bytes.
+
+    Attributes:
+        path: The file.
+        tensors: Name to dtype and shape.
+        prefix: Of the names, which the file leaves out.
+        offsets: Where they begin.
+        file: The open file.
+    """
 
     path: Path
     tensors: dict[str, Spec]
+    prefix: str = ""
     offsets: dict[str, int] = field(default_factory=dict)
     file: int = -1
 
     def header(self, metadata: Mapping[str, str]) -> bytes:
         """Return the header, and note where the tensors begin."""
-        header = encode_header(self.tensors, metadata)
+        stored = {name.removeprefix(self.prefix): spec for name, spec in self.tensors.items()}
+        header = encode_header(stored, metadata)
         end = len(header)
         for name, spec in self.tensors.items():
             self.offsets[name] = end
@@ -80,6 +90,7 @@ class Output:
         max_shard_bytes: Of one file in a folder.
         resume: Continue what an interrupted run has left.
         stem: Of the names of weights in a folder.
+        parts: Prefixes of names to the sub-folders of their weights, which have the names without the prefix.
 
     Attributes:
         done: Record of each tensor that an earlier run finished.
@@ -99,8 +110,9 @@ class Output:
         max_shard_bytes: int,
         resume: bool = False,
         stem: str = "model",
+        parts: Mapping[str, str] | None = None,
     ) -> None:
-        self.stem = stem
+        self.stem, self._parts = stem, parts or {"": ""}
         self.path, self.metadata, self.done = path, dict(metadata), {}
         self.size = sum(spec.num_bytes for spec in tensors.values())
         self._single = path.suffix == ".safetensors"
@@ -126,10 +138,14 @@ class Output:
                 f"output must end in .safetensors, or be a new or empty folder; {self.path} is neither. Remove what is "
                 f"there, or give another one."
             )
-        parts = shard_tensors(tensors, max_shard_bytes)
-        names = [f"{self.stem}-{i:05}-of-{len(parts):05}.safetensors" for i in range(1, len(parts) + 1)]
-        names = names if len(parts) > 1 else [f"{self.stem}.safetensors"]
-        return [Shard(self._partial / name, part) for name, part in zip(names, parts, strict=True)]
+        shards = []
+        for prefix, folder in self._parts.items():
+            cut = shard_tensors({n: spec for n, spec in tensors.items() if n.startswith(prefix)}, max_shard_bytes)
+            stem = "model" if folder else self.stem
+            names = [f"{stem}-{i:05}-of-{len(cut):05}.safetensors" for i in range(1, len(cut) + 1)]
+            names = names if len(cut) > 1 else [f"{stem}.safetensors"]
+            shards += [Shard(self._partial / folder / n, part, prefix) for n, part in zip(names, cut, strict=True)]
+        return shards
 
     def spec(self, name: str) -> Spec:
         """Return the dtype and shape of a tensor."""
@@ -149,8 +165,8 @@ class Output:
 
     def weights(self) -> LazyWeights:
         """Open what was written so far."""
-        opened = [safetensors.open(shard.path) for shard in self._shards]
-        entries = {name: weights.entry(name) for weights in opened for name in weights}
+        opened = [(shard.prefix, safetensors.open(shard.path)) for shard in self._shards]
+        entries = {prefix + name: weights.entry(name) for prefix, weights in opened for name in weights}
         return LazyWeights(Info(self.path, "not yet whole"), entries)
 
     # --- the context: partial files, and a thread that syncs them
@@ -207,6 +223,7 @@ class Output:
         if not self._single:
             self._partial.mkdir()
         for shard, header in zip(self._shards, self._headers, strict=True):
+            shard.path.parent.mkdir(exist_ok=True)
             with shard.path.open("wb") as file:
                 file.write(header)
                 file.flush()
@@ -346,8 +363,14 @@ class Output:
             os.close(folder)
 
     def _index(self) -> dict[str, bytes]:
-        if len(self._shards) == 1:
-            return {}
-        weight_map = {name: shard.path.name for name, shard in self._shard_of.items()}
-        index = {"metadata": {"total_size": self.size}, "weight_map": weight_map}
-        return {f"{self.stem}.safetensors.index.json": json.dumps(index, indent=2).encode()}
+        """Return the index of every folder with several shards, by its path."""
+        found = {}
+        for prefix, folder in self._parts.items():
+            shards = [shard for shard in self._shards if shard.prefix == prefix]
+            if len(shards) > 1:
+                weight_map = {name.removeprefix(prefix): s.path.name for s in shards for name in s.tensors}
+                size = sum(spec.num_bytes for shard in shards for spec in shard.tensors.values())
+                index = {"metadata": {"total_size": size}, "weight_map": weight_map}
+                name = f"{'model' if folder else self.stem}.safetensors.index.json"
+                found[f"{folder}/{name}" if folder else name] = json.dumps(index, indent=2).encode()
+        return found

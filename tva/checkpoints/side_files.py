@@ -12,6 +12,7 @@ from tva._torch import torch
 from tva.checkpoints.dequantized import EDITED
 from tva.checkpoints.folder import is_undo, weights_file
 from tva.checkpoints.foreign import read_json
+from tva.checkpoints.formats.sentence_transformers import part_of_names
 from tva.checkpoints.spec import dtype_name
 
 WEIGHTS = (
@@ -64,13 +65,14 @@ def side_files(
     if folder is None:
         return {}, []
     found: dict[str, bytes | Path] = {}
-    left_out = []
+    left_out, edited = [], set(part_of_names(folder).values()) if base.is_dir() else set()
     for path in _files(folder, base.is_dir()):
         name = path.relative_to(folder).as_posix()
         if any(fnmatch(path.name, pattern) for pattern in OF_TRAINING):
             left_out += [] if path.name.startswith((".", "__")) else [name]
         elif path.suffix in WEIGHTS or name.endswith(".index.json"):
-            left_out += [name] if path.suffix in WEIGHTS and ("/" in name or path.suffix not in OF_MODELS) else []
+            own = "/" not in name or path.parent.relative_to(folder).as_posix() in edited
+            left_out += [name] if path.suffix in WEIGHTS and not (own and path.suffix in OF_MODELS) else []
         elif not (dequantized and path.name in OF_QUANTIZATION):
             found[name] = _inside(folder, path)
     if (dtype is not None or untied or dequantized) and "config.json" in found:

@@ -26,6 +26,7 @@ from tva.checkpoints import (
     side_files,
     weights_stem,
 )
+from tva.checkpoints.formats.sentence_transformers import part_of_names
 from tva.compose.engine import Composer, GroupEffect
 from tva.compose.plan import Plan, make_plan
 from tva.compose.recipe import Recipe
@@ -172,7 +173,8 @@ def compose(
     inputs = (base, *record.vectors.values(), *checked.files)
     job |= {"max_shard_size": shard_bytes, "inputs": [_stamp(path) for path in inputs]}
     stem = weights_stem(find(base))
-    with Output(Path(output), layout, metadata, job, shard_bytes, resume, stem) as out:
+    parts = part_of_names(find(base))
+    with Output(Path(output), layout, metadata, job, shard_bytes, resume, stem, parts) as out:
         sink = quantizer.into(out) if quantizer else out
         resumed = len(sink.done)
         composer.run(sink)

@@ -24,6 +24,7 @@ from tva.checkpoints import (
     side_files,
     weights_stem,
 )
+from tva.checkpoints.formats.sentence_transformers import part_of_names
 from tva.compose.engine import Composer
 from tva.compose.recipe import Recipe
 from tva.compose.record import Record, check_inputs, open_edited, open_recipe
@@ -116,7 +117,8 @@ def revert(
     shard_bytes = parse_bytes(max_shard_size)
     job = {**opened.record.metadata(), "max_shard_size": shard_bytes}
     stem = weights_stem(folder) if folder else "model"
-    with Output(Path(output), composer.layout(), metadata, job, shard_bytes, resume, stem) as out:
+    parts = part_of_names(folder) if folder else {}
+    with Output(Path(output), composer.layout(), metadata, job, shard_bytes, resume, stem, parts) as out:
         restoring = Restoring(opened, out)
         composer.run(restoring)
         found = {**restoring.digests, **{name: restoring.digests[kept] for name, kept in opened.ties.items()}}

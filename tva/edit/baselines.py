@@ -12,9 +12,9 @@ from torch import Tensor
 
 from tva.checkpoints import canonical_state_dict
 from tva.edit.editor import Editor, EditState
+from tva.edit.opening import load_vector
 from tva.edit.options import Baseline
 from tva.edit.outcome import Outcome
-from tva.edit.session import load_vector
 from tva.evaluation.evaluate import quiet
 from tva.search import Candidate, Grid, Problem
 from tva.vectors.kind import check_kinds, kind_of
@@ -47,13 +47,13 @@ def endpoints(outcome: Outcome) -> dict[str, Any]:
 
 def joint_training(outcome: Outcome) -> dict[str, Any]:
     """One model that was fine-tuned on all tasks together, from the checkpoint that was given."""
-    base = outcome.session.editor.base
+    base, model = outcome.session.editor.base, outcome.session.editor.model
     joint = outcome.session.options.joint
     assert joint is not None
-    vector = load_vector(joint, base, outcome.session.options.only)
+    vector = load_vector(joint, model, base, outcome.session.options)
     vector.check_base(base, allow_other_base=outcome.session.options.allow_other_base)
     check_kinds(
-        {"the joint model": vector.origin.kind, "the model": kind_of(outcome.session.editor.model)},
+        {"the joint model": vector.origin.kind, "the model": kind_of(model)},
         "leave the baseline out",
     )
     return {

@@ -69,6 +69,8 @@ class EditOptions:
         include: Regular expressions that are searched for in the names of tensors; only those found are edited.
         exclude: Regular expressions of names to leave out, of the model as of the vectors, such as ``^head[.]``: they
             keep the model's weights. Fine-tuned models are evaluated with those too.
+        key_map: Regular expressions to replacements, for vectors whose names differ from the model's by more than one
+            prefix.
         allow_other_base: Apply vectors to a base they were not taken from.
         keep_undo: Write ``edited.undo.safetensors`` too, from which ``tva revert`` restores the base bit for bit.
         allow_other_kind: Apply vectors of a linearized model (``tangent: true``) to an ordinary one, or the other way
@@ -100,6 +102,7 @@ class EditOptions:
     cache_in: Place = "memory"
     include: list[str] | str | None = None
     exclude: list[str] | str | None = None
+    key_map: dict[str, str] | None = None
     allow_other_base: bool = False
     keep_undo: bool = False
     allow_other_kind: bool = False

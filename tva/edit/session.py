@@ -4,34 +4,23 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import lightning as L
-from torch import Tensor
 
-from tva.arithmetic import check_same
-from tva.checkpoints import (
-    NameFilter,
-    canonical_state_dict,
-    fingerprint,
-    match_names,
-    open_finetuned,
-    open_weights,
-)
+from tva.checkpoints import canonical_state_dict, fingerprint
 from tva.edit.editor import Editor, EditState
 from tva.edit.evaluator import Evaluator
+from tva.edit.opening import load_vector, open_base
 from tva.edit.options import EditOptions, Goal
-from tva.errors import MismatchError
 from tva.evaluation.batch_cache import BatchCache
 from tva.evaluation.log import EvaluationLog
 from tva.evaluation.result import Evaluation
-from tva.models.network import own_state
 from tva.models.tangent import check_at_base
 from tva.search import SCALING, Candidate, Problem
 from tva.sizes import parse_bytes
-from tva.vectors.header import Origin, is_vector_file
-from tva.vectors.kind import KEY, check_kinds, kind_of
+from tva.vectors.kind import check_kinds, kind_of
 from tva.vectors.task_vector import TaskVector
 
 
@@ -145,7 +134,7 @@ def open_session(
     """
     options = goal.options
     editor, kind = _open_editor(trainer, model, options)
-    vectors = {name: load_vector(path, editor.base, options.only, model) for name, path in options.vectors.items()}
+    vectors = {name: load_vector(path, model, editor.base, options) for name, path in options.vectors.items()}
     options.only.check_used()
     if options.allow_other_kind:
         vectors = {name: vector.as_kind(kind) for name, vector in vectors.items()}
@@ -170,62 +159,11 @@ def _open_editor(trainer: L.Trainer, model: L.LightningModule, options: EditOpti
             "TaskVectorCallback writes of LoRA are dense, under the plain model's names."
         )
     if options.base is not None:
-        weights = open_weights(options.base)
         live = canonical_state_dict(model.state_dict())
-        kept, wanted = ({name: side[name] for name in options.only.kept(side)} for side in (live, weights))
-        check_same(kept, wanted, "the model", f"the base {options.base}")
+        weights = open_base(options.base, model, live, options)
         for name, tensor in live.items():
-            if name in wanted or (name in weights and weights[name].shape == tensor.shape):
+            if name in weights:
                 tensor.copy_(weights[name])
     kind = kind_of(model)
     check_at_base(model)
     return Editor(trainer, model, options.tasks, options.statistics, (options.targets or {}).values()), kind
-
-
-ADVICE = (
-    "Leave it out by exclude, or make a task vector file of it with tva extract, which has --key_map, and give that"
-)
-
-
-def load_vector(
-    path: str | TaskVector, base: Mapping[str, Tensor], only: NameFilter, model: L.LightningModule | None = None
-) -> TaskVector:
-    """Load a task vector file, or take the vector of a fine-tuned checkpoint.
-
-    Args:
-        path: The file or folder, or a vector in memory.
-        base: Weights of the base.
-        only: Which names take part; the vector does not move the others.
-        model: The model, whose library may know a folder in which names are others than in memory.
-    """
-    kept = only.kept(base)
-    excluded = {name: "excluded" for name in base if not only.keeps(name)}
-    if isinstance(path, TaskVector) or is_vector_file(path):
-        vector = path if isinstance(path, TaskVector) else TaskVector.load(path)
-        parts = (vector.deltas, vector.buffers, vector.untouched)
-        deltas, buffers, untouched = ({name: part[name] for name in only.kept(part)} for part in parts)
-        origin = vector.origin
-    else:
-        opened, kind = _open_finetuned(path, base, only, model)
-        vector = TaskVector.between({name: base[name] for name in kept}, opened, origin=Origin(kind=kind))
-        deltas, buffers, untouched, origin = vector.deltas, vector.buffers, vector.untouched, vector.origin
-    if excluded and origin.base is not None:
-        whole = fingerprint(base)
-        if all(origin.base.tensors.get(name) == whole.tensors[name] for name in kept):
-            origin = replace(origin, base=whole)  # what does not take part may be another
-    return TaskVector(deltas, buffers, untouched | excluded, origin)
-
-
-def _open_finetuned(
-    path: str, base: Mapping[str, Tensor], only: NameFilter, model: L.LightningModule | None
-) -> tuple[Mapping[str, Tensor], str | None]:
-    """Return a fine-tuned model's weights under the base's names, and their kind."""
-    try:
-        opened = open_finetuned(path, base, only=only, advice=ADVICE)
-    except MismatchError:
-        state = None if model is None else own_state(model, path)
-        if state is None:
-            raise
-        names = match_names(only.kept(state), only.kept(base)).names
-        return {name: state[old] for name, old in names.items()}, None
-    return opened, opened.metadata.get(KEY)

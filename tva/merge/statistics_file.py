@@ -7,6 +7,7 @@ from functools import cached_property
 
 from tva._torch import Tensor
 from tva.checkpoints import HashedWeights, LazyWeights, open_weights
+from tva.checkpoints.names import WRAPPERS
 from tva.errors import some
 from tva.merge.matrix import MatrixMethod
 
@@ -33,7 +34,10 @@ class _Statistics:
     def _files_of(self, name: str, vectors: Sequence[Tensor], shape: tuple[int, ...]) -> list[LazyWeights]:
         if len(self._opened) != len(vectors):
             raise ValueError(f"files names {len(self._opened)} files for {len(vectors)} vectors; give each vector one.")
-        for file in self._opened:
+        found = []
+        for opened in self._opened:
+            file = opened if name in opened else _without_wrapper(opened, name)
+            found.append(file)
             if name not in file:
                 way = ", or name it in exclude to have it averaged" if isinstance(self, MatrixMethod) else ""
                 raise ValueError(
@@ -45,4 +49,14 @@ class _Statistics:
                     f"The statistics of {name!r} must have shape {list(shape)}, and in {file.path} they have "
                     f"{list(file.spec(name).shape)}."
                 )
-        return self._opened
+        return found
+
+
+def _without_wrapper(file: LazyWeights, name: str) -> LazyWeights:
+    """Return a file whose names have a wrapper's prefix that the base's have not, or the other way round."""
+    for prefix in WRAPPERS:
+        if prefix + name in file:
+            return file.renamed({name: prefix + name})
+        if name.removeprefix(prefix) in file:
+            return file.renamed({name: name.removeprefix(prefix)})
+    return file

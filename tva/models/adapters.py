@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from tva.checkpoints import LazyWeights, open_weights
+from tva.checkpoints import LazyWeights, canonical_state_dict, open_weights
+from tva.checkpoints.names import match_state
 from tva.errors import some
 from tva.models.tangent import linearize
 from tva.vectors.kind import KEY, TANGENT
@@ -72,7 +73,7 @@ def adapt(
     if weights is not None:
         opened = open_weights(weights)
         _check_kind(opened, tangent)
-        module.load_state_dict(dict(opened), strict=True)
+        module.load_state_dict(dict(match_state(opened, canonical_state_dict(module.state_dict()))), strict=True)
     if train_only is not None:
         chosen = select(getattr(module, part), train_only)
         for name, parameter in getattr(module, part).named_parameters():
