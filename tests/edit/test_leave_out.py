@@ -54,9 +54,9 @@ def test_a_checkpoint_and_a_vector_file_are_edited_alike_without_the_names_that_
         {name: tuned[name] + deltas[name] for name in tuned} | {"criterion.w": torch.ones(2)}, tmp_path / "a.ckpt"
     )
     model, exclude = WithHead(), [HEAD, "^criterion[.]"]
-    with pytest.raises(MismatchError, match="Leave it out by exclude"):
+    with pytest.raises(MismatchError, match="leave it out by exclude"):
         given({"a": str(tmp_path / "a.ckpt")}, tmp_path, model)
-    with pytest.raises(MismatchError, match="lacks 'head.weight', 'head.bias'.*by exclude"):
+    with pytest.raises(MismatchError, match="are not there: 'head.weight', 'head.bias'.*by exclude"):
         given(vectors, tmp_path, model)
     found = {}
     for name, path, patterns in (("ckpt", str(tmp_path / "a.ckpt"), exclude), ("file", vectors["a"], [HEAD])):
