@@ -20,11 +20,11 @@ def net():
     return Net()
 
 
-def adapted(folder, base=None, safe=True, **settings):
+def adapted(folder, base=None, safe=True, seed=1, **settings):
     """Train nothing, but give every factor a value, save with peft, and merge with peft as the reference."""
     peft = pytest.importorskip("peft")
     model = peft.get_peft_model(base or net(), peft.LoraConfig(**{"r": 3, "lora_alpha": 5, **settings}))
-    generator = torch.Generator().manual_seed(1)
+    generator = torch.Generator().manual_seed(seed)
     for name, parameter in model.named_parameters():
         if any(part in name for part in ("lora_", "modules_to_save", "trainable_tokens_delta")):
             parameter.data.normal_(generator=generator)

@@ -27,6 +27,7 @@ from tva.checkpoints import (
     weights_stem,
 )
 from tva.checkpoints.formats.sentence_transformers import part_of_names
+from tva.compose.adapter import AdapterReport, compose_adapter
 from tva.compose.engine import Composer, GroupEffect
 from tva.compose.plan import Plan, make_plan
 from tva.compose.recipe import Recipe
@@ -101,7 +102,9 @@ def compose(
     resume: bool = False,
     keep_undo: bool | Literal["with_vectors"] = False,
     requantize: bool = False,
-) -> ComposeReport | Plan:
+    write_as: Literal["checkpoint", "lora"] = "checkpoint",
+    rank: int | None = None,
+) -> ComposeReport | AdapterReport | Plan:
     """Write ``base + scaling_coef * recipe`` without loading any model whole.
 
     Args:
@@ -133,9 +136,13 @@ def compose(
         keep_undo: Write an undo file beside the output, from which ``tva revert`` restores the base bit for bit. With
             ``with_vectors`` it is far smaller, and useless without the same task vector files.
         requantize: Write a quantized base's tensors in its own scheme; by default they are written in bfloat16.
+        write_as: What is written, on the command line also ``--as``: the edited model, or of LoRA adapters one adapter
+            (``lora``) that changes the base as the recipe says; methods other than sums are then computed in the core
+            space of the adapters.
+        rank: Of an adapter that is written: its largest, to which it is recompressed; by default sums are exact.
 
     Returns:
-        What was written, and what the edit did; or the plan.
+        What was written, and what the edit did; or the plan; or what the adapter is.
 
     Raises:
         RecipeError: The recipe cannot be read.
@@ -152,6 +159,14 @@ def compose(
     outputs = [Path(output), *([undo_path(Path(output))] if keep_undo else [])]
     protect(outputs, {"base": base, **{f"vectors.{name}": path for name, path in vectors.items()}})
     protect(outputs, {f"a file of {recipe}": path for path in checked.files})
+    if write_as == "lora":
+        _check_for_adapter(dtype=dtype, plan=plan, resume=resume, keep_undo=keep_undo, requantize=requantize)
+        only = NameFilter(include, exclude)
+        return compose_adapter(
+            base, vectors, checked, Path(output), scaling_coef, rank=rank, key_map=key_map, only=only
+        )
+    if rank is not None:
+        raise ValueError(f"rank={rank} is that of an adapter, and --as lora is not given. Add it, or leave rank out.")
     options = {"allow_other_base": allow_other_base, "key_map": key_map or {}} | NameFilter(include, exclude).options
     composer = Composer.open(base, vectors, checked, scaling_coef, dtype, which=which, **options)
     quantizer = requantizer(composer) if requantize else None
@@ -204,6 +219,12 @@ def _check_output(output: str, scaling_coef: float) -> None:
         raise ValueError(f"output must end in .safetensors, or name a folder; found {output!r}.")
     if not math.isfinite(scaling_coef):
         raise ValueError(f"scaling_coef must be a finite number; found {scaling_coef}.")
+
+
+def _check_for_adapter(**options: object) -> None:
+    given = [name for name, value in options.items() if value]
+    if given:
+        raise ValueError(f"An adapter is written without {', '.join(given)}: leave {given[0]} out, or --as lora.")
 
 
 def _kind(composer: Composer, allow_other_kind: bool) -> str | None:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Sequence
 from typing import Any
 
 from rich.console import Console
 
+from tva.compose.adapter import AdapterReport
 from tva.compose.apply import ComposeReport, compose
 from tva.compose.plan import Plan
 from tva.console import make_console, print_line, size_text
@@ -15,11 +18,19 @@ HELP = "apply a recipe to a checkpoint on disk in bounded memory: no Trainer, no
 run = compose
 
 
-def show(result: ComposeReport | Plan) -> None:
+def read_words(words: Sequence[str]) -> list[str]:
+    """Return the arguments, with ``--as`` by the name that it has in Python, where ``as`` is a keyword."""
+    return [re.sub(r"^--as(?==|$)", "--write_as", word) for word in words]
+
+
+def show(result: ComposeReport | AdapterReport | Plan) -> None:
     """Print what was written with its effect by group of tensors, or what would be done."""
     console = make_console()
     if isinstance(result, Plan):
         _print_plan(console, result)
+        return
+    if isinstance(result, AdapterReport):
+        _print_adapter(console, result)
         return
     print_table(console, EFFECTS, result.effects.items())
     for note in result.notes:
@@ -36,6 +47,23 @@ def show(result: ComposeReport | Plan) -> None:
             f"wrote {result.undo}: {result.undo_bytes:,} bytes, {share:.1%} of the output's; from the two, tva revert "
             f"{result.output} --output BASE restores the base",
         )
+
+
+def _print_adapter(console: Console, result: AdapterReport) -> None:
+    for note in result.notes:
+        print_line(console, f"read {note}")
+    if result.core:
+        print_line(console, "merged in the core space of the adapters; in the space of the weights it is another edit")
+    low, high = result.ranks
+    ranks = f"{low}" if low == high else f"{low} to {high}"
+    whole = f", and {result.whole} tensors saved whole" if result.whole else ""
+    worst, largest = result.worst
+    lost = f"; recompressing lost {result.error:.2%} of the change, at most {largest:.2%}, in {worst}" if worst else ""
+    print_line(
+        console,
+        f"wrote {result.output}: an adapter of {result.modules} modules of rank {ranks}"
+        f"{whole}, {size_text(result.num_bytes)} in {result.seconds:.1f} s{lost}",
+    )
 
 
 def _print_plan(console: Console, plan: Plan) -> None:
@@ -69,8 +97,10 @@ def _ramp(values: list[float]) -> str:
     return f"{values[0]:g} … {values[-1]:g}" if ordered else f"{min(values):g} to {max(values):g}"
 
 
-def to_json(result: ComposeReport | Plan) -> dict[str, Any]:
+def to_json(result: ComposeReport | AdapterReport | Plan) -> dict[str, Any]:
     """Return plain values."""
+    if isinstance(result, AdapterReport):
+        return vars(result)
     if isinstance(result, Plan):
         rows = [
             {
