@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -15,7 +16,8 @@ from tva.edit.editor import Editor, EditState
 from tva.edit.opening import load_vector
 from tva.edit.options import Baseline
 from tva.edit.outcome import Outcome
-from tva.evaluation.evaluate import quiet
+from tva.evaluation.evaluate import evaluate, quiet
+from tva.evaluation.metrics import compute, find_metric
 from tva.search import Candidate, Grid, Problem
 from tva.vectors.kind import check_kinds, kind_of
 from tva.vectors.task_vector import TaskVector
@@ -28,6 +30,7 @@ def run_baselines(names: Sequence[Baseline], outcome: Outcome) -> dict[str, Any]
         "average": weight_average,
         "endpoints": endpoints,
         "joint": joint_training,
+        "ensemble": output_ensemble,
     }
     return {name: known[name](outcome) for name in names}
 
@@ -60,6 +63,42 @@ def joint_training(outcome: Outcome) -> dict[str, Any]:
         "rows": outcome.rows([replace(outcome.moved("joint fine-tuning", vector), statistics="delta")]),
         "reason": f"from {joint}",
     }
+
+
+def output_ensemble(outcome: Outcome) -> dict[str, Any]:
+    """The mean of the fine-tuned models' logits: what the sum of their vectors stands for, at the cost of all of them.
+
+    Source: Ilharco et al., ICLR 2023, appendix: ensembles of outputs against sums of weights.
+
+    Raises:
+        ValueError: The model's steps return no ``preds`` and ``target``, or a metric is not one of predictions.
+    """
+    session = outcome.session
+    editor, row = session.editor, {}
+    for task, metric in outcome.metrics.items():
+        edits = [functools.partial(editor.set, vector, 1.0, "delta") for vector in outcome.vectors.values()]
+        found = evaluate(
+            editor.trainer,
+            editor.model,
+            editor.datamodules[task],
+            outcome.split,
+            edits=edits,
+            share=session.evaluator.base(task, outcome.split).shareable,
+            cache=session.evaluator.cache,
+            keep_preds=True,
+        )
+        if any(each.preds is None or each.target is None for each in found):
+            raise ValueError(
+                f"The baseline 'ensemble' averages predictions, and the steps of {type(editor.model).__name__} return "
+                f"none on {task}: return 'preds' (batch, classes) and 'target' from them, or leave the baseline out."
+            )
+        logits = torch.stack([each.preds.float() for each in found]).mean(0)  # (examples, classes)
+        if metric == "accuracy":
+            row[task] = float((logits.argmax(-1) == found[0].target).double().mean())
+        else:
+            row[task] = float(compute(find_metric(metric, logits.shape[-1]), logits, found[0].target).double().mean())
+    editor.set(None, 0.0)
+    return {"rows": {f"ensemble of {len(outcome.vectors)}": row}, "reason": "mean of the logits"}
 
 
 class _Snapshots(L.Callback):

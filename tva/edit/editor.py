@@ -30,6 +30,8 @@ class EditState:
         coefs: Values of all coefficients, that of the whole recipe among them as ``scaling_coef``.
         vector: Makes the vector.
         statistics: How BatchNorm statistics are handled.
+        remake: Make the vector again for each batch, so that any number of states share a pass though few vectors are
+            held; for vectors that are made faster than a pass takes.
     """
 
     label: str
@@ -37,6 +39,7 @@ class EditState:
     coefs: tuple[tuple[str, Any], ...]
     vector: Callable[[], TaskVector]
     statistics: Statistics
+    remake: bool = False
 
     @property
     def scaling_coef(self) -> float:

@@ -189,6 +189,10 @@ class Evaluator:
         base = self._base[task, split]
         edits: list[Callable[[], None]] = []
         for state in states.values():
+            if state.remake and state.statistics != "reestimate":
+                edits.append(functools.partial(self._set_remade, state))
+                vector = state.vector()
+                continue
             vector = state.vector()
             edits.append(functools.partial(self.editor.set, vector, state.scaling_coef, state.statistics))
             if state.statistics == "reestimate":
@@ -219,6 +223,9 @@ class Evaluator:
             self._note(state.label, dict(state.coefs), task, split, evaluation, window, seed)
             if not base.computed:
                 self.log.add(self._describe(state, task, split, window, seed), evaluation)
+
+    def _set_remade(self, state: EditState) -> None:
+        self.editor.set(state.vector(), state.scaling_coef, state.statistics)
 
     def _describe(
         self, state: EditState, task: str, split: Split, window: tuple[int, int], seed: int | None
@@ -267,7 +274,12 @@ class Evaluator:
 def _chunks(missing: Mapping[tuple[Any, ...], EditState]) -> Iterator[list[tuple[Any, ...]]]:
     """Split states so that few task vectors are held at once; those of one vector stay together."""
     by_vector: dict[Any, list[tuple[Any, ...]]] = {}
+    remade = [key for key, state in missing.items() if state.remake and state.statistics != "reestimate"]
+    if remade:
+        yield remade
     for key, state in missing.items():
+        if key in remade:
+            continue
         of_vector = tuple((name, repr(value)) for name, value in state.coefs if name != "scaling_coef")
         by_vector.setdefault((state.recipe, of_vector), []).append(key)
     groups = list(by_vector.values())

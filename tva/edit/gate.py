@@ -8,6 +8,7 @@ from dataclasses import replace
 from tva.checkpoints import canonical_state_dict
 from tva.edit.baselines import run_baselines
 from tva.edit.diagnostics import run_diagnostics
+from tva.edit.each import run_each
 from tva.edit.editor import EditState
 from tva.edit.outcome import Outcome
 from tva.edit.session import EditSession
@@ -47,7 +48,10 @@ def prove(session: EditSession, choice: Choice) -> Outcome:
     outcome = Outcome(session, choice, state, split, evaluations, verdicts, shared)
     if choice.feasible:
         baselines = run_baselines(options.baselines or [], outcome)
-        outcome = replace(outcome, baselines=baselines, diagnostics=run_diagnostics(options.diagnostics or [], outcome))
+        diagnostics = run_diagnostics(options.diagnostics or [], outcome)
+        if options.each is not None:
+            diagnostics[options.each] = run_each(outcome, options.each)
+        outcome = replace(outcome, baselines=baselines, diagnostics=diagnostics)
     editor, vector = session.editor, state.vector()
     editor.set(vector, state.scaling_coef, state.statistics)
     vector.check_effect(canonical_state_dict(editor.model.state_dict()), editor.base, state.scaling_coef)

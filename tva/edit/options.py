@@ -16,13 +16,14 @@ import lightning as L
 from tva.checkpoints import NameFilter
 from tva.compose.recipe import Recipe
 from tva.edit.editor import Statistics
+from tva.edit.subsets import Each, check_each
 from tva.errors import some
 from tva.evaluation.batch_cache import Place
 from tva.evaluation.measures import as_tasks
 from tva.search import NORMALIZED, SCALING, Constraint, Given, Grid, Objective, Rule, Search
 from tva.vectors.task_vector import TaskVector
 
-Baseline = Literal["gradient_ascent", "average", "endpoints", "joint"]
+Baseline = Literal["gradient_ascent", "average", "endpoints", "joint", "ensemble"]
 Diagnosis = Literal["cosine", "signs", "norms", "linearity", "disentanglement", "blame"]
 
 
@@ -62,6 +63,8 @@ class EditOptions:
             leaves it out.
         baselines: What to compare with besides: see docs/howto/choose.md.
         diagnostics: What to look into besides: see docs/howto/choose.md.
+        each: Report all ``"pairs"`` or ``"subsets"`` of a sum's vectors too, each with a coefficient of its own; the
+            data are read once for all.
         joint: Checkpoint of one model that was fine-tuned on all tasks together, for the baseline ``"joint"``.
         log: JSON lines of all evaluations, which the next run re-uses; by default ``OUTPUT.evaluations.jsonl``.
         cache: Transformed batches kept between passes over the same data, such as ``2GiB``.
@@ -96,6 +99,7 @@ class EditOptions:
     random_seed: int | None = 0
     baselines: list[Baseline] | None = None
     diagnostics: list[Diagnosis] | None = None
+    each: Each | None = None
     joint: str | os.PathLike[str] | None = None
     log: str | os.PathLike[str] | None = None
     cache: str = "1GiB"
@@ -170,6 +174,8 @@ class EditOptions:
             self._check_rule(objective, constraints)
         self._check_confidence(constraints)
         self._check_baselines(objective)
+        if self.each is not None:
+            check_each(self.recipe, search, self.targets or {})
         return goal
 
     def _check_tasks(self) -> None:

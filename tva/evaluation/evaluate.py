@@ -37,6 +37,7 @@ def evaluate(
     extra: Sequence[str] = (),
     reference: Callable[[], None] | None = None,
     progress: str | None = None,
+    keep_preds: bool = False,
 ) -> Any:
     """Evaluate a model, or several edits of it, on one split of a task.
 
@@ -59,6 +60,7 @@ def evaluate(
         extra: Names of torchmetrics metrics to compute from ``preds`` and ``target``, where the model does not log
             them; ``kl`` is the divergence of predictions from those of ``reference``.
         reference: Puts the model into its base, which ``kl`` of edits is measured against; needed only for that.
+        keep_preds: Keep ``preds`` and ``target`` of all examples in the evaluation.
         progress: What is written before a progress bar on a terminal; None draws none.
 
     Returns:
@@ -79,7 +81,7 @@ def evaluate(
             f"outside its {step_name(split)}, so that its edits are evaluated one after the other. Log in the step."
         )
     if edits is not None and not share:
-        options = {"cache": cache, "part": part, "extra": extra, "progress": progress}
+        options = {"cache": cache, "part": part, "extra": extra, "progress": progress, "keep_preds": keep_preds}
         results = []
         for edit in edits:
             edit()
@@ -87,7 +89,7 @@ def evaluate(
         return results
     measures = measures_of(datamodule)
     extra = [name for name in extra if name not in measures]
-    recorders = [Recorder(edits is None, extra, measures) for _ in edits or [None]]
+    recorders = [Recorder(edits is None, extra, measures, keep_preds) for _ in edits or [None]]
     device = trainer.strategy.root_device
     with (
         quiet(),

@@ -50,10 +50,15 @@ class Recorder:
     """What one edit logged and returned in a pass, batch by batch."""
 
     def __init__(
-        self, hashed: bool = False, extra: Sequence[str] = (), measures: Mapping[str, Measure] | None = None
+        self,
+        hashed: bool = False,
+        extra: Sequence[str] = (),
+        measures: Mapping[str, Measure] | None = None,
+        keep_preds: bool = False,
     ) -> None:
+        self.keep_preds = keep_preds
         self.measures = measures or {}  # what the task is measured by, where the model does not log it
-        self.whole = any(name != KL for name in extra)  # whether predictions are kept, for metrics not logged
+        self.whole = keep_preds or any(name != KL for name in extra)  # whether predictions are kept
         self.divergent = KL in extra
         self.hashed = hashed
         self.batches: list[_Batch] = []
@@ -226,8 +231,8 @@ class Recorder:
             self.num_examples,
             scores,
             directions,
-            preds if found else None,
-            target if found else None,
+            preds if found or self.keep_preds else None,
+            target if found or self.keep_preds else None,
             found,
             shareable,
             returned["predicted"].numpy() if "predicted" in returned else None,

@@ -67,6 +67,28 @@ def _cosine(content: Content) -> float | None:
 
 _ROLES, _LABELS = ("target", "control"), ("base", "edited", "random")
 
+
+def _subsets(name: str, column: str, sizes: Callable[[int, int], bool] = lambda size, most: True) -> Quantity:
+    """Return the mean of a column over the subsets of some sizes; from the option ``each``."""
+
+    def quantity(content: Content) -> float | None:
+        rows = content["diagnostics"].get(name, {}).get("rows", {})
+        counts = {key: key.count(" + ") + 1 for key in rows}
+        most = max(counts.values(), default=0)
+        return mean(rows[key][column] for key, size in counts.items() if sizes(size, most))
+
+    return quantity
+
+
+def _ensemble(content: Content) -> float | None:
+    """Return the ensemble's mean score on the targets divided by the fine-tuned models'; from that baseline."""
+    rows = content["baselines"].get("ensemble", {}).get("rows", {})
+    tasks = {task: entry for task, entry in _tasks(content, "target").items() if "finetuned" in entry}
+    return mean(
+        _ratio(entry, row[task], entry["finetuned"]["value"]) for row in rows.values() for task, entry in tasks.items()
+    )
+
+
 QUANTITIES: dict[str, Quantity] = {
     **{f"{role}.{label}": _score(role, label) for role in _ROLES for label in _LABELS},
     "target.finetuned": _score("target", "finetuned"),
@@ -76,6 +98,14 @@ QUANTITIES: dict[str, Quantity] = {
     "control.finetuned": _finetuned_elsewhere,
     "scaling_coef": lambda content: float(content["coefficients"]["scaling_coef"]),
     "cosine.mean": _cosine,
+    "pairs.normalized": _subsets("pairs", "normalized"),
+    "pairs.coef": _subsets("pairs", "λ"),
+    "subsets.normalized": _subsets("subsets", "normalized"),
+    "subsets.pairs.normalized": _subsets("subsets", "normalized", lambda size, most: size == 2),
+    "subsets.one.all": _subsets("subsets", "normalized, all tasks", lambda size, most: size == 1),
+    "subsets.half.all": _subsets("subsets", "normalized, all tasks", lambda size, most: 2 * size == most),
+    "subsets.whole.all": _subsets("subsets", "normalized, all tasks", lambda size, most: size == most),
+    "target.ensemble": _ensemble,
 } | {
     f"{role}.{name}": _baseline(baseline, label, role)
     for role in _ROLES

@@ -21,7 +21,7 @@ from tva.paper.configs import fill, merge, nested
 SUITE = Path(__file__).parent / "suite"
 _SETUP = {"about", "model", "fit", "edit", "data", "edit_data", "tasks", "download", "needs", "classes"}
 _EXPERIMENT = {"title", "source", "edits", "scales", "rows", "effects", "needs", "figures"}
-_SCALE = {"setup", "tasks", "controls", "seeds", "paper", "differs", "words", "options"}
+_SCALE = {"setup", "tasks", "controls", "seeds", "paper", "differs", "words", "options", "edit_data"}
 
 
 @dataclass(frozen=True)
@@ -131,7 +131,7 @@ class Scale:
                 tasks = list(filled.get(role, []))
                 tasks = [task for task in tasks if role == "targets" or task not in filled["targets"]]
                 if tasks:
-                    over = nested(self.setup.get("edit_data", {}))
+                    over = nested({**self.setup.get("edit_data", {}), **self.options.get("edit_data", {})})
                     config[role] = {task: merge(self.data(task, seed, data_root), over) for task in tasks}
             yield Edit(group, name, seed, filled["vectors"], config | {"seed_everything": seed})
 

@@ -104,8 +104,8 @@ def run(
         check_data_root(each, data_root)
     executor = make_executor(engine, jobs, devices, per_fit or {})
     steps: list[Step] = []
-    with only_one(Path(output), "paper"):
-        for each in scales:
+    for each in scales:
+        with only_one(Path(output) / each.experiment / each.name, "paper"):
             steps += run_scale(each, Path(output), seeds or each.seeds, data_root or "", executor, redo)
     return steps
 
@@ -132,7 +132,8 @@ def run_scale(
     """Run what is not finished of one experiment; edits whose fits failed are left out and named."""
     fits = make_fits(scale, output, seeds, data_root)
     print(f"{scale.experiment}, {scale.name}: {len(fits)} fits", flush=True)
-    results = fit_many.run_fits(fits, executor, redo=redo)
+    with only_one(output / "fits" / scale.setup_name, "fit-many"):
+        results = fit_many.run_fits(fits, executor, redo=redo)
     label = f"{scale.experiment} ({scale.name})"
     steps = [Step(label, "fit", r.fit.task, r.fit.seed, r.state, r.seconds, r.message) for r in results]
     if any(result.state == "interrupted" for result in results):
