@@ -27,9 +27,10 @@ from tva.callbacks.sharding import Shards, is_shard, is_sharded, live_state
 
 from tva.checkpoints import LazyWeights, canonical_state_dict, open_weights
 from tva.errors import some
+from tva.evaluation.leaks import sample_rows
 from tva.vectors.compress import suited, write_encoded
 from tva.vectors.encoding import Encoding
-from tva.vectors.header import SUFFIX, Origin, vector_header
+from tva.vectors.header import SUFFIX, Origin, TrainingData, vector_header
 from tva.vectors.kind import kind_of
 from tva.vectors.redact import public_values
 from tva.vectors.write import Emitted, TensorSource, VectorPlan, emit
@@ -133,6 +134,8 @@ class VectorWriter:
         self.failures: list[str] = []
         self.snapshot: BaseWeights | None = None
         self.parameters: list[str] = []  # of the model when the base was captured
+        self.training_data: TrainingData | None = None
+        self._sampled: object = None  # the data module that it is of
         self.unknown = False  # whether a checkpoint had names that the model has not
         self._compare: dict[str, tuple[int, LazyWeights]] = {}
 
@@ -273,7 +276,16 @@ class VectorWriter:
             since_step=job.since_step,
             metrics=_finite(trainer.callback_metrics),
             hyperparameters=public_values(_json_only(job.checkpoint.get("hyper_parameters", pl_module.hparams))),
+            training_data=self._training_data(datamodule),
+            head=getattr(pl_module, "head_digest", None),
         )
+
+    def _training_data(self, datamodule: Any) -> TrainingData | None:
+        """Return what is trained on, read once a fit."""
+        if datamodule is not self._sampled:
+            found, self._sampled = sample_rows(datamodule), datamodule
+            self.training_data = found and TrainingData(*found, _json_only(getattr(datamodule, "drawn", {})))
+        return self.training_data
 
     def _write(self, trainer: L.Trainer, pl_module: L.LightningModule, plan: VectorPlan, job: VectorJob) -> SavedVector:
         origin, step = self._origin(trainer, pl_module, job), trainer.global_step

@@ -8,7 +8,15 @@ from small_models import Blobs, LinearNet
 from torch.utils.data import DataLoader, TensorDataset
 
 from tva.evaluation.evaluate import evaluate
-from tva.evaluation.leaks import chance_accuracy, check_shared, num_shared, row_digests
+from tva.evaluation.leaks import (
+    SAMPLE,
+    chance_accuracy,
+    check_shared,
+    num_shared,
+    num_trained_on,
+    row_digests,
+    sample_rows,
+)
 from tva.evaluation.result import Evaluation
 
 
@@ -80,6 +88,40 @@ def test_tokens_are_the_same_example_whatever_the_padding():
     wide = {"input_ids": torch.tensor([[5, 6, 0, 0, 0]]), "attention_mask": torch.tensor([[1, 1, 0, 0, 0]])}
     other = {"input_ids": torch.tensor([[5, 6, 0]]), "attention_mask": torch.tensor([[1, 1, 1]])}
     assert row_digests(narrow) == row_digests(wide) != row_digests(other)
+
+
+def test_token_ids_are_the_same_example_however_long_their_padding():
+    narrow, wide = torch.tensor([[5, 6, -1], [7, -1, -1]]), torch.tensor([[5, 6, -1, -1], [7, -1, -1, -1]])
+    assert row_digests((narrow, 0)) == row_digests((wide, 0)) == row_digests({"tokens": wide, "targets": wide})
+    assert row_digests((torch.tensor([[5, 6]]), 0)) == row_digests((narrow, 0))[:1]
+    assert len({*row_digests((wide, 0)), *row_digests((torch.tensor([[5, 7, -1]]), 0))}) == 3
+
+
+class Sampled:
+    """A data module of given training rows that can be sampled."""
+
+    def __init__(self, rows):
+        self.rows = rows
+
+    def training_sample(self, most):
+        order = np.random.default_rng(0).permutation(len(self.rows))[:most]
+        return len(self.rows), ((self.rows[part], 0) for part in np.array_split(order, 5))
+
+
+def test_examples_that_were_trained_on_are_counted_exactly_of_few_and_estimated_of_many():
+    few, many = rows(0, 300), rows(1, 30_000)
+
+    def evaluated(inputs):
+        return Evaluation({}, len(inputs), row_digests=np.array(row_digests(inputs), dtype=np.uint64))
+
+    assert num_trained_on(*sample_rows(Sampled(few)), evaluated(torch.cat([few[:37], rows(2, 100)]))) == 37
+    num_examples, sample = sample_rows(Sampled(many))
+    assert (num_examples, len(sample)) == (30_000, 16 * SAMPLE)
+    found = num_trained_on(num_examples, sample, evaluated(torch.cat([many[:4000], rows(2, 2000)])))
+    assert found == pytest.approx(4000, rel=0.35)  # of 137 in the sample: four standard deviations
+    assert num_trained_on(num_examples, sample, evaluated(rows(2, 2000))) == 0
+    assert num_trained_on(num_examples, sample, Evaluation({}, 3)) is None
+    assert sample_rows(object()) is None
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.uint8, torch.int64, torch.bool])

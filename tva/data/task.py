@@ -5,14 +5,14 @@ from __future__ import annotations
 import functools
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import lightning as L
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, DistributedSampler
+from torch.utils.data import DataLoader, DistributedSampler, default_collate
 
 from tva.data.loading import default_name, expand, load_splits
 from tva.data.streaming import Cut, Stream, make_streams
@@ -232,6 +232,36 @@ class Task(L.LightningDataModule, ABC):
     def _value_names(self, table: Any, column: str) -> list[str] | None:
         """Name the values of a column of class indices."""
         return getattr((table.features or {}).get(column), "names", None)
+
+    # --- what is trained on
+
+    @property
+    def drawn(self) -> dict[str, Any]:
+        """How the training examples are drawn, so that an edit notices where the fit drew them otherwise."""
+        split = {"train_split": self.splits["train"], "val_split": self.splits["val"]}
+        return {**split, "val_size": self.val_size, "seed": self.seed, "limit_train": self.limits["train"]}
+
+    def training_sample(self, most: int) -> tuple[int, Iterator[Any]] | None:
+        """Return how many examples are trained on, and batches of a random sample of them as evaluation reads them.
+
+        Any data module may have this method, from which `tva.callbacks.TaskVectorCallback` writes into a vector's file
+        which examples it was trained on.
+
+        Args:
+            most: Examples in the sample, at most.
+
+        Returns:
+            None where it is not known: of a stream, and before ``setup``.
+        """
+        examples = self._examples.get("train")
+        if examples is None or isinstance(examples, Stream):
+            return None
+        rows = np.sort(np.random.default_rng(0).permutation(len(examples))[:most])
+        collate = self.collate or default_collate
+        starts = range(0, len(rows), self.batch_size)
+        return len(examples), (
+            collate([examples[int(row)] for row in rows[start : start + self.batch_size]]) for start in starts
+        )
 
     # --- loaders
 

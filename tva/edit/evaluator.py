@@ -36,6 +36,7 @@ class Evaluator:
     Attributes:
         entries: One for each metric of each evaluation that was used, for the report.
         buffers: By task evaluated the buffers that the model made for it and does not save, such as its head.
+        heads: By task evaluated what tells the model's head from others, where the model can tell.
         num_forward: Examples that went through the model in this run, each evaluation of one counted.
     """
 
@@ -58,6 +59,7 @@ class Evaluator:
         self._base: dict[tuple[str, Split], Evaluation] = {}
         self._checked: set[tuple[str, Split]] = set()
         self.buffers: dict[str, dict[str, Tensor]] = {}
+        self.heads: dict[str, str | None] = {}
         self._written = False
         self._modules: dict[str, L.LightningModule] = {}
 
@@ -102,9 +104,14 @@ class Evaluator:
             self.buffers[task] = {
                 name: buffer.detach().clone() for name, buffer in model.named_buffers() if name not in saved
             }
+            self.heads[task] = getattr(model, "head_digest", None)
             self._base[task, split] = found
             self._note("base", {"scaling_coef": 0.0}, task, split, found)
         return self._base[task, split]
+
+    def of_base(self) -> dict[tuple[str, Split], Evaluation]:
+        """Return the evaluations of the base so far, by task and split."""
+        return dict(self._base)
 
     def sizes(self) -> dict[str, dict[str, int]]:
         """Return by task how many examples of each split were used."""

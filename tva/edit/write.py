@@ -31,10 +31,11 @@ from tva.compose.apply import write_undo
 from tva.compose.engine import Composer
 from tva.compose.record import Record
 from tva.edit.folder import MADE_BY, UNDO, replacing
+from tva.edit.notes import count_trained_on, notes_on
 from tva.edit.options import EditOptions
 from tva.edit.outcome import Outcome
 from tva.edit.session import EditSession
-from tva.errors import MismatchError, some
+from tva.errors import MismatchError
 from tva.evaluation.leaks import chance_accuracy
 from tva.evaluation.result import Evaluation
 from tva.report.edit_report import EditReport, Score, TaskReport, stamp
@@ -54,6 +55,7 @@ def build_report(outcome: Outcome) -> EditReport:
     session, choice = outcome.session, outcome.choice
     options, goal, evaluator = session.options, session.goal, session.evaluator
     trainer, live = session.editor.trainer, canonical_state_dict(session.editor.model.state_dict())
+    trained_on = count_trained_on(session)
     base = {} if options.base is None else stamp(options.base)
     path = options.base and public_path(options.base)
     return EditReport(
@@ -71,7 +73,9 @@ def build_report(outcome: Outcome) -> EditReport:
         constraints=outcome.verdicts,
         holds=outcome.holds,
         sizes={
-            task: counts | ({"shared": outcome.shared[task]} if task in outcome.shared else {})
+            task: counts
+            | ({"shared": outcome.shared[task]} if task in outcome.shared else {})
+            | {f"trained_{split}": max(found.values()) for split, found in trained_on.get(task, {}).items()}
             for task, counts in evaluator.sizes().items()
         },
         search={
@@ -98,7 +102,7 @@ def build_report(outcome: Outcome) -> EditReport:
         created=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         kind=session.kind,
         names=_names(session),
-        notes=_notes(outcome),
+        notes=notes_on(outcome, trained_on),
     )
 
 
@@ -106,19 +110,6 @@ def _names(session: EditSession) -> dict[str, Any]:
     """Return which names of tensors take part, where not all do."""
     patterns, left_out = session.options.only.options, session.left_out
     return {**patterns, "left_out": len(left_out), "of": len(session.editor.base)} if patterns else {}
-
-
-def _notes(outcome: Outcome) -> list[str]:
-    """Return what a reader of the numbers must know of how they came about."""
-    session, notes = outcome.session, []
-    if session.left_out:
-        note = (
-            f"{len(session.left_out)} of the {len(session.editor.base)} tensors take no part and keep the model's "
-            f"weights (by {' and '.join(session.options.only.options)}): {some(session.left_out)}"
-        )
-        tuned = sorted(session.vectors.keys() & session.options.tasks.keys())
-        notes.append(f"{note}; the fine-tuned models of {some(tuned)} are evaluated so too." if tuned else f"{note}.")
-    return notes
 
 
 def _describe_vectors(outcome: Outcome) -> dict[str, dict[str, Any]]:

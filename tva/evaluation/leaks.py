@@ -13,6 +13,8 @@ from torch import Tensor
 from tva.evaluation.result import Evaluation
 
 MAX_SHARE = 0.05  # of the test examples: real data sets have copies, up to some per cent
+SAMPLE = 1024  # training examples that a task vector's file names at most
+PADDING = -1  # at the end of rows of token ids, where no attention mask travels with them
 
 
 def row_digests(batch: Any) -> list[int]:
@@ -27,6 +29,10 @@ def row_digests(batch: Any) -> list[int]:
         return []
     if tokens is not None and mask is not None and mask.shape == tokens.shape:
         rows = [row[kept.bool()] for row, kept in zip(batch.detach().cpu(), mask.detach().cpu(), strict=True)]
+        return [xxhash.xxh3_64_intdigest(row.contiguous().numpy().tobytes()) for row in rows]
+    if batch.dtype in (torch.int64, torch.int32) and batch.ndim == 2 and bool((batch[:, -1:] == PADDING).any()):
+        ends = (batch != PADDING).long().mul(torch.arange(1, batch.shape[1] + 1, device=batch.device)).amax(1).tolist()
+        rows = [row[:end] for row, end in zip(batch.detach().cpu(), ends, strict=True)]
         return [xxhash.xxh3_64_intdigest(row.contiguous().numpy().tobytes()) for row in rows]
     flat = batch.detach().cpu().contiguous().reshape(len(batch), -1).view(torch.uint8).numpy()
     return [xxhash.xxh3_64_intdigest(row.tobytes()) for row in flat]
@@ -44,6 +50,39 @@ def num_shared(one: Evaluation, other: Evaluation) -> int | None:
         values, counts = np.unique(rows, return_counts=True)
         sets.append(values[counts == 1])
     return len(np.intersect1d(sets[0], sets[1], assume_unique=True))
+
+
+def sample_rows(datamodule: Any) -> tuple[int, str] | None:
+    """Return how many examples are trained on, and the hashes of a sample of them; None where that is not known.
+
+    Args:
+        datamodule: One that has a ``training_sample``, as `tva.data.task.Task` has.
+    """
+    sample = getattr(datamodule, "training_sample", lambda most: None)(SAMPLE)
+    if sample is None:
+        return None
+    num_examples, batches = sample
+    rows = [row for batch in batches for row in row_digests(batch)]
+    return (num_examples, "".join(f"{row:016x}" for row in rows)) if rows else None
+
+
+def num_trained_on(num_examples: int, rows: str, evaluation: Evaluation) -> int | None:
+    """Return how many of the evaluated examples were trained on: estimated, where only a sample of those is known.
+
+    Args:
+        num_examples: How many were trained on.
+        rows: Hashes of a sample of them, or of all; see `sample_rows`.
+        evaluation: Of any model on the examples; those whose inputs occur more than once are not counted.
+
+    Returns:
+        None where the inputs of the evaluation are not known.
+    """
+    if evaluation.row_digests is None:
+        return None
+    sample = np.frombuffer(bytes.fromhex(rows), dtype=">u8").astype(np.uint64)
+    values, counts = np.unique(evaluation.row_digests, return_counts=True)
+    found = int(np.isin(np.unique(sample), values[counts == 1]).sum())
+    return min(evaluation.num_examples, round(found * max(1.0, num_examples / len(sample))))
 
 
 def check_shared(

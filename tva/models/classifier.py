@@ -112,6 +112,7 @@ class FrozenHeadClassifier(L.LightningModule, ABC):
         self._heads: dict[str, Tensor] = {}
         self._learned: dict[str, Tensor] = {}  # task -> head, as fits in this process left it
         self._base_digest: str | None = None
+        self._head_digest: str | None = None
         self._data_digests: weakref.WeakKeyDictionary[Any, str] = weakref.WeakKeyDictionary()
         self.trained_head: TrainedHead | None = None
         self.accuracy = nn.ModuleDict()
@@ -152,6 +153,13 @@ class FrozenHeadClassifier(L.LightningModule, ABC):
             "class_names": list(datamodule.class_names),
             "logit_scale": self.logit_scale,
         }
+
+    @property
+    def head_digest(self) -> str | None:
+        """Tells the present head from others: a digest of all that it depends on, of a learned one of itself."""
+        if self.trained_head is not None:
+            return fingerprint({"head": self.trained_head.weight.detach().cpu().float()}).digest
+        return self._head_digest
 
     def build_head(self, datamodule: L.LightningDataModule) -> Tensor:
         """Build the head of a data module, shape (classes, features): logits are ``features @ head.T``.
@@ -227,6 +235,7 @@ class FrozenHeadClassifier(L.LightningModule, ABC):
     def teardown(self, stage: str) -> None:
         if stage == "fit" and self.trained_head is not None:
             self._learned[self.task] = self.trained_head.weight.detach().cpu().clone()
+            self._head_digest = self.head_digest
             self.head, self.trained_head = self._learned[self.task].to(self.device), None
 
     def setup(self, stage: str) -> None:
@@ -241,7 +250,10 @@ class FrozenHeadClassifier(L.LightningModule, ABC):
         if self.learns_head and stage == "fit":
             self._check_no_averaging()
         known = self.learns_head and (stage != "fit" or self.task in self.heads or self.task in self._learned)
-        self.head = (self._learned_head(datamodule) if known else self._cached_head(datamodule)).to(self.device)
+        head = self._learned_head(datamodule) if known else self._cached_head(datamodule)
+        made = not known or self.heads.get(self.task) == START
+        self._head_digest = self._head_key(datamodule) if made else fingerprint({"head": head.float()}).digest
+        self.head = head.to(self.device)
         if self.learns_head and stage == "fit":
             self.trained_head = TrainedHead(self.head)
         num_classes = len(self.head)
@@ -260,8 +272,11 @@ class FrozenHeadClassifier(L.LightningModule, ABC):
                 f"averages. Use head='probe', or leave the callback out."
             )
 
+    def _head_key(self, datamodule: L.LightningDataModule) -> str:
+        return xxhash.xxh3_128_hexdigest(json.dumps(self.head_key(datamodule), sort_keys=True).encode())
+
     def _cached_head(self, datamodule: L.LightningDataModule) -> Tensor:
-        key = xxhash.xxh3_128_hexdigest(json.dumps(self.head_key(datamodule), sort_keys=True).encode())
+        key = self._head_key(datamodule)
         if key not in self._heads:
             file = cache_folder() / "heads" / f"{key}.safetensors"
             if file.exists():

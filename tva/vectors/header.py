@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import time
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
 from tva.checkpoints import Fingerprint, LazyWeights, read_metadata
@@ -23,9 +25,26 @@ FORMS: dict[str, Any] = {  # of the fields that are JSON; see `tva.checkpoints.f
     "since_step": (int, None),
     "metrics": {str: (float, None)},
     "hyperparameters": dict,
+    "training_data": {"num_examples": int, "rows": str, "drawn": dict},
     "untouched": {str: [str]},
     "buffers": [str],
 }
+
+
+@dataclass(frozen=True)
+class TrainingData:
+    """Which examples a model was fine-tuned on, so that an edit notices where it is proved on the same.
+
+    Attributes:
+        num_examples: How many.
+        rows: Of a random sample of them, the hashes of their inputs as evaluation reads them, 16 hexadecimal digits
+            each; see `tva.evaluation.leaks`.
+        drawn: How they were drawn: splits, ``val_size``, ``seed``, ``limit_train``.
+    """
+
+    num_examples: int
+    rows: str
+    drawn: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -45,6 +64,8 @@ class Origin:
         since_step: Optimizer steps at the weights that take the base's place, in a vector against the previous one.
         metrics: Metrics monitored when the checkpoint was written.
         hyperparameters: Hyperparameters of the run, JSON values only.
+        training_data: What it was trained on, where the data module can tell.
+        head: Digest of what determines the head that it was trained under, where the model can tell.
     """
 
     base: Fingerprint | None = None
@@ -59,6 +80,8 @@ class Origin:
     since_step: int | None = None
     metrics: Mapping[str, float] = field(default_factory=dict)
     hyperparameters: Mapping[str, Any] = field(default_factory=dict)
+    training_data: TrainingData | None = None
+    head: str | None = None
 
 
 def vector_header(
@@ -92,6 +115,8 @@ def vector_header(
         "since_step": origin.since_step,
         "metrics": dict(origin.metrics),
         "hyperparameters": dict(origin.hyperparameters),
+        "training_data": asdict(origin.training_data) if origin.training_data else None,
+        "head": origin.head,
         "buffers": list(buffers),
         "untouched": reasons,
         "encoding": "dense",
@@ -105,6 +130,18 @@ def vector_header(
         if value is not None
     }
     return {"tva.format": FORMAT, **header}
+
+
+def _training_data(found: Mapping[str, Any], path: Path) -> TrainingData | None:
+    if not found:
+        return None
+    rows, num_examples = found.get("rows", ""), found.get("num_examples", 0)
+    if num_examples < 1 or not re.fullmatch("(?:[0-9a-f]{16})+", rows):
+        raise ValueError(
+            f"{path} is damaged: its tva.training_data must hold how many examples were trained on, and hashes of 16 "
+            f"digits each. Take an undamaged copy."
+        )
+    return TrainingData(num_examples, rows, found.get("drawn", {}))
 
 
 def is_vector_file(path: str | os.PathLike[str]) -> bool:
@@ -153,6 +190,8 @@ def read_origin(weights: LazyWeights) -> tuple[Origin, set[str], dict[str, str]]
         since_step=fact("since_step"),
         metrics=fact("metrics", {}),
         hyperparameters=fact("hyperparameters", {}),
+        training_data=_training_data(fact("training_data", {}), weights.path),
+        head=header.get("head"),
     )
     untouched = {name: reason for reason, names in fact("untouched", {}).items() for name in names}
     return origin, set(fact("buffers", [])), untouched

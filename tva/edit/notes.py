@@ -1,0 +1,99 @@
+"""What a reader of an edit's numbers must know of how they came about, in sentences."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from tva.edit.outcome import Outcome
+from tva.edit.session import EditSession
+from tva.errors import some
+from tva.evaluation.leaks import num_trained_on
+
+WORDS = {"val": "validation", "test": "test"}
+TrainedOn = Mapping[str, Mapping[str, Mapping[str, int]]]  # task -> split -> vector -> examples
+
+
+def count_trained_on(session: EditSession) -> dict[str, dict[str, dict[str, int]]]:
+    """Count by task and split the evaluated examples that a vector was trained on, where there are any."""
+    found: dict[str, dict[str, dict[str, int]]] = {}
+    for (task, split), evaluation in session.evaluator.of_base().items():
+        for name, vector in session.vectors.items():
+            data = vector.origin.training_data
+            count = data and num_trained_on(data.num_examples, data.rows, evaluation)
+            if count:
+                found.setdefault(task, {}).setdefault(split, {})[name] = count
+    return found
+
+
+def notes_on(outcome: Outcome, trained_on: TrainedOn) -> list[str]:
+    """Return the notes of an edit.
+
+    Args:
+        outcome: The edit.
+        trained_on: From `count_trained_on`.
+    """
+    return [*_left_out(outcome.session), *_leaks(outcome, trained_on), *_other_parts(outcome), *_other_heads(outcome)]
+
+
+def _left_out(session: EditSession) -> list[str]:
+    left_out = session.left_out
+    if not left_out:
+        return []
+    note = (
+        f"{len(left_out)} of the {len(session.editor.base)} tensors take no part and keep the model's weights (by "
+        f"{' and '.join(session.options.only.options)}): {some(left_out)}"
+    )
+    tuned = sorted(session.vectors.keys() & session.options.tasks.keys())
+    return [f"{note}; the fine-tuned models of {some(tuned)} are evaluated so too." if tuned else f"{note}."]
+
+
+def _leaks(outcome: Outcome, trained_on: TrainedOn) -> list[str]:
+    notes, sizes = [], outcome.session.evaluator.sizes()
+    for task, by_split in sorted(trained_on.items()):
+        for split, by_vector in sorted(by_split.items()):
+            name, count = max(by_vector.items(), key=lambda item: item[1])
+            data = outcome.session.vectors[name].origin.training_data
+            about = "about " if data is not None and data.num_examples > len(data.rows) // 16 else ""
+            meaning = (
+                "on them the numbers say how well it was remembered"
+                if split == "test"
+                else "on them a coefficient looks better than it is"
+            )
+            notes.append(
+                f"{about}{count:,} of the {sizes[task][split]:,} {WORDS[split]} examples of {task} are among those "
+                f"that the vector {name} was trained on: {meaning}."
+            )
+    return notes
+
+
+def _other_parts(outcome: Outcome) -> list[str]:
+    """Notice where a task holds out other examples than its vector's fit did."""
+    notes = []
+    for task, datamodule in outcome.session.options.tasks.items():
+        now, vector = getattr(datamodule, "drawn", None), outcome.session.vectors.get(task)
+        data = vector.origin.training_data if vector is not None else None
+        if now is None or data is None or now.get("val_split") is not None:
+            continue  # with a split of its own for validation nothing is held out
+        changed = {key: (data.drawn[key], now[key]) for key in now if key in data.drawn and data.drawn[key] != now[key]}
+        changed.pop("limit_train", None)
+        if changed:
+            was, is_now = (", ".join(f"{key} {pair[side]}" for key, pair in changed.items()) for side in (0, 1))
+            notes.append(
+                f"{task} holds out other validation examples than the fit of its vector did, which had {was}, and here "
+                f"it has {is_now}: give it those of the fit."
+            )
+    return notes
+
+
+def _other_heads(outcome: Outcome) -> list[str]:
+    """Notice where a task's model has another head than its vector was trained under."""
+    heads: Mapping[str, Any] = outcome.session.evaluator.heads
+    known = {task: (vector.origin.head, heads.get(task)) for task, vector in outcome.session.vectors.items()}
+    return [
+        f"{task} is evaluated under another head than its vector was trained under, so that its fine-tuned model does "
+        f"not score as in its fit. Give the task what the head is made of in the fit (class_names, templates, the "
+        f"training examples), or the model the same head."
+        for task, pair in known.items()
+        if None not in pair and pair[0] != pair[1]
+    ]
