@@ -171,7 +171,7 @@ class Encoder:
         if self._factors is None or len(self._factors[1]) < width:
             matrix = self.delta.reshape(shape)
             exact = min(shape) <= max(LARGE, 4 * width)
-            self._factors = leading(matrix.double(), width) if exact else _projected(matrix.float(), width)
+            self._factors = leading(matrix.double(), width) if exact else projected(matrix.float(), width)
         return self._factors
 
     # --- choosing
@@ -239,7 +239,7 @@ class Encoder:
         return encoding
 
 
-def _projected(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
+def projected(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
     """Return the leading singular triplets of a large matrix by random projections, the same ones every time."""
     generator = torch.Generator().manual_seed(0)
     basis = matrix @ torch.randn(matrix.shape[1], rank + OVERSAMPLE, generator=generator)

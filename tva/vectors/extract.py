@@ -10,6 +10,7 @@ from pathlib import Path
 from tva._torch import torch
 from tva.checkpoints import NameFilter, dequantized_entries, open_weights, protect
 from tva.checkpoints.lazy import Which
+from tva.vectors.extract_adapter import ExtractedAdapter, extract_adapter
 from tva.vectors.header import SUFFIX, Origin, is_vector_file
 from tva.vectors.lazy import LazyTaskVector
 from tva.vectors.write import TensorSource, VectorPlan, emit
@@ -53,7 +54,8 @@ def extract(
     which: Which = "checkpoint",
     include: list[str] | str | None = None,
     exclude: list[str] | str | None = None,
-) -> Extracted:
+    rank: int | None = None,
+) -> Extracted | ExtractedAdapter:
     """Write the task vector from a base to its fine-tuned checkpoint, without loading either of them whole.
 
     The tensors in the file are bit for bit those of ``TaskVector.between(base, finetuned).save(output)``; where a side
@@ -71,6 +73,7 @@ def extract(
         include: Regular expressions that are searched for in the names of tensors; only those found take part.
         exclude: Regular expressions of names to leave out, of the base as of the fine-tuned checkpoint, such as
             ``^classifier[.]``; the vector lists the base's as excluded.
+        rank: Write a PEFT LoRA adapter of at most this rank instead, into the folder ``output``, and state its error.
 
     Returns:
         What was written.
@@ -78,13 +81,13 @@ def extract(
     Raises:
         MismatchError: Keys or shapes differ.
         NoEffectError: The checkpoints are alike.
-        ValueError: The output is not named ``*.safetensors``, an input is not a checkpoint or is a task vector
-            already, or a delta is NaN or infinite.
+        ValueError: The output is not named ``*.safetensors``, or for an adapter not a new folder; an input is not a
+            checkpoint or is a task vector already; or a delta is NaN or infinite.
         OSError: A file cannot be read, or there is no room for the output.
     """
     started = time.monotonic()
     base, finetuned, output = os.fspath(base), os.fspath(finetuned), os.fspath(output)
-    if not output.endswith(".safetensors"):
+    if rank is None and not output.endswith(".safetensors"):
         raise ValueError(f"A task vector file's name must end in .safetensors, best in {SUFFIX}; found {output!r}.")
     protect([output], {"base": base, "finetuned": finetuned})
     for flag, path in {"base": base, "finetuned": finetuned}.items():
@@ -93,8 +96,10 @@ def extract(
                 f"{flag} must be a checkpoint, and {path} is a task vector file already. Take two checkpoints; "
                 f"'tva inspect {path}' shows what is in it."
             )
-    weights = open_weights(base)
     only = NameFilter(include, exclude)
+    if rank is not None:
+        return extract_adapter(base, finetuned, Path(output), rank, key_map=key_map, which=which, only=only)
+    weights = open_weights(base)
     source = LazyTaskVector(finetuned, weights, key_map=key_map, which=which, only=only)
     only.check_used()
     moved = source.weights
