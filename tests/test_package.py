@@ -18,7 +18,7 @@ ROOT = Path(__file__).parent.parent
 
 # A room may import rooms of rows above its own, and of its own row where that makes no circle.
 FLOORS = [
-    {"tva.errors", "tva._torch", "tva.console", "tva.plugins", "tva.sizes", "tva.version"},
+    {"tva.errors", "tva._torch", "tva.console", "tva.patterns", "tva.plugins", "tva.sizes", "tva.version"},
     {"tva.arithmetic", "tva.layers", "tva.data"},
     {"tva.checkpoints"},
     {"tva.merge", "tva.report"},

@@ -6,6 +6,7 @@ import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 
 from tva.errors import some
+from tva.patterns import pattern_of
 
 _NUMBERED = re.compile(r"(.*?(?<![^.])(?:\w*?(?:layer|block|stage)s?_?)?)(\d+)(?![^.])")  # stack, number
 
@@ -38,13 +39,8 @@ def coefs_by_tensor(
     used = set()
     for name in names:
         for pattern, value in groups.items():
-            try:
-                if name not in layers if pattern == "layer" else not re.search(pattern, name):
-                    continue
-            except re.error as error:
-                raise ValueError(
-                    f"The coefficient {coef!r} has the group {pattern!r}, which is no regular expression: {error}."
-                ) from error
+            if name not in layers if pattern == "layer" else not pattern_of(pattern, f"coefs.{coef}").search(name):
+                continue
             if not isinstance(value, int | float):
                 if name not in layers or len(value) < 2:
                     raise ValueError(

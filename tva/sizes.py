@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import math
 import re
 from pathlib import Path
 
 
-def parse_bytes(text: str) -> int:
+def parse_bytes(text: str, option: str = "a size") -> int:
     """Read a size such as ``512MiB`` or ``2 GB``.
+
+    Args:
+        text: The size.
+        option: What it was given as, for the error.
 
     Example:
         >>> parse_bytes("512MiB"), parse_bytes("2 GB"), parse_bytes("1000")
@@ -17,9 +22,10 @@ def parse_bytes(text: str) -> int:
     for power, letter in enumerate("KMGT", start=1):
         units |= {f"{letter}B": 1000**power, f"{letter}IB": 1024**power}
     found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", text)
-    if not found or found[2].upper() not in units:
-        raise ValueError(f"A size must read like '512MiB' or '2 GB'; found {text!r}.")
-    return int(float(found[1]) * units[found[2].upper()])
+    size = float(found[1]) * units.get(found[2].upper(), math.inf) if found else math.inf
+    if not math.isfinite(size):
+        raise ValueError(f"{option} must be such as '512MiB' or '2 GB'; found {text!r}.")
+    return int(size)
 
 
 def anonymous_memory() -> int:

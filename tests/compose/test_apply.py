@@ -239,7 +239,7 @@ def test_coefficients_by_group_of_tensors_are_those_of_the_in_memory_path(files,
         ({".*": 0.5, "bias": 0.1}, "no tensor is in, or only such as earlier groups took: 'bias'"),
         ({".*": [0.1, 0.2]}, "which needs two numbers or more and tensors with a layer's number"),
         ({"layer": [0.1], ".*": 1}, "which needs two numbers or more"),
-        ({"(": 0.5}, "no regular expression"),
+        ({"(": 0.5}, "coefs.s holds .*not a regular expression"),
     ],
 )
 def test_groups_that_do_not_fit_are_refused(files, tmp_path, groups, message):

@@ -89,3 +89,9 @@ def test_division_by_zero_and_bad_names():
         Recipe("a", ["a", "run-1"])
     with pytest.raises(RecipeError, match="both a task vector and a coefficient"):
         Recipe("a", ["a"], {"a": 1.0})
+
+
+def test_methods_in_one_another_are_limited():
+    Recipe("ties(" * 16 + "a" + ")" * 16, ["a"])
+    with pytest.raises(RecipeError, match="At most 16 methods may be in one another"):
+        Recipe("ties(" * 17 + "a" + ")" * 17, ["a"])

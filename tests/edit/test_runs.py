@@ -77,7 +77,7 @@ def test_mistakes_are_reported(run, tmp_path, capsys):
         revisit([str(run), str(run)])
     odd = tmp_path / "odd.json"
     odd.write_text("no")
-    with pytest.raises(ValueError, match="is not an edit report: invalid JSON"):
+    with pytest.raises(ValueError, match="is not an edit report: .*is not valid JSON"):
         revisit([str(odd)])
     odd.write_text('{"recipe": "a"}')
     with pytest.raises(ValueError, match="it lacks 'tasks', 'evaluations', 'holds', or has .* Give a run that `tva"):

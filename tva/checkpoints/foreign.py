@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import stat
 from collections.abc import Iterable
 from pathlib import Path
@@ -47,8 +46,8 @@ def read_bytes(path: Path, limit: int = TEXT_BYTES) -> bytes:
         ForeignFileError: It is larger, or not a regular file.
     """
     with os.fdopen(open_regular(path), "rb") as file:
-        data = file.read(limit + 1)
-    if len(data) > limit:
+        data = file.read(limit + 1) if os.fstat(file.fileno()).st_size <= limit else None
+    if data is None or len(data) > limit:
         raise ForeignFileError(f"{path} is larger than the {limit} bytes that such a file may have. Is it damaged?")
     return data
 
@@ -219,48 +218,3 @@ def content_of(path: Path) -> str:
             return kind
     text = start[:60].isascii() and all(byte >= 32 or byte in b"\t\r\n" for byte in start[:60])
     return f"text that begins with {start[:30].decode()!r}" if text else ""
-
-
-PATTERN_STEPS = 10**8  # of a regular expression, by the count below
-
-
-def check_pattern(pattern: str, where: str, length: int) -> None:
-    """Refuse a regular expression that could take forever to match a text of some length.
-
-    A repeated group, whose inside could be divided in many ways, is refused; the steps of all else are counted
-    as if nothing matched.
-
-    Args:
-        pattern: The expression.
-        where: File and field, for the error.
-        length: Of the text.
-
-    Raises:
-        ForeignFileError: It is refused.
-
-    Example:
-        >>> check_pattern("(a|a|aa)+b", "adapter_config.json: rank_pattern", 40)
-        Traceback (most recent call last):
-        tva.checkpoints.foreign.ForeignFileError: adapter_config.json: rank_pattern: '(a|a|aa)+b' could take forever \
-to match. Write it without a repeated group and with fewer repetitions.
-    """
-    steps, branches = max(1, length), [1]
-    plain = re.sub(r"\[\^?\]?(?:\\.|[^\]\\])*\]|\\.", "x", pattern)
-    for char, after in zip(plain, [*plain[1:], ""], strict=True):
-        if char == "(":
-            branches.append(1)
-        elif char == "|":
-            branches[-1] += 1
-        elif char == ")" and len(branches) > 1:
-            steps *= branches.pop() if after not in tuple("*+{") else PATTERN_STEPS + 1
-        elif char in "*+{":
-            steps *= max(2, length)
-        elif char == "?":
-            steps *= 2
-        if steps > PATTERN_STEPS:
-            break
-    if steps * branches[0] > PATTERN_STEPS or re.search(r"\\\d|\(\?P=", pattern):
-        raise ForeignFileError(
-            f"{where}: {shown(pattern)} could take forever to match. Write it without a repeated group and with fewer "
-            f"repetitions."
-        )

@@ -24,6 +24,7 @@ from tva.checkpoints.spec import NAMES_OF_DTYPES, Spec
 TENSOR_TYPES = {"torch.Tensor", "torch._tensor.Tensor", "torch.nn.parameter.Parameter", "torch.nn.parameter.Buffer"}
 DTYPES = {*NAMES_OF_DTYPES, "complex32", "complex128", "quint8", "qint8", "qint32", "float8_e8m0fnu"}
 PICKLE_BYTES = 2**30  # of the pickle in an archive, whose tensors are beside it
+MOST_OPCODES = 2**26  # of one pickle: the parts of the largest sharded checkpoints take fewer
 KEY_COST = 10_000  # elements of nested tuples that one key of a mapping or one item of a set may have
 REPEATED_BYTES = 2**32  # of a tensor that takes more memory than its storage has bytes
 
@@ -148,7 +149,7 @@ def check_pickle(data: io.BytesIO) -> None:
         data: At the start of a pickle; afterwards at its end.
 
     Raises:
-        pickle.UnpicklingError: It has such a key or memo.
+        pickle.UnpicklingError: It has such a key or memo, or too many opcodes.
         ValueError: It is not a pickle.
     """
     stack: list[int | None] = []  # None: a mark
@@ -161,8 +162,10 @@ def check_pickle(data: io.BytesIO) -> None:
             items.append(item)
         return items[::-1]
 
-    for opcode, argument, _ in pickletools.genops(data):
+    for count, (opcode, argument, _) in enumerate(pickletools.genops(data)):
         name = opcode.name
+        if count > MOST_OPCODES:
+            raise pickle.UnpicklingError(f"it has more than {MOST_OPCODES:,} opcodes")
         if name in ("BINGET", "GET", "LONG_BINGET"):
             stack.append(memo[int(argument)])
         elif name in ("BINPUT", "PUT", "LONG_BINPUT"):

@@ -17,11 +17,12 @@ from pathlib import Path
 from typing import Any
 
 from tva._torch import torch
-from tva.checkpoints.foreign import ForeignFileError, check_form, check_pattern, read_json, shown
+from tva.checkpoints.foreign import check_form, read_json, shown
 from tva.checkpoints.lazy import Entry, LazyWeights
 from tva.checkpoints.lora_entries import Adapted, Factors, NewRows
 from tva.checkpoints.names import canonical_names
 from tva.errors import MismatchError, some
+from tva.patterns import pattern_of
 
 # Settings that the merged weights do not depend on, or that are used below. Any other one that is set is refused.
 KNOWN = {
@@ -339,10 +340,6 @@ def _by_pattern(folder: Path, config: Mapping[str, Any], key: str, module: str, 
     """Choose a module's value as peft does: that of the first pattern that matches the end of its name."""
     for pattern, value in (config.get(key) or {}).items():
         where = f"{folder / 'adapter_config.json'}: {key}"
-        check_pattern(pattern, where, len(module))
-        try:
-            if re.match(rf"(.*\.)?({pattern})$", module):
-                return value
-        except (re.error, RecursionError, OverflowError) as error:
-            raise ForeignFileError(f"{where}: {shown(pattern)} is not a regular expression ({error}).") from error
+        if pattern_of(rf"^(.*\.)?({pattern})$", where, steps=10**6).search(module):
+            return value
     return default

@@ -15,6 +15,7 @@ from typing import Any
 
 from tva._torch import Tensor
 from tva.errors import MismatchError, some
+from tva.patterns import Pattern
 
 KeyMap = Mapping[str, str] | Sequence[str]
 Patterns = Sequence[str] | str | None
@@ -100,7 +101,7 @@ def map_names(names: Iterable[str], key_map: KeyMap) -> dict[str, str]:
     return renamed
 
 
-def _pairs(key_map: KeyMap) -> list[tuple[re.Pattern[str], str]]:
+def _pairs(key_map: KeyMap) -> list[tuple[Pattern, str]]:
     if isinstance(key_map, str):
         raise ValueError(f"key_map must be a list of 'regex=replacement' or a mapping, not one string: [{key_map!r}].")
     pairs = []
@@ -108,7 +109,7 @@ def _pairs(key_map: KeyMap) -> list[tuple[re.Pattern[str], str]]:
         pattern, equals, replacement = (item[0], "=", item[1]) if isinstance(item, tuple) else item.rpartition("=")
         if not equals:
             raise ValueError(f"key_map holds {item!r}; write regex=replacement.")
-        pairs.append((_compiled("key_map", pattern), replacement))
+        pairs.append((Pattern(pattern, "key_map"), replacement))
     return pairs
 
 
@@ -135,7 +136,7 @@ class NameFilter:
         given = {"include": include, "exclude": exclude}
         self.options = {key: [each] if isinstance(each, str) else list(each) for key, each in given.items() if each}
         self._patterns = {
-            option: [_compiled(option, pattern) for pattern in given] for option, given in self.options.items()
+            option: [Pattern(pattern, option) for pattern in given] for option, given in self.options.items()
         }
         self._unused = {(option, pattern) for option, given in self.options.items() for pattern in given}
 
@@ -174,13 +175,6 @@ class NameFilter:
                     f"{option} holds {some(unused)}, which matches no name of the base or a vector. Correct or remove "
                     f"it."
                 )
-
-
-def _compiled(option: str, pattern: str) -> re.Pattern[str]:
-    try:
-        return re.compile(pattern)
-    except re.error as error:
-        raise ValueError(f"{option} holds {pattern!r}, which is not a regular expression: {error}.") from error
 
 
 @dataclass(frozen=True)

@@ -145,7 +145,7 @@ class RayExecutor(Executor):
             except (ConnectionError, ValueError, RuntimeError) as error:
                 reason = f"No Ray cluster answers at {address!r}: {error} Start one with 'ray start --head'."
                 raise ValueError(reason) from error
-        wanted = {"CPU": cpus, "GPU": gpus, "memory": parse_bytes(memory) if memory else 0}
+        wanted = {"CPU": cpus, "GPU": gpus, "memory": parse_bytes(memory, "memory") if memory else 0}
         nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
         if not any(all(node.get(key, 0) >= value for key, value in wanted.items()) for node in nodes):
             most = {key: max((node.get(key, 0) for node in nodes), default=0) for key in wanted}

@@ -22,6 +22,7 @@ import tva.callbacks  # these three so that their classes can be named without a
 import tva.data
 import tva.models  # noqa: F401
 from tva.cli.arguments import replaced_argv
+from tva.cli.configs import check_configs
 from tva.cli.explain import explain
 from tva.cli.help import HelpFormatter
 from tva.cli.run_function import print_json, sentence
@@ -227,6 +228,7 @@ def run_lightning(command: str, words: Sequence[str], as_json: bool = False, abo
 
 def _make(kind: type[_CommandLine], command: str, about: str | None = None) -> Any:
     """Parse the process's arguments and run the subcommand that they name."""
+    check_configs(sys.argv[1:])
     if os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())  # so that classes of one's own project can be named, as with python -m
     if command == "edit":

@@ -74,6 +74,9 @@ def make_parser(name: str, command: ModuleType) -> Any:
 
 def _parse(name: str, command: ModuleType, words: list[str]) -> dict[str, Any]:
     """Parse the options of a command's functions."""
+    from tva.cli.configs import check_configs
+
+    check_configs(words)
     parser, usage = make_parser(name, command), _usage(name, command)
     parameters = [parameter for step in _steps(command) for parameter in signature(step).parameters.items()]
     flags = ["json", *(key for key, parameter in parameters if parameter.default is False)]

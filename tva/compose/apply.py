@@ -173,7 +173,7 @@ def compose(
     options |= {"requantize": True} if requantize else {}
     layout = quantizer.layout() if quantizer else composer.layout()
     kind = _kind(composer, allow_other_kind)
-    shard_bytes = parse_bytes(max_shard_size)
+    shard_bytes = parse_bytes(max_shard_size, "max_shard_size")
     if plan:
         kept, need = composer.statistics, composer.need()
         made = make_plan(composer.base, composer.layout(), composer.sources, checked, scaling_coef, kept, need)

@@ -239,7 +239,7 @@ class Composer:
             ValueError: It does not fit however little is held.
         """
         kernels.load()
-        limit = anonymous_memory() + 2**30 if max_memory is None else parse_bytes(max_memory)
+        limit = anonymous_memory() + 2**30 if max_memory is None else parse_bytes(max_memory, "max_memory")
         while self.need() > limit:
             if self.workers > 1:
                 self.workers -= 1

@@ -114,7 +114,7 @@ def revert(
     if opened.metadata["tva.undo_config"] and "config.json" in beside:
         beside["config.json"] = opened.metadata["tva.undo_config"].encode()
     metadata = {"format": "pt", **opened.base_metadata, **opened.ties}
-    shard_bytes = parse_bytes(max_shard_size)
+    shard_bytes = parse_bytes(max_shard_size, "max_shard_size")
     job = {**opened.record.metadata(), "max_shard_size": shard_bytes}
     stem = weights_stem(folder) if folder else "model"
     parts = part_of_names(folder) if folder else {}

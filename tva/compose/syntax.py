@@ -22,6 +22,7 @@ from tva.merge import Method, find_method, method_names
 
 Kind = Literal["vector", "number"]
 MAX = float(numpy.finfo(numpy.float32).max)
+MOST_LEVELS = 16  # of methods in one another: each level may read all vectors once more
 _DOTTED = re.compile(r"\w+(\.\w+)*")
 BASE = "base"  # the base's own weights, in a recipe
 SYMBOLS = {ast.Add: "+", ast.Sub: "-", ast.Mult: "*", ast.Div: "/"}
@@ -93,6 +94,7 @@ class Expression:
         self._numbers: set[int] = set()  # parts that are no vectors
         self._methods: dict[int, Method] = {}
         self._by_group: dict[int, dict[str, ast.expr]] = {}  # options that have coefficients by group, of each call
+        self._levels: dict[int, int] = {}  # of methods in one another, at each
         self._observers: list[ast.Call] = []  # calls that must see the deltas first, inner before outer
         try:
             self._tree = ast.parse(text.strip(), mode="eval").body
@@ -202,6 +204,10 @@ class Expression:
         if by_group:
             self._check_by_group(method, by_group)
             self._by_group[id(node)] = by_group
+        level = 1 + max(self._levels.get(id(inner), 0) for inner in ast.walk(node))
+        self._levels[id(node)] = level
+        if level > MOST_LEVELS:
+            raise self._error(f"At most {MOST_LEVELS} methods may be in one another", node.col_offset)
         if method.num_passes:
             self._observers.append(node)
         return "vector"

@@ -97,7 +97,7 @@ class ImageTask(LabeledTask):
         self.class_names = list(class_names or [])
         self.templates = list(templates) if templates is not None else _default_templates(self.path)
         self.prototype_where = None if prototype_where is None else dict(prototype_where)
-        self._cache_bytes_left = parse_bytes(cache)
+        self._cache_bytes_left = parse_bytes(cache, "cache")
         self.augment = augment
 
     # --- splits

@@ -57,7 +57,7 @@ def _is_own(file: Path) -> bool:
         with file.open("rb") as opened:
             return opened.readline().strip() == MADE_BY.encode()
     try:
-        read_report(file.parent)
+        read_report(file.parent, whole=False)
     except (ValueError, FileNotFoundError):
         return file.name == CARD or (file.name in (EDITED, UNDO) and _has_record(file))
     return True
@@ -143,7 +143,7 @@ def _put_files(staging: Path, folder: Path, kept: str | None) -> None:
 def _created(folder: Path) -> str:
     """Return when the edit in a folder was made, as part of a file name."""
     try:
-        return "".join(filter(str.isalnum, str(read_report(folder).get("created"))))
+        return "".join(filter(str.isalnum, str(read_report(folder, whole=False).get("created"))))
     except (ValueError, FileNotFoundError):
         return str((folder / EDITED).stat().st_mtime_ns)
 

@@ -112,7 +112,14 @@ def _write_pages(
     for path in paths:
         folder = path if path.is_dir() else path.parent
         page = Path(output) if output is not None and len(paths) == 1 else folder / PAGE
-        pages.append(_write(page, edit_page(contents[names[path]], notices[names[path]])))
+        try:
+            drawn = edit_page(contents[names[path]], notices[names[path]])
+        except (KeyError, TypeError, AttributeError, IndexError) as error:
+            raise ValueError(
+                f"{path} is of another version of tva, whose reports this one cannot draw ({type(error).__name__}: "
+                f"{error}). Make the edit again."
+            ) from error
+        pages.append(_write(page, drawn))
     if len(paths) > 1:
         said = [f"{name}: {notice}" for name, found in notices.items() for notice in found]
         page = Path("comparison.html" if output is None else output)

@@ -144,7 +144,7 @@ def open_session(
             "pass allow_other_kind if the other kind is meant",
         )
     log = EvaluationLog(options.log_file, trainer) if log is None else log
-    cache = BatchCache(parse_bytes(options.cache), options.cache_in)
+    cache = BatchCache(parse_bytes(options.cache, "cache"), options.cache_in)
     evaluator = Evaluator(editor, vectors, log, cache, goal.metrics if metrics is None else metrics)
     session = EditSession(goal, editor, vectors, evaluator, kind)
     session.state_of(Candidate(tuple(goal.starts.items()))).vector()  # raises on any mismatch before evaluating

@@ -10,6 +10,7 @@ from typing import Any, Literal
 from tva._torch import Tensor
 from tva.merge.base import Chunk, Method
 from tva.merge.methods.linear import add_up
+from tva.patterns import pattern_of
 
 # Tables that are looked up, tied output layers, and the projection that the authors of TSV-M leave out too
 TABLES = r"embed_tokens|token_embedding|word_embeddings|\bshared\b|\bwte\b|lm_head|text_projection"
@@ -35,10 +36,7 @@ class MatrixMethod(Method):
     def __post_init__(self) -> None:
         if self.conv not in ("mean", "matrix"):
             raise ValueError(f"conv is 'mean' or 'matrix'; found {self.conv!r}.")
-        try:
-            re.compile(self.exclude)
-        except re.error as error:
-            raise ValueError(f"exclude is no regular expression: {error}; found {self.exclude!r}.") from error
+        pattern_of(self.exclude, "exclude")
 
     def merge(self, deltas: Sequence[Tensor], state: Any, chunk: Chunk) -> Tensor:
         if not self.is_matrix(chunk):
@@ -50,7 +48,8 @@ class MatrixMethod(Method):
     def is_matrix(self, chunk: Chunk) -> bool:
         """Whether the tensor is a matrix for this method."""
         enough = len(chunk.shape) == 2 or (self.conv == "matrix" and len(chunk.shape) > 2)
-        return enough and 0 not in chunk.shape and not (self.exclude and re.search(self.exclude, chunk.tensor))
+        left_out = self.exclude and pattern_of(self.exclude, "exclude").search(chunk.tensor)
+        return enough and 0 not in chunk.shape and not left_out
 
     def merge_matrices(self, matrices: list[Tensor], chunk: Chunk) -> Tensor:
         """Combine the matrices of all vectors, float64, shape (rows, columns)."""
@@ -79,10 +78,7 @@ class OrientedMethod(MatrixMethod):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        try:
-            re.compile(self.inputs_first)
-        except re.error as error:
-            raise ValueError(f"inputs_first is no regular expression: {error}; found {self.inputs_first!r}.") from error
+        pattern_of(self.inputs_first, "inputs_first")
 
     def merge(self, deltas: Sequence[Tensor], state: Any, chunk: Chunk) -> Tensor:
         if not self.is_matrix(chunk):
@@ -93,7 +89,8 @@ class OrientedMethod(MatrixMethod):
                 f"(inputs, outputs); weights must be (outputs, inputs). Pass inputs_first='c_attn|c_fc|c_proj' to have "
                 f"such weights turned, or inputs_first='^$' if it is (outputs, inputs) nonetheless."
             )
-        if not (self.inputs_first and len(chunk.shape) == 2 and re.search(self.inputs_first, chunk.tensor)):
+        turned_by = pattern_of(self.inputs_first, "inputs_first")
+        if not (self.inputs_first and len(chunk.shape) == 2 and turned_by.search(chunk.tensor)):
             return super().merge(deltas, state, chunk)
         turned = [delta.view(chunk.shape).T.reshape(-1) for delta in deltas]
         merged = super().merge(turned, state, replace(chunk, shape=chunk.shape[::-1]))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 from collections.abc import Mapping, Sequence
@@ -11,10 +10,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 from tva.checkpoints import find
+from tva.checkpoints.foreign import ForeignFileError, read_json
 from tva.console import in_notebook
 from tva.errors import some
 from tva.report.export import Table, table_rows
 from tva.report.run_files import EDIT_JSON
+from tva.report.schema import problems
 from tva.report.series import formula, number
 from tva.report.terminal import print_report
 
@@ -300,8 +301,12 @@ def stamp(path: str | os.PathLike[str]) -> dict[str, Any]:
     return {"bytes": sum(file.stat().st_size for file in files), "modified_ns": newest}
 
 
-def read_report(path: Path) -> dict[str, Any]:
+def read_report(path: Path, whole: bool = True) -> dict[str, Any]:
     """Read an ``edit.json``, or that of a run's folder.
+
+    Args:
+        path: Either of them.
+        whole: Check every field against the schema, rather than a few that tell that it is a report.
 
     Raises:
         FileNotFoundError: It does not exist.
@@ -321,9 +326,9 @@ def read_report(path: Path) -> dict[str, Any]:
             hint = "Every finished edit leaves one there."
         raise FileNotFoundError(f"No report at {file}. {hint}")
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{file} is not an edit report: invalid JSON ({error})") from error
+        content = read_json(file, object)
+    except ForeignFileError as error:
+        raise ValueError(f"{file} is not an edit report: {error}") from error
     fields = {"recipe": str, "tasks": dict, "evaluations": list, "holds": bool}
     found = content if isinstance(content, dict) else {}
     wrong = [name for name, kind in fields.items() if not isinstance(found.get(name), kind)]
@@ -331,5 +336,10 @@ def read_report(path: Path) -> dict[str, Any]:
         raise ValueError(
             f"{file} is not an edit report: it lacks {some(wrong)}, or has values of another type there. Give a run "
             f"that `tva edit` wrote."
+        )
+    for where, problem in problems(content) if whole else ():
+        raise ValueError(
+            f"{file} is not an edit report of this version of tva: {where.lstrip('/') or 'it'} {problem}. Give a run "
+            f"that `tva edit` wrote, or make the edit again."
         )
     return content

@@ -250,7 +250,7 @@ def parse_size(text: str, float32_bytes: int) -> int:
     """
     found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*%\s*", str(text))
     try:
-        size = int(float(found[1]) / 100 * float32_bytes) if found else parse_bytes(str(text))
+        size = int(float(found[1]) / 100 * float32_bytes) if found else parse_bytes(str(text), "max_size")
     except ValueError as error:
         raise ValueError(f"max_size must read like '5%' of the float32 size, or '20MB'; found {text!r}.") from error
     return size

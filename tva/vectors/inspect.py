@@ -150,6 +150,6 @@ def _parsed(metadata: Mapping[str, str]) -> dict[str, Any]:
         if key.startswith("tva.") and text:
             try:
                 found[key.removeprefix("tva.")] = json.loads(text)
-            except ValueError:
+            except (ValueError, RecursionError):
                 found[key.removeprefix("tva.")] = text
     return found

@@ -1,0 +1,52 @@
+"""Configurations of unknown origin."""
+
+import os
+import re
+
+import pytest
+
+from tva.cli.main import main
+
+LAUGHS = "a: &a [x,x,x,x,x,x,x,x,x]\n" + "".join(
+    f"{name}: &{name} [{','.join(['*' + before] * 9)}]\n" for before, name in zip("abcdefgh", "bcdefghi", strict=True)
+)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (LAUGHS, "more than 100,000 values, counting each as often as an alias repeats it"),
+        ("base: x\nvectors:\n" + "".join(f"  {line}\n" for line in LAUGHS.splitlines()), "more than 100,000 values"),
+        ("a: &a [*a]\nbase: *a\n", r"the alias '\*a' is in what it stands for"),
+        ("[" * 2000, "nesting depth|nested more than 100 deep"),
+        ("".join(" " * depth + "a:\n" for depth in range(200)), "nested more than 100 deep"),
+        ("base: " + "9" * 100_000, "a number of 100000 digits"),
+        (b"base: \xc7\n", "is not a text in UTF-8"),
+        ("base: !!python/object/apply:os.system ['touch x']", "the tag .*python/object/apply:os.system"),
+    ],
+)
+@pytest.mark.parametrize("command", ["compose", "edit"])
+def test_a_configuration_that_takes_all_time_or_memory_is_refused_by_its_name(tmp_path, capsys, command, text, message):
+    path = tmp_path / "given.yaml"
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    with pytest.raises(SystemExit, match="2"):
+        main([command, "--config", str(path)])
+    error = " ".join(capsys.readouterr().err.split())
+    assert "given.yaml" in error
+    assert re.search(message, error)
+
+
+@pytest.mark.parametrize("form", ["--config={}", "--config {}"])
+def test_a_configuration_must_be_a_regular_file(tmp_path, capsys, form):
+    os.mkfifo(tmp_path / "given.yaml")
+    with pytest.raises(SystemExit, match="2"):
+        main(["compose", *form.format(tmp_path / "given.yaml").split()])
+    assert "given.yaml must be a regular file, and is a pipe" in capsys.readouterr().err
+
+
+def test_aliases_within_the_limits_are_read(tmp_path, capsys):
+    path = tmp_path / "given.yaml"
+    path.write_text("base: &there nowhere.safetensors\noutput: o.safetensors\nvectors: {a: *there}\nrecipe: a\n")
+    with pytest.raises(SystemExit, match="2"):
+        main(["compose", "--config", str(path)])
+    assert "A checkpoint was expected at nowhere.safetensors" in capsys.readouterr().err
