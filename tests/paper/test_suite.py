@@ -1,9 +1,11 @@
 """The declared suite: every experiment can be expanded, planned offline and parsed; a run skips what is finished."""
 
+import dataclasses
 import json
 import os
 import re
 import shlex
+import shutil
 import statistics
 from pathlib import Path
 
@@ -13,6 +15,7 @@ from small_cli import blobs, fit_config
 
 from tva.cli.commands import fit_many, paper__run
 from tva.cli.main import main
+from tva.paper.figures import curve_rows, figures_of, pair_rows, write_figures
 from tva.paper.quantities import QUANTITIES, quantity
 from tva.paper.results import find_made
 from tva.paper.suite import find_scale, list_experiments, load_experiment
@@ -228,10 +231,47 @@ def test_the_commands_of_the_page_name_experiments_that_exist(capsys, tmp_path, 
         if words[2] != "table":
             main(words[1:])
         else:
-            assert not set(words[3:]) - {"--check", *list_experiments()}
+            assert not set(words[3:]) - {"--check", "--figures", *list_experiments()}
 
 
 def test_the_experiment_of_the_page_is_one(capsys, tmp_path):
     (tmp_path / "mine.yaml").write_text(re.findall(r"```yaml\n(.*?)```", PAGE, flags=re.DOTALL)[0])
     main(["paper", "plan", str(tmp_path / "mine.yaml"), "--json"])
     assert json.loads(capsys.readouterr().out)[0]["fits"] == {"new": 6}
+
+
+def test_figures_are_drawn_of_curves_pairs_and_cosines(made, tmp_path):
+    _, output, _, _ = made
+    scale = find_scale(str(made[0]), None)
+    (first, *_) = find_made(output, scale)
+    content = json.loads(json.dumps(first.content))
+    tasks = {"a": {"role": "target", "metric": "accuracy", "finetuned": {"value": 0.8}}}
+    tasks["b"] = tasks["a"]
+    evaluations = [
+        {"model": "edited", "coefficients": {"scaling_coef": coef}, "task": task, "split": "val", "metric": "accuracy"}
+        | {"num_examples": 5, "value": 0.4 + coef / 2}
+        for coef in (0.5, 1.0)
+        for task in "ab"
+    ]
+    content |= {"tasks": tasks, "evaluations": evaluations}
+    content["diagnostics"] = {
+        "pairs": {"rows": {"a + b": {"a": 0.4, "b": 0.6}}},
+        "cosine": {"rows": {"a": {"a": 1.0, "b": 0.25}, "b": {"a": 0.25, "b": 1.0}}},
+    }
+    drawn = [dataclasses.replace(first, content=content)]
+    assert pair_rows(drawn) == [{"pair": "a + b", "first": pytest.approx(0.5), "second": pytest.approx(0.75)}]
+    assert [row["value"] for row in curve_rows(drawn)] == pytest.approx([0.65, 0.9, 0.65, 0.9])
+    files = write_figures(tmp_path, dict(figures_of(scale, drawn)))
+    assert sorted(file.suffix for file in files) == [".png"] * 3 + [".svg"] * 3
+    cosines = next(file for file in files if file.name.endswith("cosines.svg")).read_text()
+    assert ">0.25<" in cosines
+    assert all(file.read_bytes().startswith(b"\x89PNG") for file in files if file.suffix == ".png")
+
+
+def test_a_seed_without_all_edits_is_left_out_and_named(made, tmp_path, capsys):
+    file, output, _, _ = made
+    shutil.copytree(output, tmp_path / "out")
+    shutil.rmtree(tmp_path / "out/blobs/small/forget-two/seed=4")
+    main(["paper", "table", str(file), "--output", str(tmp_path / "out")])
+    assert "seed 4 has 1 of 2 edits and is left out" in capsys.readouterr().out
+    assert list(json.loads((tmp_path / "out/table.json").read_text())["rows"][0]["seeds"]) == ["3"]

@@ -123,13 +123,33 @@ def find_made(output: Path, scale: Scale) -> list[Made]:
 
 
 def by_seed(made: Sequence[Made], edits: str, value: str) -> tuple[dict[int, float], int]:
-    """Return a quantity's mean over the edits of a group, one a seed, and the number of edits of a seed."""
+    """Return a quantity's mean over the edits of a group, one a seed, and the number of edits of a seed.
+
+    Seeds of which an edit is missing are left out; see `missing_edits`.
+    """
     found: dict[int, list[float | None]] = {}
     for each in made:
         if each.group == edits:
             found.setdefault(each.seed, []).append(quantity(value, each.content))
-    known = {seed: mean(values) for seed, values in sorted(found.items())}
-    return {s: v for s, v in known.items() if v is not None}, max((len(values) for values in found.values()), default=0)
+    most = max((len(values) for values in found.values()), default=0)
+    known = {seed: mean(values) for seed, values in sorted(found.items()) if len(values) == most}
+    return {seed: value for seed, value in known.items() if value is not None}, most
+
+
+def missing_edits(scale: Scale, made: Sequence[Made]) -> list[str]:
+    """Return one sentence for each seed of which edits are missing, so that tables leave it out."""
+    names: dict[str, set[str]] = {}
+    for each in made:
+        names.setdefault(each.group, set()).add(each.name)
+    there: dict[tuple[str, int], set[str]] = {}
+    for each in made:
+        there.setdefault((each.group, each.seed), set()).add(each.name)
+    start = f"{scale.experiment} ({scale.name})"
+    return [
+        f"{start}, {group}: seed {seed} has {len(found)} of {len(names[group])} edits and is left out"
+        for (group, seed), found in sorted(there.items())
+        if len(found) < len(names[group])
+    ]
 
 
 def rows_of(scale: Scale, made: Sequence[Made]) -> Iterator[Row]:

@@ -38,3 +38,16 @@ def draw(spec: Mapping[str, Any], name: str, width: int = 620) -> str:
 
     svg = vl_convert.vegalite_to_svg({**spec, "width": width}, vl_version=VERSION)
     return re.sub(r"\b((?:clip|gradient)[\w-]*\d+)\b", rf"{name}-\1", svg)
+
+
+def draw_png(spec: Mapping[str, Any], width: int = 620, scale: float = 2.0) -> bytes:
+    """Draw a chart as PNG, for slides and papers.
+
+    Args:
+        spec: Vega-Lite whose width is the page's.
+        width: In pixels, before scaling.
+        scale: Pixels of the picture for each of the chart's.
+    """
+    import vl_convert
+
+    return vl_convert.vegalite_to_png({**spec, "width": width}, vl_version=VERSION, scale=scale)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from tva.console import make_console, print_line
-from tva.paper.results import Effect, Row, effects_of, find_made, ledger, rows_of
+from tva.paper.results import Effect, Row, effects_of, find_made, ledger, missing_edits, rows_of
 from tva.paper.suite import list_experiments, load_experiment
 from tva.paper.table import HEADINGS, cells, write_tables
 from tva.report.table import Column, print_table, words
@@ -25,11 +25,13 @@ class Tables:
         rows: Numbers.
         effects: Directions.
         files: Files written.
+        notes: What was left out.
     """
 
     rows: Sequence[Row]
     effects: Sequence[Effect]
     files: Sequence[Path]
+    notes: Sequence[str] = ()
 
 
 def run(
@@ -38,6 +40,7 @@ def run(
     output: str = "runs/paper",
     confidence: float = 0.95,
     write: str | None = None,
+    figures: bool = False,
 ) -> Tables:
     """Put the paper's numbers and ours side by side: Markdown, CSV, LaTeX, JSON and figures.
 
@@ -47,25 +50,36 @@ def run(
         output: Folder that ``tva paper run`` wrote to.
         confidence: One-sided, with which an effect is said to hold.
         write: Folder for ``table.md``, ``table.csv``, ``table.tex`` and ``table.json``; by default ``output``.
+        figures: Draw curves over the coefficient, pairs and cosines too, into the folder ``figures`` there, as SVG and
+            PNG.
     """
     if not 0.5 <= confidence < 1:
         raise ValueError(f"confidence must be in [0.5, 1); found {confidence}.")
     rows: list[Row] = []
     effects: list[Effect] = []
     made: list[Any] = []
+    results = []
     for name in names or list_experiments():
         for each in load_experiment(name).values():
             found = find_made(Path(output), each) if scale in (None, each.name) else []
             if not found:
                 continue
+            results.append((each, found))
             rows += rows_of(each, found)
             effects += effects_of(each, found, confidence)
             made += [(each, one) for one in found]
     if not made:
         wanted = " ".join(names) or "any experiment"
         raise ValueError(f"There are no results of {wanted} in {output}. Run `tva paper run NAME --output {output}`.")
-    files = write_tables(Path(write or output), rows, ledger(rows, effects, made))
-    return Tables(rows, effects, files)
+    folder = Path(write or output)
+    files = write_tables(folder, rows, ledger(rows, effects, made))
+    if figures:
+        from tva.paper.figures import figures_of, write_figures
+
+        drawn = {name: spec for each, found in results for name, spec in figures_of(each, found)}
+        files += write_figures(folder / "figures", drawn)
+    notes = [note for each, found in results for note in missing_edits(each, found)]
+    return Tables(rows, effects, files, notes)
 
 
 COLUMNS = [
@@ -90,6 +104,8 @@ def show(result: Tables) -> None:
     console = make_console()
     print_table(console, COLUMNS, result.rows)
     print_table(console, EFFECTS, result.effects)
+    for note in result.notes:
+        print_line(console, f"note: {note}")
     for file in result.files:
         print_line(console, f"wrote {file}")
 
