@@ -219,7 +219,18 @@ def _command(words, folder):
 def test_the_command_line_refuses_with_two_devices(vectors, tmp_path):
     config = write_config(vectors, tmp_path)
     run_ranks(_command, ["edit", "--config", config, "--subject_to", '["a/accuracy > base + 2"]'], tmp_path)
-    assert (tmp_path / "0.status").read_text() == "1"  # the first process reports the verdict
+    assert [(tmp_path / f"{rank}.status").read_text() for rank in (0, 1)] == ["1", "1"]
     assert "coefficients tried meets" in (tmp_path / "0").read_text()
     assert "coefficients tried meets" not in (tmp_path / "1").read_text()
     assert not list((tmp_path / "out").glob("*.safetensors"))
+
+
+@pytest.mark.slow
+def test_the_status_of_a_refused_edit_is_not_that_of_a_process_that_was_killed(vectors, tmp_path):
+    config = write_config(vectors, tmp_path)
+    environment = {name: value for name, value in os.environ.items() if name != "PL_GLOBAL_SEED"}
+    environment |= {"PYTHONPATH": os.pathsep.join(map(str, Path(__file__).parents[:2])), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "tva", "edit", "--config", config, "--subject_to", '["a/accuracy > base + 2"]']
+    done = subprocess.run(command, env=environment, timeout=200, capture_output=True, text=True)
+    assert done.returncode == 1, done.stderr
+    assert (tmp_path / "out/edit.json").exists()

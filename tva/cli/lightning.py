@@ -27,7 +27,7 @@ from tva.cli.explain import explain
 from tva.cli.help import HelpFormatter
 from tva.cli.run_function import print_json, sentence
 from tva.edit.options import EditOptions
-from tva.edit.trainer import Trainer
+from tva.edit.trainer import Trainer, exit_status
 from tva.report.run_files import CONFIG
 
 FLAGS = [f"--{option.name}" for option in fields(EditOptions) if option.default is False]  # may stand without a value
@@ -91,9 +91,8 @@ class EditMixin:
         cli.trainer.command = shlex.join([*program, *sys.argv[1:]])
         cli.trainer.config = cli._parser("edit").dump(cli.config["edit"], skip_none=False)
         cli.trainer.edit(**options)
-        # rank 0 reports the verdict; Lightning kills it, whatever it is writing, if another process ends with status 1
-        if cli.trainer.is_global_zero and cli.trainer.report is not None and not cli.trainer.report.holds:
-            sys.exit(1)
+        if status := exit_status(cli.trainer):
+            sys.exit(status)
 
 
 class TvaCLI(EditMixin, LightningCLI):

@@ -15,6 +15,7 @@ from tva.console import in_notebook
 from tva.edit.options import EditOptions, named_vectors
 from tva.edit.run import run_edit
 from tva.evaluation.evaluate import quiet
+from tva.evaluation.ranks import wait_for_rank_zero
 from tva.report.edit_report import EditReport
 from tva.report.terminal import print_report
 from tva.vectors.header import SUFFIX
@@ -79,6 +80,17 @@ class Trainer(L.Trainer):
             "checkpoints": checkpoints,
             "vectors": [vector for vector in vectors if Path(vector).is_file()],
         }
+
+
+def exit_status(trainer: Any) -> int:
+    """Return 1 if the last edit of a Trainer was refused, else 0, the same on every rank; every rank must call it.
+
+    Returns when the first process has done all that it had to, so that any rank may end.
+    """
+    if trainer.report is None or trainer.report.holds:
+        return 0
+    wait_for_rank_zero(trainer)
+    return 1
 
 
 def edit_model(

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import socket
+import time
 from typing import Any
 
 import lightning as L
@@ -28,6 +31,25 @@ def check_strategy(trainer: L.Trainer) -> None:
             "An edit evaluates many times in the same processes, and this strategy starts new ones each time. Use "
             "--trainer.strategy ddp, in a script or on the command line, or --trainer.devices 1."
         )
+
+
+def wait_for_rank_zero(trainer: L.Trainer, most_s: float = 5.0) -> None:
+    """Return when all that the first process had to do is done; on the others when it has ended, where they see it.
+
+    Lightning kills the first process if another one ends with a status that is not 0 before it does.
+    """
+    if trainer.world_size == 1:
+        return
+    host, process = gather(trainer, (socket.gethostname(), os.getpid()))[0]  # waits for all
+    until = time.monotonic() + most_s
+    while not trainer.is_global_zero and host == socket.gethostname() and time.monotonic() < until:
+        try:
+            os.kill(process, 0)
+        except ProcessLookupError:
+            return
+        except PermissionError:
+            pass
+        time.sleep(0.05)
 
 
 def gather(trainer: L.Trainer, value: Any) -> list[Any]:
