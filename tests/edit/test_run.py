@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 from small_edit import LateNet, Net, Task, edit, make_trainer
+from torch.utils.data import DataLoader
 
 from tva import TaskVector
 from tva.edit.outcome import reported_metric
@@ -176,6 +177,21 @@ def test_a_confidence_demands_the_limit_and_not_the_point_estimate_on_test_data(
     assert "at the confidence limit" in sure.verdict
     with pytest.raises(ValueError, match="confidence needs a bound of the form"):
         edit(vectors, tmp_path, subject_to=["a/accuracy >= base * base"], confidence=0.95)
+
+
+def test_a_test_part_too_small_to_prove_anything_is_said_before_the_search(vectors, tmp_path):
+    class FewTests(Task):
+        def test_dataloader(self):
+            return DataLoader(torch.utils.data.Subset(super().test_dataloader().dataset, range(20)), 20)
+
+    tasks = {"targets": {"a": Task(1)}, "controls": {"other": FewTests(1)}, "maximize": "a/accuracy"}
+    said = "(?s)With 20 test examples at accuracy .* needed even if nothing is lost; test other on more"
+    asked = {"recipe": "a", "subject_to": ["other/accuracy >= 0.9 * base"], "confidence": 0.95}
+    with pytest.warns(UserWarning, match=said):
+        report = edit(vectors, tmp_path, **asked, **tasks)
+    (note,) = report.notes
+    assert note.startswith("With 20 test examples")
+    assert "20 test examples at accuracy" in (tmp_path / "out/report.html").read_text()
 
 
 def test_a_metric_that_the_model_does_not_log_is_computed_from_its_predictions(vectors, tmp_path):

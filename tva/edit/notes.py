@@ -9,6 +9,7 @@ from tva.edit.outcome import Outcome
 from tva.edit.session import EditSession
 from tva.errors import some
 from tva.evaluation.leaks import num_trained_on
+from tva.search.confidence import lacking_power
 
 WORDS = {"val": "validation", "test": "test"}
 TrainedOn = Mapping[str, Mapping[str, Mapping[str, int]]]  # task -> split -> vector -> examples
@@ -33,7 +34,21 @@ def notes_on(outcome: Outcome, trained_on: TrainedOn) -> list[str]:
         outcome: The edit.
         trained_on: From `count_trained_on`.
     """
-    return [*_left_out(outcome.session), *_leaks(outcome, trained_on), *_other_parts(outcome), *_other_heads(outcome)]
+    leaks = [*_leaks(outcome, trained_on), *_other_parts(outcome), *_other_heads(outcome)]
+    power = [f"{text[0].upper()}{text[1:]}." for text in lacking_on_test(outcome.session)]
+    return [*_left_out(outcome.session), *leaks, *power]
+
+
+def lacking_on_test(session: EditSession) -> list[str]:
+    """Return a sentence for each constraint that no edit can be shown to meet on the test data unless it gains.
+
+    Only the base is evaluated, so that nothing is learned of any edit; what is said is known before the search.
+    """
+    confidence, constraints = session.options.confidence, session.goal.constraints
+    if confidence is None or confidence == 0.5:
+        return []
+    base = {constraint.task: session.evaluator.base(constraint.task, "test") for constraint in constraints}
+    return lacking_power(constraints, base, confidence, "test")
 
 
 def _left_out(session: EditSession) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import replace
 from typing import Any
 
@@ -9,6 +10,7 @@ import lightning as L
 
 from tva.edit.folder import check_output
 from tva.edit.gate import prove
+from tva.edit.notes import lacking_on_test
 from tva.edit.options import EditOptions
 from tva.edit.session import EditSession, open_session
 from tva.edit.training_context import training_context
@@ -44,6 +46,9 @@ def run_edit(trainer: L.Trainer, model: Any, options: EditOptions) -> EditReport
     goal = options.checked()
     check_output(options.folder, [*options.inputs, *goal.recipe.files])
     session = open_session(trainer, as_module(model), goal)
+    for sentence in lacking_on_test(session):  # every rank evaluates
+        if trainer.is_global_zero:
+            warnings.warn(f"{sentence[0].upper()}{sentence[1:]}.", stacklevel=2)
     choice = choose(session)
     outcome = prove(session, choice)
     report = build_report(outcome)
