@@ -87,6 +87,17 @@ def layers_of(names: Iterable[str]) -> dict[str, tuple[int, int]]:
     return {name: (ranks[match[1]][int(match[2])], len(ranks[match[1]])) for name, match in found.items()}
 
 
+def layer_of(name: str) -> tuple[str, int, str] | None:
+    """Return what is before the number of a name's layer, that number, and what is after it; None without a layer.
+
+    Example:
+        >>> layer_of("model.layers.3.mlp.w"), layer_of("emb.w")
+        (('model.layers.', 3, '.mlp.w'), None)
+    """
+    match = _NUMBERED.match(name)
+    return (match[1], int(match[2]), name[match.end() :]) if match else None
+
+
 def label_of(name: str) -> str:
     """Return a name with ``*`` in place of its layer's number, if it has one.
 

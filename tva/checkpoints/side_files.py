@@ -46,7 +46,11 @@ def model_folder(base: Path) -> Path | None:
 
 
 def side_files(
-    base: Path, dtype: torch.dtype | str | None = None, untied: bool = False, dequantized: bool = False
+    base: Path,
+    dtype: torch.dtype | str | None = None,
+    untied: bool = False,
+    dequantized: bool = False,
+    changes: Mapping[str, Any] | None = None,
 ) -> tuple[dict[str, bytes | Path], list[str]]:
     """Find what is beside a model's weights.
 
@@ -56,6 +60,7 @@ def side_files(
         untied: Whether the edit moved tied embeddings apart: ``config.json`` then says so.
         dequantized: Whether the base is quantized and the edited model is not: ``config.json`` then says nothing of
             quantization.
+        changes: Other values in ``config.json``.
 
     Returns:
         Path in the folder to the file, or to contents that differ from it; and what is left out, other than copies of
@@ -75,8 +80,8 @@ def side_files(
             left_out += [name] if path.suffix in WEIGHTS and not (own and path.suffix in OF_MODELS) else []
         elif not (dequantized and path.name in OF_QUANTIZATION):
             found[name] = _inside(folder, path)
-    if (dtype is not None or untied or dequantized) and "config.json" in found:
-        config = read_json(folder / "config.json", dict)
+    if (dtype is not None or untied or dequantized or changes) and "config.json" in found:
+        config = read_json(folder / "config.json", dict) | dict(changes or {})
         for part in (config, *(part for key, part in config.items() if key.endswith("_config"))):
             if isinstance(part, dict):
                 part |= _changes(part, dtype or (EDITED if dequantized else None), untied)

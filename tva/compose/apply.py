@@ -13,7 +13,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from tva._torch import load_torch
 from tva.checkpoints import (
@@ -23,22 +23,26 @@ from tva.checkpoints import (
     Output,
     find,
     protect,
-    side_files,
     weights_stem,
 )
 from tva.checkpoints.formats.sentence_transformers import part_of_names
+from tva.checkpoints.with_adapter import parts_of
 from tva.compose.adapter import AdapterReport, compose_adapter
+from tva.compose.beside import files_beside
 from tva.compose.engine import Composer, GroupEffect
+from tva.compose.inputs import Slices, input_names, used_inputs
 from tva.compose.plan import Plan, make_plan
 from tva.compose.recipe import Recipe
 from tva.compose.record import UNKNOWN, Record
 from tva.compose.requantize import requantizer
+from tva.compose.syntax import BASE
 from tva.compose.undo import BYTES_HELD, UndoFile, undo_path
 from tva.errors import some
 from tva.layers import Coefficient
 from tva.sizes import parse_bytes
 from tva.vectors.kind import KEY, check_kinds
 from tva.vectors.lazy import LazyTaskVector
+from tva.vectors.new_rows import NewRows
 
 
 @dataclass(repr=False)
@@ -104,13 +108,18 @@ def compose(
     requantize: bool = False,
     write_as: Literal["checkpoint", "lora"] = "checkpoint",
     rank: int | None = None,
+    slices: dict[str, list[str]] | None = None,
+    new_rows: NewRows = "error",
+    tokenizer: str = "",
+    allow_other_tokenizer: bool = False,
 ) -> ComposeReport | AdapterReport | Plan:
     """Write ``base + scaling_coef * recipe`` without loading any model whole.
 
     Args:
-        base: Checkpoint of the base model, in any format that `tva.open_weights` reads.
-        vectors: Names to task vector files, or to fine-tuned checkpoints of the same base.
-        recipe: Expression of those names, such as ``0.3 * (a + b)`` or ``ties(a, b, density=0.2)``.
+        base: Checkpoint of the base model, in any format that `tva.open_weights` reads, or ``MODEL+ADAPTER``.
+        vectors: Names to task vector files, or to fine-tuned checkpoints of the same base, or ``MODEL+ADAPTER``.
+        recipe: Expression of those names, such as ``0.3 * (a + b)`` or ``ties(a, b, density=0.2)``; ``base`` is the
+            base's own weights.
         output: A ``.safetensors`` file, or a folder to be made, with shards, their index and the base's configuration
             and tokenizer; it appears under this name when it is whole.
         coefs: Values of the coefficients in the recipe: a number, or numbers by group of tensors: regular expressions
@@ -140,6 +149,14 @@ def compose(
             (``lora``) that changes the base as the recipe says; methods other than sums are then computed in the core
             space of the adapters.
         rank: Of an adapter that is written: its largest, to which it is recompressed; by default sums are exact.
+        slices: Models made of layers of the inputs: of ``base``, or under another name that the recipe then knows, such
+            as ``{"base": ["base[0:16]", "a[8:24]"]}``, layers 0 to 15 of the base and then 8 to 23 of ``a``.
+        new_rows: What the output gets where a fine-tuned model has more rows than the base, in embeddings and output
+            layer, as for new tokens: ``keep`` (these rows as they are there; where several have them, their mean),
+            ``zero`` (rows of zeros), ``drop`` (only the base's rows); by default it is an error.
+        tokenizer: The input whose tokenizer files the output gets, ``base`` or a vector's name; by default the one
+            whose vocabulary it has.
+        allow_other_tokenizer: Combine models whose tokenizers give the same ids to other tokens.
 
     Returns:
         What was written, and what the edit did; or the plan; or what the adapter is.
@@ -154,13 +171,26 @@ def compose(
     started = time.monotonic()
     base, output = os.fspath(base), os.fspath(output)
     vectors = {name: os.fspath(path) for name, path in vectors.items()}
+    given = {**vectors, BASE: base}
     _check_output(output, scaling_coef)
-    checked = Recipe(recipe, vectors, coefs, with_base=True)
+    _check_tokenizer_side(tokenizer, given, new_rows)
+    checked = Recipe(recipe, input_names(vectors, slices), coefs, with_base=True)
     outputs = [Path(output), *([undo_path(Path(output))] if keep_undo else [])]
-    protect(outputs, {"base": base, **{f"vectors.{name}": path for name, path in vectors.items()}})
+    for what, path in {"base": base, **{f"vectors.{name}": path for name, path in vectors.items()}}.items():
+        for part in parts_of(path):
+            protect(outputs, {what: part})
     protect(outputs, {f"a file of {recipe}": path for path in checked.files})
     if write_as == "lora":
-        _check_for_adapter(dtype=dtype, plan=plan, resume=resume, keep_undo=keep_undo, requantize=requantize)
+        _check_for_adapter(
+            dtype=dtype,
+            plan=plan,
+            resume=resume,
+            keep_undo=keep_undo,
+            requantize=requantize,
+            slices=slices,
+            tokenizer=tokenizer,
+            new_rows=new_rows != "error",
+        )
         only = NameFilter(include, exclude)
         return compose_adapter(
             base, vectors, checked, Path(output), scaling_coef, rank=rank, key_map=key_map, only=only
@@ -168,7 +198,10 @@ def compose(
     if rank is not None:
         raise ValueError(f"rank={rank} is that of an adapter, and --as lora is not given. Add it, or leave rank out.")
     options = {"allow_other_base": allow_other_base, "key_map": key_map or {}} | NameFilter(include, exclude).options
-    composer = Composer.open(base, vectors, checked, scaling_coef, dtype, which=which, **options)
+    options |= {"slices": slices} if slices else {}
+    options |= {"new_rows": new_rows} if new_rows != "error" else {}
+    others = {"which": which, "allow_other_tokenizer": allow_other_tokenizer}
+    composer = Composer.open(base, vectors, checked, scaling_coef, dtype, **others, **options)
     quantizer = requantizer(composer) if requantize else None
     options |= {"requantize": True} if requantize else {}
     layout = quantizer.layout() if quantizer else composer.layout()
@@ -180,15 +213,16 @@ def compose(
         return dataclasses.replace(made, write_bytes=sum(spec.num_bytes for spec in layout.values()))
 
     if keep_undo:
-        _prepare_undo(keep_undo, composer)
+        _prepare_undo(keep_undo, composer, slices)
     composer.fit_into(max_memory)
     record = _record(composer, base, vectors, options)
     metadata = {"format": "pt", **record.metadata(), **({KEY: kind} if kind else {}), **composer.tied}
     job = {key: value for key, value in metadata.items() if key != "tva.version"}
     inputs = (base, *record.vectors.values(), *checked.files)
-    job |= {"max_shard_size": shard_bytes, "inputs": [_stamp(path) for path in inputs]}
-    stem = weights_stem(find(base))
-    parts = part_of_names(find(base))
+    job |= {"max_shard_size": shard_bytes, "inputs": [_stamp(part) for path in inputs for part in parts_of(path)]}
+    job |= {"tokenizer": tokenizer} if tokenizer else {}
+    found = find(parts_of(base)[0])
+    stem, parts = weights_stem(found), part_of_names(found)
     with Output(Path(output), layout, metadata, job, shard_bytes, resume, stem, parts) as out:
         sink = quantizer.into(out) if quantizer else out
         resumed = len(sink.done)
@@ -197,8 +231,8 @@ def compose(
             source.check_content()
         composer.check()
         record = _with_fingerprints(record, composer)
-        undo = _write_undo(out, composer, record, find(base), keep_undo) if keep_undo else None
-        beside, left_out = side_files(find(base), composer.dtype, bool(composer.untied()), composer.dequantizes)
+        undo = _write_undo(out, composer, record, found, keep_undo) if keep_undo else None
+        beside, left_out, notes = files_beside(composer, given, slices, tokenizer)
         out.commit(record.metadata(), beside)
     return ComposeReport(
         Path(output),
@@ -208,7 +242,7 @@ def compose(
         time.monotonic() - started,
         resumed,
         composer.effects(),
-        _notes(composer, left_out if Path(output).is_dir() else []) + ([quantizer.note()] if quantizer else []),
+        _notes(composer, left_out if Path(output).is_dir() else []) + notes + ([quantizer.note()] if quantizer else []),
         undo,
         undo.stat().st_size if undo else 0,
     )
@@ -225,6 +259,13 @@ def _check_for_adapter(**options: object) -> None:
     given = [name for name, value in options.items() if value]
     if given:
         raise ValueError(f"An adapter is written without {', '.join(given)}: leave {given[0]} out, or --as lora.")
+
+
+def _check_tokenizer_side(tokenizer: str, given: Mapping[str, str], new_rows: str) -> None:
+    if tokenizer and tokenizer not in given:
+        raise ValueError(f"tokenizer must name an input, {some(given)}; found {tokenizer!r}.")
+    if new_rows not in get_args(NewRows):
+        raise ValueError(f"new_rows must be one of {', '.join(get_args(NewRows))}; found {new_rows!r}.")
 
 
 def _kind(composer: Composer, allow_other_kind: bool) -> str | None:
@@ -244,7 +285,7 @@ def _record(composer: Composer, base: str, vectors: Mapping[str, str], options: 
         scaling_coef=composer.scaling_coef,
         dtype=composer.dtype or "",
         base=base,
-        vectors={name: vectors[name] for name in recipe.vectors},
+        vectors={name: vectors[name] for name in used_inputs(recipe.vectors, options.get("slices"), vectors)},
         options={**options, "which": {name: source.weights.info.which for name, source in sources.items()}},
         vector_fingerprints=dict.fromkeys(sources, UNKNOWN),
         file_fingerprints=dict.fromkeys(recipe.files, UNKNOWN),
@@ -276,8 +317,11 @@ def _notes(composer: Composer, left_out: list[str]) -> list[str]:
     return notes
 
 
-def _prepare_undo(keep_undo: bool | str, composer: Composer) -> None:
+def _prepare_undo(keep_undo: bool | str, composer: Composer, slices: Slices | None) -> None:
     """Check that an undo file can be written, and count the memory that it takes."""
+    if slices or composer.more_rows:
+        what = "slices" if slices else "new rows"
+        raise ValueError(f"keep_undo restores a base of the output's shapes, which {what} change. Leave one out.")
     load_torch()  # which undo files take, and so the memory that is left
     base = composer.base
     if composer.quantized:

@@ -20,16 +20,17 @@ from tva._torch import Tensor, load_torch, num_threads, torch, torch_is_loaded
 from tva.arithmetic import add_scaled, is_edited
 from tva.checkpoints import (
     Elements,
+    Entry,
     Fingerprint,
     LazyWeights,
     NameFilter,
     Spec,
     TensorHash,
     dequantized_entries,
-    open_weights,
 )
 from tva.checkpoints.lazy import as_real
 from tva.compose.chunks import FUSED_DTYPES, Deltas, NewSpace, OpenedTensor, Space, is_fusible
+from tva.compose.inputs import Slices, open_inputs
 from tva.compose.recipe import ChunkDeltas, Chunks, Recipe, States
 from tva.compose.syntax import BASE
 from tva.console import progress
@@ -39,6 +40,7 @@ from tva.merge.matrix import EMBEDDINGS
 from tva.merge.program import Program
 from tva.sizes import anonymous_memory, parse_bytes
 from tva.vectors.lazy import LazyTaskVector, untie
+from tva.vectors.new_rows import MoreRows, NewRows
 
 CHUNK = 2**18  # elements; shorter ones leave the cores waiting for Python, longer ones for memory
 SLACK = 2**24  # bytes for what an allocator keeps, thread stacks and journals
@@ -123,6 +125,7 @@ class Composer:
         self.identities: dict[str, str] = {}
         self.model_states: States = {}
         self.records: dict[str, Mapping[str, Any]] = {}
+        self.more_rows: dict[str, MoreRows] = {}
         self._space = NewSpace() if recipe.needs_whole_tensors else Space()
         self.beside = 0  # bytes that a sink holds of each element of a chunk
         self.beside_whole = 0  # bytes that a sink holds of each element of a quantized tensor
@@ -130,11 +133,13 @@ class Composer:
 
     def layout(self) -> dict[str, Spec]:
         """Return the dtype and shape of every output tensor, in the order written."""
-        return {
-            name: entry.whole if entry.whole.is_complex() else Spec(self._output_dtype(name), entry.spec.sizes)
-            for name in self.names
-            for entry in [self.base.entry(name)]
-        }
+        return {name: self._output_spec(name) for name in self.names}
+
+    def _output_spec(self, name: str) -> Spec:
+        if name in self.more_rows:
+            return self.more_rows[name].spec
+        entry = self.base.entry(name)
+        return entry.whole if entry.whole.is_complex() else Spec(self._output_dtype(name), entry.spec.sizes)
 
     def _output_dtype(self, name: str) -> str:
         """Return the dtype of the numbers that are written: of complex ones that of their parts, as it is stored."""
@@ -184,20 +189,34 @@ class Composer:
         which: str = "checkpoint",
         include: Sequence[str] | str | None = None,
         exclude: Sequence[str] | str | None = None,
+        slices: Slices | None = None,
+        new_rows: NewRows = "error",
+        allow_other_tokenizer: bool = False,
     ) -> Composer:
         """Open the files of an edit; the arguments are those of `compose`."""
         if dtype is not None and dtype not in DTYPES:
             raise ValueError(f"dtype must be one of {', '.join(DTYPES)}; found {dtype!r}.")
-        weights = open_weights(base)
         only = NameFilter(include, exclude)
         options = {"allow_other_base": allow_other_base, "key_map": key_map, "which": which, "only": only}
-        sources = {name: LazyTaskVector(vectors[name], weights, name=name, **options) for name in recipe.vectors}
+        options |= {"new_rows": new_rows, "allow_other_tokenizer": allow_other_tokenizer}
+        weights, sources = open_inputs(base, vectors, recipe.vectors, slices, **options)
         only.check_used()
         chosen = {source.weights.info.which for source in sources.values()}
         if which != "checkpoint" and which not in chosen:
             raise ValueError(f"which={which!r}: no vector holds both raw and averaged weights. Leave it out.")
         recipe.bind(weights.keys())
-        return cls(weights, sources, recipe, scaling_coef, dtype, untie(weights, sources.values()))
+        composer = cls(weights, sources, recipe, scaling_coef, dtype, untie(weights, sources.values()))
+        composer.add_rows(zero=new_rows == "zero", drop=new_rows == "drop")
+        return composer
+
+    def add_rows(self, zero: bool, drop: bool) -> None:
+        """Let the output have the rows that vectors have and the base has not, unless they are dropped."""
+        found: dict[str, list[Entry]] = {}
+        for source in self.sources.values() if not drop else ():
+            for name, entry in source.more_rows.items():
+                found.setdefault(name, []).append(entry)
+        for name, entries in found.items():
+            self.more_rows[name] = MoreRows(self.base.spec(name), entries, self._output_dtype(name), zero)
 
     def back(self, edited: LazyWeights, with_vectors: bool) -> Composer:
         """Return the composer that predicts this one's base from what this one has computed.
@@ -317,8 +336,7 @@ class Composer:
             states = ChainMap(own, states)
         program = self._program(opened, states) if moved else None
         effect = GroupEffect(tensors=int(opened.moved))
-        before = TensorHash(opened.whole)
-        after = TensorHash(opened.whole, None if opened.whole.is_complex() else dtype)
+        before, after = TensorHash(opened.whole), TensorHash(self._output_spec(name))
         copied = not moved and dtype == opened.spec.dtype_name and self.base.entry(name).in_parts
         for start in opened.starts():
             if self._stop:
@@ -332,6 +350,9 @@ class Composer:
                 before.update(tensor)
                 wanted = getattr(torch, dtype)
                 part = Elements.of(self._edit(opened, tensor, start, states, effect) if moved else tensor.to(wanted))
+            after.update(part.data)
+            out.write(name, start, part)
+        for start, part in self.more_rows[name].chunks(self.chunk) if name in self.more_rows else ():
             after.update(part.data)
             out.write(name, start, part)
         effect.changed = int(effect.elements > effect.vanished)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ from tva._torch import torch_version
 from tva.checkpoints import HashedWeights, LazyWeights, find, open_weights
 from tva.checkpoints.fingerprint import header_digest
 from tva.checkpoints.foreign import parse_json
+from tva.checkpoints.with_adapter import parts_of
 from tva.compose.recipe import Recipe
 from tva.errors import RecipeError
 from tva.layers import Coefficient
@@ -138,7 +139,8 @@ def check_inputs(output: str, paths: Mapping[str, str], others: Mapping[str, str
                 f"{output} does not say where its base is, which was a model in memory. Give its checkpoint by --base."
             )
         try:
-            find(path)
+            for part in parts_of(path):
+                find(part)
         except FileNotFoundError as error:
             raise FileNotFoundError(
                 f"{output} was made from {path}, and nothing is there. If it has moved, give {flag} PATH; relative "
@@ -146,7 +148,7 @@ def check_inputs(output: str, paths: Mapping[str, str], others: Mapping[str, str
             ) from error
 
 
-def open_recipe(output: str, record: Record, vectors: Mapping[str, str]) -> Recipe:
+def open_recipe(output: str, record: Record, vectors: Collection[str]) -> Recipe:
     """Read the recipe of an edit, and open the files of statistics that it names.
 
     Raises:

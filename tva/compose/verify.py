@@ -18,6 +18,7 @@ from tva.arithmetic import BATCH_NORM_STATISTICS
 from tva.checkpoints import Elements, HashedWeights, Spec, as_stored
 from tva.checkpoints.lazy import as_real
 from tva.compose.engine import Composer
+from tva.compose.inputs import input_names
 from tva.compose.recipe import ChunkDeltas
 from tva.compose.record import RECORD, Record, check_inputs, open_edited, open_recipe
 from tva.compose.requantize import requantizer
@@ -158,7 +159,7 @@ def verify(
     others = {**({"--base": given} if given else {}), **_flags(moved)}
     check_inputs(edited, {"--base": record.base, **_flags(record.vectors)}, others)
     paths = {**record.vectors, **moved}
-    recipe = open_recipe(edited, record, paths)
+    recipe = open_recipe(edited, record, input_names(paths, record.options.get("slices")))
     composer = Composer.open(
         given or record.base,
         paths,
@@ -169,6 +170,9 @@ def verify(
         key_map=record.options["key_map"],
         include=record.options.get("include"),
         exclude=record.options.get("exclude"),
+        slices=record.options.get("slices"),
+        new_rows=record.options.get("new_rows", "error"),
+        allow_other_tokenizer=True,
         which="raw" if "raw" in record.options["which"].values() else "checkpoint",
     )
     skipped = [] if record.options.get("statistics", "keep") == "keep" else list(filter(_is_estimated, composer.names))

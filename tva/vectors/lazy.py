@@ -22,12 +22,14 @@ from tva.checkpoints import (
 from tva.checkpoints.fingerprint import copies_in, has_values
 from tva.checkpoints.lazy import Entry, as_real
 from tva.checkpoints.names import CopyOf, KeyMap
+from tva.checkpoints.with_adapter import parts_of
 from tva.errors import MismatchError, some
 from tva.vectors.content import check_content
 from tva.vectors.geometry import TensorReader
 from tva.vectors.header import Origin, is_vector_file, read_origin
 from tva.vectors.kind import KEY
 from tva.vectors.matching import match_vector, renamed_origin
+from tva.vectors.new_rows import CHOICES, NewRows, cut, grown
 
 
 class LazyTaskVector:
@@ -42,6 +44,9 @@ class LazyTaskVector:
         key_map: For the vector's or checkpoint's names; see `tva.checkpoints.map_names`.
         which: Of a checkpoint with two sets of weights.
         only: Which names take part, on the side of the base as on the vector's; the others are not moved.
+        new_rows: What becomes of rows that a checkpoint has and the base has not, as those of new tokens: an error, or
+            none is moved and they are in ``more_rows``. None: an error that advises nothing about it.
+        opened: A checkpoint under the base's names, in place of opening ``path``.
 
     Attributes:
         path: The file or folder.
@@ -51,6 +56,7 @@ class LazyTaskVector:
         origin: Where it comes from; of a checkpoint the kind, and the base where `open_vector` opened it.
         buffers: Names of running statistics, kept apart from parameters.
         untouched: Names that it does not move, each with the reason; of a checkpoint only those left out by ``only``.
+        more_rows: Tensors of a checkpoint that have more rows than the base's, whole, by name.
 
     Raises:
         MismatchError: Keys or shapes are not the base's.
@@ -67,10 +73,13 @@ class LazyTaskVector:
         key_map: Mapping[str, str] | None = None,
         which: str = "checkpoint",
         only: NameFilter | None = None,
+        new_rows: NewRows | None = None,
+        opened: LazyWeights | None = None,
     ) -> None:
         self.path = os.fspath(path)
         self.name, self.base = name or self.path, None if base is None else as_real(base)
-        self.is_checkpoint = not is_vector_file(path)
+        self.more_rows: dict[str, Entry] = {}
+        self.is_checkpoint = opened is not None or len(parts_of(path)) > 1 or not is_vector_file(path)
         only = only or NameFilter()
         kept = None if base is None else only.kept(base)
         if base is not None:
@@ -88,12 +97,15 @@ class LazyTaskVector:
             format_ = open_weights(path).info.format  # says what is wrong if it is not a checkpoint either
             raise ValueError(f"{path} is a checkpoint ({format_}), not a task vector file. Give its base with --base.")
         else:
-            weights = as_real(_open_checkpoint(self.path, base, key_map or {}, which, only))
+            opened = _open_checkpoint(self.path, base, key_map or {}, which, only) if opened is None else opened
+            weights = as_real(opened)
+            if new_rows not in (None, "error"):
+                weights, self.more_rows = cut(weights, self.base)
             self.origin, self.untouched = Origin(kind=weights.metadata.get(KEY)), {}
             self.buffers = {name for name in weights if name.rpartition(".")[2] in BATCH_NORM_STATISTICS}
         self.weights = HashedWeights(weights)
         if base is not None:
-            _check_names(self.path, self.weights, self.names, self.base, kept)
+            _check_names(self.path, self.weights, self.names, self.base, kept, new_rows)
             self.untouched |= {name: "excluded" for name in base if not only.keeps(name)}
         self._check_base = self.origin.base is not None and not allow_other_base
         self._kept = None if kept is None or len(kept) == len(base) else set(kept)
@@ -244,6 +256,9 @@ def _open_checkpoint(
     path: str, base: LazyWeights, key_map: Mapping[str, str], which: str, only: NameFilter
 ) -> LazyWeights:
     """Open a fine-tuned checkpoint; ``which`` counts where there are two sets of weights, and not elsewhere."""
+    model, *adapter = parts_of(path)
+    if adapter:
+        return open_finetuned(adapter[0], _open_checkpoint(model, base, key_map, which, only), only=only)
     opened = open_finetuned(path, base, key_map=key_map, only=only)
     if which != "checkpoint" and opened.info.which != "as stored":
         return open_finetuned(path, base, key_map=key_map, which=which, only=only)
@@ -251,7 +266,12 @@ def _open_checkpoint(
 
 
 def _check_names(
-    path: str, weights: LazyWeights, names: Collection[str], base: LazyWeights, base_names: Collection[str]
+    path: str,
+    weights: LazyWeights,
+    names: Collection[str],
+    base: LazyWeights,
+    base_names: Collection[str],
+    new_rows: NewRows | None,
 ) -> None:
     sizes = {name: (list(base.spec(name).sizes), list(weights.spec(name).sizes)) for name in weights if name in base}
     sizes = {name: pair for name, pair in sizes.items() if pair[0] != pair[1]}
@@ -265,7 +285,9 @@ def _check_names(
         found = "; ".join(f"{what} {some(sorted(which))}" for what, which in problems.items() if which)
         advice = "Take both from the same architecture, or leave the names that differ out by exclude."
         rows = {(old[0], new[0]) for old, new in sizes.values() if old and new and old[1:] == new[1:]}
-        if len(rows) == 1 and not missing and not extra and all(o[1:] == n[1:] for o, n in sizes.values()):
+        if new_rows is not None and not missing and not extra and grown(weights, base):
+            advice = CHOICES.format(*next(iter(rows)))
+        elif len(rows) == 1 and not missing and not extra and all(o[1:] == n[1:] for o, n in sizes.values()):
             advice = (
                 "Only their numbers of rows differ, {} and {}, as those of embeddings and heads do where a vocabulary "
                 "or the number of classes has grown. Give both the same one (of transformers: "

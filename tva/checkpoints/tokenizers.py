@@ -1,0 +1,88 @@
+"""The tokenizer beside a model's weights: its files, and which id each token has."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from tva.checkpoints.foreign import read_json
+from tva.errors import MismatchError, some
+
+TOKENIZER_FILES = (
+    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
+    "merges.txt", "vocab.txt", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "chat_template.jinja",
+    "chat_template.json",
+)  # fmt: skip
+VOCABULARIES = ("tokenizer.json", "vocab.json", "vocab.txt", "added_tokens.json")
+
+
+def tokenizer_files(folder: Path) -> dict[str, Path]:
+    """Return a folder's files of a tokenizer, by name."""
+    return {name: folder / name for name in TOKENIZER_FILES if (folder / name).is_file()}
+
+
+def token_ids(folder: Path) -> dict[str, int] | None:
+    """Return the id of every token, from the files in which it can be read; None if there is none of them.
+
+    Raises:
+        ValueError: A file has another form.
+    """
+    if (folder / "tokenizer.json").is_file():
+        content = read_json(folder / "tokenizer.json", dict)
+        vocabulary = content.get("model", {}).get("vocab", {})
+        if isinstance(vocabulary, list):  # of a unigram model, with a score each
+            vocabulary = {entry[0]: at for at, entry in enumerate(vocabulary)}
+        return vocabulary | {token["content"]: token["id"] for token in content.get("added_tokens", [])}
+    found: dict[str, Any] = {}
+    if (folder / "vocab.json").is_file():
+        found = dict(read_json(folder / "vocab.json", dict))
+    elif (folder / "vocab.txt").is_file():
+        lines = (folder / "vocab.txt").read_text(encoding="utf-8").split("\n")
+        found = {token: at for at, token in enumerate(lines) if token or at < len(lines) - 1}
+    if (folder / "added_tokens.json").is_file():
+        found |= read_json(folder / "added_tokens.json", dict)
+    return found or None
+
+
+def check_same_ids(base: Path, other: Path, advice: str) -> None:
+    """Check that two tokenizers map the ids that both models know to the same tokens, where both are there.
+
+    Args:
+        base: The base's folder.
+        other: The fine-tuned model's.
+        advice: What to do otherwise.
+
+    Raises:
+        MismatchError: They do not.
+    """
+    if _same_files(base, other):
+        return
+    mine, theirs = token_ids(base), token_ids(other)
+    if mine is None or theirs is None:
+        return
+    tokens, others = ({at: token for token, at in ids.items()} for ids in (mine, theirs))
+    both = sorted(tokens.keys() & others.keys())
+    differing = [at for at in both if tokens[at] != others[at]]
+    if differing:
+        shown = some(f"{at}: {json.dumps(tokens[at])} and {json.dumps(others[at])}" for at in differing)
+        raise MismatchError(
+            f"The tokenizers of {base} and {other} must give the same ids to the same tokens, since rows of embeddings "
+            f"are added up by id; {len(differing)} of {len(both)} ids in both are other tokens: {shown}. {advice}"
+        )
+
+
+def _same_files(base: Path, other: Path) -> bool:
+    """Whether the files that hold vocabularies have the same bytes."""
+    for name in VOCABULARIES:
+        files = base / name, other / name
+        there = [file.is_file() for file in files]
+        if any(there) and not (all(there) and _equal(*files)):
+            return False
+    return True
+
+
+def _equal(left: Path, right: Path) -> bool:
+    if left.stat().st_size != right.stat().st_size:
+        return False
+    return left.samefile(right) or left.read_bytes() == right.read_bytes()
