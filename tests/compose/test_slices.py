@@ -52,6 +52,7 @@ def test_layers_stand_one_after_the_other(models, tmp_path):
 
 @pytest.mark.slow
 def test_transformers_loads_the_deeper_model(models, tmp_path):
+    models["base"] = save_llama(tmp_path / "plain", 0)
     stack(models, tmp_path, {"base": ["base[0:3]", "base[1:4]"]})
     deeper = save_llama(tmp_path / "by hand", 0, layers=6)
     save_weights(expected([("base", at) for at in (0, 1, 2, 1, 2, 3)]), deeper / "model.safetensors")

@@ -53,6 +53,31 @@ def take_flag(words: Sequence[str], flag: str) -> tuple[list[str], bool]:
     return left, found
 
 
+def take_value(words: Sequence[str], option: str) -> tuple[list[str], str | None]:
+    """Take an option with its value out of words, and return the value; of several the last.
+
+    Raises:
+        ValueError: It has no value.
+
+    Example:
+        >>> take_value(["--a", "1", "--b=2"], "--a"), take_value(["--b=2"], "--a")
+        ((['--b=2'], '1'), (['--b=2'], None))
+    """
+    left: list[str] = []
+    found, rest = None, list(words)
+    while rest:
+        word = rest.pop(0)
+        if word.startswith(f"{option}="):
+            found = word.partition("=")[2]
+        elif word == option:
+            if not rest:
+                raise ValueError(f"{option} needs a value.")
+            found = rest.pop(0)
+        else:
+            left.append(word)
+    return left, found
+
+
 def name_words(words: list[str], order: Sequence[str], flags: Sequence[str], usage: str) -> list[str]:
     """Put names before words that have none, in order, and values after flags without one.
 

@@ -77,7 +77,7 @@ class GroupEffect:
     def count(self, moving: int, changed: int, change_square: float, base_square: float) -> None:
         """Count one chunk in."""
         self.elements += moving
-        self.vanished += moving - changed
+        self.vanished += max(0, moving - changed)  # another dtype may change elements that do not move
         self.squared_change += change_square
         self.squared_base += base_square
 

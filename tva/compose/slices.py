@@ -51,6 +51,11 @@ def parse_slices(slices: Mapping[str, Sequence[str]], known: Mapping[str, Any]) 
     return found
 
 
+def is_before(name: str) -> bool:
+    """Return whether a tensor outside of layers is before them, as embeddings are, rather than behind."""
+    return _BEFORE.search(name) is not None
+
+
 def layers_in(weights: LazyWeights) -> tuple[str, dict[int, list[str]]]:
     """Return what is before the layers' numbers in a model's names, and the names after the number, by layer.
 
@@ -105,7 +110,7 @@ def stack(made: str, slices: Sequence[Slice], inputs: Mapping[str, LazyWeights])
             count += 1
     for side, part in (("before", slices[0]), ("behind", slices[-1])):
         for name in inputs[part.name]:
-            if layer_of(name) is None and (_BEFORE.search(name) is not None) == (side == "before"):
+            if layer_of(name) is None and is_before(name) == (side == "before"):
                 entries[name] = inputs[part.name].entry(name)
     shown = ", ".join(f"{part.name}[{part.first}:{part.stop}]" for part in slices)
     info = Info(inputs[slices[0].name].path, f"{count} layers: {shown}")

@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
+import json
 import re
+import sys
 from collections.abc import Sequence
 from typing import Any
 
+import yaml
 from rich.console import Console
 
+from tva.cli.arguments import take_flag, take_value
+from tva.cli.run_function import run_function
 from tva.compose.adapter import AdapterReport
 from tva.compose.apply import ComposeReport, compose
+from tva.compose.mergekit import is_mergekit
 from tva.compose.plan import Plan
 from tva.console import make_console, print_line, size_text
 from tva.report.table import EFFECTS, Column, print_table, words
 
 HELP = "apply a recipe to a checkpoint on disk in bounded memory: no Trainer, no data, any architecture"
 run = compose
+SAID_BY_MERGEKIT = ("base", "vectors", "recipe", "coefs", "scaling_coef", "slices")
 
 
 def read_words(words: Sequence[str]) -> list[str]:
@@ -23,8 +30,49 @@ def read_words(words: Sequence[str]) -> list[str]:
     return [re.sub(r"^--as(?==|$)", "--write_as", word) for word in words]
 
 
-def show(result: ComposeReport | AdapterReport | Plan) -> None:
-    """Print what was written with its effect by group of tensors, or what would be done."""
+def start(words: Sequence[str], as_json: bool) -> bool:
+    """Run the command; a mergekit configuration becomes its options first."""
+    words, print_recipe = take_flag(words, "--print_recipe")
+    words, file = take_value(words, "--mergekit")
+    _, config = take_value(words, "--config")
+    if config is not None and is_mergekit(config):
+        raise ValueError(
+            f"{config} is a mergekit configuration, not options of tva: give it by --mergekit {config}, and add "
+            f"--print_recipe to see what it becomes."
+        )
+    if file is None:
+        if print_recipe:
+            raise ValueError("--print_recipe shows what a mergekit configuration becomes: give one by --mergekit FILE.")
+        return run_function("compose", sys.modules[__name__], words, as_json)
+    from tva.compose.mergekit_recipe import read_mergekit
+
+    given = [word for word in words if word.partition("=")[0].removeprefix("--").partition(".")[0] in SAID_BY_MERGEKIT]
+    if given:
+        raise ValueError(
+            f"{given[0].partition('=')[0]} is said by {file}. Leave it out; or save what --print_recipe prints, change "
+            f"it and give it by --config."
+        )
+    found = read_mergekit(file)
+    if print_recipe:
+        print("".join(f"# {note}\n" for note in found.notes), end="")
+        print(yaml.safe_dump(found.options, sort_keys=False, allow_unicode=True, width=10**6), end="")
+        return True
+    for note in found.notes:
+        print(f"{file}: {note}", file=sys.stderr)
+    options = [
+        f"--{key}={value if isinstance(value, str) else json.dumps(value)}" for key, value in found.options.items()
+    ]
+    return run_function("compose", sys.modules[__name__], [*options, *words], as_json)
+
+
+def show(result: ComposeReport | AdapterReport | Plan, mergekit: str | None = None, print_recipe: bool = False) -> None:
+    """Print what was written with its effect by group of tensors, or what would be done.
+
+    Args:
+        result: What was written, or the plan.
+        mergekit: A mergekit configuration, which says base, vectors, recipe, coefficients and slices in their place.
+        print_recipe: Print these as a file for --config, and write nothing.
+    """
     console = make_console()
     if isinstance(result, Plan):
         _print_plan(console, result)
