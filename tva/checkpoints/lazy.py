@@ -316,59 +316,6 @@ def as_real(weights: LazyWeights) -> LazyWeights:
 
 
 @dataclass(frozen=True)
-class Prefix(Entry):
-    """The first elements of another tensor, or all of them, as a tensor of its own.
-
-    Args:
-        entry: The other tensor.
-        header: Dtype, which is the other's, and shape.
-        copied: It counts as another place in memory than the other: where both are named, both are stored.
-    """
-
-    entry: Entry
-    header: Spec
-    copied: bool = False
-
-    @property
-    def spec(self) -> Spec:
-        return self.header
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.header.dtype
-
-    @property
-    def shape(self) -> torch.Size:
-        return self.header.shape
-
-    @property
-    def written_dtype(self) -> str:
-        return self.entry.written_dtype
-
-    @property
-    def in_parts(self) -> bool:
-        return self.entry.in_parts
-
-    @property
-    def held_bytes(self) -> int:
-        return self.entry.held_bytes
-
-    @property
-    def location(self) -> object:
-        place = self.entry.location
-        return None if self.copied or place is None else (place, self.header)
-
-    def will_need(self, start: int, stop: int) -> None:
-        self.entry.will_need(start, stop)
-
-    def slice(self, start: int, stop: int) -> Tensor:
-        return self.entry.slice(start, stop)
-
-    def read_into(self, out: numpy.ndarray, start: int) -> None:
-        self.entry.read_into(out, start)
-
-
-@dataclass(frozen=True)
 class Info:
     """Where weights come from, and every choice that was made in reading them.
 

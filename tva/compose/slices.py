@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from tva.checkpoints import Entry, Info, LazyWeights
 from tva.checkpoints.folder import model_config
-from tva.checkpoints.lazy import Prefix
+from tva.checkpoints.prefix import Prefix
 from tva.errors import MismatchError, some
 from tva.layers import layer_of
 

@@ -7,7 +7,7 @@ from typing import Literal
 
 from tva._torch import Tensor, torch
 from tva.checkpoints import Elements, Entry, LazyWeights, Spec
-from tva.checkpoints.lazy import Prefix
+from tva.checkpoints.prefix import Prefix
 
 NewRows = Literal["error", "keep", "zero", "drop"]
 CHOICES = (
