@@ -27,7 +27,7 @@ lint: install
 	$(BIN)/vulture
 
 docs: install
-	$(BIN)/python -m sphinx -q -W --keep-going docs docs/_build/html
+	$(BIN)/python -m sphinx -q -E -W --keep-going docs docs/_build/html
 
 paper-smoke: install
 	$(BIN)/tva paper run $(PAPER) --scale smoke --output runs/paper-smoke --jobs 2 --devices cpu

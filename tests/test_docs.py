@@ -39,6 +39,7 @@ SLOW = {
     "howto/paper.md",
 }
 ELSEWHERE = {  # tests of their own
+    "howto/any-model.md": "tests/test_howto.py",
     "tutorials/your-method.md": "tests/merge/test_find.py",
     "howto/paper.md": "tests/paper/test_suite.py",
 }
@@ -142,8 +143,21 @@ def run_shell(text):
             assert program in OTHER_PROGRAMS, line
             continue
         command = words[0]
+        if "configs/demo" in line:
+            run_by_the_demo(words)
+            continue
         status = run_command([*words, *FEWER.get(command, ())])
         assert status in ({0, 1} if command == "edit" else {0}), line
+
+
+def run_by_the_demo(words):
+    """Check that a command is one of the demo's, which tests/test_demo.py runs with these configurations."""
+    configs = [Path(word) for word in words if word.startswith("configs/")]
+    assert words == [words[0], *(word for config in configs for word in ("--config", str(config)))]
+    assert [config.parent.name for config in configs] == [words[0]] * len(configs)
+    assert all(config.exists() for config in configs)
+    if words[0] == "fit":
+        assert configs[0].name == "common.yaml"
 
 
 def run_block(language, text, scope):
@@ -211,7 +225,7 @@ def test_pages_name_no_place_that_readers_do_not_have():
 
 @pytest.mark.slow
 def test_the_site_builds_without_a_warning():
-    command = [sys.executable, "-m", "sphinx", "-q", "-W", "--keep-going", "docs", "docs/_build/html"]
+    command = [sys.executable, "-m", "sphinx", "-q", "-E", "-W", "--keep-going", "docs", "docs/_build/html"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     index = (ROOT / "docs/_build/html/searchindex.js").read_text()
