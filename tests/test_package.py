@@ -29,9 +29,21 @@ FLOORS = [
     {"tva.cli", "tva.__main__", "tva.weights"},
 ]
 ON_FILES = ("tva._torch", "tva.arithmetic", "tva.layers", "tva.checkpoints", "tva.merge", "tva.vectors", "tva.compose")
-LIGHT = {"torch", "numpy", "safetensors", "xxhash", "huggingface_hub", "tva", "__future__", "backports", "compression"}
+LIGHT = {
+    "torch",
+    "numpy",
+    "safetensors",
+    "xxhash",
+    "huggingface_hub",
+    "tva",
+    "__future__",
+    "backports",
+    "compression",
+    "gguf",
+}
 IMPORTERS = {
     "huggingface_hub": {"tva.checkpoints", "tva.report"},
+    "gguf": {"tva.checkpoints.formats"},
     "numba": {"tva.merge.kernels"},
     "jsonargparse": {"tva.cli"},
     "open_clip": {"tva.models", "tva.data"},  # tva.data: its ImageNet class names only

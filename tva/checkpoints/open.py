@@ -27,10 +27,10 @@ def open_weights(
     """Open a checkpoint as a read-only mapping, reading no tensor yet and executing nothing.
 
     Args:
-        path: A safetensors file; a PyTorch state dict; a Lightning checkpoint; an ``.index.json`` of shards; a folder
-            with any of these, of ``torch.distributed.checkpoint`` (FSDP, FSDP2) or of DeepSpeed ZeRO; or
-            ``hf://owner/name@revision/file`` on the hub (revision and file may be left out). The content of a file
-            decides its format, not its name.
+        path: A safetensors file; a GGUF file (through the package ``gguf``); a PyTorch state dict; a Lightning
+            checkpoint; an ``.index.json`` of shards; a folder with any of these, of ``torch.distributed.checkpoint``
+            (FSDP, FSDP2) or of DeepSpeed ZeRO; or ``hf://owner/name@revision/file`` on the hub (revision and file may
+            be left out). The content of a file decides its format, not its name.
         prefix: Keep only the names under this prefix, and strip it.
         which: Of a Lightning checkpoint that a weight-averaging callback has written, the ``"raw"`` or the
             ``"averaged"`` weights; ``"checkpoint"`` is what Lightning loads, the averaged. ``info.which`` has it.

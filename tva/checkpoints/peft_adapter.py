@@ -11,6 +11,7 @@ from tva._torch import Tensor, torch
 from tva.checkpoints.fingerprint import copies_in, form_of
 from tva.checkpoints.folder import model_config, weights_file
 from tva.checkpoints.formats import pytorch, safetensors
+from tva.checkpoints.formats.gguf import check_both_gguf
 from tva.checkpoints.lazy import Entry, Info, InMemory, LazyWeights, Which
 from tva.checkpoints.lora import (
     EMBEDDINGS,
@@ -65,6 +66,7 @@ def open_finetuned(
     check_not_quantized(base, "the base" if not isinstance(base, LazyWeights) else str(base.path))
     check_not_quantized(whole, str(whole.path))
     _refuse_unmerged(whole)
+    check_both_gguf(whole, base, key_map)
     notes = only.note(whole, "")
     weights = whole.renamed({name: name for name in only.kept(whole)}, *notes)
     base_names = only.kept(base)
@@ -149,6 +151,7 @@ def open_adapter(
     folder = folder.parent if folder.is_file() else folder
     config = read_config(folder)
     check_not_quantized(base, "the base" if not isinstance(base, LazyWeights) else str(base.path))
+    check_both_gguf(folder, base, key_map)
     tensors = sort_tensors(folder, config, _open_tensors(folder))
     modules = {f"{module}.weight": module for module in tensors.low_rank}
     model = model_config(base.path) if isinstance(base, LazyWeights) else {}

@@ -25,16 +25,18 @@ from tva.checkpoints import (
     protect,
     weights_stem,
 )
+from tva.checkpoints.formats.gguf import is_gguf
 from tva.checkpoints.formats.sentence_transformers import part_of_names
 from tva.checkpoints.with_adapter import parts_of
 from tva.compose.adapter import AdapterReport, compose_adapter
 from tva.compose.beside import files_beside
 from tva.compose.engine import Composer, GroupEffect
+from tva.compose.gguf import SUFFIX, GgufOutput
 from tva.compose.inputs import Slices, input_names, used_inputs
 from tva.compose.plan import Plan, make_plan
 from tva.compose.recipe import Recipe
 from tva.compose.record import UNKNOWN, Record
-from tva.compose.requantize import requantizer
+from tva.compose.requantize import Requantized, requantizer
 from tva.compose.syntax import BASE
 from tva.compose.undo import BYTES_HELD, UndoFile, undo_path
 from tva.errors import some
@@ -121,7 +123,8 @@ def compose(
         recipe: Expression of those names, such as ``0.3 * (a + b)`` or ``ties(a, b, density=0.2)``; ``base`` is the
             base's own weights.
         output: A ``.safetensors`` file, or a folder to be made, with shards, their index and the base's configuration
-            and tokenizer; it appears under this name when it is whole.
+            and tokenizer; it appears under this name when it is whole. A ``.gguf`` file where the base is one and with
+            ``requantize``.
         coefs: Values of the coefficients in the recipe: a number, or numbers by group of tensors: regular expressions
             searched for in their names, the first found counting, to a number or to ``[first, …, last]`` over the
             layers; ``layer`` stands for all names with a layer's number.
@@ -215,6 +218,8 @@ def compose(
     if keep_undo:
         _prepare_undo(keep_undo, composer, slices)
     composer.fit_into(max_memory)
+    if Path(output).suffix == SUFFIX or (quantizer and is_gguf(composer.base)):
+        return _write_gguf(composer, quantizer, Path(output), started, resume)
     record = _record(composer, base, vectors, options)
     metadata = {"format": "pt", **record.metadata(), **({KEY: kind} if kind else {}), **composer.tied}
     job = {key: value for key, value in metadata.items() if key != "tva.version"}
@@ -246,6 +251,23 @@ def compose(
         undo,
         undo.stat().st_size if undo else 0,
     )
+
+
+def _write_gguf(
+    composer: Composer, quantizer: Requantized | None, output: Path, started: float, resume: bool
+) -> ComposeReport:
+    if resume:
+        raise ValueError(f"{output} is a GGUF file, of which nothing is kept after an interruption. Leave resume out.")
+    with GgufOutput(output, composer.base, quantizer) as out:
+        composer.run(out.sink)
+        for source in composer.sources.values():
+            source.check_content()
+        composer.check()
+        size = out.commit()
+    fingerprints = composer.fingerprint("base"), composer.fingerprint("edited")
+    notes = [*_notes(composer, []), out.note()]
+    seconds = time.monotonic() - started
+    return ComposeReport(output, *fingerprints, size, seconds, effects=composer.effects(), notes=notes)
 
 
 def _check_output(output: str, scaling_coef: float) -> None:

@@ -26,11 +26,13 @@ def requantizer(composer: Composer) -> Requantized:
         raise ValueError(f"requantize needs a quantized base; {path} is not. Leave requantize out.")
     if composer.dtype is not None:
         raise ValueError(f"requantize writes the base's own scheme, and dtype={composer.dtype!r} is another. Give one.")
-    only_read = sorted({entry.scheme for entry in found.values() if not entry.requantizes})
+    moved = [name for name in found if any(name in source.weights for source in composer.sources.values())]
+    only_read = {found[name].scheme: name for name in moved if not found[name].requantizes}
     if only_read:
         raise ValueError(
-            f"requantize cannot write {some(only_read)}, the scheme of {path}, which is only read. Leave requantize "
-            f"out, which writes bfloat16, and quantize that with the tool that quantized the base."
+            f"requantize cannot write {some(sorted(only_read))}, in which {path} has "
+            f"{some(sorted(only_read.values()))} and others, and which is only read. Leave them out by exclude; "
+            f"or leave requantize out, which writes bfloat16, and quantize that with the tool that quantized the base."
         )
     composer.requantize, composer.beside_whole = True, BYTES_HELD
     return Requantized(composer)

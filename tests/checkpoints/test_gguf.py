@@ -1,0 +1,146 @@
+"""GGUF files: dequantized as the gguf package does, edited exactly, and written as GGUF again."""
+
+import numpy
+import pytest
+import torch
+
+from tva import MismatchError, open_weights, save_weights
+from tva.checkpoints import open_finetuned
+from tva.compose import compose
+
+gguf = pytest.importorskip("gguf")
+KINDS = {"blk.0.attn_q.weight": "Q4_0", "blk.0.ffn_up.weight": "Q8_0", "token_embd.weight": "Q5_1"}
+Q = gguf.GGMLQuantizationType
+
+
+def values(seed):
+    generator = torch.Generator().manual_seed(seed)
+    found = {name: torch.randn(6, 64, generator=generator) for name in KINDS}
+    return found | {"output_norm.weight": torch.rand(64, generator=generator)}
+
+
+def write(path, tensors, kinds=KINDS):
+    """Write a file; return what it stands for in float64."""
+    writer, exact = gguf.GGUFWriter(path, "llama"), {}
+    writer.add_block_count(1)
+    for name, tensor in tensors.items():
+        if name in kinds:
+            data = gguf.quants.quantize(tensor.numpy(), Q[kinds[name]])
+            writer.add_tensor(name, data, raw_dtype=Q[kinds[name]])
+            exact[name] = torch.from_numpy(gguf.quants.dequantize(data, Q[kinds[name]])).double()
+        else:
+            writer.add_tensor(name, tensor.numpy())
+            exact[name] = tensor.double()
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return exact
+
+
+@pytest.fixture
+def files(tmp_path):
+    base, tuned = values(0), values(1)
+    paths = [str(tmp_path / "base.gguf"), str(tmp_path / "tuned.gguf")]
+    return *paths, write(paths[0], base), write(paths[1], {n: base[n] + 0.1 * tuned[n] for n in base})
+
+
+def test_a_file_is_what_its_package_makes_of_it(files):
+    path, _, exact, _ = files
+    opened = open_weights(path)
+    assert list(opened) == list(exact)
+    for name, tensor in exact.items():
+        assert torch.equal(opened[name].double(), tensor)
+        assert torch.equal(opened.slice(name, 3, 50).double(), tensor.reshape(-1)[3:50])
+
+
+def test_an_edit_is_exact_and_written_in_bfloat16(files, tmp_path):
+    base, tuned, exact, moved = files
+    compose(base, {"a": tuned}, "a", tmp_path / "out.safetensors", scaling_coef=0.4)
+    out = open_weights(tmp_path / "out.safetensors")
+    for name in KINDS:
+        wanted = exact[name] + 0.4 * (moved[name] - exact[name])
+        assert torch.equal(out[name], wanted.to(torch.bfloat16))
+    assert out["output_norm.weight"].dtype == torch.float32
+
+
+def test_an_edit_is_written_as_gguf_again(files, tmp_path):
+    base, tuned, exact, moved = files
+    report = compose(base, {"a": tuned}, "a", tmp_path / "out.gguf", scaling_coef=0.4, requantize=True)
+    reader, before = gguf.GGUFReader(tmp_path / "out.gguf"), gguf.GGUFReader(base)
+    assert reader.fields.keys() == before.fields.keys()
+    for tensor in reader.tensors:
+        name = tensor.name
+        found = torch.from_numpy(numpy.array(gguf.quants.dequantize(tensor.data, tensor.tensor_type))).double()
+        wanted = exact[name] + 0.4 * (moved[name] - exact[name])
+        if name in KINDS:
+            hand = gguf.quants.quantize(wanted.float().numpy(), Q[KINDS[name]])
+            hand = torch.from_numpy(gguf.quants.dequantize(hand, Q[KINDS[name]])).double()
+            assert (found - wanted).norm() <= 1.1 * (hand - wanted).norm()
+        else:
+            torch.testing.assert_close(found, wanted, rtol=1e-6, atol=1e-6)
+    assert "requantized 3 of 3 tensors" in report.notes[-1]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["base.gguf", "out.gguf", "tuned.gguf"]
+
+
+def test_types_that_can_only_be_read_are_named_and_may_be_left_out(tmp_path):
+    block, size = gguf.GGML_QUANT_SIZES[Q.Q6_K]
+    data = {name: torch.randint(0, 60, (2, size), dtype=torch.uint8).numpy() for name in ("base", "tuned")}
+    for name, rows in data.items():
+        rows[:, -2:] = numpy.array([[0, 40], [0, 40]], numpy.uint8)  # the scale of a block, float16
+        writer = gguf.GGUFWriter(tmp_path / f"{name}.gguf", "llama")
+        writer.add_tensor("output.weight", rows, raw_dtype=Q.Q6_K)
+        up = torch.full((1, 64), 1.0 + (name == "tuned")).numpy()
+        writer.add_tensor("up.weight", gguf.quants.quantize(up, Q.Q8_0), raw_dtype=Q.Q8_0)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+    arguments = (tmp_path / "base.gguf", {"a": tmp_path / "tuned.gguf"}, "a", tmp_path / "out.gguf")
+    opened = open_weights(arguments[0])["output.weight"]
+    assert opened.shape == (2, block)
+    assert torch.equal(opened.float(), torch.from_numpy(gguf.quants.dequantize(data["base"], Q.Q6_K)))
+    with pytest.raises(ValueError, match="cannot write 'GGUF Q6_K'.*'output.weight'.* by exclude"):
+        compose(*arguments, requantize=True)
+    compose(*arguments, requantize=True, exclude="^output")
+    assert torch.equal(open_weights(tmp_path / "out.gguf")["output.weight"], opened)
+    assert open_weights(tmp_path / "out.gguf")["up.weight"].unique().tolist() == pytest.approx([2.0], rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("output", "options", "message"),
+    [
+        ("out.gguf", {}, "requantize is off"),
+        ("out.safetensors", {"requantize": True}, "an output that ends in .gguf go together"),
+        ("out.gguf", {"requantize": True, "resume": True}, "Leave resume out"),
+        ("out.gguf", {"requantize": True, "dtype": "float32"}, "dtype='float32' is another"),
+    ],
+)
+def test_what_does_not_go_together_is_refused(files, tmp_path, output, options, message):
+    base, tuned, *_ = files
+    with pytest.raises(ValueError, match=message):
+        compose(base, {"a": tuned}, "a", tmp_path / output, **options)
+    assert not (tmp_path / output).exists()
+
+
+def test_other_checkpoints_are_not_mixed_with_gguf(files, tmp_path):
+    base, *_ = files
+    save_weights({"model.layers.0.self_attn.q_proj.weight": torch.ones(6, 64)}, tmp_path / "hf.safetensors")
+    with pytest.raises(MismatchError, match="Give both as GGUF files, or both as the checkpoints"):
+        open_finetuned(tmp_path / "hf.safetensors", open_weights(base))
+    with pytest.raises(MismatchError, match="key_map is not enough"):
+        open_finetuned(base, open_weights(tmp_path / "hf.safetensors"), key_map={"blk.0.attn_q": "x"})
+
+
+@pytest.mark.parametrize("size", [4, 20, 200, 500])
+def test_a_damaged_file_is_an_error_that_names_it(files, tmp_path, size):
+    with open(files[0], "rb") as file:
+        (tmp_path / "cut.gguf").write_bytes(file.read(size))
+    with pytest.raises(ValueError, match="cut.gguf is not a GGUF file, or is damaged"):
+        open_weights(tmp_path / "cut.gguf")
+
+
+def test_the_package_is_named_where_it_is_missing(files, monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "gguf", None)
+    with pytest.raises(ValueError, match="base.gguf is read through the package gguf, .* pip install gguf"):
+        open_weights(files[0])
