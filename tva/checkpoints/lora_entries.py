@@ -37,6 +37,10 @@ class Adapted(Entry):
     shape: torch.Size
 
     @property
+    def written_dtype(self) -> str:
+        return self.base.written_dtype if self.dtype == self.base.dtype else self.spec.dtype_name
+
+    @property
     def in_parts(self) -> bool:
         return self.base.in_parts
 
@@ -113,6 +117,14 @@ class NewRows(Entry):
     @property
     def shape(self) -> torch.Size:
         return self.base.shape
+
+    @property
+    def written_dtype(self) -> str:
+        return self.base.written_dtype
+
+    @property
+    def in_parts(self) -> bool:
+        return self.base.in_parts
 
     @property
     def held_bytes(self) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import importlib
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from tva.errors import some
 from tva.plugins import installed, modules_in
 
 FORMATS = "tva.checkpoints.formats"
+OF_RANK = r"(?:world_size_(?P<size>\d+)_)?rank_?\d+[_.](?!mp_rank)"  # one process's part, by its file's name
 ENDINGS = {".safetensors", ".bin", ".pt", ".pth", ".ckpt"}  # by which the one checkpoint of a folder is found
 
 
@@ -102,6 +104,9 @@ def open_any(path: Path, which: Which = "checkpoint") -> LazyWeights:
     Raises:
         ValueError: No format matches, or more than one.
     """
+    of_rank = re.search(OF_RANK, path.name)
+    if of_rank and of_rank["size"] not in (None, "1") and path.is_file():
+        raise ValueError(_of_ranks(path, [path.name]))
     formats = _formats()
     matching = [name for name, module in formats.items() if module.matches(path)]
     if len(matching) > 1:
@@ -155,10 +160,21 @@ def _is_adapter(folder: Path) -> str:
     )
 
 
+def _of_ranks(path: Path, names: list[str]) -> str:
+    return (
+        f"{path} holds what each process of a sharded run saved of its own ({some(names)}), without a .metadata file: "
+        f"nothing says how the parts of a tensor fit together. Merge them where they were written (of verl: python -m "
+        f"verl.model_merger merge), or save with torch.distributed.checkpoint, and give that."
+    )
+
+
 def _file_in(folder: Path) -> Path:
     if (known := weights_file(folder)) is not None:
         return known
     names = sorted(path.name for path in folder.iterdir())
+    ranks = [name for name in names if re.search(OF_RANK, name) and Path(name).suffix in ENDINGS]
+    if len(ranks) > 1:
+        raise ValueError(_of_ranks(folder, ranks))
     if "adapter_config.json" in names:
         raise ValueError(_is_adapter(folder))
     files = [name for name in names if Path(name).suffix in ENDINGS and not is_undo(name)]

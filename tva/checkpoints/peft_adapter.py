@@ -8,6 +8,7 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 
 from tva._torch import Tensor, torch
+from tva.checkpoints.experts import fused_again, single_experts
 from tva.checkpoints.fingerprint import copies_in, form_of
 from tva.checkpoints.folder import model_config, weights_file
 from tva.checkpoints.formats import pytorch, safetensors
@@ -133,8 +134,8 @@ def open_adapter(
             ``hf://owner/name``.
         base: The base's weights, from `tva.open_weights` or in memory; left unchanged.
         key_map: Regular expressions and replacements for the adapter's names; see `tva.checkpoints.map_names`.
-        dtype: Of the tensors that the adapter moves; by default the base's. Where the base is float16 or bfloat16,
-            ``torch.float32`` keeps what rounding to it would lose of a small delta.
+        dtype: Of the tensors that the adapter moves; by default the base's, and float64 where that is. Where the base
+            is float16 or bfloat16, ``torch.float32`` keeps what rounding to it would lose of a small delta.
         only: Which names of either side take part; a left-out tensor of the base is not in the result.
         advice: What an error about names advises.
 
@@ -159,8 +160,9 @@ def open_adapter(
     targets = list(dict.fromkeys([*modules, *tensors.whole, *tensors.tokens]))
     left_out = only.note(targets, "")
     kept = only.kept(base)
-    match = _match(folder, only.kept(targets), tensors, kept, key_map, advice)
-    entries = {name: base.entry(name) if isinstance(base, LazyWeights) else InMemory(base[name]) for name in kept}
+    stored = {name: base.entry(name) if isinstance(base, LazyWeights) else InMemory(base[name]) for name in kept}
+    entries, fused = single_experts(stored, targets, model.get("model_type"))
+    match = _match(folder, only.kept(targets), tensors, entries, key_map, advice)
     shapes = {name: entry.shape for name, entry in entries.items()}
     turned = orientations(
         folder,
@@ -179,7 +181,8 @@ def open_adapter(
         if target in modules:
             module = modules[target]
             factors = tensors.low_rank[module]
-            start = adapted(folder, config, module, start, factors, turned.get(module), dtype or start.dtype)
+            wide = start.dtype if dtype is None or start.dtype == torch.float64 else dtype
+            start = adapted(folder, config, module, start, factors, turned.get(module), wide)
         moved[name] = start
     tensors.check_used(folder, {*match.names.values(), *(target for target in targets if not only.keeps(target))})
     ties = _move_ties(folder, base, moved, match.names, tensors, model, set(kept))
@@ -188,7 +191,8 @@ def open_adapter(
     notes += [f"tied, and moved together: {some(ties)}"] if ties else []
     if (merged := weights_file(folder)) is not None:
         notes.append(f"the model in {merged.name} beside the adapter was not read; give that file if you mean it")
-    return LazyWeights(Info(folder, "LoRA adapter with its base", notes=tuple(notes)), {**entries, **moved})
+    changed = fused_again(stored, moved, entries, fused)
+    return LazyWeights(Info(folder, "LoRA adapter with its base", notes=tuple(notes)), changed)
 
 
 def _open_tensors(folder: Path) -> LazyWeights:

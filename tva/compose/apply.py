@@ -205,6 +205,8 @@ def compose(
     options |= {"new_rows": new_rows} if new_rows != "error" else {}
     others = {"which": which, "allow_other_tokenizer": allow_other_tokenizer}
     composer = Composer.open(base, vectors, checked, scaling_coef, dtype, **others, **options)
+    if requantize and (slices or new_rows != "error"):
+        raise ValueError("requantize keeps the base's tensors, which slices and new_rows change. Leave one out.")
     quantizer = requantizer(composer) if requantize else None
     options |= {"requantize": True} if requantize else {}
     layout = quantizer.layout() if quantizer else composer.layout()
@@ -346,7 +348,7 @@ def _prepare_undo(keep_undo: bool | str, composer: Composer, slices: Slices | No
         raise ValueError(f"keep_undo restores a base of the output's shapes, which {what} change. Leave one out.")
     load_torch()  # which undo files take, and so the memory that is left
     base = composer.base
-    if composer.quantized:
+    if composer.quantized or composer.dequantizes:
         raise ValueError(
             f"keep_undo cannot restore {base.path}, which is quantized: the undo file would restore its dequantized "
             f"weights. Keep the base, and leave keep_undo out."

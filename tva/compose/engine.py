@@ -157,7 +157,8 @@ class Composer:
     @property
     def dequantizes(self) -> bool:
         """Whether the base is quantized and the output is not."""
-        return bool(self.quantized) and not self.requantize
+        entries = map(self.base.entry, self.base)
+        return not self.requantize and any(entry.written_dtype != entry.spec.dtype_name for entry in entries)
 
     def _is_fusible(self) -> bool:
         """Whether all can be computed without torch."""

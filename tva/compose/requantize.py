@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from tva._torch import Tensor, torch
-from tva.checkpoints import Dequantized, Elements, Spec, tensor_digest
+from tva.checkpoints import Dequantized, Elements, Entry, Spec, tensor_digest
 from tva.compose.engine import Composer, Sink
 from tva.errors import some
 
@@ -26,6 +26,12 @@ def requantizer(composer: Composer) -> Requantized:
         raise ValueError(f"requantize needs a quantized base; {path} is not. Leave requantize out.")
     if composer.dtype is not None:
         raise ValueError(f"requantize writes the base's own scheme, and dtype={composer.dtype!r} is another. Give one.")
+    changed = [name for name in composer.base if name not in found and _is_dequantized(composer.base.entry(name))]
+    if changed:
+        raise ValueError(
+            f"requantize needs the tensors of the base as they are stored, and {some(changed)} are not: {path} has an "
+            f"adapter on top, or layers of several models. Leave requantize out."
+        )
     moved = [name for name in found if any(name in source.weights for source in composer.sources.values())]
     only_read = {found[name].scheme: name for name in moved if not found[name].requantizes}
     if only_read:
@@ -36,6 +42,10 @@ def requantizer(composer: Composer) -> Requantized:
         )
     composer.requantize, composer.beside_whole = True, BYTES_HELD
     return Requantized(composer)
+
+
+def _is_dequantized(entry: Entry) -> bool:
+    return entry.written_dtype != entry.spec.dtype_name
 
 
 class Requantized:
