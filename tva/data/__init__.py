@@ -11,10 +11,11 @@ import lightning as L
 from tva.data.image_task import ImageTask
 from tva.data.language_task import LanguageTask
 from tva.data.presets import GROUP
+from tva.data.table_task import TableTask
 from tva.data.text_task import TextTask
 from tva.plugins import installed
 
-__all__ = ["ImageTask", "LanguageTask", "TextTask"]
+__all__ = ["ImageTask", "LanguageTask", "TableTask", "TextTask"]
 
 
 def __getattr__(name: str) -> Any:

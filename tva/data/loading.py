@@ -14,7 +14,7 @@ import numpy as np
 
 from tva.errors import some
 
-_FORMATS = {".parquet": "parquet", ".arrow": "arrow", ".csv": "csv", ".json": "json", ".jsonl": "json"}
+_FORMATS = {".parquet": "parquet", ".arrow": "arrow", ".csv": "csv", ".tsv": "csv", ".json": "json", ".jsonl": "json"}
 _OWN = (".npz", ".txt", ".txt.gz")
 
 
@@ -90,7 +90,9 @@ def load_splits(
         return {split: _read_npz(file)[split if len(files) == 1 else "train"] for split, file in files.items()}
     if suffix in _OWN:
         return {split: datasets.Dataset.from_dict({"text": [_read_text(file)]}) for split, file in files.items()}
-    return datasets.load_dataset(_FORMATS[suffix], data_files={split: str(file) for split, file in files.items()})
+    separator = {"sep": "\t"} if suffix == ".tsv" else {}
+    data_files = {split: str(file) for split, file in files.items()}
+    return datasets.load_dataset(_FORMATS[suffix], data_files=data_files, **separator)
 
 
 def _read_folder(path: Path, folder: str | None, streaming: bool) -> Mapping[str, Any]:

@@ -43,9 +43,10 @@ def run_edit(trainer: L.Trainer, model: Any, options: EditOptions) -> EditReport
         FileNotFoundError: A checkpoint or data file is missing.
     """
     check_strategy(trainer)
-    goal = options.checked()
+    module = as_module(model)
+    goal = without_head(options, module).checked()
     check_output(options.folder, [*options.inputs, *goal.recipe.files])
-    session = open_session(trainer, as_module(model), goal)
+    session = open_session(trainer, module, goal)
     for sentence in lacking_on_test(session):  # every rank evaluates
         if trainer.is_global_zero:
             warnings.warn(f"{sentence[0].upper()}{sentence[1:]}.", stacklevel=2)
@@ -53,6 +54,15 @@ def run_edit(trainer: L.Trainer, model: Any, options: EditOptions) -> EditReport
     outcome = prove(session, choice)
     report = build_report(outcome)
     return write_edit(report, outcome)
+
+
+def without_head(options: EditOptions, model: L.LightningModule) -> EditOptions:
+    """Return options that leave the model's head out of the edit, where the model says so (``edit_head``)."""
+    patterns = getattr(model, "head_patterns", None)
+    if not patterns:
+        return options
+    given = [options.exclude] if isinstance(options.exclude, str) else list(options.exclude or [])
+    return replace(options, exclude=[*given, *patterns])
 
 
 def choose(session: EditSession) -> Choice:

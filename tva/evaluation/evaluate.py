@@ -73,7 +73,7 @@ def evaluate(
     """
     check_strategy(trainer)
     if isinstance(datamodule, FunctionTask):
-        network = getattr(model, "wrapped", model)
+        network = getattr(model, "bare_network", model)
         return datamodule.evaluate_edits(network, split, trainer.strategy.root_device, edits, part)
     if KL in extra and edits is not None and not share:
         raise ValueError(
@@ -87,7 +87,7 @@ def evaluate(
             edit()
             results.append(evaluate(trainer, model, datamodule, split, **options))
         return results
-    measures = measures_of(datamodule)
+    measures = measures_of(model) | measures_of(datamodule)
     extra = [name for name in extra if name not in measures]
     recorders = [Recorder(edits is None, extra, measures, keep_preds) for _ in edits or [None]]
     device = trainer.strategy.root_device

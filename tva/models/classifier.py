@@ -66,6 +66,7 @@ class FrozenHeadClassifier(L.LightningModule, ABC):
     Source: the recipe is that of Ilharco et al., "Editing models with task arithmetic", ICLR 2023.
     """
 
+    returns_predictions = True
     encoder: nn.Module
     own_head: str = "means"
     logit_scale: float = 20.0  # what the cosines of class means are multiplied by

@@ -13,7 +13,21 @@ from torch import Tensor, nn
 
 from tva.errors import some
 
-Kind = Literal["AutoModel", "AutoModelForCausalLM", "AutoModelForSeq2SeqLM"]
+Kind = Literal[
+    "AutoModel",
+    "AutoModelForCausalLM",
+    "AutoModelForSeq2SeqLM",
+    "AutoModelForSequenceClassification",
+    "AutoModelForTokenClassification",
+    "AutoModelForImageClassification",
+]
+_HEADS = {  # the mapping of transformers that knows the architectures of a task
+    "sequence-classification": "SEQUENCE_CLASSIFICATION",
+    "token-classification": "TOKEN_CLASSIFICATION",
+    "image-classification": "IMAGE_CLASSIFICATION",
+    "causal-lm": "CAUSAL_LM",
+    "seq2seq-lm": "SEQ_TO_SEQ_CAUSAL_LM",
+}
 INSTALL = "pip install 'tva[text]'"
 
 
@@ -39,6 +53,86 @@ def load_network(kind: Kind, name: str) -> nn.Module:
             f"Use a checkpoint that was saved as such a model."
         )
     return network.eval()
+
+
+def read_task(name: str) -> str:
+    """Return what the head of a model does, from its folder.
+
+    Args:
+        name: As for `load_network`.
+
+    Raises:
+        FileNotFoundError: The folder is not there.
+        ValueError: The folder does not say, or the head does something else.
+    """
+    transformers = import_transformers()
+    place = _place(name)
+    if (Path(place) / "modules.json").exists():
+        return "sentence-similarity"
+    with _explained(place, "a configuration"):
+        config = transformers.AutoConfig.from_pretrained(place)
+    from transformers.models.auto import modeling_auto
+
+    architecture = (config.architectures or ["none"])[0]
+    for task, mapping in _HEADS.items():
+        known = getattr(modeling_auto, f"MODEL_FOR_{mapping}_MAPPING_NAMES").values()
+        if any(architecture == each or (isinstance(each, tuple) and architecture in each) for each in known):
+            return task
+    raise ValueError(
+        f"The head of a model must be for one of {some(list(_HEADS), 6)}; the architecture of {name} is "
+        f"{architecture!r}. Pass task= if its weights have such a head; a text encoder without "
+        f"one is for TextClassifier."
+    )
+
+
+def head_names(network: nn.Module) -> list[str]:
+    """Return the names of the parameters of a network of transformers that are not its base model's."""
+    prefix = getattr(network, "base_model_prefix", "")
+    inside = f"{prefix}."
+    if not prefix or not hasattr(network, prefix):
+        return []
+    return [name for name, _ in network.named_parameters() if not name.startswith(inside)]
+
+
+def load_image_transform(name: str) -> ImageTransform:
+    """Load the image processor of a model, as a function from a PIL image to a tensor.
+
+    Raises:
+        ValueError: There is none.
+    """
+    transformers = import_transformers()
+    with quiet(transformers), _explained(_place(name), "an image processor"):
+        return ImageTransform(transformers.AutoImageProcessor.from_pretrained(_place(name)))
+
+
+class ImageTransform:
+    """The function of an image processor from a PIL image to a float tensor (3, height, width)."""
+
+    def __init__(self, processor: Any) -> None:
+        self.processor = processor
+
+    def __call__(self, image: Any) -> Tensor:
+        return self.processor(images=image, return_tensors="pt")["pixel_values"][0]
+
+
+def load_sentence_transformer(name: str) -> tuple[nn.Module, Any, int | None]:
+    """Load a model of sentence-transformers on the CPU; return it, its tokenizer and the longest text in tokens.
+
+    Raises:
+        FileNotFoundError: The folder is not there.
+        ValueError: sentence-transformers is not installed, or cannot load it.
+    """
+    transformers = import_transformers()
+    try:
+        import sentence_transformers
+    except ImportError as error:
+        raise ValueError(
+            f"{name} is a model of sentence-transformers: pip install 'tva[sentence]'. Without it, TextClassifier "
+            f"trains its encoder."
+        ) from error
+    with quiet(transformers), _explained(_place(name), "a sentence-transformers model"):
+        network = sentence_transformers.SentenceTransformer(_place(name), device="cpu")
+    return network.float().eval(), network.tokenizer, network.max_seq_length
 
 
 def load_tokenizer(name: str, tokenizer: str | None, network: nn.Module) -> Any:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import lightning as L
 import torch
@@ -14,6 +14,7 @@ from torchmetrics import Metric
 from torchmetrics.functional.text import rouge_score
 from torchmetrics.text import BLEUScore
 
+from tva.evaluation.measures import measures_of
 from tva.models.adapters import Lora, adapt
 from tva.models.huggingface import Kind, load_network, load_tokenizer, longest_input, split_padding
 from tva.models.optim import check_layer_decay, make_optimizer, prepare
@@ -83,6 +84,7 @@ class LanguageModel(L.LightningModule, ABC):
             that of another model.
     """
 
+    returns_predictions = True
     kind: Kind
     encoder_decoder: bool  # whether targets are apart from tokens, which LanguageTask asks
 
@@ -104,7 +106,7 @@ class LanguageModel(L.LightningModule, ABC):
         lora: Lora | None = None,
         tangent: bool = False,
     ) -> None:
-        super().__init__()
+        L.LightningModule.__init__(self)  # not the next class of a `TransformersModel` that is a language model
         if tangent and metrics:
             raise ValueError(
                 f"metrics {metrics} are of text that is generated, and a linearized network generates none. Leave "
@@ -127,6 +129,11 @@ class LanguageModel(L.LightningModule, ABC):
         self.bleu = nn.ModuleDict({stage: BLEUScore() for stage in ("val", "test") if "bleu" in self.metrics})
         prepare(self.network.train(), gradient_checkpointing, compiled=compile)
         adapt(self, weights, train_only, lora, tangent, part="network")
+
+    @property
+    def bare_network(self) -> nn.Module:
+        """The network itself."""
+        return self.network
 
     def setup(self, stage: str) -> None:
         shard_later(self, "network")
@@ -178,18 +185,30 @@ class LanguageModel(L.LightningModule, ABC):
         self.perplexity[stage](sums.sum(), counts.sum())
         options = {"on_step": False, "on_epoch": True, "batch_size": len(counts)}
         self.log(f"{stage}/{self.task}/perplexity", self.perplexity[stage], prog_bar=True, **options)
-        if self.metrics:
+        metrics, unknown = self._asked()
+        made: list[str] = []
+        wanted: list[str] = []
+        if metrics or unknown:
             made, wanted = self.generate(batch)
             if "bleu" in self.metrics:
                 self.bleu[stage](made, [[text] for text in wanted])
                 self.log(f"{stage}/{self.task}/bleu", self.bleu[stage], **options)
-            for metric in self.metrics:
+            for metric in metrics:
                 if metric != "bleu":
                     found = [_score(metric, *texts) for texts in zip(made, wanted, strict=True)]
                     scores[metric] = torch.stack(found).to(self.device)
         for metric, values in scores.items():
             self.log(f"{stage}/{self.task}/{metric}", values.float().mean(), sync_dist=True, **options)
-        return {"loss": scores["loss"].mean(), "scores": scores, "logits": logits, "mask": targets != IGNORED}
+        texts = {"preds": made, "target": wanted} if unknown else {}  # of which the data's own metric is computed
+        return {"loss": scores["loss"].mean(), "scores": scores, "logits": logits, "mask": targets != IGNORED, **texts}
+
+    def _asked(self) -> tuple[list[str], bool]:
+        """Return the text metrics that model and data ask for, and whether the data ask for one of their own."""
+        own = [name for name in measures_of(self.trainer.datamodule) if name not in ("loss", "perplexity")]
+        if "bleu" in own and "bleu" not in self.metrics:
+            raise ValueError(f"{self.task}: the model must keep count for the metric 'bleu': pass it metrics: [bleu].")
+        known = [name for name in own if name in get_args(TextMetric)]
+        return list(dict.fromkeys([*self.metrics, *known])), len(known) < len(own)
 
     @torch.no_grad()
     def generate(self, batch: Mapping[str, Tensor]) -> tuple[list[str], list[str]]:

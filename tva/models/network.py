@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from typing import Any
 
@@ -11,7 +12,8 @@ from torch import Tensor, nn
 
 from tva.errors import some
 from tva.evaluation.measures import LoaderTask, measures_of
-from tva.models.huggingface import import_transformers, quiet
+from tva.models.huggingface import import_transformers, load_sentence_transformer, quiet
+from tva.models.trained import open_model
 
 TARGETS = ("labels", "label", "targets", "target")  # keys of a batch that holds them
 
@@ -37,6 +39,8 @@ class Network(L.LightningModule):
     def wrapped(self) -> nn.Module:
         """The network that is evaluated."""
         return self.network
+
+    bare_network = wrapped
 
     def forward(self, batch: Any) -> tuple[Any, Any]:
         """Return predictions and targets of a batch."""
@@ -109,6 +113,8 @@ def own_state(model: nn.Module, path: str) -> dict[str, Tensor] | None:
         path: A folder or hub name.
     """
     network = next((part for part in model.modules() if hasattr(part, "save_pretrained")), None)
+    if network is not None and type(network).__name__ == "SentenceTransformer":
+        return {name: tensor.detach() for name, tensor in load_sentence_transformer(path)[0].state_dict().items()}
     if network is None or not hasattr(type(network), "from_pretrained") or not hasattr(network, "config"):
         return None
     try:
@@ -160,17 +166,19 @@ def as_module(model: Any) -> L.LightningModule:
     """Return a model as a LightningModule.
 
     Args:
-        model: A LightningModule, which is returned as it is, or any network.
+        model: A LightningModule, which is returned as it is; any network; or what `open_model` opens by folder or name.
 
     Raises:
-        TypeError: It is neither.
+        TypeError: It is none of these.
     """
+    if isinstance(model, (str, os.PathLike)):
+        return open_model(os.fspath(model))
     if isinstance(model, L.LightningModule):
         return model
     if isinstance(model, nn.Module):
         return Network(model)
     found = f"the class {model.__name__}: make an instance of it" if isinstance(model, type) else repr(model)[:80]
-    raise TypeError(f"The model must be an nn.Module or a LightningModule; found {found}.")
+    raise TypeError(f"The model must be an nn.Module, a LightningModule, or a model's folder or name; found {found}.")
 
 
 def measured_module(model: L.LightningModule, datamodule: L.LightningDataModule) -> L.LightningModule:

@@ -129,6 +129,57 @@ def load_encoder(
     return encoder.eval(), create_transform(**config, is_training=False)
 
 
+def is_timm(name: str) -> bool:
+    """Return whether timm has a network of this name."""
+    import timm
+
+    return ":" not in name and "/" not in name and timm.is_model(name)
+
+
+def load_timm(name: str, pretrained: bool | str | None) -> tuple[nn.Module, Any, list[str] | None, list[str]]:
+    """Load a network of timm with its own classifier, in evaluation mode on the CPU.
+
+    Args:
+        name: A local folder in the layout of timm's hub, or timm's name of a network.
+        pretrained: With a name: a local file of weights, or true for timm's own.
+
+    Returns:
+        The network; the transform from a PIL image to its input; the names of its classes, where it has them; and the
+        names of its classifier's parameters.
+
+    Raises:
+        ValueError: timm cannot make it, or it has no weights.
+    """
+    import timm
+    from timm.data import create_transform, resolve_model_data_config
+
+    place = os.path.expandvars(os.path.expanduser(name))
+    if os.path.isdir(place):
+        name, pretrained = f"local-dir:{place}", True
+    elif ":" not in name and not timm.is_model(name):
+        near = difflib.get_close_matches(name, timm.list_models())
+        raise ValueError(
+            f"{name} must be a folder with config.json and weights, or a network of timm {timm.__version__}"
+            + (f", such as {some(near)}." if near else ".")
+        )
+    if not pretrained:
+        raise ValueError(f"{name} needs weights. Pass pretrained= a local file, or true for timm's own.")
+    try:
+        network = timm.create_model(name, pretrained=pretrained is True)
+    except (RuntimeError, OSError, ValueError, KeyError) as error:
+        raise ValueError(f"timm could not make {name} with its weights: {error}") from error
+    if isinstance(pretrained, str):
+        weights = open_weights(os.path.expandvars(pretrained))
+        check_same(network.state_dict(), weights, f"the network {name}", f"the file {pretrained}")
+        network.load_state_dict(dict(weights.items()), strict=True)
+    config = network.pretrained_cfg
+    classifiers = config.get("classifier") or ()
+    tops = tuple(f"{top}." for top in ((classifiers,) if isinstance(classifiers, str) else classifiers))
+    head = [parameter for parameter, _ in network.named_parameters() if tops and parameter.startswith(tops)]
+    transform = create_transform(**resolve_model_data_config(network), is_training=False)
+    return network.float().eval(), transform, list(config.get("label_names") or []) or None, head
+
+
 def _load_strictly(encoder: nn.Module, name: str, path: str) -> None:
     weights = open_weights(path)
     classifiers = encoder.pretrained_cfg.get("classifier") or ()

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from tva.edit.gate import verdict_on
 from tva.edit.options import EditOptions
+from tva.edit.run import without_head
 from tva.edit.session import open_session
 from tva.evaluation.batch_cache import through_cache
 from tva.evaluation.log import EvaluationLog
@@ -127,7 +128,7 @@ class Playground:
         _check(trainer, content, options, num_examples)
         self.content = content
         self._lock = threading.Lock()  # one model
-        goal = options.checked()
+        goal = without_head(options, model).checked()
         metrics = {task: [entry["metric"]] for task, entry in content["tasks"].items()}
         for constraint in goal.constraints:
             metrics[constraint.task].append(constraint.metric)
