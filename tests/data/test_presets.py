@@ -3,6 +3,7 @@
 import os
 from importlib.metadata import EntryPoint
 from pathlib import Path
+from types import SimpleNamespace
 
 import datasets
 import lightning as L
@@ -16,6 +17,7 @@ import tva.data
 from tva import plugins
 from tva.cli.commands.data import run as run_data
 from tva.data import ImageTask
+from tva.data.loading import resolved_revision
 from tva.data.presets import PRESETS, find_preset, list_presets
 
 IMAGES = Path(os.environ.get("TVA_DATA", Path(__file__).parents[3] / "shared" / "data")) / "images"
@@ -63,6 +65,25 @@ def test_the_hub_is_asked_for_a_presets_repository_and_configuration(monkeypatch
     task = ready("preset:svhn")
     assert asked == [("ufldl-stanford/svhn", "cropped_digits")]
     assert (task.name, task.class_names[3], task.templates) == ("svhn", "3", ['a photo of the number: "{}".'])
+
+
+def test_the_commit_that_was_read_is_known(monkeypatch, tmp_path):
+    commit, files = "0123456789" * 4, write(tmp_path, [str(number) for number in range(10)], list(range(10)))
+
+    def load(path, **options):
+        table = datasets.Dataset.from_parquet(files.format(split="train"), cache_dir=str(tmp_path))
+        table.info.download_checksums = {f"hf://datasets/{path}@{commit}/train.parquet": {"num_bytes": 1}}
+        return {"train": table, "test": table}
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    task = ready("preset:svhn")
+    assert task.resolved_revision == task.drawn["revision"] == commit
+    cached = SimpleNamespace(
+        info=None, cache_files=[{"filename": f"/cache/them___svhn/default/0.0.0/{commit}/x.arrow"}]
+    )
+    assert resolved_revision({"train": cached}) == commit
+    assert resolved_revision({"train": datasets.Dataset.from_dict({"a": [1]})}) is None
+    assert ready(files).resolved_revision is None
 
 
 def test_columns_and_the_split_to_report_on_are_called_as_everywhere(tmp_path):

@@ -1,6 +1,7 @@
 """An edit notices examples that its vectors were trained on, another held-out part, and another head."""
 
 import json
+from types import SimpleNamespace
 
 import lightning as L
 import numpy as np
@@ -10,6 +11,7 @@ from tva.callbacks import TaskVectorCallback
 
 from tva import TaskVector, edit_model, open_weights, save_weights
 from tva.data import ImageTask
+from tva.edit.notes import _other_parts
 from tva.models import ClipClassifier
 from tva.vectors import compress
 
@@ -79,8 +81,20 @@ def test_another_held_out_part_than_the_fits_is_noticed(folder, tmp_path):
     assert report.sizes["pets"]["val"] == 20
     assert report.sizes["pets"]["trained_val"] == 20 - len(held_out_of_both(folder))
     assert "validation examples of pets are among those" in report.notes[0]
-    assert "which had val_size None, seed 0, and here it has val_size 20, seed 3" in report.notes[1]
+    assert "which had val_size None, seed 0, and here it has val_size 20, seed 3: give it those" in report.notes[1]
     assert edit(folder, tmp_path / "same", pets(folder), **search).notes == []
+
+
+def test_another_commit_of_the_data_is_noticed():
+    def note(now, was):
+        data = SimpleNamespace(drawn={"val_split": "val", "seed": 0, "revision": was})
+        task = SimpleNamespace(drawn={"val_split": "val", "seed": 1, "revision": now})
+        session = SimpleNamespace(options=SimpleNamespace(tasks={"a": task}))
+        session.vectors = {"a": SimpleNamespace(origin=SimpleNamespace(training_data=data))}
+        return _other_parts(SimpleNamespace(session=session))
+
+    assert "which had revision 1a, and here it has revision 2b" in note("2b", "1a")[0]
+    assert note("1a", "1a") == []
 
 
 def held_out_of_both(folder):

@@ -6,6 +6,7 @@ import difflib
 import functools
 import gzip
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -142,6 +143,20 @@ def _builtin(name: str) -> Mapping[str, Any]:
     from tva.data.builtin import load_builtin
 
     return load_builtin(name)
+
+
+def resolved_revision(splits: Mapping[str, Any]) -> str | None:
+    """Return the commit of the hub's repository that tables were read from; None of local data.
+
+    `datasets` has it in the addresses that it read, and names the folder of its cache by it.
+    """
+    for table in splits.values():
+        sources = getattr(getattr(table, "info", None), "download_checksums", None) or {}
+        files = [entry["filename"] for entry in getattr(table, "cache_files", None) or ()]
+        for place in (*sources, *files):
+            if found := re.search(r"hf://datasets/[^@]+@([0-9a-f]{40})/|/([0-9a-f]{40})/[^/]+\.arrow$", place):
+                return found[1] or found[2]
+    return None
 
 
 def nearby(path: Path) -> str:

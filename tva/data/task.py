@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, DistributedSampler, default_collate
 
-from tva.data.loading import default_name, expand, load_splits
+from tva.data.loading import default_name, expand, load_splits, resolved_revision
 from tva.data.streaming import Cut, Stream, make_streams
 from tva.errors import some
 
@@ -26,7 +26,8 @@ class Task(L.LightningDataModule, ABC):
         path: A data set, as each kind of task says.
         name: Name in log keys and reports; by default the last part of ``path``.
         config: Configuration of a hub data set, such as ``sst2``.
-        revision: Revision of a hub data set, so that the data cannot change under you.
+        revision: Revision of a hub data set, so that the data cannot change under you. The commit that was read is in
+            a vector's header and in ``edit.json``.
         train_split: Split to train on.
         val_split: Split to choose on. By default a part of the training split is held out: min(10 %, 5,000) examples,
             the paper's rule.
@@ -75,6 +76,7 @@ class Task(L.LightningDataModule, ABC):
         self.name = name or default_name(self.path)
         self.config = config
         self.revision = revision
+        self.resolved_revision: str | None = None
         self.splits = {"train": train_split, "val": val_split, "test": test_split}
         self.val_size = val_size
         self.where = dict(where or {})
@@ -93,7 +95,9 @@ class Task(L.LightningDataModule, ABC):
     # --- splits
 
     def _load_splits(self) -> Mapping[str, Any]:
-        return load_splits(self.path, self.config, self.revision, self.folder_format, self.streaming)
+        splits = load_splits(self.path, self.config, self.revision, self.folder_format, self.streaming)
+        self.resolved_revision = resolved_revision(splits)
+        return splits
 
     def _tables(self, splits: Mapping[str, Any]) -> dict[str, Any]:
         """Return the table that each part is taken from; without a ``val`` split that of train."""
@@ -239,7 +243,8 @@ class Task(L.LightningDataModule, ABC):
     def drawn(self) -> dict[str, Any]:
         """How the training examples are drawn, so that an edit notices where the fit drew them otherwise."""
         split = {"train_split": self.splits["train"], "val_split": self.splits["val"]}
-        return {**split, "val_size": self.val_size, "seed": self.seed, "limit_train": self.limits["train"]}
+        drawn = {**split, "val_size": self.val_size, "seed": self.seed, "limit_train": self.limits["train"]}
+        return {**drawn, "revision": self.resolved_revision} if self.resolved_revision else drawn
 
     def training_sample(self, most: int) -> tuple[int, Iterator[Any]] | None:
         """Return how many examples are trained on, and batches of a random sample of them as evaluation reads them.

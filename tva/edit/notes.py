@@ -83,20 +83,22 @@ def _leaks(outcome: Outcome, trained_on: TrainedOn) -> list[str]:
 
 
 def _other_parts(outcome: Outcome) -> list[str]:
-    """Notice where a task holds out other examples than its vector's fit did."""
+    """Notice where a task reads or holds out other examples than its vector's fit did."""
     notes = []
     for task, datamodule in outcome.session.options.tasks.items():
         now, vector = getattr(datamodule, "drawn", None), outcome.session.vectors.get(task)
         data = vector.origin.training_data if vector is not None else None
-        if now is None or data is None or now.get("val_split") is not None:
-            continue  # with a split of its own for validation nothing is held out
-        changed = {key: (data.drawn[key], now[key]) for key in now if key in data.drawn and data.drawn[key] != now[key]}
-        changed.pop("limit_train", None)
+        if now is None or data is None:
+            continue
+        # With a split of its own for validation nothing is held out. A part of the training data is no other part.
+        keys = {"revision"} if now.get("val_split") is not None else now.keys() - {"limit_train"}
+        was = data.drawn
+        changed = {key: (was[key], now[key]) for key in now if key in keys & was.keys() and was[key] != now[key]}
         if changed:
-            was, is_now = (", ".join(f"{key} {pair[side]}" for key, pair in changed.items()) for side in (0, 1))
+            then, is_now = (", ".join(f"{key} {pair[side]}" for key, pair in changed.items()) for side in (0, 1))
             notes.append(
-                f"{task} holds out other validation examples than the fit of its vector did, which had {was}, and here "
-                f"it has {is_now}: give it those of the fit."
+                f"{task} reads or holds out other examples than the fit of its vector did, which had {then}, and here it "
+                f"has {is_now}: give it those of the fit."
             )
     return notes
 

@@ -73,6 +73,7 @@ class TaskReport:
         comparison: The edited model against the base, example by example, where examples are known.
         chance: The accuracy that the edited model's predictions would have if they did not depend on the input, where
             the metric is the accuracy and predictions and labels are known.
+        revision: Commit of the hub's repository that the data was read from; None of local data.
     """
 
     role: Literal["target", "control"]
@@ -83,6 +84,7 @@ class TaskReport:
     scores: Mapping[str, Score]
     comparison: Comparison | None
     chance: float | None = None
+    revision: str | None = None
 
     @property
     def below_chance(self) -> bool:
@@ -260,6 +262,7 @@ class EditReport:
                 "comparison": vars(task.comparison) if task.comparison else None,
                 "chance": task.chance,
                 "below_chance": task.below_chance,
+                "revision": task.revision,
             }
             for name, task in self.tasks.items()
         }
@@ -276,6 +279,7 @@ def _task_of(entry: Mapping[str, Any], comparison: type[Comparison]) -> TaskRepo
         scores={label: Score(**{**entry[label], **_real(entry[label], "value")}) for label in labels},
         comparison=comparison(**entry["comparison"]) if entry["comparison"] else None,
         chance=entry.get("chance"),
+        revision=entry.get("revision"),
     )
 
 

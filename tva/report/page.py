@@ -272,7 +272,12 @@ def _lineage(content: Content) -> dict[str, Any]:
     if content.get("edited"):
         inputs.append(("edited", content["edited"]["path"], content["edited"]["fingerprint"], "written by this edit"))
     data = [
-        (task, split, f"{content['sizes'].get(task, {}).get(split, 0):,}{_shared(content, task, split)}", digest)
+        (
+            task,
+            split + (f" ({revision})" if (revision := content["tasks"][task].get("revision")) else ""),
+            f"{content['sizes'].get(task, {}).get(split, 0):,}{_shared(content, task, split)}",
+            digest,
+        )
         for task, splits in content.get("data", {}).items()
         for split, digest in splits.items()
     ]
