@@ -184,11 +184,12 @@ def means(runs: int, seed: int) -> Iterator[list[str]]:
             for _ in range(runs):
                 base = 2 + generator.random(count)
                 found = compare(base + generator.normal(1, 1, count), base)
-                ends.append(
-                    (found.difference_low or 0.0, found.difference_high or 0.0)
+                low, high = (
+                    (found.difference_low, found.difference_high)
                     if name == "difference"
-                    else (found.ratio_low or 0.0, found.ratio_high or 0.0)
+                    else (found.ratio_low, found.ratio_high)
                 )
+                ends.append(None if low is None or high is None else (low, high))
             cells.append(covers(ends, 1.0 if name == "difference" else 1.4))
         yield [f"paired {name} of normal scores", *cells]
 

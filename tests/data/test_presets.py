@@ -75,6 +75,7 @@ def test_the_commit_that_was_read_is_known(monkeypatch, tmp_path):
         table.info.download_checksums = {f"hf://datasets/{path}@{commit}/train.parquet": {"num_bytes": 1}}
         return {"train": table, "test": table}
 
+    assert ready(files).resolved_revision is None
     monkeypatch.setattr(datasets, "load_dataset", load)
     task = ready("preset:svhn")
     assert task.resolved_revision == task.drawn["revision"] == commit
@@ -83,7 +84,6 @@ def test_the_commit_that_was_read_is_known(monkeypatch, tmp_path):
     )
     assert resolved_revision({"train": cached}) == commit
     assert resolved_revision({"train": datasets.Dataset.from_dict({"a": [1]})}) is None
-    assert ready(files).resolved_revision is None
 
 
 def test_columns_and_the_split_to_report_on_are_called_as_everywhere(tmp_path):

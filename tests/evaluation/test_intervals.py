@@ -171,3 +171,17 @@ def test_the_interval_of_a_metric_of_predictions_covers_it(name):
     given = [pair for pair in ends if pair is not None]
     assert len(given) > 0.9 * runs
     assert sum(low <= truth <= high for low, high in given) / len(given) >= 0.95 - 3 * (0.05 * 0.95 / len(given)) ** 0.5
+
+
+def test_few_scores_other_than_right_and_wrong_have_no_interval_for_none_would_cover():
+    """Intervals of exponential scores covered 88 % at 5 examples and 94 % at 20."""
+    draw = np.random.default_rng(0)
+    few, enough = draw.exponential(size=19), draw.exponential(size=20)
+    assert mean_interval(few) is quick_interval(few) is None
+    assert mean_interval(few > 1) is not None  # Wilson's covers
+    assert mean_interval(enough)[0] < enough.mean() < mean_interval(enough)[1]
+    found = compare(few * 1.1, few)
+    assert (found.ratio, found.difference) == pytest.approx((1.1, 0.1 * few.mean()))
+    assert [found.difference_low, found.difference_high, found.ratio_low, found.ratio_high] == [None] * 4
+    assert compare(enough * 1.1, enough).ratio_low is not None
+    assert compare(few > 2, few > 1).difference_low is not None

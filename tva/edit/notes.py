@@ -97,8 +97,8 @@ def _other_parts(outcome: Outcome) -> list[str]:
         if changed:
             then, is_now = (", ".join(f"{key} {pair[side]}" for key, pair in changed.items()) for side in (0, 1))
             notes.append(
-                f"{task} reads or holds out other examples than the fit of its vector did, which had {then}, and here it "
-                f"has {is_now}: give it those of the fit."
+                f"{task} reads or holds out other examples than the fit of its vector did, which had {then}, and here "
+                f"it has {is_now}: give it those of the fit."
             )
     return notes
 

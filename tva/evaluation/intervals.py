@@ -17,6 +17,7 @@ from tva.report.edit_report import Comparison
 NUM_RESAMPLES = 4000
 SEED = 0
 FEW = 50  # examples below which a bootstrap of a mean is too short
+FEWEST = 20  # examples below which no interval of a mean of other scores than right and wrong covers
 
 
 def wilson_interval(proportion: float, num_examples: int, confidence: float = 0.95) -> tuple[float, float]:
@@ -44,22 +45,24 @@ def wilson_interval(proportion: float, num_examples: int, confidence: float = 0.
 def mean_interval(scores: np.ndarray, confidence: float = 0.95) -> tuple[float, float] | None:
     """Compute an interval of a mean: Wilson's where scores are right or wrong, else a BCa bootstrap.
 
-    Below 50 examples a bootstrap of other scores is too short; there it is widened to enclose Student's t.
+    Below 50 examples a bootstrap of other scores is too short; there it is widened to enclose Student's t. Below 20
+    that is too short too where scores are skewed (of exponential ones 88 % cover at 5 examples, 92 % at 10, 94 % at
+    20), so that there is none.
 
     Args:
         scores: One score an example, shape (examples,), of any dtype.
         confidence: Two-sided.
 
     Returns:
-        Lower and upper end; None of a single score, or of scores that are all the same and neither 0 nor 1, which say
-        nothing about their spread.
+        Lower and upper end; None of fewer than 20 scores other than right and wrong, and of scores that are all the
+        same and neither 0 nor 1, which say nothing about their spread.
 
     Source: Efron, "Better bootstrap confidence intervals", JASA 1987.
     """
     if is_binary(scores):
         return wilson_interval(float(scores.mean(dtype=np.float64)), len(scores), confidence)
     scores = scores.astype(np.float64)
-    if len(scores) < 2 or np.ptp(scores) == 0:
+    if len(scores) < FEWEST or np.ptp(scores) == 0:
         return None
     found = stats.bootstrap(
         (scores,), np.mean, n_resamples=NUM_RESAMPLES, confidence_level=confidence, batch=256, rng=SEED
@@ -67,7 +70,7 @@ def mean_interval(scores: np.ndarray, confidence: float = 0.95) -> tuple[float, 
     low, high = float(found.low), float(found.high)
     if len(scores) >= FEW:
         return low, high
-    by_t = quick_interval(scores, confidence)
+    by_t = student_interval(scores, confidence)
     return (low, high) if by_t is None else (min(low, by_t[0]), max(high, by_t[1]))
 
 
@@ -84,18 +87,15 @@ def quick_interval(scores: np.ndarray, confidence: float = 0.95) -> tuple[float,
         As `mean_interval`.
 
     Example:
-        >>> low, high = quick_interval(np.array([1.0, 2.0, 3.0]))
+        >>> low, high = quick_interval(np.arange(1, 22))
         >>> round(low, 2), round(high, 2)
-        (-0.48, 4.48)
+        (8.18, 13.82)
     """
     if is_binary(scores):
         return wilson_interval(float(scores.mean(dtype=np.float64)), len(scores), confidence)
-    if len(scores) < 2 or np.ptp(scores) == 0:
+    if len(scores) < FEWEST or np.ptp(scores) == 0:
         return None
-    mean = float(scores.mean(dtype=np.float64))
-    width = stats.t.ppf(0.5 + confidence / 2, len(scores) - 1) * scores.std(ddof=1, dtype=np.float64)
-    width /= len(scores) ** 0.5
-    return mean - float(width), mean + float(width)
+    return student_interval(scores.astype(np.float64), confidence)
 
 
 def student_interval(values: np.ndarray, confidence: float = 0.95) -> tuple[float, float] | None:
@@ -142,7 +142,8 @@ def compare(edited: np.ndarray, base: np.ndarray, confidence: float = 0.95) -> C
     Returns:
         Difference and ratio of the means with percentile intervals of a paired bootstrap. Where scores are right or
         wrong the bootstrap draws from the 2 × 2 table with ½ added to each cell, without which no disagreement in
-        few examples would look like certainty.
+        few examples would look like certainty. Of other scores there are no intervals below 20 examples, where they
+        would not cover.
 
     Source: Agresti and Min, "Simple improved confidence intervals for comparing matched proportions", Statistics in
     Medicine 2005, for the ½; McNemar, "Note on the sampling error of the difference between correlated proportions",
@@ -169,7 +170,10 @@ def compare(edited: np.ndarray, base: np.ndarray, confidence: float = 0.95) -> C
         means = np.concatenate([pairs[rows].mean(axis=1) for rows in resamples(len(base))])
         changed = np.ptp(pairs[:, 0] - pairs[:, 1]) > 0
         p_value = float(stats.ttest_rel(pairs[:, 0], pairs[:, 1]).pvalue) if changed and len(base) > 1 else None
-        if 1 < len(base) < FEW:
+        if len(base) < FEWEST:
+            found = compare_means(float(edited.mean()), float(base.mean()), means, p_value, confidence)
+            return replace(found, difference_low=None, difference_high=None, ratio_low=None, ratio_high=None)
+        if len(base) < FEW:
             found = compare_means(
                 float(edited.mean()), float(base.mean()), means, p_value, widened(confidence, len(base))
             )
