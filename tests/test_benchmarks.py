@@ -43,3 +43,10 @@ def test_the_best_settings_that_are_meant_for_a_gpu_run(tmp_path, capsys, monkey
     assert abs(found["accuracy"]["recipe"] - found["accuracy"]["tva fit"]) < 0.02  # four steps at 1e-5 move nothing
     printed = capsys.readouterr().out
     assert "% of 1, validation accuracy" in printed
+
+
+def test_the_benchmark_of_adapters_runs_and_the_core_space_is_cheaper(capsys):
+    found = load("adapters").main(["--size", "512", "--layers", "2", "--rank", "4"])
+    assert len(capsys.readouterr().out.splitlines()) == len(found) == 4
+    dense, adapter = found["tsv(a, b, c, d)"]
+    assert adapter < dense
