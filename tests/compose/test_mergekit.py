@@ -346,7 +346,7 @@ def test_tokenizer_source(models, tmp_path, source, rows, options):
         ("merge_method: linear\nmodels:\n- model: a\n  parameters: {weight: x}\n- model: b\nchat_template: auto\n",
          [r"line 6: chat_template: the tokenizer's files are carried along"]),
         ("merge_method: linear\nmodels:\n- model: a\n  parameters: {weight: x}\n- model: b\n",
-         ["line 4: weight: must be a number", "line 5: models: weight must be given here; linear"]),
+         ["line 4: weight: must be a number", "line 5: b: weight must be given here; linear"]),
         ("merge_method: linear\nmodels: []\nslices: []\n", ["line 1: merge_method: a configuration has either"]),
         ("merge_method: linear\nmodules: {text: {}}\nmodels:\n- {model: a, parameters: {wieght: 1}}\ndtype: int8\n",
          ["line 2: modules: models of several", "line 4: wieght: is not a parameter", "line 5: dtype: must be one"]),
@@ -358,6 +358,8 @@ def test_tokenizer_source(models, tmp_path, source, rows, options):
          ["line 4: tokens: embeddings of single tokens are not set"]),
         ("merge_method: linear\nmodels:\n- {model: a, parameters: {weight: 1}}\ntokenizer_source: b\n",
          ["line 4: tokenizer_source: b is not one of the models"]),
+        ("merge_method: linear\nmodels:\n- {model: a}\n- model: ./nope\nparameters: {weight: 1}\n",
+         ["line 4: model: A checkpoint was expected at nope"]),
         ("merge_method: linear\nmerge_method: ties\n", ["line 2: merge_method: is given twice"]),
     ],
 )  # fmt: skip
@@ -417,6 +419,7 @@ def test_the_command_runs_a_file_and_shows_what_it_becomes(models, tmp_path, cap
         (["--mergekit", "merge.yml", "--output", "out", "--vectors.a", "a"], "--vectors.a is said by"),
         (["--print_recipe"], "give one by --mergekit FILE"),
         (["--mergekit"], "--mergekit needs a value"),
+        (["--mergekit", "none.yml", "--output", "out"], "configuration was expected at none.yml"),
     ],
 )
 def test_the_command_says_what_to_do(models, tmp_path, capsys, words, message):

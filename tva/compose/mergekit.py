@@ -142,7 +142,7 @@ class MergekitFile:
         """Note what cannot be done, to be raised with all else."""
         while place and place not in self._lines:
             place = place[:-1]
-        key = next((part for part in reversed(place) if isinstance(part, str)), "")
+        key = place[-1] if place and isinstance(place[-1], str) else ""
         self._problems.append((self._lines.get(place, 1), f"{key}: {text}" if key else text))
 
     def raise_problems(self) -> None:
@@ -154,6 +154,8 @@ class MergekitFile:
     # --- reading
 
     def _read(self) -> dict[str, Any]:
+        if not self.path.is_file():
+            raise FileNotFoundError(f"A mergekit configuration was expected at {self.path}; no file is there.")
         try:
             text = self.path.read_text(encoding="utf-8")
             for event in yaml.parse(text, Loader=yaml.SafeLoader):
@@ -296,7 +298,7 @@ class MergekitFile:
         return "+".join(self._path(*part.split("@", 1)) for part in parts)
 
     def _path(self, path: str, revision: str | None = None) -> str:
-        there = is_hub(path) or Path(path).expanduser().exists() or re.fullmatch(r"[\w.-]+/[\w.-]+", path) is None
+        there = is_hub(path) or Path(path).expanduser().exists() or re.fullmatch(r"\w[\w.-]*/[\w.-]+", path) is None
         name = path if there else f"hf://{path}"
         return f"{name}@{revision}" if revision else name
 

@@ -86,7 +86,8 @@ class _Merge:
         first = file.slices[0].sources[0].model
         self.paths = short_names([file.base or first, *(s.model for part in file.slices for s in part.sources)])
         self._name_of = {path: name for name, path in self.paths.items()}
-        self._opened: dict[str, LazyWeights] = {path: open_model(path) for path in self._name_of}
+        self._opened = self._open_models()
+        file.raise_problems()
         self.slices: dict[str, list[str]] = {}
         tensors = self._tensors()
         file.raise_problems()
@@ -113,6 +114,17 @@ class _Merge:
         for part in file.slices:
             if part.sources and len(part.sources) < most:
                 self._pad(part, most)
+
+    def _open_models(self) -> dict[str, LazyWeights]:
+        opened = {}
+        for path in self._name_of:
+            sources = (source for part in self.file.slices for source in part.sources if source.model == path)
+            place = next((source.place for source in sources), ("base_model",))
+            try:
+                opened[path] = open_model(path)
+            except (OSError, ValueError) as error:
+                self.file.problem((*place, "model"), str(error).rstrip("."))
+        return opened
 
     def _pad(self, part: OutSlice, most: int) -> None:
         """Add sources of weight 0 to a slice."""

@@ -55,7 +55,8 @@ class Parameters:
             if value is None and default is _MISSING:
                 place: Place = ("merge_method",)
                 if slot is not None:
-                    place = self._file.slices[where.slice].sources[slot].place
+                    source = self._file.slices[where.slice].sources[slot]
+                    place, name = source.place, f"{source.model}: {name}"
                 self._file.problem(place, f"{name} must be given here; {self._file.method} needs it for {tensor!r}")
                 return dict.fromkeys(self.tensors, 1.0)
             found[tensor] = default if value is None else value
