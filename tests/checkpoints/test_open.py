@@ -491,3 +491,11 @@ def test_a_safetensors_header_may_begin_with_any_byte(tmp_path):
         text = b'{"w":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}}'.ljust(length)
         (tmp_path / "m").write_bytes(length.to_bytes(8, "little") + text + b"\0\0\x80?")
         assert open_weights(tmp_path / "m")["w"].item() == 1
+
+
+def test_weights_that_a_file_holds_beside_those_that_are_taken_are_named(tmp_path):
+    weights = {"w": torch.ones(2)}
+    torch.save({"epoch": 3, "state_dict": weights, "state_dict_ema": {"w": torch.zeros(2)}}, tmp_path / "timm.pth.tar")
+    opened = open_weights(tmp_path / "timm.pth.tar")
+    assert torch.equal(opened["w"], weights["w"])
+    assert "took the weights under 'state_dict', and left those under 'state_dict_ema'" in str(opened.info)

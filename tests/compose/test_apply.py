@@ -207,7 +207,7 @@ def test_a_full_disk_is_one_error_and_the_run_can_go_on(files, tmp_path, monkeyp
 def test_sizes_are_read_and_too_little_memory_is_refused(files, tmp_path):
     assert parse_bytes("1.5 GiB") == 3 * 2**29
     for text in ("much", "-1GB", "5 XB"):
-        with pytest.raises(ValueError, match="must read like"):
+        with pytest.raises(ValueError, match="a size must be such as"):
             parse_bytes(text)
     base, vectors = files
     with pytest.raises(ValueError, match="max_memory must be .*MiB or more"):

@@ -9,6 +9,7 @@ from tva import open_weights, save_weights
 from tva.checkpoints import side_files
 from tva.compose.apply import compose
 from tva.compose.revert import revert
+from tva.vectors import extract
 
 CARRIED = {
     "config.json": json.dumps({"dtype": "float32", "text_config": {"dtype": "float32", "tie_word_embeddings": True}}),
@@ -102,6 +103,21 @@ def test_integers_that_differ_are_named_and_equal_ones_are_not(model):
     assert note.endswith("are kept: 'n'")
     save_weights({**weights(1), "n": weights(0)["n"]}, "tuned.safetensors")
     assert compose("model", {"v": "tuned.safetensors"}, "v", "out.safetensors").notes == []
+
+
+def test_a_fine_tuned_model_in_a_narrower_dtype_than_its_base_is_said_to_hold_its_rounding(tmp_path):
+    base = {name: torch.randn(6, 5) for name in "ab"} | {"n": torch.tensor(3)}
+    save_weights(base, tmp_path / "base.safetensors")
+    save_weights({n: x.bfloat16() if n != "n" else x for n, x in base.items()}, tmp_path / "tuned.safetensors")
+    files = str(tmp_path / "base.safetensors"), str(tmp_path / "tuned.safetensors")
+    said = (
+        "2 of 3 tensors are stored in bfloat16, and the base's in float32: their deltas hold the rounding to bfloat16"
+    )
+    (note,) = compose(files[0], {"v": files[1]}, "v", str(tmp_path / "out.safetensors")).notes
+    assert said in note
+    assert said in extract(*files, str(tmp_path / "v.tv.safetensors")).notes[0]
+    other_way = compose(files[1], {"v": files[0]}, "v", str(tmp_path / "out2.safetensors"), dtype="float32")
+    assert other_way.notes == []
 
 
 def test_links_that_lead_out_of_the_folder_are_refused(model, tmp_path):

@@ -15,6 +15,7 @@ from tva.checkpoints import (
     HashedWeights,
     LazyWeights,
     NameFilter,
+    Spec,
     check_not_quantized,
     open_finetuned,
     open_weights,
@@ -99,6 +100,7 @@ class LazyTaskVector:
         else:
             opened = _open_checkpoint(self.path, base, key_map or {}, which, only) if opened is None else opened
             weights = as_real(opened)
+            weights = weights.renamed({name: name for name in weights}, *_rounded(weights, self.base))
             if new_rows not in (None, "error"):
                 weights, self.more_rows = cut(weights, self.base)
             self.origin, self.untouched = Origin(kind=weights.metadata.get(KEY)), {}
@@ -263,6 +265,21 @@ def _open_checkpoint(
     if which != "checkpoint" and opened.info.which != "as stored":
         return open_finetuned(path, base, key_map=key_map, which=which, only=only)
     return opened
+
+
+def _rounded(weights: LazyWeights, base: LazyWeights) -> list[str]:
+    """Note in one line where a fine-tuned model is stored in a narrower dtype than its base, or nothing."""
+    coarse: dict[tuple[str, str], int] = {}
+    for name in weights:
+        if name in base and is_edited(weights.spec(name)) and is_edited(base.spec(name)):
+            mine, theirs = weights.spec(name).dtype_name, base.entry(name).written_dtype
+            if Spec(mine, ()).itemsize < Spec(theirs, ()).itemsize:
+                coarse[mine, theirs] = coarse.get((mine, theirs), 0) + 1
+    return [
+        f"{count} of {len(weights)} tensors are stored in {mine}, and the base's in {theirs}: their deltas hold the "
+        f"rounding to {mine} too, also where fine-tuning moved nothing"
+        for (mine, theirs), count in coarse.items()
+    ]
 
 
 def _check_names(

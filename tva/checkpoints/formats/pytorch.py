@@ -37,6 +37,9 @@ def open(path: Path, which: Which = "checkpoint") -> LazyWeights:
         part = _only_part(path, content)
         if part not in ("", "state_dict"):
             notes.append(f"the weights are those under {part!r}")
+        others = [key for key, value in content.items() if key != part and state_entries(value)] if part else []
+        if others:
+            notes.append(f"took the weights under {part!r}, and left those under {some(others)}")
     found = state_entries(content[part] if part else content)
     if not found:
         raise ValueError(f"{path} holds no tensors under {part!r}, but {_describe(content[part])}.")
