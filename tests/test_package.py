@@ -51,6 +51,7 @@ IMPORTERS = {
     "peft": {"tva.models", "tva.callbacks"},
     "deepspeed": {"tva.callbacks"},
     "transformers": {"tva.models"},
+    "sentence_transformers": {"tva.models"},
     "datasets": {"tva.data"},
     "matplotlib": {"tva.cli", "tva.data", "tva.callbacks"},
     "optuna": {"tva.search"},

@@ -179,3 +179,18 @@ def test_kl_of_edits_is_that_of_their_predictions_and_the_bases():
 def test_kl_needs_a_step_that_returns_predictions():
     with pytest.raises(ValueError, match="validation_step of LinearNet returns none. Return 'preds'"):
         evaluate(make_trainer(), LinearNet(), Blobs(1), "val", extra=["kl"])
+
+
+@pytest.mark.parametrize("name", ["mean_squared_error", "MeanSquaredError", "SpearmanCorrCoef", "spearman"])
+def test_metrics_of_numbers_are_found_by_their_names(name):
+    preds, target = torch.tensor([0.1, 0.4, 0.2]), torch.tensor([0.0, 1.0, 0.5])
+    expected = 1.0 if "pearman" in name else float((preds - target).square().mean())
+    assert float(compute(find_metric(name, 0), preds, target)) == pytest.approx(expected, abs=1e-5)
+
+
+def test_spearman_is_that_of_scipy_with_ties():
+    from scipy.stats import spearmanr
+
+    preds, target = torch.tensor([1.0, 2.0, 2.0, 5.0, 0.0]), torch.tensor([3.0, 3.0, 4.0, 1.0, 0.5])
+    expected = spearmanr(preds.numpy(), target.numpy()).statistic
+    assert float(compute(find_metric("spearman", 0), preds, target)) == pytest.approx(expected, abs=1e-12)

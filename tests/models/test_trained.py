@@ -7,6 +7,7 @@ import torch
 from small_text import make_tokenizer, make_trainer, reviews, write_classifier, write_model
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
+from torchmetrics.functional import spearman_corrcoef
 
 from tva import edit_model, open_weights
 from tva.data import TableTask
@@ -29,6 +30,7 @@ def folder(tmp_path_factory):
     table = pandas.DataFrame(reviews(60))
     table["sentiment"] = [["negative", "Positive"][label] for label in table["label"]]
     table["answer"] = [["bad", "good"][label] for label in table["label"]]
+    table["other"], table["value"] = table["text"].tolist()[::-1], [index / 60 for index in range(60)]
     table["words"] = [text.split() for text in table["text"]]
     table["tags"] = [[["O", "B"][len(word) % 2] for word in words] for words in table["words"]]
     table.to_parquet(folder / "reviews.parquet")
@@ -164,6 +166,35 @@ def test_a_timm_folder_keeps_its_classifier(tmp_path, monkeypatch):
         torch.testing.assert_close(model.eval()(image), network.eval()(image))
     assert model.head_patterns == []
     assert len(TimmModel(str(tmp_path / "timm"), edit_head=False).head_patterns) == 2
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+def test_a_sentence_transformer_is_edited_with_its_dense_layer_and_measured_on_pairs(folder, tmp_path):
+    sentence = pytest.importorskip("sentence_transformers", reason="the extra tva[sentence] is not installed")
+    from sentence_transformers import models
+
+    write_model(tmp_path / "bert")
+    torch.manual_seed(0)
+    modules = [models.Transformer(str(tmp_path / "bert")), models.Pooling(16), models.Dense(16, 8)]
+    base = sentence.SentenceTransformer(modules=modules, device="cpu")
+    tuned = copy.deepcopy(base)
+    with torch.no_grad():
+        for parameter in tuned.parameters():
+            parameter += 0.1 * torch.randn_like(parameter)
+    base.save(str(tmp_path / "base"))
+    tuned.save(str(tmp_path / "tuned"))
+    old, new = base.state_dict(), tuned.state_dict()
+    model = as_module(str(tmp_path / "base"))
+    data = table(folder, text_column=["text", "other"], target_column="value")
+    options = {"targets": {"pairs": data}, "scaling_coef": 0.5, "random_seed": None, "allow_shared_examples": True}
+    report = edit_model(model, vectors=tmp_path / "tuned", output=tmp_path / "out", **options)
+    for name, tensor in model.network.state_dict().items():
+        torch.testing.assert_close(tensor, old[name] + 0.5 * (new[name] - old[name]))
+    rows = data._select_parts(False)["test"]
+    one, other = (torch.from_numpy(model.network.encode(list(rows[column]))) for column in ("text", "other"))
+    expected = spearman_corrcoef(F.cosine_similarity(one, other), torch.tensor(rows["value"]).float())
+    score = report.tasks["pairs"].scores["edited"]
+    assert (report.tasks["pairs"].metric, score.value) == ("spearman", pytest.approx(float(expected), abs=1e-3))
 
 
 def test_mistakes_say_what_would_do(folder, tmp_path):

@@ -74,7 +74,7 @@ class Outcome:
 
 
 def reported_metric(evaluation: Evaluation, named: Mapping[str, Sequence[str]], task: str) -> str:
-    """Return the task's own metric if one is named, else accuracy, else another task's, else the first.
+    """Return the task's metric if one is named, else its own, else accuracy, else another task's, else the first.
 
     Args:
         evaluation: Of the base on the task.
@@ -84,4 +84,8 @@ def reported_metric(evaluation: Evaluation, named: Mapping[str, Sequence[str]], 
     if task in named:
         return named[task][0]
     others = (metric for metrics in named.values() for metric in metrics)
-    return next(metric for metric in ("accuracy", *others, *evaluation.metrics) if metric in evaluation.metrics)
+    return next(
+        metric
+        for metric in (*evaluation.computed, "accuracy", *others, *evaluation.metrics)
+        if metric in evaluation.metrics
+    )

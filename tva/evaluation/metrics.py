@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import re
+import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -80,9 +81,29 @@ def _divergence(base: Tensor, edited: Tensor) -> Tensor:
     return terms.masked_fill(ours == -torch.inf, 0).sum(dim=-1)
 
 
+def spearman(preds: Tensor, target: Tensor) -> Tensor:
+    """Compute Spearman's rank correlation of predicted numbers with the wanted ones, in [-1, 1].
+
+    Args:
+        preds: Shape (examples,).
+        target: Shape (examples,).
+
+    Example:
+        >>> round(float(spearman(torch.tensor([0.1, 0.2, 0.9]), torch.tensor([1.0, 2.0, 3.0]))), 6)
+        1.0
+    """
+    from scipy.stats import rankdata
+
+    ranks = [torch.from_numpy(rankdata(side.detach().cpu().double().numpy())) for side in (preds, target)]
+    one, other = (rank - rank.mean() for rank in ranks)
+    return (one @ other) / (one.norm() * other.norm())  # NaN where one side is constant
+
+
+spearman.higher_is_better = True
+
 # Metrics that torchmetrics lacks. One entry adds a metric: a torchmetrics class, or a function of ``preds`` and
 # ``target`` that returns one number, or one number an example (then the metric is their mean, and has intervals).
-METRICS: dict[str, type[Metric] | Function] = {"brier_score": brier_score}
+METRICS: dict[str, type[Metric] | Function] = {"brier_score": brier_score, "spearman": spearman}
 
 
 class FunctionMetric(Metric):
@@ -129,9 +150,10 @@ def find_metric(name: str, num_classes: int) -> Metric:
     """Find the metric of a multi-class task by its name.
 
     Args:
-        name: A name in `METRICS`; or torchmetrics' ``f1_score``, ``F1Score`` or ``MulticlassF1Score``; or that of an
-            entry point in the group ``tva.metrics``; or the dotted path of a torchmetrics class or of a function of
-            ``preds`` and ``target``, such as ``my_package.my_metric``.
+        name: A name in `METRICS`; or torchmetrics' ``f1_score``, ``F1Score`` or ``MulticlassF1Score``; or one of its
+            metrics of numbers, ``MeanSquaredError`` or ``mean_squared_error``; or that of an entry point in the group
+            ``tva.metrics``; or the dotted path of a torchmetrics class or of a function of ``preds`` and ``target``,
+            such as ``my_package.my_metric``.
         num_classes: Classes of the task; passed to the class where it takes ``num_classes``.
 
     Raises:
@@ -143,13 +165,18 @@ def find_metric(name: str, num_classes: int) -> Metric:
     """
     if name in METRICS:
         return _made(METRICS[name], name, num_classes)
-    from torchmetrics import classification
+    from torchmetrics import classification, regression
 
     known = {
         _plain(kind): getattr(classification, kind) for kind in dir(classification) if kind.startswith("Multiclass")
     }
     if _plain(name) in known:
         return known[_plain(name)](num_classes=num_classes)
+    numbers = {_plain(kind): getattr(regression, kind) for kind in regression.__all__}
+    if _plain(name) in numbers:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # that it keeps all predictions, as here every metric does
+            return numbers[_plain(name)]()
     points = installed("tva.metrics")
     if name in points:
         return _made(points[name].load(), name, num_classes)

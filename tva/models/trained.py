@@ -12,7 +12,7 @@ from typing import Any, Literal
 import lightning as L
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torchmetrics import MeanMetric, SpearmanCorrCoef
+from torchmetrics import MeanMetric
 
 from tva.errors import some
 from tva.models.adapters import Lora, adapt
@@ -85,7 +85,7 @@ class TrainedModel(L.LightningModule):
             raise ValueError(f"edit_head=false leaves the head alone, and {type(network).__name__} has none. Drop it.")
         self.head_patterns = [] if edit_head else [rf"^(network[.])?{re.escape(name)}$" for name in head]
         self.tokens_right = nn.ModuleDict({stage: MeanMetric() for stage in ("val", "test") if "token" in kind})
-        self.tva_metrics = {"spearman": SpearmanCorrCoef()} if self._is_regression else {}
+        self.tva_metrics = {"spearman": "spearman"} if self._is_regression else {}
         prepare(self.network.train(), gradient_checkpointing, compiled=compile)
         adapt(self, weights, train_only, lora, tangent, part="network")
         for name, parameter in self.network.named_parameters():
