@@ -45,8 +45,8 @@ class TableTask(LabeledTask):
         split_fractions: Split to the part of the rows that it gets, such as ``{val: 0.1, test: 0.2}``; drawn by
             ``seed``, the rest is for training.
         metric: How the task is measured, besides what the model logs: the name of a metric of torchmetrics, such as
-            ``f1_score`` or ``mean_squared_error``, ``spearman``, or the dotted path of a function of ``preds`` and ``target``
-            (texts that were generated, and those wanted, of a language model); or a list of these.
+            ``f1_score`` or ``mean_squared_error``, ``spearman``, or the dotted path of a function of ``preds`` and
+            ``target`` (texts that were generated, and those wanted, of a language model); or a list of these.
         max_length: Tokens of a text at most; the rest is cut off. By default what the model takes, at most 512.
         **options: Those of `tva.data.task.Task`. A split called val, validation, valid or dev is taken to choose on.
 
