@@ -166,3 +166,44 @@ def test_requantize_needs_a_quantized_base(tmp_path, capsys):
             ]
         )
     assert "requantize needs a quantized base" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+def test_transformers_loads_an_edit_of_a_quantized_model_with_an_adapter(tmp_path):
+    transformers, peft = pytest.importorskip("transformers"), pytest.importorskip("peft")
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 24, "hidden_size": 16, "intermediate_size": 20, "num_hidden_layers": 1}
+    config = transformers.LlamaConfig(**sizes, num_attention_heads=2, num_key_value_heads=1, dtype="bfloat16")
+    model = transformers.LlamaForCausalLM(config)
+    model.save_pretrained(tmp_path / "base")
+    stored, exact = {}, dict(model.state_dict())
+    for name, tensor in load_file(tmp_path / "base/model.safetensors").items():
+        if "proj" in name:
+            codes, exact[name] = small_quantized.fp8(name.removesuffix(".weight"), tensor.double())
+            stored |= codes
+        else:
+            stored[name] = tensor.bfloat16()
+    save_weights(stored, tmp_path / "base/model.safetensors", metadata={"format": "pt"})
+    text = json.loads((tmp_path / "base/config.json").read_text())
+    text["quantization_config"] = {"quant_method": "fp8", "weight_block_size": [4, 4]}
+    (tmp_path / "base/config.json").write_text(json.dumps(text))
+    model.load_state_dict({name: tensor.float() for name, tensor in exact.items()})
+    adapter = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False))
+    adapter.save_pretrained(tmp_path / "adapter")
+    merged = adapter.merge_and_unload().state_dict()
+    compose(tmp_path / "base", {"a": tmp_path / "adapter"}, "a", tmp_path / "out")
+    loaded = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "out")
+    assert loaded.dtype == torch.bfloat16
+    for name, tensor in loaded.state_dict().items():
+        torch.testing.assert_close(tensor, merged[name].bfloat16(), rtol=0.008, atol=0)
+    # the same base with the adapter on top is the same model
+    compose(f"{tmp_path}/base+{tmp_path}/adapter", {"a": tmp_path / "adapter"}, "a", tmp_path / "two", scaling_coef=0)
+    assert "quantization_config" not in json.loads((tmp_path / "two/config.json").read_text())
+    two = load_file(tmp_path / "two/model.safetensors")
+    name = "model.layers.0.self_attn.q_proj.weight"
+    torch.testing.assert_close(two[name], merged[name].bfloat16(), rtol=0.008, atol=0)
+    with pytest.raises(ValueError, match="has an adapter on top"):
+        compose(
+            f"{tmp_path}/base+{tmp_path}/adapter", {"a": tmp_path / "adapter"}, "a", tmp_path / "x", requantize=True
+        )

@@ -82,7 +82,7 @@ def show(result: ComposeReport | AdapterReport | Plan, mergekit: str | None = No
         return
     print_table(console, EFFECTS, result.effects.items())
     for note in result.notes:
-        print_line(console, f"read {note}")
+        print_line(console, note if note.startswith("requantized") else f"read {note}")
     print_line(
         console,
         f"wrote {result.output}: {size_text(result.num_bytes)} in {result.seconds:.1f} s, {result.edited.digest}, "
