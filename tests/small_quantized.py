@@ -107,7 +107,7 @@ def grouped(w, group, bits=4):
     columns = w.T.reshape(-1, group, w.shape[0])
     low, high = columns.amin(1), columns.amax(1)
     scales = ((high - low) / (2**bits - 1)).half()
-    zeros = (-low / scales.double()).round().clamp(1, 2**bits - 1)
+    zeros = (-low / scales.double()).round().clamp(0, 2**bits - 1)
     wide_scales, wide_zeros = (x.double().repeat_interleave(group, 0) for x in (scales, zeros))
     codes = (w.T / wide_scales + wide_zeros).round().clamp(0, 2**bits - 1)
     return codes.int(), zeros.int(), scales, ((codes - wide_zeros) * wide_scales).T
@@ -121,8 +121,10 @@ def awq(name, w, group=8):
 
 
 def gptq(name, w, group=8):
+    w = w - w[:, :group].amin() * (torch.arange(w.shape[1]) < group)  # one group whose zeros are 0
     codes, zeros, scales, exact = grouped(w, group)
-    stored = {"qweight": pack(codes.T, 4).T.contiguous(), "qzeros": pack(zeros - 1, 4), "scales": scales}
+    stored = {"qweight": pack(codes.T, 4).T.contiguous(), "qzeros": pack(zeros - 1 & 15, 4), "scales": scales}
+    assert bool((zeros == 0).any())
     stored["g_idx"] = (torch.arange(w.shape[1]) // group).int()
     return {f"{name}.{key}": tensor for key, tensor in stored.items()}, exact
 

@@ -20,7 +20,16 @@ from tva.checkpoints.lazy import Entry, LazyWeights
 
 SCALES = r"(?P<module>.+?)(?P<kind>\.weight_scale_inv|\.weight_scale|\.scale_weight|\.SCB|_scale_inv)"
 # Scales of activations, and what bitsandbytes says of the order of codes: no part of the weights.
-BESIDE = ("input_scale", "scale_input", "activation_scale", "activation_scale_inv", "weight_format")
+BESIDE = (
+    "input_scale",
+    "scale_input",
+    "output_scale",
+    "activation_scale",
+    "activation_scale_inv",
+    "k_scale",
+    "v_scale",
+    "weight_format",
+)
 LARGEST = {"float8_e4m3fn": 448.0, "float8_e5m2": 57344.0, "int8": 127.0}
 
 

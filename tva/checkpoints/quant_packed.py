@@ -51,7 +51,7 @@ class Packed(ByUnit):
         words, zeros = self.parts["codes"].read(), self.parts["zeros"].read()
         # Along the outputs in AWQ, along the inputs in GPTQ: [in, out] in either case.
         codes = unpack(words, self.bits, order) if self.awq else unpack(words.T, self.bits).T
-        zeros = unpack(zeros, self.bits, order) + self.zero
+        zeros = (unpack(zeros, self.bits, order) + self.zero) % 2**self.bits  # 0 less 1 is stored as the largest
         groups = self.parts.get("groups")
         rows = groups.read().long() if groups else torch.arange(len(codes)) // self.group
         return ((codes - zeros[rows]).double() * self.parts["scales"].read().double()[rows]).T
