@@ -201,6 +201,20 @@ def test_batches_may_be_mappings_as_networks_of_transformers_take_them(base, vec
     assert report.tasks["a"].scores["edited"].value == pytest.approx(expected)
 
 
+def test_texts_without_labels_can_constrain_an_edit_by_kl(base, vector, tmp_path):
+    unlabeled = [DataLoader([{"inputs": row[0]} for row in loader.dataset], 20) for loader in loaders(2)]
+    named = TaskVector({f"net.{name}": delta for name, delta in vector.deltas.items()})
+    before = copy.deepcopy(base)
+    labeled = [DataLoader(loader.dataset, 20, collate_fn=mapping_batch) for loader in loaders()]
+    options = {"controls": {"b": tuple(unlabeled)}, "subject_to": ["b/kl <= 100"]}
+    report = edit(Named(base), {"a": named}, tmp_path, (*labeled, right), **options)
+    (old, _), (new, _) = (moved(before, vector, coef, seed=2) for coef in (0.0, 0.5))
+    expected = nn.functional.kl_div(new.log_softmax(-1), old.log_softmax(-1), log_target=True, reduction="batchmean")
+    assert report.tasks["b"].scores["edited"].value == pytest.approx(float(expected), rel=1e-4)
+    with pytest.raises(ValueError, match="must have its targets under one of 'labels'.*its keys are 'inputs'"):
+        edit(Named(copy.deepcopy(before)), {"a": named}, tmp_path, (*unlabeled, right))
+
+
 WRONG = {
     "model": (lambda: {"model": 3}, "The model must be .*; found 3"),
     "class": (lambda: {"model": LinearNet}, "found the class LinearNet: make an instance"),

@@ -140,8 +140,9 @@ class FunctionMetric(Metric):
 
 
 def compute(metric: Metric, preds: Tensor, target: Tensor) -> Tensor:
-    """Compute a metric of given examples, and of these only."""
+    """Compute a metric of given examples, and of these only: not of what other processes have."""
     metric.reset()
+    metric.sync_on_compute = False
     metric.update(preds, target)
     return metric.compute()
 

@@ -166,6 +166,12 @@ class Recorder:
                 f"The metric {some(missing)} is of predictions and targets, and {step} returns none. Return a mapping "
                 f"with 'preds' and 'target' from it."
             )
+        if not metrics and hasattr(model, "wrapped"):
+            raise ValueError(
+                f"{type(model.wrapped).__name__} is a plain network, so a task must say how it is measured. Give "
+                f"(datamodule, metric), (val_loader, test_loader, metric) or a function evaluate(model, split), or "
+                f"make the model a LightningModule whose validation_step logs metrics."
+            )
         if not metrics:
             raise ValueError(
                 f"{type(model).__name__} logged no metric on the {split} split; its "

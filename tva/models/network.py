@@ -47,14 +47,10 @@ class Network(L.LightningModule):
         return predict(self.network, batch)
 
     def _step(self, batch: Any) -> dict[str, Any]:
-        if not measures_of(self.trainer.datamodule):
-            raise ValueError(
-                f"{type(self.network).__name__} is a plain network, so a task must say how it is measured. Give "
-                f"(datamodule, metric), (val_loader, test_loader, metric) or a function evaluate(model, split), or "
-                f"make the model a LightningModule whose validation_step logs metrics."
-            )
         preds, target = self(batch)
-        return {"preds": preds, "target": target}
+        if target is None and measures_of(self.trainer.datamodule):
+            raise ValueError(_without_target(batch))
+        return {"preds": preds} if target is None else {"preds": preds, "target": target}
 
     def validation_step(self, batch: Any, batch_idx: int) -> dict[str, Any]:
         return self._step(batch)
@@ -82,14 +78,14 @@ def _add_prefix(module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) 
 
 
 def predict(network: nn.Module, batch: Any) -> tuple[Any, Any]:
-    """Return a network's predictions for a batch, and the batch's targets.
+    """Return a network's predictions for a batch, and the batch's targets, or None where it has none.
 
     Args:
         network: Any network.
         batch: As `Network` says.
 
     Raises:
-        ValueError: The batch has no target, or the network returns no predictions.
+        ValueError: The network returns no predictions.
     """
     inputs, target = _split(batch)
     if isinstance(inputs, Mapping):
@@ -128,22 +124,26 @@ def own_state(model: nn.Module, path: str) -> dict[str, Tensor] | None:
 
 
 def _split(batch: Any) -> tuple[Any, Any]:
+    """Return the network's inputs, and the targets or None."""
     if isinstance(batch, Mapping):
         rest = dict(batch)
         key = next((key for key in TARGETS if key in rest), None)
-        if key is None:
-            raise ValueError(
-                f"A batch that is a mapping must have its targets under one of {some(TARGETS, 4)}; its keys are "
-                f"{some(map(str, rest), 8)}. Rename them in the data set or in collate_fn."
-            )
-        target = rest.pop(key)
-        return rest, target
-    if isinstance(batch, (list, tuple)) and len(batch) > 1:
-        *inputs, target = batch
+        return rest, None if key is None else rest.pop(key)
+    if isinstance(batch, (list, tuple)) and batch:
+        inputs, target = (list(batch), None) if len(batch) == 1 else (list(batch[:-1]), batch[-1])
         return (inputs[0] if len(inputs) == 1 and isinstance(inputs[0], Mapping) else inputs), target
-    raise ValueError(
+    return [batch], None
+
+
+def _without_target(batch: Any) -> str:
+    if isinstance(batch, Mapping):
+        return (
+            f"A batch that is a mapping must have its targets under one of {some(TARGETS, 4)}; its keys are "
+            f"{some(map(str, batch), 8)}. Rename them in the data set or in collate_fn."
+        )
+    return (
         f"A batch must be (inputs, target), or a mapping with its targets under one of {some(TARGETS, 4)}; found a "
-        f"{type(batch).__name__}. Let the DataLoader's collate_fn return such batches."
+        f"{type(batch).__name__} without. Let the DataLoader's collate_fn return such batches."
     )
 
 
