@@ -5,12 +5,12 @@ import re
 from pathlib import Path
 
 import pytest
-import torch
 import yaml
 from small_text import make_trainer, real_data, real_models, write_model, write_reviews, write_running_text
 
 from tva import TaskVector, fingerprint, open_weights
 from tva.cli.main import main
+from tva.compose import verify
 from tva.data import LanguageTask
 from tva.evaluation.evaluate import evaluate
 from tva.models import CausalLM
@@ -93,12 +93,13 @@ def test_text_classification_is_added_and_forgotten_from_yaml(tmp_path, capsys):
         else:
             assert tuned < base < edited
         assert report["tasks"]["turned"]["num_examples"] == 24
-    # and the edited weights are those of transformers, but for the prefix
-    edited = open_weights(tmp_path / "out/edited.safetensors")
-    from transformers import AutoModel
+    # and what is written is what transformers loads
+    from transformers import AutoModel, AutoTokenizer
 
-    network = AutoModel.from_pretrained(folder)
-    network.load_state_dict({name.removeprefix("encoder."): edited[name] for name in edited}, strict=True)
+    network, again = AutoModel.from_pretrained(tmp_path / "out"), AutoTokenizer.from_pretrained(tmp_path / "out")
+    assert fingerprint(network.state_dict()) == fingerprint(open_weights(tmp_path / "out"))
+    assert again("good film")["input_ids"] == AutoTokenizer.from_pretrained(folder)("good film")["input_ids"]
+    assert verify(tmp_path / "out").holds
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -138,12 +139,12 @@ def test_a_causal_model_forgets_under_a_constraint_on_perplexity(tmp_path, tied,
     assert bad["edited"]["low"] < bad["edited"]["value"] < bad["edited"]["high"]  # loss has scores by example
     edit |= {"scaling_coef": 0.01, "subject_to": ["prose/loss <= 1.1 * base", "prose/kl <= 0.05"], "confidence": 0.95}
     assert run(tmp_path / "edit.yaml", "edit", edit) == 0
-    edited = open_weights(tmp_path / "out/edited.safetensors")
-    same = torch.equal(edited["network.lm_head.weight"], edited["network.model.embed_tokens.weight"])
-    assert same == tied
-    again = {**model, "init_args": {**model["init_args"], "weights": str(tmp_path / "out/edited.safetensors")}}
+    edited = open_weights(tmp_path / "out")
+    assert ("lm_head.weight" in edited) != tied  # transformers stores tied weights once
+    assert json.loads((tmp_path / "out/config.json").read_text())["tie_word_embeddings"] is tied
+    again = {**model, "init_args": {**model["init_args"], "weights": str(tmp_path / "out")}}
     assert run(tmp_path / "edit.yaml", "edit", {**edit, "model": again, "scaling_coef": 0.5, "subject_to": []}) == 2
-    assert fingerprint(edited) == fingerprint(open_weights(tmp_path / "out/edited.safetensors"))
+    assert fingerprint(edited) == fingerprint(open_weights(tmp_path / "out"))
     assert "taken from" in capsys.readouterr().err  # its base is not the edited model
 
 

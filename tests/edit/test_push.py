@@ -1,17 +1,20 @@
 """Pushing an edit to a hub: a server on this machine that answers as the hub does, and refuses as it does."""
 
 import base64
+import io
 import json
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import huggingface_hub.constants
 import pytest
+import torch
 from huggingface_hub import ModelCard
 from small_edit import edit
 
 from tva import TaskVector, fingerprint, open_weights, save_weights
 from tva.cli.main import main
+from tva.compose import compose
 from tva.edit.push import push
 
 
@@ -80,7 +83,13 @@ FILES += ["vectors/b.tv.safetensors"]
 
 
 def test_weights_vectors_and_card_go_up_in_one_commit(run, hub, tmp_path, capsys):
-    main(["push", str(run), "me/edited", "--base_model", "owner/base"])
+    with pytest.raises(SystemExit):
+        main(["push", str(run), "me/edited", "--base_model", "owner/base"])
+    out, err = capsys.readouterr()
+    assert "edited.safetensors" in out  # what would be published is listed before anything is sent
+    assert "nobody is there to be asked. Check them with --dry_run, then give --yes" in err
+    assert hub.calls == []
+    main(["push", str(run), "me/edited", "--base_model", "owner/base", "--yes"])
     assert f"pushed: {hub.url}/me/edited/commit/1" in capsys.readouterr().out
     assert sorted(hub.files) == FILES
     assert "private" in (hub.created.get("visibility"), "private" if hub.created.get("private") else None)
@@ -117,7 +126,7 @@ def test_an_unreachable_or_refusing_hub_is_a_plain_error(run, hub, monkeypatch, 
     monkeypatch.delenv("HF_TOKEN")
     monkeypatch.setattr(huggingface_hub.constants, "HF_TOKEN_PATH", str(tmp_path / "none"))
     with pytest.raises(SystemExit):
-        main(["push", str(run), "me/edited"])
+        main(["push", str(run), "me/edited", "--yes"])
     assert "log in with `hf auth login`, or set HF_TOKEN" in capsys.readouterr().err
     monkeypatch.setenv("HF_TOKEN", "right")
     with pytest.raises(OSError, match="'no name' is not a repository's name"):
@@ -145,3 +154,42 @@ def test_what_the_card_does_not_describe_is_not_pushed(vectors, hub, tmp_path):
     with pytest.raises(FileNotFoundError, match="No report at"):
         push(str(tmp_path), "me/edited")
     assert hub.calls == []
+
+
+@pytest.mark.parametrize("folder", [True, False])
+def test_what_compose_wrote_is_pushed_with_a_card_of_its_own(hub, tmp_path, monkeypatch, folder):
+    monkeypatch.chdir(tmp_path)
+    base = {"w": torch.arange(4.0), "b": torch.ones(2)}
+    (tmp_path / "base").mkdir()
+    save_weights(base, "base/model.safetensors")
+    (tmp_path / "base/config.json").write_text('{"architectures": ["BertForSequenceClassification"]}')
+    (tmp_path / "base/README.md").write_text("---\nlicense: apache-2.0\nlanguage: en\n---\n# A base\n")
+    TaskVector.between(base, {"w": base["w"] + 1, "b": base["b"]}).save("a.tv.safetensors")
+    output = "out" if folder else "out.safetensors"
+    compose("base", {"a": "a.tv.safetensors"}, "0.5 * a", output, keep_undo=True)
+    push(output, "me/edited", base_model="owner/base")
+    card = ModelCard(hub.files["README.md"].decode())
+    found = card.data.to_dict()
+    assert (found["base_model"], found["base_model_relation"]) == ("owner/base", "merge")
+    assert "`0.5 * a`" in card.text
+    weights = {"model.safetensors", "config.json"} if folder else {"out.safetensors"}
+    assert set(hub.files) == {"README.md", "vectors/a.tv.safetensors"} | weights
+    if folder:
+        assert (found["library_name"], found["pipeline_tag"]) == ("transformers", "text-classification")
+        assert (found["license"], found["language"]) == ("apache-2.0", "en")
+    changed = {name: tensor + 1 for name, tensor in open_weights(output).items()}
+    file = tmp_path / (f"{output}/model.safetensors" if folder else output)
+    save_weights(changed, file, open_weights(output).metadata)
+    with pytest.raises(ValueError, match="is not what tva compose wrote: its fingerprint is"):
+        push(output, "me/edited")
+
+
+def test_a_question_is_asked_and_no_is_an_answer(run, hub, monkeypatch, capsys):
+    for answer, sent in (("n", False), ("", False), ("y", True)):
+        terminal = io.StringIO(f"{answer}\n")
+        terminal.isatty = lambda: True
+        monkeypatch.setattr("sys.stdin", terminal)
+        main(["push", str(run), "me/edited", "--public"])
+        out, err = capsys.readouterr()
+        assert "Upload these files to me/edited, for everybody, if the repository is new? [y/N]" in err
+        assert ("pushed: " in out, bool(hub.files)) == (sent, sent)

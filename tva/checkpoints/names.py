@@ -1,8 +1,8 @@
 """The one rule by which names of weights are matched, what wrappers add to names, and which names are left out.
 
 Names match when they are equal, else when one prefix, the same for all, turns one side into the other: stripped, added,
-or one wrapper exchanged for another. Two ways that lead to the same mapping are one. Anything else needs a ``key_map``,
-or names that are left out by a `NameFilter`. Every match has a line that says what was done.
+or exchanged for another where one of the two is a wrapper's. Two ways that lead to the same mapping are one. Anything
+else needs a ``key_map``, or names that are left out by a `NameFilter`. Every match has a line that says what was done.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ CopyOf = Callable[[str, Iterable[str]], str | None]  # a name, and others: the f
 
 MOST_TIED = 8  # names that only one side has, of which each may be a copy of another tensor
 ADVICE = "Map the rest by key_map, or leave it out by exclude"
-# The attribute or wrapper that holds the model, in front of every name; only these may be exchanged for one another.
+# The attribute or wrapper that holds the model, in front of every name; only these may be exchanged for others.
 WRAPPERS = ("model.", "module.", "encoder.", "net.", "network.", "backbone.", "base_model.", "_forward_module.")
 
 WITHIN = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")  # parts that wrappers add to a name
@@ -328,7 +328,7 @@ def _changes(names: list[str], base: list[str], subset: bool) -> list[tuple[str,
     if subset:  # a part of the base may be anywhere in it
         ends = "." + names[0]
         adds = [name.removesuffix(names[0]) for name in base if name.endswith(ends)]
-    exchanges = [(old, new) for old in strips for new in adds if _is_wrapper(old) and _is_wrapper(new) and old != new]
+    exchanges = [(old, new) for old in strips for new in adds if (_is_wrapper(old) or _is_wrapper(new)) and old != new]
     return list(dict.fromkeys([*((old, "") for old in strips), *(("", new) for new in adds), *exchanges]))
 
 

@@ -76,6 +76,15 @@ def shard_tensors(tensors: Mapping[str, Spec], max_shard_bytes: int) -> list[dic
     return shards
 
 
+def shard_names(tensors: Mapping[str, Spec], max_shard_bytes: int, stem: str) -> list[str]:
+    """Return the names of a checkpoint's files, its index among them."""
+    count = len(shard_tensors(tensors, max_shard_bytes))
+    if count == 1:
+        return [f"{stem}.safetensors"]
+    shards = [f"{stem}-{number:05}-of-{count:05}.safetensors" for number in range(1, count + 1)]
+    return [*shards, f"{stem}.safetensors.index.json"]
+
+
 class Output:
     """A checkpoint being written; use it as a context manager, and `commit` when every tensor is finished.
 
@@ -142,8 +151,8 @@ class Output:
         for prefix, folder in self._parts.items():
             cut = shard_tensors({n: spec for n, spec in tensors.items() if n.startswith(prefix)}, max_shard_bytes)
             stem = "model" if folder else self.stem
-            names = [f"{stem}-{i:05}-of-{len(cut):05}.safetensors" for i in range(1, len(cut) + 1)]
-            names = names if len(cut) > 1 else [f"{stem}.safetensors"]
+            part = {name: spec for shard in cut for name, spec in shard.items()}
+            names = shard_names(part, max_shard_bytes, stem)[: len(cut)]
             shards += [Shard(self._partial / folder / n, part, prefix) for n, part in zip(names, cut, strict=True)]
         return shards
 

@@ -193,6 +193,7 @@ class Composer:
         slices: Slices | None = None,
         new_rows: NewRows = "error",
         allow_other_tokenizer: bool = False,
+        names: Sequence[str] | None = None,
     ) -> Composer:
         """Open the files of an edit; the arguments are those of `compose`."""
         if dtype is not None and dtype not in DTYPES:
@@ -200,7 +201,7 @@ class Composer:
         only = NameFilter(include, exclude)
         options = {"allow_other_base": allow_other_base, "key_map": key_map, "which": which, "only": only}
         options |= {"new_rows": new_rows, "allow_other_tokenizer": allow_other_tokenizer}
-        weights, sources = open_inputs(base, vectors, recipe.vectors, slices, **options)
+        weights, sources = open_inputs(base, vectors, recipe.vectors, slices, change=names, **options)
         only.check_used()
         chosen = {source.weights.info.which for source in sources.values()}
         if which != "checkpoint" and which not in chosen:

@@ -22,6 +22,17 @@ ADVICE = (
 )
 
 
+def renamed(names: Iterable[str], change: Sequence[str] | None) -> dict[str, str]:
+    """Return names with one prefix exchanged for another, to the present ones; those without it stay.
+
+    Example:
+        >>> renamed(["bert.w", "head.w"], ("bert.", "encoder."))
+        {'encoder.w': 'bert.w', 'head.w': 'head.w'}
+    """
+    strip, add = change or ("", "")
+    return {add + name[len(strip) :] if name.startswith(strip) else name: name for name in names}
+
+
 def input_names(vectors: Mapping[str, Any], slices: Slices | None) -> list[str]:
     """Return the names that a recipe may use: of the vectors, and of what is made of slices."""
     return list(dict.fromkeys([*vectors, *(name for name in slices or {} if name != BASE)]))
@@ -43,6 +54,7 @@ def open_inputs(
     only: NameFilter,
     new_rows: NewRows = "error",
     allow_other_tokenizer: bool = False,
+    change: Sequence[str] | None = None,
     **options: Any,
 ) -> tuple[LazyWeights, dict[str, LazyTaskVector]]:
     """Open the base, and the vectors that a recipe names; no tensor is read yet.
@@ -55,6 +67,7 @@ def open_inputs(
         only: Which tensors take part.
         new_rows: See `tva.compose.apply.compose`.
         allow_other_tokenizer: Likewise.
+        change: What is stripped from and added to the base's names, for an edit that computed under others.
         options: For `LazyTaskVector`.
 
     Raises:
@@ -70,6 +83,7 @@ def open_inputs(
             raise ValueError(f"{given[name]} is a task vector file; slices are of models. Give its fine-tuned model.")
     inputs = {name: open_model(given[name]) for name in wanted}
     weights = stack(BASE, parts[BASE], inputs) if BASE in parts else open_model(base)
+    weights = weights.renamed(renamed(weights, change)) if change else weights
     sources = {}
     for name in names:
         opened, path = None, vectors.get(name, "")

@@ -30,7 +30,7 @@ from tva.compose.recipe import Recipe
 from tva.compose.record import Record, check_inputs, open_edited, open_recipe
 from tva.compose.undo import BYTES_HELD, OpenedUndo, Restoring, undo_path
 from tva.console import size_text
-from tva.report.run_files import EDITED
+from tva.report.run_files import CARD, CONFIG, EDIT_JSON, EDITED
 from tva.sizes import parse_bytes
 from tva.vectors.lazy import LazyTaskVector
 
@@ -111,6 +111,8 @@ def revert(
         raise ValueError(f"{opened.path} was written in blocks for which max_memory={max_memory!r} is too little.")
     folder = _folder(edited, weights)
     beside = side_files(folder)[0] if folder else {}
+    if folder and (folder / EDIT_JSON).exists():  # of an edit, whose card and options are not the base's
+        beside = {name: file for name, file in beside.items() if name not in (CARD, CONFIG)}
     if opened.metadata["tva.undo_config"] and "config.json" in beside:
         beside["config.json"] = opened.metadata["tva.undo_config"].encode()
     metadata = {"format": "pt", **opened.base_metadata, **opened.ties}

@@ -6,7 +6,7 @@ import os
 import random
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,10 +15,10 @@ import numpy
 
 from tva._torch import torch_version
 from tva.arithmetic import BATCH_NORM_STATISTICS
-from tva.checkpoints import Elements, HashedWeights, Spec, as_stored
+from tva.checkpoints import Elements, Fingerprint, HashedWeights, Spec, as_stored
 from tva.checkpoints.lazy import as_real
 from tva.compose.engine import Composer
-from tva.compose.inputs import input_names
+from tva.compose.inputs import input_names, renamed
 from tva.compose.recipe import ChunkDeltas
 from tva.compose.record import RECORD, Record, check_inputs, open_edited, open_recipe
 from tva.compose.requantize import requantizer
@@ -159,22 +159,10 @@ def verify(
     others = {**({"--base": given} if given else {}), **_flags(moved)}
     check_inputs(edited, {"--base": record.base, **_flags(record.vectors)}, others)
     paths = {**record.vectors, **moved}
-    recipe = open_recipe(edited, record, input_names(paths, record.options.get("slices")))
-    composer = Composer.open(
-        given or record.base,
-        paths,
-        recipe,
-        record.scaling_coef,
-        record.dtype or None,
-        allow_other_base=True,  # whether it is the same base, its fingerprint tells
-        key_map=record.options["key_map"],
-        include=record.options.get("include"),
-        exclude=record.options.get("exclude"),
-        slices=record.options.get("slices"),
-        new_rows=record.options.get("new_rows", "error"),
-        allow_other_tokenizer=True,
-        which="raw" if "raw" in record.options["which"].values() else "checkpoint",
-    )
+    composer, names = _open_again(edited, record, given or record.base, paths)
+    stored = weights
+    if names:
+        weights = HashedWeights(weights.renamed(renamed(weights, names.get("edited"))))
     skipped = [] if record.options.get("statistics", "keep") == "keep" else list(filter(_is_estimated, composer.names))
     quantizer = requantizer(composer) if record.options.get("requantize") else None
     comparison = _Comparison(HashedWeights(as_stored(weights)) if quantizer else weights, skipped)
@@ -183,7 +171,7 @@ def verify(
     composer.run(quantizer.into(comparison) if quantizer else comparison)
     comparison.compare_names(quantizer.layout() if quantizer else composer.layout(), composer.tied)
     sampled = _compute_a_sample_again(composer, comparison)
-    recorded, found = _fingerprints(record, composer, weights)
+    recorded, found = _fingerprints(record, composer, stored, names.get("edited"))
     return VerifyReport(
         Path(edited),
         formula=f"base + {record.scaling_coef:g} · ({record.recipe.strip()})",
@@ -197,6 +185,33 @@ def verify(
         written_by=_versions(record.version, record.torch),
         seconds=time.monotonic() - started,
     )
+
+
+def _open_again(edited: str, record: Record, base: str, paths: Mapping[str, str]) -> tuple[Composer, dict[str, Any]]:
+    """Open the inputs of an edit as they were opened for it.
+
+    Returns:
+        The composer; and how the names of base and output were changed where the edit computed under others.
+    """
+    recipe = open_recipe(edited, record, input_names(paths, record.options.get("slices")))
+    names = record.options.get("names") or {}
+    composer = Composer.open(
+        base,
+        paths,
+        recipe,
+        record.scaling_coef,
+        record.dtype or None,
+        allow_other_base=True,  # whether it is the same base, its fingerprint tells
+        key_map=record.options["key_map"],
+        include=record.options.get("include"),
+        exclude=record.options.get("exclude"),
+        slices=record.options.get("slices"),
+        new_rows=record.options.get("new_rows", "error"),
+        allow_other_tokenizer=True,
+        which="raw" if "raw" in record.options["which"].values() else "checkpoint",
+        names=names.get("base"),
+    )
+    return composer, names
 
 
 def _compute_a_sample_again(composer: Composer, comparison: _Comparison) -> int:
@@ -285,12 +300,17 @@ def _versions(version: str = __version__, of_torch: str = "") -> str:
     return f"tva {version} with torch {of_torch or torch_version()}"
 
 
-def _fingerprints(record: Record, composer: Composer, edited: HashedWeights) -> tuple[dict[str, str], dict[str, str]]:
+def _fingerprints(
+    record: Record, composer: Composer, edited: HashedWeights, names: Sequence[str] | None
+) -> tuple[dict[str, str], dict[str, str]]:
     """Return the recorded and the present fingerprints of the stored weights and of every input."""
     recorded = {STORED: record.edited_fingerprint, "base": record.base_fingerprint}
     recorded |= {f"vector {name}": digest for name, digest in record.vector_fingerprints.items()}
     recorded |= {f"file {path}": digest for path, digest in record.file_fingerprints.items()}
-    found = {STORED: edited.fingerprint().digest, "base": composer.fingerprint("base").digest}
+    base = composer.fingerprint("base").tensors
+    back = renamed(edited, names)  # from the names in which it was computed
+    digest = Fingerprint.from_tensors({back.get(name, name): found for name, found in base.items()}).digest
+    found = {STORED: edited.fingerprint().digest, "base": digest}
     found |= {f"vector {name}": digest for name, digest in composer.vector_fingerprints().items()}
     found |= {f"file {path}": file.fingerprint().digest for path, file in composer.recipe.files.items()}
     return recorded, found

@@ -25,27 +25,44 @@ MADE_BY = "# written by tva edit"  # the first line of its config.yaml
 _EXCHANGE, _HERE = 2, -100  # RENAME_EXCHANGE and AT_FDCWD of Linux
 
 
-def check_output(folder: Path, inputs: Iterable[str | os.PathLike[str]]) -> None:
+def own_files(folder: Path) -> list[str]:
+    """Return the paths, in the folder of an edit, of the files that are part of it, whether they are there or not."""
+    try:
+        edited = read_report(folder).get("edited") or {}
+    except (ValueError, FileNotFoundError):
+        edited = {}
+    files = edited.get("files", [])
+    plain = [name for name in files if isinstance(name, str) and not Path(name).is_absolute() and ".." not in name]
+    return list(dict.fromkeys([*FILES, *plain]))
+
+
+def check_output(folder: Path, inputs: Iterable[str | os.PathLike[str]], files: Iterable[str] = FILES) -> None:
     """Check that no input and no file that tva did not write would be replaced.
 
     Args:
         folder: Output folder of an edit.
         inputs: Files and folders that the edit reads.
+        files: Paths in the folder that the edit may write.
 
     Raises:
         ValueError: One would be.
     """
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"The output of an edit must be a folder, and {folder} is a file. Choose another output.")
+    inputs = list(inputs)
+    same = [path for path in inputs if folder.exists() and os.path.exists(path) and os.path.samefile(path, folder)]
+    if same:
+        raise ValueError(f"{same[0]} is an input of the edit, which would replace it. Choose another output.")
     check_card(folder)
-    for name in FILES:
+    own = own_files(folder)
+    for name in dict.fromkeys([*FILES, *files]):
         file = folder / name
         if not file.exists():
             continue
         same = [path for path in inputs if os.path.exists(path) and os.path.samefile(path, file)]
         if same:
             raise ValueError(f"{same[0]} is an input of the edit, which would replace it. Choose another output.")
-        if not _is_own(file):
+        if (name in FILES and not _is_own(file)) or name not in own:
             raise ValueError(
                 f"The edit writes {file}, where a file is that tva did not write. Move it, or choose another output."
             )
@@ -113,13 +130,14 @@ def _put(staging: Path, folder: Path) -> None:
     if not folder.exists():
         os.replace(staging, folder)
         return
-    kept = f"accepted-{_created(folder)}" if (folder / EDITED).exists() and not (staging / EDITED).exists() else None
+    kept = f"accepted-{_created(folder)}" if has_weights(folder) and not has_weights(staging) else None
+    own = own_files(folder)
     if Path.cwd().is_relative_to(folder) or folder.is_mount():
         _put_files(staging, folder, kept)
         return
     if kept is not None:
-        _link(folder, staging / kept, [name for name in FILES if (folder / name).exists()])
-    _link(folder, staging, [name for name in os.listdir(folder) if name not in FILES])
+        _link(folder, staging / kept, [name for name in own if (folder / name).exists()])
+    _link_rest(folder, staging, set(own))
     shutil.copymode(folder, staging)
     _exchange(staging, folder)
     if kept is not None:
@@ -128,11 +146,13 @@ def _put(staging: Path, folder: Path) -> None:
 
 def _put_files(staging: Path, folder: Path, kept: str | None) -> None:
     """Replace the files of an earlier edit one after another; ``edit.json`` comes last."""
-    names = [name for name in FILES if name != EDIT_JSON]
+    own = own_files(folder)
+    names = [name for name in dict.fromkeys([*own, *own_files(staging)]) if name != EDIT_JSON]
     if kept is not None:
-        _link(folder, folder / kept, [name for name in FILES if (folder / name).exists()])
+        _link(folder, folder / kept, [name for name in own if (folder / name).exists()])
     for name in [*names, EDIT_JSON]:
         if (staging / name).exists():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
             os.replace(staging / name, folder / name)
         else:
             (folder / name).unlink(missing_ok=True)
@@ -140,16 +160,31 @@ def _put_files(staging: Path, folder: Path, kept: str | None) -> None:
         _tell(folder / kept)
 
 
+def has_weights(folder: Path) -> bool:
+    """Whether an edit has written weights into a folder."""
+    return any((folder / name).exists() for name in own_files(folder) if Path(name).suffix in (".safetensors", ".ckpt"))
+
+
 def _created(folder: Path) -> str:
     """Return when the edit in a folder was made, as part of a file name."""
     try:
         return "".join(filter(str.isalnum, str(read_report(folder, whole=False).get("created"))))
     except (ValueError, FileNotFoundError):
-        return str((folder / EDITED).stat().st_mtime_ns)
+        return str(folder.stat().st_mtime_ns)
 
 
 def _tell(kept: Path) -> None:
     print(f"tva: this edit was refused; the accepted edit that was in its folder is now in {kept}", file=sys.stderr)
+
+
+def _link_rest(source: Path, target: Path, own: set[str], inside: str = "") -> None:
+    """Link what is in a folder and is no part of the edit there, and empty no folder that has such files."""
+    for name in os.listdir(source / inside):
+        path = f"{inside}/{name}" if inside else name
+        if any(each.startswith(f"{path}/") for each in own) and not (source / path).is_symlink():
+            _link_rest(source, target, own, path)
+        elif path not in own:
+            _link(source, target, [path])
 
 
 def _link(source: Path, target: Path, names: Iterable[str]) -> None:
@@ -157,6 +192,7 @@ def _link(source: Path, target: Path, names: Iterable[str]) -> None:
     target.mkdir(exist_ok=True)
     for name in names:
         path, copy = source / name, target / name
+        copy.parent.mkdir(parents=True, exist_ok=True)
         if path.is_symlink():
             os.symlink(os.readlink(path), copy)
         elif path.is_dir():

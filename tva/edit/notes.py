@@ -36,7 +36,8 @@ def notes_on(outcome: Outcome, trained_on: TrainedOn) -> list[str]:
     """
     leaks = [*_leaks(outcome, trained_on), *_other_parts(outcome), *_other_heads(outcome)]
     power = [f"{text[0].upper()}{text[1:]}." for text in lacking_on_test(outcome.session)]
-    return [*_left_out(outcome.session), *leaks, *power]
+    form = [outcome.session.form.note] if outcome.session.form.note else []
+    return [*_left_out(outcome.session), *form, *leaks, *power]
 
 
 def lacking_on_test(session: EditSession) -> list[str]:

@@ -6,13 +6,15 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 import lightning as L
+import torch
 from torch import Tensor
 
 from tva.arithmetic import check_same
-from tva.checkpoints import fingerprint, match_names, open_finetuned, open_weights
+from tva.checkpoints import canonical_state_dict, fingerprint, match_names, open_finetuned, open_weights
+from tva.checkpoints.wrappers import network_of
 from tva.edit.options import EditOptions
 from tva.errors import MismatchError
-from tva.models.network import own_state
+from tva.models.network import POOLER, own_state
 from tva.vectors.header import Origin, is_vector_file
 from tva.vectors.kind import KEY
 from tva.vectors.task_vector import TaskVector
@@ -73,6 +75,7 @@ def load_vector(
         vector = TaskVector.between(
             kept, {name: opened[name] for name in opened if name in kept}, origin=Origin(kind=_kind(opened))
         )
+    _check_ties(path, vector, base, model)
     origin = vector.origin
     if excluded and origin.base is not None:
         whole = fingerprint(base)
@@ -97,5 +100,31 @@ def _open(
         state = None if options.key_map else own_state(model, path)
         if state is None:
             raise
-        names = match_names(only.kept(state), only.kept(live)).names
-        return {name: state[old] for name, old in names.items()}
+        poolers = (POOLER, network_of(model)[0] + POOLER)
+        rest = {}
+        if not any(name.startswith(POOLER) for name in state):
+            rest = {name: live[name] for name in only.kept(live) if name.startswith(poolers)}
+        names = match_names(only.kept(state), [name for name in only.kept(live) if name not in rest]).names
+        return {**{name: state[old] for name, old in names.items()}, **rest}
+
+
+def _check_ties(
+    path: str | TaskVector, vector: TaskVector, base: Mapping[str, Tensor], model: L.LightningModule
+) -> None:
+    """Check that what the model holds once is moved alike under all its names.
+
+    Raises:
+        MismatchError: It is not.
+    """
+    places: dict[int, str] = {}
+    for name, tensor in canonical_state_dict(model.state_dict()).items():
+        first = places.setdefault(tensor.data_ptr(), name) if tensor.numel() else name
+        if first == name or base[first].shape != base[name].shape:
+            continue
+        one, other = vector.deltas.get(first), vector.deltas.get(name)
+        if (one is None) != (other is None) or (one is not None and other is not None and not torch.equal(one, other)):
+            what = "the vector" if isinstance(path, TaskVector) else path
+            raise MismatchError(
+                f"{first!r} and {name!r} are tied in the model, and {what} moves them apart. Load the model with "
+                f"tie_word_embeddings=False, or give a vector of a model that ties them."
+            )

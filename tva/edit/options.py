@@ -74,6 +74,8 @@ class EditOptions:
             keep the model's weights. Fine-tuned models are evaluated with those too.
         key_map: Regular expressions to replacements, for vectors whose names differ from the model's by more than one
             prefix.
+        format: How the weights are written: as a folder that ``transformers``, ``sentence_transformers``, ``timm`` or
+            ``open_clip`` loads, a ``lightning`` checkpoint, or a plain ``state_dict``; by default as the base came.
         allow_other_base: Apply vectors to a base they were not taken from.
         keep_undo: Write ``edited.undo.safetensors`` too, from which ``tva revert`` restores the base bit for bit.
         allow_other_kind: Apply vectors of a linearized model (``tangent: true``) to an ordinary one, or the other way
@@ -107,6 +109,9 @@ class EditOptions:
     include: list[str] | str | None = None
     exclude: list[str] | str | None = None
     key_map: dict[str, str] | None = None
+    format: Literal["transformers", "sentence_transformers", "timm", "open_clip", "lightning", "state_dict"] | None = (
+        None
+    )
     allow_other_base: bool = False
     keep_undo: bool = False
     allow_other_kind: bool = False

@@ -10,11 +10,17 @@ from typing import Any
 
 from tva.checkpoints import find, fingerprint, open_weights
 from tva.checkpoints.hub import upload
+from tva.compose.record import Record
+from tva.edit.card_facts import card_facts
+from tva.edit.folder import own_files
+from tva.edit.form import format_of
 from tva.edit.runs import changed_inputs
 from tva.report.edit_report import read_report
-from tva.report.model_card import model_card, with_base_model
+from tva.report.model_card import composed_card, model_card, with_base_model
 from tva.report.run_files import CARD, EDIT_JSON, EDITED, PAGE
 from tva.vectors.header import is_vector_file
+
+Files = dict[str, Path | bytes]
 
 
 @dataclass(frozen=True)
@@ -47,10 +53,10 @@ def push(
     public: bool = False,
     dry_run: bool = False,
 ) -> Pushed:
-    """Upload a run's edited weights, task vectors, report and model card in one commit.
+    """Upload edited weights, their task vectors and a model card in one commit.
 
     Args:
-        run: Folder of a finished edit, with its ``edit.json``.
+        run: Folder of a finished edit, with its ``edit.json``; or what ``tva compose`` wrote, a folder or a file.
         repository: ``owner/name`` on the hub; made, private, if there is none.
         base_model: ``owner/name`` of the base on the hub, for the card.
         vectors: Upload the recipe's task vectors too, as ``vectors/NAME.tv.safetensors``.
@@ -64,16 +70,53 @@ def push(
         ValueError: There are no weights to push, or they or a vector are not those that the card describes.
         OSError: The hub cannot be reached, or refuses.
     """
-    folder = Path(run)
-    content = read_report(folder)
-    folder = folder if folder.is_dir() else folder.parent
+    path = find(run)
+    content = None if _is_composed(path) else read_report(path)
+    if content is None:
+        files, recipe, inputs = _composed(path, base_model)
+        changed: list[str] = []
+    else:
+        files, recipe, inputs = _edited(path if path.is_dir() else path.parent, content, base_model)
+        changed = changed_inputs(content) if vectors else []
+    notes = []
+    for name, vector in inputs.items() if vectors else ():
+        try:
+            found = find(vector)
+        except FileNotFoundError:
+            notes.append(f"{name} is no longer at {vector}")
+            continue
+        if not is_vector_file(found):
+            notes.append(f"{name} is the checkpoint {found}, and only task vector files are pushed")
+            continue
+        files[f"vectors/{name}.tv.safetensors"] = found
+    if changed:
+        raise ValueError(f"{' '.join(changed)} Make the edit again, or push without vectors (--vectors=false).")
+    sizes = {name: len(file) if isinstance(file, bytes) else file.stat().st_size for name, file in files.items()}
+    url = None if dry_run else upload(files, repository, f"tva edit: {recipe}", private=not public)
+    return Pushed(repository, url, sizes, notes)
+
+
+def _is_composed(path: Path) -> bool:
+    """Whether a path is what `tva compose` wrote, rather than the folder of an edit."""
+    if path.name == EDIT_JSON or (path / EDIT_JSON).exists():
+        return False
+    try:
+        return "tva.recipe" in open_weights(path).metadata
+    except ValueError:
+        return False
+
+
+def _edited(folder: Path, content: Mapping[str, Any], base_model: str | None) -> tuple[Files, str, dict[str, str]]:
+    """Return the files of an edit, its recipe, and its vectors."""
     if not content["holds"]:
-        raise ValueError(f"{run} has no edited weights to push, for its constraints do not hold: {content['verdict']}")
-    weights = folder / EDITED
-    if not weights.exists():
-        raise FileNotFoundError(f"{weights} is missing: the edit wrote it there. Make the edit again.")
-    expected = (content.get("edited") or {}).get("fingerprint")
-    found = fingerprint(open_weights(weights)).digest
+        verdict = content["verdict"]
+        raise ValueError(f"{folder} has no edited weights to push, for its constraints do not hold: {verdict}")
+    edited = content.get("edited") or {}
+    weights = folder / edited.get("path", EDITED)
+    lacking = [folder / name for name in edited.get("files", [EDITED]) if not (folder / name).exists()]
+    if lacking:
+        raise FileNotFoundError(f"{lacking[0]} is missing: the edit wrote it there. Make the edit again.")
+    expected, found = edited.get("fingerprint"), fingerprint(open_weights(weights)).digest
     if expected is not None and found != expected:
         raise ValueError(
             f"{weights} is not what the edit wrote: its fingerprint is {found}, and {EDIT_JSON} says {expected}. Make "
@@ -82,18 +125,29 @@ def push(
     card = (folder / CARD).read_text(encoding="utf-8") if (folder / CARD).exists() else model_card(content, base_model)
     if base_model is not None:
         card = with_base_model(card, base_model)
-    files: dict[str, Path | bytes] = {CARD: card.encode(), EDITED: weights}
-    files |= {name: folder / name for name in (EDIT_JSON, PAGE) if (folder / name).exists()}
-    notes = []
-    for name, vector in content["vectors"].items() if vectors else ():
-        path = find(vector["path"])
-        if not is_vector_file(path):
-            notes.append(f"{name} is the checkpoint {path}, and only task vector files are pushed")
-            continue
-        files[f"vectors/{name}.tv.safetensors"] = path
-    changed = changed_inputs(content) if vectors else []
-    if changed:
-        raise ValueError(f"{' '.join(changed)} Make the edit again, or push without vectors (--vectors=false).")
-    sizes = {name: len(file) if isinstance(file, bytes) else file.stat().st_size for name, file in files.items()}
-    url = None if dry_run else upload(files, repository, f"tva edit: {content['recipe']}", private=not public)
-    return Pushed(repository, url, sizes, notes)
+    files: Files = {CARD: card.encode()}
+    kept = [name for name in own_files(folder) if name in edited.get("files", [EDITED]) or name in (EDIT_JSON, PAGE)]
+    files |= {name: folder / name for name in kept if (folder / name).exists() and ".undo." not in f".{name}"}
+    return files, content["recipe"], {name: vector["path"] for name, vector in content["vectors"].items()}
+
+
+def _composed(path: Path, base_model: str | None) -> tuple[Files, str, dict[str, str]]:
+    """Return the files of what `tva compose` wrote, its recipe, and its vectors."""
+    weights = open_weights(path)
+    record = Record.read(weights)
+    found = fingerprint(weights).digest
+    if found != record.edited_fingerprint:
+        raise ValueError(
+            f"{path} is not what tva compose wrote: its fingerprint is {found}, and its record says "
+            f"{record.edited_fingerprint}. Compose it again, so that the card describes what is pushed."
+        )
+    folder = path if path.is_dir() else None
+    facts = card_facts(format_of(path), folder, record.base)
+    if base_model is not None:
+        facts["base_model"] = base_model
+    files: Files = {CARD: composed_card(vars(record), facts).encode()}
+    for file in sorted(path.rglob("*")) if folder else [path]:
+        name = file.relative_to(path).as_posix() if folder else file.name
+        if file.is_file() and name != CARD and not file.name.startswith(".") and ".undo." not in f".{name}":
+            files[name] = file
+    return files, record.recipe, dict(record.vectors)

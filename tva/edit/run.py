@@ -8,7 +8,9 @@ from typing import Any
 
 import lightning as L
 
+from tva.checkpoints import canonical_state_dict
 from tva.edit.folder import check_output
+from tva.edit.form import Form, undo_name
 from tva.edit.gate import prove
 from tva.edit.notes import lacking_on_test
 from tva.edit.options import EditOptions
@@ -45,8 +47,11 @@ def run_edit(trainer: L.Trainer, model: Any, options: EditOptions) -> EditReport
     check_strategy(trainer)
     module = as_module(model)
     goal = without_head(options, module).checked()
-    check_output(options.folder, [*options.inputs, *goal.recipe.files])
-    session = open_session(trainer, module, goal)
+    form = Form.of(module, options.base, options.format)
+    inputs = [*options.inputs, *goal.recipe.files, *([form.source] if form.source else [])]
+    undo = [undo_name(form)] if options.keep_undo else []
+    check_output(options.folder, inputs, [*form.files(canonical_state_dict(module.state_dict())), *undo])
+    session = open_session(trainer, module, goal, form=form)
     for sentence in lacking_on_test(session):  # every rank evaluates
         if trainer.is_global_zero:
             warnings.warn(f"{sentence[0].upper()}{sentence[1:]}.", stacklevel=2)

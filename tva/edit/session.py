@@ -12,6 +12,7 @@ import lightning as L
 from tva.checkpoints import canonical_state_dict, fingerprint
 from tva.edit.editor import Editor, EditState
 from tva.edit.evaluator import Evaluator
+from tva.edit.form import Form
 from tva.edit.opening import load_vector, open_base
 from tva.edit.options import EditOptions, Goal
 from tva.evaluation.batch_cache import BatchCache
@@ -34,6 +35,7 @@ class EditSession:
         vectors: Task vectors by name.
         evaluator: Evaluates states.
         kind: The model's kind; see `tva.vectors.kind`.
+        form: In which the edit is written.
     """
 
     goal: Goal
@@ -41,6 +43,7 @@ class EditSession:
     vectors: Mapping[str, TaskVector]
     evaluator: Evaluator
     kind: str | None
+    form: Form
 
     @functools.cached_property
     def left_out(self) -> list[str]:
@@ -119,6 +122,7 @@ def open_session(
     goal: Goal,
     log: EvaluationLog | None = None,
     metrics: Mapping[str, Sequence[str]] | None = None,
+    form: Form | None = None,
 ) -> EditSession:
     """Set the model to the base, load the task vectors, and check that they fit together.
 
@@ -146,7 +150,7 @@ def open_session(
     log = EvaluationLog(options.log_file, trainer) if log is None else log
     cache = BatchCache(parse_bytes(options.cache, "cache"), options.cache_in)
     evaluator = Evaluator(editor, vectors, log, cache, goal.metrics if metrics is None else metrics)
-    session = EditSession(goal, editor, vectors, evaluator, kind)
+    session = EditSession(goal, editor, vectors, evaluator, kind, form or Form.of(model, options.base, options.format))
     session.state_of(Candidate(tuple(goal.starts.items()))).vector()  # raises on any mismatch before evaluating
     return session
 

@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import platform
+import re
 import shlex
 import sys
 import time
@@ -20,17 +21,19 @@ from tva.checkpoints import (
     HashedWeights,
     Info,
     LazyWeights,
+    NameFilter,
     atomic_path,
     canonical_state_dict,
     fingerprint,
-    open_weights,
-    save_weights,
 )
 from tva.checkpoints.lazy import InMemory, as_real
+from tva.checkpoints.wrappers import network_of
 from tva.compose.apply import write_undo
 from tva.compose.engine import Composer
+from tva.compose.inputs import renamed
 from tva.compose.record import Record
-from tva.edit.folder import MADE_BY, UNDO, replacing
+from tva.edit.folder import MADE_BY, replacing
+from tva.edit.form import undo_name
 from tva.edit.notes import count_trained_on, notes_on
 from tva.edit.options import EditOptions
 from tva.edit.outcome import Outcome
@@ -41,7 +44,7 @@ from tva.evaluation.result import Evaluation
 from tva.report.edit_report import EditReport, Score, TaskReport, stamp
 from tva.report.model_card import model_card
 from tva.report.page import edit_page
-from tva.report.run_files import CARD, CONFIG, EDIT_JSON, EDITED, PAGE
+from tva.report.run_files import CARD, CONFIG, EDIT_JSON, PAGE
 from tva.search import score
 from tva.vectors.kind import KEY
 from tva.vectors.lazy import LazyTaskVector
@@ -98,12 +101,23 @@ def build_report(outcome: Outcome) -> EditReport:
         model=evaluator.facts["model"],
         precision=evaluator.facts["precision"],
         data=evaluator.data(),
-        edited={"path": EDITED, "fingerprint": fingerprint(live).digest} if outcome.holds else None,
+        edited=_edited(outcome, live) if outcome.holds else None,
         created=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         kind=session.kind,
         names=_names(session),
         notes=notes_on(outcome, trained_on),
     )
+
+
+def _edited(outcome: Outcome, live: Mapping[str, Tensor]) -> dict[str, Any]:
+    """Return what is said of the weights that are written."""
+    form, undo = outcome.session.form, outcome.session.options.keep_undo
+    return {
+        "path": form.path,
+        "format": form.format,
+        "files": [*form.files(live), *([undo_name(form)] if undo else [])],
+        "fingerprint": fingerprint(form.named(live)).digest,
+    }
 
 
 def _names(session: EditSession) -> dict[str, Any]:
@@ -170,16 +184,18 @@ def write_edit(report: EditReport, outcome: Outcome) -> EditReport:
     content, config = report.to_json(), getattr(session.editor.trainer, "config", None)
     with replacing(options.folder) as folder:
         if report.holds:
-            record = _record(outcome, live)
-            kind = {KEY: session.kind} if session.kind else {}
-            header = {**record.metadata(), **kind, "tva.command": report.command}
-            save_weights(live, folder / EDITED, header)
+            form, before = session.form, session.editor.base
+            edited = form.named(live)
+            record = _record(outcome, edited)
+            header = {"format": "pt", **record.metadata(), "tva.command": report.command}
+            header |= {KEY: session.kind} if session.kind else {}
+            form.write(folder, live, header)
             if options.keep_undo:
-                before, after = _in_memory(session.editor.base), _in_memory(live)
-                back = Composer(before, {}, session.goal.recipe, 0.0, None, {}).back(after, with_vectors=False)
-                with atomic_path(folder / UNDO) as temporary:
-                    write_undo(temporary, before, back, record)
-            (folder / CARD).write_text(model_card(content), encoding="utf-8")
+                base = form.base(before)
+                back = Composer(base, {}, session.goal.recipe, 0.0, None, {}).back(edited, with_vectors=False)
+                with atomic_path(folder / undo_name(form)) as temporary:
+                    write_undo(temporary, base, back, record, form.config(before))
+            (folder / CARD).write_text(model_card(content, facts=form.facts()), encoding="utf-8")
         if config is not None:
             (folder / CONFIG).write_text(f"{MADE_BY}\n{config}", encoding="utf-8")
         text = json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False)
@@ -213,47 +229,65 @@ def _in_memory(weights: Mapping[str, Tensor]) -> LazyWeights:
 def _record(outcome: Outcome, edited: Mapping[str, Tensor]) -> Record:
     """Make the record that `tva.compose.verify` reads; the vectors' files are read once more for their fingerprints."""
     options, recipe, state = outcome.session.options, outcome.session.goal.recipe, outcome.state
-    base, vectors = outcome.session.editor.base, {name: options.vectors[name] for name in recipe.vectors}
-    opened = _in_memory(base)
+    form, base = outcome.session.form, outcome.session.editor.base
+    vectors = {name: options.vectors[name] for name in recipe.vectors}
+    is_base, before = form.has_base(base), form.base(base)
+    path, names = (form.source or "", form.renaming()) if is_base else _base_beside(outcome)
+    left_out = _left_out(options, form.rest() if is_base else [])
+    given = {"allow_other_base": options.allow_other_base, "key_map": options.key_map}
+    given["only"] = NameFilter(left_out.get("include"), left_out.get("exclude"))
+    opened = before.renamed(renamed(before, form.renaming()))  # as verify opens it
 
     def source(name: str) -> HashedWeights:
         path, vector = vectors[name], outcome.vectors[name]
         if isinstance(path, str):
             with contextlib.suppress(MismatchError):  # of names, which the vector was loaded in spite of
-                other = options.allow_other_base
-                return LazyTaskVector(path, opened, name=name, allow_other_base=other, only=options.only).weights
+                return LazyTaskVector(path, opened, name=name, **given).weights
         return HashedWeights(_in_memory({**vector.deltas, **vector.buffers}))  # as its file would be
 
     sources = {name: source(name) for name in vectors}
-    coefs, digest = dict(state.coefs), fingerprint(base).digest
+    coefs = dict(state.coefs)
     return Record(
         recipe=state.recipe,
         coefs={name: coefs[name] for name in recipe.coefs},
         scaling_coef=state.scaling_coef,
-        dtype="",
-        base=public_path(_base_file(options, base) or _base_beside(options.vectors.values(), digest)),
-        vectors={name: shown_path(path) for name, path in vectors.items()},
+        dtype=form.dtype_of(base) or "",
+        base=public_path(path),
+        vectors={name: shown_path(vector) for name, vector in vectors.items()},
         options={
             "allow_other_base": options.allow_other_base,
-            "key_map": {},
+            "key_map": options.key_map or {},
             "which": {name: found.info.which for name, found in sources.items()},
             "statistics": state.statistics,
-            **options.only.options,
+            **left_out,
+            "names": {"base": names, "edited": form.renaming()},
         },
         vector_fingerprints={name: found.fingerprint().digest for name, found in sources.items()},
         file_fingerprints={path: file.fingerprint().digest for path, file in recipe.files.items()},
-        base_fingerprint=digest,
+        base_fingerprint=fingerprint(before).digest,
         edited_fingerprint=fingerprint(edited).digest,
     )
 
 
-def _base_file(options: EditOptions, base: Mapping[str, Tensor]) -> str:
-    """Return the base that was given, or an empty string where it lacks names of the model that take no part."""
-    whole = options.base is not None and (not options.only.options or open_weights(options.base).keys() == base.keys())
-    return str(options.base) if whole else ""
+def _left_out(options: EditOptions, rest: Iterable[str]) -> dict[str, list[str]]:
+    """Return the patterns of names that take no part, those among them that the base has and the model has not."""
+    patterns = dict(options.only.options)
+    more = [rf"(^|[.]){re.escape(name)}$" for name in rest]
+    return {**patterns, "exclude": [*patterns.get("exclude", []), *more]} if more else patterns
 
 
-def _base_beside(vectors: Iterable[str | TaskVector], digest: str) -> str:
-    """Return the base that TaskVectorCallback wrote beside a vector, found by its name, or an empty string."""
-    places = [Path(path).parent / f"base-{digest}.safetensors" for path in vectors if isinstance(path, str)]
-    return next((str(place) for place in places if place.is_file()), "")
+def _base_beside(outcome: Outcome) -> tuple[str, tuple[str, str]]:
+    """Return the base that TaskVectorCallback wrote beside a vector, found by its name, or an empty string.
+
+    Returns:
+        Its path, and what to strip from its names, and to add, to get the model's.
+    """
+    base, paths = outcome.session.editor.base, outcome.session.options.vectors.values()
+    prefix, _ = network_of(outcome.session.editor.model)
+    for strip in dict.fromkeys(("", prefix)):
+        digest = fingerprint({name.removeprefix(strip): tensor for name, tensor in base.items()}).digest
+        places = [Path(path).parent / f"base-{digest}.safetensors" for path in paths if isinstance(path, str)]
+        found = next((str(place) for place in places if place.is_file()), "")
+        if found:
+            return found, ("", strip)
+    return "", ("", "")

@@ -5,16 +5,15 @@ from __future__ import annotations
 import difflib
 import re
 import warnings
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any, TypedDict
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from tva.checkpoints import LazyWeights, canonical_state_dict, open_weights
-from tva.checkpoints.names import match_state
-from tva.errors import some
+from tva.checkpoints import LazyWeights, canonical_state_dict, open_finetuned, open_weights
+from tva.errors import MismatchError, some
 from tva.models.tangent import linearize
 from tva.vectors.kind import KEY, TANGENT
 
@@ -73,13 +72,24 @@ def adapt(
     if weights is not None:
         opened = open_weights(weights)
         _check_kind(opened, tangent)
-        module.load_state_dict(dict(match_state(opened, canonical_state_dict(module.state_dict()))), strict=True)
+        module.load_state_dict(dict(_named(opened, weights, module)), strict=True)
     if train_only is not None:
         chosen = select(getattr(module, part), train_only)
         for name, parameter in getattr(module, part).named_parameters():
             parameter.requires_grad_(parameter.requires_grad and name in chosen)
     if lora is not None:
         setattr(module, part, add_lora(getattr(module, part), lora))
+
+
+def _named(opened: LazyWeights, path: str, module: nn.Module) -> Mapping[str, Tensor]:
+    """Return weights under a module's names, which may have a wrapper's prefix more, and tied tensors twice."""
+    live = canonical_state_dict(module.state_dict())
+    if opened.keys() == live.keys():
+        return opened
+    try:
+        return open_finetuned(path, live, advice="Give a checkpoint of this network")
+    except MismatchError as error:
+        raise MismatchError(f"weights={path!r}: {error}") from error
 
 
 def _check_kind(weights: LazyWeights, tangent: bool) -> None:

@@ -72,6 +72,12 @@ class ClipClassifier(FrozenHeadClassifier):
             return open_clip.image_transform(self.encoder.image_size, is_train=True)
         return open_clip.transform.image_transform_v2(open_clip.transform.PreprocessCfg(**settings), is_train=True)
 
+    @property
+    def source(self) -> str | None:
+        """Folder or hub repository that the model was loaded from, if it was one."""
+        kind, _, place = self._base[0].partition(":")
+        return {"local-dir": place, "hf-hub": f"hf://{place}"}.get(kind) if self._base[1] is None else None
+
     def load_base(self) -> nn.Module:
         return load_clip(*self._base)[0].visual.eval()
 

@@ -15,6 +15,7 @@ from tva.evaluation.measures import LoaderTask, measures_of
 from tva.models.huggingface import import_transformers, load_sentence_transformer, quiet
 from tva.models.trained import open_model
 
+POOLER = "pooler."  # of the names of what encoders of transformers have, and few folders
 TARGETS = ("labels", "label", "targets", "target")  # keys of a batch that holds them
 
 
@@ -102,7 +103,8 @@ def predict(network: nn.Module, batch: Any) -> tuple[Any, Any]:
 def own_state(model: nn.Module, path: str) -> dict[str, Tensor] | None:
     """Load a folder by the library that a network is of, and return its state dict; None where it is of none.
 
-    Some networks of transformers have other names in memory than in their folders, such as ViT's.
+    Some networks of transformers have other names in memory than in their folders, such as ViT's. A pooler, which
+    folders of other classes lack, is left out there.
 
     Args:
         model: A network of transformers, or a module that holds one.
@@ -118,9 +120,10 @@ def own_state(model: nn.Module, path: str) -> dict[str, Tensor] | None:
             loaded, info = type(network).from_pretrained(path, dtype=torch.float32, output_loading_info=True)
     except (OSError, ValueError, RuntimeError, KeyError):
         return None
-    if info["missing_keys"]:  # which would be random
+    missing = set(info["missing_keys"])  # which would be random
+    if any(not name.startswith(POOLER) for name in missing):
         return None
-    return {name: tensor.detach() for name, tensor in loaded.state_dict().items()}
+    return {name: tensor.detach() for name, tensor in loaded.state_dict().items() if name not in missing}
 
 
 def _split(batch: Any) -> tuple[Any, Any]:

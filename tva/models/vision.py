@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import os
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -13,7 +14,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from tva.arithmetic import check_same
-from tva.checkpoints import open_weights
+from tva.checkpoints import model_folder, open_weights
 from tva.errors import some
 from tva.models.classifier import FrozenHeadClassifier
 
@@ -65,6 +66,15 @@ class VisionClassifier(FrozenHeadClassifier):
         self._base = (name, pretrained, image_size, batch_norm)
         self.encoder, self.image_transform = load_encoder(*self._base)
         self._finish()
+
+    @property
+    def source(self) -> str | None:
+        """Folder that the network was loaded from, or the file of its weights in such a folder."""
+        name, pretrained = self._base[:2]
+        if isinstance(pretrained, str):
+            path = os.path.expandvars(pretrained)
+            return path if model_folder(Path(path)) is not None else None
+        return name.partition(":")[2] if name.startswith("local-dir:") else None
 
     def load_base(self) -> nn.Module:
         return load_encoder(*self._base)[0].to(memory_format=torch.channels_last)

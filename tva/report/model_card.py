@@ -14,16 +14,80 @@ from tva.report.series import Content, coefficient, formula, interval, number
 MADE_BY = "<!-- made by tva from edit.json, and rewritten by every edit into this folder -->"
 
 
-def model_card(content: Content, base_model: str | None = None) -> str:
+LOADING = {  # how a form of weights is loaded from the folder that the card is in
+    "state_dict": 'from tva import open_weights\n\nmodel.load_state_dict(dict(open_weights("{}")))',
+    "lightning": 'model = YourModule.load_from_checkpoint("{}")',
+    "transformers": "from transformers import AutoModel  # or the class that config.json names\n\n"
+    'model = AutoModel.from_pretrained("{}")',
+    "sentence_transformers": "from sentence_transformers import SentenceTransformer\n\n"
+    'model = SentenceTransformer("{}")',
+    "timm": 'import timm\n\nmodel = timm.create_model("local-dir:{}", pretrained=True)',
+    "open_clip": 'import open_clip\n\nmodel = open_clip.create_model("local-dir:{}")',
+}
+
+
+def model_card(content: Content, base_model: str | None = None, facts: Mapping[str, Any] | None = None) -> str:
     """Write the model card of an edit.
 
     Args:
         content: Its ``edit.json``.
         base_model: The base's repository on the hub; by default the one it was opened from.
+        facts: Further metadata: ``library_name``, ``pipeline_tag``, ``license`` …
     """
-    from huggingface_hub import EvalResult, ModelCardData
+    head = _metadata(content["recipe"], {"base_model": hub_repository(content["base"]["path"]), **(facts or {})})
+    if base_model is not None:
+        head.base_model = base_model
+    head.eval_results = _results(content)
+    return f"---\n{_yaml(head)}\n---\n{MADE_BY}\n\n{_body(content)}"
 
-    name = f"edited by {content['recipe']}"
+
+def composed_card(record: Mapping[str, Any], facts: Mapping[str, Any]) -> str:
+    """Write the model card of what `tva compose` wrote, which was not evaluated.
+
+    Args:
+        record: Attributes of its record; see `tva.compose.record`.
+        facts: As in `model_card`.
+    """
+    rows = [["`base`", f"`{record['base']}`", record["base_fingerprint"]]]
+    rows += [
+        [f"`{name}`", f"`{path}`", record["vector_fingerprints"].get(name, "")]
+        for name, path in record["vectors"].items()
+    ]
+    coefs = {"scaling_coef": record["scaling_coef"], **record["coefs"]}
+    numbers = ", ".join(f"`{name}` = {coefficient(value)}" for name, value in coefs.items())
+    body = [
+        f"# `{record['recipe']}`",
+        "",
+        "A model edited by arithmetic on its weights. It was not evaluated by tva.",
+        "",
+        f"Recipe `{record['recipe']}` with {numbers}, by tva {record['version']}.",
+        "",
+        *_table(["name", "from", "fingerprint"], rows),
+        "",
+        f"The weights have the fingerprint {record['edited_fingerprint']}; `tva verify` computes them again.",
+        "",
+    ]
+    return f"---\n{_yaml(_metadata(record['recipe'], facts))}\n---\n{MADE_BY}\n\n" + "\n".join(body)
+
+
+def _metadata(recipe: str, facts: Mapping[str, Any]) -> Any:
+    from huggingface_hub import ModelCardData
+
+    known = {"library_name": "pytorch", **facts}
+    tags = ["task-arithmetic", "task-vectors", "model-editing", "merge"]
+    return ModelCardData(**known, base_model_relation="merge", tags=tags, model_name=f"edited by {recipe}")
+
+
+def _yaml(data: Any) -> str:
+    if data.base_model is None:
+        data.pop("base_model_relation")
+    return str(data.to_yaml())
+
+
+def _results(content: Content) -> list[Any]:
+    """Return the scores of an edit as the hub's ``model-index``."""
+    from huggingface_hub import EvalResult
+
     results = []
     for task, entry in content["tasks"].items():
         known = {key: entry["edited"][key] for key in ("low", "high") if entry["edited"].get(key) is not None}
@@ -45,18 +109,7 @@ def model_card(content: Content, base_model: str | None = None) -> str:
                 },
             )
         )
-    several = len(content["vectors"]) > 1
-    data = ModelCardData(
-        base_model=base_model or hub_repository(content["base"]["path"]),
-        base_model_relation="merge" if several else "finetune",
-        library_name="pytorch",
-        tags=["task-arithmetic", "task-vectors", "model-editing", *(["merge"] if several else [])],
-        model_name=name,
-        eval_results=results,
-    )
-    if data.base_model is None:
-        data.pop("base_model_relation")
-    return f"---\n{data.to_yaml()}\n---\n{MADE_BY}\n\n{_body(content)}"
+    return results
 
 
 def hub_repository(path: str | None) -> str | None:
@@ -73,7 +126,7 @@ def hub_repository(path: str | None) -> str | None:
 def _body(content: Content) -> str:
     base = content["base"]
     start = f"`{base['path']}`" if base["path"] else f"the weights of `{content.get('model')}`"
-    weights = (content.get("edited") or {}).get("path", "edited.safetensors")
+    edited = content.get("edited") or {}
     inputs = [["`base`", start, base["fingerprint"]]]
     inputs += [
         [f"`{name}`", f"`{vector['path']}`", vector["fingerprint"]] for name, vector in content["vectors"].items()
@@ -127,9 +180,7 @@ def _body(content: Content) -> str:
             "## Use, and make again",
             "",
             "```python",
-            "from tva import open_weights",
-            "",
-            f'model.load_state_dict(dict(open_weights("{weights}")))',
+            *LOADING.get(edited.get("format"), LOADING["state_dict"]).format(edited.get("path")).splitlines(),
             "```",
             "",
             "```bash",
@@ -186,7 +237,16 @@ def with_base_model(card: str, base_model: str) -> str:
     from huggingface_hub import ModelCard
 
     made = ModelCard(card)
-    several: Mapping[str, Any] | list[str] = made.data.tags or []
     made.data.base_model = base_model
-    made.data.base_model_relation = "merge" if "merge" in several else "finetune"
+    made.data.base_model_relation = "merge"
     return str(made)
+
+
+def metadata_of(card: str) -> dict[str, Any]:
+    """Return the metadata of somebody's card; empty where there is none that can be read."""
+    from huggingface_hub import ModelCard
+
+    try:
+        return dict(ModelCard(card).data.to_dict())
+    except Exception:  # a stranger's YAML is parsed: it may provoke any
+        return {}

@@ -49,10 +49,12 @@ def open(path: Path, which: Which = "checkpoint") -> LazyWeights:
     lightning = isinstance(content, Mapping) and "pytorch-lightning_version" in content
     options = content.get("hyper_parameters") if lightning else None
     tangent = isinstance(options, Mapping) and options.get("tangent") is True  # as tva.models have it
+    header = content.get("tva") if lightning else None  # as `tva edit` writes it
+    known = {k: v for k, v in header.items() if isinstance(v, str)} if isinstance(header, Mapping) else {}
     return LazyWeights(
         Info(path, "Lightning checkpoint" if lightning else "PyTorch file", which_info, tuple(notes)),
         entries,
-        {"tva.kind": "tangent"} if tangent else None,
+        {**known, **({"tva.kind": "tangent"} if tangent else {})},
     )
 
 

@@ -2,20 +2,73 @@
 
 from __future__ import annotations
 
+import os
+import sys
+
 from tva.console import make_console, print_line
 from tva.edit.push import Pushed, push
 
-HELP = "upload an edit's weights, task vectors and model card to the Hugging Face Hub"
+HELP = "upload edited weights, their task vectors and a model card to the Hugging Face Hub"
 ORDER = "run repository"
-run = push
 
 
-def show(result: Pushed) -> None:
-    """Print which files were uploaded."""
+def run(
+    run: str | os.PathLike[str],
+    repository: str,
+    *,
+    base_model: str | None = None,
+    vectors: bool = True,
+    public: bool = False,
+    dry_run: bool = False,
+    yes: bool = False,
+) -> Pushed:
+    """Upload edited weights, their task vectors and a model card in one commit, after a question.
+
+    Args:
+        run: Folder of a finished edit, with its ``edit.json``; or what ``tva compose`` wrote, a folder or a file.
+        repository: ``owner/name`` on the hub; made, private, if there is none.
+        base_model: ``owner/name`` of the base on the hub, for the card.
+        vectors: Upload the recipe's task vectors too, as ``vectors/NAME.tv.safetensors``.
+        public: Make a new repository public.
+        dry_run: Send nothing; list what would be uploaded.
+        yes: Upload without asking.
+
+    Returns:
+        What went up.
+
+    Raises:
+        ValueError: There are no weights to push, they or a vector are not those that the card describes, or nobody is
+            there to be asked.
+        OSError: The hub cannot be reached, or refuses.
+    """
+    options = {"base_model": base_model, "vectors": vectors, "public": public}
+    planned = push(run, repository, dry_run=True, **options)
+    if dry_run:
+        return planned
+    if not yes:
+        _list(planned)
+        who = "everybody, if the repository is new" if public else "whoever may read the repository"
+        if not sys.stdin.isatty():
+            raise ValueError(
+                f"These files would be published in {repository}, and nobody is there to be asked. Check them with "
+                f"--dry_run, then give --yes."
+            )
+        print(f"Upload these files to {repository}, for {who}? [y/N] ", end="", file=sys.stderr, flush=True)
+        if sys.stdin.readline().strip().lower() not in ("y", "yes"):
+            return planned
+    return push(run, repository, **options)
+
+
+def _list(result: Pushed) -> None:
     console = make_console()
     for name, size in result.files.items():
         print_line(console, f"{size:>14,} bytes  {name}")
     for note in result.notes:
         print_line(console, f"left out: {note}")
+
+
+def show(result: Pushed) -> None:
+    """Print which files were uploaded."""
+    _list(result)
     sent = f"pushed: {result.url}" if result.url else f"nothing was sent; this would go to {result.repository}"
-    print_line(console, sent)
+    print_line(make_console(), sent)
