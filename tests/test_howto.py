@@ -69,3 +69,24 @@ def test_any_table(tmp_path, monkeypatch, capsys):
     report = json.loads((tmp_path / "edited/edit.json").read_text())
     assert report["vectors"]["reviews"]["path"] == "runs/reviews/last.tv.safetensors"
     assert {entry["metric"] for entry in report["evaluations"]} == {"accuracy", "loss", "f1_score"}
+
+
+def test_edit_hugging_face(tmp_path, monkeypatch, capsys):
+    found = reviews(60)
+    columns = {"review": found["text"], "sentiment": [["negative", "positive"][label] for label in found["label"]]}
+    columns["part"] = ["train"] * 20 + ["val"] * 20 + ["test"] * 20
+    pandas.DataFrame(columns).to_csv(tmp_path / "reviews.csv", index=False)
+    write_classifier(tmp_path / "base")
+    write_classifier(tmp_path / "toxic", moved=0.1)
+    monkeypatch.chdir(tmp_path)
+    (yaml,) = blocks("edit-hugging-face.md", "yaml")
+    (tmp_path / "edit.yaml").write_text(yaml + "allow_shared_examples: true\ntrainer: {accelerator: cpu}\n")
+    for line in "".join(blocks("edit-hugging-face.md", "bash")).splitlines():
+        main(shlex.split(line)[1:])
+    scope = {}
+    for text in blocks("edit-hugging-face.md", "python"):
+        exec(text, scope)
+    assert scope["tokenizer"]("good film")["input_ids"]
+    files = {path.name for path in (tmp_path / "edited").iterdir()}
+    assert files >= {"config.json", "tokenizer.json", "model.safetensors", "edit.json", "README.md"}
+    assert (tmp_path / "calmer/config.json").exists()

@@ -11,7 +11,7 @@ from tva.checkpoints.peft_adapter import open_adapter, open_finetuned
 from tva.checkpoints.protect import protect
 from tva.checkpoints.quantized import check_not_quantized
 from tva.checkpoints.sharded_writer import Output
-from tva.checkpoints.side_files import model_folder, side_files, weights_stem
+from tva.checkpoints.side_files import fetch_side_files, model_folder, side_files, weights_stem
 from tva.checkpoints.spec import Elements, Spec, dtype_name
 
 __all__ = [
@@ -36,6 +36,7 @@ __all__ = [
     "check_not_quantized",
     "dequantized_entries",
     "dtype_name",
+    "fetch_side_files",
     "find",
     "fingerprint",
     "is_hub",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 from tva.checkpoints.foreign import is_plain_name, read_json
@@ -43,10 +43,7 @@ def fetch(path: str | os.PathLike[str]) -> Path:
         FileNotFoundError: The repository, revision or file does not exist, or cannot be reached.
         ValueError: The path cannot be understood.
     """
-    found = re.fullmatch(r"hf:/+([\w.-]+/[\w.-]+)(?:@([^/]+))?(?:/(.+))?", os.fspath(path))
-    if found is None:
-        raise ValueError(f"{os.fspath(path)!r} is not a path on the hub; write hf://owner/name@revision/file.")
-    repository, revision, file = found.groups()
+    repository, revision, file = _parts(path)
     if file is not None:
         return _with_rest(repository, _download(repository, file, revision), file, revision)
     unreachable: _Unreachable | None = None
@@ -66,6 +63,30 @@ def fetch(path: str | os.PathLike[str]) -> Path:
         f"{_place(repository, revision)} holds none of {some(NAMES, limit=len(NAMES))}. Name the file: "
         f"hf://{repository}{'@' + revision if revision else ''}/FILE."
     )
+
+
+def fetch_beside(path: str | os.PathLike[str], choose: Callable[[list[str]], list[str]]) -> None:
+    """Download what is beside the weights of a repository, of the same commit, unless it is in the local cache.
+
+    Where the hub cannot be asked what there is, what the cache has is all there is.
+
+    Args:
+        path: As for `fetch`, which is called first.
+        choose: Which of the repository's files are wanted, by their paths there.
+    """
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError, HTTPError, OfflineModeIsEnabled
+
+    local = fetch(path)
+    repository = _parts(path)[0]
+    commit = next((part for part in reversed(local.parts) if re.fullmatch("[0-9a-f]{40}", part)), None)
+    try:
+        names = HfApi().list_repo_files(repository, revision=commit)
+    except (HfHubHTTPError, HTTPError, OfflineModeIsEnabled, ConnectionError):
+        return
+    for name in choose(names):
+        with contextlib.suppress(_Missing):
+            _download(repository, name, commit)
 
 
 def push(path: str | os.PathLike[str], repository: str) -> None:
@@ -129,6 +150,14 @@ def _asking(repository: str) -> Iterator[None]:
         raise OSError(f"The hub refused {repository}: {error}") from error
     except HTTPError as error:  # of the library that the client is built on, which has changed before
         raise OSError(f"The hub cannot be reached for {repository}: {error}") from error
+
+
+def _parts(path: str | os.PathLike[str]) -> tuple[str, str | None, str | None]:
+    """Return the repository, the revision and the file that a path names."""
+    found = re.fullmatch(r"hf:/+([\w.-]+/[\w.-]+)(?:@([^/]+))?(?:/(.+))?", os.fspath(path))
+    if found is None:
+        raise ValueError(f"{os.fspath(path)!r} is not a path on the hub; write hf://owner/name@revision/file.")
+    return found[1], found[2], found[3]
 
 
 class _Missing(FileNotFoundError):

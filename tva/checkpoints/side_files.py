@@ -5,14 +5,15 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping
 from fnmatch import fnmatch
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from tva._torch import torch
 from tva.checkpoints.dequantized import EDITED
 from tva.checkpoints.folder import is_undo, weights_file
 from tva.checkpoints.foreign import read_json
-from tva.checkpoints.formats.sentence_transformers import part_of_names
+from tva.checkpoints.formats.sentence_transformers import MODULES, part_of_names
+from tva.checkpoints.hub import fetch_beside, is_hub
 from tva.checkpoints.spec import dtype_name
 
 WEIGHTS = (
@@ -98,6 +99,26 @@ def _changes(config: Mapping[str, Any], dtype: torch.dtype | str | None, untied:
     if untied:
         changed["tie_word_embeddings"] = False
     return {key: value for key, value in changed.items() if key in config}
+
+
+def fetch_side_files(base: str) -> None:
+    """Download what `side_files` finds of a base on the hub, and the weights of a model's other sub-folders.
+
+    Args:
+        base: Its path; nothing is done for one that is on this machine.
+    """
+    if not is_hub(base):
+        return
+
+    def choose(names: list[str]) -> list[str]:
+        paths = [PurePosixPath(name) for name in names]
+        plain = [path for path in paths if not any(fnmatch(p, of) for p in path.parts for of in OF_TRAINING)]
+        modules = {path.parent for path in plain if path.name == "config.json"} if MODULES in names else set()
+        wanted = [path for path in plain if path.suffix not in WEIGHTS and not path.name.endswith(".index.json")]
+        wanted += [path for path in plain if path.name == "model.safetensors" and path.parent in modules]
+        return [path.as_posix() for path in wanted]
+
+    fetch_beside(base, choose)
 
 
 def weights_stem(base: Path) -> str:

@@ -21,6 +21,7 @@ from tva.checkpoints import (
     LazyWeights,
     NameFilter,
     Output,
+    fetch_side_files,
     find,
     protect,
     weights_stem,
@@ -176,6 +177,8 @@ def compose(
     vectors = {name: os.fspath(path) for name, path in vectors.items()}
     given = {**vectors, BASE: base}
     _check_output(output, scaling_coef)
+    if Path(output).suffix != ".safetensors":
+        fetch_side_files(base)
     _check_tokenizer_side(tokenizer, given, new_rows)
     checked = Recipe(recipe, input_names(vectors, slices), coefs, with_base=True)
     outputs = [Path(output), *([undo_path(Path(output))] if keep_undo else [])]

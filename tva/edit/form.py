@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import pickle
 import shutil
 import tempfile
@@ -23,6 +24,7 @@ from tva.checkpoints import (
     Output,
     canonical_names,
     canonical_state_dict,
+    fetch_side_files,
     find,
     match_names,
     model_folder,
@@ -78,8 +80,11 @@ def source_of(model: L.LightningModule) -> str | None:
     """Return the checkpoint that a model's network was loaded from, as far as it says so."""
     _, network = network_of(model)
     known: Any = getattr(model, "source", None) or getattr(network, "name_or_path", None)
+    if not known and type(model).__module__.startswith("tva."):  # of which some are made from a folder
+        known = model.hparams.get("path") or model.hparams.get("name")
     if not isinstance(known, str) or not known:
         return None
+    known = os.path.expandvars(os.path.expanduser(known.removeprefix("local-dir:")))
     if Path(known).exists() or known.startswith("hf://"):
         return known
     commit = getattr(getattr(network, "config", None), "_commit_hash", None)
@@ -135,6 +140,8 @@ class Form:
             return cls("state_dict", model, names={name: name for name in live})
         source = base or source_of(model)
         template = None if source is None else find(source)
+        if source is not None:
+            fetch_side_files(source)
         found: Format = "state_dict" if template is None else format_of(template)
         form = cls(asked or found, model, source, template)
         if form.format != found and not (form.format == "state_dict" and template is None):
