@@ -158,6 +158,22 @@ def test_check_fails_where_an_effect_is_not_shown(made, capsys, tmp_path):
     assert "not shown" in capsys.readouterr().out
 
 
+def test_an_interruption_ends_the_run_whatever_else_was_asked_for(tmp_path, monkeypatch, capsys):
+    file, ran = own_experiment(tmp_path), []
+
+    def interrupted(command, log, worker):
+        ran.append(command)
+        log.touch()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(fit_many, "run_process", interrupted)
+    with pytest.raises(SystemExit) as stop:
+        main(["paper", "run", str(file), str(file), "--output", str(tmp_path / "out"), "--devices", "cpu"])
+    assert stop.value.code == 130
+    assert len(ran) == 1
+    assert capsys.readouterr().out.count("blobs, small: 4 fits") == 1
+
+
 def test_an_edit_of_another_config_is_kept_until_redo(made, capsys, tmp_path, monkeypatch):
     file, output, _, words = made
     content = yaml.safe_load(file.read_text())

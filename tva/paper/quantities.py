@@ -97,6 +97,7 @@ QUANTITIES: dict[str, Quantity] = {
     "target.normalized_random": _divided("random"),
     "control.finetuned": _finetuned_elsewhere,
     "scaling_coef": lambda content: float(content["coefficients"]["scaling_coef"]),
+    "holds": lambda content: float(content["holds"]),
     "cosine.mean": _cosine,
     "pairs.normalized": _subsets("pairs", "normalized"),
     "pairs.coef": _subsets("pairs", "λ"),

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+import os
+import platform
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -203,9 +205,30 @@ def effects_of(scale: Scale, made: Sequence[Made], confidence: float = 0.95) -> 
         )
 
 
-def ledger(rows: Sequence[Row], effects: Sequence[Effect], made: Sequence[tuple[Scale, Made]]) -> dict[str, Any]:
-    """Return everything behind a table as plain values."""
+def find_fits(output: Path, setups: Iterable[str]) -> list[dict[str, Any]]:
+    """Return the finished fits of setups: task, seed, seconds and the metric that each reached."""
+    found = []
+    for setup in sorted(set(setups)):
+        for file in sorted((output / "fits" / setup).glob(f"*/seed=*/{DONE}")):
+            seed = file.parent.name.removeprefix("seed=")
+            if seed.isdecimal():
+                done = json.loads(file.read_text())
+                place = {"setup": setup, "task": file.parent.parent.name, "seed": int(seed)}
+                found.append({**place, "seconds": done["seconds"], "metric": done["metric"]})
+    return found
+
+
+def ledger(
+    rows: Sequence[Row],
+    effects: Sequence[Effect],
+    made: Sequence[tuple[Scale, Made]],
+    fits: Sequence[Mapping[str, Any]] = (),
+) -> dict[str, Any]:
+    """Return everything behind a table as plain values, without paths of this machine."""
+    machine = {"cpus": os.cpu_count(), "machine": platform.machine(), "threads": os.environ.get("OMP_NUM_THREADS")}
     return {
+        "machine": machine,
+        "fits": list(fits),
         "rows": [{**asdict(row), "difference": row.difference} for row in rows],
         "effects": [{**asdict(effect), "holds": effect.holds} for effect in effects],
         "edits": [
@@ -215,6 +238,7 @@ def ledger(rows: Sequence[Row], effects: Sequence[Effect], made: Sequence[tuple[
                 "edit": each.name,
                 "seed": each.seed,
                 "seconds": each.seconds,
+                "vectors": {name: vector["fingerprint"] for name, vector in each.content["vectors"].items()},
                 **{key: each.content[key] for key in _KEPT},
             }
             for scale, each in made
@@ -230,8 +254,6 @@ _KEPT = (
     "baselines",
     "diagnostics",
     "sizes",
-    "vectors",
     "versions",
-    "command",
     "created",
 )

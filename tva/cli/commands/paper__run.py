@@ -107,6 +107,8 @@ def run(
     for each in scales:
         with only_one(Path(output) / each.experiment / each.name, "paper"):
             steps += run_scale(each, Path(output), seeds or each.seeds, data_root or "", executor, redo)
+        if any(step.state == "interrupted" for step in steps):
+            break
     return steps
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from tva.console import make_console, print_line
-from tva.paper.results import Effect, Row, effects_of, find_made, ledger, missing_edits, rows_of
+from tva.paper.results import Effect, Row, effects_of, find_fits, find_made, ledger, missing_edits, rows_of
 from tva.paper.suite import list_experiments, load_experiment
 from tva.paper.table import HEADINGS, cells, write_tables
 from tva.report.table import Column, print_table, words
@@ -72,7 +72,9 @@ def run(
         wanted = " ".join(names) or "any experiment"
         raise ValueError(f"There are no results of {wanted} in {output}. Run `tva paper run NAME --output {output}`.")
     folder = Path(write or output)
-    files = write_tables(folder, rows, ledger(rows, effects, made))
+    files = write_tables(
+        folder, rows, ledger(rows, effects, made, find_fits(Path(output), [each.setup_name for each, _ in results]))
+    )
     if figures:
         from tva.paper.figures import figures_of, write_figures
 
