@@ -8,6 +8,7 @@ import time
 import zipfile
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
@@ -230,6 +231,8 @@ def test_a_deepspeed_rank_of_a_billion_is_not_counted_up_to(tmp_path):
         ({"w": torch.ones(1), 5: torch.ones(1)}, "the name 5 is not text"),
         ({"w": torch.ones(1), "s": torch.eye(2).to_sparse()}, "'s' is a sparse tensor"),
         ({"w": torch.ones(1), "m": torch.ones(2, device="meta")}, "'m' is a tensor without data"),
+        ({"l.w": np.ones(2)}, "in it, of 1 entries, 'l.w' is"),
+        ({"l.w": torch.ones(2).to_sparse()}, "in it, of 1 entries, 'l.w' is a sparse tensor"),
     ],
 )
 def test_the_entry_that_keeps_a_file_from_being_a_state_dict_is_named(tmp_path, content, message):

@@ -10,6 +10,8 @@ from safetensors.torch import load_file, save_file
 from tva import MismatchError, open_weights, save_weights
 from tva.checkpoints import open_adapter, open_finetuned
 from tva.checkpoints.lora import AdapterTensors, Factors
+from tva.compose.apply import compose
+from tva.errors import NoEffectError
 
 peft = pytest.importorskip("peft")
 transformers = pytest.importorskip("transformers")
@@ -204,7 +206,11 @@ def test_a_merged_model_beside_an_adapter_is_mentioned(tmp_path):
     adapt(tmp_path, llama(False), target_modules=["q_proj"])
     base = open_weights(tmp_path / "base")
     save_weights(dict(base), tmp_path / "adapter/model.safetensors")
-    assert "model.safetensors beside the adapter was not read" in str(open_adapter(tmp_path / "adapter", base).info)
+    said = "model.safetensors beside the adapter was not read"
+    assert said in str(open_adapter(tmp_path / "adapter", base).info)
+    arguments = {"base": str(tmp_path / "base"), "vectors": {"a": str(tmp_path / "adapter")}}
+    with pytest.raises(NoEffectError, match=f"every delta is zero.*What was read: .*{said}"):
+        compose(**arguments, recipe="a - a", output=str(tmp_path / "out.safetensors"))
 
 
 @pytest.mark.parametrize(

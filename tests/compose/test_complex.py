@@ -63,7 +63,8 @@ def parts(weights):
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_files_hold_what_memory_gives_bit_for_bit(files, recipe):
     vectors = {name: path for name, path in files.items() if name in Recipe(recipe, "ab").vectors}
-    compose("base.safetensors", vectors, recipe, "out.safetensors", scaling_coef=0.7)
+    report = compose("base.safetensors", vectors, recipe, "out.safetensors", scaling_coef=0.7)
+    assert report.notes == []
     base, edited = open_weights("base.safetensors"), open_weights("out.safetensors")
     taken = {name: TaskVector.between(base, open_weights(path)) for name, path in vectors.items()}
     expected = Recipe(recipe, list(vectors)).evaluate(taken).apply_to(base, 0.7)

@@ -281,6 +281,10 @@ class RealParts(Wrapped):
         return self.entry.spec.real_parts()
 
     @property
+    def written_dtype(self) -> str:
+        return self.spec.dtype_name
+
+    @property
     def dtype(self) -> torch.dtype:  # type: ignore[override]
         return self.spec.dtype
 

@@ -478,7 +478,9 @@ class Composer:
                 "every delta is zero. Check that the vectors are of fine-tuned models rather than of the base, and "
                 "that the recipe does not cancel them"
             )
-        raise NoEffectError(f"The edit {self.recipe.text} changed no element: {why}.")
+        infos = [str(source.weights.info) for source in self.sources.values() if source.weights.info.notes]
+        read = f" What was read: {'; '.join(infos)}." if infos else ""
+        raise NoEffectError(f"The edit {self.recipe.text} changed no element: {why}.{read}")
 
 
 @contextmanager

@@ -193,7 +193,9 @@ def _only_part(path: Path, content: Any) -> str:
 def _what_is_wrong(content: Any) -> str:
     """Name the entries that keep a mapping with tensors from being a state dict, with what to do."""
     part = content.get("state_dict", content) if isinstance(content, Mapping) else content
-    if not isinstance(part, Mapping) or not any(isinstance(value, Entry) for value in part.values()):
+    values = list(part.values()) if isinstance(part, Mapping) else []
+    in_place = bool(values) and all(isinstance(value, (Entry, Inert, Tensor)) for value in values)  # of tensors
+    if not in_place and not any(isinstance(value, Entry) for value in values):
         return f"it holds {_describe(content)}. Give a file of weights."
     where = "it" if part is content else "its 'state_dict'"
     wrong = [
