@@ -411,7 +411,6 @@ def test_content_decides_the_format_whatever_the_file_is_called(tmp_path, kind, 
     ("content", "found"),
     [
         (b"", "an empty file"),
-        (b"GGUF\x03\x00\x00\x00", "a GGUF file"),
         (b"\x89HDF\r\n\x1a\n", "an HDF5 file"),
         (b"\x1f\x8b\x08\x00", "a gzip file: unpack it"),
         (b"version https://git-lfs.github.com/spec/v1\n", "a pointer of Git LFS, which 'git lfs pull' replaces"),
