@@ -148,6 +148,20 @@ def test_options_of_an_edit_keep_their_causes(own, capsys):
     assert (status, """Write --subject_to='["a/accuracy>=3"]', or --subject_to+=VALUE for each.""" in text) == (2, True)
 
 
+def test_what_a_models_constructor_raises_is_the_message(own, capsys):
+    words = [
+        "edit",
+        "--model=TransformersModel",
+        "--model.path=./nowhere",
+        "--recipe=a",
+        "--vectors.a=b",
+        "--output=out",
+    ]
+    status, text = fails(capsys, *words, "--targets.a=small_models.Blobs")
+    assert status == 2
+    assert text.startswith("tva: error: A folder with config.json and weights was expected at ./nowhere, but none is")
+
+
 def test_what_ones_own_code_raises_is_shown_with_its_place(own, capsys):
     status, text = fails(
         capsys, "fit", "--model", "own_project.Wrong", "--data", "small_models.Blobs", "--data.seed=1", *QUICK

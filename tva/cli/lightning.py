@@ -82,7 +82,12 @@ class EditMixin:
     def instantiate_classes(self) -> None:
         if self.subcommand == "edit":
             self.save_config_callback = None  # `edit` writes its configuration beside its report
-        super().instantiate_classes()
+        try:
+            super().instantiate_classes()
+        except ValueError as error:  # jsonargparse's, around what the constructor of an optional class raised
+            if error.__cause__ is None or not str(error).startswith("Does not validate against any of the Union"):
+                raise
+            raise error.__cause__ from error.__cause__.__cause__
 
     def edit(self, **options: Any) -> None:
         """Run the subcommand ``edit``."""
