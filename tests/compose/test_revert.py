@@ -227,7 +227,7 @@ def test_another_edits_undo_file_is_refused(folder):
     write("0.5 * b")
     with pytest.raises(ValueError, match=r"other.undo.safetensors undoes another edit: .* Give the undo file of this"):
         revert("out.safetensors", output="again.safetensors", undo="other.undo.safetensors")
-    with pytest.raises(ValueError, match="base.safetensors is no undo file"):
+    with pytest.raises(ValueError, match="base.safetensors is not an undo file"):
         revert("out.safetensors", output="again.safetensors", undo="base.safetensors")
     save_weights({"w": torch.ones(2)}, "plain.safetensors")
     with pytest.raises(ValueError, match=r"is for a checkpoint of other names than .*plain.safetensors: 'bias'"):

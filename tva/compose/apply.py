@@ -144,7 +144,7 @@ def compose(
             the output has the base's as they are.
         allow_other_kind: Mix vectors of linearized networks (``tangent``) with ordinary ones; the output is then
             marked as an ordinary network's.
-        plan: Write nothing; tell what would be done, from headers only: coefficients, memory, bytes to move.
+        plan: Write nothing; report what would be done, from headers only: coefficients, memory, bytes to move.
         resume: Go on where an interrupted run of the same command stopped; the bytes are the same.
         keep_undo: Write an undo file beside the output, from which ``tva revert`` restores the base bit for bit. With
             ``with_vectors`` it is far smaller, and useless without the same task vector files.

@@ -324,7 +324,7 @@ class Composer:
             yield self._chunk(opened, start), Deltas(opened, start, None if opened.fused else base)
 
     def _chunk(self, opened: OpenedTensor, start: int) -> Chunk:
-        shape = (opened.length,) if opened.whole.is_complex() else opened.spec.sizes  # which is no matrix
+        shape = (opened.length,) if opened.whole.is_complex() else opened.spec.sizes  # which is not a matrix
         return Chunk(opened.name, start, shape=shape)
 
     def _compose(self, name: str, out: Sink) -> None:

@@ -47,7 +47,7 @@ class Parameters:
         Args:
             name: The parameter.
             slot: The source it belongs to, in each slice; None for one that all sources share.
-            default: Where it is not given; without it that is noted as a problem, as is a value that is no number.
+            default: Where it is not given; without it that is noted as a problem, as is a value that is not a number.
         """
         found: Values = {}
         for tensor, where in self.tensors.items():

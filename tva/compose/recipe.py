@@ -86,7 +86,7 @@ class Recipe(Expression):
         coefs: Names of the coefficients it uses, with their values as given.
 
     Raises:
-        RecipeError: It is no expression of task vectors, or uses an unknown name.
+        RecipeError: It is not an expression of task vectors, or uses an unknown name.
 
     Example:
         >>> import torch
@@ -359,7 +359,7 @@ class Recipe(Expression):
             states: From `observe`.
             sources: What identifies each vector.
             fresh: Vectors whose chunk is made afresh each time it is asked for, and may be overwritten.
-            free: Told of each tensor that is no longer needed.
+            free: Called with each tensor that is no longer needed.
         """
         return self._evaluate(self._tree, chunk, deltas, states, sources, fresh, free)[0]
 

@@ -112,7 +112,7 @@ def open_edited(path: str) -> HashedWeights:
 
     Raises:
         FileNotFoundError: Nothing is there.
-        ValueError: It is no checkpoint.
+        ValueError: It is not a checkpoint.
     """
     inside = Path(path) / EDITED
     return HashedWeights(open_weights(inside if inside.exists() else path))
@@ -132,7 +132,7 @@ def check_inputs(output: str, paths: Mapping[str, str], others: Mapping[str, str
     """
     unknown = sorted(others.keys() - paths.keys())
     if unknown:
-        raise ValueError(f"{unknown[0]} is no input of {output}; its inputs are {', '.join(sorted(paths))}.")
+        raise ValueError(f"{unknown[0]} is not an input of {output}; its inputs are {', '.join(sorted(paths))}.")
     for flag, path in {**paths, **others}.items():
         if not path:
             raise ValueError(

@@ -85,7 +85,7 @@ def stack(made: str, slices: Sequence[Slice], inputs: Mapping[str, LazyWeights])
         inputs: The opened models by name.
 
     Raises:
-        ValueError: An input has not so many layers.
+        ValueError: An input has fewer layers.
         MismatchError: The layers of two inputs have other names or shapes.
     """
     entries: dict[str, Entry] = {}

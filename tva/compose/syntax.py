@@ -64,7 +64,7 @@ class Expression:
         uses_base: Whether the base's own weights are in it.
 
     Raises:
-        RecipeError: It is no expression of task vectors, or uses an unknown name.
+        RecipeError: It is not an expression of task vectors, or uses an unknown name.
     """
 
     def __init__(

@@ -182,7 +182,7 @@ class OpenedUndo:
         metadata: All of its own header.
 
     Raises:
-        ValueError: It is no undo file, or is damaged.
+        ValueError: It is not an undo file, or is damaged.
     """
 
     def __init__(self, path: Path) -> None:
@@ -190,7 +190,7 @@ class OpenedUndo:
         self.metadata = self._blocks.metadata
         if self.metadata.get("tva.format") != FORMAT:
             raise ValueError(
-                f"{path} is no undo file: its header must have tva.format {FORMAT!r}. Give another by --undo."
+                f"{path} is not an undo file: its header must have tva.format {FORMAT!r}. Give another by --undo."
             )
         self.record = Record.read(self._blocks)
         self.block: int = self._fact("block", int)

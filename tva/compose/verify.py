@@ -201,7 +201,7 @@ def _open_again(edited: str, record: Record, base: str, paths: Mapping[str, str]
         recipe,
         record.scaling_coef,
         record.dtype or None,
-        allow_other_base=True,  # whether it is the same base, its fingerprint tells
+        allow_other_base=True,  # whether it is the same base, its fingerprint shows
         key_map=record.options["key_map"],
         include=record.options.get("include"),
         exclude=record.options.get("exclude"),

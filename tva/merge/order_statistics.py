@@ -62,7 +62,7 @@ class OrderStatistics:
 
     The bits of float32 values, turned where negative, are keys that order as the values do. A pass counts how many keys
     are below a window in which a rank is expected, and the keys within it, each by itself: nearly all that has to be
-    done is to compare. Where the window lies says the beginning of the first chunk, and in the second pass a sample of
+    done is to compare. The beginning of the first chunk says where the window is, and in the second pass a sample of
     all; should the rank be outside both times, a third pass counts all that is left coarsely and a fourth finds it. The
     values depend neither on the chunks nor on their order, nor on what was expected. Float64 input is rounded to
     float32.
@@ -154,7 +154,7 @@ class OrderStatistics:
 
 
 class Threshold(OrderStatistics):
-    """Find the magnitude from which on the fraction ``density`` of largest values lies, one at least.
+    """Find the magnitude from which on the fraction ``density`` of largest values is, at least one.
 
     Args:
         density: Fraction of values to keep, in (0, 1].

@@ -54,7 +54,7 @@ class Program(NamedTuple):
     Attributes:
         steps: Shape (steps, 5): kind, count, where the numbers begin, and the two keys.
         numbers: Float32.
-        depth: Values that lie on the stack at most.
+        depth: Values on the stack at most.
         vectors: Those that it loads.
     """
 
