@@ -161,3 +161,10 @@ def test_labels_are_kept_where_a_step_returns_them():
     found = evaluate(trainer(), Predicting(), Blobs(1), "test")
     assert found.labels.tolist() == (torch.arange(60) % 2).tolist()
     assert chance_accuracy(found, found) == pytest.approx(0.5)
+
+
+def test_pairs_have_one_digest_whatever_the_padding():
+    short = torch.tensor([[[5, 6], [7, -1]]])
+    padded = torch.tensor([[[5, 6, -1], [7, -1, -1]], [[5, -1, -1], [7, 8, 9]]])
+    one, other = row_digests((padded, torch.zeros(2)))
+    assert row_digests((short, torch.zeros(1))) == [one] != [other]

@@ -34,6 +34,9 @@ def row_digests(batch: Any) -> list[int]:
         ends = (batch != PADDING).long().mul(torch.arange(1, batch.shape[1] + 1, device=batch.device)).amax(1).tolist()
         rows = [row[:end] for row, end in zip(batch.detach().cpu(), ends, strict=True)]
         return [xxhash.xxh3_64_intdigest(row.contiguous().numpy().tobytes()) for row in rows]
+    if batch.dtype == torch.int64 and batch.ndim == 3:  # pairs: the same bytes, whatever the padding of the batch
+        pairs = [[part[part != PADDING].numpy().tobytes() for part in row] for row in batch.detach().cpu()]
+        return [xxhash.xxh3_64_intdigest(b"".join(pair)) for pair in pairs]
     flat = batch.detach().cpu().contiguous().reshape(len(batch), -1).view(torch.uint8).numpy()
     return [xxhash.xxh3_64_intdigest(row.tobytes()) for row in flat]
 
