@@ -136,3 +136,17 @@ def test_experts_that_are_fused_in_memory_are_recognized(tmp_path):
     with pytest.raises(MismatchError, match="No one prefix") as refused:
         open_finetuned(tmp_path / "t.ckpt", base)
     assert "save_pretrained" not in str(refused.value)
+
+
+@pytest.mark.parametrize("grid", [(2, 3), (1, 1), (8, 1)])
+def test_fused_experts_in_fp8_have_blocks_of_their_own(tmp_path, grid):
+    block = (-(-8 // grid[0]), -(-12 // grid[1]))
+    codes = torch.randn(3, 8, 12).to(torch.float8_e4m3fn)
+    scales = torch.rand(3, *grid)
+    save_weights({"experts.down_proj": codes, "experts.down_proj_scale_inv": scales}, tmp_path / "b.safetensors")
+    weights = open_weights(tmp_path / "b.safetensors")
+    exact = codes.double() * scales.double().repeat_interleave(block[0], 1).repeat_interleave(block[1], 2)[:, :8, :12]
+    assert torch.equal(weights["experts.down_proj"], exact)
+    assert torch.equal(weights.slice("experts.down_proj", 50, 230), exact.reshape(-1)[50:230])
+    again = weights.entry("experts.down_proj").quantized(exact).read()
+    assert (again - exact).norm() <= 0.04 * exact.norm()

@@ -53,7 +53,7 @@ def open_finetuned(
 
     Returns:
         The base's names to the fine-tuned tensors; those of an adapter in float32. Of names that share one tensor in
-        either file, or hold equal ones, it is enough that the other has one. ``info.notes`` tells how names matched.
+        either file, or hold equal ones, it is enough that the other has one. ``info.notes`` says how names matched.
 
     Raises:
         MismatchError: The names cannot be matched.

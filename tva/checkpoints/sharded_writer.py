@@ -343,7 +343,7 @@ class Output:
             self._failed = self._failed or error
 
     def commit(self, metadata: Mapping[str, str], side_files: Mapping[str, bytes | Path]) -> None:
-        """Give the files their names.
+        """Rename the partial files to their final names.
 
         Args:
             metadata: Values of the header to replace, of the same length.
