@@ -89,3 +89,20 @@ def test_a_base_on_the_hub_comes_out_as_one_in_a_folder(mirror, parts):
     assert {asked[name] for name in CARRIED} == {COMMIT}
     assert not asked.keys() & {*LEFT}
     assert verify("out").holds
+
+
+def test_the_tokenizer_of_a_vector_on_the_hub_is_compared_and_comes_along(mirror, tmp_path):
+    rows, base = torch.arange(12.0).view(4, 3), tmp_path / "base"
+    mirror.folder.mkdir(exist_ok=True)
+    base.mkdir()
+    save_weights({"embed_tokens.weight": rows + 1}, mirror.folder / "model.safetensors")
+    save_weights({"embed_tokens.weight": rows[:3]}, base / "model.safetensors")
+    for folder, tokens in ((mirror.folder, "abcd"), (base, "acb")):
+        (folder / "config.json").write_text(json.dumps({"vocab_size": len(tokens)}))
+        (folder / "vocab.txt").write_text("\n".join(tokens) + "\n")
+    with pytest.raises(ValueError, match="2 of 3 ids in both are other tokens"):
+        compose(base, {"a": "hf://owner/net"}, "a", "out", new_rows="keep")
+    (base / "vocab.txt").write_text("a\nb\nc\n")
+    compose(base, {"a": "hf://owner/net"}, "a", "out", new_rows="keep")
+    assert Path("out/vocab.txt").read_text() == "a\nb\nc\nd\n"
+    assert json.loads(Path("out/config.json").read_text())["vocab_size"] == 4

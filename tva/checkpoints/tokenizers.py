@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from tva.checkpoints.foreign import read_json
+from tva.checkpoints.hub import fetch_beside, is_hub
 from tva.errors import MismatchError, some
 
 TOKENIZER_FILES = (
@@ -20,6 +21,12 @@ VOCABULARIES = ("tokenizer.json", "vocab.json", "vocab.txt", "added_tokens.json"
 def tokenizer_files(folder: Path) -> dict[str, Path]:
     """Return a folder's files of a tokenizer, by name."""
     return {name: folder / name for name in TOKENIZER_FILES if (folder / name).is_file()}
+
+
+def fetch_tokenizer(path: str) -> None:
+    """Download the tokenizer and configuration beside weights on the hub; nothing is done for another path."""
+    if is_hub(path):
+        fetch_beside(path, lambda names: [name for name in names if name in (*TOKENIZER_FILES, "config.json")])
 
 
 def token_ids(folder: Path) -> dict[str, int] | None:

@@ -28,6 +28,7 @@ from tva.checkpoints import (
 )
 from tva.checkpoints.formats.gguf import is_gguf
 from tva.checkpoints.formats.sentence_transformers import part_of_names
+from tva.checkpoints.tokenizers import fetch_tokenizer
 from tva.checkpoints.with_adapter import parts_of
 from tva.compose.adapter import AdapterReport, compose_adapter
 from tva.compose.beside import files_beside
@@ -178,7 +179,9 @@ def compose(
     given = {**vectors, BASE: base}
     _check_output(output, scaling_coef)
     if Path(output).suffix != ".safetensors":
-        fetch_side_files(base)
+        fetch_side_files(parts_of(base)[0])
+    for path in vectors.values():
+        fetch_tokenizer(parts_of(path)[0])
     _check_tokenizer_side(tokenizer, given, new_rows)
     checked = Recipe(recipe, input_names(vectors, slices), coefs, with_base=True)
     outputs = [Path(output), *([undo_path(Path(output))] if keep_undo else [])]
