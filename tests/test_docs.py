@@ -96,6 +96,8 @@ def folder(world, tmp_path, monkeypatch):
     shutil.copytree(world, tmp_path / "here", symlinks=True)
     monkeypatch.chdir(tmp_path / "here")
     monkeypatch.syspath_prepend(tmp_path / "here")
+    monkeypatch.setenv("HOME", str(tmp_path))  # for what completes commands
+    monkeypatch.setenv("SHELL", "/bin/bash")
     monkeypatch.setenv("D", "runs/demo")
     monkeypatch.setenv("C", "seed=0/checkpoints")
     monkeypatch.setenv("B", "runs/demo/digits/seed=0/checkpoints/base-0.safetensors")

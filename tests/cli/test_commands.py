@@ -119,7 +119,7 @@ def test_a_file_that_is_not_a_command_is_named(outside, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["merge"], "no command 'merge'; .* Did you mean 'compose'?"),
+        (["merge"], "no command 'merge'\. Did you mean 'compose'?"),
         (["composse"], "Did you mean 'compose'?"),
         (["vectors"], "tva vectors is followed by ls or match."),
         (["vectors", "lst"], "tva vectors is followed by ls or match; found 'lst'."),

@@ -93,5 +93,10 @@ def check_configs(words: Sequence[str]) -> None:
                 check_yaml(read_bytes(path, BYTES).decode())
             except UnicodeDecodeError as error:
                 raise ValueError(f"{path} is not a text in UTF-8: {error}. Save it as one.") from error
+            except yaml.MarkedYAMLError as error:
+                mark = error.problem_mark or error.context_mark
+                where = f", line {mark.line + 1}" if mark is not None else ""
+                problem = error.problem or error.context
+                raise ValueError(f"{path}{where}: not YAML that can be read: {problem}.") from error
             except yaml.YAMLError as error:
                 raise ValueError(f"{path} is not YAML that can be read: {error}.") from error

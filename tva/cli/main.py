@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import atexit
+import difflib
 import gc
 import importlib
 import os
@@ -19,7 +20,6 @@ from typing import TextIO
 from tva.cli.arguments import join_values, take_flag
 from tva.cli.failures import WRONG, describe
 from tva.console import printable
-from tva.errors import did_you_mean
 from tva.plugins import installed, modules_in
 
 COMMANDS = "tva.cli.commands"
@@ -60,6 +60,8 @@ SYNONYMS = {
     "show": "inspect",
     "info": "inspect",
     "upload": "push",
+    "new": "init",
+    "template": "init",
     "list": "vectors ls",
     "ls": "vectors ls",
 }
@@ -136,6 +138,8 @@ def _main(argv: list[str]) -> int:
 
             print(f"tva {__version__}")
             return 0
+        if command == "--install-completion":
+            argv = [command := "completion", *argv[1:], "--install"]
         commands = list_commands()
         if " ".join(argv[:2]) in commands:
             argv = [command := " ".join(argv[:2]), *argv[2:]]
@@ -193,8 +197,9 @@ def _no_command(argv: list[str], commands: dict[str, str]) -> int:
     if within:
         found = f"; found {argv[1]!r}" if argv[1:] else ""
         return _say(f"tva {argv[0]} is followed by {' or '.join(n.split()[1] for n in within)}{found}.", WRONG)
-    near = f" Did you mean {SYNONYMS[argv[0]]!r}?" if argv[0] in SYNONYMS else did_you_mean(argv[0], commands)
-    return _say(f"there is no command {argv[0]!r}; commands are {', '.join(commands)}.{near}", WRONG)
+    meant = next(iter(difflib.get_close_matches(argv[0], [*commands, *SYNONYMS], n=1)), None)
+    near = f" Did you mean {SYNONYMS.get(meant, meant)!r}?" if meant else ""
+    return _say(f"there is no command {argv[0]!r}.{near} 'tva --help' lists all.", WRONG)
 
 
 def _say(message: str, status: int) -> int:

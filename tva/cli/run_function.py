@@ -17,6 +17,7 @@ from types import ModuleType
 from typing import Any
 
 from tva.cli.arguments import name_words
+from tva.cli.config_files import check_files, check_recipe, config_files, with_place
 from tva.cli.explain import explain
 
 
@@ -77,14 +78,17 @@ def _parse(name: str, command: ModuleType, words: list[str]) -> dict[str, Any]:
     from tva.cli.configs import check_configs
 
     check_configs(words)
-    parser, usage = make_parser(name, command), _usage(name, command)
+    parser, usage, files = make_parser(name, command), _usage(name, command), config_files(words)
+    check_files(files, {action.dest.partition(".")[0] for action in parser._actions})
+    if name == "compose":
+        check_recipe(files, words)
     parameters = [parameter for step in _steps(command) for parameter in signature(step).parameters.items()]
     flags = ["json", *(key for key, parameter in parameters if parameter.default is False)]
     try:
         given = parser.parse_args(name_words(words, getattr(command, "ORDER", "").split(), flags, usage))
     except ArgumentError as error:
         names = [action.dest for action in parser._actions]
-        raise ValueError(explain(error.message, name, names, usage)) from error
+        raise ValueError(with_place(explain(error.message, name, names, usage), files)) from error
     return {key: value for key, value in given.as_dict().items() if key != "config"}
 
 

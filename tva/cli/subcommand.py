@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import logging
+import re
+
+from tva.cli.config_files import check_files, check_recipe, config_files, with_place
 from tva.cli.shipped_help import format_help, shipped
 
 
 def run_subcommand(command: str, words: list[str], as_json: bool, about: str) -> bool:
-    """Run a subcommand of LightningCLI, or print its help.
+    """Run a subcommand of LightningCLI, or print its help; mistakes in a config are found before Lightning is imported.
 
     Args:
         command: Such as ``"fit"``.
@@ -21,6 +25,32 @@ def run_subcommand(command: str, words: list[str], as_json: bool, about: str) ->
     if described is not None:
         print(format_help(described))
         return True
+    from tva.cli.configs import check_configs
+
+    check_configs(words)
+    files = config_files(words)
+    if command in shipped():
+        check_files(files, _options(command))
+    if command == "edit":
+        check_recipe(files, words)
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(_is_no_advertisement)
     from tva.cli.lightning import run_lightning
 
-    return run_lightning(command, words, as_json, about)
+    try:
+        return run_lightning(command, words, as_json, about)
+    except ValueError as error:
+        placed = with_place(str(error), files)
+        if placed == str(error):
+            raise
+        raise ValueError(placed) from error
+
+
+def _options(command: str) -> set[str]:
+    """Return the names of a subcommand's options, before the first dot."""
+    flags = [option for _, options in shipped()[command]["groups"] for option, _ in options]
+    return {re.split(r"[ .=,]", flag.partition("--")[2])[0] for flag in flags} | {command}
+
+
+def _is_no_advertisement(record: logging.LogRecord) -> bool:
+    """Whether a log message is not one of Lightning's tips to install another product."""
+    return "Tip: For seamless" not in record.getMessage()

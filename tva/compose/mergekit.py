@@ -305,6 +305,8 @@ class MergekitFile:
 
 def is_mergekit(path: str | os.PathLike[str]) -> bool:
     """Return whether a file is a mergekit configuration rather than options of tva."""
+    if not Path(path).is_file():  # a pipe would be waited for
+        return False
     try:
         text = Path(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError):

@@ -1,0 +1,142 @@
+"""What a newcomer meets: templates, completion, and mistakes in a YAML file, named with file and line at once."""
+
+import logging
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from tva.cli.commands.init import TEMPLATES
+from tva.cli.main import list_commands, main
+
+KINDS = sorted(path.stem for path in TEMPLATES.iterdir())
+
+
+def message(capsys, *words):
+    with pytest.raises(SystemExit) as stop:
+        main(list(words))
+    assert stop.value.code == 2
+    return capsys.readouterr().err
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_init_writes_a_commented_file_that_names_its_command(kind, capsys):
+    main(["init", kind, "--output", "mine.yaml"])
+    text = Path("mine.yaml").read_text()
+    command = text.splitlines()[0].removeprefix("# ")
+    assert f"then run {command}" in capsys.readouterr().out
+    assert command.endswith(" --config mine.yaml")
+    assert text.count("CHANGE") >= 4
+    assert all(len(line) <= 120 for line in text.splitlines())
+    assert yaml.safe_load(text)
+
+
+def test_init_replaces_nothing(capsys):
+    Path("forget.yaml").write_text("mine")
+    assert "forget.yaml is there already and is not replaced" in message(capsys, "init", "forget")
+    assert Path("forget.yaml").read_text() == "mine"
+
+
+def test_a_template_of_an_edit_takes_the_vector_that_the_template_of_a_fit_writes():
+    fit = yaml.safe_load((TEMPLATES / "fit.yaml").read_text())
+    forget = yaml.safe_load((TEMPLATES / "forget.yaml").read_text())
+    checkpoints = fit["trainer"]["callbacks"][1]["init_args"]
+    assert forget["vectors"]["digits"] == f"{checkpoints['dirpath']}/{checkpoints['filename']}.tv.safetensors"
+
+
+MISTAKES = {
+    "recipe: -digits +": "line 9: This is not an expression",
+    "recipe: -digits * digits": "line 9: Two task vectors cannot be multiplied",
+    "recpie: -digits": "line 9: there is no option 'recpie'. Did you mean 'recipe'?",
+    "recipe: [-digits": "line 10: not YAML that can be read: did not find expected",
+    "rule: largest": "line 11: 'rule' is there twice, first in line 9. Keep one.",
+}
+
+
+@pytest.mark.parametrize("wrong", MISTAKES)
+def test_mistakes_in_a_config_are_named_with_their_line_before_lightning_is_imported(wrong):
+    text = (TEMPLATES / "forget.yaml").read_text().replace("recipe: -digits", wrong)
+    Path("forget.yaml").write_text(text)
+    code = (
+        "import sys; from tva.cli.main import main\n"
+        "try: main(['edit', '--config', 'forget.yaml'])\n"
+        "finally: assert not {'torch', 'lightning'} & set(sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 2, done.stderr
+    assert f"tva: error: forget.yaml, {MISTAKES[wrong]}" in done.stderr
+    assert "TVA_DEBUG" not in done.stderr
+
+
+def test_a_value_of_the_wrong_type_is_named_with_its_line(capsys):
+    text = (TEMPLATES / "forget.yaml").read_text().replace("confidence: 0.95", "confidence: high")
+    Path("forget.yaml").write_text(text)
+    assert "forget.yaml, line 13: --confidence must be a number; found 'high'" in message(
+        capsys, "edit", "--config", "forget.yaml"
+    )
+
+
+def test_configs_of_other_commands_are_checked_too(capsys):
+    Path("merge.yaml").write_text((TEMPLATES / "merge.yaml").read_text().replace("ties(a", "tise(a"))
+    found = message(capsys, "compose", "--config", "merge.yaml")
+    assert "merge.yaml, line 9: There is no function 'tise'" in found
+    Path("merge.yaml").write_text("base: a\nvectros: {}\n")
+    assert "merge.yaml, line 2: there is no option 'vectros'. Did you mean 'vectors'?" in message(
+        capsys, "compose", "--config", "merge.yaml"
+    )
+
+
+@pytest.mark.parametrize(("word", "meant"), [("merge", "compose"), ("mrege", "compose"), ("extrct", "extract")])
+def test_another_tools_word_for_a_command_names_ours(word, meant, capsys):
+    assert f"Did you mean '{meant}'?" in message(capsys, word)
+
+
+def complete(script, *words):
+    """Return what bash would offer for the last of some words."""
+    line = " ".join(f"'{word}'" for word in words)
+    code = f"source {script}; COMP_WORDS=({line}); COMP_CWORD={len(words) - 1}; _tva; echo ${{COMPREPLY[@]}}"
+    return subprocess.run(["bash", "-c", code], capture_output=True, text=True, check=True).stdout.split()
+
+
+def test_completion_in_bash_offers_commands_and_their_options(folder, monkeypatch, capsys):
+    monkeypatch.setenv("HOME", str(folder))
+    monkeypatch.setenv("SHELL", "/bin/bash")
+    main(["--install-completion"])
+    script = folder / ".local/share/bash-completion/completions/tva"
+    assert str(script) in capsys.readouterr().out.replace("\n", "")
+    assert set(complete(script, "tva", "")) == {name.split()[0] for name in list_commands()}
+    assert complete(script, "tva", "compose", "--rec") == ["--recipe"]
+    assert complete(script, "tva", "edit", "--trainer.dev") == ["--trainer.devices", "--trainer.devices+"]
+    assert set(complete(script, "tva", "vectors", "")) == {"ls", "match"}
+    assert "--key_map" in complete(script, "tva", "vectors", "match", "--")
+
+
+@pytest.mark.parametrize("shell", ["zsh", "fish"])
+def test_completion_for_other_shells_names_every_command(shell, capsys):
+    main(["completion", shell])
+    shown = capsys.readouterr().out
+    assert all(name.split()[-1] in shown for name in list_commands())
+
+
+def test_completion_of_an_unknown_shell_is_an_error(monkeypatch, capsys):
+    monkeypatch.setenv("SHELL", "/bin/tcsh")
+    assert "Completion is made for 'bash', 'zsh', 'fish'; found 'tcsh'." in message(capsys, "completion")
+
+
+def test_lightnings_advertisements_are_silent_and_its_messages_are_not(capsys):
+    with pytest.raises(SystemExit):
+        main(["fit", "--print_config", "--model", "tva.models.ClipClassifier"])
+    logger = logging.getLogger("lightning.pytorch.utilities.rank_zero")
+    shown = [
+        logger.filter(logging.LogRecord("x", 20, "", 0, text, None, None))
+        for text in ("💡 Tip: For seamless cloud logging, try installing", "GPU available: False")
+    ]
+    assert list(map(bool, shown)) == [False, True]

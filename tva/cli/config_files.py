@@ -1,0 +1,107 @@
+"""Mistakes in YAML files that are found, with file and line, before anything heavy is imported.
+
+The files must have passed `tva.cli.configs.check_configs`, which holds them to limits.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from tva.errors import RecipeError, did_you_mean
+
+_LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+
+
+def config_files(words: Sequence[str]) -> list[Path]:
+    """Return the files that a command line names with ``--config``.
+
+    Example:
+        >>> config_files(["--config", "a.yaml", "--x=1", "--config=b.yaml"])
+        [PosixPath('a.yaml'), PosixPath('b.yaml')]
+    """
+    found = [after for word, after in pairwise(words) if word in ("--config", "-c")]
+    joined = [word.partition("=")[2] for word in words if word.startswith("--config=")]
+    return [Path(name) for name in (*found, *joined)]
+
+
+def check_files(files: Sequence[Path], options: Collection[str]) -> None:
+    """Check that every file is YAML, and that its outermost keys are options.
+
+    Args:
+        files: Files that do not exist are left to the parser.
+        options: Names of the command's options, before the first dot.
+
+    Raises:
+        ValueError: A key is not an option, or is there twice, at the line named.
+    """
+    for file in files:
+        if not file.is_file():
+            continue
+        root = read_nodes(file)
+        if not isinstance(root, yaml.MappingNode):
+            continue  # the parser says what it must be
+        seen: dict[str, int] = {}
+        for key, _ in root.value:
+            name, line = str(key.value), key.start_mark.line + 1
+            if name.partition(".")[0] not in options:
+                near = did_you_mean(name.partition(".")[0], options)
+                raise ValueError(f"{file}, line {line}: there is no option {name!r}.{near}")
+            if name in seen:
+                raise ValueError(f"{file}, line {line}: {name!r} is there twice, first in line {seen[name]}. Keep one.")
+            seen[name] = line
+
+
+def read_nodes(file: Path) -> Any:
+    """Return the YAML nodes of a file that `check_configs` accepts; the nodes know their lines."""
+    return yaml.compose(file.read_text(encoding="utf-8"), Loader=_LOADER)
+
+
+def check_recipe(files: Sequence[Path], words: Sequence[str]) -> None:
+    """Check the expression of a recipe that a file holds together with its vectors.
+
+    Raises:
+        RecipeError: It is not an expression of vectors and coefficients; the file and line are named.
+    """
+    given = {word.lstrip("-").partition("=")[0].partition(".")[0] for word in words if word.startswith("--")}
+    if len(files) != 1 or not files[0].is_file() or given & {"recipe", "vectors", "coefs"}:
+        return  # what the command line gives is checked with the rest
+    root = read_nodes(files[0])
+    top = {key.value: value for key, value in root.value} if isinstance(root, yaml.MappingNode) else {}
+    recipe, vectors = top.get("recipe"), top.get("vectors")
+    if not isinstance(recipe, yaml.ScalarNode) or not isinstance(vectors, yaml.MappingNode):
+        return
+    from tva.compose.syntax import Expression
+
+    names = [str(key.value) for key, _ in vectors.value]
+    others = set(re.findall(r"(?<![\w.'\"])[A-Za-z_]\w*(?!\w*\s*[.(=])", recipe.value)) - set(names) - {"base"}
+    try:
+        Expression(recipe.value, names, dict.fromkeys((name for name in others if name.isidentifier()), 1.0))
+    except RecipeError as error:
+        raise RecipeError(f"{files[0]}, line {recipe.start_mark.line + 1}: {error}") from error
+
+
+def with_place(message: str, files: Sequence[Path]) -> str:
+    """Return a message about an option with the file and line that give it, if one does.
+
+    Example:
+        >>> with_place("--confidence must be a number; found 'high'.", [])
+        "--confidence must be a number; found 'high'."
+    """
+    found = re.match(r"--([\w.]+)", message)
+    for file in files if found else ():
+        node, line = (read_nodes(file), None) if file.is_file() else (None, None)
+        for name in found[1].split("."):
+            pairs = node.value if isinstance(node, yaml.MappingNode) else []
+            match = next(((key, value) for key, value in pairs if key.value == name), None)
+            if match is None:
+                break
+            line, node = match[0].start_mark.line + 1, match[1]
+        if line is not None:
+            return f"{file}, line {line}: {message}"
+    return message
