@@ -39,7 +39,10 @@ SLOW = {
     "howto/paper.md",
 }
 ELSEWHERE = {  # tests of their own
+    "tutorials/own-project.md": "tests/test_howto.py",
     "howto/any-model.md": "tests/test_howto.py",
+    "howto/any-table.md": "tests/test_howto.py",
+    "howto/edit-hugging-face.md": "tests/test_howto.py",
     "tutorials/your-method.md": "tests/merge/test_find.py",
     "howto/paper.md": "tests/paper/test_suite.py",
 }

