@@ -45,6 +45,7 @@ ELSEWHERE = {  # tests of their own
     "howto/edit-hugging-face.md": "tests/test_howto.py",
     "tutorials/your-method.md": "tests/merge/test_find.py",
     "howto/paper.md": "tests/paper/test_suite.py",
+    "howto/forget-texts.md": "tests/cli/test_forget.py",
 }
 FEWER = {  # what a page's commands are given besides, so that they take seconds
     "fit": ["--trainer.max_steps=2", "--trainer.limit_val_batches=1", "--trainer.val_check_interval=2"],

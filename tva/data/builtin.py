@@ -11,7 +11,6 @@ fine-tuning learns. No picture of a set was seen in pre-training, and no real ha
 from __future__ import annotations
 
 import difflib
-import functools
 import io
 import zlib
 from dataclasses import dataclass, field, replace
@@ -127,15 +126,10 @@ def load_builtin(name: str) -> DatasetDict:
         )
     import datasets
 
-    return datasets.DatasetDict(_splits(name))
-
-
-@functools.cache  # a command opens a set once a task, and drawing one takes a second or two
-def _splits(name: str) -> dict[str, Dataset]:
     if name == "digits":
-        return _handwriting()
+        return datasets.DatasetDict(_handwriting())
     counts = {"train": BUILTIN_SETS[name].num_train, "test": BUILTIN_SETS[name].num_test}
-    return {split: _drawn(name, split, count) for split, count in counts.items()}
+    return datasets.DatasetDict({split: _drawn(name, split, count) for split, count in counts.items()})
 
 
 def _handwriting() -> dict[str, Dataset]:

@@ -20,7 +20,7 @@ from tva.evaluation.intervals import (
     resampled_interval,
     resamples,
 )
-from tva.evaluation.metrics import compute
+from tva.evaluation.metrics import KL, compute
 from tva.report.edit_report import Comparison
 
 Split = Literal["val", "test"]
@@ -77,8 +77,11 @@ class Evaluation:
 
         Wilson's of scores that are right or wrong, a bootstrap of another mean over examples or of a metric of
         predictions. None for a metric whose scores by example are not known, whatever its name, and for a metric of
-        predictions with too few examples or with a bias that a bootstrap cannot see past (`calibration_error`).
+        predictions with too few examples or with a bias that a bootstrap cannot see past (`calibration_error`); nor for
+        a divergence from the base of 0, which at the base is no estimate.
         """
+        if metric == KL and not self.scores[metric].any():
+            return None
         if metric in self.scores:
             return mean_interval(self.scores[metric])
         if metric in self.extra:

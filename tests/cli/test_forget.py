@@ -1,0 +1,97 @@
+"""tva forget: what the guide says, on a tiny model."""
+
+import json
+import random
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+import torch
+from small_text import write_model
+
+from tva.cli.commands.forget import divide, write_texts
+from tva.cli.main import main
+
+PAGE = Path(__file__).parents[2] / "docs/howto/forget-texts.md"
+SMALL = shlex.split("--rank 4 --max_steps 60 --learning_rate 1e-2 --block_length 16 --max_kl 0.3 --max_perplexity 3")
+pytestmark = pytest.mark.filterwarnings("ignore:.*does not have many workers.*", "ignore:The number of training")
+
+
+def texts(words, seed, count=300):
+    draw = random.Random(seed)
+    return [" ".join(draw.choice(words) for _ in range(12)) for _ in range(count)]
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_model(Path("my-model"), "causal")
+    Path("insults.txt").write_text("\n".join(texts(["bad", "poor", "awful", "film", "is", "a"], 0)))
+    Path("letters.txt").write_text("\n".join(texts(["good", "fine", "great", "food", "was", "the"], 1)))
+    return tmp_path
+
+
+def status_of(words):
+    try:
+        main(words)
+    except SystemExit as end:
+        return end.code
+    return 0
+
+
+@pytest.mark.slow
+def test_the_guides_commands_forget_and_keep(here, capfd):
+    pytest.importorskip("peft")
+    first, again = re.findall(r"^tva (.*)$", PAGE.read_text(), flags=re.M)
+    assert status_of([*shlex.split(first), *SMALL]) == 0, capfd.readouterr().err
+    report = json.loads((here / "polite-model/edit.json").read_text())
+    forgotten, kept = report["tasks"]["forget"], report["tasks"]["keep"]
+    assert forgotten["edited"]["low"] > forgotten["base"]["high"]
+    assert kept["metric"] == "kl"
+    assert 0 < kept["edited"]["value"] <= 0.3
+    assert [constraint["holds"] for constraint in report["constraints"]] == [True, True]
+    assert "the texts are forgotten: their test loss changes by +" in capfd.readouterr().out
+    assert status_of(shlex.split(again)) == 0
+
+    from transformers import AutoModelForCausalLM
+
+    before, after = (AutoModelForCausalLM.from_pretrained(name) for name in ("my-model", "polite-model"))
+    tokens = torch.tensor([[5, 10, 11, 12]])
+    assert not torch.equal(before(tokens).logits, after(tokens).logits)
+
+
+def test_texts_are_divided_at_random_and_shared_by_no_parts(tmp_path):
+    given = [f"text {number}" for number in range(50)] * 2
+
+    def read(prefix, seed):
+        parts = divide(given, "text", tmp_path / prefix, seed)
+        lines = {part: Path(file).read_text().splitlines() for part, file in parts.items()}
+        return {part: [json.loads(line)["text"] for line in rows] for part, rows in lines.items()}
+
+    found = read("x", 3)
+    assert {part: len(rows) for part, rows in found.items()} == {"train": 40, "val": 5, "test": 5}
+    assert sorted([*found["train"], *found["val"], *found["test"]]) == sorted(set(given))
+    assert read("y", 3) == found != read("z", 4)
+    with pytest.raises(ValueError, match="At least 10 different texts are needed"):
+        divide(["a"] * 20, "text", tmp_path / "z", seed=0)
+
+
+def test_a_model_writes_texts_of_its_own(here):
+    own = write_texts("my-model", 12, 8, seed=1)
+    assert len(set(own)) == 12
+    assert own == write_texts("my-model", 12, 8, seed=1)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("my-model --data insult.txt --output out", "nothing is there. Did you mean insults.txt?"),
+        ("my-model --data insults.txt --output out --max_perplexity 0", "max_perplexity must be a positive multiple"),
+        ("--data insults.txt --output out", "--model must be given"),
+    ],
+)
+def test_mistakes_are_named(here, capsys, words, message):
+    assert status_of(["forget", *words.split(), "--keep", "letters.txt"]) == 2
+    assert message in capsys.readouterr().err
+    assert not Path("out").exists()

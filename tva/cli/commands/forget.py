@@ -1,0 +1,260 @@
+"""The command ``tva forget``: a language model forgets what a file of texts teaches, in one line."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from tva.console import make_console, print_line
+
+HELP = "make a language model forget what texts teach, as far as it still predicts other texts as before"
+ORDER = "model"
+PARTS = {"train": 0.8, "val": 0.1, "test": 0.1}
+NUM_OWN_TEXTS = 200  # that the model writes where no texts to keep are given
+
+
+def run(
+    model: str,
+    data: str,
+    output: str,
+    keep: str | None = None,
+    contrast: str | None = None,
+    max_kl: float = 0.05,
+    max_perplexity: float = 1.05,
+    rank: int = 16,
+    max_steps: int = 150,
+    learning_rate: float = 2e-4,
+    batch_size: int = 8,
+    block_length: int = 64,
+    text_column: str = "text",
+    confidence: float = 0.95,
+    seed: int = 0,
+) -> dict[str, Any]:
+    """Make a language model forget what texts teach, as far as it still predicts other texts as before.
+
+    The model is fine-tuned on the texts, and the task vector is subtracted with the largest coefficient that keeps, on
+    other texts, the divergence from the base's predictions and the perplexity within their limits: chosen on validation
+    texts, proved on test texts, where it is also tested that the model predicts the texts to forget worse. No label is
+    needed. The two steps are ordinary ``tva fit`` and ``tva edit`` commands, whose configurations are kept in
+    ``OUTPUT-work/`` to be changed and run again.
+
+    Args:
+        model: Folder of a causal language model of transformers, or its name on the hub.
+        data: Texts to forget: a ``.txt`` file with one text a line (or ``.txt.gz``), or a parquet, csv or JSON lines
+            file with a column of texts. They are divided at random into training (80 %), validation and test texts.
+        output: Folder for the edited model, which transformers loads, with its report.
+        keep: Texts that the model must predict as before, likewise a file. Without it the model's own are taken: it
+            writes 200 texts from nothing.
+        contrast: Texts of the same style without what is to be forgotten: only what the others teach beyond these
+            is subtracted.
+        max_kl: Largest mean divergence of the edited model's predictions from the base's on the texts to keep, in nats
+            a token.
+        max_perplexity: Largest perplexity on the texts to keep, as a multiple of the base's.
+        rank: Of the LoRA with which the model is fine-tuned (needs ``pip install 'tva[lora]'``); 0 trains all weights.
+        max_steps: Steps of fine-tuning.
+        learning_rate: Peak learning rate.
+        batch_size: Blocks in a step.
+        block_length: Tokens of a block of text.
+        text_column: The column of texts.
+        confidence: One-sided, that both limits hold.
+        seed: Of the division of texts, the training and the model's own texts.
+
+    Raises:
+        FileNotFoundError: A file is not there.
+        ValueError: There are too few texts, or the model cannot be loaded.
+    """
+    allowed = _nats(max_perplexity)
+    work = Path(f"{output.rstrip('/')}-work")
+    work.mkdir(parents=True, exist_ok=True)
+    files = {"forget": divide(data, text_column, work / "forget", seed)}
+    if contrast is not None:
+        files["contrast"] = divide(contrast, text_column, work / "contrast", seed)
+    if keep is None:
+        texts = write_texts(model, NUM_OWN_TEXTS, block_length, seed)
+        files["keep"] = divide(texts, text_column, work / "keep", seed)
+    else:
+        files["keep"] = divide(keep, text_column, work / "keep", seed)
+    tasks = {
+        name: _named("tva.data.LanguageTask", path=paths, name=name, val_split="val", text_column="text",
+                     block_length=block_length, batch_size=batch_size)
+        for name, paths in files.items()
+    }  # fmt: skip
+    trained = ["forget", *(["contrast"] if contrast is not None else [])]
+    options = {"learning_rate": learning_rate, "warmup_steps": max_steps // 10}
+    options |= {"lora": {"r": rank, "alpha": 2 * rank}} if rank else {}
+    for name in trained:
+        fit = {
+            "seed_everything": seed,
+            "model": _named("tva.models.CausalLM", name=model, **options),
+            "data": tasks[name],
+            "trainer": _trainer(work / f"fit-{name}", max_steps),
+        }
+        _call("fit", work / f"fit-{name}.yaml", fit)
+    edit = {
+        "seed_everything": seed,
+        "model": _named("tva.models.CausalLM", name=model),
+        "vectors": {name: str(work / f"fit-{name}/last.tv.safetensors") for name in trained},
+        "recipe": "-forget" if contrast is None else "-(forget - contrast)",
+        "output": output,
+        "rule": "largest",
+        "maximize": "forget/loss",
+        "subject_to": [
+            f"keep/kl <= {max_kl}",
+            f"keep/loss <= base + {allowed:.6g}",
+        ],
+        "confidence": confidence,
+        "targets": {"forget": tasks["forget"]},
+        "controls": {"keep": tasks["keep"]},
+    }
+    holds = _call("edit", work / "edit.yaml", edit)
+    compared = json.loads((Path(output) / "edit.json").read_text())["tasks"]["forget"]["comparison"]
+    return {"output": output, "work": str(work), "holds": holds, "loss_difference": compared}
+
+
+def show(result: dict[str, Any]) -> None:
+    """Print whether the texts are forgotten, and where everything is."""
+    console, change = make_console(), result["loss_difference"]
+    low, high = change["difference_low"], change["difference_high"]
+    said = "are forgotten" if low > 0 else "are not shown to be forgotten"
+    by = f"{change['difference']:+.3g} [{low:+.3g}, {high:+.3g}]"
+    print_line(console, f"the texts {said}: their test loss changes by {by} nats a token")
+    if result["holds"]:
+        print_line(console, f"transformers loads {result['output']}/")
+    print_line(console, f"the steps and their configurations are in {result['work']}/")
+
+
+def finish(result: dict[str, Any]) -> bool:
+    """Return whether the limits hold and the texts are forgotten."""
+    return bool(result["holds"]) and result["loss_difference"]["difference_low"] > 0
+
+
+def _nats(factor: float) -> float:
+    import math
+
+    if not factor > 0:
+        raise ValueError(f"max_perplexity must be a positive multiple of the base's perplexity; found {factor}.")
+    return math.log(factor)
+
+
+def _named(class_path: str, /, **options: Any) -> dict[str, Any]:
+    return {"class_path": class_path, "init_args": options}
+
+
+def _trainer(folder: Path, max_steps: int) -> dict[str, Any]:
+    checkpoint = _named("lightning.pytorch.callbacks.ModelCheckpoint", dirpath=str(folder), filename="last",
+                        enable_version_counter=False)  # fmt: skip
+    return {
+        "max_steps": max_steps,
+        "logger": False,
+        "num_sanity_val_steps": 0,
+        "enable_model_summary": False,
+        "default_root_dir": str(folder),
+        "callbacks": [_named("tva.callbacks.TaskVectorCallback"), checkpoint],
+    }
+
+
+def _call(command: str, path: Path, config: dict[str, Any]) -> bool:
+    """Write a configuration and run its command in this process; return whether its constraints hold."""
+    import yaml
+
+    from tva.cli.main import main
+
+    path.write_text(yaml.safe_dump(config, sort_keys=False))
+    print(f"$ tva {command} --config {path}", flush=True)
+    try:
+        main([command, "--config", str(path)])
+    except SystemExit as stop:
+        if stop.code == 1 and command == "edit":
+            return False
+        raise
+    return True
+
+
+# --- texts
+
+
+def divide(source: str | Sequence[str], column: str, prefix: Path, seed: int) -> dict[str, str]:
+    """Divide texts at random into training, validation and test texts, and write each part to a file.
+
+    Args:
+        source: A file, or the texts.
+        column: The column of texts in a file of a table.
+        prefix: Start of the paths of the files to write.
+        seed: Of the order.
+
+    Returns:
+        Part to file, JSON lines. A text that occurs twice is taken once, so that no part shares one with another.
+
+    Raises:
+        ValueError: There are fewer than 10 texts.
+    """
+    texts = list(dict.fromkeys(source if not isinstance(source, str) else _read(source, column)))
+    if len(texts) < 10:
+        raise ValueError(
+            f"At least 10 different texts are needed for training, validation and test; {source} has {len(texts)}. "
+            f"Give one text a line, or a table with a column of texts."
+        )
+    random.Random(seed).shuffle(texts)
+    first, second = round(len(texts) * PARTS["train"]), round(len(texts) * (PARTS["train"] + PARTS["val"]))
+    parts = dict(zip(PARTS, (texts[:first], texts[first:second], texts[second:]), strict=True))
+    files = {}
+    for part, rows in parts.items():
+        file = prefix.with_name(f"{prefix.name}-{part}.jsonl")
+        file.write_text("".join(f"{json.dumps({'text': text})}\n" for text in rows))
+        files[part] = str(file)
+    return files
+
+
+def _read(path: str, column: str) -> list[str]:
+    from tva.data.loading import load_splits
+
+    found = load_splits(path, None, None, None, False)
+    of_lines, texts = path.endswith((".txt", ".txt.gz")), []
+    for table in found.values():
+        if column not in table.column_names:
+            raise ValueError(
+                f"{path} has no column {column!r}; its columns are {', '.join(table.column_names)}. Set text_column to "
+                f"one of them."
+            )
+        texts += [line for text in table[column] for line in (text.splitlines() if of_lines else [text])]
+    return [text.strip() for text in texts if text and text.strip()]
+
+
+def write_texts(model: str, count: int, length: int, seed: int) -> list[str]:
+    """Let a language model write texts from nothing, by sampling from its own distribution.
+
+    Args:
+        model: Folder or name of a causal language model.
+        count: How many texts.
+        length: Tokens of each, at most.
+        seed: Of the sampling.
+    """
+    import torch
+
+    from tva.models import CausalLM
+
+    made = CausalLM(model)
+    start = made.tokenizer.bos_token_id
+    if start is None:
+        start = made.tokenizer.eos_token_id
+    if start is None:
+        raise ValueError(f"{model} has no token that begins a text, from which it could write. Give texts with --keep.")
+    made.network.eval()
+    texts: list[str] = []
+    with torch.random.fork_rng(), torch.no_grad():
+        torch.manual_seed(seed)
+        while len(texts) < count:
+            size = min(20, count - len(texts))
+            tokens = made.network.generate(
+                torch.full((size, 1), start),
+                attention_mask=torch.ones(size, 1, dtype=torch.long),
+                max_new_tokens=length,
+                do_sample=True,
+                top_k=0,
+                pad_token_id=made.tokenizer.pad_token_id or 0,
+            )
+            texts += [made.tokenizer.decode(row.tolist(), skip_special_tokens=True) for row in tokens]
+    return texts
