@@ -100,3 +100,8 @@ def test_whose_tokenizer_the_output_gets_may_be_said(models, tmp_path):
 def test_an_undo_file_does_not_go_with_new_rows(models, tmp_path):
     with pytest.raises(ValueError, match="keep_undo restores a base of the output's shapes, which new rows change"):
         run(models, tmp_path, new_rows="keep", keep_undo=True)
+
+
+def test_what_does_not_fit_is_said_by_the_plan_too(models, tmp_path):
+    with pytest.raises(ValueError, match="gives ids up to 14, and the output has 12 rows"):
+        run(models, tmp_path, new_rows="drop", tokenizer="a", plan=True)

@@ -31,7 +31,7 @@ from tva.checkpoints.formats.sentence_transformers import part_of_names
 from tva.checkpoints.tokenizers import fetch_tokenizer
 from tva.checkpoints.with_adapter import parts_of
 from tva.compose.adapter import AdapterReport, compose_adapter
-from tva.compose.beside import files_beside
+from tva.compose.beside import Beside
 from tva.compose.engine import Composer, GroupEffect
 from tva.compose.gguf import SUFFIX, GgufOutput
 from tva.compose.inputs import Slices, input_names, used_inputs
@@ -217,6 +217,7 @@ def compose(
     options |= {"requantize": True} if requantize else {}
     layout = quantizer.layout() if quantizer else composer.layout()
     kind = _kind(composer, allow_other_kind)
+    beside = Beside(composer, given, slices, tokenizer)
     shard_bytes = parse_bytes(max_shard_size, "max_shard_size")
     if plan:
         kept, need = composer.statistics, composer.need()
@@ -245,8 +246,8 @@ def compose(
         composer.check()
         record = _with_fingerprints(record, composer)
         undo = _write_undo(out, composer, record, found, keep_undo) if keep_undo else None
-        beside, left_out, notes = files_beside(composer, given, slices, tokenizer)
-        out.commit(record.metadata(), beside)
+        files, left_out = beside.files()
+        out.commit(record.metadata(), files)
     return ComposeReport(
         Path(output),
         composer.fingerprint("base"),
@@ -255,7 +256,9 @@ def compose(
         time.monotonic() - started,
         resumed,
         composer.effects(),
-        _notes(composer, left_out if Path(output).is_dir() else []) + notes + ([quantizer.note()] if quantizer else []),
+        _notes(composer, left_out if Path(output).is_dir() else [])
+        + beside.notes
+        + ([quantizer.note()] if quantizer else []),
         undo,
         undo.stat().st_size if undo else 0,
     )

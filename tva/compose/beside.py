@@ -19,10 +19,8 @@ from tva.compose.syntax import BASE
 _TOKENS = re.compile(r"embed_tokens|word_embeddings|tok_embeddings|embed_in\b|\bwte\b|\bshared\b", re.IGNORECASE)
 
 
-def files_beside(
-    composer: Composer, given: Mapping[str, str], slices: Slices | None, tokenizer: str
-) -> tuple[dict[str, bytes | Path], list[str], list[str]]:
-    """Find what is beside the base's weights, and change what is no longer true of the output.
+class Beside:
+    """What goes beside the weights, checked before anything is computed.
 
     Args:
         composer: The edit.
@@ -30,27 +28,37 @@ def files_beside(
         slices: Which layers the output is made of.
         tokenizer: The input whose tokenizer it gets; empty for the one whose vocabulary it has.
 
-    Returns:
-        Path in the folder to the file or its contents; what is left out; and notes.
+    Attributes:
+        notes: What was decided.
 
     Raises:
         ValueError: The configuration does not say what must change, or the tokenizer does not fit.
     """
-    base = find(parts_of(given[BASE])[0])
-    beside, left_out = side_files(
-        base, composer.dtype, bool(composer.untied()), composer.dequantizes, _changes(composer, given, slices)
-    )
-    side, notes = tokenizer or _matching(composer), []
-    folder = model_folder(find(parts_of(given[side])[0])) if side in given else None
-    if side != BASE and not (files := tokenizer_files(folder) if folder else {}):
-        if tokenizer:
+
+    def __init__(self, composer: Composer, given: Mapping[str, str], slices: Slices | None, tokenizer: str) -> None:
+        self._composer, self._base = composer, find(parts_of(given[BASE])[0])
+        self._changed = _changes(composer, given, slices)
+        self.notes: list[str] = []
+        self._tokenizer: dict[str, Path] = {}
+        side = tokenizer or _matching(composer)
+        folder = model_folder(find(parts_of(given[side])[0])) if side in given else None
+        if side != BASE:
+            self._tokenizer = tokenizer_files(folder) if folder else {}
+        if tokenizer and side != BASE and not self._tokenizer:
             raise ValueError(f"tokenizer={tokenizer!r}: there is no tokenizer in {folder or given[side]}.")
-        notes.append(f"{given[side]} has new rows and no tokenizer beside it: the base's is carried along")
-    elif side != BASE:
-        beside = {name: file for name, file in beside.items() if name not in TOKENIZER_FILES} | files
-    if tokenizer and folder is not None:
-        _check_fits(composer, folder)
-    return beside, left_out, notes
+        if side != BASE and not self._tokenizer:
+            self.notes = [f"{side} has new rows and no tokenizer beside it: the base's is carried along"]
+        if tokenizer and folder is not None:
+            _check_fits(composer, folder)
+
+    def files(self) -> tuple[dict[str, bytes | Path], list[str]]:
+        """Return, when all is computed, path in the folder to the file or its contents; and what is left out."""
+        composer = self._composer
+        untied, dequantized = bool(composer.untied()), composer.dequantizes
+        beside, left_out = side_files(self._base, composer.dtype, untied, dequantized, self._changed)
+        if self._tokenizer:
+            beside = {name: file for name, file in beside.items() if name not in TOKENIZER_FILES} | self._tokenizer
+        return beside, left_out
 
 
 def _changes(composer: Composer, given: Mapping[str, str], slices: Slices | None) -> dict[str, Any]:
