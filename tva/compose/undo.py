@@ -20,6 +20,7 @@ from tva._torch import Tensor, torch
 from tva.checkpoints import Elements, LazyWeights, Output, TensorHash
 from tva.checkpoints.foreign import parse_json
 from tva.checkpoints.formats import safetensors
+from tva.checkpoints.lazy import as_real
 from tva.checkpoints.spec import NAMES_OF_DTYPES, Spec, encode_header
 from tva.compose.record import Record
 from tva.errors import some
@@ -104,6 +105,7 @@ class UndoFile:
     def __init__(
         self, path: Path, base: LazyWeights, block: int, record: Record, facts: Mapping[str, str] | None = None
     ) -> None:
+        base = as_real(base)  # as a composer predicts it
         self.path, self.base, self.block, self.num_bytes = path, base, block, 0
         self.done: Mapping[str, Any] = {}
         self._metadata = {**record.metadata(), **(facts or {}), "tva.format": FORMAT, "tva.undo_block": str(block)}
