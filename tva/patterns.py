@@ -40,7 +40,8 @@ class Pattern:
     def __init__(self, pattern: str, where: str, steps: float = STEPS) -> None:
         self.pattern, self.where, self.steps = pattern, where, steps
         try:
-            self._compiled, self._parsed = re.compile(pattern), parser.parse(pattern)
+            self._compiled = re.compile(pattern)
+            self._parsed: Any = parser.parse(pattern)
         except (re.error, RecursionError, OverflowError) as error:
             shown = pattern if len(pattern) <= 80 else f"{pattern[:79]}…"
             raise ValueError(f"{where} holds {shown!r}, which is not a regular expression: {error}.") from error

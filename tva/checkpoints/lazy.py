@@ -285,11 +285,11 @@ class RealParts(Wrapped):
         return self.spec.dtype_name
 
     @property
-    def dtype(self) -> torch.dtype:  # type: ignore[override]
+    def dtype(self) -> torch.dtype:
         return self.spec.dtype
 
     @property
-    def shape(self) -> torch.Size:  # type: ignore[override]
+    def shape(self) -> torch.Size:
         return self.spec.shape
 
     def will_need(self, start: int, stop: int) -> None:

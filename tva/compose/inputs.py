@@ -10,7 +10,6 @@ from tva.checkpoints.tokenizers import check_same_ids
 from tva.checkpoints.with_adapter import open_model, parts_of
 from tva.compose.slices import Slice, parse_slices, stack
 from tva.compose.syntax import BASE
-from tva.errors import some
 from tva.vectors.header import is_vector_file
 from tva.vectors.lazy import LazyTaskVector
 from tva.vectors.new_rows import NewRows
@@ -104,12 +103,3 @@ def _check_tokenizers(base: str, paths: Sequence[str]) -> None:
         theirs = model_folder(find(parts_of(path)[0]))
         if theirs is not None:
             check_same_ids(mine, theirs, ADVICE)
-
-
-def folders_of(paths: Mapping[str, str]) -> dict[str, Any]:
-    """Return the folders of inputs by name, where they have one."""
-    found = {name: model_folder(find(parts_of(path)[0])) for name, path in paths.items()}
-    lacking = [paths[name] for name, folder in found.items() if folder is None]
-    if lacking:
-        raise ValueError(f"{some(lacking)} has no config.json beside it, which slices need. Give the model's folder.")
-    return found

@@ -40,7 +40,6 @@ METHODS: dict[str, tuple[str, ...]] = {  # to the parameters that each reads
 }
 PARAMETERS = {*(name for names in METHODS.values() for name in names), "int8_mask"}
 NEEDS_BASE = ("task_arithmetic", "ties", "dare", "breadcrumbs", "della", "slerp", "model_stock", "sce")
-OTHER_METHODS = ("arcee_fusion", "karcher", "multislerp", "nearswap", "ram", "ramplus_tl")
 TOP = ("merge_method", "models", "slices", "base_model", "parameters", "dtype", "out_dtype", "tokenizer_source",
        "tokenizer")  # fmt: skip
 REFUSED = {  # keys of the file with the reason
@@ -183,10 +182,11 @@ class MergekitFile:
             found: dict[str, Any] = {}
             for key, value in node.value:
                 name = str(key.value)
-                self._lines[(*place, name)] = key.start_mark.line + 1
+                inner = (*place, name)
+                self._lines[inner] = key.start_mark.line + 1
                 if name in found:
-                    self.problem((*place, name), "is given twice; leave one out")
-                found[name] = self._plain(value, (*place, name))
+                    self.problem(inner, "is given twice; leave one out")
+                found[name] = self._plain(value, inner)
             return found
         if isinstance(node, yaml.SequenceNode):
             return [self._plain(part, (*place, at)) for at, part in enumerate(node.value)]

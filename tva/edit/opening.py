@@ -64,8 +64,10 @@ def load_vector(
     excluded = {name: "excluded" for name in base if not only.keeps(name)}
     if isinstance(path, TaskVector) or is_vector_file(path):
         vector = path if isinstance(path, TaskVector) else TaskVector.load(path)
-        parts = (vector.deltas, vector.buffers, vector.untouched)
-        vector = TaskVector(*({name: part[name] for name in only.kept(part)} for part in parts), vector.origin)
+        deltas, buffers, untouched = (
+            {name: part[name] for name in only.kept(part)} for part in (vector.deltas, vector.buffers, vector.untouched)
+        )
+        vector = TaskVector(deltas, buffers, untouched, vector.origin)
         try:
             vector = vector.named_for(kept, options.key_map or ())
         except MismatchError as error:

@@ -240,9 +240,10 @@ class TaskVector:
         if found is None:
             return self
         new, _ = found
-        parts = (self.deltas, self.buffers, self.untouched)
         return TaskVector(
-            *({name: part[old] for name, old in new.items() if old in part} for part in parts),
+            {name: self.deltas[old] for name, old in new.items() if old in self.deltas},
+            {name: self.buffers[old] for name, old in new.items() if old in self.buffers},
+            {name: self.untouched[old] for name, old in new.items() if old in self.untouched},
             renamed_origin(self.origin, new),
         )
 
