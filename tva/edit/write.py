@@ -233,7 +233,7 @@ def _record(outcome: Outcome, edited: Mapping[str, Tensor]) -> Record:
     vectors = {name: options.vectors[name] for name in recipe.vectors}
     is_base, before = form.has_base(base), form.base(base)
     path, names = (form.source or "", form.renaming()) if is_base else _base_beside(outcome)
-    left_out = _left_out(options, form.rest() if is_base else [])
+    left_out = _left_out(options, form.rest() if is_base else [], "" if names[0] else names[1])
     given = {"allow_other_base": options.allow_other_base, "key_map": options.key_map}
     given["only"] = NameFilter(left_out.get("include"), left_out.get("exclude"))
     opened = before.renamed(renamed(before, form.renaming()))  # as verify opens it
@@ -269,10 +269,10 @@ def _record(outcome: Outcome, edited: Mapping[str, Tensor]) -> Record:
     )
 
 
-def _left_out(options: EditOptions, rest: Iterable[str]) -> dict[str, list[str]]:
+def _left_out(options: EditOptions, rest: Iterable[str], added: str) -> dict[str, list[str]]:
     """Return the patterns of names that take no part, those among them that the base has and the model has not."""
     patterns = dict(options.only.options)
-    more = [rf"(^|[.]){re.escape(name)}$" for name in rest]
+    more = [f"^({re.escape(added)})?{re.escape(name)}$" for name in rest]
     return {**patterns, "exclude": [*patterns.get("exclude", []), *more]} if more else patterns
 
 
