@@ -108,9 +108,9 @@ def test_all_else_is_frozen_and_nothing_beside_the_encoder_is():
 def test_a_fit_moves_only_the_selection_and_lists_the_rest_as_frozen(tmp_path, tangent):
     model = ClipClassifier(train_only="attention", tangent=tangent, learning_rate=1e-3, warmup_steps=0)
     vector = fit(tmp_path, model)
-    assert set(vector.deltas) == {f"encoder.{name}" for name in select(model.encoder, "attention")}
+    assert set(vector.deltas) == select(model.encoder, "attention")  # the network's own names
     assert set(vector.untouched.values()) == {"frozen"}
-    assert vector.names == set(ClipClassifier().state_dict())
+    assert vector.names == set(ClipClassifier().encoder.state_dict())
     assert vector.origin.hyperparameters["train_only"] == "attention"
     assert vector.origin.kind == ("tangent" if tangent else None)
 
@@ -188,7 +188,7 @@ def test_lora_in_clip_is_a_dense_delta_that_the_vector_holds(tmp_path):
     assert all("lora_" in name for name in trained)
     filled(model)
     vector = fit(tmp_path, model)
-    layers = [f"encoder.transformer.resblocks.{i}" for i in range(4)]
+    layers = [f"transformer.resblocks.{i}" for i in range(4)]
     parts = ("attn.in_proj_weight", "attn.out_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
     assert set(vector.deltas) == {f"{layer}.{part}" for layer in layers for part in parts}
     assert all(torch.linalg.matrix_rank(delta, atol=1e-5) == 4 for delta in vector.deltas.values())
@@ -197,7 +197,7 @@ def test_lora_in_clip_is_a_dense_delta_that_the_vector_holds(tmp_path):
     # the base with the vector is the model with LoRA; the base itself did not move
     plain = ClipClassifier()
     base = open_weights(next(tmp_path.glob("base-*")))
-    assert all(torch.equal(base[name], tensor) for name, tensor in plain.state_dict().items())
+    assert all(torch.equal(base[name], tensor) for name, tensor in plain.encoder.state_dict().items())
     plain.load_state_dict(vector.apply_to(plain.state_dict()))
     images = torch.randn(2, 3, 32, 32)
     with torch.no_grad():
