@@ -79,7 +79,7 @@ def main() -> None:
 
     vector = TaskVector.load(folder / "final.tv.safetensors")
     (base,) = folder.glob("base-*.safetensors")
-    model.load_state_dict(vector.apply_to(open_weights(base), scaling_coef=0.4))
+    model.net.load_state_dict(vector.apply_to(open_weights(base), scaling_coef=0.4))  # under the network's own names
     print(vector, "applied at 0.4")
 
 

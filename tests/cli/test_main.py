@@ -208,7 +208,7 @@ def test_coefficients_in_the_recipe(runs, tmp_path):
         ({"maximize": None}, "say what is best"),
         ({"maximize": None, "rule": "largest"}, "needs a constraint"),
         ({"minimize": "other/accuracy"}, "Give one objective"),
-        ({"targets": {}, "controls": {}, "maximize": None}, "at least one data module"),
+        ({"targets": {}, "controls": {}, "maximize": None}, "at least one task"),
         ({"controls": {"blobs1": blobs(3)}}, "a target or a control, not both: 'blobs1'"),
         ({"targets": {"blobs9": blobs(1)}}, "'blobs9' has none: name its task vector like the task"),
         ({"model": {"class_path": "small_models.LinearNet", "init_args": {"width": 9}}}, r"lives in|\[8, 4\]|is \[9"),

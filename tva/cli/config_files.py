@@ -69,21 +69,30 @@ def check_recipe(files: Sequence[Path], words: Sequence[str]) -> None:
         RecipeError: It is not an expression of vectors and coefficients; the file and line are named.
     """
     given = {word.lstrip("-").partition("=")[0].partition(".")[0] for word in words if word.startswith("--")}
-    if len(files) != 1 or not files[0].is_file() or given & {"recipe", "vectors", "coefs"}:
+    if len(files) != 1 or not files[0].is_file() or given & {"recipe", "vectors", "coefs", "search"}:
         return  # what the command line gives is checked with the rest
-    root = read_nodes(files[0])
-    top = {key.value: value for key, value in root.value} if isinstance(root, yaml.MappingNode) else {}
-    recipe, vectors = top.get("recipe"), top.get("vectors")
-    if not isinstance(recipe, yaml.ScalarNode) or not isinstance(vectors, yaml.MappingNode):
+    top = _entries(read_nodes(files[0]))
+    recipe, vectors, search = top.get("recipe"), _entries(top.get("vectors")), top.get("search")
+    if not isinstance(recipe, yaml.ScalarNode) or not vectors:
         return
     from tva.compose.syntax import Expression
 
-    names = [str(key.value) for key, _ in vectors.value]
-    others = set(re.findall(r"(?<![\w.'\"])[A-Za-z_]\w*(?!\w*\s*[.(=])", recipe.value)) - set(names) - {"base"}
+    options = _entries(search)
+    ranges = _entries(options.get("ranges") or _entries(options.get("init_args")).get("ranges"))
+    coefs = {
+        name: 1.0 for name in (*_entries(top.get("coefs")), *ranges) if name not in vectors and name != "scaling_coef"
+    }
+    if search is not None and not ranges:  # a search may have coefficients that the file does not name
+        coefs |= {name: 1.0 for name in re.findall(r"[^\W\d]\w*(?!\w*\s*[.(=])", recipe.value) if name not in vectors}
     try:
-        Expression(recipe.value, names, dict.fromkeys((name for name in others if name.isidentifier()), 1.0))
+        Expression(recipe.value, list(vectors), coefs)
     except RecipeError as error:
         raise RecipeError(f"{files[0]}, line {recipe.start_mark.line + 1}: {error}") from error
+
+
+def _entries(node: Any) -> dict[str, Any]:
+    """Return the entries of a mapping's node; none of another node's."""
+    return {str(key.value): value for key, value in node.value} if isinstance(node, yaml.MappingNode) else {}
 
 
 def with_place(message: str, files: Sequence[Path]) -> str:

@@ -101,11 +101,8 @@ def bash_script(options: dict[str, list[str]]) -> str:
     """Return completion for bash; zsh reads it too.
 
     Example:
-        >>> print(bash_script({"fit": ["--help"], "vectors ls": ["--json"]}).split("case")[1])
-         "$command ${COMP_WORDS[2]}" in
-            "vectors ls") options="--json" ;;
-          esac
-          [ -n "$options" ] ||
+        >>> "vectors ls) options=--json" in bash_script({"fit": ["--help"], "vectors ls": ["--json"]}).replace('"', "")
+        True
     """
     lines = {name: f'    "{name}") options="{" ".join(flags)}" ;;' for name, flags in options.items()}
     pairs = "\n".join(line for name, line in lines.items() if " " in name)
