@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pandas
+import pytest
 import torch
 from small_text import reviews, write_classifier
 
@@ -53,6 +54,7 @@ def test_own_project(tmp_path, monkeypatch, capsys):
     assert report["model"] == "my_project.Net"
 
 
+@pytest.mark.slow
 def test_any_table(tmp_path, monkeypatch, capsys):
     write_classifier(tmp_path / "bert")
     found = reviews(60)
