@@ -22,7 +22,7 @@ import small_text
 import torch
 import yaml
 
-from tva import TaskVector, save_weights
+from tva import TaskVector, fingerprint, save_weights
 from tva.cli.main import main
 
 ROOT = Path(__file__).parents[1]
@@ -75,7 +75,7 @@ def world(tmp_path_factory):
         checkpoints = folder / f"runs/demo/{name}/seed=0/checkpoints"
         state, vectors[name] = moved(fitted), str(checkpoints / "last.tv.safetensors")
         checkpoints.mkdir(parents=True)
-        save_weights(fitted, checkpoints / "base-0.safetensors")
+        save_weights(fitted, checkpoints / f"base-{fingerprint(fitted).digest}.safetensors")
         torch.save({"state_dict": state}, checkpoints / "last.ckpt")
         TaskVector.between(fitted, state).save(vectors[name])
     edits = tmp_path_factory.mktemp("edits")
@@ -104,7 +104,8 @@ def folder(world, tmp_path, monkeypatch):
     monkeypatch.setenv("SHELL", "/bin/bash")
     monkeypatch.setenv("D", "runs/demo")
     monkeypatch.setenv("C", "seed=0/checkpoints")
-    monkeypatch.setenv("B", "runs/demo/digits/seed=0/checkpoints/base-0.safetensors")
+    (base,) = Path("runs/demo/digits/seed=0/checkpoints").glob("base-*")
+    monkeypatch.setenv("B", str(base))
     yield tmp_path / "here"
     for name in ("digits", "main", "my_project"):
         sys.modules.pop(name, None)
