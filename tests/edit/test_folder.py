@@ -59,7 +59,8 @@ def test_an_edit_replaces_an_earlier_one_and_leaves_other_files(tmp_path):
 def test_a_kill_at_any_file_operation_leaves_all_of_one_edit(tmp_path, monkeypatch, exchange):
     if not exchange:
         monkeypatch.setattr(module.ctypes, "CDLL", lambda *args, **options: object())
-    monkeypatch.setattr(module.socket, "gethostname", lambda: "another")  # so that nothing here is cleaned up
+    # so that nothing here is cleaned up
+    monkeypatch.setattr("tva.checkpoints.atomic.socket.gethostname", lambda: "another")
     kept = set()
     for stop in range(100):
         folder = tmp_path / str(stop) / "out"
@@ -171,6 +172,18 @@ def test_a_refused_edit_keeps_the_accepted_one_that_was_in_its_folder(vectors, t
     revert(kept / "edited.safetensors", output=tmp_path / "base.safetensors")
     before = Net().state_dict()
     assert all((tensor == before[name]).all() for name, tensor in open_weights(tmp_path / "base.safetensors").items())
+    edit(vectors, tmp_path, scaling_coef=0.5)
+    assert not list((tmp_path / "out").glob("accepted-*"))  # replaced by the new accepted edit, as it would have been
+
+
+def test_a_folder_that_only_looks_kept_stays(vectors, tmp_path):
+    edit(vectors, tmp_path, scaling_coef=0.5)
+    mine = tmp_path / "out/accepted-mine"
+    mine.mkdir()
+    for name in ("edited.safetensors", "notes.txt"):
+        (mine / name).write_text("mine")
+    edit(vectors, tmp_path, scaling_coef=0.5)
+    assert (mine / "notes.txt").read_text() == "mine"
 
 
 @pytest.mark.parametrize("name", ["config.yaml", "report.html", "README.md", "edit.json", "edited.safetensors"])

@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import shutil
+import socket
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -24,10 +26,13 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
         ['a.txt']
     """
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    prefix = temporary_prefix(path)
+    temporary = path.with_name(f"{prefix}{os.getpid()}.tmp")
     with can_write(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.touch()
+        remove_left(path.parent, prefix)
+        temporary.unlink(missing_ok=True)
+        os.close(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666))  # through no link of somebody else's
     try:
         mode = temporary.stat().st_mode  # by the umask; safetensors would let only their owner read files
         yield temporary
@@ -35,8 +40,36 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
         with temporary.open("rb") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
+    except OSError as error:
+        if error.filename is not None:
+            raise
+        raise OSError(error.errno, f"{error.strerror or error}: it was not written", str(path)) from error
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def temporary_prefix(path: Path) -> str:
+    """Return how names of temporary files for a path begin on this machine; the process's number and .tmp follow."""
+    return f".{path.name}.{socket.gethostname()}."
+
+
+def remove_left(folder: Path, prefix: str) -> None:
+    """Remove temporary files and folders of a prefix that processes of this machine left that were killed."""
+    for left in folder.iterdir():
+        number = left.name.removeprefix(prefix).removesuffix(".tmp")
+        if left.name == f"{prefix}{number}.tmp" and number.isdecimal() and not _is_alive(int(number)):
+            with contextlib.suppress(OSError):
+                shutil.rmtree(left) if left.is_dir() and not left.is_symlink() else left.unlink()
+
+
+def _is_alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:  # another user's
+        return True
+    return True
 
 
 @contextlib.contextmanager
@@ -78,10 +111,14 @@ def save_weights(
         pointer = tensor.untyped_storage().data_ptr()
         ready[name] = tensor.clone() if pointer in seen else tensor  # safetensors refuses shared memory
         seen.add(pointer)
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     with atomic_path(path) as temporary:
-        save_file(ready, temporary, metadata=dict(metadata or {}))
+        try:
+            save_file(ready, temporary, metadata=dict(metadata or {}))
+        except SafetensorError as error:
+            raise OSError(f"{path} was not written: {error}") from error
 
 
 def cache_folder() -> Path:

@@ -10,11 +10,12 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import stat
 import threading
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy
 
@@ -24,6 +25,7 @@ from tva.checkpoints.foreign import parse_json
 from tva.checkpoints.formats import safetensors
 from tva.checkpoints.lazy import Info, LazyWeights
 from tva.checkpoints.spec import Elements, Spec, encode_header
+from tva.console import size_text
 from tva.errors import some
 
 try:
@@ -31,6 +33,7 @@ try:
 except ImportError:  # no POSIX: two runs into one output are not noticed
     fcntl = None
 
+_NO_LINK = getattr(os, "O_NOFOLLOW", 0)
 SYNC_BYTES = 2**26  # bytes between two syncs; what is synced survives a loss of power
 
 
@@ -169,6 +172,7 @@ class Output:
         if not self._single:
             return self._partial / path.name
         hidden = path.with_name(f".{path.name}.partial")
+        hidden.unlink(missing_ok=True)  # which might be a link of somebody else's
         self._beside[hidden] = path
         return hidden
 
@@ -183,15 +187,14 @@ class Output:
     def __enter__(self) -> Output:
         with can_write(self.path):
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            self._journal = self._journal_path.open("a+")
+        self._lock()
         try:
-            self._lock()
             if self._resume:
                 self._read_journal()
             if not self.done:
-                self._begin()
+                self._try_to_begin()
             for shard in self._shards:
-                shard.file = os.open(shard.path, os.O_RDWR)
+                shard.file = os.open(shard.path, os.O_RDWR | _NO_LINK)
             self._check_done()
         except BaseException:
             self._close()
@@ -214,26 +217,60 @@ class Output:
         self._close()
 
     def _lock(self) -> None:
-        if fcntl is not None:
+        """Open the journal, which is the lock as well; in a folder that others write to, theirs is not taken."""
+        busy = f"Another run is writing {self.path}. Wait for it, or give another output."
+        while True:
+            self._journal = self._open_journal()
             try:
-                fcntl.flock(self._journal, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError as error:
-                raise ValueError(f"Another run is writing {self.path}. Wait for it, or give another output.") from error
+                if fcntl is not None:
+                    fcntl.flock(self._journal, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                if os.path.samestat(os.lstat(self._journal_path), os.fstat(self._journal.fileno())):
+                    return
+            except BlockingIOError as error:
+                self._journal.close()
+                raise ValueError(busy) from error
+            except FileNotFoundError:
+                pass
+            self._journal.close()  # of a run that ended between the two: once more
+
+    def _open_journal(self) -> IO[str]:
+        path = self._journal_path
+        if path.is_symlink():
+            raise ValueError(f"{path} is a link, which tva does not write through. Remove it.")
+        with can_write(self.path):
+            descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | _NO_LINK, 0o666)
+        found = os.fstat(descriptor)
+        others = hasattr(os, "geteuid") and found.st_uid != os.geteuid()
+        if not stat.S_ISREG(found.st_mode) or found.st_nlink > 1 or others:
+            os.close(descriptor)
+            raise ValueError(
+                f"{path} is not a file of yours only, and tva would write to it. Remove it, or give another output."
+            )
+        return os.fdopen(descriptor, "a+", errors="replace")
+
+    def _try_to_begin(self) -> None:
+        try:
+            self._begin()
+        except OSError as error:
+            self._journal_path.unlink(missing_ok=True)
+            self._remove_partial()
+            if error.filename is not None or error.errno is None:
+                raise
+            raise OSError(error.errno, f"{error.strerror or error}: it was not written", str(self.path)) from error
 
     def _begin(self) -> None:
         self._remove_partial()
         needed = self.size + sum(map(len, self._headers))
         free = shutil.disk_usage(self.path.parent).free
         if needed > free:
-            self._journal_path.unlink(missing_ok=True)
             raise OSError(
-                f"{self.path} takes {needed / 1e9:.2f} GB, and {free / 1e9:.2f} GB are free on its disk. Make room."
+                f"{self.path} takes {size_text(needed)}, and {size_text(free)} are free on its disk. Make room."
             )
         if not self._single:
             self._partial.mkdir()
         for shard, header in zip(self._shards, self._headers, strict=True):
             shard.path.parent.mkdir(exist_ok=True)
-            with shard.path.open("wb") as file:
+            with shard.path.open("xb") as file:
                 file.write(header)
                 file.flush()
                 make_room(file.fileno(), len(header) + sum(spec.num_bytes for spec in shard.tensors.values()))
@@ -245,7 +282,7 @@ class Output:
         self._journal.seek(0)
         lines = self._journal.read().split("\n")
         lines = lines[:-1]  # a line that was cut off has no end
-        if not lines or not all(shard.path.exists() for shard in self._shards):
+        if self._partial.is_symlink() or not lines or not all(shard.path.exists() for shard in self._shards):
             return
         where = f"{self._journal_path}: line"
         job = parse_json(lines[0], f"{where} 1", dict)
@@ -274,7 +311,7 @@ class Output:
                 del self.done[name]
 
     def _remove_partial(self) -> None:
-        if self._partial.is_dir():
+        if self._partial.is_dir() and not self._partial.is_symlink():
             shutil.rmtree(self._partial)
         else:
             self._partial.unlink(missing_ok=True)

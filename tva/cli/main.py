@@ -9,12 +9,13 @@ import gc
 import importlib
 import os
 import select
+import signal
 import sys
 import textwrap
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from importlib.util import find_spec
-from types import ModuleType
+from types import FrameType, ModuleType
 from typing import TextIO
 
 from tva.cli.arguments import join_values, take_flag
@@ -42,6 +43,7 @@ exit status:
   3    a bug in tva; TVA_DEBUG=1 shows where
   130  interrupted
   141  the reader of the output left early, as head does
+  143  ended by SIGTERM, as batch systems send it
 """
 # What other tools call a command.
 SYNONYMS = {
@@ -65,6 +67,19 @@ SYNONYMS = {
     "list": "vectors ls",
     "ls": "vectors ls",
 }
+
+
+# What to say of a command that was interrupted.
+RESUMES = {
+    **dict.fromkeys(("compose", "revert"), " Completed work is kept: the same command with --resume continues."),
+    "edit": " Evaluations are kept in its log: the same command continues.",
+    **dict.fromkeys(("extract", "compress", "report"), " Nothing was written: run the same command again."),
+}
+LIGHTNING = ("fit", "validate", "test", "predict")  # which end after the batch, as Lightning does with SIGTERM
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM: ends a command as Ctrl-C does, with a status of its own."""
 
 
 def list_commands() -> dict[str, str]:
@@ -118,12 +133,22 @@ def run() -> None:
 
     After ``compose`` it ends at once: unloading torch and numba costs half a second.
     """
-    main()
+    if sys.argv[1:2] and sys.argv[1] not in LIGHTNING:
+        signal.signal(signal.SIGTERM, _terminate)
+    try:
+        main()
+    finally:  # what is left is unloading
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, signal.SIG_IGN)
     if sys.argv[1:2] == ["compose"]:
         atexit._run_exitfuncs()
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(0)
+
+
+def _terminate(number: int, frame: FrameType | None) -> None:
+    raise Terminated
 
 
 def _main(argv: list[str]) -> int:
@@ -147,10 +172,10 @@ def _main(argv: list[str]) -> int:
             return _no_command(argv, commands)
         words, as_json = take_flag(join_values(argv[1:]), "--json")
         return 0 if _run(command, commands[command], words, as_json) else 1
-    except KeyboardInterrupt:
-        resumes = " Completed work is kept: the same command with --resume continues."
-        print(f"tva: interrupted.{resumes if command in ('compose', 'revert') else ''}", file=sys.stderr)
-        return 130
+    except KeyboardInterrupt as error:
+        ended, status = ("terminated", 143) if isinstance(error, Terminated) else ("interrupted", 130)
+        print(f"tva: {ended}.{RESUMES.get(command, '')}", file=sys.stderr)
+        return status
     except Exception as error:
         if os.environ.get("TVA_DEBUG") or (isinstance(error, BrokenPipeError) and _is_unread(sys.stdout)):
             raise

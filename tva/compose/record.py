@@ -11,7 +11,8 @@ from typing import Any
 from tva._torch import torch_version
 from tva.checkpoints import HashedWeights, LazyWeights, find, open_weights
 from tva.checkpoints.fingerprint import header_digest
-from tva.checkpoints.foreign import parse_json
+from tva.checkpoints.foreign import parse_json, shown
+from tva.checkpoints.hub import is_hub
 from tva.checkpoints.with_adapter import parts_of
 from tva.compose.recipe import Recipe
 from tva.errors import RecipeError
@@ -133,6 +134,12 @@ def check_inputs(output: str, paths: Mapping[str, str], others: Mapping[str, str
     unknown = sorted(others.keys() - paths.keys())
     if unknown:
         raise ValueError(f"{unknown[0]} is not an input of {output}; its inputs are {', '.join(sorted(paths))}.")
+    for flag, path in paths.items():
+        if path and flag not in others and any(map(is_hub, parts_of(path))):
+            raise ValueError(
+                f"{output} says that it was made from {path}, and tva goes to a hub only where you name it. Give "
+                f"{flag} {path}, if you know it, or {flag} with the path of a local copy."
+            )
     for flag, path in {**paths, **others}.items():
         if not path:
             raise ValueError(
@@ -155,6 +162,11 @@ def open_recipe(output: str, record: Record, vectors: Collection[str]) -> Recipe
         FileNotFoundError: One is not there.
         RecipeError: This version of tva cannot read it, or a merge method of another package cannot be imported.
     """
+    if "hf:/" in record.recipe:
+        raise ValueError(
+            f"The recipe of {output} reads files of a hub, and tva goes to one only where you name it: "
+            f"{shown(record.recipe)}. Compose it again from local copies."
+        )
     try:
         return Recipe(record.recipe, vectors, record.coefs, with_base=True)
     except FileNotFoundError as error:

@@ -6,14 +6,13 @@ import ctypes
 import errno
 import os
 import shutil
-import socket
 import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from tva.checkpoints import LazyWeights, open_weights
-from tva.checkpoints.atomic import can_write
+from tva.checkpoints.atomic import can_write, remove_left, temporary_prefix
 from tva.compose.undo import undo_path
 from tva.report.edit_report import read_report
 from tva.report.model_card import check_card
@@ -28,7 +27,7 @@ _EXCHANGE, _HERE = 2, -100  # RENAME_EXCHANGE and AT_FDCWD of Linux
 def own_files(folder: Path) -> list[str]:
     """Return the paths, in the folder of an edit, of the files that are part of it, whether they are there or not."""
     try:
-        edited = read_report(folder).get("edited") or {}
+        edited = read_report(folder, whole=False).get("edited") or {}
     except (ValueError, FileNotFoundError):
         edited = {}
     files = edited.get("files", [])
@@ -96,11 +95,11 @@ def replacing(folder: Path) -> Iterator[Path]:
     in two. A folder that cannot be moved, such as the working directory, gets the new files one after another.
     """
     folder = folder.resolve()
-    prefix = f".{folder.name}.{socket.gethostname()}."
+    prefix = temporary_prefix(folder)
     staging = folder.with_name(f"{prefix}{os.getpid()}.tmp")
     with can_write(folder):
         folder.parent.mkdir(parents=True, exist_ok=True)
-        _remove_left(folder.parent, prefix)
+        remove_left(folder.parent, prefix)
         shutil.rmtree(staging, ignore_errors=True)
         staging.mkdir()
     try:
@@ -111,19 +110,6 @@ def replacing(folder: Path) -> Iterator[Path]:
         _put(staging, folder)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
-
-
-def _remove_left(parent: Path, prefix: str) -> None:
-    """Remove what processes of this machine left that were killed; files that stay have their name in the folder."""
-    for left in parent.iterdir():
-        number = left.name.removeprefix(prefix).removesuffix(".tmp")
-        if left.name == f"{prefix}{number}.tmp" and number.isdecimal():
-            try:
-                os.kill(int(number), 0)
-            except ProcessLookupError:
-                shutil.rmtree(left, ignore_errors=True)
-            except PermissionError:  # another user's process, which is alive
-                continue
 
 
 def _put(staging: Path, folder: Path) -> None:
@@ -137,7 +123,8 @@ def _put(staging: Path, folder: Path) -> None:
         return
     if kept is not None:
         _link(folder, staging / kept, [name for name in own if (folder / name).exists()])
-    _link_rest(folder, staging, set(own))
+    gone = _superseded(folder) if has_weights(staging) else []
+    _link_rest(folder, staging, {*own, *gone})
     shutil.copymode(folder, staging)
     _exchange(staging, folder)
     if kept is not None:
@@ -156,6 +143,8 @@ def _put_files(staging: Path, folder: Path, kept: str | None) -> None:
             os.replace(staging / name, folder / name)
         else:
             (folder / name).unlink(missing_ok=True)
+    for name in _superseded(folder) if has_weights(folder) and kept is None else []:
+        shutil.rmtree(folder / name)
     if kept is not None:
         _tell(folder / kept)
 
@@ -163,6 +152,18 @@ def _put_files(staging: Path, folder: Path, kept: str | None) -> None:
 def has_weights(folder: Path) -> bool:
     """Whether an edit has written weights into a folder."""
     return any((folder / name).exists() for name in own_files(folder) if Path(name).suffix in (".safetensors", ".ckpt"))
+
+
+def _superseded(folder: Path) -> list[str]:
+    """Return folders of earlier accepted edits that hold nothing but their files: a new accepted edit replaces them."""
+    found = [
+        path for path in folder.glob("accepted-*") if path.is_dir() and not path.is_symlink() and has_weights(path)
+    ]
+    return [path.name for path in found if _files_in(path) <= set(own_files(path))]
+
+
+def _files_in(folder: Path) -> set[str]:
+    return {path.relative_to(folder).as_posix() for path in folder.rglob("*") if not path.is_dir()}
 
 
 def _created(folder: Path) -> str:

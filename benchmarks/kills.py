@@ -1,0 +1,278 @@
+"""Kill commands while they write, and look at what is left: all of the old, or all of the new.
+
+Each command runs in a fork that counts its calls of write, rename, fsync and the like, and kills itself (SIGKILL) at a
+random one of them. Afterwards no file under a final name may be other than before or after the whole command, the same
+command (with --resume, where it has that) must give the same tensors, and nothing hidden may be left after it.
+
+    python benchmarks/kills.py                 # 60 kills of each of fit, compose, extract, edit and revert
+    python benchmarks/kills.py --kills 5 --only compose --seed 1
+"""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import contextlib
+import io
+import os
+import random
+import shutil
+import signal
+import tempfile
+import time
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+CALLS = ("pwrite", "write", "replace", "rename", "unlink", "fsync", "fdatasync", "ftruncate", "posix_fallocate", "link")
+CALLS += ("open", "mkdir", "rmdir", "close", "symlink")
+Words = Sequence[str]
+
+
+def words_of(name: str) -> tuple[Words, Words, tuple[str, ...], Callable[[str], bool]]:
+    """Return a command, the one that goes on where it was killed, what it writes, and which of that is compared."""
+    compose = ["compose", "--base", "base.safetensors", "--vectors.a", "a.tv.safetensors", "--recipe", "ties(a)"]
+    both = "out.safetensors", "out.undo.safetensors"
+    if name == "compose":
+        words = [*compose, "--output", "out.safetensors", "--keep_undo"]
+        return words, [*words, "--resume"], both, lambda file: True
+    if name == "compose folder":
+        words = [*compose, "--output", "made", "--max_shard_size", "30kB"]
+        return words, [*words, "--resume"], ("made",), lambda file: True
+    if name == "extract":
+        words = ["extract", "--base", "base.safetensors", "--finetuned", "tuned.safetensors", "--output"]
+        return [*words, "v.tv.safetensors"], [*words, "v.tv.safetensors"], ("v.tv.safetensors",), lambda file: True
+    if name == "revert":
+        words = ["revert", "edited.safetensors", "--output", "back.safetensors"]
+        return words, [*words, "--resume"], ("back.safetensors",), lambda file: True
+    if name == "edit":
+        words = ["edit", "--config", "edit.yaml"]
+        return words, words, ("run",), lambda file: file in ("edited.safetensors", "edited.undo.safetensors")
+    words = ["fit", "--config", "fit.yaml"]
+    return words, words, ("fit",), lambda file: False
+
+
+EDIT = """
+model: {class_path: attacks.good.Net}
+vectors: {n: n.tv.safetensors}
+recipe: n
+output: run
+maximize: one/accuracy
+search: {class_path: tva.search.Grid, init_args: {num: 3}}
+targets: {one: {class_path: attacks.good.Blobs, init_args: {seed: 1}}}
+keep_undo: true
+"""
+FIT = """
+trainer:
+  max_epochs: 2
+  accelerator: cpu
+  logger: false
+  enable_progress_bar: false
+  enable_model_summary: false
+  default_root_dir: fit
+  callbacks:
+  - {class_path: tva.callbacks.TaskVectorCallback}
+  - class_path: lightning.pytorch.callbacks.ModelCheckpoint
+    init_args: {dirpath: fit, filename: last, enable_version_counter: false}
+model: {class_path: attacks.good.Net}
+data: {class_path: attacks.good.Blobs, init_args: {seed: 1}}
+"""
+
+
+def make(folder: Path) -> None:
+    """Make inputs of some hundred kilobytes, so that there is something to write."""
+    from attacks.good import Net, moved
+
+    from tva import save_weights
+    from tva.cli.main import main as tva
+
+    folder.mkdir(parents=True)
+    os.chdir(folder)
+    generator = torch.Generator().manual_seed(0)
+    base = {f"layers.{at}.weight": torch.randn(64, 64, generator=generator) for at in range(12)}
+    save_weights(base, "base.safetensors")
+    save_weights(moved(base, 0.1, 1), "tuned.safetensors")
+    save_weights(Net().state_dict(), "net_base.safetensors")
+    save_weights(moved(Net().state_dict(), 0.3, 3), "net.safetensors")
+    extract = ["extract", "--base", "base.safetensors", "--finetuned", "tuned.safetensors", "--output"]
+    tva([*extract, "a.tv.safetensors"])
+    tva(["extract", "--base", "net_base.safetensors", "--finetuned", "net.safetensors", "--output", "n.tv.safetensors"])
+    compose = ["compose", "--base", "base.safetensors", "--vectors.a", "a.tv.safetensors", "--recipe", "a"]
+    tva([*compose, "--output", "edited.safetensors", "--keep_undo"])
+    Path("edit.yaml").write_text(EDIT)
+    Path("fit.yaml").write_text(FIT)
+
+
+@contextlib.contextmanager
+def killed_at(number: int) -> Iterator[list[int]]:
+    """Count calls that change files, and kill this process before one of them."""
+    count = [0]
+
+    def counted(call: Callable[..., Any]) -> Callable[..., Any]:
+        def counting(*args: Any, **options: Any) -> Any:
+            count[0] += 1
+            if count[0] == number:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return call(*args, **options)
+
+        return counting
+
+    before = {name: getattr(os, name) for name in CALLS}
+    for name, call in before.items():
+        setattr(os, name, counted(call))
+    try:
+        yield count
+    finally:
+        for name, call in before.items():
+            setattr(os, name, call)
+
+
+def in_fork(words: Words, number: int = 0) -> tuple[int, int]:
+    """Run a command in a fork; return how it ended, and how many calls that change files it made."""
+    from tva.cli.main import main as tva
+
+    reader, writer = os.pipe()
+    if (child := os.fork()) == 0:
+        status = 0
+        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()) as said:
+            try:
+                with killed_at(number) as count:
+                    tva(list(words))
+            except SystemExit as ended:
+                status = ended.code if isinstance(ended.code, int) else 1
+            except BaseException:
+                status = 99
+        os.write(writer, str(count[0]).encode().rjust(9) + said.getvalue()[-900:].encode())
+        os._exit(status)
+    os.close(writer)
+    said = b""
+    while part := os.read(reader, 4096):
+        said += part
+    os.close(reader)
+    _, status = os.waitpid(child, 0)
+    if status not in (0, signal.SIGKILL):
+        print(said[9:].decode())
+    return status, int(said[:9] or 0)
+
+
+def digests(names: Sequence[str], compared: Callable[[str], bool]) -> dict[str, str]:
+    """Hash what is there under final names: the tensors of weights; of other files, which hold times, only the name."""
+    from tva import fingerprint, open_weights
+
+    found = {}
+    for name in names:
+        path = Path(name)
+        files = (
+            [path] if path.is_file() else [file for file in path.rglob("*") if file.is_file()] if path.is_dir() else []
+        )
+        for file in files:
+            weights = file.suffix == ".safetensors" and compared(file.name)
+            found[str(file)] = fingerprint(open_weights(file)).digest if weights else ""
+    return found
+
+
+def is_sound(name: str) -> str:
+    """Check what a killed fit or edit left; return what is wrong."""
+    from tva import TaskVector, open_weights
+    from tva.compose.verify import verify
+    from tva.edit.runs import read_report
+
+    for file in Path(name).rglob("*.safetensors") if Path(name).is_dir() else ():
+        if not file.name.startswith("."):
+            TaskVector.load(file) if file.name.endswith(".tv.safetensors") else open_weights(file)
+    for file in Path(name).rglob("*.ckpt") if name == "fit" else ():
+        torch.load(file, weights_only=False)
+    if name == "run" and Path("run").exists():
+        read_report(Path("run"))
+        if not verify("run", base="net_base.safetensors").holds:
+            return "the record does not hold"
+        if not Path("run/edited.undo.safetensors").exists():
+            return "the undo file is gone"
+    return ""
+
+
+def attack(name: str, kills: int, rng: random.Random) -> collections.Counter:
+    """Kill one command many times; return what was found."""
+    words, again, outputs, compared = words_of(name)
+    found: collections.Counter = collections.Counter()
+    inputs = set(os.listdir())
+
+    def clear() -> None:
+        for left in set(os.listdir()) - inputs:
+            shutil.rmtree(left) if Path(left).is_dir() else Path(left).unlink()
+
+    status, calls = in_fork(words)
+    if status:
+        raise RuntimeError(f"{name} ended with {status}")
+    whole = digests(outputs, compared)
+    for kill in range(kills):
+        clear()
+        before: dict[str, str] = {}
+        if kill % 2 and name in ("edit", "extract"):  # over an earlier output
+            in_fork(words)
+            before = digests(outputs, compared)
+        status, _ = in_fork(words, rng.randrange(1, calls + 1))
+        found["killed"] += status == signal.SIGKILL
+        left = digests(outputs, compared)
+        if name == "fit":
+            found["other"] += bool(is_sound("fit"))
+        else:
+            parts = {file: digest for file, digest in left.items() if whole.get(file) != digest}
+            state = "new" if left == whole else "old" if left == before else "part" if not parts else "other"
+            found[state] += 1
+            if state in ("new", "old") and left and name == "edit" and (wrong := is_sound("run")):
+                print(name, kill, wrong)
+                found["unsound"] += 1
+            if state in ("part", "other"):
+                print(name, kill, state, sorted(set(whole) ^ set(left)) or sorted(parts))
+        if name == "compose folder" and left == whole:
+            continue
+        status, _ = in_fork(again)
+        same = digests(outputs, compared) == whole if name != "fit" else not is_sound("fit")
+        found["made again"] += status == 0 and same
+        if status or not same:
+            print(name, kill, "again:", status, sorted(digests(outputs, compared).items() ^ whole.items())[:4])
+        hidden = [file for file in os.listdir() if file.startswith(".")]
+        hidden += [file.name for file in Path("fit").glob(".*") if "tmp" in file.name] if name == "fit" else []
+        found["hidden files left"] += len(hidden)
+        if hidden:
+            print(name, kill, "left", hidden)
+    return found
+
+
+JOBS = ("fit", "compose", "compose folder", "extract", "edit", "revert")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--kills", type=int, default=60, help="of each command")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--only", choices=JOBS)
+    given = parser.parse_args()
+    warnings.simplefilter("ignore")
+    import tva.cli.lightning  # noqa: F401  so that forks do not
+    from tva.merge import kernels
+
+    torch.set_num_threads(1)
+    kernels.load()
+    started = time.monotonic()
+    with tempfile.TemporaryDirectory() as folder:
+        if (child := os.fork()) == 0:
+            with contextlib.redirect_stdout(io.StringIO()):
+                make(Path(folder) / "work")
+            os._exit(0)
+        if os.waitpid(child, 0)[1]:
+            raise RuntimeError("the inputs cannot be made")
+        os.chdir(Path(folder) / "work")
+        for job in (given.only,) if given.only else JOBS:
+            found = attack(job, given.kills, random.Random(f"{given.seed}/{job}"))
+            print(f"{job}: {', '.join(f'{count} {name}' for name, count in sorted(found.items()))}", flush=True)
+        os.chdir("/")
+    print(f"seed {given.seed}, {time.monotonic() - started:.0f} s")
+
+
+if __name__ == "__main__":
+    main()
