@@ -30,7 +30,7 @@ def own_files(folder: Path) -> list[str]:
         edited = read_report(folder, whole=False).get("edited") or {}
     except (ValueError, FileNotFoundError):
         edited = {}
-    files = edited.get("files", [])
+    files = edited.get("files", []) if isinstance(edited, dict) else []
     plain = [name for name in files if isinstance(name, str) and not Path(name).is_absolute() and ".." not in name]
     return list(dict.fromkeys([*FILES, *plain]))
 
