@@ -76,6 +76,7 @@ LONGER = {  # with the reason
     "tva.report.tradeoffs._plane": "a chart",
     "tva.report.model_card._body": "a page of text",
     "tva.compose.apply.compose": "the steps of a compose",
+    "tva.cli.commands.forget.run": "its options with their help, and two configurations",
     "tva.compose.engine": "one class: how chunks are read, combined and written",
     "tva.compose.recipe": "the recipe on tensors and on chunks",
     "tva.evaluation.evaluate.evaluate": "one pass and what it is made of",

@@ -147,8 +147,10 @@ def test_files_from_training_make_regmean_fit_the_outputs_better_than_the_mean(t
     given = {kind: {n: open_weights(f) for n, f in zip(tasks, files[kind], strict=True)} for kind in files}
     inputs = {name: torch.cat([x for x, _ in Blobs(seed).train_dataloader()]) for name, seed in (("a", 0), ("b", 5))}
     for name in tasks:
-        torch.testing.assert_close(given["gram"][name]["net.0.weight"], inputs[name].T @ inputs[name] / 60)
-        assert given["fisher"][name].keys() == vectors[name].names
+        torch.testing.assert_close(given["gram"][name]["0.weight"], inputs[name].T @ inputs[name] / 60)
+        assert {f"net.{key}" for key in given["fisher"][name]} == vectors[
+            name
+        ].names  # files have the network's own names
 
     def error(recipe):  # of the first layer's outputs, on both tasks
         merged = Recipe(recipe, vectors).evaluate(vectors).deltas["net.0.weight"]
@@ -157,7 +159,7 @@ def test_files_from_training_make_regmean_fit_the_outputs_better_than_the_mean(t
     assert error(f"regmean(a, b, files={files['gram']}, off_diagonal=1)") < 0.9 * error("mean(a, b)")
     fisher = Recipe(f"fisher(a, b, files={files['fisher']}, floor=1e-30)", vectors).evaluate(vectors)
     key, (a, b) = "net.2.weight", (given["fisher"][name] for name in tasks)
-    weights = [f[key].double().clamp(min=1e-30) for f in (a, b)]
+    weights = [f[key.removeprefix("net.")].double().clamp(min=1e-30) for f in (a, b)]
     expected = sum(w * vectors[n].deltas[key] for w, n in zip(weights, tasks, strict=True)) / sum(weights)
     torch.testing.assert_close(fisher.deltas[key].double(), expected, rtol=1e-4, atol=1e-7)
 

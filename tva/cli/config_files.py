@@ -6,6 +6,7 @@ The files must have passed `tva.cli.configs.check_configs`, which holds them to 
 from __future__ import annotations
 
 import re
+import statistics
 from collections.abc import Collection, Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -79,15 +80,25 @@ def check_recipe(files: Sequence[Path], words: Sequence[str]) -> None:
 
     options = _entries(search)
     ranges = _entries(options.get("ranges") or _entries(options.get("init_args")).get("ranges"))
-    coefs = {
-        name: 1.0 for name in (*_entries(top.get("coefs")), *ranges) if name not in vectors and name != "scaling_coef"
-    }
+    known = {**_entries(top.get("coefs")), **ranges}
+    coefs = {name: _value(node) for name, node in known.items() if name not in vectors and name != "scaling_coef"}
     if search is not None and not ranges:  # a search may have coefficients that the file does not name
         coefs |= {name: 1.0 for name in re.findall(r"[^\W\d]\w*(?!\w*\s*[.(=])", recipe.value) if name not in vectors}
     try:
         Expression(recipe.value, list(vectors), coefs)
     except RecipeError as error:
         raise RecipeError(f"{files[0]}, line {recipe.start_mark.line + 1}: {error}") from error
+
+
+def _value(node: Any) -> Any:
+    """Return a coefficient's value, those of its groups, or the middle of its range; 1 of what is none of these."""
+    if isinstance(node, yaml.MappingNode):
+        return {name: _value(entry) for name, entry in _entries(node).items()}
+    parts = node.value if isinstance(node, yaml.SequenceNode) else [node]
+    try:
+        return statistics.fmean(float(part.value) for part in parts)
+    except (TypeError, ValueError):  # reported where options are parsed
+        return 1.0
 
 
 def _entries(node: Any) -> dict[str, Any]:

@@ -69,29 +69,22 @@ def run(
     allowed = _nats(max_perplexity)
     work = Path(f"{output.rstrip('/')}-work")
     work.mkdir(parents=True, exist_ok=True)
-    files = {"forget": divide(data, text_column, work / "forget", seed)}
-    if contrast is not None:
-        files["contrast"] = divide(contrast, text_column, work / "contrast", seed)
-    if keep is None:
-        texts = write_texts(model, NUM_OWN_TEXTS, block_length, seed)
-        files["keep"] = divide(texts, text_column, work / "keep", seed)
-    else:
-        files["keep"] = divide(keep, text_column, work / "keep", seed)
-    tasks = {
-        name: _named("tva.data.LanguageTask", path=paths, name=name, val_split="val", text_column="text",
-                     block_length=block_length, batch_size=batch_size)
-        for name, paths in files.items()
-    }  # fmt: skip
-    trained = ["forget", *(["contrast"] if contrast is not None else [])]
+    sources = {
+        "forget": data,
+        "contrast": contrast,
+        "keep": keep or write_texts(model, NUM_OWN_TEXTS, block_length, seed),
+    }
+    files = {
+        name: divide(texts, text_column, work / name, seed) for name, texts in sources.items() if texts is not None
+    }
+    common = {"val_split": "val", "text_column": "text", "block_length": block_length, "batch_size": batch_size}
+    tasks = {name: _named("tva.data.LanguageTask", path=paths, name=name, **common) for name, paths in files.items()}
+    trained = [name for name in tasks if name != "keep"]
     options = {"learning_rate": learning_rate, "warmup_steps": max_steps // 10}
     options |= {"lora": {"r": rank, "alpha": 2 * rank}} if rank else {}
     for name in trained:
-        fit = {
-            "seed_everything": seed,
-            "model": _named("tva.models.CausalLM", name=model, **options),
-            "data": tasks[name],
-            "trainer": _trainer(work / f"fit-{name}", max_steps),
-        }
+        fit = {"seed_everything": seed, "model": _named("tva.models.CausalLM", name=model, **options),
+               "data": tasks[name], "trainer": _trainer(work / f"fit-{name}", max_steps)}  # fmt: skip
         _call("fit", work / f"fit-{name}.yaml", fit)
     edit = {
         "seed_everything": seed,
@@ -101,10 +94,7 @@ def run(
         "output": output,
         "rule": "largest",
         "maximize": "forget/loss",
-        "subject_to": [
-            f"keep/kl <= {max_kl}",
-            f"keep/loss <= base + {allowed:.6g}",
-        ],
+        "subject_to": [f"keep/kl <= {max_kl}", f"keep/loss <= base + {allowed:.6g}"],
         "confidence": confidence,
         "targets": {"forget": tasks["forget"]},
         "controls": {"keep": tasks["keep"]},
