@@ -110,9 +110,9 @@ def test_a_causal_model_forgets_under_a_constraint_on_perplexity(tmp_path, tied,
         path=write_reviews(tmp_path),
         name="bad",
         where={"label": ["negative"]},
-        block_length=16,
+        block_length=4,  # 20 blocks to report on: fewer have no interval
     )
-    prose = named("tva.data.LanguageTask", path=write_running_text(tmp_path), name="prose", block_length=16)
+    prose = named("tva.data.LanguageTask", path=write_running_text(tmp_path, 1000), name="prose", block_length=16)
     model = named("tva.models.CausalLM", name=folder, learning_rate=3e-3, warmup_steps=0)
     assert run(tmp_path / "fit.yaml", "fit", fit_config(tmp_path / "run", model, reviews)) == 0
     edit = {
@@ -125,6 +125,7 @@ def test_a_causal_model_forgets_under_a_constraint_on_perplexity(tmp_path, tied,
         "subject_to": ["prose/perplexity <= base + 0.5"],
         "targets": {"bad": reviews},
         "controls": {"prose": prose},
+        "allow_shared_examples": True,  # blocks of few words recur
     }
     assert run(tmp_path / "edit.yaml", "edit", edit) in (0, 1)  # the test part may just miss what validation allows
     report = json.loads((tmp_path / "out/edit.json").read_text())
