@@ -88,7 +88,7 @@ def test_a_base_on_the_hub_comes_out_as_one_in_a_folder(mirror, parts):
     asked = dict(mirror.asked)
     assert {asked[name] for name in CARRIED} == {COMMIT}
     assert not asked.keys() & {*LEFT}
-    assert verify("out").holds
+    assert verify("out", base="hf://owner/net").holds
 
 
 def test_the_tokenizer_of_a_vector_on_the_hub_is_compared_and_comes_along(mirror, tmp_path):

@@ -170,7 +170,7 @@ def test_an_interruption_ends_the_run_whatever_else_was_asked_for(tmp_path, monk
     with pytest.raises(SystemExit) as stop:
         main(["paper", "run", str(file), str(file), "--output", str(tmp_path / "out"), "--devices", "cpu"])
     assert stop.value.code == 130
-    assert len(ran) == 1
+    assert len(ran) <= 2  # a worker may have taken the next before it ends, and no more
     assert capsys.readouterr().out.count("blobs, small: 4 fits") == 1
 
 
