@@ -37,7 +37,7 @@ WAYS: dict[str, tuple[dict[str, str], tuple[float, ...]]] = {
 
 
 def place(output: Path, way: str, rate: float) -> Path:
-    """Give the folder of a way with a learning rate."""
+    """Return the folder of a way with a learning rate."""
     return output / way.replace(" ", "-").replace(",", "") / f"lr={rate:g}"
 
 

@@ -71,7 +71,7 @@ class Runner:
     # --- the vectors
 
     def dense(self, model: str, task: str, seed: int) -> Path:
-        """Give a task's vector, fine-tuning for it unless it is there."""
+        """Return a task's vector, fine-tuning for it unless it is there."""
         if model == "real":
             self.real.fit(task, seed)
             return self.real.output / "fold" / task / f"seed={seed}" / "checkpoints" / "last.tv.safetensors"
@@ -83,7 +83,7 @@ class Runner:
         return path
 
     def small(self, model: str, task: str, seed: int, choice: str) -> Path:
-        """Give a task's vector, compressed."""
+        """Return a task's vector, compressed."""
         path = self.folder(model, choice, seed) / f"{task}.tv.safetensors"
         if not path.exists():
             flag = f"--{choice}" if choice.startswith("max_") else f"--encoding={choice}"
@@ -160,7 +160,7 @@ class Runner:
         return read_report(self.folder(model, choice, seed) / name)
 
     def measure(self, model: str, task: str, seed: int, choice: str) -> tuple[float, float]:
-        """Give a file's part of the float32 size, and its error."""
+        """Return a file's part of the float32 size, and its error."""
         from tva import open_weights
 
         path = self.small(model, task, seed, choice)

@@ -214,7 +214,7 @@ class Bench:
             raise SystemExit("The two sides end at different weights, so they did not do the same work.")
 
     def accuracies(self) -> dict[str, float]:
-        """Give the accuracy of both on validation data."""
+        """Return the accuracy of both on validation data."""
         name, found = f"val/{self.data.name}/accuracy", {}
         for side, model in self.models.items():
             found[side] = self.trainer().validate(model, datamodule=self.data, verbose=False)[0][name]

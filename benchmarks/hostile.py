@@ -1,4 +1,4 @@
-"""Give tva thousands of hostile inputs, and count how its commands end.
+"""Run tva on thousands of hostile inputs, and count how its commands end.
 
 Each input is made from a seed and tried in a fork of its own: at most 10 s and 500 MiB a command, status 0, 1 or 2, an
 error that names its file, no control characters, nothing executed and nothing left of what failed.

@@ -49,7 +49,7 @@ OPTIONS = {  # of our methods that have no defaults, or whose default is another
 
 
 def make(elements: int, vectors: int) -> list[list[torch.Tensor]]:
-    """Give the deltas of every vector, in matrices; the last one may have fewer rows."""
+    """Return the deltas of every vector, in matrices; the last one may have fewer rows."""
     generator = torch.Generator().manual_seed(0)
     rows = [SIDE] * (elements // SIDE**2)
     rows += [rest] if (rest := elements % SIDE**2 // SIDE) else []

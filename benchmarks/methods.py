@@ -197,7 +197,7 @@ class Model(ABC):
         return right / total
 
     def evaluate(self, recipe: str, coef: float, task: str, split: str) -> float:
-        """Give the accuracy of an edit, from the journal if it is there."""
+        """Return the accuracy of an edit, from the journal if it is there."""
         key = [recipe, coef, task, split]
         if json.dumps(key) not in self.kept:
             if recipe != self.made[0]:  # the whole grid uses the last one
@@ -213,7 +213,7 @@ class Model(ABC):
         return self.evaluate(task, 1.0, task, split)
 
     def information(self, kind: str) -> list[str]:
-        """Give the statistics files of all tasks, in their order, made where they are missing."""
+        """Return the statistics files of all tasks, in their order, made where they are missing."""
         paths = []
         for task in self.tasks:
             path = self.folder / f"{task}.{kind}.safetensors"
@@ -422,7 +422,7 @@ MODELS: dict[str, type[Model]] = {"images": Images, "texts": Texts}
 
 
 def recipes(row: Row, model: Model, x: float) -> list[tuple[str, Sequence[str]]]:
-    """Give the recipes of a row, and the tasks that each is evaluated on."""
+    """Return the recipes of a row, and the tasks that each is evaluated on."""
     setting = Setting(model.tasks, model.matrix, lambda kind: repr(tuple(model.information(kind))), x)
     if row.kind == "task":
         return [(row.recipe(replace(setting, task=place)), [task]) for place, task in enumerate(model.tasks, 1)]
@@ -433,7 +433,7 @@ def recipes(row: Row, model: Model, x: float) -> list[tuple[str, Sequence[str]]]
 
 
 def normalized(row: Row, model: Model, x: float, split: str) -> dict[str, float]:
-    """Give the normalized accuracy of every task for one value of the tuned number."""
+    """Return the normalized accuracy of every task for one value of the tuned number."""
     coef = 1.0 if row.inside or not row.scale else x
     return {
         task: model.evaluate(text, coef, task, split) / model.alone(task, split)

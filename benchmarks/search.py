@@ -95,7 +95,7 @@ def fit(task: str, seed: int, output: Path) -> str:
 
 
 def jobs() -> dict[str, dict[str, Any]]:
-    """Give each task of the benchmark as options of an edit."""
+    """Return each task of the benchmark as options of an edit."""
     forget = {
         f"forget {task}": {
             "recipe": f"-{task}",

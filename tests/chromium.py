@@ -120,7 +120,7 @@ class Browser:
         self.requests = [request for request in self.requests if request != url]
 
     def evaluate(self, expression):
-        """Give the value of an expression in the page."""
+        """Return the value of an expression in the page."""
         found = self.send("Runtime.evaluate", expression=expression, returnByValue=True, awaitPromise=True)
         assert "exceptionDetails" not in found, found["exceptionDetails"]
         return found["result"].get("value")

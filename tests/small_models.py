@@ -163,7 +163,7 @@ PORTS = itertools.count(20_000 + 2500 * _worker + 31 * os.getpid() % 2000)  # be
 
 
 def free_port():
-    """Give a port that nobody has; each is given once, and the ranks' own connections cannot take it meanwhile."""
+    """Return a port that nobody has; each is given once, and the ranks' own connections cannot take it meanwhile."""
     for port in PORTS:
         with socket.socket() as probe, contextlib.suppress(OSError):
             probe.bind(("127.0.0.1", port))

@@ -122,7 +122,7 @@ def write_running_text(folder: Path, sentences=400) -> str:
 
 
 def real_data() -> Path:
-    """Give the folder of real data and models, or skip the test."""
+    """Return the folder of real data and models, or skip the test."""
     folder = Path(os.environ.get("TVA_DATA", Path(__file__).parents[2] / "shared" / "data"))
     if not (folder / "text").is_dir():
         pytest.skip(f"real texts and models were expected in {folder}, and are not there")

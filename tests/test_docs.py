@@ -225,8 +225,10 @@ def test_guides_are_short_and_pages_say_what_they_are_for():
 
 
 def test_pages_name_no_place_that_readers_do_not_have():
+    here = f"{ROOT.parent}/" if len(ROOT.parts) > 2 else f"{ROOT}/"  # whichever machine the tests run on
     for path in [*PAGES, ROOT / "README.md", *(ROOT / "configs").rglob("*.yaml")]:
-        assert not re.search(r"shared/(data|models)|TVA_MODELS|/work/", path.read_text()), path
+        assert not re.search(r"shared/(data|models)|TVA_MODELS", path.read_text()), path
+        assert here not in path.read_text(), path
         assert path.suffix == ".md" or "$" not in path.read_text(), path
 
 

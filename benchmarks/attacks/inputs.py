@@ -163,7 +163,7 @@ class Inputs:
             )
 
     def places(self) -> Iterator[Input]:
-        """What is no regular file, or is elsewhere, in the place of every file."""
+        """Pipes, devices, folders and links in the place of every file."""
 
         def bent(how: str, file: Path) -> None:
             file.unlink()

@@ -119,7 +119,7 @@ class Benchmark:
         return list(filter(is_feasible, (read_report(folder) for folder in folders if (folder / "edit.json").exists())))
 
     def adapt(self, node: Any, seed: int, batch_norm: str) -> Any:
-        """Give a configuration another seed, output folder and rule for BatchNorm; the files are for seed 0."""
+        """Set the seed, output folder and rule for BatchNorm; the files are for seed 0."""
         if isinstance(node, dict):
             return {
                 key: seed if key in ("seed", "seed_everything") else self.adapt(value, seed, batch_norm)
@@ -228,7 +228,7 @@ PARTS: dict[str, Callable[[Benchmark, int], None]] = {
 
 
 def spread(values: Sequence[float], digits: int = 3) -> str:
-    """Give the mean and the range.
+    """Return the mean and the range.
 
     Example:
         >>> spread([0.5, 0.6]), spread([0.5]), spread([])

@@ -128,7 +128,7 @@ def test_examples_of_two_shapes_are_refused(parquet):
 
 
 def epochs(path, ranks=1, rank=0, batch_size=8, num_workers=0, num_epochs=2, **options):
-    """Give the images of each step of each epoch as a rank sees them."""
+    """Return the images of each step of each epoch as a rank sees them."""
     task = ready(path, batch_size=batch_size, num_workers=num_workers, **options)
     task.trainer = SimpleNamespace(
         lightning_module=task.trainer.lightning_module, world_size=ranks, global_rank=rank, num_devices=ranks

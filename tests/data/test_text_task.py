@@ -25,7 +25,7 @@ def ready(task, kind="bert", max_length=256, **trainer):
 
 
 def rows(loader):
-    """Give every example of a loader without its padding, with its label."""
+    """Return every example of a loader without its padding, with its label."""
     return [(tuple(t[t >= 0].tolist()), int(y)) for tokens, labels in loader for t, y in zip(tokens, labels)]  # noqa: B905
 
 
@@ -199,7 +199,7 @@ KINDS = [
 
 
 def examples_of(batches):
-    """Give every example of batches without its padding."""
+    """Return every example of batches without its padding."""
     pairs = []
     for batch in batches:
         left, right = batch.values() if isinstance(batch, dict) else batch

@@ -155,7 +155,7 @@ def test_the_part_to_adapt_may_have_another_name():
 
 
 def filled(network, value=0.02):
-    """Give every LoRA a product that is not zero."""
+    """Make the product of every LoRA other than zero."""
     torch.manual_seed(1)
     with torch.no_grad():
         for name, parameter in network.named_parameters():

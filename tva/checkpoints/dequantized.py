@@ -71,7 +71,7 @@ class Dequantized(Entry):
 
     def rows(self, first: int, last: int) -> Tensor:
         """Return rows of the weights as a float64 matrix, leading dimensions flattened."""
-        raise NotImplementedError
+        raise NotImplementedError  # every scheme that is read in rows says how
 
     def codes(self, values: Tensor) -> dict[str, Tensor]:
         """Return role to tensor of the parts that represent other values best in this scheme.
@@ -79,7 +79,7 @@ class Dequantized(Entry):
         Args:
             values: Float64, of the shape of the weights.
         """
-        raise NotImplementedError
+        raise NotImplementedError  # where `requantizes` is true, the scheme says how
 
     def quantized(self, values: Tensor) -> Dequantized:
         """Return other values in this scheme; parts that the values do not decide are kept."""
@@ -107,7 +107,7 @@ class ByUnit(Dequantized):
 
     def matrix(self, index: int) -> Tensor:
         """Return one matrix of the weights in float64; ``index`` counts over the leading dimensions."""
-        raise NotImplementedError
+        raise NotImplementedError  # every scheme that is read in matrices says how
 
     def slice(self, start: int, stop: int) -> Tensor:
         found = [torch.empty(0, dtype=torch.float64)]

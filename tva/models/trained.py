@@ -82,7 +82,9 @@ class TrainedModel(L.LightningModule):
         self.network, self.kind, self.task = network, kind, "task"
         self._optimizer = (learning_rate, weight_decay, warmup_steps, check_layer_decay(layer_decay), fused)
         if not edit_head and not head:
-            raise ValueError(f"edit_head=false leaves the head alone, and {type(network).__name__} has none. Drop it.")
+            raise ValueError(
+                f"edit_head=false does not touch the head, and {type(network).__name__} has none. Drop it."
+            )
         self.head_patterns = [] if edit_head else [rf"^(network[.])?{re.escape(name)}$" for name in head]
         self.tokens_right = nn.ModuleDict({stage: MeanMetric() for stage in ("val", "test") if "token" in kind})
         self.tva_metrics = {"spearman": "spearman"} if self._is_regression else {}
@@ -277,7 +279,7 @@ class _TrainedLM(L.LightningModule):
         tied = own is None or own.weight is network.get_input_embeddings().weight
         if not edit_head and tied:
             raise ValueError(
-                f"edit_head=false leaves the head alone, and that of {type(network).__name__} is its embedding. Drop "
+                f"edit_head=false does not touch the head, and that of {type(network).__name__} is its embedding. Drop "
                 f"it."
             )
         names = [] if edit_head else head_names(network)

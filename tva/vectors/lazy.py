@@ -115,7 +115,7 @@ class LazyTaskVector:
     def _matched(
         self, weights: LazyWeights, names: Collection[str], key_map: KeyMap = (), copy_in_base: CopyOf | None = None
     ) -> LazyWeights:
-        """Give the tensors of a task vector file, and what is known of the others, the names of a base."""
+        """Name the tensors of a task vector file, and what its header says of the others, as a base does."""
         try:
             found = match_vector([*weights, *self.untouched], names, self.origin, weights.get, key_map, copy_in_base)
         except MismatchError as error:

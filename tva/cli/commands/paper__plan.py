@@ -24,7 +24,7 @@ def run(
     data_root: str | None = None,
     seeds: list[int] | None = None,
 ) -> list[dict[str, Any]]:
-    """Say what an experiment needs, downloads, fits and edits, without a network.
+    """List what an experiment needs, downloads, fits and edits, without a network.
 
     Args:
         names: Experiments, or paths of YAML files of your own.
