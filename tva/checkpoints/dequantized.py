@@ -9,7 +9,7 @@ from typing import Any
 
 from tva._torch import Tensor, torch
 from tva.checkpoints.fingerprint import Hashed
-from tva.checkpoints.lazy import Entry, InMemory, LazyWeights
+from tva.checkpoints.lazy import Described, Entry, InMemory, LazyWeights
 from tva.checkpoints.spec import Spec
 
 EDITED = "bfloat16"  # the dtype in which an edit of a dequantized tensor is written, unless another is asked for
@@ -17,7 +17,7 @@ _last = threading.local()  # the unit that a thread has read last
 
 
 @dataclass(frozen=True, eq=False)
-class Dequantized(Entry):
+class Dequantized(Described):
     """A tensor that is dequantized when it is read; subclasses implement one scheme.
 
     Attributes:
@@ -35,14 +35,6 @@ class Dequantized(Entry):
     @property
     def spec(self) -> Spec:
         return Spec("float64", self.sizes)
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.spec.dtype
-
-    @property
-    def shape(self) -> torch.Size:
-        return self.spec.shape
 
     @property
     def written_dtype(self) -> str:

@@ -136,8 +136,20 @@ class Entry:
         return self.slice(0, self.spec.numel()).reshape(self.shape)
 
 
+class Described(Entry):
+    """A tensor whose dtype and shape are those of its ``spec``."""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.spec.dtype
+
+    @property
+    def shape(self) -> torch.Size:
+        return self.spec.shape
+
+
 @dataclass(frozen=True)
-class Stored(Entry):
+class Stored(Described):
     """A tensor as bytes of a file; ``stride`` in elements where it is not contiguous."""
 
     file: OpenFile
@@ -148,14 +160,6 @@ class Stored(Entry):
     @property
     def spec(self) -> Spec:
         return self.header
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.spec.dtype
-
-    @property
-    def shape(self) -> torch.Size:
-        return self.spec.shape
 
     @property
     def in_parts(self) -> bool:
@@ -267,7 +271,7 @@ class Wrapped(Entry):
 
 
 @dataclass(frozen=True)
-class RealParts(Wrapped):
+class RealParts(Described, Wrapped):
     """A tensor of complex numbers as their real and imaginary parts, one after the other, shape (…, 2)."""
 
     entry: Entry
@@ -283,14 +287,6 @@ class RealParts(Wrapped):
     @property
     def written_dtype(self) -> str:
         return self.spec.dtype_name
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.spec.dtype
-
-    @property
-    def shape(self) -> torch.Size:
-        return self.spec.shape
 
     def will_need(self, start: int, stop: int) -> None:
         self.entry.will_need(start // 2, -(-stop // 2))

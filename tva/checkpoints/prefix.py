@@ -6,13 +6,13 @@ from dataclasses import dataclass
 
 import numpy
 
-from tva._torch import Tensor, torch
-from tva.checkpoints.lazy import Entry
+from tva._torch import Tensor
+from tva.checkpoints.lazy import Described, Entry, Wrapped
 from tva.checkpoints.spec import Spec
 
 
 @dataclass(frozen=True)
-class Prefix(Entry):
+class Prefix(Described, Wrapped):
     """The first elements of another tensor, or all of them, as a tensor of its own.
 
     Args:
@@ -30,24 +30,8 @@ class Prefix(Entry):
         return self.header
 
     @property
-    def dtype(self) -> torch.dtype:
-        return self.header.dtype
-
-    @property
-    def shape(self) -> torch.Size:
-        return self.header.shape
-
-    @property
-    def written_dtype(self) -> str:
-        return self.entry.written_dtype
-
-    @property
-    def in_parts(self) -> bool:
-        return self.entry.in_parts
-
-    @property
-    def held_bytes(self) -> int:
-        return self.entry.held_bytes
+    def stored_bytes(self) -> int:
+        return self.header.num_bytes
 
     @property
     def location(self) -> object:
