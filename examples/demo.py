@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import re
 import statistics
 import sys
 import time
@@ -43,7 +44,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     passed = [run_seed(seed, options.output) for seed in options.seeds]
     reports = {edit: [read_report(options.output / edit / f"seed={seed}") for seed in options.seeds] for edit in EDITS}
     print_summary(reports, options.seeds)
-    figure = options.output / "curves.png"
+    figure = options.output / "curves.svg"
     draw_curves(reports, figure)
     page = options.output / "report.html"
     revisit([str(options.output / edit / f"seed={seed}") for edit in EDITS for seed in options.seeds], str(page))
@@ -55,7 +56,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def run_seed(seed: int, output: Path) -> bool:
-    """Fine-tune every task and make every edit with one seed; say whether all constraints held."""
+    """Fine-tune every task and make every edit with one seed; return whether all constraints held."""
     vectors = {}
     common = CONFIGS / "fit" / "common.yaml"
     for config in sorted(set((CONFIGS / "fit").glob("*.yaml")) - {common}):
@@ -87,7 +88,7 @@ def run_seed(seed: int, output: Path) -> bool:
 
 
 def run(*arguments: object) -> bool:
-    """Run one tva command in this process, showing it first; say whether its exit status was 0."""
+    """Run one tva command in this process, showing it first; return whether its exit status was 0."""
     words = [str(argument) for argument in arguments]
     print("$ tva", *words, flush=True)
     try:
@@ -146,7 +147,7 @@ def draw_curves(reports: Mapping[str, Sequence[Mapping[str, Any]]], path: Path) 
 
     Args:
         reports: For each edit the ``edit.json`` of each seed; lines are means over seeds, bands their range.
-        path: The PNG to write.
+        path: The SVG to write, of a size that fits a repository: text as text, coordinates to a tenth of a point.
     """
     import matplotlib
 
@@ -164,7 +165,10 @@ def draw_curves(reports: Mapping[str, Sequence[Mapping[str, Any]]], path: Path) 
                 coefs = list(curves[0])
                 values = list(zip(*(points.values() for points in curves), strict=True))
                 axis.plot(coefs, [statistics.fmean(v) for v in values], color=color, ls=style, lw=1.5)
-                axis.fill_between(coefs, list(map(min, values)), list(map(max, values)), color=color, alpha=0.15, lw=0)
+                if len(runs) > 1:
+                    axis.fill_between(
+                        coefs, list(map(min, values)), list(map(max, values)), color=color, alpha=0.15, lw=0
+                    )
             chosen = [run["coefficients"]["scaling_coef"] for run in runs]
             edited = [run["tasks"][task]["edited"]["value"] for run in runs]
             random = [
@@ -189,8 +193,36 @@ def draw_curves(reports: Mapping[str, Sequence[Mapping[str, Any]]], path: Path) 
         fontsize=9,
     )
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=110)
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "demo", "font.sans-serif": ["DejaVu Sans"]}):
+        figure.savefig(path, metadata={"Date": None})
     plt.close(figure)
+    path.write_text(shorten(path.read_text(encoding="utf-8")), encoding="utf-8")
+
+
+def shorten(svg: str) -> str:
+    """Return a picture without what matplotlib writes for programs, and with coordinates to a tenth of a point.
+
+    Example:
+        >>> shorten('<g id="patch_1">\\n <path d="M 0.123 4.000 \\nL 5 6.78"/>\\n</g>')
+        '<path d="M0.1 4L5 6.8"/>'
+    """
+    svg = re.sub(r"\s+", " ", svg).replace("> <", "><")
+    svg = re.sub(
+        r"<metadata>.*?</metadata>|<!DOCTYPE[^>]*>| clip-path=\S*\)\"| transform=\"rotate\(-0 [^)]*\)\"", "", svg
+    )
+    svg = re.sub(r'(?<=<g) id="[^"]*"', "", svg)
+    while svg != (inner := re.sub(r"<g>((?:(?!</?g\b).)*)</g>", r"\1", svg)):
+        svg = inner
+    svg = re.sub(
+        r' (?:d|x|y)="[^"]*"',
+        lambda place: re.sub(r"-?\d+\.\d+", lambda n: f"{round(float(n[0]), 1):g}", place[0]),
+        svg,
+    )
+    svg = re.sub(r' d="[^"]*"', lambda path: " d" + re.sub(r" ?([A-Za-z]) ?", r"\1", path[0][2:]), svg)
+    styles: dict[str, str] = {}
+    svg = re.sub(r'(?<= )style="([^"]*)"', lambda s: f'class="{styles.setdefault(s[1], f"s{len(styles)}")}"', svg)
+    rules = "".join(f".{name}{{{style}}}" for style, name in styles.items())
+    return svg.replace("</style>", f"{rules}</style>", 1).replace("><", ">\n<")
 
 
 if __name__ == "__main__":

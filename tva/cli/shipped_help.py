@@ -26,7 +26,7 @@ INDENT = 24  # of the explanations, as argparse has it
 def shipped() -> dict[str, Any]:
     """Return the descriptions by command; empty if they were made from another version of Lightning."""
     stored: dict[str, Any] = json.loads(FILE.read_text(encoding="utf-8"))
-    return stored["commands"] if stored["lightning"] == version("lightning") else {}
+    return unpack(stored)["commands"] if stored["lightning"] == version("lightning") else {}
 
 
 def format_help(described: dict[str, Any], width: int | None = None) -> str:
@@ -84,9 +84,46 @@ def generate() -> dict[str, Any]:
 
 
 def _plain(text: str) -> str:
-    """Return help without the markup of Lightning's docstrings."""
-    return re.sub(r":\w+:`~?([^`]*)`", r"\1", text).replace("``", "").replace("\b", "")
+    """Return help without the markup of Lightning's docstrings, and classes by the names that YAML takes too."""
+    text = re.sub(r":\w+:`~?([^`]*)`", r"\1", text).replace("``", "").replace("\b", "")
+    text = text.replace("lightning.pytorch.trainer.trainer.Trainer.", "").replace("lightning.pytorch.core.", "")
+    return re.sub(r"(?<=known subclasses: )[\w., ]+", lambda found: re.sub(r"\b(\w+\.)+", "", found[0]), text)
+
+
+def pack(described: dict[str, Any]) -> str:
+    """Return what `generate` returns as text: every option once, on a line of its own, which commands refer to.
+
+    Example:
+        >>> groups = [["options", [["-h", "Show help."]]]]
+        >>> whole = {"lightning": "2", "commands": {"fit": {"groups": groups}, "test": {"groups": groups}}}
+        >>> pack(whole).count("Show help."), unpack(json.loads(pack(whole))) == whole
+        (1, True)
+    """
+    numbers: dict[tuple[str, str], int] = {}
+    commands = {
+        command: {
+            **about,
+            "groups": [
+                [title, [numbers.setdefault(tuple(o), len(numbers)) for o in found]] for title, found in about["groups"]
+            ],
+        }
+        for command, about in described["commands"].items()
+    }
+    head = json.dumps({**described, "commands": commands}, separators=(",", ":"))
+    options = ",\n".join(json.dumps(option, ensure_ascii=False) for option in numbers)
+    return f'{head[:-1]},"options":[\n{options}\n]}}\n'
+
+
+def unpack(stored: dict[str, Any]) -> dict[str, Any]:
+    """Return what `generate` returned, of what the file holds."""
+    stored = dict(stored)
+    options = stored.pop("options")
+    commands = {
+        command: {**about, "groups": [[title, [options[i] for i in found]] for title, found in about["groups"]]}
+        for command, about in stored["commands"].items()
+    }
+    return {**stored, "commands": commands}
 
 
 if __name__ == "__main__":
-    FILE.write_text(json.dumps(generate(), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    FILE.write_text(pack(generate()), encoding="utf-8")

@@ -36,8 +36,30 @@ def draw(spec: Mapping[str, Any], name: str, width: int = 620) -> str:
     """
     import vl_convert
 
-    svg = vl_convert.vegalite_to_svg({**spec, "width": width}, vl_version=VERSION)
+    svg = _shorten(vl_convert.vegalite_to_svg({**spec, "width": width}, vl_version=VERSION))
     return re.sub(r"\b((?:clip|gradient)[\w-]*\d+)\b", rf"{name}-\1", svg)
+
+
+def _shorten(svg: str) -> str:
+    """Return a picture without what draws nothing, half of it; whoever shows it says in words what is on it."""
+    svg = re.sub(r'<(?:[^">]|"[^"]*")*>', lambda tag: _shorten_tag(tag[0]), svg).replace("<g></g>", "")
+    for font in re.findall(r' font-family="[^"]*"', svg)[:1]:
+        svg = svg.replace(font, "").replace("<svg ", f"<svg{font} ", 1)
+    while svg != (outer := re.sub(r"<g>((?:(?!</?g\b).)*)</g>", r"\1", svg, flags=re.DOTALL)):
+        svg = outer
+    return svg
+
+
+def _shorten_tag(tag: str) -> str:
+    """Return an element without defaults, with coordinates to a hundredth of a pixel; nothing if it draws nothing."""
+    tag = re.sub(r' (?:aria-[a-z]+|role|class|pointer-events)="[^"]*"| (?:opacity|stroke-width)="1"', "", tag)
+    tag = re.sub(r' (?:d|transform)="[^"]*"', lambda at: re.sub(r"\d+\.\d{3,}", _hundredths, at[0]), tag)
+    tag = tag.replace(' transform="translate(0,0)"', "")
+    return "" if re.fullmatch(r'<path(?: fill="none")? d="(?:M0,0h0v0h0Z)?"(?: display="none")?/>', tag) else tag
+
+
+def _hundredths(found: re.Match[str]) -> str:
+    return f"{round(float(found[0]), 2):g}" if float(found[0]) < 1000 else found[0]
 
 
 def draw_png(spec: Mapping[str, Any], width: int = 620, scale: float = 2.0) -> bytes:
