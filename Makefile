@@ -1,6 +1,7 @@
 # make demo    install into .venv, then forget, add and infer a task on this machine, offline
 # make test    install, lint and run every test; make quick: the unit tests only
 # make paper-smoke  check that every effect of the paper shows, on the model and sets that ship with tva
+# make results rewrite the tables of README and docs/results from the ledger, docs/results/data, and list what is older
 # make docs    build the site in docs/_build/html; any warning is an error
 PYTHON ?= python3
 SEEDS ?= 0
@@ -9,7 +10,7 @@ BIN := .venv/bin
 # two processes, and a file's tests in one of them, which share what is made for all of them; a plain pytest is one process
 TWO := -n 2 --dist loadfile --no-loadscope-reorder
 
-.PHONY: demo test quick lint docs paper-smoke install clean
+.PHONY: demo test quick lint docs results paper-smoke install clean
 
 demo: install
 	$(BIN)/python -m examples.demo --seeds $(SEEDS)
@@ -28,6 +29,10 @@ lint: install
 
 docs: install
 	$(BIN)/python -m sphinx -q -E -W --keep-going docs docs/_build/html
+
+results: install
+	$(BIN)/python -m benchmarks tables
+	$(BIN)/python -m benchmarks check
 
 paper-smoke: install
 	$(BIN)/tva paper run $(PAPER) --scale smoke --output runs/paper-smoke --jobs 2 --devices cpu

@@ -1,6 +1,7 @@
 """Time what TaskVectorCallback costs a fit, and its emission against writing the same bytes.
 
-    python benchmarks/callback.py [--folder /somewhere/with/space] [--megabytes 600] [--steps 400] [--repeats 5]
+    python -m benchmarks run callback --seeds 0 [--folder /somewhere/with/space] [--megabytes 600] [--steps 400]
+        [--repeats 5]
 
 Overhead: the same fit of a transformer on the CPU, with a vector every 200 steps and without, in turn, ``--repeats``
 pairs; the median of the paired differences over the median time without is printed, with all differences, as two fits
@@ -12,16 +13,13 @@ turn, each from page cache.
 
 from __future__ import annotations
 
-import argparse
-import json
 import logging
 import os
-import platform
 import statistics
 import tempfile
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,9 +30,13 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 from tva.callbacks import TaskVectorCallback
 
+from benchmarks.ledger import markdown
 from tva import fingerprint, open_weights, save_weights
 from tva.vectors.header import Origin
 from tva.vectors.write import TensorSource, VectorPlan, emit
+
+OPTIONS = {"folder": "", "megabytes": 600, "steps": 400, "repeats": 5}
+DEPENDS = ("benchmarks/callback.py", "callbacks", "tva/vectors/write.py", "tva/checkpoints/fingerprint.py")
 
 
 class Timed(TaskVectorCallback):
@@ -66,7 +68,6 @@ class Transformer(L.LightningModule):
 
     def __init__(self) -> None:
         super().__init__()
-        torch.manual_seed(0)
         layer = nn.TransformerEncoderLayer(256, 4, 1024, batch_first=True)
         self.net = nn.TransformerEncoder(layer, 4, enable_nested_tensor=False)
 
@@ -107,19 +108,10 @@ def measure_overhead(folder: Path, steps: int, repeats: int) -> dict[str, Any]:
         without.append(pair[None][0])
         extra.append(pair[200][0] - pair[None][0])
         inside.append(pair[200][1])
-    median = statistics.median(without)
-    return {
-        "fit_s": median,
-        "extra_s": statistics.median(extra),
-        "overhead": statistics.median(extra) / median,
-        "extra_s_each": extra,
-        "fit_s_each": without,
-        "inside_s": statistics.median(inside),
-        "inside": statistics.median(inside) / median,
-    }
+    return {"without_s": without, "extra_s": extra, "inside_s": inside}
 
 
-def measure_emission(folder: Path, megabytes: int, repeats: int) -> dict[str, float]:
+def measure_emission(folder: Path, megabytes: int, repeats: int) -> dict[str, list[float]]:
     elements = 2**20  # 4 MiB a tensor
     base = {f"w{n}": torch.randn(elements) for n in range(max(1, megabytes // 4))}
     tuned = {name: value + 1e-3 * torch.randn(elements) for name, value in base.items()}
@@ -149,36 +141,57 @@ def measure_emission(folder: Path, megabytes: int, repeats: int) -> dict[str, fl
             started = time.perf_counter()
             job()
             times[name].append(time.perf_counter() - started)
-    medians = {name: statistics.median(values[1:]) for name, values in times.items()}  # the first warms the cache
-    ratios = {
-        other: statistics.median(a / b for a, b in zip(times["emit_s"][1:], times[other][1:], strict=True))
-        for other in ("save_file_s", "save_file_fsync_s")
-    }
-    return {
-        **medians,
-        "emit_over_save_file": ratios["save_file_s"],
-        "emit_over_save_file_fsync": ratios["save_file_fsync_s"],
-    }
+    return {name: values[1:] for name, values in times.items()}  # the first warms the cache
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--folder", type=Path)
-    parser.add_argument("--megabytes", type=int, default=600)
-    parser.add_argument("--steps", type=int, default=400)
-    parser.add_argument("--repeats", type=int, default=5)
-    arguments = parser.parse_args()
+def measure(seed: int, folder: str, megabytes: int, steps: int, repeats: int) -> dict[str, Any]:
+    """Return all times, in seconds."""
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore", module="lightning")
-    with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
-        result = {
-            "machine": f"{platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}",
-            "threads": torch.get_num_threads(),
-            **measure_emission(Path(folder), arguments.megabytes, arguments.repeats),
-            **measure_overhead(Path(folder), arguments.steps, arguments.repeats),
+    torch.manual_seed(seed)
+    with warnings.catch_warnings(), tempfile.TemporaryDirectory(dir=folder or None) as place:
+        warnings.filterwarnings("ignore", module="lightning")
+        return {
+            "megabytes": megabytes,
+            "steps": steps,
+            "emission": measure_emission(Path(place), megabytes, repeats),
+            "fit": measure_overhead(Path(place), steps, repeats),
         }
-    print(json.dumps(result, indent=2))
 
 
-if __name__ == "__main__":
-    main()
+def tables(runs: Mapping[int, Mapping[str, Any]]) -> dict[str, str]:
+    """Return the table; all repeats of all seeds count alike."""
+    found = list(runs.values())
+    emit, bare, synced = (
+        [second for run in found for second in run["emission"][name]]
+        for name in ("emit_s", "save_file_s", "save_file_fsync_s")
+    )
+    without, extra, inside = (
+        [second for run in found for second in run["fit"][name]] for name in ("without_s", "extra_s", "inside_s")
+    )
+    size, steps = found[0]["megabytes"], found[0]["steps"]
+    step = 1000 * statistics.median(without) / steps
+    rows = [
+        [f"writing {size} MB of vector, with fsync", f"{_range(emit)} s", ""],
+        ["`safetensors.torch.save_file` of the same bytes", f"{_range(bare)} s", f"{_range(_ratios(emit, bare))} ×"],
+        ["the same with an fsync", f"{_range(synced)} s", f"{_range(_ratios(emit, synced))} ×"],
+        [f"a fit of {steps} steps of {step:.0f} ms without the callback", f"{_range(without)} s", ""],
+        [
+            "the same with it: inside its hooks, for the base and two vectors of 13 MB",
+            f"{_range(inside)} s",
+            f"{_range([100 * ratio for ratio in _ratios(inside, without)])} %",
+        ],
+        [
+            "the same with it: added in all, pair by pair",
+            f"{_range(extra)} s",
+            f"{_range([100 * ratio for ratio in _ratios(extra, without)])} %",
+        ],
+    ]
+    return {"cost": markdown(["what", "seconds", "vector ÷ file, or share of the fit"], rows)}
+
+
+def _ratios(ones: Sequence[float], others: Sequence[float]) -> list[float]:
+    return [one / other for one, other in zip(ones, others, strict=True)]
+
+
+def _range(values: Sequence[float]) -> str:
+    return f"{statistics.median(values):.2f} ({min(values):.2f} to {max(values):.2f})"

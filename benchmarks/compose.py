@@ -1,32 +1,36 @@
 """Time `tva compose` against mergekit and against the disk, on synthetic Llama-shaped checkpoints.
 
-    python benchmarks/compose.py --folder /somewhere/with/space [--layers 12] [--repeats 3] [--mergekit PYTHON]
+    python -m benchmarks run compose --seeds 0 --folder /somewhere/with/space [--layers 26] [--repeats 3]
+        [--mergekit PYTHON] [--jobs sum,ties,dare,tiny]
 
 ``--mergekit`` names the Python of an environment in which mergekit 0.1.5 is installed (``python -m venv E && E/bin/pip
-install mergekit==0.1.5``). Whole processes are timed, each from page cache; every job runs ``--repeats`` times, tools
-in turn. Before each, what others have written goes to the disk and out of the page cache, and the inputs are read into
-it. Peak anonymous memory is polled from /proc every 10 ms. ``cat`` is the time that reading the same inputs and writing
-as many bytes as the output takes: the limit.
+install mergekit==0.1.5``). 26 layers make 0.4 B parameters. Whole processes are timed, each from page cache; every job
+runs ``--repeats`` times, tools in turn. Before each, what others have written goes to the disk and out of the page
+cache, and the inputs are read into it. Peak anonymous memory is polled from /proc every 10 ms. ``cat`` is the time that
+reading the same inputs and writing as many bytes as the output takes: the limit.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 import yaml
 
+from benchmarks.ledger import markdown
 from tva import fingerprint, open_weights, save_weights
 from tva.compose.apply import compose
 
+OPTIONS = {"folder": "runs/compose", "layers": 26, "repeats": 3, "mergekit": "", "jobs": "sum,dare,ties,tiny"}
+DEPENDS = ("benchmarks/compose.py", "tva/compose", "tva/merge", "tva/checkpoints", "tva/vectors/lazy.py")
 # As the command does it: without collecting garbage, and without taking down what was loaded.
 IMPORTS = "import gc, os; gc.disable(); import tva.compose, tva.cli.commands.compose, jsonargparse; os._exit(0)"
 TOKENS, WIDTH, HIDDEN = 32_000, 1024, 2816
@@ -87,8 +91,8 @@ def settle(folder: Path, inputs: list[Path]) -> None:
     subprocess.run(["cat", *inputs], stdout=subprocess.DEVNULL, check=True)
 
 
-def measure(command: list[str]) -> tuple[float, float]:
-    """Run a command; give its wall time in seconds and peak anonymous memory in GB."""
+def timed(command: list[str]) -> tuple[float, float]:
+    """Run a command; return its wall time in seconds and peak anonymous memory in GB."""
     started = time.monotonic()
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
     peak = 0
@@ -104,10 +108,8 @@ def measure(command: list[str]) -> tuple[float, float]:
     return time.monotonic() - started, peak * 1024 / 1e9
 
 
-def agreement(folder: Path, theirs: list[str] | None) -> str:
+def agreement(folder: Path) -> dict[str, float]:
     """Compare both tools' outputs: the share of elements that are equal, and the largest difference."""
-    if not theirs:
-        return ""
     ours, other = open_weights(folder / "ours.safetensors"), open_weights(folder / "theirs")
     equal = total = largest = 0
     for name in other:
@@ -115,11 +117,12 @@ def agreement(folder: Path, theirs: list[str] | None) -> str:
         equal += int((left == right).sum())
         total += left.numel()
         largest = max(largest, float((left - right).abs().max()))
-    return f"; equal to mergekit's in {equal / total:.4%} of elements, largest difference {largest:.1e}"
+    return {"equal": equal / total, "largest": largest}
 
 
-def time_tiny(folder: Path) -> None:
-    """Time models of many tiny tensors."""
+def time_tiny(folder: Path) -> dict[str, float]:
+    """Time models of many tiny tensors; seconds by the number of tensors."""
+    found = {}
     for count in (4_000, 16_000):
         for seed, name in enumerate(("base", "a")):
             generator = torch.Generator().manual_seed(seed)
@@ -128,74 +131,100 @@ def time_tiny(folder: Path) -> None:
         started = time.monotonic()
         vectors = {"a": str(folder / "tiny-a.safetensors")}
         compose(str(folder / "tiny-base.safetensors"), vectors, "0.5 * a", str(folder / "tiny-out.safetensors"))
-        print(f"tiny  {count:,} tensors of 64 elements: {(time.monotonic() - started) / count * 1e3:.2f} s per 1,000")
+        found[str(count)] = time.monotonic() - started
+    return found
 
 
-def main() -> None:
-    """Make the checkpoints if need be, run every job, print a table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--folder", type=Path, required=True)
-    parser.add_argument("--layers", type=int, default=26, help="26 make 0.4 B parameters")
-    parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--mergekit", help="Python of an environment with mergekit 0.1.5")
-    parser.add_argument("--jobs", nargs="+", default=[*JOBS, "tiny"], choices=[*JOBS, "tiny"])
-    options = parser.parse_args()
-    names, base = ["base", "a", "b", "c", "d"], None
-    for seed, name in enumerate(names):
-        if not (options.folder / name / "model.safetensors").exists():
+def checkpoints(folder: Path, layers: int, seed: int) -> list[Path]:
+    """Make the base and four fine-tunes, if they are not there."""
+    base = None
+    for number, name in enumerate(NAMES):
+        if not (folder / name / "model.safetensors").exists():
             if base is None and name != "base":
-                base = dict(open_weights(options.folder / "base"))
-            made = make_checkpoint(options.folder / name, options.layers, seed, base)
+                base = dict(open_weights(folder / "base"))
+            made = make_checkpoint(folder / name, layers, 10 * seed + number, base)
             base = made if name == "base" else base
-    files = [options.folder / name / "model.safetensors" for name in names]
-    size = files[0].stat().st_size
-    print(f"{platform.machine()}, {platform.processor()}, torch {torch.__version__}, {size / 1e9:.2f} GB a checkpoint")
-    copy = (
-        f"cat {' '.join(map(str, files))} > /dev/null; cp {files[0]} {options.folder}/copy; sync {options.folder}/copy"
-    )
-    floors = []
-    for _ in range(options.repeats):
-        settle(options.folder, files)
-        floors.append(measure(["sh", "-c", copy])[0])
-    floor = statistics.median(floors)
-    imports = statistics.median(measure([sys.executable, "-c", IMPORTS])[0] for _ in range(options.repeats))
-    spread = f"({min(floors):.2f}–{max(floors):.2f})"
-    print(f"cat of the inputs and a copy of the output: {floor:.2f} s {spread}; interpreter, imports: {imports:.2f} s")
-    for job in options.jobs:
+    return [folder / name / "model.safetensors" for name in NAMES]
+
+
+NAMES = ("base", "a", "b", "c", "d")
+
+
+def commands(folder: Path, job: str, mergekit: str) -> dict[str, list[str]]:
+    """Return the command of each tool."""
+    recipe, method, parameters = JOBS[job]
+    ours = [sys.executable, "-m", "tva", "compose", "--base", str(folder / "base"), "--recipe", recipe]
+    ours += [word for name in NAMES[1:] for word in (f"--vectors.{name}", str(folder / name))]
+    ours += ["--output", str(folder / "ours.safetensors")]
+    if not mergekit:
+        return {"tva": ours}
+    models = [{"model": str(folder / name), "parameters": parameters} for name in NAMES[1:]]
+    config = {**method, "base_model": str(folder / "base"), "models": models, "dtype": "float32"}
+    path = folder / f"{job}.yaml"
+    path.write_text(yaml.safe_dump({**config, "out_dtype": "bfloat16"}))
+    script = [mergekit, "-m", "mergekit.scripts.run_yaml"]
+    return {"tva": ours, "mergekit": [*script, str(path), str(folder / "theirs"), "--random-seed", "0"]}
+
+
+def measure(seed: int, folder: str, layers: int, repeats: int, mergekit: str, jobs: str) -> dict[str, Any]:
+    """Return all times in seconds and peaks in GB, by job and tool."""
+    place = Path(folder) / f"seed={seed}"
+    files = checkpoints(place, layers, seed)
+    copy = f"cat {' '.join(map(str, files))} > /dev/null; cp {files[0]} {place}/copy; sync {place}/copy"
+    found: dict[str, Any] = {"billions": files[0].stat().st_size / 2e9, "cat_s": [], "jobs": {}}
+    for _ in range(repeats):
+        settle(place, files)
+        found["cat_s"].append(timed(["sh", "-c", copy])[0])
+    found["imports_s"] = [timed([sys.executable, "-c", IMPORTS])[0] for _ in range(repeats)]
+    for job in jobs.split(","):
         if job == "tiny":
-            time_tiny(options.folder)
+            found["tiny_s"] = time_tiny(place)
             continue
-        recipe, method, parameters = JOBS[job]
-        ours = [sys.executable, "-m", "tva", "compose", "--base", str(options.folder / "base"), "--recipe", recipe]
-        ours += [word for name in names[1:] for word in (f"--vectors.{name}", str(options.folder / name))]
-        ours += ["--output", str(options.folder / "ours.safetensors")]
-        theirs = None
-        if options.mergekit:
-            models = [{"model": str(options.folder / name), "parameters": parameters} for name in names[1:]]
-            config = {**method, "base_model": str(options.folder / "base"), "models": models, "dtype": "float32"}
-            path = options.folder / f"{job}.yaml"
-            path.write_text(yaml.safe_dump({**config, "out_dtype": "bfloat16"}))
-            tool = Path(options.mergekit).parent / "mergekit-yaml"
-            theirs = [str(tool), str(path), str(options.folder / "theirs"), "--random-seed", "0"]
-        results: dict[str, list[tuple[float, float]]] = {}
+        results: dict[str, Any] = {}
         digests = set()
-        for _ in range(options.repeats):
-            for name, command in (("tva", ours), ("mergekit", theirs)):
-                if command:
-                    settle(options.folder, files)
-                    results.setdefault(name, []).append(measure(command))
-            digests.add(fingerprint(open_weights(options.folder / "ours.safetensors")).digest)
-        print(f"{job:5} the same bytes in every run: {len(digests) == 1}" + agreement(options.folder, theirs))
-        for name, runs in results.items():
-            times, peaks = [t for t, _ in runs], [p for _, p in runs]
-            line = f"{job:5} {name:9} {statistics.median(times):7.2f} s ({min(times):.2f}–{max(times):.2f})"
-            line += f", peak {max(peaks):.2f} GB"
-            if name == "tva":
-                line += f", without imports {(statistics.median(times) - imports) / floor:.1f} × cat"
-            else:
-                line += f", {statistics.median(times) / statistics.median(t for t, _ in results['tva']):.1f} × tva"
-            print(line, flush=True)
+        for _ in range(repeats):
+            for name, command in commands(place, job, mergekit).items():
+                settle(place, files)
+                seconds, peak = timed(command)
+                results.setdefault(name, {"s": [], "peak_gb": []})
+                results[name]["s"].append(seconds)
+                results[name]["peak_gb"].append(peak)
+            digests.add(fingerprint(open_weights(place / "ours.safetensors")).digest)
+        found["jobs"][job] = {**results, "same_bytes": len(digests) == 1, **(agreement(place) if mergekit else {})}
+    return found
 
 
-if __name__ == "__main__":
-    main()
+SHOWN = {
+    "sum": "sum of four task vectors",
+    "dare": "DARE of each, then the sum",
+    "ties": "TIES, density 0.2, trimmed by tensor",
+}
+
+
+def tables(runs: Mapping[int, Mapping[str, Any]]) -> dict[str, str]:
+    """Return the table, and the sum's seconds and peak for a sentence."""
+    rows = []
+    for run in runs.values():
+        for job, found in run["jobs"].items():
+            ours, theirs = found["tva"], found.get("mergekit")
+            row = [f"{SHOWN[job]}, {run['billions']:.1f} B", f"{_range(ours['s'])} s"]
+            if theirs:
+                ratio = statistics.median(theirs["s"]) / statistics.median(ours["s"])
+                peaks = f"{max(ours['peak_gb']):.2f} against {max(theirs['peak_gb']):.2f} GB"
+                row += [f"{_range(theirs['s'])} s", f"{ratio:.1f} ×", peaks, f"{found['equal']:.2%}"]
+            rows.append(row if theirs else [*row, "", "", f"{max(ours['peak_gb']):.2f} GB", ""])
+        for count, seconds in run.get("tiny_s", {}).items():
+            shown = f"{seconds / int(count) * 1000:.2f} s per 1,000"
+            rows.append([f"{int(count):,} tensors of 64 elements", shown, "", "", "", ""])
+    first = next(iter(runs.values()))
+    total = first["jobs"]["sum"]["tva"]
+    limit = f"{_range(first['cat_s'])} s, and interpreter and imports {_range(first['imports_s'])} s"
+    return {
+        "times": markdown(["job", "tva", "mergekit 0.1.5", "ratio", "peak memory", "equal elements"], rows),
+        "limit": limit,
+        "sum": f"{statistics.median(total['s']):.1f} s and {max(total['peak_gb']):.2f} GB",
+    }
+
+
+def _range(values: Any) -> str:
+    return f"{statistics.median(values):.1f} ({min(values):.1f}–{max(values):.1f})"

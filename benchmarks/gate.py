@@ -1,30 +1,29 @@
-"""How often does the gate pass an edit that is at its bound, and how often does an interval cover? By simulation.
+"""How often does the gate pass an edit that is at its bound? By simulation.
 
-    python benchmarks/gate.py [--runs 1000] [--searches 200] [--seed 0]
+    python -m benchmarks run gate --seeds 0 [--runs 600] [--searches 150]
 
-Every edit is exactly at its bound, or a little beyond, so that at 95 % confidence at most 5 % may pass. Printed are
-three tables in Markdown: one test, the coefficient that a search chooses among 20, and the coverage of intervals. In
-brackets is Clopper and Pearson's 95 % interval of what is simulated.
+Every edit is exactly at its bound, or a little beyond, so that at 95 % confidence at most 5 % may pass. There are two
+tables: one test, and the coefficient that a search chooses among 20. In brackets is Clopper and Pearson's 95 % interval
+of what is simulated. Seeds are further simulations of the same, so that their counts are added.
 """
 
 from __future__ import annotations
 
-import argparse
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
-import torch
 from scipy import stats
 
+from benchmarks.ledger import markdown
 from tva.evaluation.batch_cache import example_order
 from tva.evaluation.bounds import clears
-from tva.evaluation.intervals import compare, mean_interval
-from tva.evaluation.metrics import compute, find_metric
 from tva.evaluation.result import Evaluation
 from tva.search import Bisect, Candidate, Constraint, Grid, Objective, Optuna, Problem, Race, Search
 
+OPTIONS = {"runs": 600, "searches": 150}  # simulations of a cell of the first table, and of the second
+DEPENDS = ("benchmarks/gate.py", "tva/evaluation/bounds.py", "tva/evaluation/intervals.py", "tva/search")
 SIZES = (1, 5, 20, 50, 200, 1000)
 Pair = tuple[np.ndarray, np.ndarray]  # scores of the edited model and of the base, each of shape (examples,)
 
@@ -35,11 +34,44 @@ def share(count: float, runs: int) -> str:
     return f"{100 * count / runs:.1f} % [{100 * found.low:.1f}, {100 * found.high:.1f}]"
 
 
-def table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """Print a table in Markdown."""
-    for row in (heads, ["---"] * len(heads), *rows):
-        print("| " + " | ".join(row) + " |")
-    print(flush=True)
+def measure(seed: int, runs: int, searches: int) -> dict[str, Any]:
+    """Return how often each edit passes, and how often each search goes too far."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # too few examples are the point here
+        return {
+            "runs": runs,
+            "passed": {
+                name: [passed(draw, count, slope, above, runs, seed) for count in SIZES]
+                for name, (slope, above, draw) in EDITS.items()
+            },
+            "searches": searches,
+            "chosen": {
+                name: {curve: chosen(*how, kept, searches, seed) for curve, kept in CURVES.items()}
+                for name, how in SEARCHES.items()
+            },
+        }
+
+
+def tables(runs: Mapping[int, Mapping[str, Any]]) -> dict[str, str]:
+    """Return both tables."""
+    found, num = list(runs.values()), sum(run["runs"] for run in runs.values())
+    tests = [
+        [name, *(share(sum(run["passed"][name][place] for run in found), num) for place in range(len(SIZES)))]
+        for name in found[0]["passed"]
+    ]
+    num = sum(run["searches"] for run in found)
+    searches = [
+        [name, *(_chosen([run["chosen"][name][curve] for run in found], num) for curve in curves)]
+        for name, curves in found[0]["chosen"].items()
+    ]
+    return {
+        "tests": markdown(["edit", *(f"n = {count:,}" for count in SIZES)], tests),
+        "searches": markdown(["search", *CURVES], searches),
+    }
+
+
+def _chosen(cells: Sequence[Mapping[str, float]], num: int) -> str:
+    return f"{share(sum(c['too_far'] for c in cells), num)}, λ {sum(c['sum'] for c in cells) / num:.2f}"
 
 
 # --- one test of one edit
@@ -83,24 +115,19 @@ LOSSES = {
 }
 
 
-def tests(runs: int, seed: int) -> None:
-    """Print how often one test passes."""
-    rows = []
-    for name, (slope, draw) in RIGHT.items():
-        rows.append([name, *(passed(draw, count, slope, True, runs, seed) for count in SIZES)])
-    for name, draw in LOSSES.items():
-        rows.append([name, *(passed(draw, count, 1.05, False, runs, seed) for count in SIZES)])
-    table(["edit", *(f"n = {count:,}" for count in SIZES)], rows)
+EDITS = {name: (slope, True, draw) for name, (slope, draw) in RIGHT.items()} | {
+    name: (1.05, False, draw) for name, draw in LOSSES.items()
+}
 
 
 def passed(
     draw: Callable[[np.random.Generator, int], Pair], count: int, slope: float, above: bool, runs: int, seed: int
-) -> str:
-    """Simulate one cell; right and wrong are given as floats, as a module of anybody's may do."""
+) -> int:
+    """Count the edits of one cell that pass; right and wrong are given as floats, as anybody's module may do."""
     generator = np.random.default_rng([seed, count])
     pairs = (draw(generator, count) for _ in range(runs))
     edits = ((edited.astype(float), base.astype(float)) for edited, base in pairs)
-    return share(sum(clears(edited, base, slope, 0.0, 0.95, above) for edited, base in edits), runs)
+    return sum(clears(edited, base, slope, 0.0, 0.95, above) for edited, base in edits)
 
 
 # --- the coefficient that a search chooses
@@ -146,101 +173,8 @@ SEARCHES: dict[str, tuple[Search, str]] = {
 }
 
 
-def searches(runs: int, seed: int) -> None:
-    """Print how often the chosen coefficient goes too far, and how far it goes on average."""
-    rows = []
-    for name, (search, rule) in SEARCHES.items():
-        cells = []
-        for kept in CURVES.values():
-            chosen = [search.run(Curve(kept, (seed, run)).problem(rule)) for run in range(runs)]
-            coefs = [choice.scaling_coef if choice.feasible else 0.0 for choice in chosen]
-            cells.append(f"{share(sum(c > 0 and kept(c) < 0.95 for c in coefs), runs)}, λ {np.mean(coefs):.2f}")
-        rows.append([name, *cells])
-    table(["search", *CURVES], rows)
-
-
-# --- intervals
-
-
-def means(runs: int, seed: int) -> Iterator[list[str]]:
-    """Yield how often the interval of a mean covers it, and that of a difference and a ratio."""
-    draws: dict[str, Callable[[np.random.Generator, int], np.ndarray]] = {
-        "mean of right or wrong (float), 80 %": lambda g, n: (g.random(n) < 0.8) / 0.8,
-        "mean of normal scores": lambda g, n: g.normal(1, 1, n),
-        "mean of exponential scores": lambda g, n: g.exponential(1, n),
-    }
-    for name, draw in draws.items():
-        cells = []
-        for count in SIZES[1:]:
-            generator = np.random.default_rng([seed, count])
-            factor = 0.8 if "right" in name else 1.0
-            ends = [mean_interval(draw(generator, count) * factor) for _ in range(runs)]
-            cells.append(covers(ends, factor))
-        yield [name, *cells]
-    for name in ("difference", "ratio"):
-        cells = []
-        for count in SIZES[1:]:
-            generator, ends = np.random.default_rng([seed, count]), list[tuple[float, float] | None]()
-            for _ in range(runs):
-                base = 2 + generator.random(count)
-                found = compare(base + generator.normal(1, 1, count), base)
-                low, high = (
-                    (found.difference_low, found.difference_high)
-                    if name == "difference"
-                    else (found.ratio_low, found.ratio_high)
-                )
-                ends.append(None if low is None or high is None else (low, high))
-            cells.append(covers(ends, 1.0 if name == "difference" else 1.4))
-        yield [f"paired {name} of normal scores", *cells]
-
-
-def predictions(runs: int, seed: int) -> Iterator[list[str]]:
-    """Yield how often the interval of a metric of predictions covers it, where there is one."""
-    for name in ("f1_score", "auroc", "calibration_error"):
-        metric, cells = find_metric(name, 4), []
-        truth = float(compute(metric, *classified(np.random.default_rng(seed), 100_000)))
-        for count in SIZES[1:]:
-            generator, ends = np.random.default_rng([seed, count]), list[tuple[float, float] | None]()
-            for _ in range(runs if count <= 200 else runs // 4):
-                preds, target = classified(generator, count)
-                value = float(compute(metric, preds, target))
-                found = Evaluation({name: value}, count, preds=preds, target=target, extra={name: metric})
-                ends.append(found.interval(name))
-            cells.append(covers(ends, truth))
-        yield [f"`{name}`, 4 classes", *cells]
-
-
-def classified(generator: np.random.Generator, count: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Draw probabilities of 4 classes, and labels."""
-    labels, logits = generator.integers(4, size=count), generator.normal(size=(count, 4))
-    logits[np.arange(count), labels] += 1.2
-    return torch.from_numpy(1.5 * logits).softmax(-1), torch.from_numpy(labels)
-
-
-def covers(ends: Sequence[tuple[float, float] | None], truth: float) -> str:
-    """Format how often intervals cover, and how often there is none."""
-    given = [pair for pair in ends if pair is not None]
-    if not given or len(given) < len(ends) / 10:
-        return "none" if not given else f"none in {len(ends) - len(given)} of {len(ends)}"
-    missing = f", none in {100 * (1 - len(given) / len(ends)):.0f} %" if len(given) < len(ends) else ""
-    return share(sum(low <= truth <= high for low, high in given), len(given)) + missing
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--runs", type=int, default=1000, help="of each cell of the first table; intervals have a fifth"
-    )
-    parser.add_argument("--searches", type=int, default=200, help="of each cell of the second table")
-    parser.add_argument("--seed", type=int, default=0)
-    options = parser.parse_args()
-    warnings.simplefilter("ignore")  # too few examples are the point here
-    tests(options.runs, options.seed)
-    searches(options.searches, options.seed)
-    few = max(1, options.runs // 5)
-    rows = [*means(few, options.seed), *predictions(max(1, few // 4), options.seed)]
-    table(["interval", *(f"n = {count:,}" for count in SIZES[1:])], rows)
-
-
-if __name__ == "__main__":
-    main()
+def chosen(search: Search, rule: str, kept: Callable[[float], float], runs: int, seed: int) -> dict[str, float]:
+    """Count how often the chosen coefficient goes too far, and add up how far it goes."""
+    choices = [search.run(Curve(kept, (seed, run)).problem(rule)) for run in range(runs)]
+    coefs = [choice.scaling_coef if choice.feasible else 0.0 for choice in choices]
+    return {"too_far": sum(coef > 0 and kept(coef) < 0.95 for coef in coefs), "sum": sum(coefs)}

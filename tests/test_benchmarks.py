@@ -1,12 +1,17 @@
-"""Benchmarks that need a GPU, or hours, run here in small: every line of them that a CPU reaches."""
+"""The ledger of results, and benchmarks in small: every line that a CPU reaches of those that need a GPU, or hours."""
 
 import functools
 import importlib.util
 import json
+import types
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+
+from benchmarks import __main__ as commands
+from benchmarks import ledger
 
 ROOT = Path(__file__).parents[1]
 
@@ -50,3 +55,95 @@ def test_the_benchmark_of_adapters_runs_and_the_core_space_is_cheaper(capsys):
     assert len(capsys.readouterr().out.splitlines()) == len(found) == 4
     dense, adapter = found["tsv(a, b, c, d)"]
     assert adapter < dense
+
+
+@pytest.mark.parametrize("page", ledger.pages(), ids=lambda page: page.stem)
+def test_every_table_of_the_ledger_is_what_its_values_give(page):
+    assert ledger.rewrite(page.read_text()) == page.read_text(), "run python -m benchmarks tables"
+
+
+@pytest.fixture
+def small(monkeypatch):
+    """A benchmark whose values are its seed and an option."""
+    module = types.SimpleNamespace(
+        OPTIONS={"factor": 1.0},
+        DEPENDS=("tva",),
+        measure=lambda seed, factor: {"value": seed * factor / 3},
+        tables=lambda runs: {"values": "\n".join(f"{seed}: {run['value']}" for seed, run in runs.items())},
+    )
+    monkeypatch.setattr(ledger, "benchmark", lambda name: module)
+    return module
+
+
+def test_a_run_keeps_each_seeds_values_and_how_they_were_made(small, tmp_path):
+    ledger.run("small", [0, 2], {}, "python -m benchmarks run small --seeds 0 2", tmp_path)
+    entry = ledger.run("small", [1, 2], {"factor": 2.0}, "again", tmp_path)
+    assert entry == json.loads((tmp_path / "small.json").read_text()) == ledger.load("small", tmp_path)
+    assert entry["seeds"] == {"0": {"value": 0.0}, "1": {"value": 0.666667}, "2": {"value": 1.33333}}
+    assert [made["seeds"] for made in entry["made"]] == [[0], [1, 2]]  # of the second run of seed 2, not the first
+    assert entry["made"][0]["command"] == "python -m benchmarks run small --seeds 0 2"
+    assert {"commit", "date", "machine", "versions", "seconds"} < entry["made"][1].keys()
+    with pytest.raises(ValueError, match="small has no option other; its options are factor"):
+        ledger.run("small", [0], {"other": 1}, "", tmp_path)
+
+
+def test_tables_are_rewritten_between_their_markers(small, tmp_path):
+    ledger.run("small", [1, 2], {}, "python", tmp_path)
+    text = "before <!-- ledger: small/made -->old<!-- end -->\n<!-- ledger: small/values -->\nold\n<!-- end -->\nafter"
+    made = ledger.rewrite(text, tmp_path)
+    assert made.startswith("before <!-- ledger: small/made -->`python` (seeds 1, 2; commit ")
+    assert "<!-- ledger: small/values -->\n\n1: 0.333333\n2: 0.666667\n\n<!-- end -->\nafter" in made
+    assert ledger.rewrite(made, tmp_path) == made
+    with pytest.raises(ValueError, match="small makes no table 'none'; it makes values, made"):
+        ledger.rewrite("<!-- ledger: small/none --><!-- end -->", tmp_path)
+    with pytest.raises(FileNotFoundError, match="run python -m benchmarks run large --seeds"):
+        ledger.rewrite("<!-- ledger: large/values --><!-- end -->", tmp_path)
+
+
+def test_results_are_older_where_the_code_they_depend_on_has_later_commits(small, tmp_path, monkeypatch):
+    ledger.run("small", [0], {}, "python", tmp_path)
+    for commit, log, expected in (
+        ("abc", "def Faster\nghi Right", "2 later commits"),
+        ("abc", "", None),
+        ("no", None, "not in"),
+    ):
+        ledger.write({"made": [{"commit": commit, "seeds": [0]}], "seeds": {"0": {}}}, tmp_path / "small.json")
+        answers = {"rev-parse": "abc", "log": log}
+        monkeypatch.setattr(ledger, "_git", lambda *words, answers=answers: answers[words[0]])
+        found = list(ledger.older(tmp_path))
+        assert (expected in found[0]) if expected else not found
+    monkeypatch.setattr(ledger, "_git", lambda *words: None)  # without git nothing is known
+    assert not list(ledger.older(tmp_path))
+
+
+def test_a_table_is_of_the_ledger_or_said_to_be_older():
+    table = "| a |\n| --- |\n| 1.5 |\n"
+    marked = f"<!-- ledger: a/b -->\n\n{table}\n<!-- end -->"
+    assert list(ledger.unmarked(f"# One\n{table}\n## Two\n{marked}\n## Three\nOlder than the ledger: x\n{table}")) == [
+        "# One"
+    ]
+
+
+def test_benchmarks_of_the_command_line_are_named_and_their_options_checked(capsys):
+    for words, message in (
+        (["run", "nothing", "--seeds", "0"], "There is no benchmark 'nothing' in the ledger; there are callback, "),
+        (["run", "gate", "--seeds", "0", "--runs", "x"], "argument --runs: invalid int value: 'x'"),
+        (["tables", "x"], "unexpected argument 'x'"),
+    ):
+        with pytest.raises(SystemExit) as stop:
+            commands.main(words)
+        assert stop.value.code == 2
+        assert message in capsys.readouterr().err
+
+
+def test_an_interval_over_seeds_covers_where_all_seeds_share_their_test_examples():
+    generator, covered, runs, true = np.random.default_rng(0), 0, 2000, 0.8
+    for _ in range(runs):
+        hard = generator.normal(size=100)  # of an example, for every seed
+        shift = 0.3 * generator.normal(size=5)
+        right = hard + shift[:, None] + 0.5 * generator.normal(size=(5, 100)) < 0.8416 * (1 + 0.3**2 + 0.5**2) ** 0.5
+        low, high = ledger.over_seeds([float(mean) for mean in right.mean(axis=1)], 100)
+        covered += low <= true <= high
+    assert covered / runs > 0.94  # 89 % without the variance of the examples
+    assert ledger.over_seeds([0.5, 0.5, 0.5], 100) == pytest.approx((0.402, 0.598), abs=1e-3)  # that of examples only
+    assert ledger.over_seeds([1.0, 2.0, 3.0]) == pytest.approx((-0.484, 4.484), abs=1e-3)

@@ -1,0 +1,86 @@
+"""The demo's three edits over seeds: the table at the top of the README.
+
+python -m benchmarks run demo --seeds 0 1 2 3 4 [--output runs/demo]
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks.ledger import markdown, with_interval
+from examples import demo
+
+OPTIONS = {"output": "runs/demo"}
+DEPENDS = (
+    "examples/demo.py",
+    "configs/demo",
+    "tva/edit",
+    "tva/evaluation",
+    "tva/search",
+    "tva/models",
+    "tva/data",
+    "callbacks",
+)
+LABELS = ("base", "finetuned", "edited", "random")
+
+
+def measure(seed: int, output: str) -> dict[str, Any]:
+    """Run the demo with one seed, and return what its edits reached on test data."""
+    demo.run_seed(seed, Path(output))
+    return {
+        edit: _reached(json.loads((Path(output) / edit / f"seed={seed}/edit.json").read_text())) for edit in demo.EDITS
+    }
+
+
+def _reached(report: Mapping[str, Any]) -> dict[str, Any]:
+    tasks = {}
+    for name, task in report["tasks"].items():
+        scores = {label: task[label]["value"] for label in LABELS if label in task}
+        tasks[name] = {"n": task["num_examples"], "normalized": task["normalized"], **scores}
+    return {
+        "coefficients": report["coefficients"],
+        "tasks": tasks,
+        "holds": {constraint["task"]: constraint["holds"] for constraint in report["constraints"]},
+    }
+
+
+ANALOGY = "**analogy** `analogy(solid_a, solid_b, sketch_a)`"
+ROWS = (  # edit, what is shown of it, task, what is shown of that
+    ("forget", "**forget** `-digits`", "digits", "digits (target)"),
+    ("forget", "", "objects", "objects (control: keep ≥ 95 % of base)"),
+    ("add", "**add** `digits + letters + textures`", "digits", "digits"),
+    ("add", "", "letters", "letters"),
+    ("add", "", "textures", "textures"),
+    ("add", "", "objects", "objects (control, no constraint)"),
+    (
+        "analogy",
+        "**analogy** `analogy(solid_a, solid_b, sketch_a)`",
+        "sketch_b",
+        "sketch_b, whose pictures were never used",
+    ),
+)
+
+
+def tables(runs: Mapping[int, Mapping[str, Any]]) -> dict[str, str]:
+    """Return the README's table."""
+    found, rows = list(runs.values()), []
+    for edit, shown, task, described in ROWS:
+        entries = [run[edit]["tasks"][task] for run in found]
+        base, finetuned, edited, random = (_cell(entries, label) for label in LABELS)
+        kept = [run[edit]["holds"][task] for run in found if task in run[edit]["holds"]]
+        holds = f", holds in {sum(kept)} of {len(kept)}" if kept else ""
+        bold = task != "objects"
+        rows.append([shown, described, base, finetuned, f"**{edited}**{holds}" if bold else edited + holds, random])
+    heads = ["edit", "task", "base", "fine-tuned on it", "edited", "random vector"]
+    return {"edits": markdown(heads, rows)}
+
+
+def _cell(entries: Sequence[Mapping[str, Any]], label: str) -> str:
+    values = [entry[label] for entry in entries if label in entry]
+    if not values:
+        return ""
+    text = with_interval(values, entries[0]["n"], lambda value: f"{100 * value:.1f}")
+    return text.replace(" [", " % [") if " [" in text else f"{text} %"

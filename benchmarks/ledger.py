@@ -1,0 +1,268 @@
+"""The ledger of results: one JSON file a benchmark in docs/results/data, and the tables that are made of it.
+
+A benchmark is a module of this folder that has
+
+- ``measure(seed, **options)``, which returns the raw values of one seed, as JSON has them;
+- ``OPTIONS``, the options and their defaults; a value's type is that of its default;
+- ``tables(runs)``, which returns Markdown by name from the values by seed (a line is put into a sentence);
+- ``DEPENDS``, the paths, from the repository's root, of the code that the values depend on.
+
+In README.md and docs/results a table stands between ``<!-- ledger: NAME/TABLE -->`` and ``<!-- end -->``. In every one
+``[a, b]`` is a 95 % interval and ``(a–b)`` the lowest and highest value.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import json
+import math
+import os
+import platform
+import re
+import statistics
+import subprocess
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+DATA = ROOT / "docs" / "results" / "data"
+MARKED = re.compile(r"<!-- ledger: ([\w-]+)/([\w-]+) -->(.*?)<!-- end -->", re.S)
+PACKAGES = ("torch", "lightning", "timm", "transformers", "peft", "numpy", "scipy")
+DIGITS = 6  # significant digits that are kept of a value
+
+
+def pages() -> list[Path]:
+    """Return the pages whose numbers come from the ledger."""
+    return [ROOT / "README.md", *sorted((ROOT / "docs" / "results").glob("*.md"))]
+
+
+def benchmark(name: str) -> Any:
+    """Import a benchmark.
+
+    Raises:
+        ValueError: There is none of that name.
+    """
+    known = sorted(path.stem for path in Path(__file__).parent.glob("*.py") if "\nDEPENDS = " in path.read_text())
+    if name not in known:
+        raise ValueError(f"There is no benchmark {name!r} in the ledger; there are {', '.join(known)}.")
+    return importlib.import_module(f"benchmarks.{name}")
+
+
+# --- running
+
+
+def run(name: str, seeds: Sequence[int], options: Mapping[str, Any], command: str, data: Path = DATA) -> dict[str, Any]:
+    """Measure some seeds, and write each into the benchmark's file when it is done.
+
+    Seeds that the file has and that are not measured now stay, with how they were made.
+
+    Args:
+        name: The benchmark's.
+        seeds: To measure, one after another.
+        options: That differ from the defaults.
+        command: What was called, for the record.
+        data: Folder of the files.
+
+    Raises:
+        ValueError: An option is not one of the benchmark's.
+    """
+    module, file = benchmark(name), data / f"{name}.json"
+    unknown = sorted(options.keys() - module.OPTIONS.keys())
+    if unknown:
+        raise ValueError(f"{name} has no option {', '.join(unknown)}; its options are {', '.join(module.OPTIONS)}.")
+    entry = json.loads(file.read_text()) if file.exists() else {"made": [], "seeds": {}}
+    made = {"command": command, "seeds": [], **_here()}
+    for seed in seeds:
+        started = time.monotonic()
+        values = _rounded(module.measure(seed, **{**module.OPTIONS, **options}))
+        for earlier in entry["made"]:
+            earlier["seeds"] = [other for other in earlier["seeds"] if other != seed]
+        made["seeds"].append(seed)
+        made["seconds"] = [*made.get("seconds", []), round(time.monotonic() - started)]
+        entry["made"] = [earlier for earlier in entry["made"] if earlier["seeds"] and earlier is not made] + [made]
+        entry["seeds"] = dict(sorted({**entry["seeds"], str(seed): values}.items(), key=lambda pair: int(pair[0])))
+        write(entry, file)
+    return entry
+
+
+def write(entry: Mapping[str, Any], file: Path) -> None:
+    """Write an entry, one line for how it was made and one a seed."""
+    lines = [f"{json.dumps(seed)}:{_compact(values)}" for seed, values in entry["seeds"].items()]
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(f'{{"made":{_compact(entry["made"])},\n"seeds":{{\n' + ",\n".join(lines) + "\n}}\n")
+
+
+def _compact(values: Any) -> str:
+    return json.dumps(values, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+
+
+def _rounded(values: Any) -> Any:
+    if isinstance(values, Mapping):
+        return {str(key): _rounded(value) for key, value in values.items()}
+    if isinstance(values, (list, tuple)):
+        return [_rounded(value) for value in values]
+    return float(f"{values:.{DIGITS}g}") if isinstance(values, float) else values
+
+
+def _here() -> dict[str, Any]:
+    """Return commit, versions, machine and date."""
+    found = {}
+    for package in PACKAGES:
+        with contextlib.suppress(PackageNotFoundError):
+            found[package] = version(package)
+    commit = _git("rev-parse", "--short=7", "HEAD") or "unknown"
+    changed = _git("status", "--porcelain", "--untracked-files=no", "--", ".", ":!docs", ":!README.md")
+    load = f", load {os.getloadavg()[0]:.1f} at the start" if hasattr(os, "getloadavg") else ""
+    return {
+        "commit": commit + (" with changes" if changed else ""),
+        "date": time.strftime("%Y-%m-%d"),
+        "machine": f"{os.cpu_count()} CPU cores, {platform.machine()}{load}",
+        "versions": {"python": platform.python_version(), **found},
+    }
+
+
+def _git(*words: str) -> str | None:
+    try:
+        found = subprocess.run(["git", "-C", str(ROOT), *words], capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return found.stdout.strip()
+
+
+# --- tables
+
+
+def load(name: str, data: Path = DATA) -> dict[str, Any]:
+    """Read a benchmark's file.
+
+    Raises:
+        FileNotFoundError: It has not been run.
+    """
+    file = data / f"{name}.json"
+    if not file.exists():
+        raise FileNotFoundError(f"The ledger has no {name}: run python -m benchmarks run {name} --seeds …")
+    return json.loads(file.read_text())
+
+
+def rendered(name: str, data: Path = DATA) -> dict[str, str]:
+    """Return the tables of a benchmark by name, and as ``made`` how its values were measured."""
+    if name == "ledger":
+        return {"entries": _entries(data)}
+    entry = load(name, data)
+    runs = {int(seed): values for seed, values in entry["seeds"].items()}
+    return {**benchmark(name).tables(runs), "made": "; ".join(map(_made, entry["made"]))}
+
+
+def _made(made: Mapping[str, Any]) -> str:
+    torch = made["versions"].get("torch")
+    seeds, total = ", ".join(map(str, made["seeds"])), sum(made["seconds"])
+    return (
+        f"`{made['command']}` (seed{'s' if len(made['seeds']) > 1 else ''} {seeds}; commit {made['commit']}, "
+        f"{made['date']}, {made['machine']}{f', torch {torch}' if torch else ''}, {total:,} s)"
+    )
+
+
+def _entries(data: Path) -> str:
+    rows = []
+    for file in sorted(data.glob("*.json")):
+        for made in load(file.stem, data)["made"]:
+            seeds = ", ".join(map(str, made["seeds"]))
+            rows.append([f"[{file.stem}](data/{file.name})", f"`{made['command']}`", seeds, made["commit"]])
+            rows[-1] += [made["date"], made["machine"]]
+    return markdown(["entry", "command", "seeds", "commit", "date", "machine"], rows)
+
+
+def rewrite(text: str, data: Path = DATA) -> str:
+    """Return a page with its tables as the ledger gives them.
+
+    Raises:
+        ValueError: A marker names a table that there is not.
+    """
+
+    def table(match: re.Match[str]) -> str:
+        name, key, _ = match.groups()
+        found = rendered(name, data)
+        if key not in found:
+            raise ValueError(f"{name} makes no table {key!r}; it makes {', '.join(found)}.")
+        body = f"\n\n{found[key]}\n\n" if "\n" in found[key] else found[key]
+        return f"<!-- ledger: {name}/{key} -->{body}<!-- end -->"
+
+    return MARKED.sub(table, text)
+
+
+def unmarked(text: str) -> Iterator[str]:
+    """Yield the headings of a page whose tables have numbers that are neither of the ledger nor said to be older."""
+    for section in re.split(r"^(?=#)", MARKED.sub("", text), flags=re.M):
+        rows = [line for line in section.splitlines() if line.startswith("|")]
+        if any(re.search(r"\d", row) for row in rows) and "Older than the ledger:" not in section:
+            yield section.splitlines()[0]
+
+
+def older(data: Path = DATA) -> Iterator[str]:
+    """Yield what is older than the code that it depends on, by git's history; nothing without git."""
+    if _git("rev-parse", "HEAD") is None:
+        return
+    for file in sorted(data.glob("*.json")):
+        depends = benchmark(file.stem).DEPENDS
+        for made in load(file.stem, data)["made"]:
+            commit, what = made["commit"].split()[0], f"{file.stem} (seeds {', '.join(map(str, made['seeds']))})"
+            log = _git("log", "--oneline", f"{commit}..HEAD", "--", *depends)
+            if log is None:
+                yield f"{what}: commit {commit} is not in this history"
+            elif log:
+                yield f"{what}: {len(log.splitlines())} later commits, the last {log.splitlines()[0]}"
+
+
+# --- numbers
+
+
+def markdown(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Return a table in Markdown."""
+    return "\n".join("| " + " | ".join(row) + " |" for row in (heads, ["---"] * len(heads), *rows))
+
+
+def over_seeds(values: Sequence[float], num_examples: int | None = None) -> tuple[float, float] | None:
+    r"""Compute the 95 % interval of the mean over seeds.
+
+    Args:
+        values: One a seed; of a share of ``num_examples`` test examples, in [0, 1].
+        num_examples: Test examples, which are the same in every seed. They add the variance :math:`p (1 - p) / n` to
+            that between seeds, at most: of examples that every seed answers alike.
+
+    Returns:
+        Student's interval, with seeds - 1 degrees of freedom, or as many as Satterthwaite's formula gives where the
+        examples add to the variance; None for one seed.
+
+    Source: Satterthwaite, "An approximate distribution of estimates of variance components", Biometrics 1946.
+    """
+    from scipy import stats
+
+    if len(values) < 2:
+        return None
+    mean, between = statistics.fmean(values), statistics.variance(values) / len(values)
+    examples = mean * (1 - mean) / num_examples if num_examples else 0.0
+    if between + examples == 0:
+        return mean, mean
+    freedom = (len(values) - 1) * ((between + examples) / between) ** 2 if between else math.inf
+    half = float(stats.t.ppf(0.975, freedom)) * math.sqrt(between + examples)
+    return mean - half, mean + half
+
+
+def with_interval(values: Sequence[float], num_examples: int | None = None, form: Callable[[float], str] = str) -> str:
+    """Format a mean over seeds, with its interval where there is one.
+
+    Example:
+        >>> with_interval([0.5, 0.6, 0.7], form="{:.2f}".format), with_interval([0.5], form="{:.2f}".format)
+        ('0.60 [0.35, 0.85]', '0.50')
+    """
+    if not values:
+        return "–"
+    mean, found = statistics.fmean(values), over_seeds(values, num_examples)
+    if found is None:
+        return form(mean)
+    low, high = (min(1.0, max(0.0, end)) if num_examples else end for end in found)
+    return f"{form(mean)} [{form(low)}, {form(high)}]"
