@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
-import lightning as L
 import torch
-from torch import Tensor
 
-from tva.checkpoints import canonical_state_dict
-from tva.edit.editor import Editor, EditState
+from tva.edit.editor import EditState
 from tva.edit.opening import load_vector
 from tva.edit.options import Baseline
 from tva.edit.outcome import Outcome
-from tva.evaluation.evaluate import evaluate, quiet
+from tva.edit.training import train_briefly
+from tva.evaluation.evaluate import evaluate
 from tva.evaluation.metrics import compute, find_metric
 from tva.search import Candidate, Grid, Problem
 from tva.vectors.kind import check_kinds, kind_of
@@ -101,25 +99,6 @@ def output_ensemble(outcome: Outcome) -> dict[str, Any]:
     return {"rows": {f"ensemble of {len(outcome.vectors)}": row}, "reason": "mean of the logits"}
 
 
-class _Snapshots(L.Callback):
-    """Keep the weights every few steps, while they are finite."""
-
-    def __init__(self, every: int) -> None:
-        self.every = every
-        self.states: list[tuple[int, dict[str, Tensor]]] = []
-
-    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
-        if trainer.global_step % self.every:
-            return
-        state = {
-            name: tensor.detach().cpu().clone() for name, tensor in canonical_state_dict(pl_module.state_dict()).items()
-        }
-        if all(bool(torch.isfinite(tensor).all()) for tensor in state.values() if tensor.is_floating_point()):
-            self.states.append((trainer.global_step, state))
-        else:
-            trainer.should_stop = True
-
-
 def gradient_ascent(outcome: Outcome, num_steps: int = 100, num_stops: int = 20) -> dict[str, Any]:
     """Train on each target with the loss negated, and stop where the edit had to stop too.
 
@@ -132,7 +111,8 @@ def gradient_ascent(outcome: Outcome, num_steps: int = 100, num_stops: int = 20)
     editor = outcome.session.editor
     rows, steps = {}, {}
     for task, datamodule in (outcome.session.options.targets or {}).items():
-        taken = _ascend(editor, datamodule, num_steps, max(1, num_steps // num_stops))
+        every = max(1, num_steps // num_stops)
+        taken = train_briefly(editor, datamodule, range(every, num_steps + 1, every), reverse=True)
         vectors = [(step, TaskVector.between(editor.base, state)) for step, state in taken]
         states = [replace(outcome.moved(f"step {step}", vector), statistics="delta") for step, vector in vectors]
         problem = _problem(outcome, lambda candidates, states=states: [states[int(c.scaling_coef)] for c in candidates])
@@ -162,46 +142,3 @@ def gradient_ascent(outcome: Outcome, num_steps: int = 100, num_stops: int = 20)
 def _problem(outcome: Outcome, states: Callable[[Sequence[Candidate]], list[EditState]]) -> Problem:
     """Return the edit's own choice, to be made among other states."""
     return outcome.session.problem(states, lambda candidate: False)
-
-
-def _ascend(
-    editor: Editor, datamodule: L.LightningDataModule, num_steps: int, every: int
-) -> list[tuple[int, dict[str, Tensor]]]:
-    editor.set(None, 0.0)
-    model = editor.model
-    step, modes = model.training_step, {name: module.training for name, module in model.named_modules()}
-
-    def reversed_step(batch: Any, batch_idx: int) -> Any:
-        outputs = step(batch, batch_idx)
-        return {**outputs, "loss": -outputs["loss"]} if isinstance(outputs, Mapping) else -outputs
-
-    snapshots = _Snapshots(every)
-    device = editor.trainer.strategy.root_device
-    trainer = L.Trainer(
-        accelerator="cpu" if device.type == "cpu" else "auto",
-        devices=1 if device.index is None else [device.index],
-        precision=editor.trainer.precision,
-        max_steps=num_steps,
-        max_epochs=-1,
-        limit_val_batches=0,
-        gradient_clip_val=1.0,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        callbacks=[snapshots],
-    )
-    model.training_step = reversed_step
-    try:
-        with quiet(), torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
-            model.train()
-            trainer.fit(model, datamodule=datamodule)
-    finally:
-        del model.training_step
-        model.zero_grad(set_to_none=True)
-        for name, module in model.named_modules():
-            module.training = modes.get(name, module.training)
-    model.cpu()
-    editor.set(None, 0.0)
-    return editor.trainer.strategy.broadcast(snapshots.states)  # processes must not differ by a rounding

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 from tva.checkpoints import canonical_state_dict
+from tva.edit.audits import audited, run_audits
 from tva.edit.baselines import run_baselines
 from tva.edit.diagnostics import run_diagnostics
 from tva.edit.each import run_each
@@ -51,7 +52,12 @@ def prove(session: EditSession, choice: Choice) -> Outcome:
         diagnostics = run_diagnostics(options.diagnostics or [], outcome)
         if options.each is not None:
             diagnostics[options.each] = run_each(outcome, options.each)
-        outcome = replace(outcome, baselines=baselines, diagnostics=diagnostics)
+        audits, pairs = run_audits(options.audits or [], outcome)
+        for constraint in goal.audited:
+            plain, (base, edited) = audited(constraint, pairs)
+            found = verdict_on(plain, edited, base, None, options.confidence)
+            verdicts.append(replace(found, metric=constraint.metric))
+        outcome = replace(outcome, baselines=baselines, diagnostics=diagnostics, audits=audits)
     editor, vector = session.editor, state.vector()
     editor.set(vector, state.scaling_coef, state.statistics)
     vector.check_effect(canonical_state_dict(editor.model.state_dict()), editor.base, state.scaling_coef)

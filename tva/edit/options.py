@@ -9,9 +9,10 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import lightning as L
+from lightning.pytorch.utilities.model_helpers import is_overridden
 
 from tva.checkpoints import NameFilter
 from tva.compose.recipe import Recipe
@@ -25,6 +26,33 @@ from tva.vectors.task_vector import TaskVector
 
 Baseline = Literal["gradient_ascent", "average", "endpoints", "joint", "ensemble"]
 Diagnosis = Literal["cosine", "signs", "norms", "linearity", "disentanglement", "blame"]
+Audit = Literal["relearn", "int8"]
+
+
+@dataclass(frozen=True)
+class Relearn:
+    """How the audit ``relearn`` trains the edited model and the base on a target.
+
+    Args:
+        steps: Optimizer steps, at least 1.
+        examples: Train on at most this many training examples of the target, drawn by ``seed``.
+        learning_rate: Constant learning rate; that of the target's own fine-tuning is a fair one.
+        optimizer: ``"AdamW"`` without weight decay, or plain ``"SGD"``.
+        seed: Of the examples, their order and dropout.
+    """
+
+    steps: int = 20
+    examples: int = 64
+    learning_rate: float = 1e-4
+    optimizer: Literal["AdamW", "SGD"] = "AdamW"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.steps < 1 or self.examples < 1 or not self.learning_rate > 0:
+            raise ValueError(
+                f"relearn needs steps and examples of at least 1 and a learning_rate above 0; found steps "
+                f"{self.steps}, examples {self.examples}, learning_rate {self.learning_rate}."
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,6 +91,10 @@ class EditOptions:
             leaves it out.
         baselines: What to compare with besides: see docs/howto/choose.md.
         diagnostics: What to look into besides: see docs/howto/choose.md.
+        audits: Whether what was forgotten comes back, on test data: after a few steps of training on each target
+            (``relearn``), or when the weights are rounded to 8-bit integers (``int8``). A constraint on
+            ``TASK/relearn_METRIC`` or ``TASK/int8_METRIC`` decides on it; ``base`` is then the base after the same.
+        relearn: How the audit ``relearn`` trains.
         each: Report all ``"pairs"`` or ``"subsets"`` of a sum's vectors too, each with a coefficient of its own; the
             data are read once for all.
         joint: Checkpoint of one model that was fine-tuned on all tasks together, for the baseline ``"joint"``.
@@ -101,6 +133,8 @@ class EditOptions:
     random_seed: int | None = 0
     baselines: list[Baseline] | None = None
     diagnostics: list[Diagnosis] | None = None
+    audits: list[Audit] | None = None
+    relearn: Relearn | None = None
     each: Each | None = None
     joint: str | os.PathLike[str] | None = None
     log: str | os.PathLike[str] | None = None
@@ -172,13 +206,16 @@ class EditOptions:
             raise ValueError(
                 f"The search has a range for {some(unused)}, which the recipe {self.recipe!r} does not use."
             )
-        constraints = [Constraint.parse(text, self.tasks) for text in self.subject_to or []]
         objective = self._objective()
-        goal = Goal(self, recipe, search, starts, objective, constraints)
+        given = [Constraint.parse(text, self.tasks) for text in self.subject_to or []]
+        audited = [constraint for constraint in given if audit_of(constraint.metric)]
+        constraints = [constraint for constraint in given if constraint not in audited]
+        goal = Goal(self, recipe, search, starts, objective, constraints, audited)
         if not goal.is_given:
             self._check_rule(objective, constraints)
-        self._check_confidence(constraints)
+        self._check_confidence(given)
         self._check_baselines(objective)
+        self._check_audits(audited)
         if self.each is not None:
             check_each(self.recipe, search, self.targets or {})
         return goal
@@ -199,6 +236,11 @@ class EditOptions:
         maximize = self.maximize is not None
         objective = Objective.parse(text, maximize=maximize, targets=list(self.targets or {}), tasks=list(self.tasks))
         unknown = [task for task in objective.normalized if task not in self.vectors]
+        audited = [metric for _, metric in objective.terms if audit_of(metric)]
+        if audited:
+            raise ValueError(
+                f"The search does not run audits, so an objective cannot be on {some(audited)}. Put it in subject_to."
+            )
         if unknown:
             raise ValueError(
                 f"{objective.text} divides by each task's fine-tuned model, and {some(unknown)} has none: name its "
@@ -227,6 +269,33 @@ class EditOptions:
         for constraint in constraints:
             _ = constraint.slope  # raises where the bound is not linear in the base
 
+    def _check_audits(self, audited: Sequence[Constraint]) -> None:
+        asked = self.audits or []
+        if self.relearn is not None and "relearn" not in asked:
+            raise ValueError("relearn says how the audit 'relearn' trains: add it to audits, or drop relearn.")
+        if "relearn" in asked:
+            without = [
+                name
+                for name, task in (self.targets or {}).items()
+                if getattr(task, "train_dataloader", None) is None or not is_overridden("train_dataloader", task)
+            ]
+            if without or not self.targets:
+                raise ValueError(
+                    f"The audit 'relearn' trains on the targets; {some(without) or 'there is no target, which'} has no "
+                    f"training data (train_dataloader). Give a data module that has, or leave the audit out."
+                )
+        for constraint in audited:
+            audit, _ = audit_of(constraint.metric) or ("", "")
+            if audit not in asked:
+                raise ValueError(
+                    f"The constraint {constraint.text!r} is on the audit {audit!r}: add it, as in audits: [{audit}]."
+                )
+            if audit == "relearn" and constraint.task not in (self.targets or {}):
+                raise ValueError(
+                    f"The audit 'relearn' trains on targets, and the constraint {constraint.text!r} is on the control "
+                    f"{constraint.task!r}. Put a target there: {some(self.targets or {})}."
+                )
+
     def _check_baselines(self, objective: Objective | None) -> None:
         asked = self.baselines or []
         if "gradient_ascent" in asked and objective is None:
@@ -235,6 +304,19 @@ class EditOptions:
             )
         if ("joint" in asked) != (self.joint is not None):
             raise ValueError("The baseline 'joint' and the checkpoint joint= go together: give both or none.")
+
+
+def audit_of(metric: str) -> tuple[Audit, str] | None:
+    """Return the audit that a constraint's metric is of, and the metric itself; None where it is of none.
+
+    Example:
+        >>> audit_of("int8_accuracy"), audit_of("accuracy")
+        (('int8', 'accuracy'), None)
+    """
+    for audit in get_args(Audit):
+        if metric.startswith(f"{audit}_"):
+            return audit, metric.removeprefix(f"{audit}_")
+    return None
 
 
 def named_vectors(given: Any) -> dict[str, str | TaskVector]:
@@ -292,7 +374,8 @@ class Goal:
         search: Chooses the coefficients.
         starts: By coefficient that is searched, besides ``scaling_coef``, the start of its range.
         objective: What the rule ``"best"`` makes large or small.
-        constraints: All must hold.
+        constraints: All must hold, on validation data where the coefficient is chosen and on test data.
+        audited: Constraints on audits, which must hold on test data.
     """
 
     options: EditOptions
@@ -301,6 +384,7 @@ class Goal:
     starts: Mapping[str, float]
     objective: Objective | None
     constraints: Sequence[Constraint]
+    audited: Sequence[Constraint] = ()
 
     @property
     def is_given(self) -> bool:
@@ -319,7 +403,8 @@ class Goal:
         found: dict[str, list[str]] = {}
         terms: Sequence[tuple[str, str]] = self.objective.terms if self.objective else ()
         named = [(task, metric.removeprefix(NORMALIZED)) for task, metric in terms]
-        for task, metric in [*named, *((c.task, c.metric) for c in self.constraints)]:
+        audited = [(c.task, parts[1]) for c in self.audited if (parts := audit_of(c.metric))]
+        for task, metric in [*named, *((c.task, c.metric) for c in self.constraints), *audited]:
             found.setdefault(task, [])
             if metric not in found[task]:
                 found[task].append(metric)

@@ -11,7 +11,7 @@ from tva.checkpoints import fingerprint
 from tva.edit.editor import EditState
 from tva.edit.session import EditSession
 from tva.evaluation.result import Evaluation, Split
-from tva.report.edit_report import ConstraintReport
+from tva.report.edit_report import ConstraintReport, Score
 from tva.search import SCALING, Choice
 from tva.vectors.task_vector import TaskVector
 
@@ -31,6 +31,7 @@ class Outcome:
         shared: By task how many test examples the coefficient was chosen on, where there are any.
         baselines: Results of the baselines that were asked for.
         diagnostics: Results of the diagnostics that were asked for.
+        audits: Results of the audits that were asked for.
     """
 
     session: EditSession
@@ -42,6 +43,7 @@ class Outcome:
     shared: Mapping[str, int] = field(default_factory=dict)
     baselines: Mapping[str, Any] = field(default_factory=dict)
     diagnostics: Mapping[str, Any] = field(default_factory=dict)
+    audits: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def holds(self) -> bool:
@@ -58,6 +60,10 @@ class Outcome:
         """The metric that is reported, by task."""
         named = self.session.goal.metrics
         return {task: reported_metric(found["base"], named, task) for task, found in self.evaluations.items()}
+
+    def score(self, evaluation: Evaluation, metric: str) -> Score:
+        """Return a metric of an evaluation with its interval."""
+        return Score(evaluation.metrics[metric], *(evaluation.interval(metric) or (None, None)))
 
     def moved(self, label: str, vector: TaskVector, coef: float = 1.0) -> EditState:
         """Return the state of the base moved along a vector, identified by the vector's contents."""

@@ -40,8 +40,7 @@ from tva.edit.outcome import Outcome
 from tva.edit.session import EditSession
 from tva.errors import MismatchError
 from tva.evaluation.leaks import chance_accuracy
-from tva.evaluation.result import Evaluation
-from tva.report.edit_report import EditReport, Score, TaskReport, stamp
+from tva.report.edit_report import EditReport, TaskReport, stamp
 from tva.report.model_card import model_card
 from tva.report.page import edit_page
 from tva.report.run_files import CARD, CONFIG, EDIT_JSON, PAGE
@@ -90,6 +89,7 @@ def build_report(outcome: Outcome) -> EditReport:
         },
         baselines=outcome.baselines,
         diagnostics=outcome.diagnostics,
+        audits=outcome.audits,
         evaluations=evaluator.entries,
         versions={
             "tva": __version__,
@@ -154,15 +154,11 @@ def _task_report(outcome: Outcome, task: str) -> TaskReport:
         metric=metric,
         higher_is_better=base.higher(metric),
         num_examples=base.num_examples,
-        scores={label: _score(evaluation, metric) for label, evaluation in evaluations.items()},
+        scores={label: outcome.score(evaluation, metric) for label, evaluation in evaluations.items()},
         comparison=edited.compare(base, metric),
         chance=chance_accuracy(edited, base) if metric == "accuracy" else None,
         revision=getattr(outcome.session.options.tasks[task], "resolved_revision", None),
     )
-
-
-def _score(evaluation: Evaluation, metric: str) -> Score:
-    return Score(evaluation.metrics[metric], *(evaluation.interval(metric) or (None, None)))
 
 
 def _call() -> str:

@@ -169,6 +169,7 @@ class EditReport:
     kind: str | None = None
     names: Mapping[str, Any] = field(default_factory=dict)
     notes: Sequence[str] = ()
+    audits: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def split(self) -> str:
@@ -241,8 +242,8 @@ class EditReport:
         content = read_report(Path(run))
         content.pop("verdict", None)
         known = {field.name for field in fields(cls)}
-        if content.keys() != known:
-            odd = sorted(content.keys() ^ known)
+        if content.keys() | {"audits"} != known:
+            odd = sorted((content.keys() | {"audits"}) ^ known)
             raise ValueError(f"{run} is of another version of tva: it differs in {some(odd)}. Make the edit again.")
         tasks = {name: _task_of(entry, Comparison) for name, entry in content["tasks"].items()}
         constraints = [ConstraintReport(**{**c, **_real(c, "value", "bound")}) for c in content["constraints"]]
@@ -267,7 +268,8 @@ class EditReport:
             for name, task in self.tasks.items()
         }
         constraints = [vars(constraint) for constraint in self.constraints]
-        return _plain({**vars(self), "tasks": tasks, "constraints": constraints, "verdict": self.verdict})
+        found = {**vars(self), "tasks": tasks, "constraints": constraints, "verdict": self.verdict}
+        return _plain({name: value for name, value in found.items() if name != "audits" or value})
 
 
 def _task_of(entry: Mapping[str, Any], comparison: type[Comparison]) -> TaskReport:

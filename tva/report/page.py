@@ -6,6 +6,7 @@ import functools
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from tva.report.audits import audit_tables
 from tva.report.curves import coefficient_map, curves
 from tva.report.render import draw, library
 from tva.report.scores import compared, dots, matrix
@@ -28,6 +29,8 @@ ABOUT = {
     "average": "The uniform average of the fine-tuned models.",
     "endpoints": "Every fine-tuned model on every task.",
     "joint": "One model that was fine-tuned on all tasks together.",
+    "relearn": "Whether what was forgotten comes back: the same few training steps from the edited model and the base.",
+    "int8": "Whether it comes back when linear weights are rounded to 8-bit integers, one scale for each output.",
 }
 MATRICES = {"cosine": ("cosine of the task vectors", True), "signs": ("share of opposite signs", False)}
 MATRICES |= {"disentanglement": ("disentanglement error", False)}
@@ -47,6 +50,7 @@ def edit_page(content: Content, notices: Sequence[str] = ()) -> str:
         if name in diagnostics
     ]
     extra = {**content["baselines"], **{k: v for k, v in content["diagnostics"].items() if k not in MATRICES}}
+    extra |= audit_tables(content)
     return _render(
         "edit.html",
         title=formula(content),

@@ -9,6 +9,7 @@ from typing import Any
 from rich.console import Console
 
 from tva.console import make_console, print_line
+from tva.report.audits import audit_tables
 from tva.report.page import before_table
 from tva.report.run_files import PAGE
 from tva.report.series import axes, coefficient, curve, is_feasible, number, symbol
@@ -37,7 +38,8 @@ def print_report(report: Any, console: Console | None = None, folder: Path | Non
         print_line(console, f"columns for a wider terminal: {', '.join(left_out)}", "dim", wrap=True)
     for line in sparklines(content):
         print_line(console, line)
-    for title, found in (*content["baselines"].items(), *content["diagnostics"].items()):
+    audits = {f"audit {name}": found for name, found in audit_tables(content).items()}
+    for title, found in (*content["baselines"].items(), *content["diagnostics"].items(), *audits.items()):
         _print_extra(console, title, found)
     for note in content.get("notes", []):
         print_line(console, f"note: {note}", "yellow:", wrap=True)
