@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import math
+import os
 import re
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import textwrap
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import TYPE_CHECKING, TypeVar
 
 if TYPE_CHECKING:
     from rich.console import Console
 
 T = TypeVar("T")
+PIPED_WIDTH = 80  # of tables, where the terminal's width is unknown
+_wide: ContextVar[bool] = ContextVar("wide", default=False)
 # The C0 and C1 control characters, and those that reverse the direction of writing.
 CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
 
@@ -33,6 +38,24 @@ def make_console() -> Console:
 
     console = Piped()
     return console if console.is_terminal or console.is_jupyter else Piped(width=10_000)
+
+
+@contextmanager
+def wide_tables(wide: bool) -> Iterator[None]:
+    """Print every column of every table, as ``--wide`` asks."""
+    before = _wide.set(wide or _wide.get())
+    try:
+        yield
+    finally:
+        _wide.reset(before)
+
+
+def table_width(console: Console) -> int | None:
+    """Return how many characters wide a table may be: 80 in a pipe unless ``COLUMNS`` says; None without a limit."""
+    if _wide.get() or console.is_jupyter:
+        return None
+    columns = os.environ.get("COLUMNS", "")
+    return console.width if console.is_terminal else int(columns) if columns.isdecimal() else PIPED_WIDTH
 
 
 def progress(items: Sequence[T], description: str) -> Iterable[T]:
@@ -96,6 +119,16 @@ def print_line(console: Console, text: str, style: str = "", wrap: bool = False)
     style, first, _ = style.partition(":")
     line.stylize(style, 0, text.index(":") if first else None)
     console.print(line, soft_wrap=not wrap)
+
+
+def print_facts(console: Console, facts: Mapping[str, str]) -> None:
+    """Print names with what they are, one a line; in a terminal long ones go on below themselves."""
+    left = max(map(len, facts), default=0) + 2
+    for name, text in facts.items():
+        width = max(20, console.width - left) if console.is_terminal else 10**6
+        lines = textwrap.wrap(printable(text), width, break_on_hyphens=False) or [""]
+        for at, line in enumerate(lines):
+            print_line(console, f"{'' if at else name:<{left}}{line}".rstrip())
 
 
 def counted(number: int, what: str) -> str:

@@ -16,7 +16,9 @@ from small_edit import edit
 
 from tva import save_weights
 from tva.cli.main import main
+from tva.console import wide_tables
 from tva.report.edit_report import read_report
+from tva.report.table import Column, print_table
 from tva.report.terminal import print_report, sparklines
 
 
@@ -48,9 +50,50 @@ def test_a_terminal_is_not_overrun(report, width):
     lines = [re.sub(r"\x1b\[[\d;]*m", "", line) for line in printed(report, width)]
     assert max(map(len, lines)) <= width
     head = next(line for line in lines if line.startswith("task"))
-    assert ("fine-tuned" in head) == (width > 100)
+    assert ("split" in head) == (width > 100)
+    assert any(line.startswith("not shown: ") for line in lines) == (width < 100)
     assert "edited" in head
     assert any(re.match(r"a +target +.*\d%", line) for line in lines)
+
+
+def table(columns, rows, width=None, **options):
+    file = io.StringIO()
+    terminal = {"force_terminal": True, "width": width} if width else {"width": 10_000}
+    print_table(Console(file=file, **terminal), columns, rows, **options)
+    return [re.sub(r"\x1b\[[\d;]*m", "", line) for line in file.getvalue().splitlines()]
+
+
+def test_a_table_keeps_to_80_characters_and_names_what_it_leaves_out(monkeypatch):
+    monkeypatch.delenv("COLUMNS", raising=False)
+    path = Column("path", lambda row: f"{'x' * 40}/{row}", is_number=False, fold=True)
+    numbers = [Column(f"number {n}", lambda row: f"{row:,}", small=lambda row: "[small]") for n in range(4)]
+    columns = [path, *numbers, Column("verdict", lambda row: "holds", is_number=False, keep=True)]
+    for width in (None, 80):
+        lines = table(columns, [1, 2000], width)
+        assert max(map(len, lines)) <= 80
+        assert "verdict" in lines[0]
+        assert lines[-1] == "not shown: number 2, number 3 (--wide shows all columns)"
+        assert lines[2] == f"{'x' * 40}/2000     2,000     2,000  holds"
+    with wide_tables(True):
+        lines = table(columns, [1, 2000])
+    assert lines[2].count("2,000 [small]") == 4
+    assert not any("not shown" in line for line in lines)
+
+
+def test_long_cells_are_whole_in_a_pipe_and_broken_in_a_terminal():
+    path = Column("path", lambda row: "x" * 100, is_number=False, fold=True)
+    columns = [path, Column("size", lambda row: "7")]
+    assert table(columns, [0]) == ["path" + " " * 98 + "size", "x" * 100 + "     7"]
+    lines = table(columns, [0], 40)
+    assert max(map(len, lines)) <= 40
+    assert "".join(line.split()[0] for line in lines[1:]) == "x" * 100
+
+
+def test_a_matrix_goes_on_below_where_it_is_too_wide():
+    columns = [Column("", str)] + [Column(f"a long name {n}", lambda row, n=n: f"{row}-{n}") for n in range(9)]
+    lines = table(columns, [0, 1], split=True)
+    assert max(map(len, lines)) <= 80
+    assert re.findall(r"1-\d", "".join(lines)) == [f"1-{n}" for n in range(9)]
 
 
 def test_what_is_measured_is_said_where_it_is_not_accuracy_throughout(report):

@@ -20,7 +20,7 @@ from typing import TextIO
 
 from tva.cli.arguments import join_values, take_flag
 from tva.cli.failures import WRONG, describe
-from tva.console import printable
+from tva.console import printable, wide_tables
 from tva.plugins import installed, modules_in
 
 COMMANDS = "tva.cli.commands"
@@ -34,7 +34,8 @@ commands:
 
 tva COMMAND --help lists a command's options. Every option can also be given in
 a YAML file with --config. With --json a command prints its result as JSON, and
-nothing else, on standard output.
+nothing else, on standard output. Tables are as wide as the terminal, or 80
+characters in a pipe; --wide prints the columns that did not fit.
 
 exit status:
   0    done
@@ -171,7 +172,9 @@ def _main(argv: list[str]) -> int:
         if command not in commands:
             return _no_command(argv, commands)
         words, as_json = take_flag(join_values(argv[1:]), "--json")
-        return 0 if _run(command, commands[command], words, as_json) else 1
+        words, wide = take_flag(words, "--wide")
+        with wide_tables(wide):
+            return 0 if _run(command, commands[command], words, as_json) else 1
     except KeyboardInterrupt as error:
         ended, status = ("terminated", 143) if isinstance(error, Terminated) else ("interrupted", 130)
         print(f"tva: {ended}.{RESUMES.get(command, '')}", file=sys.stderr)

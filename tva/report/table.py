@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+import textwrap
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from tva.console import printable
+from tva.console import print_line, printable, table_width
 
 if TYPE_CHECKING:
     from rich.console import Console
+    from rich.text import Text
 
 
 @dataclass(frozen=True)
@@ -21,8 +23,10 @@ class Column:
         heading: Its title.
         text: Returns the cell of a row.
         is_number: Whether its cells are aligned right.
-        fold: Whether a terminal breaks long cells into lines, instead of cutting them.
+        fold: Whether a terminal may break long cells into lines.
+        keep: Whether it stays where a table is too narrow for all columns.
         small: Returns the small print of a cell, such as an interval.
+        keep_small: Whether the small print stays likewise.
         bar: Returns a non-negative number that HTML draws as a bar beside the cell.
     """
 
@@ -32,9 +36,8 @@ class Column:
     fold: bool = False
     small: Callable[[Any], str] | None = None
     bar: Callable[[Any], float] | None = None
-
-
-MANY_ROWS = 500
+    keep: bool = False
+    keep_small: bool = False
 
 
 def words(heading: str, text: Callable[[Any], Any]) -> Column:
@@ -43,64 +46,134 @@ def words(heading: str, text: Callable[[Any], Any]) -> Column:
 
 
 def print_table(
-    console: Console, columns: Sequence[Column], rows: Iterable[Any], totals: Iterable[Any] = (), title: str = ""
+    console: Console,
+    columns: Sequence[Column],
+    rows: Iterable[Any],
+    totals: Iterable[Any] = (),
+    title: str = "",
+    split: bool = False,
 ) -> None:
-    """Print a table; what its cells hold is never read as markup, and shows control characters escaped.
+    """Print a table as wide as the terminal, or 80 characters in a pipe; ``--wide`` prints all of it.
+
+    What does not fit is left out and named: first the small print, then columns from the last, except those to keep.
+    In a terminal, cells that are still too long are broken into lines. A row in a pipe is always one line, and no cell
+    is cut. What cells hold is never read as markup, and shows control characters escaped.
 
     Args:
         console: Where to.
-        columns: Its columns, the row's name first.
+        columns: Its columns, the row's name first and then the most important.
         rows: What the columns read.
         totals: Rows that stand apart at the end.
         title: Printed above it.
+        split: Print columns that do not fit in a further table below, as a matrix needs.
     """
-    from rich.table import Table
-    from rich.text import Text
-
-    table = Table(box=None, header_style="bold", pad_edge=False, title=title or None, title_justify="left")
-    for column in columns:
-        justify, overflow = "right" if column.is_number else "left", "fold" if column.fold else "ellipsis"
-        table.add_column(Text(printable(column.heading)), justify=justify, overflow=overflow)
-
-    def add(row: Any) -> None:
-        texts = [Text(printable(column.text(row))) for column in columns]
-        for text, column in zip(texts, columns, strict=True):
-            if small := column.small(row) if column.small else "":
-                text.append(("\n" if console.is_terminal else " ") + printable(small), "dim")
-        table.add_row(*texts)
-
-    if not (console.is_terminal or console.is_jupyter) and len(rows := list(rows)) > MANY_ROWS:
-        _print_plain(console, columns, [*rows, *totals], title)
-        return
-    for row in rows:
-        add(row)
-    table.add_section()
-    for row in totals:
-        add(row)
-    console.print(table)
+    rows = [*rows, *totals]
+    width = table_width(console)
+    full = [_Cells.of(column, rows) for column in columns]
+    shown = _fitting(full, width, console.is_terminal)
+    left = [found for found in full if not any(found.column is other.column for other in shown)]
+    _shrink(shown, width if console.is_terminal else None)
+    if title:
+        print_line(console, title, "italic")
+    styles = ("bold",) + ("",) * len(rows)
+    for place, style in enumerate(styles):
+        for line in _lines(shown, place, style):
+            console.print(line, soft_wrap=True) if console.is_terminal else console.file.write(f"{line.plain}\n")
+    if left and split:
+        print_table(console, [columns[0], *(found.column for found in left)], rows, split=True)
+    elif left:
+        names = ", ".join(found.texts[0] or "–" for found in left)
+        print_line(console, f"not shown: {names} (--wide shows all columns)", "dim", wrap=True)
 
 
-def _print_plain(console: Console, columns: Sequence[Column], rows: Sequence[Any], title: str) -> None:
-    """Print what `print_table` does into a pipe, which takes rich half a millisecond a row."""
+@dataclass
+class _Cells:
+    """A column's heading and cells as they are printed."""
+
+    column: Column
+    texts: list[str]
+    smalls: list[str]
+    width: int
+
+    @classmethod
+    def of(cls, column: Column, rows: Sequence[Any], with_small: bool = True) -> _Cells:
+        texts = [printable(column.heading), *(printable(column.text(row)) for row in rows)]
+        smalls = [""] * len(texts)
+        if with_small and column.small:
+            smalls[1:] = [printable(column.small(row)) for row in rows]
+        return cls(column, texts, smalls, _longest(texts, smalls))
+
+    def plain(self) -> _Cells:
+        """Return it without small print, unless that is to be kept."""
+        smalls = self.smalls if self.column.keep_small else [""] * len(self.texts)
+        return _Cells(self.column, self.texts, smalls, _longest(self.texts, smalls))
+
+
+def _longest(texts: Sequence[str], smalls: Sequence[str]) -> int:
     from rich.cells import cell_len
 
-    lines = [[printable(column.heading) for column in columns]]
-    for row in rows:
-        smalls = [column.small(row) if column.small else "" for column in columns]
-        texts = [printable(column.text(row)) for column in columns]
-        lines.append(
-            [f"{text} {printable(small)}" if small else text for text, small in zip(texts, smalls, strict=True)]
-        )
-    widths = [max(map(cell_len, cells)) for cells in zip(*lines, strict=True)]
-    if title:
-        console.file.write(f"{title}\n")
-    for line in lines:
-        gaps = [" " * (width - cell_len(text)) for text, width in zip(line, widths, strict=True)]
-        parts = [
-            gap + text if column.is_number else text + gap
-            for column, text, gap in zip(columns, line, gaps, strict=True)
-        ]
-        console.file.write("  ".join(parts).rstrip() + "\n")
+    return max(cell_len(_joined(text, small)) for text, small in zip(texts, smalls, strict=True))
+
+
+def _joined(text: str, small: str) -> str:
+    return f"{text} {small}" if small else text
+
+
+def _total(shown: Sequence[_Cells], least: int = 10**9) -> int:
+    """Return the width of a table whose long cells may be broken at ``least`` characters."""
+    return sum(min(found.width, least) if found.column.fold else found.width for found in shown) + 2 * (len(shown) - 1)
+
+
+def _fitting(full: list[_Cells], width: int | None, folds: bool) -> list[_Cells]:
+    """Return the columns to print: without small print, and without the last ones, where there is no room for them."""
+    if width is None or _total(full) <= width:
+        return full
+    shown = [found.plain() for found in full]
+    least = 3 * width // 4 if folds else 10**9
+    while _total(shown, least) > width:
+        last = next((found for found in reversed(shown[1:]) if not found.column.keep), None)
+        if last is None or len(shown) <= 2:
+            break
+        shown.remove(last)
+    return shown
+
+
+def _shrink(shown: Sequence[_Cells], width: int | None) -> None:
+    """Narrow the widest columns whose cells may be broken, until the table fits."""
+    while width is not None and (over := _total(shown) - width) > 0:
+        folding = [found for found in shown if found.column.fold and found.width > 8]
+        if not folding:
+            return
+        widest = max(folding, key=lambda found: found.width)
+        rest = [found.width for found in folding if found is not widest]
+        widest.width -= max(1, min(over, widest.width - max(rest, default=8)))
+
+
+def _lines(shown: Sequence[_Cells], place: int, style: str) -> Iterator[Text]:
+    """Yield the lines of one row."""
+    from rich.cells import cell_len
+    from rich.text import Text
+
+    broken = [_broken(found, place) for found in shown]
+    for at in range(max(map(len, broken))):
+        line = Text()
+        for found, parts in zip(shown, broken, strict=True):
+            text, small = parts[at] if at < len(parts) else ("", "")
+            gap = " " * (found.width - cell_len(_joined(text, small)))
+            cell = Text(text, style).append(f" {small}" if small else "", "dim")
+            line += Text(gap) + cell if found.column.is_number else cell + Text(gap)
+            line.append("" if found is shown[-1] else "  ")
+        line.rstrip()
+        yield line
+
+
+def _broken(found: _Cells, place: int) -> list[tuple[str, str]]:
+    text, small = found.texts[place], found.smalls[place]
+    from rich.cells import cell_len
+
+    if cell_len(_joined(text, small)) <= found.width:
+        return [(text, small)]
+    return [(part, "") for part in textwrap.wrap(_joined(text, small), found.width)]
 
 
 def cells(columns: Sequence[Column], rows: Sequence[Any]) -> list[list[tuple[Any, ...]]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +13,9 @@ from tva.console import make_console, print_line
 from tva.report.audits import audit_tables
 from tva.report.page import before_table
 from tva.report.run_files import PAGE
-from tva.report.series import axes, coefficient, curve, is_feasible, number, symbol
+from tva.report.series import axes, coefficient, curve, interval, is_feasible, number, symbol
 from tva.report.table import Column, print_table, words
 
-WIDE = 150  # columns of a terminal that has room for all of the table
 BARS = "▁▂▃▄▅▆▇█"
 
 
@@ -32,10 +32,8 @@ def print_report(report: Any, console: Console | None = None, folder: Path | Non
     print_line(
         console, f"base + scaling_coef · ({content['recipe']})   {coefs}: {content['reason']}", "bold", wrap=True
     )
-    left_out = _print_tasks(console, content)
+    _print_tasks(console, content)
     print_line(console, _footnote(content), "dim", wrap=True)
-    if left_out:
-        print_line(console, f"columns for a wider terminal: {', '.join(left_out)}", "dim", wrap=True)
     for line in sparklines(content):
         print_line(console, line)
     audits = {f"audit {name}": found for name, found in audit_tables(content).items()}
@@ -50,23 +48,39 @@ def print_report(report: Any, console: Console | None = None, folder: Path | Non
         print_line(console, f"{folder / PAGE} shows all of it", wrap=True)
 
 
-def _print_tasks(console: Console, content: Mapping[str, Any]) -> list[str]:
-    """Print the table of tasks; return the columns for which the terminal is too narrow."""
+def _print_tasks(console: Console, content: Mapping[str, Any]) -> None:
+    """Print the table of tasks, and below it the constraints with their numbers."""
     table = before_table(content)
-    left = ["task", "metric", "role", "split", "n"]
+    scores = {head: _number(head, place) for place, head in enumerate(table["heads"])}
+    first = ["task", "metric", "role"]
     if all(row["metric"] == "accuracy" for row in table["rows"]):  # which percentages say by themselves
-        left.remove("metric")
-    wanted = left + table["heads"]
-    if console.width < WIDE:
-        wanted = [head for head in wanted if head in ("task", "metric", "role", "base", "edited")]
-    columns = [words(head, lambda row, head=head: row[head]) for head in left if head in wanted]
-    columns += [_number(head, place) for place, head in enumerate(table["heads"]) if head in wanted]
-    print_table(console, [*columns, Column("verdict", _verdict, is_number=False, fold=True)], table["rows"])
-    return [head for head in (*left, *table["heads"]) if head not in wanted]
+        first.remove("metric")
+    if any(row["split"] != "test" for row in table["rows"]):  # of an edit that was not made
+        first.append("split")
+    columns = [words(head, lambda row, head=head: row[head]) for head in first]
+    tasks = content["tasks"]
+    within = lambda row: interval(tasks[row["task"]]["edited"], row["metric"])  # noqa: E731 (chance is said below)
+    edited = replace(scores.pop("edited"), small=within, keep_small=True)
+    columns += [scores.pop("base"), edited, scores.pop("of base")]
+    columns.append(Column("verdict", _verdict, is_number=False, keep=True))
+    columns += [*scores.values(), Column("n", lambda row: row["n"])]
+    columns += [] if "split" in first else [words("split", lambda row: row["split"])]
+    print_table(console, columns, table["rows"])
+    for row in table["rows"]:
+        for found in row["constraints"]:
+            style, word = ("green:", "holds") if found["holds"] else ("bold red:", "FAILS")
+            print_line(console, f"{word}: {found['text']}: {found['shown']}", style, wrap=True)
+    if chances := [text for task in tasks.items() if (text := _chance(task))]:
+        print_line(console, f"chance: {'; '.join(chances)}", "dim", wrap=True)
 
 
 def _number(heading: str, place: int) -> Column:
-    return Column(heading, lambda row: row["cells"][place][0], small=lambda row: row["cells"][place][1])
+    return Column(
+        heading,
+        lambda row: row["cells"][place][0],
+        small=lambda row: row["cells"][place][1],
+        keep=heading in ("base", "edited"),
+    )
 
 
 def sparklines(content: Mapping[str, Any], most: int = 41) -> list[str]:
@@ -136,6 +150,14 @@ def _footnote(content: Mapping[str, Any]) -> str:
 
 
 def _verdict(row: Mapping[str, Any]) -> str:
-    constraints = [f"{c['text']}: {c['shown']}, {'holds' if c['holds'] else 'FAILS'}" for c in row["constraints"]]
-    ratio = row["cells"][-1][0]
-    return "; ".join(constraints) or (f"{ratio} of base" if ratio != "–" else ratio)
+    found = [c["holds"] for c in row["constraints"]]
+    return "–" if not found else "holds" if all(found) else "FAILS"
+
+
+def _chance(task: tuple[str, Mapping[str, Any]]) -> str:
+    """Return what chance would score on a task, and whether the edited model is below it."""
+    name, entry = task
+    if entry.get("chance") is None:
+        return ""
+    below = ", and the edited model is below: inverted, not gone" if entry["below_chance"] else ""
+    return f"{name} {number(entry['chance'], entry['metric'])}{below}"

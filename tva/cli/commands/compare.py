@@ -32,7 +32,7 @@ def show(result: Compared) -> None:
     for title, matrix in (("cosine", result.whole.cosines), ("sign conflicts", result.whole.conflicts)):
         pairs = [Column(name, _pair(title, matrix, j)) for j, name in enumerate(names)]
         first = words(title, names.__getitem__)
-        print_table(console, [first, *(norms if title == "cosine" else []), *pairs], range(len(names)))
+        print_table(console, [first, *(norms if title == "cosine" else []), *pairs], range(len(names)), split=True)
     if result.groups:
         _print_groups(console, result)
     if result.not_finite:
@@ -55,7 +55,7 @@ def _print_groups(console: Console, result: Compared) -> None:
     """Print one row a group: norms, then every pair or, where they are many, the smallest and the largest."""
     names, first = list(result.names), words(f"norm by {result.by}", lambda row: row[0])
     norms = [Column(name, lambda row, i=i: f"{row[1].norms[i]:.3g}") for i, name in enumerate(names)]
-    print_table(console, [first, *norms], result.groups.items())
+    print_table(console, [first, *norms], result.groups.items(), split=True)
     pairs = [(i, j) for i in range(len(names)) for j in range(i)]
     many = len(pairs) > MOST_PAIRS
     heads = ["smallest", "largest"] if many else [f"{names[j]}, {names[i]}" for i, j in pairs]
@@ -66,7 +66,7 @@ def _print_groups(console: Console, result: Compared) -> None:
             values = [matrix[i][j] for i, j in pairs]
             rows.append((group, _ends(values) if many else values))
         columns = [Column(head, _value(title, place)) for place, head in enumerate(heads)]
-        print_table(console, [words(f"{title} by {result.by}", lambda row: row[0]), *columns], rows)
+        print_table(console, [words(f"{title} by {result.by}", lambda row: row[0]), *columns], rows, split=True)
 
 
 def _ends(values: Sequence[float]) -> list[float]:

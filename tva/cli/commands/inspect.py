@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from tva.console import counted, make_console, print_line, printable, size_text
+from tva.console import counted, make_console, print_facts, print_line, size_text
 from tva.errors import some
 from tva.report.table import Column, print_table, words
 from tva.vectors.inspect import Inspection, inspect
@@ -29,8 +29,7 @@ def show(result: Inspection) -> None:
     facts = {key: _fact(value) for key, value in result.facts.items()}
     for reason, names in result.untouched.items():
         facts[reason] = f"{counted(len(names), 'tensor')}: {some(names)}"
-    for key, text in facts.items():
-        print_line(console, f"{key:<{max(map(len, facts))}}  {printable(text)}")
+    print_facts(console, facts)
     for note in result.notes:
         print_line(console, f"read {note}")
     totals = [("all", result.whole)]
