@@ -18,7 +18,16 @@ ROOT = Path(__file__).parent.parent
 
 # A room may import rooms of rows above its own, and of its own row where that makes no circle.
 FLOORS = [
-    {"tva.errors", "tva._torch", "tva.console", "tva.patterns", "tva.plugins", "tva.sizes", "tva.version"},
+    {
+        "tva.errors",
+        "tva._torch",
+        "tva.console",
+        "tva.patterns",
+        "tva.plugins",
+        "tva.sizes",
+        "tva.version",
+        "tva.executors",
+    },
     {"tva.arithmetic", "tva.layers", "tva.data"},
     {"tva.checkpoints"},
     {"tva.merge", "tva.report"},
@@ -55,6 +64,7 @@ IMPORTERS = {
     "datasets": {"tva.data"},
     "matplotlib": {"tva.cli", "tva.data", "tva.callbacks"},
     "optuna": {"tva.search"},
+    "ray": {"tva.executors"},
     "scipy": {"tva.evaluation"},
     "rich": {"tva.cli", "tva.console", "tva.report"},
     "jinja2": {"tva.report"},

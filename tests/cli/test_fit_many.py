@@ -17,9 +17,9 @@ from small_cli import fit_config, write_yaml
 
 from tva import TaskVector
 from tva.cli.commands.fit_many import CONFIG, DONE, fit_many, make_fits, merge, run_fits, show
-from tva.cli.executors import LocalExecutor, make_executor
 from tva.cli.main import main
 from tva.cli.processes import only_one, run_process
+from tva.executors import LocalExecutor, make_executor
 from tva.vectors.header import Origin
 
 ROOT = Path(__file__).parents[2]
@@ -221,7 +221,9 @@ def test_local_workers_share_the_devices_and_cores_there_are(monkeypatch):
     ("engine", "jobs", "per_fit", "message"),
     [
         ("local", None, {"gpus": 1}, "'gpus'.*belong to the engine 'ray'"),
-        ("slurm", None, {}, "engine must be 'local', 'ray' or 'ray:ADDRESS'; found 'slurm'"),
+        ("slurm", None, {}, "engine must be 'local', 'local:N', 'ray' or 'ray:ADDRESS'; found 'slurm'"),
+        ("local:two", None, {}, "engine must be .*; found 'local:two'"),
+        ("local:2", 2, {}, "jobs=2 too. Leave one out"),
         ("ray", 2, {}, "leave jobs and devices out"),
         ("ray", None, {"gpu": 1}, r"cpus, gpus and memory; found \['gpu'\]"),
     ],

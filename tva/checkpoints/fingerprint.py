@@ -147,6 +147,7 @@ class Hashed(Wrapped):
     def __init__(self, entry: Entry) -> None:
         self.entry = entry
         self._hash, self._read, self._lock = TensorHash(entry.whole), 0, threading.Lock()
+        self.known = ""  # the digest, where another process has read it
 
     @property
     def spec(self) -> Spec:
@@ -191,6 +192,8 @@ class Hashed(Wrapped):
 
     def hexdigest(self) -> str:
         """Return the tensor's digest, reading what has not been read yet."""
+        if self.known:
+            return self.known
         count = self.entry.spec.numel()
         if not self.in_parts and self._read < count:
             self.read()
@@ -225,6 +228,12 @@ class HashedWeights(LazyWeights):
         entry = self.entry(name)
         assert isinstance(entry, Hashed)
         return entry.hexdigest()
+
+    def take_digest(self, name: str, digest: str) -> None:
+        """Take the digest of a tensor that another process has read."""
+        entry = self.entry(name)
+        assert isinstance(entry, Hashed)
+        entry.known = digest
 
     def fingerprint(self) -> Fingerprint:
         """Return the fingerprint of all tensors."""

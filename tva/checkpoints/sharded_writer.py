@@ -65,6 +65,24 @@ class Shard:
             end += spec.num_bytes
         return header
 
+    def open(self) -> None:
+        """Open the file, which is there."""
+        self.file = os.open(self.path, os.O_RDWR | _NO_LINK)
+
+    def close(self) -> None:
+        """Close the file, if it is open."""
+        if self.file >= 0:
+            os.close(self.file)
+            self.file = -1
+
+    def write(self, name: str, start: int, chunk: Elements) -> None:
+        """Write elements of a tensor, flattened, from ``start`` on."""
+        data = memoryview(chunk.data)
+        offset = self.offsets[name] + start * Spec(chunk.dtype_name, ()).itemsize
+        while data.nbytes:
+            count = os.pwrite(self.file, data, offset)
+            data, offset = data[count:], offset + count
+
 
 def shard_tensors(tensors: Mapping[str, Spec], max_shard_bytes: int) -> list[dict[str, Spec]]:
     """Split a checkpoint into shards of at most a size, in order; a larger tensor is a shard of its own."""
@@ -194,7 +212,7 @@ class Output:
             if not self.done:
                 self._try_to_begin()
             for shard in self._shards:
-                shard.file = os.open(shard.path, os.O_RDWR | _NO_LINK)
+                shard.open()
             self._check_done()
         except BaseException:
             self._close()
@@ -319,9 +337,7 @@ class Output:
     def _close(self) -> None:
         self._journal.close()
         for shard in self._shards:
-            if shard.file >= 0:
-                os.close(shard.file)
-                shard.file = -1
+            shard.close()
 
     # --- writing
 
@@ -333,12 +349,25 @@ class Output:
         """
         if self._failed:
             raise self._failed
-        shard = self._shard_of[name]
-        data = memoryview(chunk.data)
-        offset = shard.offsets[name] + start * Spec(chunk.dtype_name, ()).itemsize
-        while data.nbytes:
-            count = os.pwrite(shard.file, data, offset)
-            data, offset = data[count:], offset + count
+        self._shard_of[name].write(name, start, chunk)
+
+    def hand_out(self) -> list[Shard]:
+        """Return the shards that are not whole, closed, so that other processes can write them.
+
+        Two machines that have one file of a network disk open see each other's writes late; one that opens a file sees
+        what others have closed before.
+        """
+        shards = [shard for shard in self._shards if any(name not in self.done for name in shard.tensors)]
+        for shard in shards:
+            os.fsync(shard.file)
+            shard.close()
+        return shards
+
+    def take_back(self, shard: Shard, records: Mapping[str, Mapping[str, Any]]) -> None:
+        """Open a shard that another process has written, and note that its tensors are whole."""
+        shard.open()
+        for name, record in records.items():
+            self.finish(name, record)
 
     def finish(self, name: str, record: Mapping[str, Any]) -> None:
         """Note that a tensor is whole; ``record["edited"]`` is its digest."""

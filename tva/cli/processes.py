@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from tva.cli.executors import Worker
+from tva.executors import Worker
 
 GRACE_S = 15.0  # from asking a process to end to ending it
 

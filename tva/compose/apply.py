@@ -39,6 +39,7 @@ from tva.compose.plan import Plan, make_plan
 from tva.compose.recipe import Recipe
 from tva.compose.record import UNKNOWN, Record
 from tva.compose.requantize import Requantized, requantizer
+from tva.compose.spread import compose_shards, open_workers, spread_plan
 from tva.compose.syntax import BASE
 from tva.compose.undo import BYTES_HELD, UndoFile, undo_path
 from tva.errors import some
@@ -116,6 +117,7 @@ def compose(
     new_rows: NewRows = "error",
     tokenizer: str = "",
     allow_other_tokenizer: bool = False,
+    engine: str = "local",
 ) -> ComposeReport | AdapterReport | Plan:
     """Write ``base + scaling_coef * recipe`` without loading any model whole.
 
@@ -162,6 +164,9 @@ def compose(
         tokenizer: The input whose tokenizer files the output gets, ``base`` or a vector's name; by default the one
             whose vocabulary it has.
         allow_other_tokenizer: Combine models whose tokenizers give the same ids to other tokens.
+        engine: ``local``: this process. ``ray``: a Ray cluster started on this machine, or ``ray:ADDRESS``: a running
+            one (``ray:auto`` on one of its nodes), whose nodes see inputs and output under the same paths and compute
+            one shard of a folder each at a time; ``local:N``: the same with processes of this machine.
 
     Returns:
         What was written, and what the edit did; or the plan; or what the adapter is.
@@ -183,6 +188,7 @@ def compose(
     for path in vectors.values():
         fetch_tokenizer(parts_of(path)[0])
     _check_tokenizer_side(tokenizer, given, new_rows)
+    workers = open_workers(engine, Path(output), requantize=requantize, write_as=write_as != "checkpoint")
     checked = Recipe(recipe, input_names(vectors, slices), coefs, with_base=True)
     outputs = [Path(output), *([undo_path(Path(output))] if keep_undo else [])]
     for what, path in {"base": base, **{f"vectors.{name}": path for name, path in vectors.items()}}.items():
@@ -210,7 +216,8 @@ def compose(
     options |= {"slices": slices} if slices else {}
     options |= {"new_rows": new_rows} if new_rows != "error" else {}
     others = {"which": which, "allow_other_tokenizer": allow_other_tokenizer}
-    composer = Composer.open(base, vectors, checked, scaling_coef, dtype, **others, **options)
+    opening = {"base": base, "vectors": vectors, "scaling_coef": scaling_coef, "dtype": dtype, **others, **options}
+    composer = Composer.open(recipe=checked, **opening)
     if requantize and (slices or new_rows != "error"):
         raise ValueError("requantize keeps the base's tensors, which slices and new_rows change. Leave one out.")
     quantizer = requantizer(composer) if requantize else None
@@ -222,7 +229,8 @@ def compose(
     if plan:
         kept, need = composer.statistics, composer.need()
         made = make_plan(composer.base, composer.layout(), composer.sources, checked, scaling_coef, kept, need)
-        return dataclasses.replace(made, write_bytes=sum(spec.num_bytes for spec in layout.values()))
+        made = dataclasses.replace(made, write_bytes=sum(spec.num_bytes for spec in layout.values()))
+        return made if workers is None else spread_plan(made, composer, shard_bytes, workers)
 
     if keep_undo:
         _prepare_undo(keep_undo, composer, slices)
@@ -240,7 +248,10 @@ def compose(
     with Output(Path(output), layout, metadata, job, shard_bytes, resume, stem, parts) as out:
         sink = quantizer.into(out) if quantizer else out
         resumed = len(sink.done)
-        composer.run(sink)
+        if workers is None:
+            composer.run(sink)
+        else:
+            compose_shards(composer, out, workers, opening)
         for source in composer.sources.values():
             source.check_content()
         composer.check()

@@ -232,6 +232,10 @@ class Composer:
         back.chunk, back.workers = self.chunk, self.workers
         return back
 
+    def stored_bytes(self, name: str) -> int:
+        """Return the bytes of a tensor in all inputs."""
+        return sum(weights.entry(name).stored_bytes for weights in self._inputs() if name in weights)
+
     # --- memory
 
     def need(self) -> int:
@@ -278,25 +282,34 @@ class Composer:
     def run(self, out: Sink) -> None:
         """Compute and write every tensor that is not done."""
         self.records = dict(out.done)
-        if self.recipe.is_random:
-            self.identities = {name: source.identity() for name, source in self.sources.items()}
-        else:
-            self.identities = {name: name for name in self.sources}
+        todo = [name for name in self.names if name not in out.done]
+        if todo:
+            self.observe()
+        self.compute(todo, out)
+
+    def observe(self) -> None:
+        """Collect, with its own passes, what the recipe must know of the whole model."""
+        self.identities = {name: s.identity() if self.recipe.is_random else name for name, s in self.sources.items()}
         self.identities[BASE] = BASE
-        todo = sorted((name for name in self.names if name not in out.done), key=self._size, reverse=True)
+        if not self.recipe.observing:
+            return
         with _threads(self.workers) as pool:
-            if todo and self.recipe.observing:
-                by_size = sorted(self.names, key=self._size, reverse=True)
+            by_size = sorted(self.names, key=self._size, reverse=True)
 
-                def spread(observe: Callable[[str, Chunks], None]) -> None:
-                    def observe_one(name: str) -> None:
-                        opened = self._open(name)
-                        if opened.moved:
-                            observe(name, lambda: self.deltas_of(opened))
+            def spread(observe: Callable[[str, Chunks], None]) -> None:
+                def observe_one(name: str) -> None:
+                    opened = self._open(name)
+                    if opened.moved:
+                        observe(name, lambda: self.deltas_of(opened))
 
-                    list(pool.map(observe_one, by_size))
+                list(pool.map(observe_one, by_size))
 
-                self.model_states = self.recipe.observe_model(spread, self.identities)
+            self.model_states = self.recipe.observe_model(spread, self.identities)
+
+    def compute(self, names: Sequence[str], out: Sink) -> None:
+        """Compute and write tensors, once `observe` has run."""
+        with _threads(self.workers) as pool:
+            todo = sorted(names, key=self._size, reverse=True)
             futures = [pool.submit(self._compose, name, out) for name in todo]
             try:
                 for future in progress(futures, "composing"):

@@ -33,6 +33,21 @@ class PlanRow:
 
 
 @dataclass
+class NodeShare:
+    """What one node of several does.
+
+    Attributes:
+        shards: How many shards it computes.
+        read_bytes: Bytes that it reads of the inputs.
+        write_bytes: Bytes that it writes.
+    """
+
+    shards: int = 0
+    read_bytes: int = 0
+    write_bytes: int = 0
+
+
+@dataclass
 class Plan:
     """What `tva.compose` would do.
 
@@ -47,6 +62,8 @@ class Plan:
         passes: How often the vectors are read, mostly: methods that count may need one pass more.
         largest: Name of the largest tensor that is held whole, if the recipe needs whole tensors.
         notes: What was decided in reading the inputs.
+        nodes: What each of several nodes does, if shards were to be spread.
+        first_read_bytes: Bytes that one process reads before them, for what must be known of the whole model.
     """
 
     formula: str
@@ -59,6 +76,8 @@ class Plan:
     passes: int
     largest: str | None = None
     notes: list[str] = field(default_factory=list)
+    nodes: list[NodeShare] = field(default_factory=list)
+    first_read_bytes: int = 0
 
 
 def make_plan(

@@ -297,6 +297,15 @@ class Recipe(Expression):
                 method.finish(state, pass_number)
         return states
 
+    def packed(self, states: States) -> States:
+        """Return states by the place of their method, for `unpacked` of the same recipe in another process."""
+        places = {id(node): place for place, node in enumerate(self._observers)}
+        return {(places[owner], tensor): state for (owner, tensor), state in states.items()}
+
+    def unpacked(self, states: States) -> States:
+        """Return the states that `packed` gave."""
+        return {(id(self._observers[place]), tensor): state for (place, tensor), state in states.items()}
+
     def observe_tensor(
         self,
         tensor: str,

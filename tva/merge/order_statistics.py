@@ -94,6 +94,10 @@ class OrderStatistics:
         self._counts: dict[tuple[int, int], numpy.ndarray] = {}  # of each thread and rank: before, each bin, behind
         self._sample: dict[int, numpy.ndarray] = {}  # of each thread: by the upper bits
 
+    def __getstate__(self) -> dict[str, object]:
+        """Return, for another process, what was found."""
+        return {"values": self.values, "found": self.found}
+
     def observe(self, chunk: Tensor | numpy.ndarray, pass_number: int) -> None:
         """Count one chunk, flat; an array is of float32. Several threads may at once."""
         from tva.merge.kernels import count_upper, count_window

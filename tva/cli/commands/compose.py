@@ -133,6 +133,15 @@ def _print_plan(console: Console, plan: Plan) -> None:
         f"pass{'es' if plan.passes > 1 else ''}, write {plan.write_bytes / 1e9:.2f} GB, and take about "
         f"{plan.memory_bytes / 2**20:.0f} MiB of memory{whole}. Nothing was written.",
     )
+    if plan.nodes:
+        first = f"first one process reads {plan.first_read_bytes / 1e9:.2f} GB; then " if plan.first_read_bytes else ""
+        most = {key: max(getattr(node, key) for node in plan.nodes) for key in vars(plan.nodes[0])}
+        print_line(
+            console,
+            f"{first}{len(plan.nodes)} nodes compute {sum(node.shards for node in plan.nodes)} shards: each at most "
+            f"{most['shards']}, reading {most['read_bytes'] / 1e9:.2f} GB and writing {most['write_bytes'] / 1e9:.2f} "
+            f"GB.",
+        )
 
 
 def _ramp(values: list[float]) -> str:

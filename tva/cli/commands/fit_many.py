@@ -17,10 +17,10 @@ from typing import Any, Literal
 import yaml
 
 from tva.checkpoints import open_weights
-from tva.cli.executors import Executor, Worker, make_executor
 from tva.cli.processes import only_one, run_process, terminate_as_interrupt
 from tva.console import make_console, print_line
 from tva.errors import some
+from tva.executors import Executor, Worker, make_executor
 from tva.paper.configs import fill, merge, nested
 from tva.report.table import Column, print_table, words
 from tva.vectors.header import read_origin

@@ -16,9 +16,9 @@ import yaml
 
 from tva.checkpoints import open_weights
 from tva.cli.commands import fit_many
-from tva.cli.executors import Executor, Worker, make_executor
 from tva.cli.processes import only_one, run_process, terminate_as_interrupt
 from tva.console import make_console, print_line
+from tva.executors import Executor, Worker, make_executor
 from tva.paper.results import DONE, edit_folder
 from tva.paper.suite import Edit, Scale, find_scale
 from tva.report.run_files import EDIT_JSON
