@@ -13,7 +13,6 @@ import shutil
 import stat
 import threading
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
@@ -24,7 +23,8 @@ from tva.checkpoints.fingerprint import TensorHash
 from tva.checkpoints.foreign import parse_json
 from tva.checkpoints.formats import safetensors
 from tva.checkpoints.lazy import Info, LazyWeights
-from tva.checkpoints.spec import Elements, Spec, encode_header
+from tva.checkpoints.shards import NO_LINK, Shard, shard_names, shard_tensors
+from tva.checkpoints.spec import Elements, Spec
 from tva.console import size_text
 from tva.errors import some
 
@@ -33,77 +33,7 @@ try:
 except ImportError:  # no POSIX: two runs into one output are not noticed
     fcntl = None
 
-_NO_LINK = getattr(os, "O_NOFOLLOW", 0)
 SYNC_BYTES = 2**26  # bytes between two syncs; what is synced survives a loss of power
-
-
-@dataclass
-class Shard:
-    """One safetensors file to be written, and where in it each tensor begins, in bytes.
-
-    Attributes:
-        path: The file.
-        tensors: Name to dtype and shape.
-        prefix: Of the names, which the file leaves out.
-        offsets: Where they begin.
-        file: The open file.
-    """
-
-    path: Path
-    tensors: dict[str, Spec]
-    prefix: str = ""
-    offsets: dict[str, int] = field(default_factory=dict)
-    file: int = -1
-
-    def header(self, metadata: Mapping[str, str]) -> bytes:
-        """Return the header, and note where the tensors begin."""
-        stored = {name.removeprefix(self.prefix): spec for name, spec in self.tensors.items()}
-        header = encode_header(stored, metadata)
-        end = len(header)
-        for name, spec in self.tensors.items():
-            self.offsets[name] = end
-            end += spec.num_bytes
-        return header
-
-    def open(self) -> None:
-        """Open the file, which is there."""
-        self.file = os.open(self.path, os.O_RDWR | _NO_LINK)
-
-    def close(self) -> None:
-        """Close the file, if it is open."""
-        if self.file >= 0:
-            os.close(self.file)
-            self.file = -1
-
-    def write(self, name: str, start: int, chunk: Elements) -> None:
-        """Write elements of a tensor, flattened, from ``start`` on."""
-        data = memoryview(chunk.data)
-        offset = self.offsets[name] + start * Spec(chunk.dtype_name, ()).itemsize
-        while data.nbytes:
-            count = os.pwrite(self.file, data, offset)
-            data, offset = data[count:], offset + count
-
-
-def shard_tensors(tensors: Mapping[str, Spec], max_shard_bytes: int) -> list[dict[str, Spec]]:
-    """Split a checkpoint into shards of at most a size, in order; a larger tensor is a shard of its own."""
-    shards: list[dict[str, Spec]] = [{}]
-    filled = 0
-    for name, spec in tensors.items():
-        if shards[-1] and filled + spec.num_bytes > max_shard_bytes:
-            shards.append({})
-            filled = 0
-        shards[-1][name] = spec
-        filled += spec.num_bytes
-    return shards
-
-
-def shard_names(tensors: Mapping[str, Spec], max_shard_bytes: int, stem: str) -> list[str]:
-    """Return the names of a checkpoint's files, its index among them."""
-    count = len(shard_tensors(tensors, max_shard_bytes))
-    if count == 1:
-        return [f"{stem}.safetensors"]
-    shards = [f"{stem}-{number:05}-of-{count:05}.safetensors" for number in range(1, count + 1)]
-    return [*shards, f"{stem}.safetensors.index.json"]
 
 
 class Output:
@@ -256,7 +186,7 @@ class Output:
         if path.is_symlink():
             raise ValueError(f"{path} is a link, which tva does not write through. Remove it.")
         with can_write(self.path):
-            descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | _NO_LINK, 0o666)
+            descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | NO_LINK, 0o666)
         found = os.fstat(descriptor)
         others = hasattr(os, "geteuid") and found.st_uid != os.geteuid()
         if not stat.S_ISREG(found.st_mode) or found.st_nlink > 1 or others:

@@ -18,7 +18,7 @@ from typing import Any
 
 from tva._torch import num_threads
 from tva.checkpoints import Output
-from tva.checkpoints.sharded_writer import Shard, shard_tensors
+from tva.checkpoints.shards import Shard, shard_tensors
 from tva.checkpoints.spec import Elements
 from tva.compose.engine import Composer
 from tva.compose.inputs import input_names

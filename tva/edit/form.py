@@ -37,7 +37,7 @@ from tva.checkpoints.foreign import read_json
 from tva.checkpoints.formats.sentence_transformers import part_of_names
 from tva.checkpoints.lazy import InMemory
 from tva.checkpoints.names import matched
-from tva.checkpoints.sharded_writer import shard_names
+from tva.checkpoints.shards import shard_names
 from tva.checkpoints.wrappers import network_of
 from tva.compose.undo import undo_path
 from tva.edit.card_facts import card_facts

@@ -24,7 +24,7 @@ from tva.checkpoints import (
     tensor_digest,
 )
 from tva.checkpoints.fingerprint import sealed
-from tva.checkpoints.sharded_writer import Shard
+from tva.checkpoints.shards import Shard
 from tva.console import progress
 from tva.errors import some
 from tva.sizes import parse_bytes
