@@ -244,3 +244,17 @@ class TheirData(L.LightningDataModule):
         super().__init__()
         self.size = size
 """
+
+
+@pytest.mark.parametrize(("name", "known"), [("00003_{:05}.ppm", True), ("{:05}.png", False)])
+def test_signs_of_one_track_are_no_independent_examples_where_file_names_tell_them(tmp_path, name, known):
+    pixels = b"\x89PNG"  # nothing is decoded
+    images = [{"bytes": pixels, "path": name.format(row)} for row in range(6)]
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.Value("int64")})
+    table = datasets.Dataset.from_dict({"image": images, "label": [0, 0, 0, 0, 1, 1]}, features=features)
+    task = ImageTask("preset:gtsrb", local=str(tmp_path))
+    task.class_names = [str(label) for label in range(43)]
+    labels = task._group_labels(table.select([5, 0, 1, 4]))
+    assert labels == (
+        ["1/00003", "0/00003", "0/00003", "1/00003"] if known else None
+    )  # a track's number is its class's

@@ -2,6 +2,7 @@
 
 import json
 
+import numpy as np
 import pytest
 import torch
 from small_edit import LateNet, Net, Task, edit, make_trainer
@@ -394,3 +395,31 @@ def test_joint_fine_tuning_needs_its_checkpoint(vectors, tmp_path):
     torch.save({"state_dict": Net().state_dict()}, tmp_path / "joint.ckpt")
     report = edit(vectors, tmp_path, scaling_coef=0.5, baselines=["joint"], joint=str(tmp_path / "joint.ckpt"))
     assert report.baselines["joint"]["rows"]["joint fine-tuning"]["a"] == report.tasks["a"].scores["base"].value
+
+
+class Grouped(Task):
+    """A task whose examples come in tens."""
+
+    def example_groups(self, split):
+        return np.arange(200) // 10
+
+
+def test_an_edit_takes_the_groups_of_its_tasks_as_the_unit(vectors, tmp_path):
+    alone = edit(vectors, tmp_path / "alone", subject_to=["a/accuracy >= 0.5 * base"], confidence=0.8)
+    tasks = {"a": Grouped(1), "b": Task(2)}
+    report = edit(
+        vectors,
+        tmp_path,
+        targets=tasks,
+        controls={"other": Grouped(3)},
+        subject_to=["a/accuracy >= 0.5 * base"],
+        confidence=0.8,
+    )
+    assert (report.tasks["a"].num_groups, report.tasks["b"].num_groups) == (20, None)
+    assert report.tasks["a"].scores["edited"].value == alone.tasks["a"].scores["edited"].value
+    assert report.constraints[0].limit < alone.constraints[0].limit
+    content = json.loads((tmp_path / "out/edit.json").read_text())
+    assert content["tasks"]["a"]["num_groups"] == 20
+    assert "num_groups" not in content["tasks"]["b"]
+    assert "200 in 20 groups" in (tmp_path / "out/report.html").read_text()
+    assert type(report).load(tmp_path / "out").tasks["a"].num_groups == 20

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -141,6 +142,15 @@ class ImageTask(LabeledTask):
         if self.augment:
             parts["augmented"] = Augmented(parts["train"].images, parts["train"].labels, self._train_transform())
         return parts
+
+    def _group_labels(self, table: Any) -> Sequence[Any] | None:
+        track = None if self.preset is None or self.group is not None else self.preset.track
+        if not track:
+            return super()._group_labels(table)
+        found = [track.search(name or "") for name in file_names(table, self.image_column)]
+        if not all(found):  # a copy without the names, or a split of single images
+            return None
+        return [f"{label}/{match[1]}" for label, match in zip(self._read_labels(table).tolist(), found, strict=True)]
 
     def _load_splits(self) -> Mapping[str, Any]:
         splits = super()._load_splits()
@@ -286,6 +296,13 @@ class ImageRow:
         if isinstance(image, dict):
             image = datasets.Image().decode_example(image)
         return self.transform(image.convert("RGB")), torch.tensor(self.class_index(label))
+
+
+def file_names(table: Any, column: str) -> list[str | None]:
+    """Return the file name of each image of a table, where it is known."""
+    images = table.with_format("arrow")[column]
+    images = images.combine_chunks() if hasattr(images, "combine_chunks") else images
+    return [name and Path(name).name for name in images.field("path").to_pylist()]
 
 
 def _default_templates(path: str | Mapping[str, str]) -> list[str]:

@@ -28,7 +28,9 @@ class LanguageTask(Task):
 
     Running text: all rows of a split are put one after the other, each with the tokenizer's own beginning and end, and
     cut into blocks of ``block_length``; what does not fill the last one is left out. A sequence-to-sequence model gets
-    the first half of a block as prompt and the second as target. The held-out part is made of blocks.
+    the first half of a block as prompt and the second as target. The held-out part is made of blocks. Intervals and the
+    gate take documents as independent, not blocks: a document is a row, or the rows of one ``group``, and a block is of
+    the document that most of it is from.
 
     The order of training depends only on the run's seed, as with `TextTask`.
 
@@ -102,7 +104,7 @@ class LanguageTask(Task):
         return {part: self._pairs(table, tokenizer, split_in_two) for part, table in self._select().items()}
 
     def _blocks(self, tokenizer: Any) -> dict[str, np.ndarray]:
-        tables, cut = self._tables(self._load_splits()), {}
+        tables, cut, owners = self._tables(self._load_splits()), {}, {}
         for part in ("train", "test") if self.splits["val"] is None else ("train", "val", "test"):
             table = tables[part].select(self._filter(tables[part], self.where))
             documents = [ended(ids, tokenizer) for ids in tokenize(tokenizer, texts_of(self, table, "text_column"))]
@@ -113,9 +115,14 @@ class LanguageTask(Task):
                     f"{self.block_length}. Lower block_length, or give more text."
                 )
             cut[part] = tokens[: len(tokens) // self.block_length * self.block_length].reshape(-1, self.block_length)
+            labels = self._group_labels(table)
+            names = np.arange(len(documents)) if labels is None else np.unique(labels, return_inverse=True)[1]
+            owners[part] = owners_of(names, list(map(len, documents)), self.block_length)
         rows = {part: np.arange(len(blocks)) for part, blocks in cut.items()}
         self._hold_out(rows)
-        return {part: cut.get(part, cut["train"])[self._limit(part, indices)] for part, indices in rows.items()}
+        rows = {part: self._limit(part, indices) for part, indices in rows.items()}
+        self._groups = {part: owners.get(part, owners["train"])[rows[part]] for part in ("val", "test")}
+        return {part: cut.get(part, cut["train"])[indices] for part, indices in rows.items()}
 
     def _pairs(self, table: Any, tokenizer: Any, split_in_two: bool) -> Pairs:
         prompts = texts_of(self, table, "prompt_column")
@@ -140,6 +147,23 @@ class LanguageTask(Task):
             "tokens": pad_sequence(tokens, batch_first=True, padding_value=PADDING),
             "targets": pad_sequence(targets, batch_first=True, padding_value=IGNORED),
         }
+
+
+def owners_of(names: np.ndarray, lengths: Sequence[int], block_length: int) -> np.ndarray:
+    """Return for each block of a text the document that most of its tokens are of, the first of several.
+
+    Args:
+        names: A number for each document, shape (documents,); the same for rows of one document.
+        lengths: Tokens of each.
+        block_length: Tokens of a block; what does not fill the last one is left out.
+
+    Example:
+        >>> owners_of(np.array([0, 1, 2]), [5, 2, 6], 4)
+        array([0, 1, 2])
+    """
+    tokens = np.repeat(names, lengths)
+    blocks = tokens[: len(tokens) // block_length * block_length].reshape(-1, block_length)
+    return np.array([np.bincount(block).argmax() for block in blocks], dtype=np.int64)
 
 
 class Blocks(Dataset):

@@ -57,6 +57,8 @@ class Preset:
         lists: The lists of tasks that it belongs to: ``8``, ``14``, ``20``.
         note: What is worth knowing.
         revision: Revision of the repository to load, where the task names none.
+        track: What the file names of one object's images have in common, in the first group of an expression; they are
+            no independent examples. Used where all names of a split match it.
     """
 
     hub: str
@@ -71,6 +73,7 @@ class Preset:
     lists: tuple[int, ...] = field(default=())
     note: str = ""
     revision: str | None = None
+    track: re.Pattern[str] | None = None
 
     def standardize(self, splits: Mapping[str, Any]) -> dict[str, Any]:
         """Rename the columns to ``image`` and ``label``, and the split to report on to ``test``."""
@@ -177,6 +180,7 @@ PRESETS: dict[str, Preset] = {
         classes=known.GTSRB,
         label_order=True,
         lists=_8,
+        track=re.compile(r"^(\d{5})_\d{5}\.\w+$"),  # 30 pictures of one sign, by class; of the training part
     ),
     "mnist": Preset("ylecun/mnist", 10, _NUMBER, classes=known.DIGITS, label_order=True, lists=_8),
     "resisc45": Preset(

@@ -160,7 +160,7 @@ class TableTask(LabeledTask):
         if "val" not in rows:
             self._hold_out(rows)
             tables["val"] = tables["train"]
-        return {part: tables[part].select(self._limit(part, indices)) for part, indices in rows.items()}
+        return self._grouped({part: tables[part].select(self._limit(part, indices)) for part, indices in rows.items()})
 
     # --- examples
 

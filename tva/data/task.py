@@ -42,6 +42,8 @@ class Task(L.LightningDataModule, ABC):
         limit_train: Train on at most this many examples, the first of a seeded shuffle, or of a stream.
         limit_val: Validate on at most this many, likewise.
         limit_test: Test on at most this many, likewise.
+        group: Column of what examples have in common, such as a document, speaker, patient or sign: intervals and the
+            gate then take groups as independent draws, and not examples.
         streaming: Read from beginning to end without an index, for sets too large for the disk: a hub set, or local
             parquet, arrow, csv or json files. Needs ``val_split`` or ``val_size``, whose examples are then the first of
             the training split, and ``trainer.max_steps``.
@@ -68,6 +70,7 @@ class Task(L.LightningDataModule, ABC):
         limit_train: int | None = None,
         limit_val: int | None = None,
         limit_test: int | None = None,
+        group: str | None = None,
         streaming: bool = False,
     ) -> None:
         super().__init__()
@@ -85,6 +88,10 @@ class Task(L.LightningDataModule, ABC):
         self.seed = seed
         self.limits = {"train": limit_train, "val": limit_val, "test": limit_test}
         self.streaming = streaming
+        if group is not None and streaming:
+            raise ValueError(f"{self.name}: a stream's groups are not known beforehand. Leave group or streaming out.")
+        self.group = group
+        self._groups: dict[str, Sequence[Any]] = {}
         self._examples: dict[str, Any] = {}
 
     @property
@@ -203,7 +210,32 @@ class Task(L.LightningDataModule, ABC):
         """Return the rows of each part as a table."""
         tables = self._tables(self._load_splits())
         rows = self._choose_rows(tables)
-        return {part: tables[part].select(self._limit(part, indices)) for part, indices in rows.items()}
+        return self._grouped({part: tables[part].select(self._limit(part, indices)) for part, indices in rows.items()})
+
+    def _grouped(self, parts: dict[str, Any]) -> dict[str, Any]:
+        """Note the groups of the parts that are evaluated, and return the parts."""
+        for part in ("val", "test"):
+            if part in parts and (labels := self._group_labels(parts[part])) is not None:
+                self._groups[part] = labels
+        return parts
+
+    def _group_labels(self, table: Any) -> Sequence[Any] | None:
+        """Return the group of each row, where groups are known."""
+        if self.group is None:
+            return None
+        if self.group not in table.column_names:
+            raise ValueError(
+                f"{self.name} has no column {self.group!r}; its columns are {some(table.column_names, 8)}. Set group "
+                f"to one of them."
+            )
+        return [str(value) for value in table[self.group]]
+
+    def example_groups(self, split: str) -> Sequence[Any] | None:
+        """Return the group of each example of a split, in order; None where groups are not known.
+
+        Any data module may have this method. Examples of one group are taken to be alike, groups to be independent.
+        """
+        return self._groups.get(split)
 
     def _choose_rows(self, tables: dict[str, Any]) -> dict[str, np.ndarray]:
         rows = {part: self._filter(tables[part], self.where) for part in ("train", "test")}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from importlib.metadata import version
 from typing import Any
 
@@ -13,8 +14,8 @@ from torch import Tensor
 from tva.checkpoints import fingerprint
 from tva.edit.editor import MAX_VECTORS, Editor, EditState
 from tva.errors import HarnessError
-from tva.evaluation.batch_cache import BatchCache
-from tva.evaluation.evaluate import evaluate
+from tva.evaluation.batch_cache import BatchCache, example_order
+from tva.evaluation.evaluate import evaluate, groups_of
 from tva.evaluation.log import EvaluationLog, digest_of
 from tva.evaluation.result import Evaluation, Split
 from tva.models.network import measured_module
@@ -105,6 +106,7 @@ class Evaluator:
                 name: buffer.detach().clone() for name, buffer in model.named_buffers() if name not in saved
             }
             self.heads[task] = getattr(model, "head_digest", None)
+            found = replace(found, groups=groups_of(self.editor.datamodules[task], split, found.num_examples))
             self._base[task, split] = found
             self._note("base", {"scaling_coef": 0.0}, task, split, found)
         return self._base[task, split]
@@ -174,7 +176,7 @@ class Evaluator:
                     if logged is None:
                         missing[key] = state
                     else:
-                        self._known[key] = logged
+                        logged = self._known[key] = self._grouped(logged, base, window, seed)
                         self._note(state.label, dict(state.coefs), task, split, logged, window, seed)
             for keys in _chunks(missing):
                 self._evaluate({key: missing[key] for key in keys}, task, split, window, seed, whole)
@@ -226,10 +228,18 @@ class Evaluator:
             self._checked.add((task, split))
             check_identity(found.pop(), base, task, split)
         for (key, state), evaluation in zip(states.items(), found, strict=True):
-            self._known[key] = evaluation
+            evaluation = self._known[key] = self._grouped(evaluation, base, window, seed)
             self._note(state.label, dict(state.coefs), task, split, evaluation, window, seed)
             if not base.computed:
                 self.log.add(self._describe(state, task, split, window, seed), evaluation)
+
+    @staticmethod
+    def _grouped(evaluation: Evaluation, base: Evaluation, window: tuple[int, int], seed: int | None) -> Evaluation:
+        """Return an evaluation of a part of the base's examples with their groups."""
+        if base.groups is None:
+            return evaluation
+        rows = example_order(base.num_examples, seed)[slice(*window)].numpy()
+        return replace(evaluation, groups=base.groups[rows])
 
     def _set_remade(self, state: EditState) -> None:
         self.editor.set(state.vector(), state.scaling_coef, state.statistics)

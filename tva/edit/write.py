@@ -157,6 +157,7 @@ def _task_report(outcome: Outcome, task: str) -> TaskReport:
         scores={label: outcome.score(evaluation, metric) for label, evaluation in evaluations.items()},
         comparison=edited.compare(base, metric),
         chance=chance_accuracy(edited, base) if metric == "accuracy" else None,
+        num_groups=base.num_groups,
         revision=getattr(outcome.session.options.tasks[task], "resolved_revision", None),
     )
 

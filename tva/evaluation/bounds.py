@@ -13,13 +13,19 @@ from statistics import NormalDist
 import numpy as np
 from scipy import optimize, stats
 
-from tva.evaluation.intervals import is_binary
+from tva.evaluation.intervals import by_group, is_binary
 
 MAX_EXAMPLES = 200_000  # beyond which it is not said how many are needed
 
 
 def slack(
-    edited: np.ndarray, base: np.ndarray, slope: float, confidence: float, above: bool = True, guard: bool = True
+    edited: np.ndarray,
+    base: np.ndarray,
+    slope: float,
+    confidence: float,
+    above: bool = True,
+    guard: bool = True,
+    groups: np.ndarray | None = None,
 ) -> float:
     r"""Compute by how much :math:`\bar e - s \bar b` must clear a bound to be believed.
 
@@ -31,6 +37,8 @@ def slack(
         above: Whether the bound must be cleared upwards (``>=``) or downwards (``<=``).
         guard: Whether damage up to `worst` that no example shows must be excluded too; for right and wrong it always
             is.
+        groups: The group of each example, where groups are the independent draws; the worst of a group is that of an
+            example in all examples of the largest.
 
     Returns:
         The distance between the point estimate and its one-sided confidence limit, at least 0. Infinite for a single
@@ -51,11 +59,27 @@ def slack(
     binary = is_binary(edited, base)
     if not (binary or (len(differences) > 1 and np.isfinite(differences).all())):
         return math.inf
+    if groups is not None:
+        return _group_slack(differences, groups, worst(edited, base, slope, above), confidence, guard)
     by_t = 0.0 if binary else _student_slack(differences, confidence)
     if not (binary or guard):
         return by_t
     limit = mean_limit(differences, worst(edited, base, slope, above), confidence)
     return max(by_t, float(differences.mean()) - limit)
+
+
+def _group_slack(
+    differences: np.ndarray, groups: np.ndarray, worst_value: float, confidence: float, guard: bool
+) -> float:
+    values, mean = by_group(differences, groups), float(differences.mean())
+    if len(values) < 2:
+        return math.inf
+    by_t = _student_slack(values, confidence)
+    if not guard:
+        return by_t
+    largest = int(np.unique(groups, return_counts=True)[1].max())
+    lowest = mean + len(values) * largest / len(differences) * (worst_value - mean)
+    return max(by_t, mean - mean_limit(values, lowest, confidence))
 
 
 def _student_slack(differences: np.ndarray, confidence: float) -> float:
@@ -171,6 +195,7 @@ def clears(
     confidence: float,
     above: bool = True,
     guard: bool = True,
+    groups: np.ndarray | None = None,
 ) -> bool:
     r"""Test whether :math:`\bar e` is beyond :math:`s \bar b + o` with a confidence, by `slack`.
 
@@ -182,10 +207,11 @@ def clears(
         confidence: One-sided, in [0.5, 1).
         above: Beyond is above (or below).
         guard: As for `slack`.
+        groups: As for `slack`.
     """
     sign = 1.0 if above else -1.0
     margin = sign * (float(edited.mean(dtype=np.float64)) - slope * float(base.mean(dtype=np.float64)) - offset)
-    return 0 <= margin < math.inf and margin >= slack(edited, base, slope, confidence, above, guard)
+    return 0 <= margin < math.inf and margin >= slack(edited, base, slope, confidence, above, guard, groups)
 
 
 def needed_examples(base: np.ndarray, slope: float, offset: float, confidence: float, above: bool = True) -> int | None:

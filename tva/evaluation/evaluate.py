@@ -133,6 +133,33 @@ def evaluate(
     return recorder.evaluation(model, split, values, shareable, extra)
 
 
+def groups_of(datamodule: Any, split: Split, num_examples: int) -> np.ndarray | None:
+    """Return the group of each example, as numbers from 0, where groups are the independent draws and not examples.
+
+    Args:
+        datamodule: One with a method ``example_groups(split)``, which returns a label for each example in the loader's
+            order, or None; as `tva.data.task.Task` has.
+        split: The split.
+        num_examples: Examples that were evaluated, the first ones.
+
+    Returns:
+        Shape (examples,); None where no groups are known, or every example is one of its own.
+
+    Raises:
+        ValueError: There are fewer labels than examples.
+    """
+    labels = getattr(datamodule, "example_groups", lambda split: None)(split)
+    if labels is None:
+        return None
+    if len(labels) < num_examples:
+        raise ValueError(
+            f"{type(datamodule).__name__}.example_groups({split!r}) must return a label for each of the "
+            f"{num_examples:,} examples of its loader; found {len(labels):,}."
+        )
+    groups = np.unique(np.asarray(labels)[:num_examples], return_inverse=True)[1]
+    return None if groups.max(initial=-1) + 1 == num_examples else groups
+
+
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
     """Silence what Lightning says about each of many short evaluations."""

@@ -42,7 +42,35 @@ def wilson_interval(proportion: float, num_examples: int, confidence: float = 0.
     return min(proportion, float(found.low)), max(proportion, float(found.high))
 
 
-def mean_interval(scores: np.ndarray, confidence: float = 0.95) -> tuple[float, float] | None:
+def by_group(values: np.ndarray, groups: np.ndarray) -> np.ndarray:
+    r"""Return one value a group, whose mean is that of all examples and whose spread is that of the mean's error.
+
+    Examples of a group, such as blocks of one document, are no independent draws; groups are. With sums :math:`S_g` and
+    sizes :math:`m_g` of :math:`G` groups it is :math:`\bar x + G (S_g - m_g \bar x) / \sum m_g`: the group's mean where
+    all are of one size.
+
+    Args:
+        values: One value an example, shape (examples,).
+        groups: The group of each, shape (examples,); any labels.
+
+    Returns:
+        float64, shape (groups,), in the order of the labels.
+
+    Source: Cochran, "Sampling techniques", 1977, section 9A.
+
+    Example:
+        >>> by_group(np.array([1.0, 0.0, 1.0, 1.0]), np.array([5, 5, 7, 7]))
+        array([0.5, 1. ])
+    """
+    _, index, sizes = np.unique(groups, return_inverse=True, return_counts=True)
+    mean = float(values.mean(dtype=np.float64))
+    sums = np.bincount(index, weights=values.astype(np.float64))
+    return mean + len(sizes) * (sums - sizes * mean) / len(values)
+
+
+def mean_interval(
+    scores: np.ndarray, confidence: float = 0.95, groups: np.ndarray | None = None
+) -> tuple[float, float] | None:
     """Compute an interval of a mean: Wilson's where scores are right or wrong, else a BCa bootstrap.
 
     Below 50 examples a bootstrap of other scores is too short; there it is widened to enclose Student's t. Below 20
@@ -52,6 +80,7 @@ def mean_interval(scores: np.ndarray, confidence: float = 0.95) -> tuple[float, 
     Args:
         scores: One score an example, shape (examples,), of any dtype.
         confidence: Two-sided.
+        groups: The group of each example, where groups are the independent draws and not examples; see `by_group`.
 
     Returns:
         Lower and upper end; None of fewer than 20 scores other than right and wrong, and of scores that are all the
@@ -59,6 +88,8 @@ def mean_interval(scores: np.ndarray, confidence: float = 0.95) -> tuple[float, 
 
     Source: Efron, "Better bootstrap confidence intervals", JASA 1987.
     """
+    if groups is not None:
+        return _inside(scores, mean_interval(by_group(scores, groups), confidence))
     if is_binary(scores):
         return wilson_interval(float(scores.mean(dtype=np.float64)), len(scores), confidence)
     scores = scores.astype(np.float64)
@@ -74,7 +105,14 @@ def mean_interval(scores: np.ndarray, confidence: float = 0.95) -> tuple[float, 
     return (low, high) if by_t is None else (min(low, by_t[0]), max(high, by_t[1]))
 
 
-def quick_interval(scores: np.ndarray, confidence: float = 0.95) -> tuple[float, float] | None:
+def _inside(scores: np.ndarray, found: tuple[float, float] | None) -> tuple[float, float] | None:
+    """Keep an interval of groups in [0, 1], where scores are right or wrong."""
+    return (max(0.0, found[0]), min(1.0, found[1])) if found is not None and is_binary(scores) else found
+
+
+def quick_interval(
+    scores: np.ndarray, confidence: float = 0.95, groups: np.ndarray | None = None
+) -> tuple[float, float] | None:
     """Compute an interval of a mean quickly: Wilson's where scores are right or wrong, else Student's t.
 
     For curves of many points; `mean_interval` is for the numbers that decide.
@@ -82,6 +120,7 @@ def quick_interval(scores: np.ndarray, confidence: float = 0.95) -> tuple[float,
     Args:
         scores: One score an example, shape (examples,), of any dtype.
         confidence: Two-sided.
+        groups: As for `mean_interval`.
 
     Returns:
         As `mean_interval`.
@@ -91,6 +130,8 @@ def quick_interval(scores: np.ndarray, confidence: float = 0.95) -> tuple[float,
         >>> round(low, 2), round(high, 2)
         (8.18, 13.82)
     """
+    if groups is not None:
+        return _inside(scores, quick_interval(by_group(scores, groups), confidence))
     if is_binary(scores):
         return wilson_interval(float(scores.mean(dtype=np.float64)), len(scores), confidence)
     if len(scores) < FEWEST or np.ptp(scores) == 0:
@@ -131,13 +172,16 @@ def is_binary(*scores: np.ndarray) -> bool:
     return all(column.dtype == np.bool_ or bool(np.isin(column, (0, 1)).all()) for column in scores)
 
 
-def compare(edited: np.ndarray, base: np.ndarray, confidence: float = 0.95) -> Comparison:
+def compare(
+    edited: np.ndarray, base: np.ndarray, confidence: float = 0.95, groups: np.ndarray | None = None
+) -> Comparison:
     """Compare two models on the same examples.
 
     Args:
         edited: One score an example, shape (examples,).
         base: The base's, in the same order.
         confidence: Of the intervals, two-sided.
+        groups: As for `mean_interval`; resampled and tested are groups then.
 
     Returns:
         Difference and ratio of the means with percentile intervals of a paired bootstrap. Where scores are right or
@@ -156,6 +200,8 @@ def compare(edited: np.ndarray, base: np.ndarray, confidence: float = 0.95) -> C
         >>> round(found.difference, 3), round(found.ratio, 3), found.p_value < 0.01
         (-0.1, 0.889, True)
     """
+    if groups is not None:
+        return compare(by_group(edited, groups), by_group(base, groups), confidence)
     if is_binary(edited, base):
         edited, base = edited.astype(bool), base.astype(bool)
         pairs = np.array([(1.0, 1.0), (0.0, 1.0), (1.0, 0.0), (0.0, 0.0)])  # (edited, base)

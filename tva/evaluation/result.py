@@ -52,7 +52,14 @@ class Evaluation:
         labels: The class of each example, likewise, where the model's step returns ``preds`` and ``target``.
         computed: Names of the metrics that the model does not log: those in ``extra``, and those of ``scores`` that
             were computed from ``preds`` and ``target``.
+        groups: The group of each example, shape (examples,), where groups (documents, speakers, patients) are the
+            independent draws and not examples.
     """
+
+    @property
+    def num_groups(self) -> int | None:
+        """Groups of examples, where these are the unit."""
+        return None if self.groups is None else len(np.unique(self.groups))
 
     metrics: Mapping[str, float]
     num_examples: int
@@ -67,6 +74,14 @@ class Evaluation:
     row_digests: np.ndarray | None = None
     labels: np.ndarray | None = None
     computed: tuple[str, ...] = ()
+    groups: np.ndarray | None = None
+
+    def sums(self, metric: str) -> np.ndarray:
+        """Return a metric's scores by example in float64, added up by group where groups are the unit."""
+        scores = self.scores[metric].astype(np.float64)
+        if self.groups is None:
+            return scores
+        return np.bincount(np.unique(self.groups, return_inverse=True)[1], weights=scores)
 
     def higher(self, metric: str) -> bool:
         """Whether larger values of a metric are better: as the metric says, else by its name."""
@@ -83,37 +98,45 @@ class Evaluation:
         if metric == KL and not self.scores[metric].any():
             return None
         if metric in self.scores:
-            return mean_interval(self.scores[metric])
+            return mean_interval(self.scores[metric], groups=self.groups)
         if metric in self.extra:
-            return resampled_interval(self.metrics[metric], self._resampled(metric), self.num_examples)
+            return resampled_interval(
+                self.metrics[metric], self._resampled(metric), self.num_groups or self.num_examples
+            )
         return None
 
     def quick_interval(self, metric: str) -> tuple[float, float] | None:
         """Return a 95 % interval that costs nothing, for the many points of a curve; None where that cannot be."""
-        return quick_interval(self.scores[metric]) if metric in self.scores else None
+        return quick_interval(self.scores[metric], groups=self.groups) if metric in self.scores else None
 
     def compare(self, base: Evaluation, metric: str) -> Comparison | None:
         """Compare a metric with the base's on the same examples; None where examples are not known, or only one is."""
         if metric in self.scores and metric in base.scores:
             scores = self.scores[metric], base.scores[metric]
-            return compare(*scores) if is_binary(*scores) or self.num_examples > 1 else None
+            enough = is_binary(*scores) or self.num_examples > 1
+            return compare(*scores, groups=self.groups) if enough and self.num_groups != 1 else None
         if metric in self.extra and metric in base.extra:
             ours, theirs = self._resampled(metric), base._resampled(metric)
+            count = self.num_groups or self.num_examples
             found = [
-                resampled_interval(side.metrics[metric], values, self.num_examples)
+                resampled_interval(side.metrics[metric], values, count)
                 for side, values in ((self, ours), (base, theirs))
             ]
             return compare_resampled(
-                (self.metrics[metric], ours), (base.metrics[metric], theirs), self.num_examples, None not in found
+                (self.metrics[metric], ours), (base.metrics[metric], theirs), count, None not in found
             )
         return None
 
     def _resampled(self, metric: str) -> np.ndarray:
         assert self.preds is not None
         assert self.target is not None
-        values = []
-        for row in (row for rows in resamples(len(self.target), NUM_METRIC_RESAMPLES) for row in rows):
-            rows = torch.from_numpy(row)
+        values, of_group = [], None
+        if self.groups is not None:
+            _, index = np.unique(self.groups, return_inverse=True)
+            of_group = [np.flatnonzero(index == group) for group in range(index.max() + 1)]
+        count = len(self.target) if of_group is None else len(of_group)
+        for row in (row for rows in resamples(count, NUM_METRIC_RESAMPLES) for row in rows):
+            rows = torch.from_numpy(row if of_group is None else np.concatenate([of_group[group] for group in row]))
             values.append(float(compute(self.extra[metric], self.preds[rows], self.target[rows])))
         return np.array(values)
 

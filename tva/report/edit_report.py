@@ -74,6 +74,7 @@ class TaskReport:
         chance: The accuracy that the edited model's predictions would have if they did not depend on the input, where
             the metric is the accuracy and predictions and labels are known.
         revision: Commit of the hub's repository that the data was read from; None of local data.
+        num_groups: Groups of examples, where these and not examples are the unit of intervals and tests.
     """
 
     role: Literal["target", "control"]
@@ -85,6 +86,7 @@ class TaskReport:
     comparison: Comparison | None
     chance: float | None = None
     revision: str | None = None
+    num_groups: int | None = None
 
     @property
     def below_chance(self) -> bool:
@@ -257,6 +259,7 @@ class EditReport:
                 "split": task.split,
                 "metric": task.metric,
                 "num_examples": task.num_examples,
+                **({} if task.num_groups is None else {"num_groups": task.num_groups}),
                 "higher_is_better": task.higher_is_better,
                 **{label: vars(score) for label, score in task.scores.items()},
                 "normalized": task.normalized,
@@ -282,6 +285,7 @@ def _task_of(entry: Mapping[str, Any], comparison: type[Comparison]) -> TaskRepo
         comparison=comparison(**entry["comparison"]) if entry["comparison"] else None,
         chance=entry.get("chance"),
         revision=entry.get("revision"),
+        num_groups=entry.get("num_groups"),
     )
 
 

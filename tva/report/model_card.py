@@ -142,6 +142,7 @@ def _body(content: Content) -> str:
         ]
         own = [number(entry["normalized"], "accuracy")] if normalized else []
         count = f", {entry['num_examples']:,}" if entry["num_examples"] else ""
+        count += f" in {entry['num_groups']:,} groups" if entry.get("num_groups") else ""
         scores.append([task, entry["role"], metric, entry["split"] + count, *cells, *own])
     heads = ["task", "role", "metric", "data", "base", "edited", "fine-tuned on it", "random vector"]
     constraints = [

@@ -180,12 +180,18 @@ def before_table(content: Content) -> dict[str, Any]:
             {
                 "task": task,
                 **words,
-                "n": f"{entry['num_examples']:,}" if entry["num_examples"] else "–",
+                "n": count_of(entry),
                 "cells": shown,
                 "constraints": constraints,
             }
         )
     return {"heads": [column.heading for column in columns], "rows": rows}
+
+
+def count_of(entry: Mapping[str, Any]) -> str:
+    """Return how many examples a task's numbers are of, and of how many groups where these are the unit."""
+    groups = f" in {entry['num_groups']:,} groups" if entry.get("num_groups") else ""
+    return f"{entry['num_examples']:,}{groups}" if entry["num_examples"] else "–"
 
 
 def _score(label: str, heading: str) -> Column:

@@ -258,7 +258,7 @@ def constraint_slack(constraint: Constraint, edited: Evaluation, base: Evaluatio
             f"must return one number an example."
         )
     scores = edited.scores[constraint.metric], base.scores[constraint.metric]
-    return slack_of(*scores, constraint.slope, confidence, constraint.above)
+    return slack_of(*scores, constraint.slope, confidence, constraint.above, groups=edited.groups)
 
 
 def part_of(evaluation: Evaluation, size: int, seed: int | None) -> Evaluation:
@@ -266,14 +266,18 @@ def part_of(evaluation: Evaluation, size: int, seed: int | None) -> Evaluation:
     rows = example_order(evaluation.num_examples, seed)[:size].numpy()
     scores = {name: values[rows] for name, values in evaluation.scores.items()}
     metrics = {name: float(np.mean(values)) for name, values in scores.items()}
-    return Evaluation(metrics, size, scores, evaluation.higher_is_better)
+    groups = None if evaluation.groups is None else evaluation.groups[rows]
+    return Evaluation(metrics, size, scores, evaluation.higher_is_better, groups=groups)
 
 
 def joined(pieces: Sequence[Evaluation]) -> Evaluation:
     """Put evaluations of successive parts together; metrics that are no means of per-example scores are dropped."""
     scores = {name: np.concatenate([piece.scores[name] for piece in pieces]) for name in pieces[0].scores}
     metrics = {name: float(np.mean(values)) for name, values in scores.items()}
-    return Evaluation(metrics, sum(piece.num_examples for piece in pieces), scores, pieces[0].higher_is_better)
+    parts = [piece.groups for piece in pieces if piece.groups is not None]
+    groups = np.concatenate(parts) if len(parts) == len(pieces) else None
+    count = sum(piece.num_examples for piece in pieces)
+    return Evaluation(metrics, count, scores, pieces[0].higher_is_better, groups=groups)
 
 
 def choose(

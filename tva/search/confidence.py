@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 import numpy as np
 
 from tva.evaluation.bounds import MAX_EXAMPLES, clears, needed_examples
+from tva.evaluation.intervals import by_group
 from tva.evaluation.result import Evaluation
 from tva.search.candidate import Candidate
 from tva.search.goals import Constraint
@@ -71,10 +72,12 @@ def lacking_power(
         if metric not in evaluation.scores or not constraint.holds_at_base(base):
             continue
         at_base = {constraint.task: evaluation.metrics}
-        scores, count = evaluation.scores[metric], evaluation.num_examples
+        scores, count, unit = evaluation.scores[metric], evaluation.num_examples, ""
         test = constraint.slope, constraint.offset, confidence, constraint.above
-        if clears(scores, scores, *test):
+        if clears(scores, scores, *test, groups=evaluation.groups):
             continue
+        if evaluation.groups is not None:
+            scores, unit = by_group(scores, evaluation.groups), f" in {evaluation.num_groups:,} groups"
         needed = needed_examples(scores, *test)
         how = f"raise val_size of {constraint.task}" if split == "validation" else f"test {constraint.task} on more"
         if constraint.bound(at_base) == at_base[constraint.task][metric]:
@@ -82,10 +85,12 @@ def lacking_power(
         elif needed is None:
             remedy = f"more than {MAX_EXAMPLES:,} are needed even if nothing is lost"
         else:
-            remedy = f"{needed:,} are needed even if nothing is lost; {how}, or lower the confidence"
+            units = " groups" if unit else ""
+            remedy = f"{needed:,}{units} are needed even if nothing is lost; {how}, or lower the confidence"
         found.append(
-            f"with {count:,} {split} examples at {metric} {evaluation.metrics[metric]:.3g} of the base, no coefficient "
-            f"can be shown to keep {constraint.text!r} with {confidence:.4g} confidence unless it gains: {remedy}"
+            f"with {count:,} {split} examples{unit} at {metric} {evaluation.metrics[metric]:.3g} of the base, no "
+            f"coefficient can be shown to keep {constraint.text!r} with {confidence:.4g} confidence unless it gains: "
+            f"{remedy}"
         )
     return found
 

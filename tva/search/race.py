@@ -193,7 +193,7 @@ class Race(Search):
             return possible
         weights = problem.weights()
         utility = {
-            c: np.concatenate([w / len(s) * s for s, w in _columns(scored[c], weights)])  # (examples of all tasks,)
+            c: np.concatenate([w * s for s, w in _columns(scored[c], weights)])  # (examples of all tasks,)
             for c in possible
         }
         leader = max(sure, key=lambda c: (utility[c].sum(), -c.size))
@@ -234,7 +234,10 @@ def _spread(points: Sequence[Candidate], num: int) -> list[Candidate]:
 def _columns(
     scored: Mapping[str, Evaluation], weights: Mapping[str, tuple[str, float]]
 ) -> list[tuple[np.ndarray, float]]:
-    return [(scored[task].scores[metric].astype(np.float64), weight) for task, (metric, weight) in weights.items()]
+    """Return each task's scores and their weight: summed over each group, where groups are the unit, as signs flip."""
+    return [
+        (scored[task].sums(metric), weight / scored[task].num_examples) for task, (metric, weight) in weights.items()
+    ]
 
 
 def _holds(
@@ -258,7 +261,8 @@ def _clears(
 ) -> bool:
     edited, before = (side[constraint.task].scores[constraint.metric] for side in (scored, base))
     # rare damage is excluded at the end, where a coefficient is chosen, and not wherever one is dropped
-    return clears(edited, before, constraint.slope, constraint.offset, 1 - level, above, guard=False)
+    slope, offset, groups = constraint.slope, constraint.offset, scored[constraint.task].groups
+    return clears(edited, before, slope, offset, 1 - level, above, guard=False, groups=groups)
 
 
 def _outcome(num_left: int, done: Mapping[str, int], sizes: Mapping[str, int], confidence: float) -> str:

@@ -1,0 +1,153 @@
+"""Groups of examples as the unit of intervals and the gate: by simulation, and through tasks and an edit."""
+
+import math
+from types import SimpleNamespace
+
+import numpy as np
+import pandas
+import pytest
+from scipy import stats
+from small_text import make_tokenizer
+
+from tva.data import LanguageTask, TableTask
+from tva.data.language_task import owners_of
+from tva.evaluation.bounds import clears, slack
+from tva.evaluation.evaluate import groups_of
+from tva.evaluation.intervals import by_group, compare, mean_interval, quick_interval
+from tva.evaluation.result import Evaluation
+
+
+def documents(generator, num, kept=1.0, gained=0.0):
+    """Draw right and wrong answers to 5 to 20 blocks of documents, alike within one; and those of an edited model."""
+    sizes = generator.integers(5, 21, size=num)
+    groups = np.repeat(np.arange(num), sizes)
+    easy = generator.beta(4, 1, size=num)[groups]  # 0.8 on average
+    base = generator.random(len(groups)) < easy
+    survives = (generator.random(num) < kept)[groups]  # a document is kept or lost as a whole
+    return np.where(base, survives, generator.random(len(groups)) < gained), base, groups
+
+
+def test_one_value_a_group_has_the_mean_of_all_and_is_the_groups_mean_where_sizes_are_equal():
+    generator = np.random.default_rng(0)
+    scores, groups = generator.normal(size=60), np.repeat([7, 3, 9], 20)
+    assert by_group(scores, groups) == pytest.approx([scores[groups == label].mean() for label in (3, 7, 9)])
+    _, scores, groups = documents(generator, 30)
+    values = by_group(scores, groups)
+    assert values.shape == (30,)
+    assert values.mean() == pytest.approx(scores.mean())
+    sizes, sums = np.bincount(groups), np.bincount(groups, weights=scores)  # Cochran's variance of a ratio
+    variance = ((sums - scores.mean() * sizes) ** 2).sum() / 29 / 30 / sizes.mean() ** 2
+    assert values.var(ddof=1) / 30 == pytest.approx(variance)
+
+
+def test_groups_of_one_example_change_nothing_but_the_order():
+    generator = np.random.default_rng(1)
+    scores, base = generator.exponential(size=80), generator.exponential(size=80)
+    singles = np.arange(80)
+    assert mean_interval(scores, groups=singles) == pytest.approx(mean_interval(scores))
+    assert quick_interval(scores, groups=singles) == pytest.approx(quick_interval(scores))
+    assert vars(compare(scores, base, groups=singles)) == pytest.approx(vars(compare(scores, base)))
+    for guard in (True, False):
+        ours, theirs = (slack(scores, base, 1.05, 0.95, False, guard, groups=found) for found in (singles, None))
+        assert ours == pytest.approx(theirs)
+
+
+@pytest.mark.slow
+def test_intervals_of_groups_cover_where_those_of_examples_do_not():
+    generator, runs, covered, alone = np.random.default_rng(0), 200, np.zeros(3), np.zeros(3)
+    true = 0.8, 0.8 * -0.1, 0.9
+    for _ in range(runs):
+        edited, base, groups = documents(generator, 60, kept=0.9)
+        for counts, given in ((covered, groups), (alone, None)):
+            found = compare(edited, base, groups=given)
+            ends = (
+                quick_interval(base, groups=given),
+                (found.difference_low, found.difference_high),
+                (found.ratio_low, found.ratio_high),
+            )
+            counts += [low <= value <= high for (low, high), value in zip(ends, true, strict=True)]
+    assert (covered / runs > 0.91).all()
+    assert (alone / runs < 0.75).all()
+
+
+def test_an_edit_at_its_bound_passes_at_most_as_often_as_the_confidence_says_where_groups_are_lost_whole():
+    generator, passed, alone = np.random.default_rng(0), 0, 0
+    for _ in range(300):
+        edited, base, groups = documents(generator, 150, kept=0.95)
+        passed += clears(edited, base, 0.95, 0.0, 0.95, groups=groups)
+        alone += clears(edited, base, 0.95, 0.0, 0.95)
+    assert passed / 300 <= stats.binom.ppf(0.99, 300, 0.05) / 300
+    assert alone / 300 > 0.15
+
+
+def test_one_group_shows_nothing():
+    right = np.ones(200, dtype=bool)
+    assert slack(right, right, 0.95, 0.95, groups=np.zeros(200)) == math.inf
+    assert not clears(right, right, 0.95, 0.0, 0.95, groups=np.repeat([0, 1], 100))
+    assert clears(right, right, 0.95, 0.0, 0.95, groups=np.repeat(np.arange(100), 2))
+    evaluation = Evaluation({"accuracy": 1.0}, 200, {"accuracy": right}, groups=np.zeros(200))
+    assert evaluation.compare(evaluation, "accuracy") is None
+
+
+def test_metrics_of_predictions_are_resampled_by_group():
+    import torch
+
+    from tva.evaluation.metrics import compute, find_metric
+
+    generator, metric = np.random.default_rng(0), find_metric("f1_score", 2)
+    target = torch.from_numpy(np.repeat(generator.integers(2, size=60), 5))
+    wrong = torch.from_numpy(np.repeat(generator.random(60) < 0.2, 5))
+    preds, target = torch.where(wrong, 1 - target, target), target
+    value = float(compute(metric, preds, target))
+    widths = []
+    for groups in (None, np.repeat(np.arange(60), 5)):
+        given = {"preds": preds, "target": target, "extra": {"f1_score": metric}, "groups": groups}
+        low, high = Evaluation({"f1_score": value}, 300, **given).interval("f1_score")
+        widths.append(high - low)
+    assert widths[1] > 1.8 * widths[0]
+
+
+def test_a_column_of_a_table_groups_its_examples(tmp_path):
+    speakers = [f"s{row // 3}" for row in range(12)]
+    table = pandas.DataFrame({"text": ["a"] * 12, "label": [0, 1] * 6, "speaker": speakers})
+    for split in ("train", "val", "test"):
+        table.to_csv(tmp_path / f"t-{split}.csv", index=False)
+
+    def ready(**options):
+        task = TableTask({split: f"{tmp_path}/t-{split}.csv" for split in ("train", "val", "test")}, **options)
+        task._select_parts(generates=False)
+        return task
+
+    assert groups_of(ready(group="speaker"), "test", 12).tolist() == [row // 3 for row in range(12)]
+    assert groups_of(ready(group="speaker", limit_test=5), "test", 5).max() <= 3
+    assert groups_of(ready(), "test", 12) is None
+    assert groups_of(ready(group="speaker"), "test", 6).tolist() == [0, 0, 0, 1, 1, 1]  # fewer batches
+    with pytest.raises(ValueError, match=r"has no column 'sign'; its columns are .*'speaker'. Set group"):
+        ready(group="sign")
+    with pytest.raises(ValueError, match=r"groups are not known beforehand. Leave group or streaming out"):
+        TableTask("x.csv", group="speaker", streaming=True)
+    with pytest.raises(ValueError, match=r"must return a label for each of the 13 examples of its loader; found 12"):
+        groups_of(ready(group="speaker"), "test", 13)
+
+
+@pytest.mark.parametrize("column", [None, "article"])
+def test_a_language_task_takes_documents_as_the_unit(tmp_path, column):
+    rows = {"text": ["the film was good " * 12] * 9, "article": ["a", "a", "b", "b", "b", "c", "c", "d", "d"]}
+    paths = {split: str(tmp_path / f"{split}.csv") for split in ("train", "val", "test")}
+    for path in paths.values():
+        pandas.DataFrame(rows).to_csv(path, index=False)
+    task = LanguageTask(paths, block_length=16, val_split="val", group=column, limit_test=20)
+    task.trainer = SimpleNamespace(lightning_module=SimpleNamespace(tokenizer=make_tokenizer()), world_size=1)
+    task.setup()
+    count = len(task.test_dataloader().dataset)
+    groups = groups_of(task, "test", count)
+    assert count == 20
+    assert groups.max() + 1 == (9 if column is None else 4)
+    assert (np.diff(groups) >= 0).all()  # in the order of the blocks
+    assert len(groups_of(task, "val", len(task.val_dataloader().dataset))) > count
+
+
+def test_blocks_of_running_text_are_of_the_document_that_most_of_them_is_from():
+    assert owners_of(np.array([4, 4, 2]), [3, 6, 7], 4).tolist() == [4, 4, 2, 2]  # two rows of one document
+    assert owners_of(np.arange(3), [2, 2, 9], 4).tolist() == [0, 2, 2]
+    assert not len(owners_of(np.arange(0), [], 4))
