@@ -8,6 +8,7 @@ from pathlib import Path
 
 import lightning as L
 import torch
+import torch.distributed as dist
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import nn
@@ -53,6 +54,10 @@ def main() -> None:
         enable_progress_bar=False,
     )
     trainer.fit(Sharded(), DataLoader(TensorDataset(torch.randn(64, 16)), batch_size=8))
+    if (
+        dist.is_initialized()
+    ):  # gloo's threads would outlive the interpreter; Lightning ends only NCCL's group by itself
+        dist.destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -3,18 +3,20 @@
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 import yaml
 from small_cli import blobs, edit_config, fit_config, write_yaml
 from small_models import Blobs, ControlCallback, LinearNet, free_port
 
 from tva import TaskVector, fingerprint, open_weights, save_weights
-from tva.cli.main import main
+from tva.cli.main import main, run
 
 ROOT = Path(__file__).parents[2]
 PLACES = ("configs/**/*.yaml", "benchmarks/**/*.yaml", "tva/cli/templates/*.yaml")
@@ -348,3 +350,13 @@ def test_a_plan_is_printed_and_nothing_written(tmp_path, capsys):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.safetensors", "base.safetensors"]
     main(words)
     assert torch.equal(open_weights(tmp_path / "out")["h.1.w"], torch.full((2, 3), 0.5))
+
+
+def test_a_command_that_ends_well_leaves_the_process_group_before_the_interpreter_is_gone(monkeypatch, capsys):
+    """Else a thread of gloo may ask for the interpreter as it unloads, which aborts the process after all its work."""
+    dist.init_process_group("gloo", rank=0, world_size=1, store=dist.HashStore())
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    monkeypatch.setattr(sys, "argv", ["tva", "--version"])
+    run()
+    assert capsys.readouterr().out.startswith("tva ")
+    assert not dist.is_initialized()

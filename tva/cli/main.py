@@ -138,6 +138,7 @@ def run() -> None:
         signal.signal(signal.SIGTERM, _terminate)
     try:
         main()
+        _leave_process_group()
     finally:  # what is left is unloading
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, signal.SIG_IGN)
@@ -146,6 +147,13 @@ def run() -> None:
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(0)
+
+
+def _leave_process_group() -> None:
+    """Join gloo's threads: Lightning ends only NCCL's group, and a thread that outlives the interpreter aborts it."""
+    distributed = sys.modules.get("torch.distributed")
+    if distributed is not None and distributed.is_available() and distributed.is_initialized():
+        distributed.destroy_process_group()
 
 
 def _terminate(number: int, frame: FrameType | None) -> None:
