@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import os
 import re
 import sys
 import textwrap
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -58,15 +61,19 @@ def table_width(console: Console) -> int | None:
     return console.width if console.is_terminal else int(columns) if columns.isdecimal() else PIPED_WIDTH
 
 
-def progress(items: Sequence[T], description: str) -> Iterable[T]:
-    """Iterate with a progress bar on the standard error; without one where that is no terminal."""
+def progress(items: Sequence[T], description: str) -> Iterator[T]:
+    """Iterate with a progress bar on the standard error; where that is no terminal, with a line every 30 s."""
     from rich.console import Console
     from rich.progress import track
 
     console = Console(stderr=True)
-    if not console.is_terminal:
-        return items
-    return track(items, description=description, console=console, transient=True)
+    if console.is_terminal:
+        yield from track(items, description=description, console=console, transient=True)
+        return
+    begin_pace()
+    for number, item in enumerate(items):
+        say_where(lambda number=number: f"{description}: {number:,} of {len(items):,}")
+        yield item
 
 
 @contextmanager
@@ -80,12 +87,61 @@ def counting(description: str | None) -> Iterator[Callable[[float], None]]:
     from rich.progress import Progress
 
     console = Console(stderr=True)
-    if description is None or not console.is_terminal:
+    if description is None:
         yield lambda total: None
+        return
+    if not console.is_terminal:
+        done = itertools.count(1)
+        yield lambda total: say_where(_batches, description, next(done), total)
         return
     with Progress(console=console, transient=True) as bar:
         task = bar.add_task(description, total=None)
         yield lambda total: bar.update(task, advance=1, total=total if math.isfinite(total) else None)
+
+
+def _batches(description: str, done: int, total: float) -> str:
+    return f"{description}: batch {done:,}" + (f" of {total:,.0f}" if math.isfinite(total) else "")
+
+
+EVERY_S = 30.0  # between two lines about long work that runs without a terminal
+_said_at = time.monotonic()
+
+
+def begin_pace() -> None:
+    """Let the next line about long work come after 30 s."""
+    global _said_at
+    _said_at = time.monotonic()
+
+
+def say_where(describe: Callable[..., str], *facts: Any) -> None:
+    """Print where long work is to the standard error: a line every 30 s, where that is no terminal.
+
+    Args:
+        describe: Returns the line, of ``facts``; called only if one is due.
+        facts: What it is called with.
+    """
+    if time.monotonic() - _said_at < EVERY_S or sys.stderr.isatty():
+        return
+    begin_pace()
+    print(f"{time.strftime('%H:%M:%S')} {describe(*facts)}", file=sys.stderr, flush=True)
+
+
+@contextmanager
+def reporting(describe: Callable[[], str]) -> Iterator[None]:
+    """Print a line to the standard error every 30 s while the block waits for other processes."""
+    ended = threading.Event()
+
+    def report() -> None:
+        while not ended.wait(EVERY_S):
+            print(f"{time.strftime('%H:%M:%S')} {describe()}", file=sys.stderr, flush=True)
+
+    thread = threading.Thread(target=report, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
 
 
 def printable(text: str, most: int = 300, newline: str = "") -> str:

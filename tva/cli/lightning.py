@@ -24,6 +24,7 @@ import tva.models  # noqa: F401
 from tva.cli.arguments import replaced_argv
 from tva.cli.configs import check_configs
 from tva.cli.explain import explain
+from tva.cli.fit_progress import with_progress
 from tva.cli.help import HelpFormatter
 from tva.cli.run_function import print_json, sentence
 from tva.edit.options import EditOptions
@@ -150,6 +151,13 @@ class _CommandLine(TvaCLI):
         except ArgumentError as error:
             names = [action.dest for action in self._parser(self.command)._actions]
             raise ValueError(explain(error.message, self.command, names)) from error
+
+    def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[Any]) -> Any:
+        if self.command == "fit" and not config.get("barebones"):
+            given = config.get("callbacks") or []
+            given = given if isinstance(given, list) else [given]
+            config["callbacks"] = with_progress(given, config.get("enable_progress_bar") is not False)
+        return super()._instantiate_trainer(config, callbacks)
 
 
 class _Described(Exception):

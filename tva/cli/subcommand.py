@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
+import os
 import re
+import sys
 
 from tva.cli.config_files import check_files, check_recipe, config_files, with_place
 from tva.cli.shipped_help import format_help, shipped
@@ -34,6 +36,8 @@ def run_subcommand(command: str, words: list[str], as_json: bool, about: str) ->
     if command == "edit":
         check_recipe(files, words)
     logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(_is_no_advertisement)
+    if "LOCAL_RANK" not in os.environ:
+        print(f"tva {command}: loading …", file=sys.stderr, flush=True)
     from tva.cli.lightning import run_lightning
 
     try:

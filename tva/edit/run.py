@@ -9,6 +9,7 @@ from typing import Any
 import lightning as L
 
 from tva.checkpoints import canonical_state_dict
+from tva.console import begin_pace
 from tva.edit.folder import check_output
 from tva.edit.form import Form, undo_name
 from tva.edit.gate import prove
@@ -45,6 +46,7 @@ def run_edit(trainer: L.Trainer, model: Any, options: EditOptions) -> EditReport
         FileNotFoundError: A checkpoint or data file is missing.
     """
     check_strategy(trainer)
+    begin_pace()
     module = as_module(model)
     goal = without_head(options, module).checked()
     form = Form.of(module, options.base, options.format)

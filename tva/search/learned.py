@@ -22,6 +22,7 @@ from torch.nn import functional as F
 from torch.utils.data import BatchSampler, DataLoader, RandomSampler
 
 from tva.checkpoints import atomic_path, canonical_state_dict
+from tva.console import say_where
 from tva.errors import some
 from tva.evaluation.evaluate import quiet
 from tva.evaluation.ranks import gather
@@ -249,6 +250,8 @@ class _Kept(L.Callback):
         return np.mean(gather(self.context.trainer, self.learner.losses), axis=0).tolist()
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
+        if trainer.is_global_zero:
+            say_where(lambda: f"learning coefficients: step {len(self.learner.losses):,} of {trainer.max_steps:,}")
         if len(self.learner.losses) % KEEP_EVERY and trainer.global_step < trainer.max_steps:
             return
         losses = self.losses()

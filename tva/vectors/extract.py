@@ -113,7 +113,7 @@ def extract(
     dtype = torch.float32 if dequantized_entries(weights) or dequantized_entries(moved) else None
     plan = VectorPlan(weights, None, sources, exclude=source.untouched, must_move=True, dtype=dtype)
     origin = Origin(task=task, averaged=averaged, weights=which, kind=source.origin.kind)
-    emitted = emit(plan, Path(output), origin)
+    emitted = emit(plan, Path(output), origin, doing="extracting")
     reasons = sorted(emitted.untouched.values())
     return Extracted(
         Path(output),

@@ -16,6 +16,7 @@ from tva.checkpoints import Fingerprint, LazyWeights, Spec, TensorHash, atomic_p
 from tva.checkpoints.fingerprint import sealed
 from tva.checkpoints.lazy import Entry, as_real
 from tva.checkpoints.stream_writer import AHEAD, LateHeaderFile
+from tva.console import progress
 from tva.errors import NoEffectError, some
 from tva.vectors.header import Origin, vector_header
 
@@ -139,7 +140,9 @@ class VectorPlan:
         return not self.is_buffer(name) and name not in self.aliases
 
 
-def emit(plan: VectorPlan, path: Path, origin: Origin, snapshot: Path | None = None) -> Emitted:
+def emit(
+    plan: VectorPlan, path: Path, origin: Origin, snapshot: Path | None = None, doing: str | None = None
+) -> Emitted:
     """Write a task vector file, whole or not at all, reading every tensor once.
 
     Args:
@@ -147,6 +150,7 @@ def emit(plan: VectorPlan, path: Path, origin: Origin, snapshot: Path | None = N
         path: Where.
         origin: What is known of the run.
         snapshot: Where to write the weights themselves as well, in the same pass.
+        doing: What a progress bar says; without it there is none.
 
     Raises:
         OSError: The disk is full, or the like; nothing is left under either name.
@@ -170,7 +174,7 @@ def emit(plan: VectorPlan, path: Path, origin: Origin, snapshot: Path | None = N
             )
             stack.callback(copy.close)
         pass_ = _Pass(plan, out, copy)
-        for name in plan.order:
+        for name in plan.order if doing is None else progress(plan.order, doing):
             pass_.tensor(name)
         pass_.check()
         tree = Fingerprint.from_tensors(pass_.digests)

@@ -9,7 +9,7 @@ import os
 import re
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -18,7 +18,7 @@ import yaml
 
 from tva.checkpoints import open_weights
 from tva.cli.processes import only_one, run_process, terminate_as_interrupt
-from tva.console import make_console, print_line
+from tva.console import make_console, print_line, reporting
 from tva.errors import some
 from tva.executors import Executor, Worker, make_executor
 from tva.paper.configs import fill, merge, nested
@@ -243,7 +243,7 @@ def run_fits(
         What became of each, in their order.
     """
     results: dict[Path, Result] = {}
-    with terminate_as_interrupt():
+    with terminate_as_interrupt(), reporting(lambda: _running(fits, results)):
         ended = executor.run(functools.partial(run_fit, command=command, redo=redo), fits)
         try:
             for fit, found in ended:
@@ -259,6 +259,23 @@ def run_fits(
             more = "the same command goes on with it"
             results |= {fit.folder: Result(fit, "interrupted", message=more) for fit in left}
     return [results.get(fit.folder) or check_fit(fit) for fit in fits]
+
+
+def _running(fits: Sequence[Fit], results: Collection[Path]) -> str:
+    """Return how many fits have ended, and at which steps those are that run."""
+    running = [fit for fit in fits if fit.folder not in results and (fit.folder / "fit.log").exists()]
+    steps = {fit.name: _last_step(fit.folder / "fit.log") for fit in running if not (fit.folder / DONE).exists()}
+    shown = ", ".join(f"{name}{f' at {step}' if step else ''}" for name, step in list(steps.items())[:4])
+    more = f" and {len(steps) - 4} more" if len(steps) > 4 else ""
+    return f"{len(results)} of {len(fits)} ended" + (f"; running: {shown}{more}" if shown else "")
+
+
+def _last_step(log: Path) -> str:
+    """Return the step that a fit has reported last, such as ``"step 120 of 3,000"``."""
+    with log.open("rb") as file:
+        file.seek(max(0, log.stat().st_size - 20_000))
+        found = re.findall(r"step [\d,]+ of [\d,]*\d", file.read().decode(errors="replace"))
+    return found[-1] if found else ""
 
 
 def run_fit(fit: Fit, worker: Worker, command: Sequence[str] = TVA_FIT, redo: bool = False) -> Result:
