@@ -27,8 +27,8 @@ def installed(group: str) -> dict[str, EntryPoint]:
     """Return the entry points of an entry-point group by name, not loaded.
 
     Args:
-        group: ``tva.merge_methods``, ``tva.checkpoint_formats``, ``tva.searches``, ``tva.commands``, ``tva.data_sets``
-            or ``tva.metrics``.
+        group: ``tva.merge_methods``, ``tva.checkpoint_formats``, ``tva.searches``, ``tva.commands``, ``tva.data_sets``,
+            ``tva.metrics`` or ``tva.scorers``.
 
     Raises:
         ValueError: Two installed packages use the same name.

@@ -8,6 +8,7 @@ from typing import Any
 
 import lightning as L
 
+from tva.data.generation_task import GenerationTask
 from tva.data.image_task import ImageTask
 from tva.data.language_task import LanguageTask
 from tva.data.presets import GROUP
@@ -15,7 +16,7 @@ from tva.data.table_task import TableTask
 from tva.data.text_task import TextTask
 from tva.plugins import installed
 
-__all__ = ["ImageTask", "LanguageTask", "TableTask", "TextTask"]
+__all__ = ["GenerationTask", "ImageTask", "LanguageTask", "TableTask", "TextTask"]
 
 
 def __getattr__(name: str) -> Any:

@@ -249,13 +249,15 @@ class Evaluator:
     ) -> dict[str, Any]:
         base = self._base[task, split]
         datamodule = self.editor.datamodules[task]
+        settings = getattr(datamodule, "tva_settings", None)
         return {
             **self.facts,
             "recipe": state.recipe,
             "coefficients": dict(state.coefs),
             "statistics": state.statistics,
             "task": task,
-            "data": {"digest": base.data_digest, "revision": getattr(datamodule, "revision", None)},
+            "data": {"digest": base.data_digest, "revision": getattr(datamodule, "revision", None)}
+            | ({"settings": settings} if settings else {}),
             "split": split,
             "range": [*window, seed],
             "base_result": digest_of(base),

@@ -159,6 +159,7 @@ def _task_report(outcome: Outcome, task: str) -> TaskReport:
         chance=chance_accuracy(edited, base) if metric == "accuracy" else None,
         num_groups=base.num_groups,
         revision=getattr(outcome.session.options.tasks[task], "resolved_revision", None),
+        settings=getattr(outcome.session.options.tasks[task], "tva_settings", None),
     )
 
 

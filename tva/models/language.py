@@ -16,6 +16,7 @@ from torchmetrics.text import BLEUScore
 
 from tva.evaluation.measures import measures_of
 from tva.models.adapters import Lora, adapt
+from tva.models.generation import score_prompts
 from tva.models.huggingface import Kind, load_network, load_tokenizer, longest_input, split_padding
 from tva.models.optim import check_layer_decay, make_optimizer, prepare
 from tva.models.sharding import shard_later
@@ -85,6 +86,7 @@ class LanguageModel(L.LightningModule, ABC):
     """
 
     returns_predictions = True
+    scores_texts = True  # whether it takes the batches of GenerationTask
     kind: Kind
     encoder_decoder: bool  # whether targets are apart from tokens, which LanguageTask asks
 
@@ -179,6 +181,8 @@ class LanguageModel(L.LightningModule, ABC):
         return self._evaluate(batch, "test")
 
     def _evaluate(self, batch: Mapping[str, Tensor], stage: str) -> dict[str, Any]:
+        if "draws" in batch:
+            return score_prompts(self, batch, stage)
         logits, targets = self.predictions(batch)
         sums, counts = self._losses(logits, targets)
         scores = {"loss": sums / counts}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import re
 import statistics
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -118,14 +119,45 @@ QUANTITIES: dict[str, Quantity] = {
 }
 
 
+OF_TASK = re.compile(r"(?P<task>[\w-]+)/(?P<metric>\w+)[.](?P<model>base|edited|random)")
+
+
+def is_quantity(name: str) -> bool:
+    """Return whether there is a quantity of this name.
+
+    Example:
+        >>> is_quantity("target.edited"), is_quantity("wikitext/perplexity.base"), is_quantity("edited")
+        (True, True, False)
+    """
+    return name in QUANTITIES or OF_TASK.fullmatch(name) is not None
+
+
+def _of_task(content: Content, task: str, metric: str, model: str) -> float | None:
+    """Return any metric of a task, whichever is reported of it, on the split that is reported."""
+    if task not in content["tasks"]:
+        return None
+    split, found = content["tasks"][task]["split"], None
+    for entry in content["evaluations"]:
+        label = "base" if entry["coefficients"]["scaling_coef"] == 0 else entry["model"]
+        if (label, entry["task"], entry["split"], entry["metric"]) == (model, task, split, metric):
+            found = entry["value"]
+    if found is None and float(content["coefficients"]["scaling_coef"]) == 0 and model != "base":
+        return _of_task(content, task, metric, "base")
+    return found
+
+
 def quantity(name: str, content: Content) -> float | None:
     """Return a number of an edit; None where the edit has none of this kind, or no coefficient was feasible.
 
     Raises:
         ValueError: There is no such quantity.
     """
-    if name not in QUANTITIES:
+    of_task = OF_TASK.fullmatch(name)
+    if name not in QUANTITIES and of_task is None:
         raise ValueError(
-            f"There is no quantity {name!r}; there are {some(QUANTITIES, 60)}.{did_you_mean(name, QUANTITIES)}"
+            f"There is no quantity {name!r}; there are {some(QUANTITIES, 60)}, and TASK/METRIC.MODEL for the models "
+            f"base, edited and random.{did_you_mean(name, QUANTITIES)}"
         )
+    if of_task is not None:
+        return _of_task(content, **of_task.groupdict()) if is_feasible(content) else None
     return QUANTITIES[name](content) if is_feasible(content) else None

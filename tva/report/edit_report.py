@@ -75,6 +75,7 @@ class TaskReport:
             the metric is the accuracy and predictions and labels are known.
         revision: Commit of the hub's repository that the data was read from; None of local data.
         num_groups: Groups of examples, where these and not examples are the unit of intervals and tests.
+        settings: What the task's numbers depend on besides its examples, such as how texts are sampled.
     """
 
     role: Literal["target", "control"]
@@ -87,6 +88,7 @@ class TaskReport:
     chance: float | None = None
     revision: str | None = None
     num_groups: int | None = None
+    settings: Mapping[str, Any] | None = None
 
     @property
     def below_chance(self) -> bool:
@@ -267,6 +269,7 @@ class EditReport:
                 "chance": task.chance,
                 "below_chance": task.below_chance,
                 "revision": task.revision,
+                **({"settings": dict(task.settings)} if task.settings else {}),
             }
             for name, task in self.tasks.items()
         }
@@ -278,7 +281,7 @@ class EditReport:
 def _task_of(entry: Mapping[str, Any], comparison: type[Comparison]) -> TaskReport:
     """Read what an edit did to one task."""
     names = ("role", "split", "metric", "higher_is_better", "num_examples")
-    labels = [label for label in entry if isinstance(entry[label], Mapping) and label != "comparison"]
+    labels = [label for label in entry if isinstance(entry[label], Mapping) and label not in ("comparison", "settings")]
     return TaskReport(
         **{name: entry[name] for name in names},
         scores={label: Score(**{**entry[label], **_real(entry[label], "value")}) for label in labels},
@@ -286,6 +289,7 @@ def _task_of(entry: Mapping[str, Any], comparison: type[Comparison]) -> TaskRepo
         chance=entry.get("chance"),
         revision=entry.get("revision"),
         num_groups=entry.get("num_groups"),
+        settings=entry.get("settings"),
     )
 
 
