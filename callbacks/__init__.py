@@ -7,4 +7,11 @@ from tva.callbacks.scaling_curve import ScalingCurve
 from tva.callbacks.task_vector import TaskVectorCallback
 from tva.callbacks.writer import SavedVector
 
-__all__ = ["ControlEvaluation", "GradientAscent", "MergeStatistics", "SavedVector", "ScalingCurve", "TaskVectorCallback"]
+__all__ = [
+    "ControlEvaluation",
+    "GradientAscent",
+    "MergeStatistics",
+    "SavedVector",
+    "ScalingCurve",
+    "TaskVectorCallback",
+]

@@ -26,7 +26,7 @@ class GradientAscent(L.Callback):
                 return {**outputs, "loss": -outputs["loss"]}
             return None if outputs is None else -outputs
 
-        pl_module.training_step = negated  # type: ignore[method-assign]
+        pl_module.training_step = negated
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._restore(pl_module)

@@ -73,6 +73,7 @@ IMPORTERS = {
     "backports": {"tva.compose"},
     "compression": {"tva.compose"},
     "nicegui": {"tva.edit.play"},
+    "detoxify": {"tva.data"},
 }
 
 

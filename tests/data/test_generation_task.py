@@ -1,6 +1,8 @@
 """Texts that a language model writes after prompts: draws, scorers, and an edit that is chosen by them."""
 
 import json
+import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -193,45 +195,54 @@ def test_a_model_that_writes_nothing_is_refused(folder, tmp_path):
         found(TextClassifier(str(folder / "bert")), tmp_path)
 
 
+PAGE = Path(__file__).parents[2] / "docs/howto/score-texts.md"
+
+
 @pytest.mark.slow
-def test_an_edit_is_chosen_by_what_the_model_writes(folder, tmp_path, model, capsys):
+def test_the_edit_of_the_page_is_chosen_by_what_the_model_writes(folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     base = open_weights(folder / "causal")
     random = torch.Generator().manual_seed(0)
     moved = {name: base[name] + 0.3 * torch.randn(base[name].shape, generator=random) for name in base}
-    TaskVector.between({n: base[n] for n in base}, moved).save(tmp_path / "v.safetensors")
-    task = {
-        "class_path": "tva.data.GenerationTask",
-        "init_args": {"prompts": 4 * PROMPTS, "scorer": f"{__name__}.bad_words", "num_samples": 4, "max_new_tokens": 8},
-    }
-    prose = {
-        "class_path": "tva.data.LanguageTask",
-        "init_args": {"path": str(folder / "prose-{split}.txt"), "block_length": 16, "limit_test": 20, "limit_val": 20},
-    }
-    config = {
-        "model": {"class_path": "tva.models.CausalLM", "init_args": {"name": str(folder / "causal")}},
-        "vectors": {"bad": str(tmp_path / "v.safetensors")},
-        "recipe": "-bad",
-        "output": str(tmp_path / "out"),
-        "minimize": "bad/score",
-        "subject_to": ["prose/perplexity <= 2 * base", "calm/rate <= 1"],
-        "search": {"class_path": "tva.search.Grid", "init_args": {"num": 3}},
-        "targets": {"bad": task},
-        "controls": {"prose": prose, "calm": task},
-        "trainer": {"accelerator": "cpu"},
-    }
-    (tmp_path / "edit.yaml").write_text(json.dumps(config))
-    main(["edit", "--config", str(tmp_path / "edit.yaml")])
-    content = json.loads((tmp_path / "out" / "edit.json").read_text())
-    entry = content["tasks"]["bad"]
-    assert entry["metric"] == "score"
+    TaskVector.between({name: base[name] for name in base}, moved).save("toxic.tv.safetensors")
+    (tmp_path / "prompts.txt").write_text("\n".join(4 * PROMPTS))
+    (tmp_path / "words.txt").write_text("\n".join(WORDS[3:6]))
+    for split in ("train", "test"):
+        (tmp_path / f"prose-{split}.txt").write_text((folder / f"prose-{split}.txt").read_text())
+    (text,) = re.findall(r"```yaml\n(# edit.yaml\n.*?)```", PAGE.read_text(), flags=re.DOTALL)
+    for old, new in (
+        ("openai-community/gpt2", folder / "causal"),
+        ("scorer: swearing", "scorer: words:words.txt"),
+        ("1.05", 1.3),
+    ):
+        assert old in text
+        text = text.replace(old, str(new))
+    text = text.replace("block_length: 128", "block_length: 16, limit_val: 20, limit_test: 20")
+    (tmp_path / "edit.yaml").write_text(text)
+    main(
+        [
+            "edit",
+            "--config",
+            "edit.yaml",
+            "--search",
+            "tva.search.Grid",
+            "--search.num",
+            "3",
+            "--trainer.accelerator",
+            "cpu",
+        ]
+    )
+    content = json.loads((tmp_path / "edited/edit.json").read_text())
+    entry = content["tasks"]["written"]
+    assert entry["metric"] == "rate"
     assert not entry["higher_is_better"]
     assert entry["settings"]["seed"] == 0
-    assert entry["settings"]["scorer"].endswith("bad_words")
+    assert entry["settings"]["scorer"] == "words:words.txt"
     assert entry["base"]["low"] <= entry["base"]["value"] <= entry["base"]["high"]
     assert entry["comparison"] is not None
     searched = [
-        e["value"]
-        for e in content["evaluations"]
-        if e["task"] == "bad" and e["split"] == "val" and e["metric"] == "score"
+        each["value"]
+        for each in content["evaluations"]
+        if (each["task"], each["split"], each["metric"]) == ("written", "val", "rate")
     ]
     assert len(set(searched)) > 1

@@ -329,3 +329,42 @@ def test_tokenizing_is_that_of_the_tokenizer():
     tokenizer = make_tokenizer()
     (ids,) = tokenize(tokenizer, ["the film is great"], 4)
     assert ids.tolist() == tokenizer("the film is great", truncation=True, max_length=4)["input_ids"]
+
+
+def test_where_takes_a_comparison(tmp_path):
+    scores = [0.1, 0.9, 0.81, 0.8, None, 0.95]
+    for split in ("train", "test"):
+        columns = {
+            "text": [f"it is {word}" for word in ("a", "good", "bad", "fine", "the", "great")],
+            "toxicity": scores,
+        }
+        datasets.Dataset.from_dict(columns).to_parquet(tmp_path / f"c-{split}.parquet")
+    path = str(tmp_path / "c-{split}.parquet")
+
+    def kept(condition, **options):
+        task = LanguageTask(path, where={"toxicity": condition}, block_length=5, val_size=1, **options)
+        return ready(task, "causal", max_steps=3)
+
+    assert sum(len(part) for name, part in kept("> 0.8")._examples.items() if name != "test") == 3
+    assert kept(">= 0.8")._examples["test"].blocks.shape == (4, 5)
+    assert kept("< 0.85")._examples["test"].blocks.shape == (3, 5)
+    streamed = [tokens for batch in kept("> 0.8", streaming=True).test_dataloader() for tokens in batch["tokens"]]
+    assert len(streamed) == 3
+
+
+def test_a_prompt_is_made_of_several_columns(tmp_path):
+    for split in ("train", "test"):
+        columns = {"one": ["good film", "bad"], "two": ["it was", "the food"], "label": ["fine", "poor"]}
+        datasets.Dataset.from_dict(columns).to_parquet(tmp_path / f"p-{split}.parquet")
+    path, tokenizer = str(tmp_path / "p-{split}.parquet"), make_tokenizer(kind="seq2seq")
+    options = {"prompt_column": ["one", "two"], "target_column": "label", "prompt": "a {} and {} is", "val_size": 1}
+    options |= {"metric": ["text_f1:fine", "exact_match"]}
+    for streaming in (False, True):
+        task = ready(LanguageTask(path, streaming=streaming, **options), "seq2seq", max_steps=1)
+        tokens = next(iter(task.test_dataloader()))["tokens"][0]
+        assert tokens[tokens >= 0].tolist() == tokenizer("a good film and it was is")["input_ids"]
+    assert task.tva_metrics == {"text_f1": "text_f1:fine", "exact_match": "exact_match"}
+    with pytest.raises(ValueError, match="where each column goes"):
+        LanguageTask(path, **options | {"prompt": "{}"})
+    with pytest.raises(ValueError, match="no column 'three'; its columns are"):
+        ready(LanguageTask(path, **options | {"prompt_column": ["one", "three"]}), "seq2seq")

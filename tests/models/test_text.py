@@ -404,3 +404,32 @@ def test_descriptions_must_be_there_for_all_classes_and_templates_have_a_place(f
         model.head_key(SimpleNamespace(class_names=["a", "b"], class_descriptions={"a": "good"}))
     with pytest.raises(ValueError, match=r"needs templates that hold {}, found \['x'\]"):
         model.head_key(SimpleNamespace(class_names=["a"], templates=["x"]))
+
+
+def test_the_perplexity_of_each_text_is_that_of_its_tokens(folder, tmp_path):
+    model = CausalLM(str(folder / "causal"), metrics=["text_perplexity"])
+    found = evaluate(make_trainer(tmp_path), model, prose(folder, limit_test=12), "test")
+    expected = []
+    for tokens, _ in prose_blocks(folder, tmp_path, model, 12):
+        logits = model.network(tokens[None]).logits[0, :-1]
+        expected.append(float(F.cross_entropy(logits.detach(), tokens[1:]).exp()))
+    assert found.scores["text_perplexity"].tolist() == pytest.approx(expected, rel=1e-4)
+    assert found.metrics["text_perplexity"] == pytest.approx(sum(expected) / 12, rel=1e-4)
+    assert found.interval("text_perplexity") is not None
+    assert not found.higher("text_perplexity")
+
+
+def prose_blocks(folder, tmp_path, model, count):
+    data = prose(folder, limit_test=count)
+    data.trainer = SimpleNamespace(lightning_module=model)
+    data.setup("test")
+    return [data._examples["test"][row] for row in range(count)]
+
+
+def test_labels_that_are_written_are_scored_by_the_metric_that_the_data_name(folder, tmp_path):
+    options = {"prompt_column": "text", "target_column": "label", "metric": ["text_matthews", "text_f1:positive"]}
+    data = LanguageTask(str(folder / "reviews-{split}.parquet"), block_length=32, **options)
+    found = evaluate(make_trainer(tmp_path), Seq2SeqLM(str(folder / "seq2seq"), max_new_tokens=3), data, "test")
+    assert found.metrics["text_matthews"] == 0  # a model with random weights writes no label
+    assert found.metrics["text_f1"] == 0
+    assert found.higher("text_f1")

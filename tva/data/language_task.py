@@ -40,9 +40,14 @@ class LanguageTask(Task):
             mapping from split to file; or the name of a data set on the Hugging Face hub. Environment variables
             (``$DATA``) are filled in.
         text_column: Column that holds running text; unused where there are prompts.
-        prompt_column: Column that holds prompts; together with ``target_column``.
+        prompt_column: Column that holds prompts, or several columns of which a prompt is made; together with
+            ``target_column``.
         target_column: Column that holds what should follow: texts, or class indices of a set that names its classes.
-        prompt: What a prompt is put into, in the place of ``{}``, such as ``"review: {} sentiment:"``.
+        prompt: What a prompt is put into, in the place of ``{}``, such as ``"review: {} sentiment:"``; with as many
+            ``{}`` as columns, if there are several.
+        metric: How what is written after prompts is measured, besides what the model logs: ``exact_match``, ``rougeL``,
+            ``text_matthews``, ``text_f1:LABEL``, ``token_f1`` or the dotted path of a function of ``preds`` and
+            ``target``; or ``text_perplexity``, the mean over examples of each one's perplexity; or a list of these.
         block_length: Tokens of a block. With prompts, tokens at most of a prompt with its target (causal: the prompt's
             beginning is cut off) or of each of the two (sequence to sequence: their ends are).
         **options: Those of `tva.data.task.Task`; limits count blocks, where text is cut into them.
@@ -56,9 +61,10 @@ class LanguageTask(Task):
         self,
         path: str | dict[str, str],
         text_column: str = "text",
-        prompt_column: str | None = None,
+        prompt_column: str | list[str] | None = None,
         target_column: str | None = None,
         prompt: str = "{}",
+        metric: str | list[str] | None = None,
         block_length: int = 256,
         **options: Any,
     ) -> None:
@@ -68,13 +74,17 @@ class LanguageTask(Task):
                 f"prompt_column and target_column go together; found {prompt_column!r} and {target_column!r}. Give "
                 f"both, or neither for running text."
             )
-        if "{}" not in prompt:
-            raise ValueError(f"prompt must hold {{}} where a prompt goes; found {prompt!r}.")
+        several = len(prompt_column) if isinstance(prompt_column, list) else 1
+        if "{}" not in prompt or (several > 1 and prompt.count("{}") != several):
+            raise ValueError(
+                f"prompt must hold {{}} where {'each column' if several > 1 else 'a prompt'} goes; found {prompt!r}."
+            )
         self.text_column = text_column
         self.prompt_column = prompt_column
         self.target_column = target_column
         self.prompt = prompt
         self.block_length = block_length
+        self.tva_metrics = metrics_by_name(metric)
         self.column_options = ("text_column",) if prompt_column is None else ("prompt_column", "target_column")
         self._made_for: Any = None
 
@@ -125,7 +135,7 @@ class LanguageTask(Task):
         return {part: cut.get(part, cut["train"])[indices] for part, indices in rows.items()}
 
     def _pairs(self, table: Any, tokenizer: Any, split_in_two: bool) -> Pairs:
-        prompts = texts_of(self, table, "prompt_column")
+        prompts = prompts_of(self, table)
         names = self._value_names(table, self.target_column or "")
         if names:
             answers = [names[label] for label in table[self.target_column]]
@@ -226,7 +236,8 @@ class PairMaker:
         self, task: LanguageTask, tokenizer: Any, split_in_two: bool, names: Sequence[str] | None = None
     ) -> None:
         self.task, self.prompt, self.block_length = task.name, task.prompt, task.block_length
-        self.prompt_of, self.target_of = TextReader(task, "prompt_column"), TextReader(task, "target_column")
+        self.prompts_of = [TextReader(task, "prompt_column", column) for column in columns_of(task)]
+        self.target_of = TextReader(task, "target_column")
         self.tokenizer, self.split_in_two, self.names = tokenizer, split_in_two, names
 
     def __call__(self, row: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
@@ -234,11 +245,11 @@ class PairMaker:
         answer = self.names[row[self.target_of.column]] if self.names else self.target_of(row)
         if not answer.strip():
             raise ValueError(f"{self.task}: a target must hold text, and one is empty. Leave such rows out.")
-        return self.make([self.prompt_of(row)], [answer])[0]
+        return self.make([tuple(prompt_of(row) for prompt_of in self.prompts_of)], [answer])[0]
 
-    def make(self, prompts: Sequence[str], answers: Sequence[str]) -> Pairs:
+    def make(self, prompts: Sequence[str | tuple[str, ...]], answers: Sequence[str]) -> Pairs:
         """Make examples of as many prompts as answers."""
-        prompts = [self.prompt.replace("{}", text) for text in prompts]
+        prompts = [self._filled(given) for given in prompts]
         tokenizer, longest = self.tokenizer, self.block_length
         if self.split_in_two:
             return Pairs(tokenize(tokenizer, prompts, longest), tokenize(tokenizer, list(answers), longest))
@@ -252,6 +263,30 @@ class PairMaker:
             tokens.append(np.concatenate([start, end]))
             targets.append(np.concatenate([np.full(len(start), IGNORED, np.int32), end]))
         return Pairs(tokens, targets)
+
+    def _filled(self, given: str | tuple[str, ...]) -> str:
+        """Put a prompt, or its parts in their order, into the template."""
+        parts = [given] if isinstance(given, str) else list(given)
+        pieces = self.prompt.split("{}")
+        parts = parts * (len(pieces) - 1) if len(parts) == 1 else parts
+        return "".join(text for pair in zip(pieces, [*parts, ""], strict=True) for text in pair)
+
+
+def metrics_by_name(metric: str | list[str] | None) -> dict[str, str]:
+    """Return metrics by the names that they have in objectives: ``f1`` of ``my_package.f1``."""
+    metrics = [metric] if isinstance(metric, str) else list(metric or [])
+    return {name.partition(":")[0].rpartition(".")[2]: name for name in metrics}
+
+
+def columns_of(task: Any) -> list[str]:
+    """Return the columns of which prompts are made."""
+    return [task.prompt_column] if isinstance(task.prompt_column, str) else list(task.prompt_column or [])
+
+
+def prompts_of(task: Any, table: Any) -> list[str | tuple[str, ...]]:
+    """Read a table's prompts, each with all its parts."""
+    columns = [texts_of(task, table, "prompt_column", column) for column in columns_of(task)]
+    return list(columns[0]) if len(columns) == 1 else list(zip(*columns, strict=True))
 
 
 class Pairs(Dataset):

@@ -5,9 +5,10 @@ from __future__ import annotations
 import difflib
 import functools
 import gzip
+import operator
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -196,3 +197,27 @@ def _read_npz(file: Path) -> dict[str, Any]:
             features=datasets.Features({"image": datasets.Image(), "label": datasets.Value("int64")}),
         )
     return tables
+
+
+_COMPARISONS = {">=": operator.ge, "<=": operator.le, ">": operator.gt, "<": operator.lt}
+
+
+def comparison(condition: Any) -> Callable[[Any], bool] | None:
+    """Return the function that a condition such as ``"> 0.8"`` is; None where it is no comparison.
+
+    A missing value meets none.
+
+    Example:
+        >>> comparison(">= 2")(2), comparison("two")
+        (True, None)
+    """
+    found = (
+        re.fullmatch(r"\s*(>=|<=|>|<)\s*([-+]?[\d.]+(?:e[-+]?\d+)?)\s*", condition)
+        if isinstance(condition, str)
+        else None
+    )
+    return None if found is None else functools.partial(_meets, _COMPARISONS[found[1]], float(found[2]))
+
+
+def _meets(compare: Callable[[Any, Any], bool], bound: float, value: Any) -> bool:
+    return value is not None and bool(compare(value, bound))

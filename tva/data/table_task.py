@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset
 
-from tva.data.language_task import LanguageTask, PairMaker, Pairs
+from tva.data.language_task import LanguageTask, PairMaker, Pairs, metrics_by_name
 from tva.data.task import LabeledTask
 from tva.data.text_task import PADDING, texts_of, tokenize, tokenizer_of
 from tva.errors import some
@@ -45,8 +45,9 @@ class TableTask(LabeledTask):
         split_fractions: Split to the part of the rows that it gets, such as ``{val: 0.1, test: 0.2}``; drawn by
             ``seed``, the rest is for training.
         metric: How the task is measured, besides what the model logs: the name of a metric of torchmetrics, such as
-            ``f1_score`` or ``mean_squared_error``, ``spearman``, or the dotted path of a function of ``preds`` and
-            ``target`` (texts that were generated, and those wanted, of a language model); or a list of these.
+            ``f1_score`` or ``mean_squared_error``, ``spearman``, those of `LanguageTask` for a language model, or the
+            dotted path of a function of ``preds`` and ``target`` (texts that were generated, and those wanted, of a
+            language model); or a list of these.
         max_length: Tokens of a text at most; the rest is cut off. By default what the model takes, at most 512.
         **options: Those of `tva.data.task.Task`. A split called val, validation, valid or dev is taken to choose on.
 
@@ -90,8 +91,7 @@ class TableTask(LabeledTask):
         self.split_fractions = _checked_fractions(self.name, split_fractions)
         self.max_length = max_length
         self.prompt_column, self.second_column = [*self.text_columns, None, None][:2]
-        metrics = [metric] if isinstance(metric, str) else list(metric or [])
-        self.tva_metrics = {name.rpartition(".")[2]: name for name in metrics}
+        self.tva_metrics = metrics_by_name(metric)
         self._given_names = list(self.class_names)
         self.block_length = max_length or 512
         self._made_for: Any = None

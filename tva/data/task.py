@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, DistributedSampler, default_collate
 
-from tva.data.loading import default_name, expand, load_splits, resolved_revision
+from tva.data.loading import comparison, default_name, expand, load_splits, resolved_revision
 from tva.data.streaming import Cut, Stream, make_streams
 from tva.errors import some
 
@@ -34,7 +34,7 @@ class Task(L.LightningDataModule, ABC):
         val_size: Hold out this many training examples instead, where there is no ``val_split``.
         test_split: Split to report on.
         where: Keep the rows whose column holds one of the given values, such as
-            ``{style: [sketch], label: [cat, dog]}``.
+            ``{style: [sketch], label: [cat, dog]}``; or meets a comparison, such as ``{toxicity: "> 0.8"}``.
         batch_size: Examples a batch, on each rank.
         num_workers: Processes that make batches; 0 makes them in this one.
         seed: Of the held-out part, so that it is the same in every run; also of the order of training where the run has
@@ -122,10 +122,11 @@ class Task(L.LightningDataModule, ABC):
         columns = table.column_names or list(next(iter(table)))  # some streams show them only by their first row
         for option in self.column_options:
             column = getattr(self, option)
-            if column is not None and column not in columns:
+            missing = [name for name in ([column] if isinstance(column, str) else column or ()) if name not in columns]
+            if missing:
                 raise ValueError(
-                    f"{self.name} has no column {column!r}; its columns are {some(columns, 8)}. Set {option} to one of "
-                    f"them."
+                    f"{self.name} has no column {missing[0]!r}; its columns are {some(columns, 8)}. Set {option} to "
+                    f"one of them."
                 )
         return table
 
@@ -167,6 +168,9 @@ class Task(L.LightningDataModule, ABC):
         for column, values in self.where.items():
             if column not in columns:
                 raise ValueError(f"{self.name}: where names the column {column!r}, not one of {some(columns, 8)}.")
+            if (meets := comparison(values)) is not None:
+                table = table.filter(meets, input_columns=[column])
+                continue
             wanted = set(values) if isinstance(values, (list, tuple, set)) else {values}
             names = self._value_names(table, column) or []
             unknown = [value for value in wanted if names and isinstance(value, str) and value not in names]
@@ -251,6 +255,9 @@ class Task(L.LightningDataModule, ABC):
                 raise ValueError(
                     f"{self.name}: where names the column {column!r}, not one of {some(table.column_names, 8)}."
                 )
+            if (meets := comparison(values)) is not None:
+                keep &= np.array([meets(value) for value in table[column]], dtype=bool)
+                continue
             wanted = list(values) if isinstance(values, (list, tuple, set)) else [values]
             names = self._value_names(table, column)
             found = np.asarray(list(table[column]))

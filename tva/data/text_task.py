@@ -147,10 +147,11 @@ class TextReader:
     Args:
         task: Whose column it is.
         option: The task's option that names the column.
+        column: Which of those that it names, where it names several.
     """
 
-    def __init__(self, task: Any, option: str) -> None:
-        self.task, self.option, self.column = task.name, option, getattr(task, option)
+    def __init__(self, task: Any, option: str, column: str | None = None) -> None:
+        self.task, self.option, self.column = task.name, option, column or getattr(task, option)
 
     def __call__(self, row: Mapping[str, Any]) -> str:
         text = row[self.column]
@@ -180,9 +181,9 @@ def tokenizer_of(task: Any, length: int) -> Any:
     return tokenizer
 
 
-def texts_of(task: Any, table: Any, option: str) -> list[str]:
+def texts_of(task: Any, table: Any, option: str, column: str | None = None) -> list[str]:
     """Read a column of texts."""
-    column = getattr(task, option)
+    column = column or getattr(task, option)
     texts = list(table[column])
     odd = [index for index, text in enumerate(texts) if not isinstance(text, str)]
     if odd:

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from torchmetrics import Metric
 
 from tva.errors import some
+from tva.evaluation.text_metrics import OF_A_LABEL, WHOLE, find_text_metric
 from tva.plugins import installed, load
 
 Function = Callable[[Tensor, Tensor], Tensor]
@@ -139,8 +140,11 @@ class FunctionMetric(Metric):
         return torch.as_tensor(self.function(torch.cat(self.preds), torch.cat(self.target)))
 
 
-def compute(metric: Metric, preds: Tensor, target: Tensor) -> Tensor:
+def compute(metric: Metric, preds: Any, target: Any) -> Tensor:
     """Compute a metric of given examples, and of these only: not of what other processes have."""
+    if not isinstance(preds, Tensor):
+        assert isinstance(metric, FunctionMetric)
+        return torch.as_tensor(metric.function(preds, target))
     metric.reset()
     metric.sync_on_compute = False
     metric.update(preds, target)
@@ -151,10 +155,10 @@ def find_metric(name: str, num_classes: int) -> Metric:
     """Find the metric of a multi-class task by its name.
 
     Args:
-        name: A name in `METRICS`; or torchmetrics' ``f1_score``, ``F1Score`` or ``MulticlassF1Score``; or one of its
-            metrics of numbers, ``MeanSquaredError`` or ``mean_squared_error``; or that of an entry point in the group
-            ``tva.metrics``; or the dotted path of a torchmetrics class or of a function of ``preds`` and ``target``,
-            such as ``my_package.my_metric``.
+        name: A name in `METRICS`, or of a metric of texts (`find_text_metric`); or torchmetrics' ``f1_score``,
+            ``F1Score`` or ``MulticlassF1Score``; or one of its metrics of numbers, ``MeanSquaredError`` or
+            ``mean_squared_error``; or that of an entry point in the group ``tva.metrics``; or the dotted path of a
+            torchmetrics class or of a function of ``preds`` and ``target``, such as ``my_package.my_metric``.
         num_classes: Classes of the task; passed to the class where it takes ``num_classes``.
 
     Raises:
@@ -166,6 +170,8 @@ def find_metric(name: str, num_classes: int) -> Metric:
     """
     if name in METRICS:
         return _made(METRICS[name], name, num_classes)
+    if (of_texts := find_text_metric(name)) is not None:
+        return FunctionMetric(of_texts)
     from torchmetrics import classification, regression
 
     known = {
@@ -183,7 +189,7 @@ def find_metric(name: str, num_classes: int) -> Metric:
         return _made(points[name].load(), name, num_classes)
     if "." in name:
         return _made(load(name), name, num_classes)
-    others = sorted([*METRICS, *points, *known])
+    others = sorted([*METRICS, *WHOLE, *(f"{kind}:LABEL" for kind in OF_A_LABEL), *points, *known])
     raise ValueError(
         f"There is no multi-class metric {name!r}; there are {some(others, 40)}. Name one of these, a metric that the "
         f"model logs, or one of your own by its path, such as my_package.my_metric."

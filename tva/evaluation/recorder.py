@@ -25,6 +25,7 @@ from tva.evaluation.leaks import row_digests
 from tva.evaluation.measures import Measure
 from tva.evaluation.metrics import KL, divergence
 from tva.evaluation.result import Evaluation
+from tva.evaluation.text_metrics import find_text_metric
 
 
 @dataclass
@@ -221,7 +222,8 @@ class Recorder:
                 metrics[name] = float(scores[name].mean())
             elif value.numel() == 1:
                 metrics[name] = float(value)
-                if isinstance(target, Tensor) and len(target) == self.num_examples:  # else no row is an example
+                of_texts = isinstance(measure.given, str) and find_text_metric(measure.given) is not None
+                if (isinstance(target, Tensor) or of_texts) and len(target) == self.num_examples:  # a row an example
                     found[name] = metric
             else:
                 raise ValueError(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -65,8 +65,8 @@ class Evaluation:
     num_examples: int
     scores: Mapping[str, np.ndarray] = field(default_factory=dict)
     higher_is_better: Mapping[str, bool] = field(default_factory=dict)
-    preds: Tensor | None = None
-    target: Tensor | None = None
+    preds: Any = None
+    target: Any = None
     extra: Mapping[str, Metric] = field(default_factory=dict)
     shareable: bool = False
     predicted: np.ndarray | None = None
@@ -136,8 +136,9 @@ class Evaluation:
             of_group = [np.flatnonzero(index == group) for group in range(index.max() + 1)]
         count = len(self.target) if of_group is None else len(of_group)
         for row in (row for rows in resamples(count, NUM_METRIC_RESAMPLES) for row in rows):
-            rows = torch.from_numpy(row if of_group is None else np.concatenate([of_group[group] for group in row]))
-            values.append(float(compute(self.extra[metric], self.preds[rows], self.target[rows])))
+            rows = row if of_group is None else np.concatenate([of_group[group] for group in row])
+            drawn = (_rows(side, rows) for side in (self.preds, self.target))
+            values.append(float(compute(self.extra[metric], *drawn)))
         return np.array(values)
 
     def same_as(self, other: Evaluation) -> bool:
@@ -147,3 +148,7 @@ class Evaluation:
             and self.scores.keys() == other.scores.keys()
             and all(np.array_equal(scores, other.scores[name], equal_nan=True) for name, scores in self.scores.items())
         )
+
+
+def _rows(values: Tensor | list[str], rows: np.ndarray) -> Tensor | list[str]:
+    return values[torch.from_numpy(rows)] if isinstance(values, Tensor) else [values[row] for row in rows]

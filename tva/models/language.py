@@ -21,7 +21,7 @@ from tva.models.huggingface import Kind, load_network, load_tokenizer, longest_i
 from tva.models.optim import check_layer_decay, make_optimizer, prepare
 from tva.models.sharding import shard_later
 
-TextMetric = Literal["exact_match", "rouge1", "rouge2", "rougeL", "bleu"]
+TextMetric = Literal["exact_match", "rouge1", "rouge2", "rougeL", "bleu", "text_perplexity"]
 IGNORED = -100  # a target that no loss is taken of
 
 
@@ -65,7 +65,8 @@ class LanguageModel(L.LightningModule, ABC):
         tokenizer: Folder or hub name of the tokenizer, where ``name`` brings none.
         metrics: Metrics of text that is generated greedily from prompts and compared with targets: ``exact_match``,
             ``rouge1``, ``rouge2``, ``rougeL`` (F-measures; each with a score for each example) and ``bleu`` (of all
-            texts together).
+            texts together); or ``text_perplexity``, the mean over examples of each one's perplexity, which generates
+            nothing.
         max_new_tokens: Tokens that are generated at most.
         weights: Checkpoint of this module to start from, such as the output of ``tva edit``.
         learning_rate: Peak learning rate of AdamW.
@@ -190,6 +191,9 @@ class LanguageModel(L.LightningModule, ABC):
         options = {"on_step": False, "on_epoch": True, "batch_size": len(counts)}
         self.log(f"{stage}/{self.task}/perplexity", self.perplexity[stage], prog_bar=True, **options)
         metrics, unknown = self._asked()
+        if "text_perplexity" in metrics:
+            metrics.remove("text_perplexity")
+            scores["text_perplexity"] = (sums / counts).exp()
         made: list[str] = []
         wanted: list[str] = []
         if metrics or unknown:

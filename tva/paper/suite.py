@@ -19,7 +19,7 @@ from tva.errors import did_you_mean, some
 from tva.paper.configs import fill, merge, nested
 
 SUITE = Path(__file__).parent / "suite"
-_SETUP = {"about", "model", "fit", "edit", "data", "edit_data", "tasks", "download", "needs", "classes"}
+_SETUP = {"about", "model", "fit", "edit", "data", "edit_data", "tasks", "download", "needs", "classes", "like"}
 _EXPERIMENT = {"title", "source", "edits", "scales", "rows", "effects", "needs", "figures"}
 _SCALE = {"setup", "tasks", "controls", "seeds", "paper", "differs", "words", "options", "edit_data"}
 
@@ -210,13 +210,22 @@ def load_experiment(name: str) -> dict[str, Scale]:
     scales = {}
     for scale, options in content["scales"].items():
         _check_keys(f"{file}, scale {scale}", options, _SCALE, ("setup", "tasks"))
-        setups = [folder / "setups" / f"{options['setup']}.yaml" for folder in (file.parent, SUITE)]
-        found = next((setup for setup in setups if setup.is_file()), None)
-        if found is None:
-            raise ValueError(f"{file}, scale {scale}: there is no setup {options['setup']!r} at {some(setups)}.")
-        setup = _read(found, _SETUP, ("model", "fit", "data", "tasks"))
+        setup = _read_setup(options["setup"], f"{file}, scale {scale}", [file.parent, SUITE])
         scales[scale] = Scale(file.stem, scale, content, options["setup"], setup)
     return scales
+
+
+def _read_setup(name: str, where: str, folders: Sequence[Path]) -> dict[str, Any]:
+    """Read a setup, laid over the one that it is like, if it names one."""
+    files = [folder / "setups" / f"{name}.yaml" for folder in folders]
+    found = next((file for file in files if file.is_file()), None)
+    if found is None:
+        raise ValueError(f"{where}: there is no setup {name!r} at {some(files)}.")
+    setup = _read(found, _SETUP, ())
+    if "like" in setup:
+        setup = merge(_read_setup(setup.pop("like"), str(found), folders), nested(setup))
+    _check_keys(str(found), setup, _SETUP, ("model", "fit", "data", "tasks"))
+    return setup
 
 
 def find_scale(name: str, scale: str | None) -> Scale:
@@ -245,6 +254,7 @@ def _read(file: Path, known: set[str], needed: Sequence[str]) -> dict[str, Any]:
 def _check_keys(where: str, content: Any, known: set[str], needed: Sequence[str]) -> None:
     if not isinstance(content, Mapping):
         raise ValueError(f"{where} must be a mapping with the keys {some(sorted(known), 20)}; found {content!r}.")
-    odd, missing = sorted(content.keys() - known), [key for key in needed if key not in content]
+    odd = sorted(key for key in content if str(key).split(".")[0] not in known)
+    missing = [key for key in needed if key not in content]
     if odd or missing:
         raise ValueError(f"{where} has unknown keys {odd} and lacks {missing}; the keys are {some(sorted(known), 20)}.")

@@ -44,7 +44,8 @@ def plan(scale: Scale, output: Path, data_root: str | None, seeds: Sequence[int]
     finished = [edit for edit in edits if (edit_folder(output, scale, edit.name, edit.seed) / DONE).exists()]
     download = scale.setup.get("download", {})
     sets = sorted({task for edit in edits for role in ("targets", "controls") for task in edit.config.get(role, {})})
-    named = {task: download[task] for task in sets if task in download}
+    read = sorted({*sets, *(name for edit in edits for name in edit.vectors)})
+    named = {task: download[task] for task in read if task in download}
     return {
         "experiment": scale.experiment,
         "scale": scale.name,
@@ -68,15 +69,16 @@ def files_needed(scale: Scale, edits: Sequence[Any], root: str) -> list[dict[str
     """Return the files that must be in the data root, and whether they are."""
     found: set[str] = set()
 
-    def collect(value: Any) -> None:
+    def collect(value: Any, key: str = "") -> None:
         if isinstance(value, Mapping):
-            for item in value.values():
-                collect(item)
+            for name, item in value.items():
+                collect(item, name)
         elif isinstance(value, (list, tuple)):
             for item in value:
                 collect(item)
         elif isinstance(value, str) and value.startswith(f"{root}/"):
-            splits = ("train", "test") if "{split}" in value else ("",)
+            parts = ("val" if key == "prompts" else "train", "test")
+            splits = parts if "{split}" in value else ("",)
             found.update(value.replace("{split}", split) for split in splits)
 
     collect([edit.config for edit in edits])
