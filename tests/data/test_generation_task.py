@@ -205,7 +205,7 @@ def test_the_edit_of_the_page_is_chosen_by_what_the_model_writes(folder, tmp_pat
     random = torch.Generator().manual_seed(0)
     moved = {name: base[name] + 0.3 * torch.randn(base[name].shape, generator=random) for name in base}
     TaskVector.between({name: base[name] for name in base}, moved).save("toxic.tv.safetensors")
-    (tmp_path / "prompts.txt").write_text("\n".join(4 * PROMPTS))
+    (tmp_path / "prompts.txt").write_text("\n".join(8 * PROMPTS))
     (tmp_path / "words.txt").write_text("\n".join(WORDS[3:6]))
     for split in ("train", "test"):
         (tmp_path / f"prose-{split}.txt").write_text((folder / f"prose-{split}.txt").read_text())
