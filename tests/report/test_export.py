@@ -3,6 +3,8 @@
 import csv
 import io
 import json
+import re
+from xml.etree import ElementTree
 
 import pytest
 import small_edit
@@ -10,6 +12,7 @@ from small_edit import edit
 
 from tva import EditReport
 from tva.cli.main import main
+from tva.report.chart_files import chart_files
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +53,7 @@ def test_latex_escapes_what_latex_reads(run_folder, tmp_path, capsys):
 def test_folders_of_fits_are_left_out_and_named(run_folder, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     main(["report", str(run_folder / "out"), str(run_folder / "fit")])
-    assert f"left out, for they hold no edit: '{run_folder / 'fit'}'" in capsys.readouterr().out.replace("\n", " ")
+    assert f"left out, since they hold no edit: '{run_folder / 'fit'}'" in capsys.readouterr().out.replace("\n", " ")
     with pytest.raises(SystemExit):
         main(["report", str(run_folder / "fit")])
     assert "No report at" in capsys.readouterr().err
@@ -71,3 +74,28 @@ def test_frames_have_the_numbers_of_the_report(run_folder):
 
 
 vectors = small_edit.vectors  # a fixture
+
+
+@pytest.mark.parametrize(("format", "start"), [("png", b"\x89PNG"), ("svg", b"<svg"), ("pdf", b"%PDF")])
+def test_every_chart_of_the_page_is_drawn_into_a_file_of_its_own(run_folder, tmp_path, capsys, format, start):
+    main(["report", str(run_folder / "out"), "--charts", str(tmp_path / "figures"), "--format", format])
+    page = (run_folder / "out/report.html").read_text()
+    names = re.findall(r'<figure class="chart" id="([^"]+)"', page)
+    files = {file.name: file.read_bytes() for file in (tmp_path / "figures").iterdir()}
+    assert files.keys() == {f"{name}.{format}" for name in names}
+    assert all(content.startswith(start) and len(content) > 2000 for content in files.values())
+    assert f"drew {len(names)} charts in {tmp_path / 'figures'}" in capsys.readouterr().out.replace("\n", "")
+
+
+def test_a_drawing_says_what_it_shows_and_is_black_on_white(run_folder):
+    content = EditReport.load(run_folder / "out").to_json()
+    drawings = dict(chart_files({"a/b": content, "c": content}, "svg"))
+    assert {name.partition("-curve")[0] for name in drawings} >= {"a-b", "c"}
+    assert any(name.startswith("comparison-") for name in drawings)
+    for drawing in drawings.values():
+        root = ElementTree.fromstring(drawing)
+        title, described = root[0], root[1]
+        assert root.get("role") == "img"
+        assert title.tag.endswith("}title")
+        assert len(described.text) > 30
+        assert b'fill="white"' in drawing

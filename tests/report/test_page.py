@@ -1,6 +1,7 @@
 """The page of an edit: what it says, its schema and card, and how it looks in a browser without a network."""
 
 import html
+import itertools
 import json
 import math
 import re
@@ -193,6 +194,23 @@ def test_names_are_shown_and_never_run(runs):
     assert bad in words(page)
 
 
+def test_a_screen_reader_gets_captions_headers_and_names(runs):
+    for folder in runs.values():
+        page = re.sub(r"<(script|style|svg)\b.*?</\1>", " ", (folder / "report.html").read_text(), flags=re.DOTALL)
+        tables = re.findall(r"<table.*?</table>", page, flags=re.DOTALL)
+        assert len(tables) > 4
+        for table in tables:
+            assert re.search(r"<caption[^>]*>[^<]{4,}</caption>", table)
+            assert not re.search(r"<th(?! scope=)[ >]", table)
+            assert not re.search(r"<th[^>]*></th>", table)
+            for row in re.findall(r"<tr>.*?</tr>", table.partition("<tbody>")[2], flags=re.DOTALL):
+                assert row.startswith('<tr><th scope="row">')
+        assert page.count('<div class="wide" role="group" tabindex="0" aria-label="') == len(tables)
+        assert page.count("<h1>") == page.count("<main>") == 1
+        headings = [int(level) for level in re.findall(r"<h(\d)", page)]
+        assert all(after - before <= 1 for before, after in itertools.pairwise(headings))
+
+
 # --- in a browser
 
 
@@ -215,6 +233,20 @@ def test_a_browser_draws_every_chart_and_asks_for_nothing(runs, tab, size):
         assert min(tab.evaluate(marks)) > 1, kind
         wide = "Math.max(...[...document.querySelectorAll('.live svg')].map(s => s.getBoundingClientRect().right))"
         assert tab.evaluate(wide) <= size[0], kind
+
+
+@pytest.mark.parametrize("size", [DESKTOP, PHONE], ids=["desktop", "phone"])
+def test_verdicts_and_legends_are_on_the_screen(runs, tab, size):
+    for kind, folder in runs.items():
+        tab.open((folder / "report.html").as_uri(), size, until=DRAWN)
+        verdicts = (
+            "[...document.querySelectorAll('td > .passes, td > .fails')].map(e => e.getBoundingClientRect().right)"
+        )
+        found = tab.evaluate(verdicts)
+        assert len(found) == len(read_report(folder)["constraints"]), kind
+        assert max(found, default=0) <= size[0], kind
+        legend = "[...document.querySelectorAll('.live .role-legend text')].map(e => e.getBoundingClientRect().right)"
+        assert max(tab.evaluate(legend)) <= size[0], kind
 
 
 def test_a_browser_runs_no_script_that_is_not_the_pages_and_prints(runs, tab, tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from typing import Any
 
 import lightning as L
@@ -38,6 +39,15 @@ class StepBar(RichProgressBar):
         if counts_steps(self.trainer):
             return f"{'Step':<{len(self.validation_description)}}"
         return super()._get_train_description(current_epoch)
+
+    def get_metrics(self, trainer: L.Trainer, pl_module: L.LightningModule) -> dict[str, Any]:
+        """Return what there is room for beside the bar: the loss only in a terminal of less than 120 columns."""
+        found = super().get_metrics(trainer, pl_module)
+        found.pop("v_num", None)
+        if shutil.get_terminal_size().columns >= 120:
+            return found
+        losses = [value for name, value in found.items() if "loss" in name and "val" not in name]
+        return {"loss": losses[0]} if losses else {}
 
     def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if not counts_steps(trainer) or self.train_progress_bar_id is None:

@@ -249,6 +249,8 @@ def _make(kind: type[_CommandLine], command: str, about: str | None = None) -> A
     # torch 2.15 and jsonargparse 4.49 deprecate calls that lightning 2.6.6 makes; its master no longer makes them
     warnings.filterwarnings("ignore", message=r".*isinstance\(treespec, LeafSpec\).*")
     warnings.filterwarnings("ignore", category=DeprecationWarning, module="lightning.*")
+    # a tip to install another logger
+    warnings.filterwarnings("ignore", message=r".*`tensorboardX` has been removed as a dependency.*")
     try:
         return type(kind.__name__, (kind,), {"command": command})(
             trainer_defaults={

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from tva.checkpoints import atomic_path, fingerprint, open_weights
+from tva.report.chart_files import Format, chart_files
 from tva.report.edit_report import read_report, stamp
 from tva.report.export import all_rows, to_csv, to_latex
 from tva.report.page import comparison_page, differences, edit_page
@@ -24,7 +25,7 @@ class Revisited:
     Attributes:
         contents: Their ``edit.json``, by name.
         notices: What is said at the top of each page, by name; of the comparison under ``""``.
-        pages: The files written: pages, and tables if asked for.
+        pages: The files written: pages, and tables and charts if asked for.
         skipped: Folders that hold no edit, such as those of fits.
     """
 
@@ -48,6 +49,8 @@ def revisit(
     output: str | os.PathLike[str] | None = None,
     csv: str | os.PathLike[str] | None = None,
     latex: str | os.PathLike[str] | None = None,
+    charts: str | os.PathLike[str] | None = None,
+    format: Format = "png",
 ) -> Revisited:
     """Rebuild the page of every run, and with several put them side by side; export their numbers.
 
@@ -57,6 +60,8 @@ def revisit(
             beside its edit.json. A name that ends in .csv or .tex is a table instead, and no page is written.
         csv: Also write all numbers of the tasks as CSV.
         latex: Also write the table before and after as LaTeX.
+        charts: Also draw every chart into this folder, one file each.
+        format: Of these files: png, svg or pdf.
 
     Raises:
         FileNotFoundError: A run does not exist, or none is an edit.
@@ -77,6 +82,8 @@ def revisit(
     else:
         pages = _write_pages(paths, contents, notices, output)
     pages += [_write(Path(path), text) for path, text in tables.items() if path is not None]
+    if charts is not None:
+        pages += [_write(Path(charts) / name, drawn) for name, drawn in chart_files(contents, format)]
     return Revisited(contents, notices, pages, [path for path in skipped if path not in paths])
 
 
@@ -128,9 +135,9 @@ def _write_pages(
     return pages
 
 
-def _write(path: Path, page: str) -> Path:
+def _write(path: Path, content: str | bytes) -> Path:
     with atomic_path(path) as temporary:
-        temporary.write_text(page, encoding="utf-8")
+        temporary.write_bytes(content if isinstance(content, bytes) else content.encode("utf-8"))
     return path
 
 

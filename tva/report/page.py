@@ -43,12 +43,6 @@ def edit_page(content: Content, notices: Sequence[str] = ()) -> str:
         content: An ``edit.json``.
         notices: Shown before everything else.
     """
-    diagnostics = {name: found for name, found in content["diagnostics"].items() if found.get("rows")}
-    matrices = [
-        matrix(f"matrix-{name}", title, diagnostics[name], _matrix_text(name, diagnostics[name]), signed)
-        for name, (title, signed) in MATRICES.items()
-        if name in diagnostics
-    ]
     extra = {**content["baselines"], **{k: v for k, v in content["diagnostics"].items() if k not in MATRICES}}
     extra |= audit_tables(content)
     return _render(
@@ -61,13 +55,31 @@ def edit_page(content: Content, notices: Sequence[str] = ()) -> str:
         headline=list(_headline(content)),
         before=before_table(content),
         dots=list(dots(content)),
-        curves=[*curves(content), *coefficient_map(content)],
+        curves=_searched(content),
         no_curve=_no_curve(content),
         planes=list(planes(content)),
-        matrices=matrices,
+        matrices=_matrices(content),
         extra={name: _table(found) for name, found in extra.items()},
         lineage=_lineage(content),
     )
+
+
+def charts_of(content: Content) -> list[Chart]:
+    """Return all charts of an edit's page, in its order."""
+    return [*dots(content), *_searched(content), *planes(content), *_matrices(content)]
+
+
+def _searched(content: Content) -> list[Chart]:
+    return [*curves(content), *coefficient_map(content)]
+
+
+def _matrices(content: Content) -> list[Chart]:
+    diagnostics = {name: found for name, found in content["diagnostics"].items() if found.get("rows")}
+    return [
+        matrix(f"matrix-{name}", title, diagnostics[name], _matrix_text(name, diagnostics[name]), signed)
+        for name, (title, signed) in MATRICES.items()
+        if name in diagnostics
+    ]
 
 
 def comparison_page(contents: Mapping[str, Content], notices: Sequence[str] = ()) -> str:

@@ -73,3 +73,15 @@ def draw_png(spec: Mapping[str, Any], width: int = 620, scale: float = 2.0) -> b
     import vl_convert
 
     return vl_convert.vegalite_to_png({**spec, "width": width}, vl_version=VERSION, scale=scale)
+
+
+def draw_pdf(spec: Mapping[str, Any], width: int = 620) -> bytes:
+    """Draw a chart as PDF, for papers.
+
+    Args:
+        spec: Vega-Lite whose width is the page's.
+        width: In pixels, 72 of them an inch.
+    """
+    import vl_convert
+
+    return vl_convert.vegalite_to_pdf({**spec, "width": width}, vl_version=VERSION)

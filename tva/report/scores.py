@@ -63,7 +63,7 @@ def _dots(
         "field": "model",
         "type": "nominal",
         "scale": {"domain": list(colors), "range": list(colors.values())},
-        "legend": {"columns": 4},
+        "legend": {"columns": 2},
     }
     tips = tooltip((field, field), ("model", "model"), ("shown", metric))
     bar = {

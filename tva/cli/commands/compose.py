@@ -118,9 +118,9 @@ def _print_plan(console: Console, plan: Plan) -> None:
     columns = [
         words("tensors", lambda row: row.label),
         Column("number", lambda row: f"{len(row.names)}"),
+        *(Column(key, lambda row, key=key: _ramp([c[key] for c in row.coefs if key in c])) for key in plan.columns),
         Column("shape", lambda row: f"{list(row.spec.sizes)}"),
         Column("dtype", lambda row: row.spec.dtype_name),
-        *(Column(key, lambda row, key=key: _ramp([c[key] for c in row.coefs if key in c])) for key in plan.columns),
     ]
     print_line(console, plan.formula, "bold")
     print_table(console, columns, plan.rows)

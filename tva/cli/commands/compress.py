@@ -24,7 +24,7 @@ def show(result: CompressReport) -> None:
     shares = sorted(result.shares.items(), key=lambda item: -item[1].num_bytes)
     print_table(console, COLUMNS, shares, [("whole", result.whole)])
     error, name = result.largest_error
-    print_line(console, f"largest error of a tensor: {error:.3g}, of {name}")
+    print_line(console, f"largest error of any tensor: {error:.3g}, in {name}")
     print_line(
         console,
         f"wrote {result.output}: {result.num_bytes:,} bytes with its header, "

@@ -41,4 +41,4 @@ def show(result: Sequence[dict[str, Any]]) -> None:
     """Print one row a scale."""
     console = make_console()
     print_table(console, COLUMNS, result)
-    print_line(console, "tva paper plan NAME --scale SCALE says what one would do; tva paper run NAME does it.")
+    print_line(console, "tva paper plan NAME --scale SCALE reports what one would do; tva paper run NAME does it.")

@@ -85,7 +85,7 @@ def run(
 ) -> list[Step]:
     """Run experiments of the paper: fits, edits and their numbers; what is finished is skipped.
 
-    ``tva paper list`` lists them, ``tva paper plan`` says what one would do, ``tva paper table`` shows the results.
+    ``tva paper list`` lists them, ``tva paper plan`` reports what one would do, ``tva paper table`` shows the results.
 
     Args:
         names: Experiments, or paths of YAML files of your own.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from tva.console import make_console, print_line
+from tva.console import counted, make_console, print_line
 from tva.edit.runs import Revisited, revisit
 from tva.errors import some
 from tva.report.page import state_of
@@ -44,6 +44,10 @@ def show(result: Revisited) -> None:
         for notice in notices:
             print_line(console, f"note: {name + ': ' if name else ''}{notice}")
     if result.skipped:
-        print_line(console, f"left out, for they hold no edit: {some([str(path) for path in result.skipped])}")
+        print_line(console, f"left out, since they hold no edit: {some([str(path) for path in result.skipped])}")
+    drawn = [page for page in result.pages if page.suffix.lower() in (".png", ".svg", ".pdf")]
     for page in result.pages:
-        print_line(console, f"wrote {page}")
+        if page not in drawn:
+            print_line(console, f"wrote {page}")
+    if drawn:
+        print_line(console, f"drew {counted(len(drawn), 'chart')} in {drawn[0].parent}")
