@@ -252,7 +252,7 @@ def test_a_strategy_that_shards_is_refused_at_setup_with_what_to_do():
 
 
 def test_options_that_cannot_be_understood_are_refused(tmp_path):
-    with pytest.raises(ValueError, match="one or both of fisher, gram"):
+    with pytest.raises(ValueError, match="one or more of fisher, gram, curvature"):
         MergeStatistics(kinds=["hessian"])
     with pytest.raises(ValueError, match="num_examples must be at least 1"):
         MergeStatistics(num_examples=0)

@@ -74,7 +74,7 @@ def measure_information(
     distinct = list({id(parameter): parameter for parameter in parameters.values()}.values())
     squares = [torch.zeros_like(parameter, dtype=torch.float32) for parameter in distinct]
     count = 0
-    with _evaluating(model), _watching(model, conv) as grams, torch.enable_grad():
+    with evaluating(model), _watching(model, conv) as grams, torch.enable_grad():
         for example in examples:
             if count == num_examples:
                 break
@@ -100,34 +100,41 @@ def measure_information(
     )
 
 
-class _Gram:
-    """Sum of products of rows, in float64; rows wait until there are enough for one large product."""
+class Gram:
+    """Sum of products of rows, in float64; rows wait until there are enough for one large product.
 
-    def __init__(self) -> None:
-        self.seen = False
+    Args:
+        max_size: Of rows that are longer only the diagonal is summed.
+    """
+
+    def __init__(self, max_size: int | None = None) -> None:
+        self.seen, self.max_size = False, max_size
         self._rows: list[Tensor] = []
         self._total = torch.zeros(0, 0, dtype=torch.float64)
 
-    def add(self, rows: Tensor) -> None:  # (positions, inputs)
+    def add(self, rows: Tensor) -> None:
+        """Add rows, shape (positions, columns)."""
         if not self.seen:
-            self._total = torch.zeros(rows.shape[1], rows.shape[1], dtype=torch.float64)
+            diagonal = self.max_size is not None and rows.shape[1] > self.max_size
+            self._total = torch.zeros(rows.shape[1:] if diagonal else 2 * rows.shape[1:], dtype=torch.float64)
         self.seen = True
         self._rows.append(rows.detach())
-        if sum(map(len, self._rows)) >= len(self._total):
+        if self._total.ndim == 1 or sum(map(len, self._rows)) >= len(self._total):
             self._flush()
 
     def _flush(self) -> None:
         rows = torch.cat(self._rows).float()
-        self._total += (rows.T @ rows).cpu()
+        self._total += (rows.T @ rows if self._total.ndim == 2 else rows.square().sum(dim=0)).cpu()
         self._rows = []
 
     def total(self) -> Tensor:
+        """Return the sum, shape (columns, columns), or its diagonal."""
         if self._rows:
             self._flush()
         return self._total
 
 
-def _matrices(grams: list[_Gram], count: int, add_up: Callable[[Tensor], Tensor]) -> list[Tensor | None]:
+def _matrices(grams: list[Gram], count: int, add_up: Callable[[Tensor], Tensor]) -> list[Tensor | None]:
     """Return the matrices over all processes, of which some may never have called a layer."""
     if not grams:
         return []
@@ -143,11 +150,11 @@ def _matrices(grams: list[_Gram], count: int, add_up: Callable[[Tensor], Tensor]
 
 
 @contextmanager
-def _watching(model: nn.Module, conv: bool) -> Iterator[dict[str, _Gram]]:
+def _watching(model: nn.Module, conv: bool) -> Iterator[dict[str, Gram]]:
     """Collect the inputs of linear layers, by the name of their weight."""
-    grams: dict[str, _Gram] = {}
+    grams: dict[str, Gram] = {}
     hooks = []
-    by_module: dict[nn.Module, _Gram] = {}
+    by_module: dict[nn.Module, Gram] = {}
 
     def watch(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
         if not isinstance(module, nn.Conv2d):
@@ -163,7 +170,7 @@ def _watching(model: nn.Module, conv: bool) -> Iterator[dict[str, _Gram]]:
         patched = patched and module.padding_mode == "zeros" and not isinstance(module.padding, str)
         if (linear or patched) and module.weight.requires_grad:
             if module not in by_module:
-                by_module[module] = _Gram()
+                by_module[module] = Gram()
                 hooks.append(module.register_forward_hook(watch))
             grams[f"{name}.weight" if name else "weight"] = by_module[module]
     try:
@@ -174,7 +181,7 @@ def _watching(model: nn.Module, conv: bool) -> Iterator[dict[str, _Gram]]:
 
 
 @contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
+def evaluating(model: nn.Module) -> Iterator[None]:
     """Put a model in evaluation mode, and each of its modules back into its own."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
