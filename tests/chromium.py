@@ -56,7 +56,7 @@ class Browser:
         requests: Addresses it asked for, but those of the page itself and of data in it.
     """
 
-    def __init__(self, write, read, timeout_s=60):
+    def __init__(self, write, read, timeout_s=300):
         self.write, self.read, self.timeout_s = write, read, timeout_s
         self.pending, self.number, self.session = b"", 0, None
         self.complaints, self.requests = [], []

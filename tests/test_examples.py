@@ -66,7 +66,7 @@ def test_fsdp2_on_two_processes(tmp_path):
     environment = {name: value for name, value in os.environ.items() if name not in RANKS}
     environment["MASTER_PORT"] = str(free_port())
     command = [sys.executable, EXAMPLES / "fsdp2.py", "--folder", tmp_path, "--accelerator", "cpu", "--devices", "2"]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
     base, tuned = open_weights(next(tmp_path.glob("base-*"))), open_weights(tmp_path / "last.ckpt", prefix="net.")
     vector = TaskVector.load(tmp_path / "last.tv.safetensors")
@@ -80,7 +80,7 @@ def test_hugging_face_trainer(tmp_path):
     for package in ("transformers", "accelerate"):
         pytest.importorskip(package)
     command = [sys.executable, EXAMPLES / "hugging_face_trainer.py", "--folder", tmp_path]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
     for step in (4, 8):
         vector = TaskVector.load(tmp_path / f"checkpoint-{step}/task_vector.tv.safetensors")

@@ -1,6 +1,7 @@
 """The package: its map, imports that run one way, sizes, and how it installs, from a wheel and from a checkout."""
 
 import ast
+import functools
 import os
 import re
 import subprocess
@@ -104,20 +105,30 @@ def modules():
             yield ".".join([package, *(part for part in parts if part != "__init__")]), file
 
 
+@functools.cache
+def nodes(file):
+    """Imports, functions and lines of text alone in a file, of which all that is asked here is made."""
+    kinds = ast.Import | ast.ImportFrom | ast.FunctionDef | ast.Expr
+    return [node for node in ast.walk(ast.parse(file.read_text())) if isinstance(node, kinds)]
+
+
+@functools.cache
 def imports(file):
-    for node in ast.walk(ast.parse(file.read_text())):
+    found = []
+    for node in nodes(file):
         if isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names)
+            found += [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{file}: relative import"
-            yield node.module
-            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+            found += [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
+    return found
 
 
 def is_in(name, rooms):
     return any(name == room or name.startswith(room + ".") for room in rooms)
 
 
+@functools.cache
 def room_of(name):
     """Return the position of a module's floor and its room; None outside of tva."""
     found = [(floor, room) for floor, rooms in enumerate(FLOORS) for room in rooms if is_in(name, {room})]
@@ -197,9 +208,8 @@ def test_the_floors_of_the_page_are_those_of_the_import_test():
 def sizes():
     """Lines of every file, and of every function without its docstring, by name."""
     for name, file in modules():
-        text = file.read_text()
-        yield name, "file", len(text.splitlines())
-        for node in ast.walk(ast.parse(text)):
+        yield name, "file", len(file.read_text().splitlines())
+        for node in nodes(file):
             if isinstance(node, ast.FunctionDef):
                 documented = node.body[0].end_lineno - node.body[0].lineno + 1 if ast.get_docstring(node) else 0
                 yield f"{name}.{node.name}", "function", node.end_lineno - node.lineno + 1 - documented
@@ -213,7 +223,7 @@ def test_files_and_functions_are_short():
 def statements(file):
     """The lines of a file without docstrings, comments, imports and signatures, with their numbers."""
     text, other = file.read_text(), set()
-    for node in ast.walk(ast.parse(text)):
+    for node in nodes(file):
         if isinstance(node, ast.Import | ast.ImportFrom) or (isinstance(node, ast.Expr) and is_text(node.value)):
             other.update(range(node.lineno, node.end_lineno + 1))
         elif isinstance(node, ast.FunctionDef):
@@ -282,26 +292,23 @@ def test_commands_on_files_never_load_lightning(tmp_path):
 
 
 NO_TORCH = """
-import sys
+import os, sys
 from tva.cli.main import main
 
-for line in sys.stdin:
-    main(line.split())
-    assert 'torch' not in sys.modules, line
+commands = sys.stdin.readlines()
+for folder in sys.argv[1:]:
+    os.chdir(folder)
+    for line in commands:
+        main(line.split())
+        assert 'torch' not in sys.modules, (folder, line)
 """
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
-def test_sums_and_selections_of_safetensors_never_load_torch(tmp_path, dtype):
+def test_sums_and_selections_of_safetensors_never_load_torch(tmp_path):
     """Nor do plans and checks of them; loading it would take longer than the arithmetic."""
-    state = {"l.0.w": torch.randn(40, 30), "l.1.w": torch.randn(300), "empty": torch.zeros(0), "one": torch.ones(())}
-    state = {name: tensor.to(dtype) for name, tensor in state.items()} | {"steps": torch.tensor(3)}
-    save_weights(state, tmp_path / "base.safetensors")
-    for name, like in (("a", state), ("b", state)):
-        moved = {key: torch.randn_like(x) if x.is_floating_point() and key != "one" else x for key, x in like.items()}
-        save_weights(moved, tmp_path / f"{name}.safetensors")
-    vector = TaskVector.between(open_weights(tmp_path / "base.safetensors"), open_weights(tmp_path / "b.safetensors"))
-    vector.save(tmp_path / "v.tv.safetensors")
+    folders = [tmp_path / str(dtype) for dtype in (torch.bfloat16, torch.float16, torch.float32)]
+    for folder in folders:
+        write_safetensors(folder, getattr(torch, folder.name.partition(".")[2]))
     call = "compose --base base.safetensors --vectors.a a.safetensors --vectors.b b.safetensors --recipe="
     call_on_vector = "compose --base base.safetensors --vectors.v v.tv.safetensors --output v.safetensors --recipe="
     commands = f"""{call}0.5*(a+b) --output sum.safetensors
@@ -312,9 +319,20 @@ def test_sums_and_selections_of_safetensors_never_load_torch(tmp_path, dtype):
         {call}s*analogy(a,b,a) --coefs={{"s":{{"l.0":2,".*":0.5}}}} --output analogy.safetensors
         {call_on_vector}-v
         verify sum.safetensors"""
-    run = [sys.executable, "-c", NO_TORCH]
-    done = subprocess.run(run, input=commands, cwd=tmp_path, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", NO_TORCH, *folders], input=commands, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+def write_safetensors(folder, dtype):
+    folder.mkdir()
+    state = {"l.0.w": torch.randn(40, 30), "l.1.w": torch.randn(300), "empty": torch.zeros(0), "one": torch.ones(())}
+    state = {name: tensor.to(dtype) for name, tensor in state.items()} | {"steps": torch.tensor(3)}
+    save_weights(state, folder / "base.safetensors")
+    for name, like in (("a", state), ("b", state)):
+        moved = {key: torch.randn_like(x) if x.is_floating_point() and key != "one" else x for key, x in like.items()}
+        save_weights(moved, folder / f"{name}.safetensors")
+    vector = TaskVector.between(open_weights(folder / "base.safetensors"), open_weights(folder / "b.safetensors"))
+    vector.save(folder / "v.tv.safetensors")
 
 
 @pytest.mark.slow

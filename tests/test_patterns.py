@@ -30,10 +30,10 @@ def test_ordinary_expressions_match_as_ever(pattern):
 
 
 def test_what_is_accepted_ends_soon_also_where_nothing_matches():
-    started = time.monotonic()
+    started = time.process_time()  # not what other processes take
     for pattern in (".*.*.*=", ".*a.*a.*b", "(a|b|c)?(a|b)?.*=", "a*a*a*b"):
         assert not Pattern(pattern, "include").search("a" * 120)
-    assert time.monotonic() - started < 5
+    assert time.process_time() - started < 5
 
 
 @pytest.mark.parametrize("pattern", ["(", "[", "*", "(?P<a>", "(?R)", "\\"])

@@ -22,9 +22,9 @@ from tva.checkpoints.inert_pickle import InertUnpickler, check_pickle
 
 @pytest.fixture(autouse=True)
 def _quick():
-    start = time.perf_counter()
+    start = time.process_time()  # not what other processes take
     yield
-    assert time.perf_counter() - start < 10
+    assert time.process_time() - start < 10
 
 
 def archive(path, pickled, **more):

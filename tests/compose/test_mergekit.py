@@ -1,7 +1,9 @@
 """Configurations of mergekit, each method against its formula in float64, written out here."""
 
+import functools
 import itertools
 import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -78,10 +80,14 @@ def keep_between(delta, density, gamma):
     return delta * mask.view(delta.shape)
 
 
+@functools.cache
+def digest_of(path):
+    return fingerprint(open_weights(path)).digest
+
+
 def uniform(name, tensor, delta):
     """tva's random numbers for a vector and tensor, in [0, 1)."""
-    digest = fingerprint(open_weights(name)).digest
-    bits = random_bits(delta.numel(), Chunk(tensor, 0, (digest,), tuple(delta.shape)), 0)
+    bits = random_bits(delta.numel(), Chunk(tensor, 0, (digest_of(Path(name).absolute()),), tuple(delta.shape)), 0)
     return ((bits.double() + 2**31) / 2**32).view(delta.shape)
 
 

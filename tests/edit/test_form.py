@@ -302,7 +302,7 @@ def test_every_library_loads_what_an_edit_wrote_in_a_fresh_process(tmp_path, mon
         back = open_weights(f"{name}/back" + (".safetensors" if ending else ""))
         assert fingerprint(back) == fingerprint(open_weights(f"{name}/base{ending}")), name
     code = f"import sys; sys.path.insert(0, {str(Path(__file__).parents[1])!r})\n{LOADS}"
-    done = subprocess.run([sys.executable, "-c", code, *expected], capture_output=True, text=True, timeout=300)
+    done = subprocess.run([sys.executable, "-c", code, *expected], capture_output=True, text=True, timeout=600)
     found = json.loads(done.stdout.partition("FOUND")[2] or "null")
     assert found is not None, done.stderr
     for name, values in expected.items():

@@ -192,12 +192,13 @@ def write_config(vectors, folder):
     return str(folder / "c.yaml")
 
 
+@pytest.mark.slow
 def test_the_command_line_edits_with_two_devices(vectors, tmp_path):
     config = write_config(vectors, tmp_path)
     environment = {name: value for name, value in os.environ.items() if name != "PL_GLOBAL_SEED"}
     environment |= {"PYTHONPATH": os.pathsep.join(map(str, Path(__file__).parents[:2])), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "tva", "edit", "--config", config]
-    done = subprocess.run(command, env=environment, timeout=200, capture_output=True, text=True)
+    done = subprocess.run(command, env=environment, timeout=600, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("base + scaling_coef") == 1  # one process tells
     report = json.loads((tmp_path / "out/edit.json").read_text())
@@ -231,6 +232,6 @@ def test_the_status_of_a_refused_edit_is_not_that_of_a_process_that_was_killed(v
     environment = {name: value for name, value in os.environ.items() if name != "PL_GLOBAL_SEED"}
     environment |= {"PYTHONPATH": os.pathsep.join(map(str, Path(__file__).parents[:2])), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "tva", "edit", "--config", config, "--subject_to", '["a/accuracy > base + 2"]']
-    done = subprocess.run(command, env=environment, timeout=200, capture_output=True, text=True)
+    done = subprocess.run(command, env=environment, timeout=600, capture_output=True, text=True)
     assert done.returncode == 1, done.stderr
     assert (tmp_path / "out/edit.json").exists()

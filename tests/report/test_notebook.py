@@ -163,7 +163,7 @@ def test_the_example_notebook_runs_anew_and_shows_what_it_holds(tmp_path):
     for cell in fresh.cells:
         if cell.cell_type == "code":
             cell.update(outputs=[], execution_count=None)
-    nbclient.NotebookClient(fresh, timeout=280, resources={"metadata": {"path": str(tmp_path)}}).execute()
+    nbclient.NotebookClient(fresh, timeout=600, resources={"metadata": {"path": str(tmp_path)}}).execute()
 
     def kinds(notebook):
         cells = [cell for cell in notebook.cells if cell.cell_type == "code"]

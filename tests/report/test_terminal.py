@@ -206,7 +206,7 @@ def test_a_reader_that_leaves_ends_a_command_quietly(words):
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     process.stdout.close()
     assert process.stderr.read() == ""
-    assert process.wait(60) == 141  # what a shell says of a program that a closed pipe has ended
+    assert process.wait(300) == 141  # what a shell says of a program that a closed pipe has ended
     process.stderr.close()
 
 

@@ -351,7 +351,7 @@ print(problem.num_scored, len(problem.tried), choice.scaling_coef)
 def test_two_processes_share_one_search(tmp_path):
     commands = [[sys.executable, "-c", PROCESS, str(tmp_path / "search.journal"), str(seed)] for seed in (0, 1)]
     processes = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for command in commands]
-    outputs = [process.communicate(timeout=300)[0].split() for process in processes]
+    outputs = [process.communicate(timeout=600)[0].split() for process in processes]
     assert all(process.returncode == 0 for process in processes)
     made = [int(own) for own, _, _ in outputs]
     assert min(made) >= 1
