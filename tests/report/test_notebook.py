@@ -15,6 +15,7 @@ from tva.compose.apply import compose
 from tva.edit.trainer import Trainer
 from tva.report.edit_report import read_report
 from tva.vectors.compare import compare
+from tva.vectors.inspect import inspect
 
 NOTEBOOK = Path(__file__).parents[2] / "examples/edit.ipynb"
 
@@ -89,6 +90,23 @@ def test_a_composed_checkpoint_shows_the_change_by_group(tmp_path, monkeypatch):
     assert done.edited.digest in words(cell)
     assert "h.0 1 1 1.00e+00 " in words(cell)
     assert repr(done).startswith("ComposeReport(edited.safetensors, ")
+
+
+def test_an_inspection_and_a_plan_show_the_rows_of_the_terminal(vectors, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    found = inspect(vectors["a"])
+    cell = found._repr_html_()
+    check_cell(cell, 10_000)
+    assert f"net.0 {found.groups['net.0'].tensors} {found.groups['net.0'].elements:,}" in words(cell)
+    assert f"norm {found.whole.norm:.4g}" in repr(found)
+    save_weights({"h.0.w": torch.ones(4), "h.1.w": torch.ones(4)}, "base.safetensors")
+    save_weights({"h.0.w": torch.full((4,), 2.0), "h.1.w": torch.ones(4)}, "a.safetensors")
+    plan = compose("base.safetensors", {"a": "a.safetensors"}, "a", "edited.safetensors", scaling_coef=0.5, plan=True)
+    cell = plan._repr_html_()
+    check_cell(cell, 10_000)
+    assert "Plan base + 0.5 · (a)" in words(cell)
+    assert "tensors number a shape dtype h.*.w 2 0.5 [4] float32" in words(cell)
+    assert "Nothing was written." in words(cell)
 
 
 def test_an_edit_shows_the_numbers_of_edit_json_and_its_curve(report):

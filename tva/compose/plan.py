@@ -79,6 +79,24 @@ class Plan:
     nodes: list[NodeShare] = field(default_factory=list)
     first_read_bytes: int = 0
 
+    def __repr__(self) -> str:
+        return f"Plan({self.formula}: {self.summary()})"
+
+    def _repr_html_(self) -> str:
+        """Show it in a notebook: the formula, the coefficients by tensor, and what it would cost."""
+        from tva.report.notebook import planned_cell
+
+        return planned_cell(self.formula, self.columns, self.rows, [*self.notes, self.summary()])
+
+    def summary(self) -> str:
+        """Return in one sentence what composing would read, write and hold in memory."""
+        whole = f", for {self.largest} as a whole" if self.largest else ""
+        return (
+            f"{self.num_elements / 1e9:.3f} B parameters; would read {self.read_bytes / 1e9:.2f} GB in {self.passes} "
+            f"pass{'es' if self.passes > 1 else ''}, write {self.write_bytes / 1e9:.2f} GB, and take about "
+            f"{self.memory_bytes / 2**20:.0f} MiB of memory{whole}. Nothing was written."
+        )
+
 
 def make_plan(
     base: LazyWeights,

@@ -12,7 +12,7 @@ from tva.report.page import before_table, environment, state_of
 from tva.report.render import draw
 from tva.report.scores import matrix
 from tva.report.series import Content, formula, is_feasible, number
-from tva.report.table import EFFECTS, Column, cells, words
+from tva.report.table import EFFECTS, HELD, Column, cells, plan_columns, words
 from tva.report.vega import Chart
 
 MOST_ROWS = 24  # of a table; the rest is summed into one
@@ -114,6 +114,29 @@ def _matrix(name: str, title: str, names: Sequence[str], values: Sequence[Sequen
     pairs = itertools.combinations(enumerate(names), 2)
     text = "; ".join(f"{a} and {b} {number(values[i][j])}" for (i, a), (j, b) in pairs)
     return matrix(name, title, {"rows": rows}, f"{title} of every pair: {text}.", signed)
+
+
+def inspected_cell(
+    path: str,
+    kind: str,
+    facts: Mapping[str, str],
+    by: str,
+    groups: Mapping[str, Any],
+    sums: Sequence[tuple[str, Any]],
+    notes: Sequence[str],
+) -> str:
+    """Show what a file holds: its header, and norms by group."""
+    shown = list(groups.items())[:MOST_ROWS]
+    more = [f"{len(groups) - len(shown)} more groups are in .groups."] if len(groups) > len(shown) else []
+    tables = [_table([words(by, lambda row: row[0]), *HELD], [*shown, *sums])]
+    return _render(kind.capitalize(), path, facts=facts, tables=tables, notes=[*notes, *more])
+
+
+def planned_cell(formula: str, columns: Sequence[str], rows: Sequence[Any], notes: Sequence[str]) -> str:
+    """Show what composing would do: its coefficients by tensor, and its cost."""
+    more = [f"{len(rows) - MOST_ROWS} more rows are in .rows."] if len(rows) > MOST_ROWS else []
+    tables = [_table(plan_columns(columns), rows[:MOST_ROWS])]
+    return _render("Plan", formula, tables=tables, notes=[*more, *notes])
 
 
 def composed_cell(output: str, facts: Mapping[str, str], effects: Mapping[str, Any], notes: Sequence[str]) -> str:

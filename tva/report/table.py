@@ -197,3 +197,33 @@ EFFECTS = [
     Column("relative change", lambda row: f"{row[1].relative_change:.2e}", bar=lambda row: row[1].relative_change),
     Column("deltas lost in rounding", lambda row: f"{row[1].vanished / max(1, row[1].elements):.1%}"),
 ]
+
+# What a group of tensors holds: rows are pairs of its name and its `tva.vectors.inspect.GroupSummary`.
+HELD = [
+    Column("tensors", lambda row: f"{row[1].tensors:,}"),
+    Column("elements", lambda row: f"{row[1].elements:,}"),
+    Column("norm", lambda row: f"{row[1].norm:.4g}", bar=lambda row: row[1].norm),
+    Column("zero", lambda row: f"{row[1].zeros:.1%}"),
+    Column("largest", lambda row: f"{row[1].largest:.3g}"),
+]
+
+
+def plan_columns(names: Sequence[str]) -> list[Column]:
+    """Return the columns of a plan's rows, with one for each coefficient."""
+    return [
+        words("tensors", lambda row: row.label),
+        Column("number", lambda row: f"{len(row.names)}"),
+        *(Column(name, lambda row, name=name: _ramp([c[name] for c in row.coefs if name in c])) for name in names),
+        Column("shape", lambda row: f"{list(row.spec.sizes)}"),
+        Column("dtype", lambda row: row.spec.dtype_name),
+    ]
+
+
+def _ramp(values: list[float]) -> str:
+    """Return one number, or the range it takes over the layers."""
+    if not values:
+        return "kept"
+    if len(set(values)) == 1:
+        return f"{values[0]:g}"
+    ordered = values in (sorted(values), sorted(values, reverse=True))
+    return f"{values[0]:g} … {values[-1]:g}" if ordered else f"{min(values):g} to {max(values):g}"

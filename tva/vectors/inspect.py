@@ -11,6 +11,8 @@ from typing import Any, Literal
 from tva.arithmetic import is_edited
 from tva.checkpoints import fingerprint, open_weights
 from tva.checkpoints.lazy import as_real
+from tva.console import counted
+from tva.errors import some
 from tva.layers import block_of, in_layer_order
 from tva.vectors.geometry import Sums, measure, total
 from tva.vectors.lazy import header_facts, open_vector, size_of, stored
@@ -92,6 +94,29 @@ class Inspection:
     buffers: GroupSummary | None = None
     untouched: dict[str, list[str]] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+
+    def __repr__(self) -> str:
+        return f"Inspection({self.path}: {self.kind}, {self.whole.tensors} tensors, norm {self.whole.norm:.4g})"
+
+    def _repr_html_(self) -> str:
+        """Show it in a notebook: the header, and norms by group."""
+        from tva.report.notebook import inspected_cell
+
+        sums = [("all", self.whole)] + ([("running statistics, apart", self.buffers)] if self.buffers else [])
+        return inspected_cell(self.path, self.kind, self.fact_texts(), self.by, self.groups, sums, self.notes)
+
+    def fact_texts(self) -> dict[str, str]:
+        """Return the facts as text, with the tensors that a task vector does not move by their reason."""
+        facts = {key: _fact_text(value) for key, value in self.facts.items()}
+        for reason, names in self.untouched.items():
+            facts[reason] = f"{counted(len(names), 'tensor')}: {some(names)}"
+        return facts
+
+
+def _fact_text(value: Any) -> str:
+    if isinstance(value, Mapping):
+        return ", ".join(f"{key} = {_fact_text(part)}" for key, part in value.items())
+    return f"{value:.6g}" if isinstance(value, float) else str(value)
 
 
 def inspect(path: str | os.PathLike[str], by: By = "group") -> Inspection:

@@ -18,7 +18,7 @@ from tva.compose.apply import ComposeReport, compose
 from tva.compose.mergekit import is_mergekit
 from tva.compose.plan import Plan
 from tva.console import make_console, print_line, size_text
-from tva.report.table import EFFECTS, Column, print_table, words
+from tva.report.table import EFFECTS, plan_columns, print_table
 
 HELP = "apply a recipe to a checkpoint on disk in bounded memory: no Trainer, no data, any architecture"
 run = compose
@@ -115,24 +115,11 @@ def _print_adapter(console: Console, result: AdapterReport) -> None:
 
 
 def _print_plan(console: Console, plan: Plan) -> None:
-    columns = [
-        words("tensors", lambda row: row.label),
-        Column("number", lambda row: f"{len(row.names)}"),
-        *(Column(key, lambda row, key=key: _ramp([c[key] for c in row.coefs if key in c])) for key in plan.columns),
-        Column("shape", lambda row: f"{list(row.spec.sizes)}"),
-        Column("dtype", lambda row: row.spec.dtype_name),
-    ]
     print_line(console, plan.formula, "bold")
-    print_table(console, columns, plan.rows)
+    print_table(console, plan_columns(plan.columns), plan.rows)
     for note in plan.notes:
         print_line(console, f"read {note}")
-    whole = f", for {plan.largest} as a whole" if plan.largest else ""
-    print_line(
-        console,
-        f"{plan.num_elements / 1e9:.3f} B parameters; would read {plan.read_bytes / 1e9:.2f} GB in {plan.passes} "
-        f"pass{'es' if plan.passes > 1 else ''}, write {plan.write_bytes / 1e9:.2f} GB, and take about "
-        f"{plan.memory_bytes / 2**20:.0f} MiB of memory{whole}. Nothing was written.",
-    )
+    print_line(console, plan.summary())
     if plan.nodes:
         first = f"first one process reads {plan.first_read_bytes / 1e9:.2f} GB; then " if plan.first_read_bytes else ""
         most = {key: max(getattr(node, key) for node in plan.nodes) for key in vars(plan.nodes[0])}
@@ -142,16 +129,6 @@ def _print_plan(console: Console, plan: Plan) -> None:
             f"{most['shards']}, reading {most['read_bytes'] / 1e9:.2f} GB and writing {most['write_bytes'] / 1e9:.2f} "
             f"GB.",
         )
-
-
-def _ramp(values: list[float]) -> str:
-    """Return one number, or the range it takes over the layers."""
-    if not values:
-        return "kept"
-    if len(set(values)) == 1:
-        return f"{values[0]:g}"
-    ordered = values in (sorted(values), sorted(values, reverse=True))
-    return f"{values[0]:g} … {values[-1]:g}" if ordered else f"{min(values):g} to {max(values):g}"
 
 
 def to_json(result: ComposeReport | AdapterReport | Plan) -> dict[str, Any]:
