@@ -79,7 +79,8 @@ class Runner:
         path = root / "checkpoints" / "last.tv.safetensors"
         if not path.exists():
             configs = ["--config", DEMO / "fit" / "common.yaml", "--config", DEMO / "fit" / f"{task}.yaml"]
-            self.tva("fit", *configs, "--seed_everything", seed, "--trainer.default_root_dir", root)
+            seeds = ["--seed_everything", seed, "--data.seed", seed]
+            self.tva("fit", *configs, *seeds, "--trainer.default_root_dir", root)
         return path
 
     def small(self, model: str, task: str, seed: int, choice: str) -> Path:

@@ -26,7 +26,9 @@ from types import SimpleNamespace
 from typing import Any, Literal
 
 import torch
+from ledger import holm
 from real.run import Benchmark, merged, read, rows, spread
+from scipy import stats
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -480,29 +482,59 @@ def run_seed(model: Model, seed: int) -> None:
 
 
 def table(model: Model, seeds: Sequence[int]) -> str:
-    """Make the table of a model: mean and range over seeds, best first."""
+    """Make the tables of a model, mean and range over seeds, best first: rows with a tuned number, and those without.
+
+    Rows that tune nothing, or are told the task, answer other questions than those that tune one number on validation
+    data. Each tuned row is compared with the sum by Student's paired t over seeds, with Holm's correction for all.
+    """
     files = [model.output / "evaluations" / f"seed={seed}" / "results.json" for seed in seeds]
     results = [json.loads(file.read_text()) for file in files if file.exists()]
     if not results:
         return f"{model.name}: nothing yet"
-    lines = []
-    for name in ["base", *(row.name for row in ROWS)]:
-        found = [result[name] for result in results if name in result]
-        if not found:
-            continue
-        means = [statistics.fmean(result[task] for task in model.tasks) for result in found]
-        tuned = spread([result["best"] for result in found if result.get("best")], 2)
-        edge = " *" if any(result.get("edge") for result in found) else ""
-        worst = spread([min(result[task] for task in model.tasks) for result in found])
-        by_task = [f"{statistics.fmean(result[task] for result in found):.3f}" for task in model.tasks]
-        lines.append((statistics.fmean(means), [name, spread(means), worst, *by_task, tuned + edge]))
-    lines.sort(key=lambda line: -line[0])
-    header = ["method", "mean", "worst task", *model.tasks, "tuned"]
-    text = "\n".join(rows(header, [columns for _, columns in lines]))
+    names = [name for name in ["base", *(row.name for row in ROWS)] if any(name in result for result in results)]
+    tuned = {row.name for row in ROWS if row.scale}
+    p_values = against(model, results, [name for name in names if name in tuned], "sum")
+    text = ""
+    for title, chosen in (("tuned", True), ("untuned, or told the task", False)):
+        lines = [line_of(model, results, name) for name in names if (name in tuned) is chosen]
+        lines.sort(key=lambda line: -line[0])
+        header = [
+            "method",
+            "mean",
+            "worst task",
+            *model.tasks,
+            "tuned",
+            *(["p against the sum, Holm"] if chosen else []),
+        ]
+        columns = [[*line, *([p_values.get(line[0], "")] if chosen else [])] for _, line in lines]
+        text += f"{title}\n\n" + "\n".join(rows(header, columns)) + "\n\n"
     for position, label in ((0, "base"), (1, "fine-tuned")):
         values = {task: spread([r["accuracy"][task][position] for r in results]) for task in model.tasks}
-        text += f"\n{label}: " + ", ".join(f"{task} {value}" for task, value in values.items())
-    return f"{model.name}, {len(results)} seeds\n\n{text}\n"
+        text += f"{label}: " + ", ".join(f"{task} {value}" for task, value in values.items()) + "\n"
+    return f"{model.name}, {len(results)} seeds\n\n{text}"
+
+
+def line_of(model: Model, results: Sequence[Mapping[str, Any]], name: str) -> tuple[float, list[str]]:
+    """Return a row's mean, and its cells; * marks a tuned number at the end of what was tried."""
+    found = [result[name] for result in results if name in result]
+    means = [statistics.fmean(result[task] for task in model.tasks) for result in found]
+    best = spread([result["best"] for result in found if result.get("best")], 2)
+    edge = " *" if any(result.get("edge") for result in found) else ""
+    worst = spread([min(result[task] for task in model.tasks) for result in found])
+    by_task = [f"{statistics.fmean(result[task] for result in found):.3f}" for task in model.tasks]
+    return statistics.fmean(means), [name, spread(means), worst, *by_task, best + edge]
+
+
+def against(model: Model, results: Sequence[Mapping[str, Any]], names: Sequence[str], reference: str) -> dict[str, str]:
+    """Return the corrected p-values of rows against one of them, paired by seed; none for fewer than three seeds."""
+    differences = {}
+    for name in names:
+        both = [result for result in results if name in result and reference in result]
+        change = [statistics.fmean(result[name][t] - result[reference][t] for t in model.tasks) for result in both]
+        if name != reference and len(change) > 2 and statistics.stdev(change) > 0:
+            differences[name] = change
+    p_values = holm([float(stats.ttest_1samp(change, 0.0).pvalue) for change in differences.values()])
+    return {name: f"{p_value:.2g}" for name, p_value in zip(differences, p_values, strict=True)}
 
 
 def main() -> None:

@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import yaml
 from rich.table import Table
 
@@ -19,6 +20,7 @@ from tva import TaskVector
 from tva.cli.main import main as tva
 from tva.console import make_console
 from tva.edit.runs import revisit
+from tva.evaluation.intervals import student_interval
 from tva.report.edit_report import read_report
 from tva.report.series import SCALING, curve
 
@@ -62,7 +64,7 @@ def run_seed(seed: int, output: Path) -> bool:
     for config in sorted(set((CONFIGS / "fit").glob("*.yaml")) - {common}):
         task, root = config.stem, output / config.stem / f"seed={seed}"
         configs = ["--config", common, "--config", config]
-        run("fit", *configs, "--seed_everything", seed, "--trainer.default_root_dir", root)
+        run("fit", *configs, "--seed_everything", seed, "--data.seed", seed, "--trainer.default_root_dir", root)
         vectors[task] = root / "checkpoints" / "last.tv.safetensors"
         vector = TaskVector.load(vectors[task])
         print(f"  {vectors[task]}: {vector}, validation accuracy {vector.origin.metrics[f'val/{task}/accuracy']:.1%}\n")
@@ -71,20 +73,24 @@ def run_seed(seed: int, output: Path) -> bool:
         config = CONFIGS / "edit" / f"{edit}.yaml"
         used = yaml.safe_load(config.read_text())["vectors"]
         paths = [argument for name in used for argument in (f"--vectors.{name}", vectors[name])]
-        passed.append(
-            run(
-                "edit",
-                "--config",
-                config,
-                "--seed_everything",
-                seed,
-                *paths,
-                "--output",
-                output / edit / f"seed={seed}",
-            )
-        )
+        folder = output / edit / f"seed={seed}"
+        configs = ["--config", config, "--config", with_seed(config, seed, folder.with_name(f"seed={seed}.yaml"))]
+        passed.append(run("edit", *configs, "--seed_everything", seed, *paths, "--output", folder))
         print()
     return all(passed)
+
+
+def with_seed(config: Path, seed: int, path: Path) -> Path:
+    """Write what a seed changes in an edit's configuration: the tasks' held-out parts, and the random vector."""
+    content = yaml.safe_load(config.read_text())
+    changed: dict[str, Any] = {"random_seed": seed}
+    for role in ("targets", "controls"):
+        changed[role] = {
+            task: {**given, "init_args": {**given["init_args"], "seed": seed}} for task, given in content[role].items()
+        }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(yaml.safe_dump(changed, sort_keys=False))
+    return path
 
 
 def run(*arguments: object) -> bool:
@@ -101,10 +107,12 @@ def run(*arguments: object) -> bool:
 
 
 def print_summary(reports: Mapping[str, Sequence[Mapping[str, Any]]], seeds: Sequence[int]) -> None:
-    """Print the test scores of each edit, mean and range over seeds."""
+    """Print the test scores of each edit, their mean and 95 % interval over seeds."""
     console = make_console()
     table = Table(box=None, header_style="bold", pad_edge=False, title_justify="left")
-    table.title = f"accuracy on test data, {'seed' if len(seeds) == 1 else 'mean and range over seeds'} "
+    table.title = (
+        f"accuracy on test data, {'seed' if len(seeds) == 1 else 'mean and 95 % interval (Student) over seeds'} "
+    )
     table.title += ", ".join(map(str, seeds))
     for heading in ("edit", "task", "role"):
         table.add_column(heading)
@@ -129,17 +137,19 @@ _LABELS = ("base", "finetuned", "edited", "random")
 
 
 def spread(values: Sequence[float]) -> str:
-    """Format fractions as a percentage, with the range if they differ.
+    """Format fractions as a percentage, with the 95 % interval over seeds if they differ.
 
     Example:
-        >>> spread([0.5]), spread([0.5, 0.6]), spread([])
-        ('50.0%', '55.0% (50.0–60.0)', '–')
+        >>> spread([0.5]), spread([0.5, 0.52, 0.54]), spread([])
+        ('50.0%', '52.0% [47.0, 57.0]', '–')
     """
     if not values:
         return "–"
-    mean = f"{statistics.fmean(values):.1%}"
-    low, high = f"{100 * min(values):.1f}", f"{100 * max(values):.1f}"
-    return mean if low == high else f"{mean} ({low}–{high})"
+    mean, found = f"{statistics.fmean(values):.1%}", student_interval(np.array(values))
+    if found is None or len(set(values)) == 1:
+        return mean
+    low, high = (100 * min(1.0, max(0.0, end)) for end in found)
+    return f"{mean} [{low:.1f}, {high:.1f}]"
 
 
 def draw_curves(reports: Mapping[str, Sequence[Mapping[str, Any]]], path: Path) -> None:

@@ -1,6 +1,7 @@
 """The ledger of results, and benchmarks in small: every line that a CPU reaches of those that need a GPU, or hours."""
 
 import functools
+import importlib
 import importlib.util
 import json
 import types
@@ -134,6 +135,37 @@ def test_benchmarks_of_the_command_line_are_named_and_their_options_checked(caps
             commands.main(words)
         assert stop.value.code == 2
         assert message in capsys.readouterr().err
+
+
+def test_p_values_of_several_tests_are_corrected_in_order():
+    p_values = [0.2, 0.001, 0.04, 0.013]
+    assert ledger.holm(p_values) == pytest.approx([0.2, 0.004, 0.08, 0.039])
+    assert all(np.array(ledger.holm(p_values)) >= p_values)
+    assert ledger.holm([]) == []
+
+
+def test_methods_that_tune_nothing_stand_apart_and_the_others_are_tested_against_the_sum(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    methods = importlib.import_module("methods")  # as `python benchmarks/methods.py` imports it
+    model = types.SimpleNamespace(name="small", tasks=["a", "b"], output=tmp_path)
+    for seed in range(3):
+        results = {"accuracy": {task: [0.5, 0.9] for task in "ab"}, "base": {"a": 0.5, "b": 0.5}}
+        for name, value in (("sum", 0.8), ("ties", 0.9), ("tsv", 0.81), ("mean, λ = 1", 0.7)):
+            moved = value + 0.001 * seed * (name == "ties") + 0.02 * (seed - 1) * (name == "tsv")
+            results[name] = {"a": moved, "b": moved, "best": None if "mean" in name else 0.5, "edge": name == "tsv"}
+        folder = tmp_path / f"evaluations/seed={seed}"
+        folder.mkdir(parents=True)
+        (folder / "results.json").write_text(json.dumps(results))
+    text = methods.table(model, [0, 1, 2])
+    tuned, others = text.split("untuned, or told the task")
+    assert [line.split(" | ")[0] for line in tuned.splitlines() if line.startswith("| t")] == ["| ties", "| tsv"]
+    assert "mean, λ = 1" not in tuned
+    assert "base" in others
+    assert "0.50 *" in next(line for line in tuned.splitlines() if line.startswith("| tsv"))
+    cells = [line.split(" | ") for line in tuned.splitlines() if "0.50" in line]
+    p_values = {name[2:]: last.strip("| ") for name, *_, last in cells}
+    assert float(p_values["ties"]) < 0.001 < 0.1 < float(p_values["tsv"])
+    assert not p_values["sum"]
 
 
 def test_an_interval_over_seeds_covers_where_all_seeds_share_their_test_examples():

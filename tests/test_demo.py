@@ -102,5 +102,5 @@ def test_no_demo_config_trains_or_chooses_on_the_fourth_part():
 
 
 def test_spread_and_task_names():
-    assert demo.spread([0.5, 0.7]) == "60.0% (50.0–70.0)"
+    assert demo.spread([0.5, 0.6, 0.7]) == "60.0% [35.2, 84.8]"
     assert ImageTask("builtin:digits").name == "digits"

@@ -94,7 +94,7 @@ class Benchmark:
         batch_norm, statistics = RULES[rule]
         config = merged(read("edit/common"), read(f"edit/{name}"))
         config["model"]["init_args"]["batch_norm"] = batch_norm
-        config = self.adapt(config, seed, batch_norm) | {"statistics": statistics}
+        config = self.adapt(config, seed, batch_norm) | {"statistics": statistics, "random_seed": seed}
         folder = self.folder(name, seed, rule, confidence)
         config |= {"output": str(folder), "confidence": confidence}
         config["log"] = f"{self.folder(name, seed, rule)}.evaluations.jsonl"  # what needs no second evaluation

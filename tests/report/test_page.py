@@ -71,7 +71,7 @@ def test_edit_json_is_what_its_schema_says(runs, schema):
 
 def test_the_schema_describes_every_field_and_refuses_others_values(runs, schema):
     assert {field.name for field in fields(EditReport)} | {"verdict"} == schema["properties"].keys()
-    assert {*schema["required"], "audits"} == schema["properties"].keys()  # which older reports lack
+    assert {*schema["required"], "audits", "means"} == schema["properties"].keys()  # which older reports lack
     content = read_report(runs["searched"])
     for broken in (
         {"holds": "yes"},

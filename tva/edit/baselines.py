@@ -11,12 +11,12 @@ import torch
 
 from tva.edit.editor import EditState
 from tva.edit.opening import load_vector
-from tva.edit.options import Baseline
+from tva.edit.options import ANALOGY, Baseline
 from tva.edit.outcome import Outcome
 from tva.edit.training import train_briefly
 from tva.evaluation.evaluate import evaluate
 from tva.evaluation.metrics import compute, find_metric
-from tva.search import Candidate, Grid, Problem
+from tva.search import SCALING, Candidate, Grid, Problem
 from tva.vectors.kind import check_kinds, kind_of
 from tva.vectors.task_vector import TaskVector
 
@@ -29,8 +29,72 @@ def run_baselines(names: Sequence[Baseline], outcome: Outcome) -> dict[str, Any]
         "endpoints": endpoints,
         "joint": joint_training,
         "ensemble": output_ensemble,
+        "random": random_vectors,
+        "other_task": other_tasks,
+        "parts": analogy_parts,
     }
     return {name: known[name](outcome) for name in names}
+
+
+NUM_RANDOM = 5  # draws of the baseline 'random'
+
+
+def random_vectors(outcome: Outcome) -> dict[str, Any]:
+    """Random vectors with the edit's norm in every tensor, at its coefficient: five draws, to show their spread."""
+    first, state = outcome.session.options.random_seed or 0, outcome.state
+    seeds = range(first, first + NUM_RANDOM)
+    states = [
+        replace(
+            state,
+            label=f"random, seed {seed}",
+            recipe=f"random_like({state.recipe}, seed={seed})",
+            vector=functools.partial(_random_like, state, seed),
+        )
+        for seed in seeds
+    ]
+    return {"rows": outcome.rows(states)}
+
+
+def _random_like(state: EditState, seed: int) -> TaskVector:
+    return state.vector().random_like(seed)
+
+
+def other_tasks(outcome: Outcome) -> dict[str, Any]:
+    """The vectors that the recipe does not use, added and subtracted at the norm of the edit."""
+    session, edit = outcome.session, outcome.state.vector()
+    norm = abs(outcome.state.scaling_coef) * edit.norm()
+    others = {name: vector for name, vector in session.vectors.items() if name not in outcome.vectors}
+    states = [
+        outcome.moved(f"{'+' if sign > 0 else '−'} {name}", vector, sign * norm / vector.norm())
+        for name, vector in others.items()
+        for sign in (1, -1)
+    ]
+    return {"rows": outcome.rows(states), "reason": f"norm {norm:.4g}, that of the edit"}
+
+
+def analogy_parts(outcome: Outcome) -> dict[str, Any]:
+    """The parts of an analogy C + (B − A): C alone, B − A and B + C, each with a coefficient chosen as the edit's was.
+
+    An analogy says something only where it is better than all of them.
+    """
+    match = ANALOGY.fullmatch(outcome.session.options.recipe)
+    assert match is not None
+    a, b, c = match.groups()
+    vectors = outcome.vectors
+    parts = {c: vectors[c], f"{b} − {a}": vectors[b] - vectors[a], f"{b} + {c}": vectors[b] + vectors[c]}
+    search, rows = outcome.session.goal.search, {}
+    for name, vector in parts.items():
+        state = outcome.moved(name, vector)
+
+        def along(candidates: Sequence[Candidate], state: EditState = state) -> list[EditState]:
+            return [replace(state, coefs=((SCALING, candidate.scaling_coef),)) for candidate in candidates]
+
+        coef = outcome.state.scaling_coef
+        if not outcome.session.goal.is_given:
+            choice = (search if isinstance(search, Grid) else Grid()).run(_problem(outcome, along))
+            coef = choice.scaling_coef if choice.feasible else 0.0
+        rows |= outcome.rows([replace(state, label=f"{name}, λ = {coef:g}", coefs=((SCALING, coef),))])
+    return {"rows": rows, "reason": "each at a coefficient of its own, chosen as the edit's was"}
 
 
 def weight_average(outcome: Outcome) -> dict[str, Any]:

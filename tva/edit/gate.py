@@ -18,6 +18,7 @@ from tva.evaluation.result import Evaluation, Split
 from tva.report.edit_report import ConstraintReport
 from tva.search import Choice, Constraint, score
 from tva.search.base import constraint_slack
+from tva.search.confidence import power_of
 
 
 def prove(session: EditSession, choice: Choice) -> Outcome:
@@ -46,7 +47,8 @@ def prove(session: EditSession, choice: Choice) -> Outcome:
         verdict_on(c, results[0][c.task], before[c.task], chosen_on.get(c.task), options.confidence)
         for c in goal.constraints
     ]
-    outcome = Outcome(session, choice, state, split, evaluations, verdicts, shared)
+    decided = _decided(session, state, before) if choice.feasible else {}
+    outcome = Outcome(session, choice, state, split, evaluations, verdicts, shared, decided)
     if choice.feasible:
         baselines = run_baselines(options.baselines or [], outcome)
         diagnostics = run_diagnostics(options.diagnostics or [], outcome)
@@ -74,6 +76,14 @@ def _shared_examples(session: EditSession, test: Mapping[str, Evaluation]) -> di
     return check_shared(val, test, session.options.allow_shared_examples)
 
 
+def _decided(session: EditSession, state: EditState, test: Mapping[str, Evaluation]) -> dict[str, int]:
+    """Note that test parts decide this edit; return by task how many different edits each has decided so far."""
+    parts = {c.task: test[c.task].data_digest for c in session.goal.constraints}
+    facts = session.evaluator.facts
+    edit = {"recipe": state.recipe, "coefficients": dict(state.coefs), "statistics": state.statistics, **facts}
+    return session.evaluator.log.decide({task: part for task, part in parts.items() if part}, edit)
+
+
 def _random_state(state: EditState, seed: int) -> EditState:
     """Return the state of a random vector with the edit's norm in every tensor."""
     name = f"random_like({state.recipe}, seed={seed})"
@@ -91,6 +101,7 @@ def verdict_on(
     after, before = {constraint.task: edited.metrics}, {constraint.task: base.metrics}
     value = score(after, constraint.task, constraint.metric)
     slack = 0.0 if confidence is None else constraint_slack(constraint, edited, base, confidence)
+    needed, allowed = (None, None) if confidence is None else power_of(constraint, base, confidence)
     return ConstraintReport(
         text=constraint.text,
         task=constraint.task,
@@ -101,4 +112,6 @@ def verdict_on(
         metric=constraint.metric,
         above=constraint.above,
         val_bound=None if chosen_on is None else constraint.bound({constraint.task: chosen_on.metrics}),
+        needed=needed,
+        allowed_loss=allowed,
     )

@@ -36,6 +36,7 @@ def notes_on(outcome: Outcome, trained_on: TrainedOn) -> list[str]:
     """
     leaks = [*_leaks(outcome, trained_on), *_other_parts(outcome), *_other_heads(outcome)]
     power = [f"{text[0].upper()}{text[1:]}." for text in lacking_on_test(outcome.session)]
+    power += [*_power(outcome), *_decided(outcome), *_at_the_end(outcome)]
     form = [outcome.session.form.note] if outcome.session.form.note else []
     return [*_left_out(outcome.session), *form, *leaks, *power]
 
@@ -50,6 +51,44 @@ def lacking_on_test(session: EditSession) -> list[str]:
         return []
     base = {constraint.task: session.evaluator.base(constraint.task, "test") for constraint in constraints}
     return lacking_power(constraints, base, confidence, "test")
+
+
+def _power(outcome: Outcome) -> list[str]:
+    """Say of each constraint what its examples suffice for."""
+    notes, confidence = [], outcome.session.options.confidence
+    for verdict in outcome.verdicts:
+        if verdict.allowed_loss is None or outcome.split != "test":
+            continue
+        base = outcome.evaluations[verdict.task]["base"]
+        unit = "examples" if base.groups is None else f"examples in {base.num_groups:,} groups"
+        fewest = f"; {verdict.needed:,} are needed if nothing is lost" if verdict.needed else ""
+        notes.append(
+            f"{verdict.text} is shown with {confidence:.4g} confidence on these {base.num_examples:,} {unit} if at "
+            f"most {verdict.allowed_loss:.3g} of {verdict.metric} is lost and nothing gained, where the bound allows "
+            f"{abs(base.metrics[verdict.metric] - verdict.bound):.3g}{fewest}."
+        )
+    return notes
+
+
+def _decided(outcome: Outcome) -> list[str]:
+    return [
+        f"The test part of {task} has decided {count} different edits by now: the best of them is not proved by the "
+        f"examples that picked it."
+        for task, count in outcome.decided.items()
+        if count > 1
+    ]
+
+
+def _at_the_end(outcome: Outcome) -> list[str]:
+    """Notice coefficients that are the end of what was searched."""
+    coefs, notes = dict(outcome.state.coefs), []
+    for name, (low, high) in getattr(outcome.session.goal.search, "ranges", {}).items():
+        if outcome.choice.feasible and low < high and coefs.get(name) in {low, high} - {0.0}:
+            notes.append(
+                f"{name} = {coefs[name]:g} is an end of what was searched, {low:g} to {high:g}: another may be better "
+                f"beyond it. Widen the search to know."
+            )
+    return notes
 
 
 def _left_out(session: EditSession) -> list[str]:

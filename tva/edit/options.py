@@ -24,7 +24,8 @@ from tva.evaluation.measures import as_tasks
 from tva.search import NORMALIZED, SCALING, Constraint, Given, Grid, Objective, Rule, Search
 from tva.vectors.task_vector import TaskVector
 
-Baseline = Literal["gradient_ascent", "average", "endpoints", "joint", "ensemble"]
+Baseline = Literal["gradient_ascent", "average", "endpoints", "joint", "ensemble", "random", "other_task", "parts"]
+ANALOGY = re.compile(r"\s*analogy\(\s*(\w+)\s*,\s*(\w+)\s*,\s*(\w+)\s*\)\s*")
 Diagnosis = Literal["cosine", "signs", "norms", "linearity", "disentanglement", "blame"]
 Audit = Literal["relearn", "int8"]
 
@@ -301,6 +302,16 @@ class EditOptions:
         if "gradient_ascent" in asked and objective is None:
             raise ValueError(
                 "The baseline 'gradient_ascent' is stopped by an objective: give minimize= or maximize= too."
+            )
+        if "parts" in asked and not ANALOGY.fullmatch(self.recipe):
+            raise ValueError(
+                f"The baseline 'parts' takes an analogy apart: the recipe must be analogy(a, b, c), with names of "
+                f"vectors; found {self.recipe!r}."
+            )
+        if "other_task" in asked and not self.vectors.keys() - set(re.findall(r"\w+", self.recipe)):
+            raise ValueError(
+                f"The baseline 'other_task' needs a vector that the recipe does not use; {self.recipe!r} uses "
+                f"{some(self.vectors)}. Give one more under vectors."
             )
         if ("joint" in asked) != (self.joint is not None):
             raise ValueError("The baseline 'joint' and the checkpoint joint= go together: give both or none.")

@@ -77,6 +77,7 @@ def build_report(outcome: Outcome) -> EditReport:
         sizes={
             task: counts
             | ({"shared": outcome.shared[task]} if task in outcome.shared else {})
+            | ({"decided": outcome.decided[task]} if outcome.decided.get(task, 1) > 1 else {})
             | {f"trained_{split}": max(found.values()) for split, found in trained_on.get(task, {}).items()}
             for task, counts in evaluator.sizes().items()
         },
@@ -105,6 +106,7 @@ def build_report(outcome: Outcome) -> EditReport:
         created=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         kind=session.kind,
         names=_names(session),
+        means=outcome.means(),
         notes=notes_on(outcome, trained_on),
     )
 
@@ -158,6 +160,7 @@ def _task_report(outcome: Outcome, task: str) -> TaskReport:
         comparison=edited.compare(base, metric),
         chance=chance_accuracy(edited, base) if metric == "accuracy" else None,
         num_groups=base.num_groups,
+        **outcome.normalized_interval(task),
         revision=getattr(outcome.session.options.tasks[task], "resolved_revision", None),
         settings=getattr(outcome.session.options.tasks[task], "tva_settings", None),
     )

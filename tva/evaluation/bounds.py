@@ -214,6 +214,58 @@ def clears(
     return 0 <= margin < math.inf and margin >= slack(edited, base, slope, confidence, above, guard, groups)
 
 
+def allowed_loss(
+    base: np.ndarray,
+    slope: float,
+    offset: float,
+    confidence: float,
+    above: bool = True,
+    groups: np.ndarray | None = None,
+) -> float | None:
+    r"""Return the largest loss on these examples at which a bound is still shown to be met, if nothing is gained.
+
+    Right and wrong answers are lost one by one, evenly over the examples; of other scores every example loses alike.
+
+    Args:
+        base: The base's scores, shape (examples,).
+        slope: As for `slack`.
+        offset: As for `clears`.
+        confidence: One-sided, in (0.5, 1).
+        above: As for `slack`.
+        groups: As for `slack`.
+
+    Returns:
+        How much worse the mean may be, at least 0; None where not even an edit without any loss is shown to meet it.
+
+    Example:
+        >>> allowed_loss(np.ones(100, dtype=bool), slope=0.95, offset=0.0, confidence=0.95)  # 99 right are not enough
+        0.0
+    """
+    sign, binary = (1.0 if above else -1.0), is_binary(base)
+    room = sign * float(base.mean(dtype=np.float64) * (1 - slope) - offset)
+    if binary:
+        rows = np.flatnonzero(base.astype(bool) == above)
+        losses = np.arange(min(len(rows), math.ceil(max(room, 0.0) * len(base)) + 1) + 1) / len(base)
+    else:
+        losses = np.linspace(0.0, max(room, 0.0), 101)
+
+    def shown(place: int) -> bool:
+        if not binary:
+            edited = base.astype(np.float64) - sign * losses[place]
+        else:
+            edited = base.astype(bool).copy()
+            edited[rows[np.arange(place) * len(rows) // max(1, place)]] = not above
+        return clears(edited, base, slope, offset, confidence, above, groups=groups)
+
+    if not shown(0):
+        return None
+    low, high = 0, len(losses)
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if shown(middle) else (low, middle)
+    return float(losses[low])
+
+
 def needed_examples(base: np.ndarray, slope: float, offset: float, confidence: float, above: bool = True) -> int | None:
     r"""Return how many examples are needed to show that a bound is met by an edit that changes no score at all.
 

@@ -7,6 +7,7 @@ comes from a fixed seed: the same scores always give the same interval. Whether 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -202,18 +203,13 @@ def compare(
     """
     if groups is not None:
         return compare(by_group(edited, groups), by_group(base, groups), confidence)
+    means = _paired_means(edited, base)
     if is_binary(edited, base):
         edited, base = edited.astype(bool), base.astype(bool)
-        pairs = np.array([(1.0, 1.0), (0.0, 1.0), (1.0, 0.0), (0.0, 0.0)])  # (edited, base)
-        counts = np.array([(edited & base).sum(), (~edited & base).sum(), (edited & ~base).sum(), 0])
-        counts[3] = len(base) - counts.sum()
-        draws = np.random.default_rng(SEED).multinomial(len(base), (counts + 0.5) / (len(base) + 2), NUM_RESAMPLES)
-        means = draws @ pairs / len(base)  # (resamples, 2)
-        lost, gained = int(counts[1]), int(counts[2])
+        lost, gained = int((~edited & base).sum()), int((edited & ~base).sum())
         p_value = float(stats.binomtest(lost, lost + gained).pvalue) if lost + gained else 1.0
     else:
         pairs = np.stack([edited, base], axis=1).astype(np.float64)  # (examples, 2)
-        means = np.concatenate([pairs[rows].mean(axis=1) for rows in resamples(len(base))])
         changed = np.ptp(pairs[:, 0] - pairs[:, 1]) > 0
         p_value = float(stats.ttest_rel(pairs[:, 0], pairs[:, 1]).pvalue) if changed and len(base) > 1 else None
         if len(base) < FEWEST:
@@ -232,6 +228,49 @@ def compare(
                 difference_high=max(high, found.difference_high),
             )
     return compare_means(float(edited.mean()), float(base.mean()), means, p_value, confidence)
+
+
+def _paired_means(edited: np.ndarray, base: np.ndarray) -> np.ndarray:
+    """Resample examples for `compare`; return the means of both, shape (resamples, 2)."""
+    if not is_binary(edited, base):
+        pairs = np.stack([edited, base], axis=1).astype(np.float64)  # (examples, 2)
+        return np.concatenate([pairs[rows].mean(axis=1) for rows in resamples(len(base))])
+    edited, base = edited.astype(bool), base.astype(bool)
+    pairs = np.array([(1.0, 1.0), (0.0, 1.0), (1.0, 0.0), (0.0, 0.0)])  # (edited, base)
+    counts = np.array([(edited & base).sum(), (~edited & base).sum(), (edited & ~base).sum(), 0])
+    counts[3] = len(base) - counts.sum()
+    draws = np.random.default_rng(SEED).multinomial(len(base), (counts + 0.5) / (len(base) + 2), NUM_RESAMPLES)
+    return draws @ pairs / len(base)
+
+
+def mean_ratio_interval(
+    pairs: Sequence[tuple[np.ndarray, np.ndarray, np.ndarray | None]], confidence: float = 0.95
+) -> tuple[float, float] | None:
+    """Compute an interval of the mean over tasks of a ratio of two means of the same examples.
+
+    Args:
+        pairs: For each task the scores above and below the line, one an example in the same order, and their groups, or
+            None; see `by_group`. The examples of different tasks are taken to be independent.
+        confidence: Two-sided.
+
+    Returns:
+        Lower and upper end, by resampling the examples of each task as `compare` does; None where a task has fewer than
+        20 scores other than right and wrong, or its denominator may be 0.
+    """
+    draws, few = [], FEW
+    for place, (above, below, groups) in enumerate(pairs):
+        if groups is not None:
+            above, below = by_group(above, groups), by_group(below, groups)
+        if not is_binary(above, below):
+            few = min(few, len(above))
+        means = _paired_means(above, below)
+        if few < FEWEST or not (means[:, 1] > 0).all():
+            return None
+        order = np.random.default_rng([SEED, place]).permutation(len(means))  # tasks are independent, seeds are alike
+        draws.append(means[order, 0] / means[order, 1])
+    level = confidence if few == FEW else widened(confidence, few)
+    low, high = np.percentile(np.mean(draws, axis=0), [50 * (1 - level), 50 * (1 + level)])
+    return float(low), float(high)
 
 
 def widened(confidence: float, num_examples: int) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import functools
 import json
 import os
@@ -81,6 +82,10 @@ class EvaluationLog:
         self._found[entry["key"]] = entry
         if not self._writes:
             return
+        self._append(entry)
+
+    def _append(self, entry: Mapping[str, Any]) -> None:
+        assert self.path is not None
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with open(self.path, "ab+") as file:
             if file.tell():
@@ -89,6 +94,42 @@ class EvaluationLog:
             else:
                 torn = False
             file.write((b"\n" if torn else b"") + json.dumps(entry).encode() + b"\n")
+
+    def decide(self, parts: Mapping[str, str], edit: Mapping[str, Any]) -> dict[str, int]:
+        """Note that test parts decide an edit; return by task how many different edits each has decided, this one too.
+
+        Counted are the decisions in this log and in those beside it, whose names end alike, so that edits of one folder
+        know of each other.
+
+        Args:
+            parts: By task the hash of its test part.
+            edit: What tells this edit from others.
+        """
+        if self.path is None:
+            return {}
+        found = self._count(parts, _key(edit)) if self._writes else {}
+        return found if self._trainer is None else self._trainer.strategy.broadcast(found)
+
+    def _count(self, parts: Mapping[str, str], edit: str) -> dict[str, int]:
+        assert self.path is not None
+        suffix = "".join(self.path.suffixes[-2:]) or self.path.name
+        edits: dict[str, set[str]] = {part: set() for part in parts.values()}
+        for file in {self.path, *self.path.parent.glob(f"*{suffix}")}:
+            if not file.is_file():
+                continue
+            with open(file, "rb") as lines:
+                for line in (line for line in lines if line.startswith(_DECISION)):
+                    with contextlib.suppress(json.JSONDecodeError, KeyError, TypeError):
+                        entry = json.loads(line)
+                        for part in edits.keys() & set(entry["decision"]):
+                            edits[part].add(entry["edit"])
+        decides = sorted(part for part in edits if edit not in edits[part])
+        if decides:
+            self._append({"decision": decides, "edit": edit, "key": f"decision {edit}"})
+        return {task: len(edits[part] | {edit}) for task, part in parts.items()}
+
+
+_DECISION = b'{"decision"'
 
 
 def _key(facts: Mapping[str, Any]) -> str:

@@ -133,7 +133,7 @@ class Scale:
                 if tasks:
                     over = nested({**self.setup.get("edit_data", {}), **self.options.get("edit_data", {})})
                     config[role] = {task: merge(self.data(task, seed, data_root), over) for task in tasks}
-            yield Edit(group, name, seed, filled["vectors"], config | {"seed_everything": seed})
+            yield Edit(group, name, seed, filled["vectors"], {"random_seed": seed} | config | {"seed_everything": seed})
 
     def data(self, task: str, seed: int, data_root: str) -> dict[str, Any]:
         """Return the data module of a task.

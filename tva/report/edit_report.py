@@ -76,6 +76,8 @@ class TaskReport:
         revision: Commit of the hub's repository that the data was read from; None of local data.
         num_groups: Groups of examples, where these and not examples are the unit of intervals and tests.
         settings: What the task's numbers depend on besides its examples, such as how texts are sampled.
+        normalized_low: Lower end of the 95 % interval of ``normalized``, where one is known.
+        normalized_high: Upper end.
     """
 
     role: Literal["target", "control"]
@@ -89,6 +91,8 @@ class TaskReport:
     revision: str | None = None
     num_groups: int | None = None
     settings: Mapping[str, Any] | None = None
+    normalized_low: float | None = None
+    normalized_high: float | None = None
 
     @property
     def below_chance(self) -> bool:
@@ -121,6 +125,10 @@ class ConstraintReport:
         metric: The metric that it is on.
         above: Whether the metric must be above the bound.
         val_bound: The bound on validation data, where the coefficient was chosen there.
+        needed: Examples (or groups) with which an edit that loses nothing is shown to hold, where a confidence is asked
+            for and it is known.
+        allowed_loss: The largest loss on the reported examples at which an edit that gains nothing is still shown to
+            hold, likewise.
     """
 
     text: str
@@ -132,6 +140,8 @@ class ConstraintReport:
     metric: str
     above: bool
     val_bound: float | None
+    needed: int | None = None
+    allowed_loss: float | None = None
 
     @property
     def compared(self) -> str:
@@ -174,6 +184,7 @@ class EditReport:
     names: Mapping[str, Any] = field(default_factory=dict)
     notes: Sequence[str] = ()
     audits: Mapping[str, Any] = field(default_factory=dict)
+    means: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def split(self) -> str:
@@ -246,8 +257,8 @@ class EditReport:
         content = read_report(Path(run))
         content.pop("verdict", None)
         known = {field.name for field in fields(cls)}
-        if content.keys() | {"audits"} != known:
-            odd = sorted((content.keys() | {"audits"}) ^ known)
+        if content.keys() | _OPTIONAL != known:
+            odd = sorted((content.keys() | _OPTIONAL) ^ known)
             raise ValueError(f"{run} is of another version of tva: it differs in {some(odd)}. Make the edit again.")
         tasks = {name: _task_of(entry, Comparison) for name, entry in content["tasks"].items()}
         constraints = [ConstraintReport(**{**c, **_real(c, "value", "bound")}) for c in content["constraints"]]
@@ -265,6 +276,11 @@ class EditReport:
                 "higher_is_better": task.higher_is_better,
                 **{label: vars(score) for label, score in task.scores.items()},
                 "normalized": task.normalized,
+                **(
+                    {}
+                    if task.normalized_low is None
+                    else {"normalized_low": task.normalized_low, "normalized_high": task.normalized_high}
+                ),
                 "comparison": vars(task.comparison) if task.comparison else None,
                 "chance": task.chance,
                 "below_chance": task.below_chance,
@@ -273,9 +289,16 @@ class EditReport:
             }
             for name, task in self.tasks.items()
         }
-        constraints = [vars(constraint) for constraint in self.constraints]
+        optional = ("needed", "allowed_loss")
+        constraints = [
+            {name: value for name, value in vars(constraint).items() if name not in optional or value is not None}
+            for constraint in self.constraints
+        ]
         found = {**vars(self), "tasks": tasks, "constraints": constraints, "verdict": self.verdict}
-        return _plain({name: value for name, value in found.items() if name != "audits" or value})
+        return _plain({name: value for name, value in found.items() if name not in _OPTIONAL or value})
+
+
+_OPTIONAL = {"audits", "means"}  # keys that are there where there is something to say
 
 
 def _task_of(entry: Mapping[str, Any], comparison: type[Comparison]) -> TaskReport:
@@ -290,6 +313,8 @@ def _task_of(entry: Mapping[str, Any], comparison: type[Comparison]) -> TaskRepo
         revision=entry.get("revision"),
         num_groups=entry.get("num_groups"),
         settings=entry.get("settings"),
+        normalized_low=entry.get("normalized_low"),
+        normalized_high=entry.get("normalized_high"),
     )
 
 

@@ -175,12 +175,19 @@ def before_table(content: Content) -> dict[str, Any]:
     """Return every task before and after: what the page, the terminal and a notebook show.
 
     Returns:
-        ``heads`` of the numbers, and for every task a row with its ``cells``: pairs of a number and its small print.
+        ``heads`` of the numbers; ``mean``, a sentence on the mean over targets, or empty; and for every task a row with
+        its ``cells``: pairs of a number and its small print.
     """
     heads = {"base": "base", "edited": "edited", "finetuned": "fine-tuned", "random": "random vector"}
     present = {label for entry in content["tasks"].values() for label in heads if label in entry}
     columns = [_score(label, head) for label, head in heads.items() if label in present]
-    columns.append(Column("normalized", lambda entry: number(entry["normalized"], "accuracy")))
+    columns.append(
+        Column(
+            "normalized",
+            lambda entry: number(entry["normalized"], "accuracy"),
+            small=lambda entry: interval(ends(entry), "accuracy"),
+        )
+    )
     columns.append(Column("of base", _ratio, small=_ratio_interval))
     rows = []
     for (task, entry), shown in zip(
@@ -197,7 +204,21 @@ def before_table(content: Content) -> dict[str, Any]:
                 "constraints": constraints,
             }
         )
-    return {"heads": [column.heading for column in columns], "rows": rows}
+    return {"heads": [column.heading for column in columns], "rows": rows, "mean": mean_of(content)}
+
+
+def ends(entry: Mapping[str, Any]) -> dict[str, float | None]:
+    """Return the ends of the interval of a task's normalized score."""
+    return {"low": entry.get("normalized_low"), "high": entry.get("normalized_high")}
+
+
+def mean_of(content: Content) -> str:
+    """Return a sentence on the mean over the targets of the normalized score, where there is one."""
+    found = content.get("means", {}).get("normalized")
+    if not found:
+        return ""
+    mean = f"{number(found['value'], 'accuracy')} {interval(found, 'accuracy')}".rstrip()
+    return f"normalized, mean of {', '.join(found['tasks'])}: {mean}"
 
 
 def count_of(entry: Mapping[str, Any]) -> str:

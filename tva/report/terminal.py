@@ -70,6 +70,8 @@ def _print_tasks(console: Console, content: Mapping[str, Any]) -> None:
         for found in row["constraints"]:
             style, word = ("green:", "holds") if found["holds"] else ("bold red:", "FAILS")
             print_line(console, f"{word}: {found['text']}: {found['shown']}", style, wrap=True)
+    if table["mean"]:
+        print_line(console, table["mean"], wrap=True)
     if chances := [text for task in tasks.items() if (text := _chance(task))]:
         print_line(console, f"chance: {'; '.join(chances)}", "dim", wrap=True)
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
-from tva.evaluation.bounds import MAX_EXAMPLES, clears, needed_examples
+from tva.evaluation.bounds import MAX_EXAMPLES, allowed_loss, clears, needed_examples
 from tva.evaluation.intervals import by_group
 from tva.evaluation.result import Evaluation
 from tva.search.candidate import Candidate
@@ -93,6 +93,25 @@ def lacking_power(
             f"{remedy}"
         )
     return found
+
+
+def power_of(constraint: Constraint, base: Evaluation, confidence: float) -> tuple[int | None, float | None]:
+    """Return what a constraint's examples suffice for: how many are needed, and what loss is still shown to be allowed.
+
+    Args:
+        constraint: On the edit.
+        base: The base's evaluation of its task.
+        confidence: With which it is tested; 0.5 is the point estimate, of which nothing is said.
+
+    Returns:
+        As `needed_examples` (groups, where these are the unit) and `allowed_loss`.
+    """
+    if confidence == 0.5 or constraint.metric not in base.scores:
+        return None, None
+    scores = base.scores[constraint.metric]
+    test = constraint.slope, constraint.offset, confidence, constraint.above
+    unit = scores if base.groups is None else by_group(scores, base.groups)
+    return needed_examples(unit, *test), allowed_loss(scores, *test, groups=base.groups)
 
 
 def rising(
