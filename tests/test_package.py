@@ -165,7 +165,7 @@ def test_heavy_dependencies_are_imported_in_one_place():
             if top in IMPORTERS:
                 assert is_in(name, IMPORTERS[top]), f"{name} must not import {top}"
             if is_in(name, ON_FILES):
-                foreign = {"yaml"} if name == "tva.compose.mergekit" else set()
+                foreign = {"yaml"} if name in ("tva.compose.mergekit", "tva.checkpoints.foreign_yaml") else set()
                 assert top in LIGHT | sys.stdlib_module_names | {"numba"} | foreign, f"{name} must not import {top}"
 
 

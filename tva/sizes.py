@@ -33,3 +33,25 @@ def anonymous_memory() -> int:
     status = Path("/proc/self/status")
     found = re.search(r"RssAnon:\s+(\d+) kB", status.read_text()) if status.exists() else None
     return int(found[1]) * 1024 if found else 0
+
+
+SLACK = 2**24  # bytes for what an allocator keeps and for thread stacks
+
+
+def check_memory(need: int, max_memory: str, what: str) -> None:
+    """Check that what is to be held fits a limit of this process's anonymous memory.
+
+    Args:
+        need: Bytes beside what the process takes already.
+        max_memory: The limit.
+        what: What is held, for the error.
+
+    Raises:
+        ValueError: It does not fit.
+    """
+    taken, limit = anonymous_memory() + SLACK, parse_bytes(max_memory, "max_memory")
+    if taken + need > limit:
+        raise ValueError(
+            f"max_memory must be {(taken + need) / 2**20 + 1:.0f}MiB or more: {what} takes {need / 2**20:.0f} MiB, and "
+            f"the process {taken / 2**20:.0f} MiB by itself; found {limit / 2**20:.0f} MiB."
+        )

@@ -6,7 +6,7 @@ import torch
 
 from tva import MismatchError, open_weights, save_weights
 from tva.checkpoints import open_finetuned
-from tva.compose import compose
+from tva.compose import compose, verify
 
 gguf = pytest.importorskip("gguf")
 KINDS = {"blk.0.attn_q.weight": "Q4_0", "blk.0.ffn_up.weight": "Q8_0", "token_embd.weight": "Q5_1"}
@@ -81,6 +81,11 @@ def test_an_edit_is_written_as_gguf_again(files, tmp_path):
             torch.testing.assert_close(found, wanted, rtol=1e-6, atol=1e-6)
     assert "requantized 3 of 3 tensors" in report.notes[-1]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["base.gguf", "out.gguf", "tuned.gguf"]
+
+
+def test_a_gguf_file_holds_no_record(files):
+    with pytest.raises(ValueError, match="is a GGUF file, in which tva records no inputs"):
+        verify(files[0])
 
 
 def test_types_that_can_only_be_read_are_named_and_may_be_left_out(tmp_path):

@@ -1,9 +1,11 @@
 """Files of unknown origin: what would take forever or all memory, and JSON of another form, ends as an error."""
 
 import io
+import json
 import os
 import pickle
 import re
+import struct
 import time
 import zipfile
 from pathlib import Path
@@ -18,6 +20,7 @@ from tva import MismatchError, TaskVector, open_weights, save_weights
 from tva.checkpoints import open_finetuned, side_files
 from tva.checkpoints.formats.torch_distributed import _Chunk, _tile
 from tva.checkpoints.inert_pickle import InertUnpickler, check_pickle
+from tva.cli.main import main
 
 
 @pytest.fixture(autouse=True)
@@ -251,5 +254,18 @@ def test_an_adapter_given_in_place_of_a_model_says_what_to_do(tmp_path):
 
 def test_names_that_match_nothing_stay_an_error(tmp_path):
     save_weights({"x": torch.ones(1), "y": torch.ones(1)}, Path(tmp_path / "t.safetensors"))
-    with pytest.raises(MismatchError, match="No one prefix"):
+    with pytest.raises(MismatchError, match="t.safetensors on the base: No one prefix"):
         open_finetuned(tmp_path / "t.safetensors", {"a": torch.ones(1), "b": torch.ones(1)})
+
+
+def test_thousands_of_other_names_are_refused_with_both_files(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    many = {f"t{at}": {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]} for at in range(2_000)}
+    header = json.dumps(many).encode()
+    Path("many.safetensors").write_bytes(struct.pack("<Q", len(header)) + header)
+    save_weights({"w": torch.ones(1)}, "base.safetensors")
+    for base, other in (("many", "base"), ("base", "many")):
+        words = ["--base", f"{base}.safetensors", "--finetuned", f"{other}.safetensors", "--output", "v.safetensors"]
+        with pytest.raises(SystemExit):
+            main(["extract", *words])
+        assert f"{other}.safetensors on {base}.safetensors: " in capsys.readouterr().err.replace("\n", " ")

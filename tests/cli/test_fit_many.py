@@ -16,7 +16,7 @@ import yaml
 from small_cli import fit_config, write_yaml
 
 from tva import TaskVector
-from tva.cli.commands.fit_many import CONFIG, DONE, fit_many, make_fits, merge, run_fits, show
+from tva.cli.commands.fit_many import CONFIG, DONE, Fit, check_fit, fit_many, make_fits, merge, run_fits, show
 from tva.cli.main import main
 from tva.cli.processes import only_one, run_process
 from tva.executors import LocalExecutor, make_executor
@@ -157,6 +157,22 @@ def test_what_is_finished_is_skipped_and_a_changed_config_is_not(stub, tmp_path,
     assert (tmp_path / "out/a/seed=0.replaced-1" / DONE).exists()
     show(list(changed.values()))
     assert "a seed=0 (changed): model.size" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("fit.yaml", "a: &a [" + "[" * 200, "nested more than 100 deep"),
+        ("fit.yaml", "a: [", "not YAML that can be read"),
+        ("done.json", '{"config": 5}', "done.json: 'config' must be text"),
+        ("done.json", "[" * 200, "done.json is "),
+    ],
+)
+def test_what_an_earlier_run_left_is_read_within_limits(tmp_path, name, text, message):
+    (tmp_path / name).write_text(text)
+    (tmp_path / "last.ckpt").touch()
+    with pytest.raises(ValueError, match=message):
+        check_fit(Fit("t", 0, tmp_path, {}))
 
 
 def test_what_was_interrupted_goes_on_from_its_last_checkpoint(stub, tmp_path):

@@ -67,6 +67,20 @@ def test_a_linear_recipe_has_the_sum_of_the_ranks_and_is_exact(adapters, tmp_pat
     }.items()
 
 
+@pytest.mark.parametrize("command", [["verify"], ["revert", "--output", "back.safetensors"]])
+def test_an_adapter_holds_no_record_and_is_the_same_when_made_again(adapters, tmp_path, monkeypatch, capsys, command):
+    monkeypatch.chdir(tmp_path)
+    base, paths, _ = adapters
+    for folder in ("one", "two"):
+        compose(base, paths, "a + 0.3 * b", folder, write_as="lora")
+    one, two = ((tmp_path / folder / "adapter_model.safetensors").read_bytes() for folder in ("one", "two"))
+    assert one == two
+    for path in ("one", "one/adapter_model.safetensors"):
+        with pytest.raises(SystemExit):
+            main([command[0], path, *command[1:]])
+        assert "is a LoRA adapter, in which tva records no inputs" in capsys.readouterr().err
+
+
 def test_the_adapter_equals_the_dense_edit(adapters, tmp_path):
     base, paths, _ = adapters
     compose(base, paths, "a + 0.3 * b", tmp_path / "new", write_as="lora")

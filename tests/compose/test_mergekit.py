@@ -388,10 +388,11 @@ def test_what_cannot_be_done_is_named_with_its_line(models, tmp_path, text, line
     ("text", "message"),
     [
         ("a: &x 1\nmerge_method: linear\nb: *x\n", "line 1: an alias or anchor"),
-        ("models: [", "is not a YAML file of one document"),
+        ("models: [", "not YAML that can be read"),
+        ("a: &a " + "[" * 200, "nested more than 100 deep"),
         ("merge_method: linear\n---\nmerge_method: ties\n", "is not a YAML file of one document"),
         ("recipe: a\n", "is not a mergekit configuration"),
-        ("merge_method: !!python/object/apply:os.system [x]\n", "cannot be run as mergekit runs it"),
+        ("merge_method: !!python/object/apply:os.system [x]\n", "is of Python's objects"),
     ],
 )
 def test_files_that_are_none(tmp_path, text, message):

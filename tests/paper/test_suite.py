@@ -222,6 +222,14 @@ def test_an_experiment_with_an_unknown_key_is_refused(tmp_path, capsys):
     assert "unknown keys ['row']" in capsys.readouterr().err
 
 
+def test_an_experiment_is_read_within_limits(tmp_path, capsys):
+    lists = [f"k{n}: &k{n} [*k{n - 1}]" for n in range(1, 120)]
+    (tmp_path / "x.yaml").write_text("\n".join(["k0: &k0 [1]", *lists]))
+    with pytest.raises(SystemExit):
+        main(["paper", "plan", str(tmp_path / "x.yaml")])
+    assert "x.yaml is not YAML that can be read: it is nested more than 100 deep" in capsys.readouterr().err
+
+
 def test_list_and_plan_read_no_network(capsys):
     main(["paper", "list", "--json"])
     listed = json.loads(capsys.readouterr().out)

@@ -479,3 +479,34 @@ def test_the_callback_writes_compressed_vectors(tmp_path):
         TaskVectorCallback(encoding="int8", dtype="bfloat16")
     with pytest.raises(ValueError, match="Did you mean 'low_rank'"):
         TaskVectorCallback(encoding="lowrank")
+
+
+@pytest.mark.parametrize("encoding", ["exact", "bf16", "int8", "sign"])
+def test_within_a_limit_of_memory_blocks_of_rows_give_the_same_file(tmp_path, monkeypatch, encoding):
+    monkeypatch.chdir(tmp_path)
+    large = {"matrix": noise(1, 999, 101), "conv": noise(2, 60, 3, 3, 3), "bias": noise(3, 60)}
+    base = {name: torch.zeros_like(delta) for name, delta in large.items()}
+    TaskVector.between(base, large).save("a.tv.safetensors")
+    compress("a.tv.safetensors", "whole.tv.safetensors", encoding)
+    blocks = []
+    made = Encoder.__init__
+    monkeypatch.setattr(
+        Encoder, "__init__", lambda self, name, delta: (blocks.append(delta.numel()), made(self, name, delta))[1]
+    )
+    monkeypatch.setattr("tva.vectors.blockwise.anonymous_memory", lambda: 2**28)  # whatever this process takes
+    monkeypatch.setattr("tva.sizes.anonymous_memory", lambda: 2**28)
+    compress("a.tv.safetensors", "blocks.tv.safetensors", encoding, max_memory=f"{2**28 + 2**24 + 2**20}")
+    assert max(blocks) * 64 <= 2**20
+    assert sum(blocks) == sum(delta.numel() for delta in large.values())
+    whole, made_of_blocks = load_file("whole.tv.safetensors"), load_file("blocks.tv.safetensors")
+    assert whole.keys() == made_of_blocks.keys()
+    assert all(torch.equal(whole[name], made_of_blocks[name]) for name in whole)
+    assert main(["verify", "blocks.tv.safetensors"]) is None
+    least = f"{2**28 + 2**24 + 2**14}"
+    with pytest.raises(ValueError, match=r"max_memory must be \d+MiB or more: encoding '(matrix|conv)' as .* found"):
+        compress("a.tv.safetensors", "never.tv.safetensors", encoding, max_memory=least)
+    with pytest.raises(ValueError, match="max_memory must be .*: encoding '(matrix|conv)' as low_rank"):
+        compress("a.tv.safetensors", "never.tv.safetensors", "low_rank(rank=4)", max_memory=f"{2**28 + 2**24 + 2**20}")
+    with pytest.raises(ValueError, match="max_memory must be .*: max_error of the largest tensor, 'matrix'"):
+        compress("a.tv.safetensors", "never.tv.safetensors", max_error=0.1, max_memory=f"{2**28 + 2**24 + 2**20}")
+    assert not (tmp_path / "never.tv.safetensors").exists()

@@ -7,6 +7,7 @@ import errno
 import os
 import shutil
 import socket
+import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -122,5 +123,9 @@ def save_weights(
 
 
 def cache_folder() -> Path:
-    """Folder of what can be computed again: ``TVA_CACHE``, else ``~/.cache/tva``."""
-    return Path(os.environ.get("TVA_CACHE") or Path.home() / ".cache" / "tva")
+    """Folder of what can be computed again: ``TVA_CACHE``, else ``~/.cache/tva``, else a temporary one."""
+    given = os.environ.get("TVA_CACHE")
+    try:
+        return Path(given or Path.home() / ".cache" / "tva")
+    except RuntimeError:  # of a user without a home folder, as in a container
+        return Path(tempfile.gettempdir()) / f"tva-{os.getuid()}"

@@ -132,7 +132,11 @@ class Entry:
         out[:] = Elements.of(self.slice(start, start + len(out) // self.spec.itemsize)).data
 
     def read(self) -> Tensor:
-        """Read the whole tensor."""
+        """Read the whole tensor; its file must stay as it is for as long as the tensor is used."""
+        return self.load()
+
+    def load(self) -> Tensor:
+        """Read the whole tensor to memory of its own: if its file is cut meanwhile, that is an error."""
         return self.slice(0, self.spec.numel()).reshape(self.shape)
 
 

@@ -72,6 +72,7 @@ def open_finetuned(
     weights = whole.renamed({name: name for name in only.kept(whole)}, *notes)
     base_names = only.kept(base)
     ties = base.ties() if isinstance(base, LazyWeights) else {}
+    what = f"{whole.path} on {base.path if isinstance(base, LazyWeights) else 'the base'}"
     try:
         match = match_names(weights, base_names, key_map, advice=advice)
     except MismatchError:  # a tied tensor may have one name on one side, and two on the other
@@ -80,9 +81,8 @@ def open_finetuned(
         try:
             match = match_names(once, base_once, key_map, copies=copies, advice=advice)
         except MismatchError as error:
-            if not str(error).startswith("No one prefix"):
-                raise
-            raise MismatchError(f"{error}{_converted(weights, base)}") from error
+            advised = _converted(weights, base) if str(error).startswith("No one prefix") else ""
+            raise MismatchError(f"{what}: {error}{advised}") from error
     tied = {alias: kept for alias, kept in ties.items() if alias in base_names and kept in match.names}
     names = {**match.names, **{alias: match.names[kept] for alias, kept in tied.items() if alias not in match.names}}
     same = all(new == old for new, old in match.names.items())
@@ -232,7 +232,7 @@ def _match(
                 f"have: {some(whole)}. It was trained on a model with another head (its task_type says which): save "
                 f"the base with that head (save_pretrained of transformers) and give that. {advice}."
             ) from error
-        raise
+        raise MismatchError(f"{folder}: {error}") from error
 
 
 def _matches(targets: list[str], base: Collection[str], key_map: KeyMap) -> bool:

@@ -1,4 +1,4 @@
-"""YAML of configurations and values, within limits: aliases can make a gigabyte of a few lines."""
+"""YAML of configurations and values as jsonargparse loads it, within limits."""
 
 from __future__ import annotations
 
@@ -9,64 +9,7 @@ from typing import Any
 import yaml
 from jsonargparse import get_loader, set_loader
 
-from tva.checkpoints.foreign import read_bytes
-
-BYTES = 2**24  # of a configuration
-NODES = 100_000  # of one, each as often as an alias repeats it
-DEPTH = 100
-DIGITS = 300  # of a number; a float has at most 309
-
-
-class LimitError(yaml.YAMLError):
-    """A text is valid YAML and is not read."""
-
-
-def check_yaml(text: str) -> None:
-    """Refuse YAML that is deep, that aliases blow up or make contain itself, or that has a number of endless digits.
-
-    Raises:
-        yaml.YAMLError: It is refused, or is not YAML.
-
-    Example:
-        >>> check_yaml("a: &a [1, 2]\\nb: *a")
-        >>> check_yaml("a: &a [*a]")
-        Traceback (most recent call last):
-        tva.cli.configs.LimitError: the alias '*a' is in what it stands for
-    """
-    total, open_nodes = 0, list[tuple[str | None, int]]()  # anchor, and the nodes before it
-    sizes: dict[str, tuple[int, int]] = {}  # of anchors: nodes and depth
-    depths: list[int] = []  # of what is inside each open node
-    for event in yaml.parse(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader)):
-        deep = 1
-        if (getattr(event, "tag", None) or "").startswith("tag:yaml.org,2002:python/"):
-            raise LimitError(f"the tag {event.tag} is of Python's objects")
-        if isinstance(event, yaml.MappingStartEvent | yaml.SequenceStartEvent):
-            open_nodes.append((event.anchor, total))
-            depths.append(1)
-            total += 1
-            deep = 0
-        elif isinstance(event, yaml.MappingEndEvent | yaml.SequenceEndEvent):
-            anchor, before = open_nodes.pop()
-            deep = depths.pop() + 1
-            if anchor is not None:
-                sizes[anchor] = total - before, deep
-        elif isinstance(event, yaml.AliasEvent):
-            if event.anchor in [anchor for anchor, _ in open_nodes]:
-                raise LimitError(f"the alias '*{event.anchor}' is in what it stands for")
-            size, deep = sizes.get(event.anchor, (1, 1))
-            total += size
-        elif isinstance(event, yaml.ScalarEvent):
-            total += 1
-            if event.anchor is not None:
-                sizes[event.anchor] = 1, 1
-            if event.implicit[0] and len(event.value) > DIGITS and event.value.strip("+-_.0123456789") == "":
-                raise LimitError(f"it has a number of {len(event.value)} digits; at most {DIGITS} are read")
-        if depths:
-            depths[-1] = max(depths[-1], deep)
-        if len(depths) > DEPTH or deep > DEPTH:
-            raise LimitError(f"it is nested more than {DEPTH} deep")
-        if total > NODES:
-            raise LimitError(f"it has more than {NODES:,} values, counting each as often as an alias repeats it")
+from tva.checkpoints.foreign_yaml import check_yaml, read_yaml_text
 
 
 def load_yaml(text: str) -> Any:
@@ -89,14 +32,4 @@ def check_configs(words: Sequence[str]) -> None:
         name, equals, value = word.partition("=")
         path = Path(value if equals else after)
         if name == "--config" and path.exists():
-            try:
-                check_yaml(read_bytes(path, BYTES).decode())
-            except UnicodeDecodeError as error:
-                raise ValueError(f"{path} is not a text in UTF-8: {error}. Save it as one.") from error
-            except yaml.MarkedYAMLError as error:
-                mark = error.problem_mark or error.context_mark
-                where = f", line {mark.line + 1}" if mark is not None else ""
-                problem = error.problem or error.context
-                raise ValueError(f"{path}{where}: not YAML that can be read: {problem}.") from error
-            except yaml.YAMLError as error:
-                raise ValueError(f"{path} is not YAML that can be read: {error}.") from error
+            read_yaml_text(path)

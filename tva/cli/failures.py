@@ -9,6 +9,7 @@ from pathlib import Path
 
 WRONG, BUG = 2, 3  # exit status: of something wrong in the input, and of a bug in tva
 HINT = "\n(TVA_DEBUG=1 shows where this comes from.)"
+NO_MEMORY = r"DefaultCPUAllocator|Cannot allocate memory|can't start new thread|can't allocate memory"
 _ROOTS = [str(Path(__file__).parents[1]), str(Path(__file__).parents[2] / "callbacks")]
 _LIBRARIES = {sys.prefix, sys.base_prefix, str(Path(traceback.__file__).parent)}
 
@@ -28,6 +29,10 @@ def describe(error: Exception) -> tuple[str, int]:
     if theirs and "tva" not in owners[max(at for at, owner in enumerate(owners) if owner == "user") :]:
         shown = "".join(traceback.format_list(theirs[-3:])).rstrip()
         return f"{kind} in your code: {text}\n{shown}{HINT}", WRONG
+    if isinstance(error, MemoryError) or re.search(NO_MEMORY, str(error)):
+        found = "" if text == kind else f" ({text})"
+        advice = "Free some, raise the limit (ulimit -v), or give --max_memory where the command has it."
+        return f"{kind}: the system gave this process no more memory or threads{found}. {advice}{HINT}", WRONG
     if isinstance(error, ValueError | OSError) or _is_deliberate(error, frames, owners):
         return f"{text}{HINT}" if owners[-1:] != ["tva"] else text, WRONG
     inner = next((frame for frame, owner in zip(frames[::-1], owners[::-1], strict=True) if owner == "tva"), None)
@@ -56,7 +61,7 @@ def _is_deliberate(error: Exception, frames: list[traceback.FrameSummary], owner
 
 def _is_about_settings(error: Exception, owners: list[str], inner: traceback.FrameSummary | None) -> bool:
     """Whether a library raised it while it ran what the user configured."""
-    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+    if type(error).__name__ == "OutOfMemoryError":
         return True
     trains = "lightning" in sys.modules and owners[-1:] == ["library"]
     at_edge = inner is not None and Path(inner.filename).stem in ("lightning", "trainer")

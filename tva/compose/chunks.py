@@ -168,7 +168,7 @@ class OpenedTensor:
             entry.read_into(Elements.of(out).data, start)
             return out
         if row not in self._whole:
-            self._whole[row] = entry.read().reshape(-1)
+            self._whole[row] = entry.load().reshape(-1)
         return self._whole[row][start:stop]
 
     def program(self, steps: Steps) -> Program | None:

@@ -38,12 +38,11 @@ from tva.errors import NoEffectError
 from tva.merge import Chunk, kernels
 from tva.merge.matrix import EMBEDDINGS
 from tva.merge.program import Program
-from tva.sizes import anonymous_memory, parse_bytes
+from tva.sizes import SLACK, anonymous_memory, parse_bytes
 from tva.vectors.lazy import LazyTaskVector, untie
 from tva.vectors.new_rows import MoreRows, NewRows
 
 CHUNK = 2**18  # elements; shorter ones leave the cores waiting for Python, longer ones for memory
-SLACK = 2**24  # bytes for what an allocator keeps, thread stacks and journals
 DTYPES = ("float64", "float32", "bfloat16", "float16")
 
 

@@ -17,6 +17,7 @@ from typing import Any
 import yaml
 
 from tva.checkpoints import is_hub
+from tva.checkpoints.foreign_yaml import read_yaml_text
 from tva.checkpoints.with_adapter import parts_of
 
 Place = tuple[Hashable, ...]  # keys and positions from the top of the file
@@ -156,13 +157,13 @@ class MergekitFile:
         if not self.path.is_file():
             raise FileNotFoundError(f"A mergekit configuration was expected at {self.path}; no file is there.")
         try:
-            text = self.path.read_text(encoding="utf-8")
+            text = read_yaml_text(self.path)
             for event in yaml.parse(text, Loader=yaml.SafeLoader):
                 if isinstance(event, yaml.AliasEvent) or getattr(event, "anchor", None):
                     line = event.start_mark.line + 1
                     raise ValueError(f"{self.path}, line {line}: an alias or anchor; write the value out in its place.")
             node = yaml.compose(text, Loader=yaml.SafeLoader)
-        except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
+        except (yaml.YAMLError, RecursionError) as error:
             shown = " ".join(str(error).split())[:300]
             raise ValueError(f"{self.path} is not a YAML file of one document: {shown}") from error
         content = self._plain(node, ())

@@ -21,6 +21,7 @@ from tva.report.run_files import EDITED
 from tva.version import __version__
 
 RECORD = "tva.record_fingerprint"  # of the record's own fields
+ADAPTER = "adapter_model.safetensors"
 UNKNOWN = "0" * 32  # in place of a fingerprint until all has been read
 
 
@@ -108,6 +109,28 @@ class Record:
         return cls(**{**found, **values})
 
 
+def check_recorded(path: str) -> None:
+    """Check that a file is of a kind into which tva writes records.
+
+    Raises:
+        ValueError: It is a LoRA adapter or a GGUF file.
+    """
+    inside = Path(path) / EDITED
+    folder = Path(path).parent if Path(path).is_file() else Path(path)
+    if (folder / ADAPTER).is_file() and not inside.exists():
+        raise ValueError(
+            f"{path} is a LoRA adapter, in which tva records no inputs: it cannot be verified or reverted. Make it "
+            f"again from the same inputs in another folder; {ADAPTER} is then the same, byte for byte, on the same "
+            f"machine with the same versions."
+        )
+    if Path(path).suffix == ".gguf":
+        raise ValueError(
+            f"{path} is a GGUF file, in which tva records no inputs: it cannot be verified or reverted. Compose it "
+            f"again from the same inputs into another file, which is then the same, byte for byte, on the same machine "
+            f"with the same versions."
+        )
+
+
 def open_edited(path: str) -> HashedWeights:
     """Open an edited checkpoint: what `tva compose` wrote, or the folder of `tva edit`.
 
@@ -115,6 +138,7 @@ def open_edited(path: str) -> HashedWeights:
         FileNotFoundError: Nothing is there.
         ValueError: It is not a checkpoint.
     """
+    check_recorded(path)
     inside = Path(path) / EDITED
     return HashedWeights(open_weights(inside if inside.exists() else path))
 

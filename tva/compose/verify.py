@@ -15,15 +15,15 @@ import numpy
 
 from tva._torch import torch_version
 from tva.arithmetic import BATCH_NORM_STATISTICS
-from tva.checkpoints import Elements, Fingerprint, HashedWeights, Spec, as_stored
+from tva.checkpoints import Elements, Fingerprint, HashedWeights, LazyWeights, Spec, as_stored
 from tva.checkpoints.lazy import as_real
 from tva.compose.engine import Composer
 from tva.compose.inputs import input_names, renamed
 from tva.compose.recipe import ChunkDeltas
-from tva.compose.record import RECORD, Record, check_inputs, open_edited, open_recipe
+from tva.compose.record import RECORD, Record, check_inputs, check_recorded, open_edited, open_recipe
 from tva.compose.requantize import requantizer
 from tva.console import size_text
-from tva.errors import some
+from tva.errors import MismatchError, some
 from tva.vectors.content import VectorReport, verify_vector
 from tva.vectors.header import is_vector_file
 from tva.version import __version__
@@ -147,6 +147,7 @@ def verify(
     started = time.monotonic()
     edited, given = os.fspath(edited), None if base is None else os.fspath(base)
     moved = {name: os.fspath(path) for name, path in (vectors or {}).items()}
+    check_recorded(edited)
     if Path(edited).is_file() and is_vector_file(edited):
         return verify_vector(edited)
     weights = open_edited(edited)
@@ -165,6 +166,8 @@ def verify(
         weights = HashedWeights(weights.renamed(renamed(weights, names.get("edited"))))
     skipped = [] if record.options.get("statistics", "keep") == "keep" else list(filter(_is_estimated, composer.names))
     quantizer = requantizer(composer) if record.options.get("requantize") else None
+    if given is not None and not record.base:
+        _check_same_names(edited, weights, given, composer)
     comparison = _Comparison(HashedWeights(as_stored(weights)) if quantizer else weights, skipped)
     composer.beside = 8
     composer.fit_into(max_memory)
@@ -240,6 +243,23 @@ def _compute_a_sample_again(composer: Composer, comparison: _Comparison) -> int:
             edited = composer.edit_plainly(opened, start, states)
             comparison.write(name, start, Elements.of(edited))
     return len(sample)
+
+
+def _check_same_names(edited: str, weights: LazyWeights, base: str, composer: Composer) -> None:
+    """Check that an edit of a model in memory and its base, given as a file, have the same names.
+
+    Raises:
+        MismatchError: Each has names of its own.
+    """
+    known = composer.base.keys()
+    extra, missing = sorted(weights.keys() - known), sorted(known - weights.keys())
+    if extra and missing:
+        raise MismatchError(
+            f"{edited} has the names of the model in memory, such as {some(extra, 1)}, and {base} has others, such as "
+            f"{some(missing, 1)}: neither can be computed from the other. Give --base a file with the names in memory "
+            f"(save_weights(base.state_dict(), PATH)), and --vectors.NAME task vectors of such files; or edit without "
+            f"format='state_dict', which keeps the names of the base's folder."
+        )
 
 
 class _Comparison:

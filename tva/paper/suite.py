@@ -15,6 +15,7 @@ from typing import Any
 
 import yaml
 
+from tva.checkpoints.foreign_yaml import read_yaml
 from tva.errors import did_you_mean, some
 from tva.paper.configs import fill, merge, nested
 
@@ -243,10 +244,7 @@ def find_scale(name: str, scale: str | None) -> Scale:
 
 
 def _read(file: Path, known: set[str], needed: Sequence[str]) -> dict[str, Any]:
-    try:
-        content = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
-        raise ValueError(f"{file} is not YAML: {error}") from error
+    content = read_yaml(file)
     _check_keys(str(file), content, known, needed)
     return content
 

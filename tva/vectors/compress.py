@@ -18,16 +18,17 @@ from tva.checkpoints import (
     HashedWeights,
     LazyWeights,
     Spec,
+    TensorHash,
     atomic_path,
     open_weights,
     protect,
-    tensor_digest,
 )
 from tva.checkpoints.fingerprint import sealed
 from tva.checkpoints.shards import Shard
 from tva.console import progress
 from tva.errors import some
 from tva.sizes import parse_bytes
+from tva.vectors.blockwise import block_sizes, check_whole, encoders
 from tva.vectors.content import check_content
 from tva.vectors.encoder import Encoder
 from tva.vectors.encoding import PARAMETERS, Encoding, check_names, encoded_header, relative_error
@@ -94,6 +95,7 @@ def compress(
     encoding: str | None = None,
     max_error: float | None = None,
     max_size: str | None = None,
+    max_memory: str | None = None,
 ) -> CompressReport:
     r"""Write a task vector in fewer bytes, by one of the last three options; every command reads the file.
 
@@ -110,6 +112,9 @@ def compress(
         max_size: Largest size of the file, as a part of the tensors' size in float32 (``5%``) or in bytes (``20MB``):
             from the smallest encodings on, what lowers the squared error most for each byte is chosen as long as it
             fits; where all tensors fit as they are, nothing is lost.
+        max_memory: Anonymous memory that this process may take at most, such as ``512MiB``, where the pages of mapped
+            files do not count. Tensors are then encoded by blocks of rows in exact, bf16, fp16, int8 and sign; the
+            others need a whole tensor in memory, and it is an error where that does not fit.
 
     Returns:
         What was written.
@@ -143,12 +148,14 @@ def compress(
     elif max_error is not None:
         if not 0 <= max_error < 1:
             raise ValueError(f"max_error is a relative error, from 0 (exact) to below 1; found {max_error}.")
+        check_whole(weights, max_memory, "max_error")
         text = f"max_error={max_error:g}"
         chosen = {name: encoder.cheapest(max_error) for name, encoder in _encoders(weights, "measuring")}
     else:
         text = f"max_size={max_size}"
+        check_whole(weights, max_memory, "max_size")
         chosen = _fit(weights, parse_size(max_size, float32_bytes), float32_bytes, text)
-    shares, largest, size = write_encoded(weights, Path(output), text, chosen, "compressing")
+    shares, largest, size = write_encoded(weights, Path(output), text, chosen, "compressing", max_memory)
     whole = Share()
     for share in shares.values():
         whole.add(share)
@@ -169,17 +176,17 @@ def _encoders(weights: LazyWeights, doing: str | None) -> Iterator[tuple[str, En
         ValueError: One is not finite.
     """
     for name in weights if doing is None else progress(list(weights), doing):
-        encoder = Encoder(name, weights[name])
-        if not encoder.finite:
-            raise ValueError(
-                f"A task vector must be finite, but the delta of {name!r} in {weights.path} holds NaN or infinity. "
-                f"Check that both models are sound (a diverged fine-tuning?)."
-            )
-        yield name, encoder
+        for encoder in encoders(weights, name, max(1, weights.spec(name).numel())):
+            yield name, encoder
 
 
 def write_encoded(
-    weights: LazyWeights, output: Path, text: str, chosen: Mapping[str, Encoding], doing: str | None = None
+    weights: LazyWeights,
+    output: Path,
+    text: str,
+    chosen: Mapping[str, Encoding],
+    doing: str | None = None,
+    max_memory: str | None = None,
 ) -> tuple[dict[str, Share], tuple[float, str], int]:
     """Encode and write, whole or not at all.
 
@@ -189,11 +196,12 @@ def write_encoded(
         text: What was asked for.
         chosen: The encoding of each tensor.
         doing: What a progress bar says; without it there is none.
+        max_memory: See `compress`.
 
     Returns:
         The shares by encoding, the largest error with its tensor, and the file's size.
     """
-    specs = _layout(weights, chosen)
+    specs, sizes = _layout(weights, chosen), block_sizes(weights, chosen, max_memory)
     errors, buffers = dict.fromkeys(weights, 0.0), read_origin(weights)[1]
     squares: list[float] = []  # of what is read back, without buffers
     shares: dict[str, Share] = {}
@@ -209,18 +217,25 @@ def write_encoded(
     with atomic_path(output) as temporary, temporary.open("r+b") as file:
         shard = Shard(temporary, specs)
         file.write(shard.header(header()))
-        for name, encoder in _encoders(weights, doing):
-            coded = encoder.encode(chosen[name])
-            encoder.check(coded)
-            for part, tensor in coded.tensors.items():
-                file.seek(shard.offsets[part])
-                file.write(tensor.reshape(-1).view(torch.uint8).numpy())
-                digests[part] = tensor_digest(tensor)
-            errors[name] = coded.error
-            squares += [] if name in buffers else [coded.squared_read]
-            share = Share(1, len(encoder.flat), chosen[name].num_bytes(encoder.spec))
-            share.squared_error, share.squared_norm = coded.squared_error, coded.squared_norm
-            shares.setdefault(str(chosen[name]), Share()).add(share)
+        for name in weights if doing is None else progress(list(weights), doing):
+            how, spec = chosen[name], weights.spec(name)
+            hashes = {part: TensorHash(specs[part]) for part in how.specs(name, spec)}
+            places, blocks = dict(shard.offsets), []
+            for encoder in encoders(weights, name, sizes[name]):
+                coded = encoder.encode(how)
+                encoder.check(coded)
+                for part, tensor in coded.tensors.items():
+                    data = tensor.reshape(-1).view(torch.uint8).numpy()
+                    file.seek(places[part])
+                    places[part] += file.write(data)
+                    hashes[part].update(data)
+                blocks.append((coded.squared_error, coded.squared_norm, coded.squared_read))
+                del encoder, coded  # before the next block is read
+            error, norm, read = (math.fsum(each) for each in zip(*blocks, strict=True))
+            errors[name] = relative_error(error, norm)
+            digests |= {part: each.hexdigest() for part, each in hashes.items()}
+            squares += [] if name in buffers else [read]
+            shares.setdefault(str(how), Share()).add(Share(1, spec.numel(), how.num_bytes(spec), error, norm))
         if isinstance(weights, HashedWeights):
             check_content(weights)
         file.seek(0)

@@ -7,9 +7,10 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from tva._torch import torch
+from tva._torch import load_torch, torch
 from tva.checkpoints import NameFilter, dequantized_entries, open_weights, protect
 from tva.checkpoints.lazy import Which
+from tva.sizes import check_memory
 from tva.vectors.extract_adapter import ExtractedAdapter, extract_adapter
 from tva.vectors.header import SUFFIX, Origin, is_vector_file
 from tva.vectors.lazy import LazyTaskVector
@@ -55,6 +56,7 @@ def extract(
     include: list[str] | str | None = None,
     exclude: list[str] | str | None = None,
     rank: int | None = None,
+    max_memory: str | None = None,
 ) -> Extracted | ExtractedAdapter:
     """Write the task vector from a base to its fine-tuned checkpoint, without loading either of them whole.
 
@@ -74,6 +76,8 @@ def extract(
         exclude: Regular expressions of names to leave out, of the base as of the fine-tuned checkpoint, such as
             ``^classifier[.]``; the vector lists the base's as excluded.
         rank: Write a PEFT LoRA adapter of at most this rank instead, into the folder ``output``, and state its error.
+        max_memory: Anonymous memory that this process may take at most, such as ``512MiB``, where the pages of mapped
+            files do not count; it is an error where what must be held at once does not fit.
 
     Returns:
         What was written.
@@ -98,7 +102,8 @@ def extract(
             )
     only = NameFilter(include, exclude)
     if rank is not None:
-        return extract_adapter(base, finetuned, Path(output), rank, key_map=key_map, which=which, only=only)
+        others = {"key_map": key_map, "which": which, "only": only, "max_memory": max_memory}
+        return extract_adapter(base, finetuned, Path(output), rank, **others)
     weights = open_weights(base)
     source = LazyTaskVector(finetuned, weights, key_map=key_map, which=which, only=only)
     only.check_used()
@@ -113,6 +118,10 @@ def extract(
     dtype = torch.float32 if dequantized_entries(weights) or dequantized_entries(moved) else None
     plan = VectorPlan(weights, None, sources, exclude=source.untouched, must_move=True, dtype=dtype)
     origin = Origin(task=task, averaged=averaged, weights=which, kind=source.origin.kind)
+    if max_memory is not None:
+        load_torch()  # whose memory counts
+        most = max(plan.order, key=plan.held_bytes, default="")
+        check_memory(plan.held_bytes(most) if most else 0, max_memory, f"the largest tensor, {most!r},")
     emitted = emit(plan, Path(output), origin, doing="extracting")
     reasons = sorted(emitted.untouched.values())
     return Extracted(

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from tva._torch import Tensor, torch
+from tva._torch import Tensor, load_torch, torch
 from tva.arithmetic import is_edited
 from tva.checkpoints import LazyWeights, NameFilter, open_weights
 from tva.checkpoints.folder import model_config
@@ -20,9 +20,11 @@ from tva.checkpoints.lora import CONV1D, CONV1D_MODELS, EMBEDDINGS, HEADS
 from tva.checkpoints.lora_write import NewFactors, check_new_folder, write_adapter
 from tva.errors import NoEffectError, some
 from tva.merge.linalg import leading
+from tva.sizes import check_memory
 from tva.vectors.encoder import LARGE, projected
 from tva.vectors.lazy import LazyTaskVector, untie
 
+BYTES_HELD = 64  # an element of a matrix that is decomposed: three copies in float64, and what LAPACK takes
 TABLES = EMBEDDINGS | {"wpe", "position_embeddings", "token_type_embeddings"}  # certainly of class Embedding
 PERHAPS_TABLES = r"embed|relative_attention_bias|^pos"  # of that class or another: saved whole, which suits any
 
@@ -65,6 +67,7 @@ def extract_adapter(
     key_map: Mapping[str, str] | None,
     which: Which,
     only: NameFilter,
+    max_memory: str | None = None,
 ) -> ExtractedAdapter:
     """Write a LoRA adapter that changes a base as its fine-tuning did, as nearly as a rank allows.
 
@@ -82,6 +85,7 @@ def extract_adapter(
     config = model_config(weights.path)
     moved = _moved(weights, source, config)
     kinds = _kinds(weights, moved)
+    _check_memory(weights, moved, max_memory)
     factors, errors, norm = [], {}, 0.0
     for name in [name for name, kind in kinds.items() if kind in ("matrix", "table", "left out")]:
         delta = _delta(weights, source, name)
@@ -96,7 +100,8 @@ def extract_adapter(
     if not factors:
         raise NoEffectError("No matrix differs between base and fine-tuned model: there is nothing of low rank.")
     modules = sorted({name.rpartition(".")[0] for name, kind in kinds.items() if kind == "whole"})
-    saved = {n: source.weights[n] for n in weights if n.rpartition(".")[0] in modules and n in source.weights}
+    names = [n for n in weights if n.rpartition(".")[0] in modules and n in source.weights]
+    saved = {name: source.weights.entry(name).load() for name in names}
     norm += math.fsum(float(_delta(weights, source, name).square().sum()) for name in saved if name in moved)
     saved = {name: tensor.float() if is_edited(weights.spec(name)) else tensor for name, tensor in saved.items()}
     facts = {"base_model_name_or_path": base.removeprefix("hf://")}
@@ -119,6 +124,15 @@ def extract_adapter(
         time.monotonic() - started,
         notes + _tied_note(weights, config, factors),
     )
+
+
+def _check_memory(weights: LazyWeights, moved: list[str], max_memory: str | None) -> None:
+    if max_memory is None:
+        return
+    load_torch()  # whose memory counts
+    most = max(moved, key=lambda name: weights.spec(name).numel(), default="")
+    need = BYTES_HELD * weights.spec(most).numel() if most else 0
+    check_memory(need, max_memory, f"decomposing the largest matrix, {most!r},")
 
 
 def _moved(base: LazyWeights, source: LazyTaskVector, config: Mapping[str, Any]) -> list[str]:
@@ -166,7 +180,7 @@ def _kinds(base: LazyWeights, moved: list[str]) -> dict[str, str]:
 
 
 def _delta(base: LazyWeights, source: LazyTaskVector, name: str) -> Tensor:
-    delta = source.weights[name].double() - base[name].double()
+    delta = source.weights.entry(name).load().double() - base.entry(name).load().double()
     if not bool(delta.isfinite().all()):
         raise ValueError(f"The delta of {name!r} is NaN or infinite: a diverged fine-tuning? Take a sound checkpoint.")
     return delta

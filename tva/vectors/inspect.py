@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from tva.arithmetic import is_edited
-from tva.checkpoints import fingerprint, open_weights
+from tva.checkpoints import HashedWeights, open_weights
 from tva.checkpoints.lazy import as_real
 from tva.console import counted
 from tva.errors import some
@@ -146,7 +146,7 @@ def inspect(path: str | os.PathLike[str], by: By = "group") -> Inspection:
             reasons.setdefault(reason, []).append(name)
     else:
         kind, buffers = weights.info.format, {}
-        facts = {"fingerprint": fingerprint(weights).digest, **_parsed(weights.metadata)}
+        facts = {"fingerprint": HashedWeights(weights).fingerprint().digest, **_parsed(weights.metadata)}
         numbers = as_real(weights)
         parts = {name: stored(numbers.entry(name)) for name in numbers if is_edited(numbers.spec(name))}
         reasons = {"integer": [name for name in weights if name not in parts]} if len(parts) < len(weights) else {}

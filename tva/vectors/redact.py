@@ -6,7 +6,6 @@ import os
 import re
 import shlex
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 HIDDEN = "***"
@@ -67,5 +66,5 @@ def _public_value(name: str, value: str) -> str:
 
 def public_path(text: str) -> str:
     """Return a path, or a text with paths, in which the home folder is ``~``; `tva.checkpoints` opens such paths."""
-    home = str(Path.home())
-    return text if home == os.sep else re.sub(rf"(?<![\w/.~-]){re.escape(home)}(?=/|$|\s|['\"])", "~", text)
+    home = os.path.expanduser("~")
+    return text if home in (os.sep, "~") else re.sub(rf"(?<![\w/.~-]){re.escape(home)}(?=/|$|\s|['\"])", "~", text)

@@ -33,12 +33,14 @@ class TensorSource:
         parts: Returns its flattened elements, part by part and in order, on the CPU.
         delta: Returns the flattened change where it is kept apart, as by LoRA; ``parts`` has the weights without it.
         whole: Of complex numbers whose parts these are, the tensor's dtype and shape; else None.
+        held_bytes: Memory that reading it takes beside a chunk.
     """
 
     spec: Spec
     parts: Callable[[], Iterable[Tensor]]
     delta: Callable[[], Tensor] | None = None
     whole: Spec | None = None
+    held_bytes: int = 0
 
     def real(self) -> TensorSource:
         """Return the real and imaginary parts of complex numbers; real ones as they are."""
@@ -56,7 +58,8 @@ class TensorSource:
         starts = range(0, length, CHUNK)
         spec, whole = entry.spec, entry.whole if entry.whole.is_complex() else None
         if not entry.in_parts:
-            return cls(spec, lambda: [entry.read().reshape(-1)], whole=whole)
+            held = entry.held_bytes + spec.num_bytes
+            return cls(spec, lambda: [entry.read().reshape(-1)], whole=whole, held_bytes=held)
         return cls(spec, lambda: (entry.slice(start, min(start + CHUNK, length)) for start in starts), whole=whole)
 
     @classmethod
@@ -132,6 +135,13 @@ class VectorPlan:
         """Return what the base's file says of a tensor, of which ``base`` has the parts where it is complex."""
         return self.base.entry(name).whole
 
+    def held_bytes(self, name: str) -> int:
+        """Return the memory that one pass over a tensor takes: chunks, and what is not read by chunks."""
+        base, source = self.base.entry(name), self.sources.get(name)
+        chunks = (AHEAD + 4) * min(CHUNK, base.spec.numel()) * self.specs[name].dtype.itemsize
+        held = 0 if base.in_parts else base.held_bytes + base.spec.num_bytes
+        return chunks + held + (0 if source is None else source.held_bytes)
+
     def is_buffer(self, name: str) -> bool:
         return name in self.buffers if self.buffers is not None else name.rpartition(".")[2] in BATCH_NORM_STATISTICS
 
@@ -189,6 +199,16 @@ def emit(
     return Emitted(origin, tree, norm, pass_.cosine(), untouched)
 
 
+class _Reader:
+    """A tensor's elements by range, read and not mapped: a file that is cut meanwhile is an error, not the end."""
+
+    def __init__(self, entry: Entry) -> None:
+        self._entry, self._whole = entry, None if entry.in_parts else entry.read().reshape(-1)
+
+    def __getitem__(self, place: slice) -> Tensor:
+        return self._entry.slice(place.start, place.stop) if self._whole is None else self._whole[place]
+
+
 class _Pass:
     """State of one pass over all tensors."""
 
@@ -221,7 +241,7 @@ class _Pass:
         source = source or TensorSource.stored(plan.base.entry(name))
         whole = source.whole or new
         digest, base_digest = TensorHash(whole), None if plan.base_tree else TensorHash(plan.whole(name))
-        base = plan.base[name].reshape(-1)
+        base = _Reader(plan.base.entry(name))
         other = None
         if plan.compare is not None and name in plan.compare and reason is None and plan.counts(name):
             other = real_parts(plan.compare[name]).reshape(-1)
@@ -233,12 +253,13 @@ class _Pass:
         for chunk, delta in self._chunks(source, base):
             digest.update(chunk)
             stop = start + len(chunk)
+            old_chunk = base[start:stop]
             if base_digest is not None:
-                base_digest.update(base[start:stop])
+                base_digest.update(old_chunk)
             if self.copy is not None:
                 self.copy.write(chunk.clone())  # it may be a view of a shard, which is to go
             if reason is None:
-                delta = self._subtract(chunk, base[start:stop]) if delta is None else delta
+                delta = self._subtract(chunk, old_chunk) if delta is None else delta
                 moved |= self._delta(name, delta, None if other is None else other[start:stop])
             start = stop
         self.digests[name] = digest.hexdigest()
@@ -266,7 +287,7 @@ class _Pass:
             self._buffers[dtype] = [torch.empty(CHUNK, dtype=dtype) for _ in range(AHEAD + 1)]
         return subtract(chunk, base, self._buffers[dtype][self._written % (AHEAD + 1)][: len(chunk)])
 
-    def _chunks(self, source: TensorSource, base: Tensor) -> Iterator[tuple[Tensor, Tensor | None]]:
+    def _chunks(self, source: TensorSource, base: _Reader) -> Iterator[tuple[Tensor, Tensor | None]]:
         change, position = None if source.delta is None else source.delta(), 0
         for part in source.parts():
             for start in range(0, len(part), CHUNK):

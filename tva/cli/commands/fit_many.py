@@ -17,6 +17,9 @@ from typing import Any, Literal
 import yaml
 
 from tva.checkpoints import open_weights
+from tva.checkpoints.foreign import read_json
+from tva.checkpoints.foreign_yaml import read_yaml
+from tva.cli.configs import load_yaml
 from tva.cli.processes import only_one, run_process, terminate_as_interrupt
 from tva.console import make_console, print_line, reporting
 from tva.errors import some
@@ -27,6 +30,7 @@ from tva.vectors.header import read_origin
 
 TVA_FIT = (sys.executable, "-m", "tva", "fit")
 DONE = "done.json"
+DONE_FORM = {"config": str, "vector": (str, None), "seconds": float, "metric": ([(str, float)], None)}
 CONFIG = "fit.yaml"
 
 State = Literal["new", "interrupted", "changed", "skipped", "done", "failed"]
@@ -181,15 +185,16 @@ def check_fit(fit: Fit) -> Result:
     """See how far a fit has come."""
     marker = fit.folder / DONE
     if marker.exists():
-        done = json.loads(marker.read_text())
-        if done["config"] == fit.digest:
-            vector = done["vector"] and fit.folder / done["vector"]
-            return Result(fit, "skipped", done["seconds"], done["metric"] and tuple(done["metric"]), vector)
+        done = read_json(marker, DONE_FORM)
+        if done.get("config") == fit.digest:
+            vector, metric = done.get("vector"), done.get("metric")
+            place = vector and fit.folder / vector
+            return Result(fit, "skipped", done.get("seconds"), metric and tuple(metric), place)
     checkpoint = find_checkpoint(fit.folder)
     if not marker.exists() and checkpoint is None:
         return Result(fit, "new")
     file = fit.folder / CONFIG
-    before = yaml.safe_load(file.read_text()) if file.exists() else None
+    before = read_yaml(file) if file.exists() else None
     if before == fit.config and not marker.exists():
         return Result(fit, "interrupted", message=f"goes on from {checkpoint}")
     changes = _differences(before, fit.config) if before else ["its config is unknown"]
@@ -357,7 +362,11 @@ def read_words(words: Sequence[str]) -> list[str]:
         key, equals, value = words.pop(at).removeprefix("--shared.").partition("=")
         if not equals and at == len(words):
             raise ValueError(f"--shared.{key} must be followed by a value.")
-        changes[key] = yaml.safe_load(value if equals else words.pop(at))
+        text = value if equals else words.pop(at)
+        try:
+            changes[key] = load_yaml(text)
+        except yaml.YAMLError as error:
+            raise ValueError(f"--shared.{key} must be a value of YAML: {error}.") from error
     return [*words, "--changes", json.dumps(changes)] if changes else words
 
 
