@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import importlib
 import io
 import os
 import resource
@@ -13,7 +14,6 @@ from pathlib import Path
 import pytest
 import torch
 
-import tva.cli.main
 from tva import TaskVector, save_weights
 from tva.checkpoints import lazy
 from tva.cli.main import main
@@ -184,7 +184,8 @@ def test_a_folder_that_another_user_owns_is_an_error_with_the_path(made, name, h
 
 @pytest.mark.parametrize("name", COMMANDS)
 def test_too_few_open_files_is_an_error_with_the_path(files, name, monkeypatch):
-    load = tva.cli.main._load
+    cli = importlib.import_module("tva.cli.main")
+    load = cli._load
 
     def limit(*given):
         module = load(*given)
@@ -193,7 +194,7 @@ def test_too_few_open_files_is_an_error_with_the_path(files, name, monkeypatch):
         return module
 
     def prepare():  # what is to be imported is there
-        monkeypatch.setattr("tva.cli.main._load", limit)
+        monkeypatch.setattr(cli, "_load", limit)
 
     before = set(os.listdir())
     status, said = in_fork(COMMANDS[name], prepare)
