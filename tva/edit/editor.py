@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import lightning as L
@@ -13,6 +13,7 @@ from torch import Tensor
 
 from tva.arithmetic import BATCH_NORM_STATISTICS
 from tva.checkpoints import canonical_state_dict
+from tva.search import SCALING, Candidate
 from tva.vectors.task_vector import TaskVector
 
 Statistics = Literal["keep", "delta", "reestimate"]
@@ -32,6 +33,7 @@ class EditState:
         statistics: How BatchNorm statistics are handled.
         remake: Make the vector again for each batch, so that any number of states share a pass though few vectors are
             held; for vectors that are made faster than a pass takes.
+        candidate: The candidate whose state it is, by which another process makes the same one.
     """
 
     label: str
@@ -40,11 +42,20 @@ class EditState:
     vector: Callable[[], TaskVector]
     statistics: Statistics
     remake: bool = False
+    candidate: Candidate | None = None
 
     @property
     def scaling_coef(self) -> float:
         """Coefficient of the vector."""
         return dict(self.coefs)["scaling_coef"]
+
+    def at_zero(self, statistics: Statistics) -> EditState:
+        """Return the state at coefficient 0 of the same vector, which must score as the base does."""
+        coefs = tuple({**dict(self.coefs), "scaling_coef": 0.0}.items())
+        candidate = self.candidate
+        if candidate is not None:
+            candidate = Candidate(tuple({**dict(candidate.coefs), SCALING: 0.0}.items()))
+        return replace(self, coefs=coefs, statistics=statistics, remake=False, candidate=candidate)
 
     @property
     def key(self) -> tuple[Any, ...]:

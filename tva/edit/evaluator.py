@@ -6,7 +6,7 @@ import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from importlib.metadata import version
-from typing import Any
+from typing import Any, Protocol
 
 import lightning as L
 from torch import Tensor
@@ -15,13 +15,29 @@ from tva.checkpoints import fingerprint
 from tva.edit.editor import MAX_VECTORS, Editor, EditState
 from tva.errors import HarnessError
 from tva.evaluation.batch_cache import BatchCache, example_order
-from tva.evaluation.evaluate import evaluate, groups_of
+from tva.evaluation.evaluate import Part, evaluate, groups_of
 from tva.evaluation.log import EvaluationLog, digest_of
 from tva.evaluation.result import Evaluation, Split
 from tva.models.network import measured_module
 from tva.vectors.kind import kind_of
 from tva.vectors.task_vector import TaskVector
 from tva.version import __version__
+
+
+class Elsewhere(Protocol):
+    """What evaluates candidates in other processes; see `tva.edit.workers`."""
+
+    def evaluate(
+        self,
+        evaluator: Evaluator,
+        states: Sequence[EditState],
+        task: str,
+        split: Split,
+        part: Part | None,
+        base: Evaluation,
+        progress_text: str,
+    ) -> list[Evaluation]:
+        """Return the evaluation of each state, which are all of candidates, as this process would have it."""
 
 
 class Evaluator:
@@ -39,6 +55,7 @@ class Evaluator:
         buffers: By task evaluated the buffers that the model made for it and does not save, such as its head.
         heads: By task evaluated what tells the model's head from others, where the model can tell.
         num_forward: Examples that went through the model in this run, each evaluation of one counted.
+        workers: Evaluate candidates in other processes; None where this one does.
     """
 
     def __init__(
@@ -58,11 +75,12 @@ class Evaluator:
         self.num_forward = 0
         self._known: dict[tuple[Any, ...], Evaluation] = {}
         self._base: dict[tuple[str, Split], Evaluation] = {}
-        self._checked: set[tuple[str, Split]] = set()
+        self._checked: set[tuple[str, Split, bool]] = set()
         self.buffers: dict[str, dict[str, Tensor]] = {}
         self.heads: dict[str, str | None] = {}
         self._written = False
         self._modules: dict[str, L.LightningModule] = {}
+        self.workers: Elsewhere | None = None
 
     @functools.cached_property
     def facts(self) -> dict[str, Any]:
@@ -79,7 +97,7 @@ class Evaluator:
             "versions": {"tva": __version__, **{name: version(name) for name in ("torch", "lightning")}},
         }
 
-    def _module(self, task: str) -> L.LightningModule:
+    def module(self, task: str) -> L.LightningModule:
         """Return the module that evaluates the model on a task, the same in every pass."""
         if task not in self._modules:
             self._modules[task] = measured_module(self.editor.model, self.editor.datamodules[task])
@@ -92,7 +110,7 @@ class Evaluator:
                 self.editor.set(None, 0.0)
             found = evaluate(
                 self.editor.trainer,
-                self._module(task),
+                self.module(task),
                 self.editor.datamodules[task],
                 split,
                 cache=self.cache,
@@ -196,42 +214,60 @@ class Evaluator:
         whole: bool,
     ) -> None:
         base = self._base[task, split]
-        edits: list[Callable[[], None]] = []
-        for state in states.values():
-            if state.remake and state.statistics != "reestimate":
-                edits.append(functools.partial(self._set_remade, state))
-                vector = state.vector()
-                continue
-            vector = state.vector()
-            edits.append(functools.partial(self.editor.set, vector, state.scaling_coef, state.statistics))
-            if state.statistics == "reestimate":
-                edits[-1]()  # estimate now rather than between two batches
-        check = whole and (task, split) not in self._checked
+        ordered = list(states.values())
+        workers = self.workers if all(state.candidate is not None for state in ordered) else None
+        check = whole and (task, split, workers is not None) not in self._checked  # workers prove themselves
         if check:  # last, so that other weights were in place before it in every batch
-            edits.append(functools.partial(self.editor.set, vector, 0.0))
-        self._written = True
-        found = evaluate(
-            self.editor.trainer,
-            self._module(task),
-            self.editor.datamodules[task],
-            split,
-            edits=edits,
-            share=base.shareable,
-            cache=self.cache,
-            part=None if whole else (window, seed),
-            extra=base.computed,
-            reference=functools.partial(self.editor.set, None, 0.0),
-            progress=f"{len(states)} edit{'s' if len(states) > 1 else ''} on {task} ({split})",
-        )
+            ordered.append(ordered[-1].at_zero(self.editor.statistics))
+        part = None if whole else (window, seed)
+        progress = f"{len(states)} edit{'s' if len(states) > 1 else ''} on {task} ({split})"
+        if workers is not None:
+            found = workers.evaluate(self, ordered, task, split, part, base, progress)
+        else:
+            found = self.measure(ordered, task, split, part, base.shareable, base.computed, progress=progress)
         self.num_forward += sum(evaluation.num_examples for evaluation in found)
         if check:
-            self._checked.add((task, split))
-            check_identity(found.pop(), base, task, split)
+            self._checked.add((task, split, workers is not None))
+            check_identity(found.pop(), base, task, split, workers is not None)
         for (key, state), evaluation in zip(states.items(), found, strict=True):
             evaluation = self._known[key] = self._grouped(evaluation, base, window, seed)
             self._note(state.label, dict(state.coefs), task, split, evaluation, window, seed)
             if not base.computed:
                 self.log.add(self._describe(state, task, split, window, seed), evaluation)
+
+    def measure(
+        self,
+        states: Sequence[EditState],
+        task: str,
+        split: Split,
+        part: Part | None,
+        share: bool,
+        extra: Sequence[str],
+        **others: Any,
+    ) -> Any:
+        """Evaluate states here, whether they were evaluated before or not; ``others`` are options of `evaluate`."""
+        edits: list[Callable[[], None]] = []
+        for state in states:
+            if state.remake and state.statistics != "reestimate":
+                edits.append(functools.partial(self._set_remade, state))
+                continue
+            edits.append(functools.partial(self.editor.set, state.vector(), state.scaling_coef, state.statistics))
+            if state.statistics == "reestimate":
+                edits[-1]()  # estimate now rather than between two batches
+        self._written = True
+        return evaluate(
+            self.editor.trainer,
+            self.module(task),
+            self.editor.datamodules[task],
+            split,
+            edits=edits,
+            share=share,
+            cache=self.cache,
+            part=part,
+            extra=extra,
+            reference=functools.partial(self.editor.set, None, 0.0),
+            **others,
+        )
 
     @staticmethod
     def _grouped(evaluation: Evaluation, base: Evaluation, window: tuple[int, int], seed: int | None) -> Evaluation:
@@ -306,8 +342,15 @@ def _chunks(missing: Mapping[tuple[Any, ...], EditState]) -> Iterator[list[tuple
         yield [key for group in groups[start : start + MAX_VECTORS] for key in group]
 
 
-def check_identity(found: Evaluation, base: Evaluation, task: str, split: str) -> None:
+def check_identity(found: Evaluation, base: Evaluation, task: str, split: str, on_workers: bool = False) -> None:
     """Check that coefficient 0 gave the base's scores, bit for bit.
+
+    Args:
+        found: What it gave.
+        base: The base's.
+        task: Of the task.
+        split: Of the split.
+        on_workers: Whether other processes may have evaluated it.
 
     Raises:
         HarnessError: It did not.
@@ -322,5 +365,6 @@ def check_identity(found: Evaluation, base: Evaluation, task: str, split: str) -
     raise HarnessError(
         f"An edit with coefficient 0 must score exactly as the base, but on {task} ({split}) it did not: "
         f"{', '.join(odd[:3])}. So what is measured is not only the edit: look for randomness in the evaluation step, "
-        f"the data or the function that evaluates, and for state outside the state dict. Nothing was written."
+        f"the data or the function that evaluates, and for state outside the state dict"
+        f"{', and give all workers the processor of this process' if on_workers else ''}. Nothing was written."
     )

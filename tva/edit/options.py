@@ -99,6 +99,9 @@ class EditOptions:
         each: Report all ``"pairs"`` or ``"subsets"`` of a sum's vectors too, each with a coefficient of its own; the
             data are read once for all.
         joint: Checkpoint of one model that was fine-tuned on all tasks together, for the baseline ``"joint"``.
+        engine: Where candidates are evaluated: ``local``, in this process; ``local:N``, in N processes of this machine;
+            ``ray``, on a Ray cluster started on this machine; ``ray:ADDRESS``, on a running one. The numbers are those
+            of one process.
         log: JSON lines of all evaluations, which the next run re-uses; by default ``OUTPUT.evaluations.jsonl``.
         cache: Transformed batches kept between passes over the same data, such as ``2GiB``.
         cache_in: Where: ``"memory"``, the ``"device"``, or memory-mapped on ``"disk"``.
@@ -138,6 +141,7 @@ class EditOptions:
     relearn: Relearn | None = None
     each: Each | None = None
     joint: str | os.PathLike[str] | None = None
+    engine: str = "local"
     log: str | os.PathLike[str] | None = None
     cache: str = "1GiB"
     cache_in: Place = "memory"

@@ -17,6 +17,7 @@ from tva.edit.notes import lacking_on_test
 from tva.edit.options import EditOptions
 from tva.edit.session import EditSession, open_session
 from tva.edit.training_context import training_context
+from tva.edit.workers import open_workers
 from tva.edit.write import build_report, write_edit
 from tva.evaluation.ranks import check_strategy
 from tva.models.network import as_module
@@ -53,12 +54,13 @@ def run_edit(trainer: L.Trainer, model: Any, options: EditOptions) -> EditReport
     inputs = [*options.inputs, *goal.recipe.files, *([form.source] if form.source else [])]
     undo = [undo_name(form)] if options.keep_undo else []
     check_output(options.folder, inputs, [*form.files(canonical_state_dict(module.state_dict())), *undo])
-    session = open_session(trainer, module, goal, form=form)
-    for sentence in lacking_on_test(session):  # every rank evaluates
-        if trainer.is_global_zero:
-            warnings.warn(f"{sentence[0].upper()}{sentence[1:]}.", stacklevel=2)
-    choice = choose(session)
-    outcome = prove(session, choice)
+    with open_workers(trainer, module, goal) as workers:
+        session = open_session(trainer, module, goal, form=form)
+        session.evaluator.workers = workers
+        for sentence in lacking_on_test(session):  # every rank evaluates
+            if trainer.is_global_zero:
+                warnings.warn(f"{sentence[0].upper()}{sentence[1:]}.", stacklevel=2)
+        outcome = prove(session, choose(session))
     report = build_report(outcome)
     return write_edit(report, outcome)
 

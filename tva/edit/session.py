@@ -76,7 +76,8 @@ class EditSession:
         recipe = self.goal.recipe
         coefs = {SCALING: candidate.scaling_coef, **recipe.coefs, **dict(values)}
         vector = functools.partial(self._vector_with, values)
-        return EditState(label, recipe.text, tuple(coefs.items()), vector, self.options.statistics)
+        coefs_then = tuple(coefs.items())
+        return EditState(label, recipe.text, coefs_then, vector, self.options.statistics, candidate=candidate)
 
     def learned_state(self, vector: TaskVector) -> EditState:
         """Return the state of a learned vector, which is identified by its contents."""

@@ -32,12 +32,14 @@ class BatchCache:
 
     Attributes:
         num_read: Batches that were read and decoded so far, those read twice counted twice.
+        batch_sizes: By data module and split the size of a batch, where examples have an order.
     """
 
     def __init__(self, max_bytes: int, place: Place = "memory") -> None:
         self.place = place
         self.bytes_left = max_bytes
         self.num_read = 0
+        self.batch_sizes: dict[Any, int] = {}
         self._kept: dict[Any, Any] = {}
         self._folder = Path(tempfile.mkdtemp(prefix="tva-batches-")) if place == "disk" else None
         if self._folder is not None:
@@ -45,6 +47,11 @@ class BatchCache:
 
     def __contains__(self, key: Any) -> bool:
         return key in self._kept
+
+    def num_batches(self, datamodule: L.LightningDataModule, split: str, num_examples: int) -> int:
+        """Return how many batches so many examples of a task are; 1 if it has not been read, or has no order."""
+        size = self.batch_sizes.get((id(datamodule), split))
+        return 1 if size is None else -(-num_examples // size)
 
     def get(self, key: Any) -> Any:
         """Return a kept batch; the caller may change the batch, but not its tensors."""
@@ -118,6 +125,7 @@ class _Batches:
             count -= count % loader.batch_size
         start, stop = part or (0, count)
         order, size = example_order(count, seed), loader.batch_size
+        cache.batch_sizes[key] = size
         starts = list(range(start, stop, size))
         if len(starts) < num_ranks:  # smaller batches, so that no process is left without one
             if stop - start < num_ranks:

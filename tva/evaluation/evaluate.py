@@ -18,8 +18,8 @@ from tva.evaluation.batch_cache import BatchCache, through_cache
 from tva.evaluation.measures import FunctionTask, measures_of
 from tva.evaluation.metrics import KL
 from tva.evaluation.ranks import check_strategy, gather, in_turn
-from tva.evaluation.recorder import Recorder, recording, step_name
-from tva.evaluation.result import Split
+from tva.evaluation.recorder import Recorder, Share, recording, step_name
+from tva.evaluation.result import Evaluation, Split
 
 Part = tuple[tuple[int, int], int | None]  # (first, last + 1) examples of an order, and the order's seed
 
@@ -38,6 +38,7 @@ def evaluate(
     reference: Callable[[], None] | None = None,
     progress: str | None = None,
     keep_preds: bool = False,
+    turn: tuple[int, int] | None = None,
 ) -> Any:
     """Evaluate a model, or several edits of it, on one split of a task.
 
@@ -62,6 +63,8 @@ def evaluate(
         reference: Puts the model into its base, which ``kl`` of edits is measured against; needed only for that.
         keep_preds: Keep ``preds`` and ``target`` of all examples in the evaluation.
         progress: What is written before a progress bar on a terminal; None draws none.
+        turn: Place among several processes that do not know each other, and their number: evaluate only the batches of
+            this place, and return what was recorded of them, for `put_together`.
 
     Returns:
         An `Evaluation`, or a list with one for each edit. Metrics have their last name: ``val/mnist/accuracy`` and
@@ -95,10 +98,12 @@ def evaluate(
         quiet(),
         counting(progress if trainer.is_global_zero else None) as count,
         recording(model, split, recorders, edits, count, reference if KL in extra else None),
-        through_cache(datamodule, split, cache, device, part, trainer.global_rank, trainer.world_size),
+        through_cache(datamodule, split, cache, device, part, *(turn or (trainer.global_rank, trainer.world_size))),
     ):
         run = trainer.validate if split == "val" else trainer.test
         results = run(model, datamodule=datamodule, verbose=False)
+        if turn is not None:
+            return [recorder.share() for recorder in recorders]
         own = recorders[0].means()
         for recorder, shares in zip(
             recorders, zip(*gather(trainer, [r.batches for r in recorders]), strict=True), strict=True
@@ -158,6 +163,24 @@ def groups_of(datamodule: Any, split: Split, num_examples: int) -> np.ndarray | 
         )
     groups = np.unique(np.asarray(labels)[:num_examples], return_inverse=True)[1]
     return None if groups.max(initial=-1) + 1 == num_examples else groups
+
+
+def put_together(
+    model: L.LightningModule,
+    datamodule: L.LightningDataModule,
+    split: Split,
+    turns: Sequence[Sequence[Share]],
+    extra: Sequence[str] = (),
+) -> list[Evaluation]:
+    """Return the evaluation of each edit from what processes recorded, each in its turn, as one would have it."""
+    measures = measures_of(model) | measures_of(datamodule)
+    extra = [name for name in extra if name not in measures]
+    found = []
+    for shares in zip(*turns, strict=True):
+        recorder = Recorder(False, extra, measures)
+        recorder.put_together(shares)
+        found.append(recorder.evaluation(model, split, recorder.logged(), True, extra))
+    return found
 
 
 @contextlib.contextmanager

@@ -17,6 +17,7 @@ from lightning.pytorch.utilities.data import extract_batch_size
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor
 from torchmetrics import Metric, MetricCollection
+from torchmetrics.utilities import dim_zero_sum
 
 from tva.checkpoints import tensor_digest
 from tva.errors import some
@@ -24,6 +25,7 @@ from tva.evaluation.batch_cache import shallow_copy
 from tva.evaluation.leaks import row_digests
 from tva.evaluation.measures import Measure
 from tva.evaluation.metrics import KL, divergence
+from tva.evaluation.ranks import in_turn
 from tva.evaluation.result import Evaluation
 from tva.evaluation.text_metrics import find_text_metric
 
@@ -45,6 +47,9 @@ class _Batch:
     returned: dict[str, Any] = field(default_factory=dict)
     hashes: list[str] = field(default_factory=list)
     rows: list[int] = field(default_factory=list)
+
+
+Share = tuple[list[_Batch], dict[str, Metric]]
 
 
 class Recorder:
@@ -118,6 +123,30 @@ class Recorder:
             found = divergence(outputs if reference is None else reference, outputs)
             if found is not None:
                 here.returned[f"scores/{KL}"] = found.cpu()
+
+    def share(self) -> Share:
+        """Return what was recorded of some of the batches, for `put_together` in another process."""
+        return self.batches, {name: metric.cpu() for name, metric in self.metrics.items()}
+
+    def put_together(self, shares: Sequence[Share]) -> None:
+        """Take what several processes recorded, each of the batches whose number leaves its own place over."""
+        self.batches = in_turn([batches for batches, _ in shares])
+        for name, metric in shares[0][1].items():
+            for _, metrics in shares[1:]:
+                for state in metric._defaults:
+                    setattr(metric, state, getattr(metric, state) + getattr(metrics[name], state))
+            self.metrics[name] = metric
+
+    @property
+    def splittable(self) -> bool:
+        """Whether the torchmetrics objects that were logged only count, so that their sums are exact."""
+        return all(
+            isinstance(value, Tensor) and not value.is_floating_point() and not value.any()
+            for metric in self.metrics.values()
+            for value in metric._defaults.values()
+        ) and all(
+            reduction is dim_zero_sum for metric in self.metrics.values() for reduction in metric._reductions.values()
+        )
 
     @property
     def num_examples(self) -> int:
@@ -243,6 +272,7 @@ class Recorder:
             target if found or self.keep_preds else None,
             found,
             shareable,
+            shareable and self.splittable,
             returned["predicted"].numpy() if "predicted" in returned else None,
             self.data_digest(),
             computed=tuple(name for name in metrics if name not in logged_names),

@@ -46,6 +46,7 @@ class Evaluation:
         target: Likewise.
         extra: Metrics computed from ``preds`` and ``target``.
         shareable: Whether several edits can be evaluated in one pass: all that the model logs is logged in its step.
+        splittable: Whether several processes can evaluate some batches each and get the numbers of one, bit for bit.
         predicted: The predicted class of each example, where the model's step returns ``preds`` (batch, classes).
         data_digest: Hash of all batches as the model's step got them, where one model was evaluated as it is.
         row_digests: Hash of each example's input, shape (examples,), likewise.
@@ -69,6 +70,7 @@ class Evaluation:
     target: Any = None
     extra: Mapping[str, Metric] = field(default_factory=dict)
     shareable: bool = False
+    splittable: bool = False
     predicted: np.ndarray | None = None
     data_digest: str | None = None
     row_digests: np.ndarray | None = None
