@@ -12,8 +12,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from tva.data.decode_cache import Decoder, SampleCache
+from tva.data.labeled_task import LabeledTask
 from tva.data.presets import find_preset
-from tva.data.task import LabeledTask
 from tva.sizes import parse_bytes
 
 
@@ -35,7 +35,8 @@ class ImageTask(LabeledTask):
         config: Configuration of a hub data set, such as ``plain_text``.
         image_column: Column that holds the images.
         label_column: Column that holds the labels: class indices, or class names.
-        class_names: Names in the order of the labels, or the name of a preset to take them from; by default the data
+        class_names: Names in the order of the labels, or the name of a preset to take them from (``preset:NAME`` in a
+            list stands for its names; data that name some of a longer list's classes are of these); by default the data
             set's own.
         templates: Prompts in which ``{}`` stands for the class name, or the name of a preset; by default a built-in
             set's own, else ``a photo of a {}.``
@@ -95,7 +96,7 @@ class ImageTask(LabeledTask):
         self.preset = preset
         self.image_column = image_column
         self.label_column = label_column
-        self.class_names = list(class_names or [])
+        self.class_names = [name for entry in class_names or [] for name in _classes(entry)]
         self.templates = list(templates) if templates is not None else _default_templates(self.path)
         self.prototype_where = None if prototype_where is None else dict(prototype_where)
         self._cache_bytes_left = parse_bytes(cache, "cache")
@@ -303,6 +304,12 @@ def file_names(table: Any, column: str) -> list[str | None]:
     images = table.with_format("arrow")[column]
     images = images.combine_chunks() if hasattr(images, "combine_chunks") else images
     return [name and Path(name).name for name in images.field("path").to_pylist()]
+
+
+def _classes(entry: str) -> list[str]:
+    """Return a class name, or those of a preset."""
+    preset = entry.removeprefix("preset:")
+    return [entry] if preset == entry else list(find_preset(preset).name_classes([], preset))
 
 
 def _default_templates(path: str | Mapping[str, str]) -> list[str]:

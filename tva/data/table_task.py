@@ -14,8 +14,8 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset
 
+from tva.data.labeled_task import LabeledTask
 from tva.data.language_task import LanguageTask, PairMaker, Pairs, metrics_by_name
-from tva.data.task import LabeledTask
 from tva.data.text_task import PADDING, texts_of, tokenize, tokenizer_of
 from tva.errors import some
 

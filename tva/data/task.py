@@ -1,8 +1,7 @@
-"""What all tasks share: splits, the held-out part, rows that are kept, limits, labels, and loaders."""
+"""What all tasks share: splits, the held-out part, rows that are kept, limits, and loaders."""
 
 from __future__ import annotations
 
-import functools
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -11,7 +10,6 @@ from typing import Any
 import lightning as L
 import numpy as np
 import torch
-from torch import Tensor
 from torch.utils.data import DataLoader, DistributedSampler, default_collate
 
 from tva.data.loading import comparison, default_name, expand, load_splits, resolved_revision
@@ -345,103 +343,3 @@ class Task(L.LightningDataModule, ABC):
         if streamed and shuffle:
             loader.sampler.set_epoch = examples.set_epoch  # Lightning tells samplers the epoch, and no data set
         return loader
-
-
-class LabeledTask(Task):
-    """A task whose examples have one class each.
-
-    Attributes:
-        label_column: Column of class indices or class names.
-        class_names: Names in the order of the labels; the data set's own once it is read.
-    """
-
-    label_column: str
-    class_names: list[str]
-
-    def _value_names(self, table: Any, column: str) -> list[str] | None:
-        return self.class_names if column == self.label_column else super()._value_names(table, column)
-
-    def _tables(self, splits: Mapping[str, Any]) -> dict[str, Any]:
-        tables = super()._tables(splits)
-        self.class_names = self._read_class_names(tables["train"])
-        return tables
-
-    def _read_class_names(self, table: Any) -> list[str]:
-        own = list(getattr(table.features[self.label_column], "names", None) or [])
-        labels = list(table[self.label_column])
-        if not own and isinstance(labels[0], str):
-            own = sorted(set(labels))
-        if not self.class_names:
-            return self._default_class_names(own, labels)
-        required = len(own) or max(labels) + 1
-        if len(self.class_names) != required:
-            raise ValueError(self._miscounted(required))
-        return self.class_names
-
-    def _default_class_names(self, own: list[str], labels: Sequence[Any]) -> list[str]:
-        """Return the names where none were passed."""
-        if not own:
-            raise ValueError(
-                f"{self.name} does not name its classes; pass class_names, {max(labels) + 1} names in the order of the "
-                f"labels in {self.label_column!r}."
-            )
-        return own
-
-    def _read_stream_names(self, table: Any) -> None:
-        own = list(getattr((table.features or {}).get(self.label_column), "names", None) or [])
-        if not self.class_names:
-            self.class_names = self._stream_class_names(own)
-        elif own and len(own) != len(self.class_names):
-            raise ValueError(self._miscounted(len(own)))
-
-    def _stream_class_names(self, own: list[str]) -> list[str]:
-        if not own:
-            raise ValueError(
-                f"{self.name}: streamed labels in {self.label_column!r} have no class names; pass class_names."
-            )
-        return own
-
-    def label_reader(self) -> Callable[[int | str], int]:
-        """Return the function from a label of one row to its class index; it goes to worker processes."""
-        return functools.partial(class_index, self.name, list(self.class_names))
-
-    def _miscounted(self, required: int) -> str:
-        return (
-            f"{self.name} has {required} classes, but class_names has {len(self.class_names)}: "
-            f"{some(self.class_names)}. Give one name for each class, in the order of the labels."
-        )
-
-    def _read_labels(self, table: Any) -> Tensor:
-        labels = list(table[self.label_column])
-        if isinstance(labels[0], str):
-            index = {name: position for position, name in enumerate(self.class_names)}
-            unknown = sorted(set(labels) - index.keys())
-            if unknown:
-                raise ValueError(
-                    f"{self.name}: labels {some(unknown)} are not in class_names {some(self.class_names, 8)}."
-                )
-            labels = [index[label] for label in labels]
-        labels = torch.as_tensor(labels, dtype=torch.int64)
-        if labels.min() < 0 or labels.max() >= len(self.class_names):
-            raise ValueError(
-                f"{self.name}: labels must be in 0 … {len(self.class_names) - 1} but reach from {int(labels.min())} "
-                f"to {int(labels.max())}. Give one class name for each class."
-            )
-        return labels
-
-
-def class_index(task: str, class_names: Sequence[str], label: int | str) -> int:
-    """Return the class index of one label.
-
-    Raises:
-        ValueError: No class has it.
-    """
-    if isinstance(label, str):
-        if label not in class_names:
-            raise ValueError(f"{task}: label {label!r} is not in class_names {some(class_names, 8)}.")
-        return class_names.index(label)
-    if not 0 <= label < len(class_names):
-        raise ValueError(
-            f"{task}: labels must be in 0 … {len(class_names) - 1}; found {label}. Give one class name for each class."
-        )
-    return int(label)

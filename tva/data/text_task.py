@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset
 
-from tva.data.task import LabeledTask
+from tva.data.labeled_task import LabeledTask
 from tva.errors import some
 
 PADDING = -1  # in token ids: no tokenizer has it, so that no attention mask must travel with them

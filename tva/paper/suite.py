@@ -1,6 +1,7 @@
 """The declared suite: experiments at several scales, each a YAML file, and the setups that they share.
 
-A *setup* is a model, how it is fine-tuned, and data modules by task. An *experiment* is a list of edits over the tasks
+A *setup* is a model, how it is fine-tuned, and data modules by task; ``mnist__fast`` is the fit of ``mnist`` with the
+changes of the setup's variant ``fast``. An *experiment* is a list of edits over the tasks
 of a setup, with the numbers of the paper. A *scale* is an experiment on one setup.
 """
 
@@ -20,7 +21,20 @@ from tva.errors import did_you_mean, some
 from tva.paper.configs import fill, merge, nested
 
 SUITE = Path(__file__).parent / "suite"
-_SETUP = {"about", "model", "fit", "edit", "data", "edit_data", "tasks", "download", "needs", "classes", "like"}
+_SETUP = {
+    "about",
+    "model",
+    "fit",
+    "edit",
+    "data",
+    "edit_data",
+    "tasks",
+    "download",
+    "needs",
+    "classes",
+    "like",
+    "variants",
+}
 _EXPERIMENT = {"title", "source", "edits", "scales", "rows", "effects", "needs", "figures"}
 _SCALE = {"setup", "tasks", "controls", "seeds", "paper", "differs", "words", "options", "edit_data"}
 
@@ -105,7 +119,9 @@ class Scale:
     @property
     def needs_data_root(self) -> bool:
         """Whether it reads sets or models from a folder that must be given."""
-        return "{data_root}" in yaml.safe_dump(dict(self.setup))
+        mark = "{data_root}"
+        used = [[edit.config for edit in self.edits([0], mark)], [fit.changes for fit in self.fits([0], mark)]]
+        return mark in str([used, self.shared(0, mark)])
 
     def edits(self, seeds: Sequence[int] | None = None, data_root: str = "") -> Iterator[Edit]:
         """Make the edits, those of one seed after another."""
@@ -142,17 +158,34 @@ class Scale:
         Raises:
             ValueError: The setup has no such task.
         """
-        changes = self._changes(task, seed, data_root)
-        return merge(self._filled(self.setup["data"], task, seed, data_root), changes.get("data", {}))
+        changes, (base, _) = self._changes(task, seed, data_root), self._parts(task)
+        return merge(self._filled(self.setup["data"], base, seed, data_root), changes.get("data", {}))
 
-    def _changes(self, task: str, seed: int, data_root: str) -> dict[str, Any]:
-        tasks = self.setup["tasks"]
+    def _parts(self, task: str) -> tuple[str, str]:
+        """Return the task and the variant of a name such as ``mnist__ascent``.
+
+        Raises:
+            ValueError: The setup has no such variant.
+        """
+        base, _, variant = task.partition("__")
+        variants = self.setup.get("variants", {})
+        if variant and variant not in variants:
+            raise ValueError(
+                f"The setup {self.setup_name!r} has no variant {variant!r} (of {task!r}); it has "
+                f"{some(variants, 20) or 'none'}.{did_you_mean(variant, variants)}"
+            )
+        return base, variant
+
+    def _changes(self, name: str, seed: int, data_root: str) -> dict[str, Any]:
+        (task, variant), tasks = self._parts(name), self.setup["tasks"]
         if task not in tasks:
             raise ValueError(
                 f"The setup {self.setup_name!r} has no task {task!r}; it has {some(tasks, 20)}."
                 f"{did_you_mean(task, tasks)}"
             )
-        return nested(self._filled(tasks[task] or {}, task, seed, data_root))
+        found = nested(self._filled(tasks[task] or {}, task, seed, data_root))
+        other = self.setup["variants"][variant] if variant else {}
+        return merge(found, nested(self._filled(other, task, seed, data_root)))
 
     def _filled(self, value: Any, task: str, seed: int, data_root: str) -> Any:
         return fill(value, {"{task}": task, "{seed}": seed, "{data_root}": data_root})
