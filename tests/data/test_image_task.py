@@ -278,3 +278,12 @@ def test_clip_crops_at_random_in_training_as_the_papers_code_does():
     made = [model.train_transform(image) for _ in range(4)]
     assert made[0].shape == model.image_transform(image).shape
     assert not all(torch.equal(made[0], other) for other in made[1:])
+
+
+def test_data_with_some_of_a_longer_list_of_classes_are_labelled_by_name(parquet):
+    own = ready(parquet).class_names
+    names = ["preset:mnist", *reversed(own)]
+    task = ready(parquet, class_names=names, where={"label": own[:1]})
+    assert task.class_names[10:] == names[1:]
+    labels = {int(label) for _, labels in task.test_dataloader() for label in labels}
+    assert labels == {len(task.class_names) - 1}

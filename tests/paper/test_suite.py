@@ -18,8 +18,9 @@ from tva.cli.main import main
 from tva.paper.figures import curve_rows, figures_of, pair_rows, write_figures
 from tva.paper.quantities import is_quantity, quantity
 from tva.paper.results import find_made
-from tva.paper.suite import find_scale, list_experiments, load_experiment
+from tva.paper.suite import SUITE, find_scale, list_experiments, load_experiment
 
+SETUPS = SUITE / "setups"
 SCALES = [scale for name in list_experiments() for scale in load_experiment(name).values()]
 
 
@@ -35,8 +36,17 @@ def test_rows_and_effects_name_quantities_and_edits_that_exist(scale):
     assert all(fit.changes["data"] for fit in scale.fits([0], "data"))
 
 
+def one_of_each_kind():
+    """The first scale of every experiment, and one on every setup that is not like another."""
+    first = {scale.experiment: scale for scale in reversed(SCALES)}
+    setups = {
+        scale.setup_name: scale for scale in SCALES if "like:" not in (SETUPS / f"{scale.setup_name}.yaml").read_text()
+    }
+    return {(scale.experiment, scale.name): scale for scale in (*first.values(), *setups.values())}.values()
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("scale", SCALES, ids=lambda scale: f"{scale.experiment}-{scale.name}")
+@pytest.mark.parametrize("scale", one_of_each_kind(), ids=lambda scale: f"{scale.experiment}-{scale.name}")
 def test_the_configs_of_every_experiment_parse(scale, tmp_path, capsys):
     edit = next(scale.edits([0], "data"))
     fit = paper__run.make_fits(scale, tmp_path, [0], "data")[0]
@@ -230,13 +240,52 @@ def test_an_experiment_is_read_within_limits(tmp_path, capsys):
     assert "x.yaml is not YAML that can be read: it is nested more than 100 deep" in capsys.readouterr().err
 
 
+def test_a_setup_may_be_like_another_and_have_variants(tmp_path):
+    file = own_experiment(tmp_path)
+    other = "like: blobs\nfit.trainer.max_steps: 3\nvariants:\n  long: {trainer.max_steps: 9, data.init_args.seed: 5}\n"
+    (tmp_path / "setups" / "other.yaml").write_text(other)
+    content = yaml.safe_load(file.read_text())
+    content["scales"] = {"small": {"setup": "other", "tasks": ["one"], "controls": ["other"], "differs": "much"}}
+    content["edits"]["forget-{task}"] |= {"vectors": ["{task}__long"], "targets": ["{task}"]}
+    file.write_text(yaml.safe_dump(content))
+    scale = find_scale(str(file), None)
+    assert scale.shared(0)["trainer"]["max_steps"] == 3
+    (fit,) = scale.fits([0])
+    assert fit.name == "one__long"
+    assert fit.changes["trainer"]["max_steps"] == 9
+    assert fit.changes["data"]["init_args"]["seed"] == 5
+    (edit,) = scale.edits([0])
+    assert edit.config["targets"]["one"]["init_args"]["seed"] == 1
+    content["edits"]["forget-{task}"]["vectors"] = ["{task}__lnog"]
+    file.write_text(yaml.safe_dump(content))
+    with pytest.raises(ValueError, match="has no variant 'lnog'.* Did you mean 'long'"):
+        find_scale(str(file), None).fits([0])
+
+
+def test_a_folder_is_needed_only_where_the_tasks_read_one():
+    assert not find_scale("forgetting-images", "b32").needs_data_root
+    assert find_scale("kings-and-queens", "b32").needs_data_root
+
+
+def test_a_row_may_name_any_metric_of_a_task(made):
+    (first, *_) = find_made(made[1], find_scale(str(made[0]), None))
+    task = next(name for name, entry in first.content["tasks"].items() if entry["role"] == "target")
+    entry = first.content["tasks"][task]
+    for model in ("base", "edited", "random"):
+        assert quantity(f"{task}/{entry['metric']}.{model}", first.content) == entry[model]["value"]
+    assert quantity(f"{task}/nothing.edited", first.content) is None
+    assert quantity("nobody/loss.edited", first.content) is None
+    with pytest.raises(ValueError, match="TASK/METRIC.MODEL"):
+        quantity("one/accuracy.finetuned", first.content)
+
+
 def test_list_and_plan_read_no_network(capsys):
     main(["paper", "list", "--json"])
     listed = json.loads(capsys.readouterr().out)
     assert {"forgetting-images", "adding-images"} <= {row["experiment"] for row in listed}
     main(["paper", "plan", "forgetting-images", "--scale", "l14", "--json"])
     (planned,) = json.loads(capsys.readouterr().out)
-    assert planned["fits"] == {"new": 24}
+    assert planned["fits"] == {"new": 48}  # eight tasks, and gradient ascent on each, three seeds
     assert planned["download_bytes"]["model"] > 10**9
 
 
