@@ -260,6 +260,9 @@ def test_a_setup_may_be_like_another_and_have_variants(tmp_path):
     file.write_text(yaml.safe_dump(content))
     with pytest.raises(ValueError, match="has no variant 'lnog'.* Did you mean 'long'"):
         find_scale(str(file), None).fits([0])
+    (tmp_path / "setups" / "other.yaml").write_text("like: other")
+    with pytest.raises(ValueError, match="found other -> other"):
+        find_scale(str(file), None)
 
 
 def test_a_folder_is_needed_only_where_the_tasks_read_one():

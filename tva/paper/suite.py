@@ -14,8 +14,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from tva.checkpoints.foreign_yaml import read_yaml
 from tva.errors import did_you_mean, some
 from tva.paper.configs import fill, merge, nested
@@ -249,15 +247,17 @@ def load_experiment(name: str) -> dict[str, Scale]:
     return scales
 
 
-def _read_setup(name: str, where: str, folders: Sequence[Path]) -> dict[str, Any]:
+def _read_setup(name: str, where: str, folders: Sequence[Path], above: Sequence[str] = ()) -> dict[str, Any]:
     """Read a setup, laid over the one that it is like, if it names one."""
+    if name in above:
+        raise ValueError(f"{where}: setups must not be like themselves; found {' -> '.join([*above, name])}.")
     files = [folder / "setups" / f"{name}.yaml" for folder in folders]
     found = next((file for file in files if file.is_file()), None)
     if found is None:
         raise ValueError(f"{where}: there is no setup {name!r} at {some(files)}.")
     setup = _read(found, _SETUP, ())
     if "like" in setup:
-        setup = merge(_read_setup(setup.pop("like"), str(found), folders), nested(setup))
+        setup = merge(_read_setup(setup.pop("like"), str(found), folders, [*above, name]), nested(setup))
     _check_keys(str(found), setup, _SETUP, ("model", "fit", "data", "tasks"))
     return setup
 
