@@ -96,7 +96,8 @@ def fingerprint(weights: Mapping[str, Tensor]) -> Fingerprint:
         >>> fingerprint({"a": a}).num_different(fingerprint({"a": a + 1}).tensors)
         1
     """
-    return Fingerprint.from_tensors({name: tensor_digest(weights[name]) for name in weights})
+    known = {name: weights.entry(name).digest for name in weights} if isinstance(weights, LazyWeights) else {}
+    return Fingerprint.from_tensors({name: known.get(name) or tensor_digest(weights[name]) for name in weights})
 
 
 def copies_in(weights: Mapping[str, Tensor]) -> CopyOf:

@@ -84,6 +84,7 @@ class Entry:
 
     dtype: torch.dtype
     shape: torch.Size
+    digest: str | None = None  # what `tva.checkpoints.tensor_digest` returns of it, where that is known without reading
 
     @property
     def spec(self) -> Spec:

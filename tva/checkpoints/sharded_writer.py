@@ -12,13 +12,14 @@ import os
 import shutil
 import stat
 import threading
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
 import numpy
 
-from tva.checkpoints.atomic import can_write, make_room
+from tva.checkpoints.atomic import can_write
+from tva.checkpoints.dcp_writer import DcpShard, dcp_files
 from tva.checkpoints.fingerprint import TensorHash
 from tva.checkpoints.foreign import parse_json
 from tva.checkpoints.formats import safetensors
@@ -51,6 +52,7 @@ class Output:
         resume: Continue what an interrupted run has left.
         stem: Of the names of weights in a folder.
         parts: Prefixes of names to the sub-folders of their weights, which have the names without the prefix.
+        dcp: Write a folder of ``torch.distributed.checkpoint``; the metadata is then beside it.
 
     Attributes:
         done: Record of each tensor that an earlier run finished.
@@ -71,11 +73,12 @@ class Output:
         resume: bool = False,
         stem: str = "model",
         parts: Mapping[str, str] | None = None,
+        dcp: bool = False,
     ) -> None:
-        self.stem, self._parts = stem, parts or {"": ""}
+        self.stem, self._parts, self._dcp = stem, parts or {"": ""}, dcp
         self.path, self.metadata, self.done = path, dict(metadata), {}
         self.size = sum(spec.num_bytes for spec in tensors.values())
-        self._single = path.suffix == ".safetensors"
+        self._single = path.suffix == ".safetensors" and not dcp
         self._partial = path.with_name(f".{path.name}.partial")
         self._journal_path = path.with_name(f".{path.name}.journal")
         self._job = json.loads(json.dumps(dict(job)))
@@ -90,7 +93,7 @@ class Output:
         self._failed: OSError | None = None
         self._resume = resume
 
-    def _cut(self, tensors: Mapping[str, Spec], max_shard_bytes: int) -> list[Shard]:
+    def _cut(self, tensors: Mapping[str, Spec], max_shard_bytes: int) -> Sequence[Shard]:
         if self._single:
             return [Shard(self._partial, dict(tensors))]
         if self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
@@ -98,6 +101,9 @@ class Output:
                 f"output must end in .safetensors, or be a new or empty folder; {self.path} is neither. Remove what is "
                 f"there, or give another one."
             )
+        if self._dcp:
+            cut = shard_tensors(tensors, max_shard_bytes)
+            return [DcpShard(self._partial / f"__0_{number}.distcp", part) for number, part in enumerate(cut)]
         shards = []
         for prefix, folder in self._parts.items():
             cut = shard_tensors({n: spec for n, spec in tensors.items() if n.startswith(prefix)}, max_shard_bytes)
@@ -218,10 +224,7 @@ class Output:
             self._partial.mkdir()
         for shard, header in zip(self._shards, self._headers, strict=True):
             shard.path.parent.mkdir(exist_ok=True)
-            with shard.path.open("xb") as file:
-                file.write(header)
-                file.flush()
-                make_room(file.fileno(), len(header) + sum(spec.num_bytes for spec in shard.tensors.values()))
+            shard.begin(header)
         self._journal.truncate(0)
         self._journal.write(json.dumps(self._job) + "\n")
         self._journal.flush()
@@ -355,7 +358,8 @@ class Output:
             os.pwrite(shard.file, final, 0)
             os.fsync(shard.file)
         if not self._single:
-            for name, data in {**side_files, **self._index()}.items():
+            found = dcp_files(self._shards, self.metadata) if self._dcp else self._index()
+            for name, data in {**side_files, **found}.items():
                 path = self._partial / name
                 path.parent.mkdir(parents=True, exist_ok=True)
                 path.write_bytes(data) if isinstance(data, bytes) else shutil.copyfile(data, path)

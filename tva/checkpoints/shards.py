@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from tva.checkpoints.atomic import make_room
 from tva.checkpoints.spec import Elements, Spec, encode_header
 
 NO_LINK = getattr(os, "O_NOFOLLOW", 0)  # tva writes through no link that somebody else may have put there
@@ -57,6 +58,13 @@ class Shard:
         while data.nbytes:
             count = os.pwrite(self.file, data, offset)
             data, offset = data[count:], offset + count
+
+    def begin(self, header: bytes) -> None:
+        """Make the file, with room for its tensors."""
+        with self.path.open("xb") as file:
+            file.write(header)
+            file.flush()
+            make_room(file.fileno(), len(header) + sum(spec.num_bytes for spec in self.tensors.values()))
 
 
 def shard_tensors(tensors: Mapping[str, Spec], max_shard_bytes: int) -> list[dict[str, Spec]]:

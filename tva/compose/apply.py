@@ -26,6 +26,7 @@ from tva.checkpoints import (
     protect,
     weights_stem,
 )
+from tva.checkpoints.dcp_writer import check_format
 from tva.checkpoints.formats.gguf import is_gguf
 from tva.checkpoints.formats.sentence_transformers import part_of_names
 from tva.checkpoints.tokenizers import fetch_tokenizer
@@ -118,6 +119,7 @@ def compose(
     tokenizer: str = "",
     allow_other_tokenizer: bool = False,
     engine: str = "local",
+    format: Literal["safetensors", "dcp"] = "safetensors",
 ) -> ComposeReport | AdapterReport | Plan:
     """Write ``base + scaling_coef * recipe`` without loading any model whole.
 
@@ -167,6 +169,8 @@ def compose(
         engine: ``local``: this process. ``ray``: a Ray cluster started on this machine, or ``ray:ADDRESS``: a running
             one (``ray:auto`` on one of its nodes), whose nodes see inputs and output under the same paths and compute
             one shard of a folder each at a time; ``local:N``: the same with processes of this machine.
+        format: What the output is: ``safetensors``, or a folder of ``torch.distributed.checkpoint`` (``dcp``), which
+            FSDP and other sharded models load a part each.
 
     Returns:
         What was written, and what the edit did; or the plan; or what the adapter is.
@@ -183,6 +187,7 @@ def compose(
     vectors = {name: os.fspath(path) for name, path in vectors.items()}
     given = {**vectors, BASE: base}
     _check_output(output, scaling_coef)
+    check_format(Path(output), format, write_as=write_as != "checkpoint", keep_undo=keep_undo, requantize=requantize)
     if Path(output).suffix != ".safetensors":
         fetch_side_files(parts_of(base)[0])
     for path in vectors.values():
@@ -245,7 +250,7 @@ def compose(
     job |= {"tokenizer": tokenizer} if tokenizer else {}
     found = find(parts_of(base)[0])
     stem, parts = weights_stem(found), part_of_names(found)
-    with Output(Path(output), layout, metadata, job, shard_bytes, resume, stem, parts) as out:
+    with Output(Path(output), layout, metadata, job, shard_bytes, resume, stem, parts, format == "dcp") as out:
         sink = quantizer.into(out) if quantizer else out
         resumed = len(sink.done)
         if workers is None:

@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from tva._torch import Tensor, torch
-from tva.checkpoints.foreign import ForeignFileError, is_plain_name, read_bytes, shown
+from tva.checkpoints.dcp_writer import RECORD
+from tva.checkpoints.foreign import ForeignFileError, is_plain_name, read_bytes, read_json, shown
 from tva.checkpoints.inert_pickle import Inert, InertUnpickler, load_archive
 from tva.checkpoints.lazy import Entry, Info, LazyWeights, OpenFile, Which
 from tva.errors import some
@@ -144,7 +145,9 @@ def _open(folder: Path, metadata: Mapping[str, Any]) -> LazyWeights:
     entries = {names[name]: _chunked(folder, name, tensors[name], chunks) for name in tensors if name in names}
     if not entries:
         raise ForeignFileError(f"{folder} holds no tensors; its .metadata names {some(described) or 'nothing'}.")
-    return LazyWeights(Info(folder, "torch.distributed checkpoint", notes=tuple(notes)), entries)
+    record = folder / RECORD
+    text = read_json(record, {str: str}) if record.is_file() else {}
+    return LazyWeights(Info(folder, "torch.distributed checkpoint", notes=tuple(notes)), entries, text)
 
 
 def _read_metadata(data: bytes) -> Mapping[str, Any]:
