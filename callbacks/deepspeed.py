@@ -7,48 +7,16 @@ precision are in stretches on the ranks, and they are what a DeepSpeed checkpoin
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from tva.callbacks.names import module_state
+from tva.callbacks.partition import Partition
 
 from tva.errors import some
-
-Layout = list[tuple[int, torch.Size]]
-
-
-@dataclass(frozen=True)
-class Partition:
-    """How one parameter is split over the ranks.
-
-    Attributes:
-        layout: Each rank with the size of its stretch of the flattened parameter, in order; None where a stretch means
-            nothing by itself, and the parameter is gathered.
-        local: Returns this rank's stretch.
-        gathered: A context in which ``whole`` is the parameter.
-        whole: The parameter, empty outside of that context.
-    """
-
-    layout: Layout | None = None
-    local: Callable[[], Tensor] | None = None
-    gathered: Callable[[], AbstractContextManager] | None = None
-    whole: Tensor | None = field(default=None, repr=False)
-
-    def stand_in(self, dtype: torch.dtype, shape: torch.Size) -> Tensor:
-        """Make a tensor without memory that stands for the parameter in a state dict."""
-        tensor = torch.empty(shape, dtype=dtype, device="meta")
-        tensor.partition = self
-        return tensor
-
-    def full_tensor(self) -> Tensor:
-        """Return the whole parameter, on every rank; every rank must call it."""
-        with self.gathered():
-            return self.whole.detach().clone()
 
 
 def zero_state(module: nn.Module) -> dict[str, Any]:

@@ -25,8 +25,9 @@ from lightning.pytorch.strategies import (
 )
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Shard
-from tva.callbacks.deepspeed import Layout, zero_state
+from tva.callbacks.deepspeed import zero_state
 from tva.callbacks.names import module_state
+from tva.callbacks.partition import Layout
 
 from tva.checkpoints import Spec
 from tva.errors import MismatchError, some
@@ -160,7 +161,7 @@ class Shards:
         if error is not None:
             raise error
         if message is not None:
-            raise RuntimeError(f"Rank 0 could not take a task vector: {message}")
+            raise RuntimeError(f"Rank 0 failed: {message}")
         return value
 
     def source(self, name: str) -> TensorSource:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from tva.arithmetic import BATCH_NORM_STATISTICS
-from tva.checkpoints import canonical_state_dict
+from tva.checkpoints import Fingerprint, canonical_state_dict, fingerprint
 from tva.search import SCALING, Candidate
 from tva.vectors.task_vector import TaskVector
 
@@ -87,10 +87,8 @@ class Editor:
         self.datamodules = datamodules
         self.statistics = statistics
         self.reestimate_with = list(reestimate_with)
-        self.base: dict[str, Tensor] = {
-            name: tensor.detach().clone() for name, tensor in canonical_state_dict(model.state_dict()).items()
-        }
         self._found: tuple[Any, dict[str, Tensor]] | None = None
+        self.base: dict[str, Tensor] = {name: tensor.detach().clone() for name, tensor in self._live().items()}
         self._base_on: dict[torch.device, dict[str, Tensor]] = {}
         self._vectors_on: dict[int, tuple[TaskVector, TaskVector]] = {}  # with the original, so that its id stays its
         self._estimated: dict[tuple[int, float], tuple[TaskVector, dict[str, Tensor]]] = {}
@@ -112,6 +110,55 @@ class Editor:
         moved.write_into(live, base, scaling_coef, buffers="delta" if statistics == "delta" else "keep")
         if statistics == "reestimate" and scaling_coef != 0:
             self._set_estimated(vector, scaling_coef, live)
+
+    # --- what differs where each process holds a part of every weight
+
+    def state(self) -> Mapping[str, Tensor]:
+        """Return the model's weights as they are now."""
+        return canonical_state_dict(self.model.state_dict())
+
+    def base_state(self) -> Mapping[str, Tensor]:
+        """Return the base's weights."""
+        return self.base
+
+    def unsaved_buffers(self) -> dict[str, Tensor]:
+        """Return copies of the buffers that are not in the model's state dict."""
+        saved = self.model.state_dict().keys()
+        return {name: buffer.detach().clone() for name, buffer in self.model.named_buffers() if name not in saved}
+
+    def fingerprint(self, tensors: Mapping[str, Tensor]) -> Fingerprint:
+        """Return the fingerprint of the base, or of a vector's deltas."""
+        return fingerprint(tensors)
+
+    def norm(self, vector: TaskVector) -> float:
+        """Return the Euclidean norm of a vector."""
+        return vector.norm()
+
+    def moves(self, vector: TaskVector) -> bool:
+        """Whether a vector has a delta that is not 0."""
+        return any(bool(delta.any()) for delta in vector.deltas.values())
+
+    def random_like(self, vector: TaskVector, seed: int) -> TaskVector:
+        """Return a random vector with the norms of another one."""
+        return vector.random_like(seed)
+
+    def check_effect(self, vector: TaskVector, scaling_coef: float) -> None:
+        """Check that the edit the model is set to changed something."""
+        vector.check_effect(self.state(), self.base, scaling_coef)
+
+    def check_base(self, vector: TaskVector, allow_other_base: bool) -> None:
+        """Check that a vector may be applied to the base."""
+        vector.check_base(self.base, allow_other_base=allow_other_base)
+
+    def on_rank_zero(self, order: Callable[[], list[str]], work: Callable[[], None]) -> None:
+        """Run something on the first process.
+
+        Args:
+            order: Returns the names of weights in the order in which the work reads them.
+            work: What to run.
+        """
+        if self.trainer.is_global_zero:
+            work()
 
     def _live(self) -> dict[str, Tensor]:
         """Return the model's own tensors by name, looked up again only when they have moved."""

@@ -11,7 +11,6 @@ from typing import Any, Protocol
 import lightning as L
 from torch import Tensor
 
-from tva.checkpoints import fingerprint
 from tva.edit.editor import MAX_VECTORS, Editor, EditState
 from tva.errors import HarnessError
 from tva.evaluation.batch_cache import BatchCache, example_order
@@ -87,11 +86,12 @@ class Evaluator:
         """What every evaluation of this run depends on."""
         model, trainer = getattr(self.editor.model, "wrapped", self.editor.model), self.editor.trainer
         return {
-            "base": fingerprint(self.editor.base).digest,
+            "base": self.editor.fingerprint(self.editor.base).digest,
             "model": f"{type(model).__module__}.{type(model).__qualname__}",
             "kind": kind_of(model),
             "vectors": {
-                name: fingerprint({**vector.deltas, **vector.buffers}).digest for name, vector in self.vectors.items()
+                name: self.editor.fingerprint({**vector.deltas, **vector.buffers}).digest
+                for name, vector in self.vectors.items()
             },
             "precision": str(trainer.precision),
             "versions": {"tva": __version__, **{name: version(name) for name in ("torch", "lightning")}},
@@ -118,12 +118,8 @@ class Evaluator:
                 progress=f"the base on {task} ({split})",
             )
             self.num_forward += found.num_examples
-            model = self.editor.model
-            saved = model.state_dict().keys()
-            self.buffers[task] = {
-                name: buffer.detach().clone() for name, buffer in model.named_buffers() if name not in saved
-            }
-            self.heads[task] = getattr(model, "head_digest", None)
+            self.buffers[task] = self.editor.unsaved_buffers()
+            self.heads[task] = getattr(self.editor.model, "head_digest", None)
             found = replace(found, groups=groups_of(self.editor.datamodules[task], split, found.num_examples))
             self._base[task, split] = found
             self._note("base", {"scaling_coef": 0.0}, task, split, found)

@@ -33,28 +33,31 @@ from tva.checkpoints import (
     side_files,
     weights_stem,
 )
+from tva.checkpoints.dcp_writer import RECORD
+from tva.checkpoints.fingerprint import form_of
 from tva.checkpoints.foreign import read_json
 from tva.checkpoints.formats.sentence_transformers import part_of_names
 from tva.checkpoints.lazy import InMemory
 from tva.checkpoints.names import matched
-from tva.checkpoints.shards import shard_names
+from tva.checkpoints.shards import shard_names, shard_tensors
 from tva.checkpoints.wrappers import network_of
 from tva.compose.undo import undo_path
 from tva.edit.card_facts import card_facts
 from tva.errors import MismatchError, some
 from tva.models.network import POOLER, own_state
 from tva.models.saving import save_folder
-from tva.report.run_files import CARD, CONFIG, EDITED
+from tva.report.run_files import CARD, CONFIG, DCP, EDITED
 from tva.sizes import parse_bytes
 from tva.vectors.kind import kind_of
 
-Format = Literal["transformers", "sentence_transformers", "timm", "open_clip", "lightning", "state_dict"]
+Format = Literal["transformers", "sentence_transformers", "timm", "open_clip", "lightning", "state_dict", "dcp"]
 SHARD = parse_bytes("5GB")
 UNDO_OF_FOLDER = "undo.safetensors"
 OF_TRAINING = {  # what a Lightning checkpoint holds of the run that wrote it
     "optimizer_states", "lr_schedulers", "loops", "callbacks", "averaging_state", "current_model_state",
     "native_amp_scaling_state", "MixedPrecision",
 }  # fmt: skip
+AS_BASE = "Give such a folder whose names are the model's as base, or format='state_dict'."
 FOLDERS = ("transformers", "sentence_transformers", "timm", "open_clip")
 
 
@@ -101,6 +104,7 @@ class Form:
         template: The same on this machine.
         names: Names in the output to the model's; those of others are the template's own.
         note: Why it is another form than the source's.
+        known_base: Whether the template holds the weights that were edited, where that is known.
     """
 
     format: Format
@@ -109,6 +113,7 @@ class Form:
     template: Path | None = None
     names: dict[str, str] = field(default_factory=dict)
     note: str = ""
+    known_base: bool | None = None
     _converts: bool = False
 
     @property
@@ -117,20 +122,23 @@ class Form:
         return self.format in FOLDERS
 
     @classmethod
-    def of(cls, model: L.LightningModule, base: str | None, asked: Format | None) -> Form:
+    def of(
+        cls, model: L.LightningModule, base: str | None, asked: Format | None, live: Mapping[str, Tensor] | None = None
+    ) -> Form:
         """Choose the form: that which is asked for, else that of the base, else that of what the model is.
 
         Args:
             model: The model.
             base: The base that was given.
             asked: The form that was asked for.
+            live: The model's weights where each process has a part of them; they are not read.
 
         Raises:
             ValueError: The model cannot be written in the form that was asked for.
         """
         if asked is not None and asked not in get_args(Format):
             raise ValueError(f"format must be one of {', '.join(get_args(Format))}; found {asked!r}.")
-        live = canonical_state_dict(model.state_dict())
+        live = canonical_state_dict(model.state_dict()) if live is None else live
         if kind_of(model) is not None:
             if asked not in (None, "state_dict"):
                 raise ValueError(
@@ -144,7 +152,7 @@ class Form:
             fetch_side_files(source)
         found: Format = "state_dict" if template is None else format_of(template)
         form = cls(asked or found, model, source, template)
-        if form.format != found and not (form.format == "state_dict" and template is None):
+        if form.format != found and (form.format, found) != ("dcp", "state_dict"):
             form.source = form.template = None
         try:
             form._choose_names(live)
@@ -164,6 +172,8 @@ class Form:
 
     def _choose_names(self, live: Mapping[str, Tensor]) -> None:
         if self.template is None and self.is_folder:
+            if isinstance(live, LazyWeights):
+                raise MismatchError(f"A sharded model is written as {self.format} like a base. {AS_BASE}")
             self.template = self._made_by_library()
         if self.template is None:
             self.names = self._own(live)
@@ -172,6 +182,8 @@ class Form:
         self.names = _matching(self.model, live, stored) or {}
         if self.names:
             return
+        if self.format == "transformers" and isinstance(live, LazyWeights):
+            raise MismatchError(f"The model's names are not those of {self.template}. {AS_BASE}")
         if self.format == "transformers":
             converted = self._by_library(live)
             names = match_names(converted, stored, subset=True).names
@@ -182,7 +194,7 @@ class Form:
         raise MismatchError(f"The model's tensors have other shapes than those of {self.template}.")
 
     def _check_shapes(self, found: Mapping[str, Tensor], names: Mapping[str, str], stored: LazyWeights) -> None:
-        other = [name for name, old in names.items() if stored.spec(name).sizes != tuple(found[old].shape)]
+        other = [name for name, old in names.items() if stored.spec(name).shape != form_of(found, old)[1]]
         if other:
             raise MismatchError(f"{some(other)} have other shapes in the model than in {self.template}.")
 
@@ -208,7 +220,11 @@ class Form:
     def named(self, live: Mapping[str, Tensor]) -> LazyWeights:
         """Return weights of the model under the names of the output, with what else the template has."""
         given = self._by_library(live) if self._converts else live
-        entries: dict[str, Any] = {name: InMemory(given[old].detach().cpu()) for name, old in self.names.items()}
+        lazy = given if isinstance(given, LazyWeights) else None
+        entries: dict[str, Any] = {
+            name: InMemory(given[old].detach().cpu()) if lazy is None else lazy.entry(old)
+            for name, old in self.names.items()
+        }
         if self.template is not None:
             stored, dtype = open_weights(self.template), self.dtype_of(live)
             rest = {name: stored.entry(name) for name in stored if name not in entries}
@@ -233,12 +249,14 @@ class Form:
         if self.template is None or not self.names:
             return None
         stored = open_weights(self.template)
-        mine = {tensor.dtype for tensor in live.values() if tensor.is_floating_point()}
+        mine = {dtype for name in live if (dtype := form_of(live, name)[0]).is_floating_point}
         theirs = {stored.spec(name).dtype for name in self.names if stored.spec(name).is_floating_point()}
         return None if mine == theirs or len(mine) != 1 else str(mine.pop()).removeprefix("torch.")
 
     def has_base(self, base: Mapping[str, Tensor]) -> bool:
         """Whether the template holds the weights that were edited, in whatever dtype."""
+        if self.known_base is not None:
+            return self.known_base
         if self.template is None or self.source is None:
             return False
         if self._converts:
@@ -268,10 +286,16 @@ class Form:
     @property
     def path(self) -> str:
         """Path of the weights in the folder of the edit."""
-        return "." if self.is_folder else "edited.ckpt" if self.format == "lightning" else EDITED
+        names = {"lightning": "edited.ckpt", "dcp": DCP}
+        return "." if self.is_folder else names.get(self.format, EDITED)
 
     def files(self, live: Mapping[str, Tensor]) -> list[str]:
         """Return the paths of all files that `write` writes."""
+        if self.format == "dcp":
+            weights = self.named(live)
+            specs = {name: weights.spec(name) for name in weights}
+            shards = range(len(shard_tensors(specs, SHARD)))
+            return [f"{DCP}/{name}" for name in (".metadata", RECORD, *(f"__0_{shard}.distcp" for shard in shards))]
         if not self.is_folder or self.template is None:
             return [self.path]
         weights, stem, found = self.named(live), weights_stem(self.template), []
@@ -305,19 +329,16 @@ class Form:
         weights = self.named(live)
         if self.format == "lightning":
             self._write_lightning(folder / self.path, weights, header)
-        elif not self.is_folder or self.template is None:
-            save_weights(dict(weights), folder / self.path, dict(header))
-        else:
-            inside, specs = folder / "model.tmp", {name: weights.spec(name) for name in weights}
-            parts, stem = part_of_names(self.template), weights_stem(self.template)
-            with Output(inside, specs, header, {}, SHARD, stem=stem, parts=parts) as out:
-                for name in weights:
-                    out.write(name, 0, Elements.of(weights[name].contiguous()))
-                    out.finish(name, {"edited": ""})
-                out.commit(header, self._side_files(live))
+        elif self.is_folder and self.template is not None:
+            inside, parts, stem = folder / "model.tmp", part_of_names(self.template), weights_stem(self.template)
+            _stream(inside, weights, header, self._side_files(live), stem=stem, parts=parts)
             for path in inside.iterdir():
                 path.rename(folder / path.name)
             inside.rmdir()
+        elif self.format == "dcp" or isinstance(live, LazyWeights):
+            _stream(folder / self.path, weights, header, {}, dcp=self.format == "dcp")
+        else:
+            save_weights(dict(weights), folder / self.path, dict(header))
 
     def _write_lightning(self, path: Path, weights: LazyWeights, header: Mapping[str, str]) -> None:
         content: dict[str, Any] = {}
@@ -334,6 +355,21 @@ class Form:
         torch.save({**fresh, **options, **kept, "state_dict": stored, "tva": plain}, path)
 
 
+def _stream(
+    path: Path, weights: LazyWeights, header: Mapping[str, str], side_files: Mapping[str, bytes | Path], **options: Any
+) -> None:
+    """Write weights one after the other, those that several processes hold in chunks."""
+    specs = {name: weights.spec(name) for name in weights}
+    with Output(path, specs, header, {}, SHARD, **options) as out:
+        for name in weights:
+            start, entry = 0, weights.entry(name)
+            for part in getattr(entry, "parts", lambda entry=entry: [entry.read().contiguous()])():
+                out.write(name, start, Elements.of(part))
+                start += part.numel()
+            out.finish(name, {"edited": ""})
+        out.commit(header, side_files)
+
+
 def undo_name(form: Form) -> str:
     """Return the name of the undo file in the folder of an edit."""
     return undo_path(Path(EDITED)).name if form.path == EDITED else UNDO_OF_FOLDER
@@ -344,7 +380,10 @@ def _matching(model: L.LightningModule, live: Mapping[str, Tensor], stored: Lazy
     prefix, _ = network_of(model)
     own = {name.removeprefix(prefix): name for name in live}
     first: dict[Any, str] = {}
-    places = {n: (t.data_ptr(), t.shape, t.stride()) for n, t in live.items() if t.numel()}
+    if isinstance(live, LazyWeights):
+        places = {name: live.entry(name).location for name in live}
+    else:
+        places = {n: (t.data_ptr(), t.shape, t.stride()) for n, t in live.items() if t.numel()}
     tied = {name for name, place in places.items() if first.setdefault(place, name) != name}
     once = [name for name, old in own.items() if old not in tied]
     pooled = [name for name in once if not name.startswith(POOLER)]  # random where the folder has none
@@ -355,6 +394,6 @@ def _matching(model: L.LightningModule, live: Mapping[str, Tensor], stored: Lazy
             except MismatchError:
                 continue
             mapping = {new: own.get(old, old) for new, old in found.items()}
-            if all(stored.spec(name).sizes == tuple(live[old].shape) for name, old in mapping.items()):
+            if all(stored.spec(name).shape == form_of(live, old)[1] for name, old in mapping.items()):
                 return mapping
     return None

@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 
-from tva.checkpoints import canonical_state_dict
 from tva.edit.audits import audited, run_audits
 from tva.edit.baselines import run_baselines
 from tva.edit.diagnostics import run_diagnostics
 from tva.edit.each import run_each
-from tva.edit.editor import EditState
+from tva.edit.editor import Editor, EditState
 from tva.edit.outcome import Outcome
 from tva.edit.session import EditSession
 from tva.evaluation.leaks import check_shared
@@ -31,7 +30,7 @@ def prove(session: EditSession, choice: Choice) -> Outcome:
     split: Split = "test" if choice.feasible else "val"
     states = [state]
     if options.random_seed is not None and choice.feasible:
-        states.append(_random_state(state, options.random_seed))
+        states.append(_random_state(session.editor, state, options.random_seed))
     before = {task: evaluator.base(task, split) for task in options.tasks}
     shared = _shared_examples(session, before) if choice.feasible else {}
     results = evaluator(states, options.tasks, split)
@@ -62,7 +61,7 @@ def prove(session: EditSession, choice: Choice) -> Outcome:
         outcome = replace(outcome, baselines=baselines, diagnostics=diagnostics, audits=audits)
     editor, vector = session.editor, state.vector()
     editor.set(vector, state.scaling_coef, state.statistics)
-    vector.check_effect(canonical_state_dict(editor.model.state_dict()), editor.base, state.scaling_coef)
+    editor.check_effect(vector, state.scaling_coef)
     return outcome
 
 
@@ -84,10 +83,10 @@ def _decided(session: EditSession, state: EditState, test: Mapping[str, Evaluati
     return session.evaluator.log.decide({task: part for task, part in parts.items() if part}, edit)
 
 
-def _random_state(state: EditState, seed: int) -> EditState:
+def _random_state(editor: Editor, state: EditState, seed: int) -> EditState:
     """Return the state of a random vector with the edit's norm in every tensor."""
     name = f"random_like({state.recipe}, seed={seed})"
-    return EditState("random", name, state.coefs, lambda: state.vector().random_like(seed), state.statistics)
+    return EditState("random", name, state.coefs, lambda: editor.random_like(state.vector(), seed), state.statistics)
 
 
 def verdict_on(

@@ -111,7 +111,8 @@ class EditOptions:
         key_map: Regular expressions to replacements, for vectors whose names differ from the model's by more than one
             prefix.
         format: How the weights are written: as a folder that ``transformers``, ``sentence_transformers``, ``timm`` or
-            ``open_clip`` loads, a ``lightning`` checkpoint, or a plain ``state_dict``; by default as the base came.
+            ``open_clip`` loads, a ``lightning`` checkpoint, a plain ``state_dict``, or a folder that
+            ``torch.distributed.checkpoint`` loads (``dcp``); by default as the base came.
         allow_other_base: Apply vectors to a base they were not taken from.
         keep_undo: Write ``edited.undo.safetensors`` too, from which ``tva revert`` restores the base bit for bit.
         allow_other_kind: Apply vectors of a linearized model (``tangent: true``) to an ordinary one, or the other way
@@ -148,9 +149,9 @@ class EditOptions:
     include: list[str] | str | None = None
     exclude: list[str] | str | None = None
     key_map: dict[str, str] | None = None
-    format: Literal["transformers", "sentence_transformers", "timm", "open_clip", "lightning", "state_dict"] | None = (
-        None
-    )
+    format: (
+        Literal["transformers", "sentence_transformers", "timm", "open_clip", "lightning", "state_dict", "dcp"] | None
+    ) = None
     allow_other_base: bool = False
     keep_undo: bool = False
     allow_other_kind: bool = False
@@ -221,6 +222,8 @@ class EditOptions:
         self._check_confidence(given)
         self._check_baselines(objective)
         self._check_audits(audited)
+        if self.format == "dcp" and self.keep_undo:
+            raise ValueError("An undo file restores safetensors, and format is 'dcp'. Leave keep_undo or format out.")
         if self.each is not None:
             check_each(self.recipe, search, self.targets or {})
         return goal
@@ -260,9 +263,7 @@ class EditOptions:
                 "constraint in subject_to, or give a scaling_coef."
             )
         if self.rule == "largest" and not constraints:
-            raise ValueError(
-                "The rule 'largest' needs a constraint in subject_to: without one the largest is unlimited."
-            )
+            raise ValueError("The rule 'largest' needs a constraint in subject_to: without one nothing limits it.")
 
     def _check_confidence(self, constraints: Sequence[Constraint]) -> None:
         if self.confidence is None:
@@ -304,9 +305,7 @@ class EditOptions:
     def _check_baselines(self, objective: Objective | None) -> None:
         asked = self.baselines or []
         if "gradient_ascent" in asked and objective is None:
-            raise ValueError(
-                "The baseline 'gradient_ascent' is stopped by an objective: give minimize= or maximize= too."
-            )
+            raise ValueError("The baseline 'gradient_ascent' is stopped by an objective: give minimize= or maximize=.")
         if "parts" in asked and not ANALOGY.fullmatch(self.recipe):
             raise ValueError(
                 f"The baseline 'parts' takes an analogy apart: the recipe must be analogy(a, b, c), with names of "

@@ -14,12 +14,14 @@ from tva.edit.folder import check_output
 from tva.edit.form import Form, undo_name
 from tva.edit.gate import prove
 from tva.edit.notes import lacking_on_test
-from tva.edit.options import EditOptions
+from tva.edit.options import EditOptions, Goal
 from tva.edit.session import EditSession, open_session
+from tva.edit.sharded import ShardedModel, set_up
+from tva.edit.sharded_editor import check_supported
 from tva.edit.training_context import training_context
 from tva.edit.workers import open_workers
 from tva.edit.write import build_report, write_edit
-from tva.evaluation.ranks import check_strategy
+from tva.evaluation.ranks import check_strategy, is_sharded
 from tva.models.network import as_module
 from tva.report.edit_report import EditReport
 from tva.search import Candidate, Choice, Given
@@ -50,19 +52,29 @@ def run_edit(trainer: L.Trainer, model: Any, options: EditOptions) -> EditReport
     begin_pace()
     module = as_module(model)
     goal = without_head(options, module).checked()
-    form = Form.of(module, options.base, options.format)
+    if is_sharded(trainer.strategy):
+        check_supported(goal, module, trainer.strategy)
+    with set_up(trainer, module, next(iter(options.tasks.values()))) as sharded:
+        return _run(trainer, module, goal, sharded)
+
+
+def _run(trainer: L.Trainer, module: L.LightningModule, goal: Goal, sharded: ShardedModel | None) -> EditReport:
+    options = goal.options
+    live = canonical_state_dict(module.state_dict()) if sharded is None else sharded.lazy()
+    form = Form.of(module, options.base, options.format, live)
     inputs = [*options.inputs, *goal.recipe.files, *([form.source] if form.source else [])]
     undo = [undo_name(form)] if options.keep_undo else []
-    check_output(options.folder, inputs, [*form.files(canonical_state_dict(module.state_dict())), *undo])
+    check_output(options.folder, inputs, [*form.files(live), *undo])
     with open_workers(trainer, module, goal) as workers:
-        session = open_session(trainer, module, goal, form=form)
+        session = open_session(trainer, module, goal, form=form, sharded=sharded)
         session.evaluator.workers = workers
         for sentence in lacking_on_test(session):  # every rank evaluates
             if trainer.is_global_zero:
                 warnings.warn(f"{sentence[0].upper()}{sentence[1:]}.", stacklevel=2)
         outcome = prove(session, choose(session))
-    report = build_report(outcome)
-    return write_edit(report, outcome)
+    live = session.editor.state()
+    report = build_report(outcome, live)
+    return write_edit(report, outcome, live)
 
 
 def without_head(options: EditOptions, model: L.LightningModule) -> EditOptions:
@@ -82,7 +94,7 @@ def choose(session: EditSession) -> Choice:
 
     def is_identity(candidate: Candidate) -> bool:
         vector = None if candidate.scaling_coef == 0 else session.state_of(candidate).vector()
-        return vector is None or not any(bool(delta.any()) for delta in vector.deltas.values())
+        return vector is None or not session.editor.moves(vector)
 
     problem = session.problem(
         lambda candidates: [session.state_of(candidate) for candidate in candidates],

@@ -15,6 +15,9 @@ from tva.edit.evaluator import Evaluator
 from tva.edit.form import Form
 from tva.edit.opening import load_vector, open_base
 from tva.edit.options import EditOptions, Goal
+from tva.edit.sharded import ShardedModel
+from tva.edit.sharded_editor import ShardedEditor
+from tva.edit.sharded_vectors import is_template, load_part, open_sharded
 from tva.evaluation.batch_cache import BatchCache
 from tva.evaluation.log import EvaluationLog
 from tva.evaluation.result import Evaluation
@@ -65,7 +68,7 @@ class EditSession:
         @functools.lru_cache(maxsize=4)
         def vector_with(values: tuple[tuple[str, Any], ...]) -> TaskVector:
             found = self.goal.recipe_at(dict(values)).evaluate(self.vectors)
-            found.check_base(self.editor.base, allow_other_base=self.options.allow_other_base)
+            self.editor.check_base(found, self.options.allow_other_base)
             return found
 
         return vector_with
@@ -124,6 +127,7 @@ def open_session(
     log: EvaluationLog | None = None,
     metrics: Mapping[str, Sequence[str]] | None = None,
     form: Form | None = None,
+    sharded: ShardedModel | None = None,
 ) -> EditSession:
     """Set the model to the base, load the task vectors, and check that they fit together.
 
@@ -133,13 +137,19 @@ def open_session(
         goal: What the edit is asked to do.
         log: Keeps evaluations; by default the log that the options name.
         metrics: By task the metrics to compute where the model does not log them; by default those that the goal names.
+        form: In which the edit is written; by default as the options say.
+        sharded: The model, where each process holds a part of every weight.
 
     Raises:
         ValueError: Model, base and vectors do not fit together.
     """
     options = goal.options
-    editor, kind = _open_editor(trainer, model, options)
-    vectors = {name: load_vector(path, model, editor.base, options) for name, path in options.vectors.items()}
+    if sharded is not None:
+        editor, kind = open_sharded(sharded, options), None
+        vectors = {name: load_part(str(path), editor, options) for name, path in options.vectors.items()}
+    else:
+        editor, kind = _open_editor(trainer, model, options)
+        vectors = {name: load_vector(path, model, editor.base, options) for name, path in options.vectors.items()}
     options.only.check_used()
     if options.allow_other_kind:
         vectors = {name: vector.as_kind(kind) for name, vector in vectors.items()}
@@ -151,7 +161,11 @@ def open_session(
     log = EvaluationLog(options.log_file, trainer) if log is None else log
     cache = BatchCache(parse_bytes(options.cache, "cache"), options.cache_in)
     evaluator = Evaluator(editor, vectors, log, cache, goal.metrics if metrics is None else metrics)
-    session = EditSession(goal, editor, vectors, evaluator, kind, form or Form.of(model, options.base, options.format))
+    form = form or Form.of(model, options.base, options.format)
+    if isinstance(editor, ShardedEditor):
+        form.known_base = is_template(editor, form)
+        _ = evaluator.facts  # for which every process is needed
+    session = EditSession(goal, editor, vectors, evaluator, kind, form)
     session.state_of(Candidate(tuple(goal.starts.items()))).vector()  # raises on any mismatch before evaluating
     return session
 

@@ -18,12 +18,12 @@ from typing import Any
 from torch import Tensor
 
 from tva.checkpoints import (
+    Fingerprint,
     HashedWeights,
     Info,
     LazyWeights,
     NameFilter,
     atomic_path,
-    canonical_state_dict,
     fingerprint,
 )
 from tva.checkpoints.lazy import InMemory, as_real
@@ -52,11 +52,16 @@ from tva.vectors.task_vector import TaskVector
 from tva.version import __version__
 
 
-def build_report(outcome: Outcome) -> EditReport:
-    """Build the report of an edit; nothing is evaluated."""
+def build_report(outcome: Outcome, live: Mapping[str, Tensor]) -> EditReport:
+    """Build the report of an edit; nothing is evaluated.
+
+    Args:
+        outcome: The edit.
+        live: The model's weights, which are the edited ones.
+    """
     session, choice = outcome.session, outcome.choice
     options, goal, evaluator = session.options, session.goal, session.evaluator
-    trainer, live = session.editor.trainer, canonical_state_dict(session.editor.model.state_dict())
+    trainer = session.editor.trainer
     trained_on = count_trained_on(session)
     base = {} if options.base is None else stamp(options.base)
     path = options.base and public_path(options.base)
@@ -135,7 +140,7 @@ def _describe_vectors(outcome: Outcome) -> dict[str, dict[str, Any]]:
         name: {
             "path": shown_path(path),
             "fingerprint": session.vectors[name].origin.finetuned,
-            "norm": session.vectors[name].norm(),
+            "norm": session.editor.norm(session.vectors[name]),
             "deltas": deltas[name],
             "step": session.vectors[name].origin.step,
             **(stamp(path) if isinstance(path, str) else {}),
@@ -173,19 +178,31 @@ def _call() -> str:
     return shlex.join(["python", *sys.argv])
 
 
-def write_edit(report: EditReport, outcome: Outcome) -> EditReport:
+def write_edit(report: EditReport, outcome: Outcome, live: Mapping[str, Tensor]) -> EditReport:
     """Write the files of an edit, on rank 0: all of them or none, the weights if the constraints hold.
 
     The page comes last, and whatever keeps it from being drawn loses nothing else.
+
+    Args:
+        report: What is written about it.
+        outcome: The edit.
+        live: The model's weights, which are the edited ones; where several processes hold them, the others send theirs.
     """
+    form = outcome.session.form
+
+    def order() -> list[str]:
+        return [form.names[name] for name in form.named(live) if name in form.names] if report.holds else []
+
+    outcome.session.editor.on_rank_zero(order, lambda: _write(report, outcome, live))
+    return report
+
+
+def _write(report: EditReport, outcome: Outcome, live: Mapping[str, Tensor]) -> None:
     session, options = outcome.session, outcome.session.options
-    if not session.editor.trainer.is_global_zero:
-        return report
-    live = canonical_state_dict(session.editor.model.state_dict())
     content, config = report.to_json(), getattr(session.editor.trainer, "config", None)
     with replacing(options.folder) as folder:
         if report.holds:
-            form, before = session.form, session.editor.base
+            form, before = session.form, session.editor.base_state()
             edited = form.named(live)
             record = _record(outcome, edited)
             header = {"format": "pt", **record.metadata(), "tva.command": report.command}
@@ -202,7 +219,6 @@ def write_edit(report: EditReport, outcome: Outcome) -> EditReport:
         text = json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False)
         (folder / EDIT_JSON).write_text(text + "\n", encoding="utf-8")
     _write_page(content, options.folder)
-    return report
 
 
 def _write_page(content: Mapping[str, Any], folder: Path) -> None:
@@ -230,7 +246,7 @@ def _in_memory(weights: Mapping[str, Tensor]) -> LazyWeights:
 def _record(outcome: Outcome, edited: Mapping[str, Tensor]) -> Record:
     """Make the record that `tva.compose.verify` reads; the vectors' files are read once more for their fingerprints."""
     options, recipe, state = outcome.session.options, outcome.session.goal.recipe, outcome.state
-    form, base = outcome.session.form, outcome.session.editor.base
+    form, base = outcome.session.form, outcome.session.editor.base_state()
     vectors = {name: options.vectors[name] for name in recipe.vectors}
     is_base, before = form.has_base(base), form.base(base)
     path, names = (form.source or "", form.renaming()) if is_base else _base_beside(outcome)
@@ -242,7 +258,8 @@ def _record(outcome: Outcome, edited: Mapping[str, Tensor]) -> Record:
     def source(name: str) -> HashedWeights:
         path, vector = vectors[name], outcome.vectors[name]
         if isinstance(path, str):
-            with contextlib.suppress(MismatchError):  # of names, which the vector was loaded in spite of
+            in_spite_of = () if isinstance(base, LazyWeights) else MismatchError  # of names; a part cannot stand for it
+            with contextlib.suppress(in_spite_of):
                 return LazyTaskVector(path, opened, name=name, **given).weights
         return HashedWeights(_in_memory({**vector.deltas, **vector.buffers}))  # as its file would be
 
@@ -283,10 +300,11 @@ def _base_beside(outcome: Outcome) -> tuple[str, tuple[str, str]]:
     Returns:
         Its path, and what to strip from its names, and to add, to get the model's.
     """
-    base, paths = outcome.session.editor.base, outcome.session.options.vectors.values()
+    tree = fingerprint(outcome.session.editor.base_state()).tensors
+    paths = outcome.session.options.vectors.values()
     prefix, _ = network_of(outcome.session.editor.model)
     for strip in dict.fromkeys(("", prefix)):
-        digest = fingerprint({name.removeprefix(strip): tensor for name, tensor in base.items()}).digest
+        digest = Fingerprint.from_tensors({name.removeprefix(strip): found for name, found in tree.items()}).digest
         places = [Path(path).parent / f"base-{digest}.safetensors" for path in paths if isinstance(path, str)]
         found = next((str(place) for place in places if place.is_file()), "")
         if found:

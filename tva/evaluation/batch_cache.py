@@ -10,6 +10,7 @@ import shutil
 import tempfile
 import weakref
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -101,6 +102,20 @@ def example_order(num_examples: int, seed: int | None) -> Tensor:
     return torch.randperm(num_examples, generator=torch.Generator().manual_seed(seed))
 
 
+@dataclass
+class Turns:
+    """The batches that one of several processes takes in a pass.
+
+    Attributes:
+        even: Whether all must take equally many, as where the model's parts are gathered for each batch; then the last
+            one is taken once more where another process has one more, and is not counted.
+        num_own: How many batches count; None where all do.
+    """
+
+    even: bool = False
+    num_own: int | None = None
+
+
 class _Batches:
     """What stands in for a loader: its batches, or those of a part of an order, through a cache.
 
@@ -118,6 +133,7 @@ class _Batches:
         seed: int | None,
         rank: int,
         num_ranks: int,
+        turns: Turns,
     ) -> None:
         self.loader, self.cache, self.key, self.device = loader, cache, key, device
         count = len(loader.dataset)
@@ -135,6 +151,9 @@ class _Batches:
                 )
             starts = [start + (stop - start) * number // num_ranks for number in range(num_ranks)]
         windows = list(itertools.pairwise([*starts, stop]))[rank::num_ranks]
+        if turns.even:
+            turns.num_own = len(windows)
+            windows += windows[-1:] * (-(-len(starts) // num_ranks) - len(windows))
         self.rows = [order[first:last].tolist() for first, last in windows]
         self.keys = [(*key, seed, *window) for window in windows]
 
@@ -172,6 +191,7 @@ def through_cache(
     part: tuple[tuple[int, int], int | None] | None = None,
     rank: int = 0,
     num_ranks: int = 1,
+    turns: Turns | None = None,
 ) -> Iterator[None]:
     """Let a data module's loader of one split give its batches through a cache, or a part of its examples.
 
@@ -184,6 +204,7 @@ def through_cache(
             without it.
         rank: Which of the processes that share the batches this one is.
         num_ranks: How many there are.
+        turns: Gets to know the batches that count for this process.
 
     Raises:
         ValueError: The loader shuffles, or a part, or a process's share, is asked of data without an order.
@@ -215,7 +236,7 @@ def through_cache(
             return loader
         window, seed = part if part is not None else (None, None)
         key = (id(datamodule), split)
-        return _Batches(loader, cache or BatchCache(0), key, device, window, seed, rank, num_ranks)
+        return _Batches(loader, cache or BatchCache(0), key, device, window, seed, rank, num_ranks, turns or Turns())
 
     before = datamodule.__dict__.get(name)
     setattr(datamodule, name, wrapped)

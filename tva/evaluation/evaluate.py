@@ -14,10 +14,10 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 
 from tva.console import counting
 from tva.errors import some
-from tva.evaluation.batch_cache import BatchCache, through_cache
+from tva.evaluation.batch_cache import BatchCache, Turns, through_cache
 from tva.evaluation.measures import FunctionTask, measures_of
 from tva.evaluation.metrics import KL
-from tva.evaluation.ranks import check_strategy, gather, in_turn
+from tva.evaluation.ranks import check_strategy, gather, in_turn, is_sharded
 from tva.evaluation.recorder import Recorder, Share, recording, step_name
 from tva.evaluation.result import Evaluation, Split
 
@@ -93,12 +93,14 @@ def evaluate(
     measures = measures_of(model) | measures_of(datamodule)
     extra = [name for name in extra if name not in measures]
     recorders = [Recorder(edits is None, extra, measures, keep_preds) for _ in edits or [None]]
-    device = trainer.strategy.root_device
+    device, turns = trainer.strategy.root_device, Turns(even=is_sharded(trainer.strategy))
     with (
         quiet(),
         counting(progress if trainer.is_global_zero else None) as count,
-        recording(model, split, recorders, edits, count, reference if KL in extra else None),
-        through_cache(datamodule, split, cache, device, part, *(turn or (trainer.global_rank, trainer.world_size))),
+        recording(model, split, recorders, edits, count, reference if KL in extra else None, turns),
+        through_cache(
+            datamodule, split, cache, device, part, *(turn or (trainer.global_rank, trainer.world_size)), turns=turns
+        ),
     ):
         run = trainer.validate if split == "val" else trainer.test
         results = run(model, datamodule=datamodule, verbose=False)

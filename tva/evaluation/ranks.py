@@ -9,22 +9,36 @@ from typing import Any
 
 import lightning as L
 import torch
-from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, SingleDeviceStrategy
+from lightning.pytorch.strategies import (
+    DDPStrategy,
+    DeepSpeedStrategy,
+    FSDPStrategy,
+    ModelParallelStrategy,
+    SingleDeviceStrategy,
+    Strategy,
+)
 from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
 
 
+def is_sharded(strategy: Strategy) -> bool:
+    """Whether each process holds a part of every weight, in a way that an edit can set."""
+    return isinstance(strategy, (FSDPStrategy, ModelParallelStrategy))
+
+
 def check_strategy(trainer: L.Trainer) -> None:
-    """Check that every process of a Trainer holds the whole model, and stays between evaluations.
+    """Check that a model can be edited and evaluated under a Trainer's strategy.
 
     Raises:
-        ValueError: The strategy shards the model, or starts new processes for every evaluation.
+        ValueError: The strategy shards the model in a way that an edit cannot set, or starts new processes for every
+            evaluation.
     """
     strategy = trainer.strategy
     whole = isinstance(strategy, (SingleDeviceStrategy, DDPStrategy)) and not isinstance(strategy, DeepSpeedStrategy)
-    if not whole:
+    if not whole and not is_sharded(strategy):
         raise ValueError(
-            f"An edit needs the whole model in every process, which {type(strategy).__name__} does not keep. Use "
-            f"--trainer.devices 1, or --trainer.strategy ddp for more."
+            f"An edit sets whole weights, or their shards under FSDP, and {type(strategy).__name__} holds neither. Use "
+            f"--trainer.devices 1, --trainer.strategy ddp for more, or where one device does not hold the model "
+            f"--trainer.strategy fsdp or ModelParallelStrategy."
         )
     if isinstance(strategy.launcher, _MultiProcessingLauncher):
         raise ValueError(

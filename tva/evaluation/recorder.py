@@ -16,14 +16,15 @@ import xxhash
 from lightning.pytorch.utilities.data import extract_batch_size
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor
-from torchmetrics import Metric, MetricCollection
+from torchmetrics import Metric
 from torchmetrics.utilities import dim_zero_sum
 
 from tva.checkpoints import tensor_digest
 from tva.errors import some
-from tva.evaluation.batch_cache import shallow_copy
+from tva.evaluation.batch_cache import Turns, shallow_copy
 from tva.evaluation.leaks import row_digests
 from tva.evaluation.measures import Measure
+from tva.evaluation.metric_places import fresh, metric_places, standing_in
 from tva.evaluation.metrics import KL, divergence
 from tva.evaluation.ranks import in_turn
 from tva.evaluation.result import Evaluation
@@ -335,10 +336,12 @@ def recording(
     edits: Sequence[Callable[[], None]] | None,
     count: Callable[[float], None],
     reference: Callable[[], None] | None = None,
+    turns: Turns | None = None,
 ) -> Iterator[None]:
     """Let the model's step run under every edit in turn, and note what each logs and returns.
 
-    ``reference`` puts the model into the base, whose outputs on each batch all edits are compared with.
+    ``reference`` puts the model into the base, whose outputs on each batch all edits are compared with. Batches beyond
+    those that ``turns`` counts are run through the model, and leave no trace.
 
     With edits, what the step logs does not reach the Trainer, and torchmetrics objects in the model stand aside for a
     copy of each edit's own.
@@ -347,6 +350,7 @@ def recording(
     step, log = getattr(model, name), model.log
     before = {key: model.__dict__[key] for key in (name, "log") if key in model.__dict__}
     present: list[Recorder] = []  # the one whose step runs, if one does
+    silent: list[bool] = []  # not empty while a batch runs that does not count
     originals: list[tuple[Any, str, Any]] = []
     copies: list[list[tuple[Any, str, Any]]] = []
     spare: list[tuple[Any, str, Any]] = []  # for the reference, whose metrics nobody reads
@@ -355,8 +359,16 @@ def recording(
     def noted_log(name: str, value: Any, *args: Any, **kwargs: Any) -> None:
         for recorder in present:
             recorder.log(name, value, **kwargs)
-        if edits is None:
+        if edits is None and not silent:
             log(name, value, *args, **kwargs)
+
+    def uncounted(batch: Any, *args: Any, **kwargs: Any) -> None:
+        silent.append(True)
+        with standing_in(model):
+            for state in [*filter(None, [reference]), *(edits or [lambda: None])]:
+                state()
+                step(shallow_copy(batch), *args, **kwargs)
+        silent.clear()
 
     def noted_step(recorder: Recorder, kept: Any, *args: Any, at_base: Any = None, **kwargs: Any) -> Any:
         recorder.begin(kept)
@@ -372,14 +384,16 @@ def recording(
     def every_step(batch: Any, *args: Any, **kwargs: Any) -> Any:
         batches = model.trainer.num_val_batches if split == "val" else model.trainer.num_test_batches
         total = sum(batches) * len(recorders)
+        if turns is not None and turns.num_own is not None and len(recorders[0].batches) >= turns.num_own:
+            return uncounted(batch, *args, **kwargs)
         if edits is None:
             outputs = noted_step(recorders[0], shallow_copy(batch), batch, *args, **kwargs)
             count(total)
             return outputs
         if not copies:  # only now has the model been set up for the task
-            originals.extend(_metric_places(model))
-            copies.extend([(parent, child, _fresh(metric)) for parent, child, metric in originals] for _ in edits)
-            spare.extend((parent, child, _fresh(metric)) for parent, child, metric in originals)
+            originals.extend(metric_places(model))
+            copies.extend([(parent, child, fresh(metric)) for parent, child, metric in originals] for _ in edits)
+            spare.extend((parent, child, fresh(metric)) for parent, child, metric in originals)
         at_base = None
         if reference is not None:
             reference()
@@ -406,20 +420,3 @@ def recording(
                 delattr(model, key)
         for parent, child, metric in originals:
             parent._modules[child] = metric
-
-
-def _fresh(metric: Metric | MetricCollection) -> Any:
-    copied = metric.clone()
-    copied.reset()
-    return copied
-
-
-def _metric_places(model: torch.nn.Module) -> list[tuple[torch.nn.Module, str, Any]]:
-    """Find the outermost metrics below a module, each with its parent and its name there."""
-    found = []
-    for name, child in model._modules.items():
-        if isinstance(child, (Metric, MetricCollection)):
-            found.append((model, name, child))
-        elif child is not None:
-            found += _metric_places(child)
-    return found

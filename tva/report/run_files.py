@@ -5,3 +5,4 @@ PAGE = "report.html"
 CONFIG = "config.yaml"  # the options of the command that made the edit
 CARD = "README.md"
 EDITED = "edited.safetensors"
+DCP = "edited"  # a folder of torch.distributed.checkpoint

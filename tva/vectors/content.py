@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tva.checkpoints import HashedWeights, find, open_weights
+from tva.checkpoints import HashedWeights, LazyWeights, find, open_weights
 from tva.checkpoints.fingerprint import CONTENT
 from tva.checkpoints.formats import safetensors
 from tva.console import size_text
@@ -21,9 +21,14 @@ def content_digest(weights: HashedWeights) -> str:
     Args:
         weights: The whole file; what has been read of it is hashed already. A compressed file's parts are read again.
     """
+    return as_written(weights).fingerprint().digest
+
+
+def as_written(weights: LazyWeights) -> HashedWeights:
+    """Return a task vector file's tensors as they are stored, of which its header has the fingerprint."""
     if "tva.encoded" in weights.metadata:
-        weights = HashedWeights(safetensors.open(weights.path, as_stored=True))
-    return weights.fingerprint().digest
+        return HashedWeights(safetensors.open(weights.path, as_stored=True))
+    return HashedWeights(weights)
 
 
 def check_content(weights: HashedWeights) -> bool:
@@ -38,16 +43,24 @@ def check_content(weights: HashedWeights) -> bool:
     Raises:
         ValueError: It holds other tensors.
     """
-    recorded = weights.metadata.get(CONTENT)
-    if recorded is None:
+    if CONTENT not in weights.metadata:
         return False
-    found = content_digest(weights)
+    compare_content(weights, content_digest(weights))
+    return True
+
+
+def compare_content(weights: LazyWeights, found: str) -> None:
+    """Compare the fingerprint that a task vector file's tensors have with that of its header.
+
+    Raises:
+        ValueError: They differ.
+    """
+    recorded = weights.metadata[CONTENT]
     if found != recorded:
         raise ValueError(
             f"{weights.path} is damaged: its tensors have the fingerprint {found}, and {recorded} was written. Take an "
             f"undamaged copy, or write it again from its source."
         )
-    return True
 
 
 @dataclass

@@ -374,13 +374,7 @@ class TaskVector:
 
         Source: the "random vector" rows of Ilharco et al., ICLR 2023, table 1.
         """
-        deltas = {}
-        for name, delta in self.deltas.items():
-            key = xxhash.xxh3_64_intdigest(name.encode(), seed=seed % 2**64)
-            generator, parts = torch.Generator().manual_seed(key - 2**63), real_parts(delta)
-            noise = torch.randn(parts.shape, generator=generator, dtype=torch.float64)
-            scale = parts.double().norm() / noise.norm()
-            deltas[name] = from_real_parts((noise * scale).to(parts.dtype), delta)
+        deltas = {name: random_delta(name, delta, seed) for name, delta in self.deltas.items()}
         untouched = {**dict.fromkeys(self.buffers, "excluded"), **self.untouched}
         origin = Origin(base=self.origin.base, task=f"random, seed {seed}", kind=self.origin.kind)
         return TaskVector(deltas, {}, untouched, origin)
@@ -570,6 +564,15 @@ class TaskVector:
             untouched,
             origin,
         )
+
+
+def random_delta(name: str, delta: Tensor, seed: int) -> Tensor:
+    """Draw Gaussian noise with the norm of a delta; the values depend on the seed and the tensor's name only."""
+    key = xxhash.xxh3_64_intdigest(name.encode(), seed=seed % 2**64)
+    generator, parts = torch.Generator().manual_seed(key - 2**63), real_parts(delta)
+    norm = parts.double().norm()
+    noise = torch.randn(parts.shape, generator=generator, dtype=torch.float64)
+    return from_real_parts(noise.mul_(norm / noise.norm()).to(parts.dtype), delta)
 
 
 def _in_parts(function: Callable[[Tensor], Tensor], delta: Tensor) -> Tensor:

@@ -1,0 +1,40 @@
+"""The torchmetrics objects inside a model, and copies that take their place for a while."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torchmetrics import Metric, MetricCollection
+
+
+@contextlib.contextmanager
+def standing_in(model: torch.nn.Module) -> Iterator[None]:
+    """Let copies take the place of a model's metrics for a while."""
+    places = metric_places(model)
+    for parent, child, metric in places:
+        parent._modules[child] = fresh(metric)
+    try:
+        yield
+    finally:
+        for parent, child, metric in places:
+            parent._modules[child] = metric
+
+
+def fresh(metric: Metric | MetricCollection) -> Any:
+    copied = metric.clone()
+    copied.reset()
+    return copied
+
+
+def metric_places(model: torch.nn.Module) -> list[tuple[torch.nn.Module, str, Any]]:
+    """Find the outermost metrics below a module, each with its parent and its name there."""
+    found = []
+    for name, child in model._modules.items():
+        if isinstance(child, (Metric, MetricCollection)):
+            found.append((model, name, child))
+        elif child is not None:
+            found += metric_places(child)
+    return found
