@@ -47,7 +47,6 @@ def trainer(*callbacks: L.Callback, **options: Any) -> L.Trainer:
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
-        limit_val_batches=0,
         callbacks=list(callbacks),
         **options,
     )
@@ -58,7 +57,7 @@ def factors(output: Path) -> str:
     for task in (*TASKS, CONTROL):
         if not (output / "factors" / task / "curvature.safetensors").exists():
             measure = MergeStatistics(["curvature"], num_examples=64, dirpath=output / "factors" / task)
-            trainer(measure, max_epochs=0).fit(ClipClassifier(), datamodule=data(task))
+            trainer(measure, max_epochs=0, limit_val_batches=0).fit(ClipClassifier(), datamodule=data(task))
     return str(output / "factors/*/curvature.safetensors")
 
 
@@ -70,7 +69,7 @@ def fit(way: str, beta: float, task: str, seed: int, output: Path) -> str:
         model = ClipClassifier(learning_rate=RATES[way], warmup_steps=10, tangent=way == "tangent")
         base = {name: tensor.clone() for name, tensor in model.state_dict().items()}
         callbacks = [CurvaturePenalty(factors(output), beta)] if beta else []
-        trainer(*callbacks, max_steps=STEPS, max_epochs=-1).fit(model, datamodule=data(task))
+        trainer(*callbacks, max_steps=STEPS, max_epochs=-1, limit_val_batches=0).fit(model, datamodule=data(task))
         vector = TaskVector.between(base, model.state_dict())
         (vector.as_kind("tangent") if way == "tangent" else vector).save(path)
     return str(path)

@@ -21,6 +21,7 @@ from tva.edit.subsets import Each, check_each
 from tva.errors import some
 from tva.evaluation.batch_cache import Place
 from tva.evaluation.measures import as_tasks
+from tva.report.front import check_front
 from tva.search import NORMALIZED, SCALING, Constraint, Given, Grid, Objective, Rule, Search
 from tva.vectors.task_vector import TaskVector
 
@@ -102,6 +103,8 @@ class EditOptions:
         engine: Where candidates are evaluated: ``local``, in this process; ``local:N``, in N processes of this machine;
             ``ray``, on a Ray cluster started on this machine; ``ray:ADDRESS``, on a running one. The numbers are those
             of one process.
+        front: File, ``.csv`` or ``.json``, for the Pareto front of each target against each control: the undominated
+            coefficients of the search on validation data, with intervals. The page marks them in any case.
         log: JSON lines of all evaluations, which the next run re-uses; by default ``OUTPUT.evaluations.jsonl``.
         cache: Transformed batches kept between passes over the same data, such as ``2GiB``.
         cache_in: Where: ``"memory"``, the ``"device"``, or memory-mapped on ``"disk"``.
@@ -143,6 +146,7 @@ class EditOptions:
     each: Each | None = None
     joint: str | os.PathLike[str] | None = None
     engine: str = "local"
+    front: str | os.PathLike[str] | None = None
     log: str | os.PathLike[str] | None = None
     cache: str = "1GiB"
     cache_in: Place = "memory"
@@ -200,6 +204,8 @@ class EditOptions:
             FileNotFoundError: A file that the recipe names is missing.
         """
         self._check_tasks()
+        if self.front is not None:
+            check_front(self.front, len(self.targets or {}), len(self.controls or {}))
         _ = self.only  # raises where a pattern cannot be used
         search = Given(self.scaling_coef) if self.scaling_coef is not None else self.search or Grid()
         starts = {name: bounds[0] for name, bounds in search.ranges.items() if name != SCALING}

@@ -41,6 +41,7 @@ from tva.edit.session import EditSession
 from tva.errors import MismatchError
 from tva.evaluation.leaks import chance_accuracy
 from tva.report.edit_report import EditReport, TaskReport, stamp
+from tva.report.front import write_front
 from tva.report.model_card import model_card
 from tva.report.page import edit_page
 from tva.report.run_files import CARD, CONFIG, EDIT_JSON, PAGE
@@ -91,6 +92,7 @@ def build_report(outcome: Outcome, live: Mapping[str, Tensor]) -> EditReport:
             "num_forward": evaluator.num_forward,
             "num_reused": evaluator.log.num_reused,
             "log": public_path(options.log_file),
+            **({"maximize": goal.objective.maximize} if goal.objective else {}),
             **choice.details,
         },
         baselines=outcome.baselines,
@@ -218,6 +220,8 @@ def _write(report: EditReport, outcome: Outcome, live: Mapping[str, Tensor]) -> 
             (folder / CONFIG).write_text(f"{MADE_BY}\n{config}", encoding="utf-8")
         text = json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False)
         (folder / EDIT_JSON).write_text(text + "\n", encoding="utf-8")
+    if options.front is not None:
+        write_front(content, options.front)
     _write_page(content, options.folder)
 
 

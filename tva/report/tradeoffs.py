@@ -6,6 +6,7 @@ import json
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from tva.report.front import front, id_of
 from tva.report.series import SCALING, Content, axes, curve, number, points, symbol
 from tva.report.vega import MARK, PALETTE, Chart, by_metric, known, make_row, make_spec, quantity, tooltip
 
@@ -24,19 +25,13 @@ def planes(content: Content) -> Iterator[Chart]:
 def _plane(content: Content, control: str, targets: Sequence[str], metric: str, name: str) -> Chart:
     kept = content["tasks"][control]
     below = kept["metric"]
-    at = {json.dumps(point.coefs, sort_keys=True): point for point in points(content, control)}
-    axis = next(iter(axes(content)), SCALING)
-    tried, tested, table = [], [], []
+    tried, tested, table, undominated = [], [], [], []
     for target in targets:
+        for row in _tried(content, target, control, metric):
+            tried.append(row)
+            undominated += [row] if row["split"] != "validation" else []
+            table.append((target, row["split"], row["at"], row["shown"], row["shown_x"]))
         entry = content["tasks"][target]
-        for place, (coef, point) in enumerate(curve(content, target, axis)):
-            other = at.get(json.dumps(point.coefs, sort_keys=True))
-            if other is None:
-                continue
-            shown = f"{symbol(axis)} = {coef:g}"
-            row = make_row(point, metric, task=target, x=other.value, at=shown, order=place)
-            tried.append(row | {"shown_x": number(other.value, below)})
-            table.append((target, "validation", shown, number(point.value, metric), number(other.value, below)))
         for label in ("base", "edited", "random"):
             if label in entry and label in kept:
                 row = make_row(entry[label], metric, task=target, x=kept[label]["value"], at=label, model=label)
@@ -56,12 +51,7 @@ def _plane(content: Content, control: str, targets: Sequence[str], metric: str, 
         "scale": {"domain": ["base", "edited", "random"], "range": ["circle", "diamond", "cross"]},
         "legend": {"columns": 3, "symbolFillColor": "transparent", "symbolStrokeColor": "currentColor"},
     }
-    layers: list[dict[str, Any]] = []
-    for c in content["constraints"]:
-        if c["task"] == control and c.get("metric", below) == below:
-            line = {"values": [{"x": c["bound"], "text": c["text"]}]}
-            rule = {"type": "rule", "strokeDash": [5, 3], "strokeWidth": 1.5, "color": "#cf222e"}
-            layers.append({"data": line, "mark": rule, "encoding": {"x": x, "tooltip": tooltip(("text", "must hold"))}})
+    layers = _bounds(content, control, x)
     if tried:
         layers.append(
             {
@@ -74,6 +64,14 @@ def _plane(content: Content, control: str, targets: Sequence[str], metric: str, 
                         "encoding": {"tooltip": tips},
                     },
                 ],
+            }
+        )
+        ring = {"type": "point", "filled": False, "size": 90, "strokeWidth": 1.2, "aria": False}
+        layers.append(
+            {
+                "data": {"values": undominated},
+                "mark": ring,
+                "encoding": {"x": x, "y": y, "color": color, "tooltip": tips},
             }
         )
     error = {"type": "rule", "strokeWidth": 1.5, "aria": False}
@@ -101,8 +99,33 @@ def _plane(content: Content, control: str, targets: Sequence[str], metric: str, 
             f"{number(content['tasks'][target]['edited']['value'], metric)}"
             for target in targets
         )
-        + f" on {kept['split']} data. {'; '.join(bounds) or 'No constraint is set on this control'}.",
+        + f" on {kept['split']} data. {'; '.join(bounds) or 'No constraint is set on this control'}."
+        + (f" Rings: the {len(undominated)} of {len(tried)} coefficients on the Pareto front." if tried else ""),
         make_spec(300, layers, resolve={"scale": {"shape": "shared"}}),
         ("task", "split", "at", metric, f"{control} {below}"),
         table,
     )
+
+
+def _tried(content: Content, target: str, control: str, metric: str) -> Iterator[dict[str, Any]]:
+    """Yield a row for every coefficient under which both tasks were evaluated on validation data."""
+    at = {json.dumps(point.coefs, sort_keys=True): point for point in points(content, control)}
+    axis, below = next(iter(axes(content)), SCALING), content["tasks"][control]["metric"]
+    best = {id_of(point) for point, _ in front(content, target, control)}
+    for place, (coef, point) in enumerate(curve(content, target, axis)):
+        other = at.get(json.dumps(point.coefs, sort_keys=True))
+        if other is not None:
+            row = make_row(point, metric, task=target, x=other.value, at=f"{symbol(axis)} = {coef:g}", order=place)
+            split = "validation, on the front" if id_of(point) in best else "validation"
+            yield row | {"shown_x": number(other.value, below), "split": split}
+
+
+def _bounds(content: Content, control: str, x: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return a red line for every constraint on the control's metric."""
+    metric, layers = content["tasks"][control]["metric"], []
+    for c in content["constraints"]:
+        if c["task"] == control and c.get("metric", metric) == metric:
+            line = {"values": [{"x": c["bound"], "text": c["text"]}]}
+            rule = {"type": "rule", "strokeDash": [5, 3], "strokeWidth": 1.5, "color": "#cf222e"}
+            layers.append({"data": line, "mark": rule, "encoding": {"x": x, "tooltip": tooltip(("text", "must hold"))}})
+    return layers
