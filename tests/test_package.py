@@ -71,8 +71,8 @@ IMPORTERS = {
     "jinja2": {"tva.report"},
     "IPython": {"tva.report"},
     "vl_convert": {"tva.report"},
-    "backports": {"tva.compose"},
-    "compression": {"tva.compose"},
+    "backports": {"tva.compose", "tva.models.tiny"},
+    "compression": {"tva.compose", "tva.models.tiny"},
     "nicegui": {"tva.edit.play"},
     "detoxify": {"tva.data"},
 }

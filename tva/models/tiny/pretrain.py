@@ -20,14 +20,14 @@ import numpy as np
 import torch
 from open_clip import CLIP, ClipLoss
 from open_clip.tokenizer import bytes_to_unicode
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 from torch.nn import functional
 from tqdm import tqdm
 
 from tva.data.builtin import BUILTIN_SETS, MARKS, load_builtin
 from tva.data.drawing import COLORS, PLAIN, draw
-from tva.models.tiny import create, load
+from tva.models.tiny import WEIGHTS, create, load, pack
 
 CONFIG = {
     "embed_dim": 64,
@@ -139,7 +139,8 @@ def pretrain(folder: Path, steps: int, num_pictures: int, seed: int) -> None:
         with torch.no_grad():
             model.logit_scale.clamp_(max=np.log(100))  # as CLIP does
         progress.set_postfix(loss=f"{loss.item():.3f}")
-    save_file({name: p.half().contiguous() for name, p in model.state_dict().items()}, folder / "tva-tiny.safetensors")
+    state = {name: parameter.half().contiguous() for name, parameter in model.state_dict().items()}
+    (folder / WEIGHTS).write_bytes(pack(save(state)))
 
 
 @torch.no_grad()
