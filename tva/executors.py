@@ -7,6 +7,7 @@ import os
 import queue
 import signal
 import socket
+import sys
 import threading
 import uuid
 from abc import ABC, abstractmethod
@@ -195,17 +196,19 @@ class RayExecutor(Executor):
             for node in self._nodes():
                 there = probe.options(num_cpus=0, scheduling_strategy=On(node["NodeID"], soft=False))
                 try:
-                    self._ray.get(there.remote(_see, str(mark), __version__, os.getcwd()), timeout=120)
-                except (self._ray.exceptions.RayError, TimeoutError) as error:
+                    self._ray.get(there.remote(_see, str(mark), __version__, os.getcwd(), sys.path), timeout=120)
+                except (self._ray.exceptions.RayTaskError, TimeoutError) as error:
                     reason = getattr(error, "cause", None) or error
                     raise ValueError(f"The node {node['NodeManagerAddress']} cannot take part: {reason}") from error
+                except self._ray.exceptions.RayError:  # it has gone meanwhile
+                    continue
         finally:
             mark.unlink()
 
     def run(self, function: Callable[[T, Worker], R], items: Sequence[T]) -> Iterator[tuple[T, R | Exception]]:
         ray = self._ray
         remote, function = ray.remote(_call_there).options(**self._options), ray.put(function)
-        tasks = {remote.remote(function, item, __version__, os.getcwd()): item for item in items}
+        tasks = {remote.remote(function, item, __version__, os.getcwd(), sys.path): item for item in items}
         try:
             while tasks:
                 ended, _ = ray.wait(list(tasks))
@@ -245,8 +248,10 @@ def _call_here(function: Callable[[T, Worker], R], item: T) -> R:
     return function(item, _here.worker)
 
 
-def _call_there(function: Callable[[Any, Worker], Any], item: Any, version: str, folder: str) -> Any:
-    """Call the function on a node of the cluster, if it has the driver's version of tva, in the driver's folder."""
+def _call_there(
+    function: Callable[[Any, Worker], Any], item: Any, version: str, folder: str, path: Sequence[str]
+) -> Any:
+    """Call the function on a node of the cluster as in the driver: of one version, in one folder, with its modules."""
     if version != __version__:
         raise ValueError(f"it has tva {__version__}, and the command runs {version}. Install the same on all.")
     import ray
@@ -254,6 +259,7 @@ def _call_there(function: Callable[[Any, Worker], Any], item: Any, version: str,
     if not os.path.isdir(folder):
         raise ValueError(f"it does not see {folder}, where the command runs. Run it in a folder that all nodes share.")
     os.chdir(folder)
+    sys.path += [place for place in path if place not in sys.path]
     return function(item, Worker(f"node {ray.util.get_node_ip_address()}"))
 
 

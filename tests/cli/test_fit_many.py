@@ -6,7 +6,6 @@ import os
 import signal
 import subprocess
 import sys
-import threading
 import time
 from pathlib import Path
 
@@ -19,7 +18,7 @@ from tva import TaskVector
 from tva.cli.commands.fit_many import CONFIG, DONE, Fit, check_fit, fit_many, make_fits, merge, run_fits, show
 from tva.cli.main import main
 from tva.cli.processes import only_one, run_process
-from tva.executors import LocalExecutor, make_executor
+from tva.executors import LocalExecutor
 from tva.vectors.header import Origin
 
 ROOT = Path(__file__).parents[2]
@@ -293,40 +292,6 @@ def test_a_second_command_on_one_output_is_refused_while_the_first_runs(tmp_path
         fit_many(["a"], {}, str(tmp_path / "out"), devices="cpu")
     with only_one(tmp_path / "out", "fit-many"):
         pass
-
-
-# --- a cluster
-
-
-@pytest.fixture
-def cluster():
-    """Two nodes of one core each."""
-    ray = pytest.importorskip("ray")
-    from ray.cluster_utils import Cluster
-
-    store = {"num_cpus": 1, "object_store_memory": 80 * 2**20}
-    made = Cluster(initialize_head=True, head_node_args={**store, "include_dashboard": False})
-    node = made.add_node(**store)
-    yield made, node
-    ray.shutdown()
-    made.shutdown()
-
-
-@pytest.mark.slow
-def test_a_list_is_finished_on_a_cluster_that_loses_a_node(stub, tmp_path, cluster):
-    """The fits that ran on the lost node go on, from their checkpoints, on the other one."""
-    made, node = cluster
-    shared = {"model": {"sleep": 2, "checkpoint": True}}
-    fits = make_fits(list("abcd"), shared, str(tmp_path / "out"), [0])
-    executor = make_executor(f"ray:{made.address}", None, None, {})
-    threading.Timer(4, lambda: made.remove_node(node, allow_graceful=False)).start()
-    results = run_fits(fits, executor, command=stub)
-    assert [(result.fit.task, result.state) for result in results] == [(task, "done") for task in "abcd"]
-    assert all((fit.folder / DONE).exists() and len(runs(tmp_path, fit.task)) >= 1 for fit in fits)
-    again = run_fits(fits, executor, command=stub)
-    assert {result.state for result in again} == {"skipped"}
-    with pytest.raises(ValueError, match=r"have at most .*'CPU': 1"):
-        make_executor(f"ray:{made.address}", None, None, {"cpus": 3})
 
 
 # --- Ctrl-C
