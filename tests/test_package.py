@@ -60,7 +60,7 @@ IMPORTERS = {
     "timm": {"tva.models"},
     "peft": {"tva.models", "tva.callbacks"},
     "deepspeed": {"tva.callbacks"},
-    "transformers": {"tva.models"},
+    "transformers": {"tva.models", "tva.evaluation.lm_eval"},  # the latter: a tokenizer for the harness
     "sentence_transformers": {"tva.models"},
     "datasets": {"tva.data"},
     "matplotlib": {"tva.cli", "tva.data", "tva.callbacks"},
@@ -75,6 +75,7 @@ IMPORTERS = {
     "compression": {"tva.compose", "tva.models.tiny"},
     "nicegui": {"tva.edit.play"},
     "detoxify": {"tva.data"},
+    "lm_eval": {"tva.evaluation"},
 }
 
 
