@@ -21,10 +21,12 @@ from torch import nn
 from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from tva.callbacks.sharding import Shards
 
 from tva import MismatchError, TaskVector, fingerprint, open_weights, save_weights
 from tva.cli.main import main
 from tva.compose.verify import verify
+from tva.edit.form import Form
 from tva.edit.options import EditOptions
 from tva.edit.run import run_edit
 from tva.edit.trainer import Trainer
@@ -291,3 +293,33 @@ def test_the_page_on_several_devices(tmp_path):
 def _one_page(rank, *args):
     torch.set_num_threads(1)
     _page(*args)
+
+
+def _die(folder, vectors, form):
+    exchange, sent = Shards._exchange, []
+
+    def dying(self, name):
+        if (folder / "writing").exists():
+            sent.append(name)
+        if os.environ["LOCAL_RANK"] == "1" and len(sent) == 3:
+            os._exit(3)
+        return exchange(self, name)
+
+    write = Form.write
+    Shards._exchange = dying
+    Form.write = lambda *args: ((folder / "writing").touch(), write(*args))
+    with pytest.raises(RuntimeError, match="(?i)connection|rank"):
+        run_edit(make_trainer("fsdp2"), ShardNet(), asked(folder, vectors, format=form))
+    (folder / "ended").write_text("")
+    os._exit(4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("form", [None, "dcp"])
+def test_when_a_rank_dies_while_the_edit_is_written_the_other_ends_and_nothing_is_left(vectors, tmp_path, form):
+    ranks = run_ranks(_die, tmp_path, vectors, form, join=False).processes
+    for rank in ranks:
+        rank.join(120)  # gloo itself waits for half an hour
+    assert [rank.exitcode for rank in ranks] == [4, 3]
+    left = {path.name for path in tmp_path.rglob("*")}
+    assert left <= {"writing", "ended", "out.evaluations.jsonl"}, left
