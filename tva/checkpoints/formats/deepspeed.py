@@ -163,7 +163,10 @@ def _frozen_whole(folder: Path, model: Mapping[str, Any]) -> Mapping[str, Entry]
 def _split_whole(folder: Path, shapes: Mapping[str, Any], ranks: list[Entry]) -> dict[str, Entry]:
     """Stages 1 and 2: a group's parameters follow one another, and the ranks hold equal stretches of that."""
     parts = [(entry, 0, entry.shape.numel()) for entry in ranks]
-    stored = sum(stop for _, _, stop in parts)
+    sizes = [stop for _, _, stop in parts]
+    stored, each = sum(sizes), max(sizes)
+    if sizes != [min(each, max(0, stored - rank * each)) for rank in range(len(ranks))]:  # only an end may be cut off
+        raise _refused(folder, f"the ranks hold {', '.join(map(str, sizes))} elements of a group, and not {each} each")
     entries: dict[str, Entry] = {}
     position = 0
     for name, shape in shapes.items():
