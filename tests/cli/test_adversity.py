@@ -7,6 +7,7 @@ import io
 import os
 import resource
 import shutil
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -75,7 +76,7 @@ def files(made, tmp_path, monkeypatch):
     return tmp_path / "files"
 
 
-def in_fork(words, prepare=lambda: None):
+def in_fork(words, prepare=lambda: None, check=lambda status: None):
     """Run a command in a fork; return how it ended, and what it said on standard error."""
     reader, writer = os.pipe()
     if (child := os.fork()) == 0:
@@ -90,6 +91,8 @@ def in_fork(words, prepare=lambda: None):
         except BaseException as error:
             status = 99
             said.write(repr(error))
+        if found := check(status):
+            said.write(f"opened {found}")
         os.write(writer, said.getvalue()[-3000:].encode())
         os._exit(status)
     os.close(writer)
@@ -230,6 +233,33 @@ def test_an_input_that_has_vanished_is_an_error_with_the_path(files, name):
     assert status == 2, said
     assert gone in said
     assert left(before) == set()
+
+
+OTHERS = {
+    "match": ["vectors", "match", "edited.safetensors", "a.tv.safetensors", "--base", "base.safetensors"],
+    "ls": ["vectors", "ls", "."],
+    "init": ["init", "merge"],
+    "paper": ["paper", "list"],
+    "completion": ["completion", "bash"],
+    "plan": [*COMPOSE, "ties(a)", "--output", OUT, "--plan"],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", [*COMMANDS, *OTHERS])
+def test_a_command_that_names_no_hub_opens_no_socket(files, name):
+    """Also where the hub may be asked: HF_HUB_OFFLINE is not set."""
+    seen = []
+
+    def prepare():
+        os.environ.pop("HF_HUB_OFFLINE", None)
+        sys.addaudithook(lambda event, given: seen.append(event) if event.startswith(("socket.", "urllib.")) else None)
+
+    def check(status):
+        return [event for event in seen if event != "socket.gethostname"]  # which names temporary files
+
+    status, said = in_fork({**COMMANDS, **OTHERS}[name], prepare, check)
+    assert status == 0, said
+    assert "opened" not in said
 
 
 @pytest.mark.parametrize("name", WRITING)

@@ -263,3 +263,10 @@ def test_options_can_stand_in_a_yaml_file(here, tmp_path, capsys):
     )
     found = json.loads(run(capsys, "compare", "--config", tmp_path / "c.yaml"))
     assert (found["by"], list(found["names"])) == ("layer", ["a", "b"])
+
+
+def test_without_vectors_there_is_nothing_to_match(tmp_path):
+    save_weights({"w": torch.ones(2)}, tmp_path / "base.safetensors")
+    save_weights({"w": torch.zeros(2)}, tmp_path / "x.safetensors")
+    with pytest.raises(ValueError, match="Give at least one vector"):
+        match(tmp_path / "x.safetensors", [], base=tmp_path / "base.safetensors")

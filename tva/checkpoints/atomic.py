@@ -85,6 +85,20 @@ def can_write(path: Path) -> Iterator[None]:
         ) from error
 
 
+@contextlib.contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Wait until no other process holds the lock on a file or folder, and hold it; where there are no locks, go on."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        with contextlib.suppress(ImportError, OSError):
+            import fcntl
+
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
+
+
 def make_room(file: int, size: int) -> None:
     """Set a file's size and, where the system can, reserve its place on the disk, which halves the time to write."""
     try:

@@ -20,6 +20,19 @@ class LimitError(yaml.YAMLError):
     """A text is valid YAML and is not read."""
 
 
+TAG = "tag:yaml.org,2002:"
+
+
+def _check_tag(event: yaml.Event) -> None:
+    """Refuse a tag that is not of what it stands before: libraries raise anything at all on it."""
+    tag = getattr(event, "tag", None)
+    if tag in (None, "!", f"{TAG}str", f"{TAG}map", f"{TAG}seq"):
+        return
+    scalar = isinstance(event, yaml.ScalarEvent)
+    if not scalar or yaml.SafeLoader("").resolve(yaml.ScalarNode, event.value, (True, False)) != tag:
+        raise LimitError(f"the tag {tag:.80} is not of the value behind it. Leave it out")
+
+
 def check_yaml(text: str) -> None:
     """Refuse YAML that is deep, that aliases blow up or make contain itself, or that has a number of endless digits.
 
@@ -39,6 +52,7 @@ def check_yaml(text: str) -> None:
         deep = 1
         if (getattr(event, "tag", None) or "").startswith("tag:yaml.org,2002:python/"):
             raise LimitError(f"the tag {event.tag} is of Python's objects")
+        _check_tag(event)
         if isinstance(event, yaml.MappingStartEvent | yaml.SequenceStartEvent):
             open_nodes.append((event.anchor, total))
             depths.append(1)

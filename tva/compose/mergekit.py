@@ -191,7 +191,10 @@ class MergekitFile:
             return found
         if isinstance(node, yaml.SequenceNode):
             return [self._plain(part, (*place, at)) for at, part in enumerate(node.value)]
-        value = yaml.SafeLoader("").construct_object(node, deep=True)
+        try:
+            value = yaml.SafeLoader("").construct_object(node, deep=True)
+        except (yaml.YAMLError, ValueError):  # as a date that is none
+            value = str(node.value)
         return value if isinstance(value, bool | int | float | str) or value is None else str(node.value)
 
     def _check_keys(self, content: Mapping[str, Any], place: Place, known: tuple[str, ...]) -> None:

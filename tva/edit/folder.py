@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from tva.checkpoints import LazyWeights, open_weights
-from tva.checkpoints.atomic import can_write, remove_left, temporary_prefix
+from tva.checkpoints.atomic import can_write, locked, remove_left, temporary_prefix
 from tva.compose.undo import undo_path
 from tva.report.edit_report import read_report
 from tva.report.model_card import check_card
@@ -107,7 +107,8 @@ def replacing(folder: Path) -> Iterator[Path]:
         for file in filter(Path.is_file, staging.iterdir()):
             with file.open("rb") as opened:
                 os.fsync(opened.fileno())
-        _put(staging, folder)
+        with locked(folder.parent):
+            _put(staging, folder)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
 

@@ -16,6 +16,7 @@ import lightning as L
 import numpy as np
 import xxhash
 
+from tva.checkpoints.atomic import locked
 from tva.evaluation.result import Evaluation
 
 
@@ -87,8 +88,9 @@ class EvaluationLog:
     def _append(self, entry: Mapping[str, Any]) -> None:
         assert self.path is not None
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        with open(self.path, "ab+") as file:
-            if file.tell():
+        self.path.touch()
+        with locked(self.path), open(self.path, "ab+", buffering=0) as file:  # a buffer would write in parts
+            if file.seek(0, os.SEEK_END):
                 file.seek(-1, os.SEEK_END)
                 torn = file.read(1) != b"\n"
             else:

@@ -124,6 +124,8 @@ def match(
         except MismatchError as error:
             left_out[path] = str(error)
     only.check_used()
+    if not candidates and not left_out:
+        raise ValueError(f"Give at least one vector, or a folder with vectors, to match {checkpoint} with; got none.")
     if not candidates:
         first = next(iter(left_out.values()))
         raise MismatchError(f"None of {len(left_out)} vectors is of this base. The first: {first}")
