@@ -1,6 +1,7 @@
 """What a newcomer meets: templates, completion, and mistakes in a YAML file, named with file and line at once."""
 
 import logging
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -61,18 +62,26 @@ MISTAKES = {
 }
 
 
-@pytest.mark.parametrize("wrong", MISTAKES)
-def test_mistakes_in_a_config_are_named_with_their_line_before_lightning_is_imported(wrong):
-    text = (TEMPLATES / "forget.yaml").read_text().replace("recipe: -digits", wrong)
-    Path("forget.yaml").write_text(text)
-    code = (
-        "import sys; from tva.cli.main import main\n"
-        "try: main(['edit', '--config', 'forget.yaml'])\n"
-        "finally: assert not {'torch', 'lightning'} & set(sys.modules)"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert done.returncode == 2, done.stderr
-    assert f"tva: error: forget.yaml, {MISTAKES[wrong]}" in done.stderr
+EACH = """
+import sys; from tva.cli.main import main
+for config in sys.argv[1:]:
+    try: main(['edit', '--config', config])
+    except SystemExit as end: assert end.code == 2
+    else: raise AssertionError(config)
+    assert not {'torch', 'lightning'} & set(sys.modules)
+"""
+
+
+def test_mistakes_in_a_config_are_named_with_their_line_before_lightning_is_imported():
+    text = (TEMPLATES / "forget.yaml").read_text()
+    for number, wrong in enumerate(MISTAKES):
+        Path(f"{number}.yaml").write_text(text.replace("recipe: -digits", wrong))
+    files = [f"{number}.yaml" for number in range(len(MISTAKES))]
+    done = subprocess.run([sys.executable, "-c", EACH, *files], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    found = re.findall(r"tva: error: .*(?:\n(?!tva: error).*)*", done.stderr)
+    for number, message in enumerate(MISTAKES.values()):
+        assert f"tva: error: {number}.yaml, {message}" in found[number]
     assert "TVA_DEBUG" not in done.stderr
 
 

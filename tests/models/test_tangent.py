@@ -324,8 +324,9 @@ def test_an_edit_of_a_linearized_model_is_evaluated_in_it(fitted, tmp_path):
     torch.testing.assert_close(edited["net.0.weight"], base["net.0.weight"] - 0.5 * vector.deltas["0.weight"])
 
 
-@pytest.mark.parametrize("ending", ["tv.safetensors", "ckpt"])
-@pytest.mark.parametrize(("kind", "tangent"), [("tangent", False), ("ordinary", True)])
+@pytest.mark.parametrize(
+    ("kind", "tangent", "ending"), [("tangent", False, "tv.safetensors"), ("ordinary", True, "ckpt")]
+)
 def test_an_edit_refuses_the_other_kind_of_model_unless_allowed(fitted, tmp_path, capsys, kind, tangent, ending):
     config = edit_config(fitted, f"{kind}/last.{ending}", tmp_path, tangent)
     with pytest.raises(SystemExit):

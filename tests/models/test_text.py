@@ -265,8 +265,18 @@ def test_options_of_speed_and_memory_go_together_for_every_model(folder, tmp_pat
         torch.testing.assert_close(plain.state_dict()[name], tensor)  # the averages, which stay in the model
 
 
-@pytest.mark.parametrize("options", [{"train_only": "attention"}, {"lora": {"r": 2}}, {"tangent": True}])
-@pytest.mark.parametrize("kind", ["causal", "seq2seq", "bert"])
+ADAPTED = [{"train_only": "attention"}, {"lora": {"r": 2}}, {"tangent": True}]
+MODELS = ["causal", "seq2seq", "bert"]
+
+
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [
+        pytest.param(kind, options, marks=[] if ADAPTED.index(options) == MODELS.index(kind) else pytest.mark.slow)
+        for kind in MODELS
+        for options in ADAPTED
+    ],
+)
 def test_every_model_is_adapted_and_its_vector_edits_the_plain_one(folder, tmp_path, kind, options):
     make = {"causal": CausalLM, "seq2seq": Seq2SeqLM, "bert": TextClassifier}[kind]
     model = make(str(folder / kind), learning_rate=1e-2, warmup_steps=0, **options)

@@ -220,6 +220,7 @@ def tab():
         yield found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [DESKTOP, PHONE], ids=["desktop", "phone"])
 def test_a_browser_draws_every_chart_and_asks_for_nothing(runs, tab, size):
     for kind, folder in runs.items():
@@ -235,6 +236,7 @@ def test_a_browser_draws_every_chart_and_asks_for_nothing(runs, tab, size):
         assert tab.evaluate(wide) <= size[0], kind
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [DESKTOP, PHONE], ids=["desktop", "phone"])
 def test_verdicts_and_legends_are_on_the_screen(runs, tab, size):
     for kind, folder in runs.items():
@@ -249,6 +251,7 @@ def test_verdicts_and_legends_are_on_the_screen(runs, tab, size):
         assert max(tab.evaluate(legend)) <= size[0], kind
 
 
+@pytest.mark.slow
 def test_a_browser_runs_no_script_that_is_not_the_pages_and_prints(runs, tab, tmp_path):
     content = read_report(runs["searched"])
     page = tmp_path / "page.html"
@@ -263,6 +266,7 @@ def test_a_browser_runs_no_script_that_is_not_the_pages_and_prints(runs, tab, tm
     assert (tmp_path / "page.pdf").stat().st_size > 20_000
 
 
+@pytest.mark.slow
 def test_a_comparison_is_drawn_and_says_in_what_the_runs_differ(runs, tab, tmp_path):
     contents = {kind: read_report(folder) for kind, folder in runs.items()}
     assert "different bases" not in comparison_page(contents)
