@@ -2,6 +2,7 @@
 # make test    install, lint and run every test; make quick: the unit tests only
 # make paper-smoke  check that every effect of the paper shows, on the model and sets that ship with tva
 # make results rewrite the tables of README and docs/results from the ledger, docs/results/data, and list what is older
+# make test-oldest  unit tests of checkpoints, vectors, merging, composing and searching with the oldest dependencies allowed
 # make docs    build the site in docs/_build/html; any warning is an error
 PYTHON ?= python3
 SEEDS ?= 0
@@ -10,7 +11,7 @@ BIN := .venv/bin
 # two processes, and a file's tests in one of them, which share what is made for all of them; a plain pytest is one process
 TWO := -n 2 --dist loadfile --no-loadscope-reorder
 
-.PHONY: demo test quick lint docs results paper-smoke install clean
+.PHONY: demo test test-oldest quick lint docs results paper-smoke install clean
 
 demo: install
 	$(BIN)/python -m examples.demo --seeds $(SEEDS)
@@ -20,6 +21,15 @@ test: install lint
 
 quick: install
 	$(BIN)/python -m pytest $(TWO) -m "not slow"
+
+test-oldest: .venv-oldest/installed
+	.venv-oldest/bin/python -m pytest -q -m "not slow" $(addprefix tests/,checkpoints vectors merge compose search)
+
+.venv-oldest/installed: pyproject.toml tests/oldest.py
+	test -x .venv-oldest/bin/python || $(PYTHON) -m venv .venv-oldest
+	$(PYTHON) tests/oldest.py > .venv-oldest/requirements.txt
+	.venv-oldest/bin/python -m pip install --quiet -r .venv-oldest/requirements.txt "pytest>=8" "pytest-timeout>=2.3" --editable .
+	touch $@
 
 lint: install
 	$(BIN)/ruff check .

@@ -13,6 +13,7 @@ from tva.console import begin_pace
 from tva.edit.folder import check_output
 from tva.edit.form import Form, undo_name
 from tva.edit.gate import prove
+from tva.edit.loggers import log_edit, without_loggers
 from tva.edit.notes import lacking_on_test
 from tva.edit.options import EditOptions, Goal
 from tva.edit.session import EditSession, open_session
@@ -65,7 +66,7 @@ def _run(trainer: L.Trainer, module: L.LightningModule, goal: Goal, sharded: Sha
     inputs = [*options.inputs, *goal.recipe.files, *([form.source] if form.source else [])]
     undo = [undo_name(form)] if options.keep_undo else []
     check_output(options.folder, inputs, [*form.files(live), *undo])
-    with open_workers(trainer, module, goal) as workers:
+    with without_loggers(trainer) as loggers, open_workers(trainer, module, goal) as workers:
         session = open_session(trainer, module, goal, form=form, sharded=sharded)
         session.evaluator.workers = workers
         for sentence in lacking_on_test(session):  # every rank evaluates
@@ -73,8 +74,10 @@ def _run(trainer: L.Trainer, module: L.LightningModule, goal: Goal, sharded: Sha
                 warnings.warn(f"{sentence[0].upper()}{sentence[1:]}.", stacklevel=2)
         outcome = prove(session, choose(session))
     live = session.editor.state()
-    report = build_report(outcome, live)
-    return write_edit(report, outcome, live)
+    report = write_edit(build_report(outcome, live), outcome, live)
+    if trainer.is_global_zero and loggers:
+        log_edit(loggers, report.to_json(), options.folder)
+    return report
 
 
 def without_head(options: EditOptions, model: L.LightningModule) -> EditOptions:
