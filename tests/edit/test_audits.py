@@ -9,8 +9,8 @@ from small_edit import Net, Task, edit
 from torch import nn
 
 from tva import EditReport, TaskVector
+from tva.edit.audit_options import Relearn
 from tva.edit.audits import round_to_int8, rounded_weights
-from tva.edit.options import Relearn
 from tva.report.page import edit_page
 from tva.report.schema import problems
 

@@ -287,3 +287,10 @@ def test_options_out_of_range_are_refused(text, message):
 def test_options_that_do_not_fit_the_vectors_are_refused(text, message):
     with pytest.raises(ValueError, match=message):
         evaluate(text, vectors(2))
+
+
+def test_negmerge_keeps_the_mean_of_elements_on_which_all_settings_agree():
+    a, c = torch.tensor([[1.0, 0, 2], [0, 1, 0]]), torch.tensor([[2.0, -1, 1], [-1, 3, 1]])
+    given = {name: TaskVector({"w": delta}) for name, delta in {"a": a, "b": 1.5 * a + 0.25 * c, "c": c}.items()}
+    expected = torch.tensor([[5 / 3, 0, 6.25 / 3], [0, 6.25 / 3, 0]])
+    torch.testing.assert_close(evaluate("-sign_consensus(a, b, c, min_agree=3)", given)["w"], -expected)

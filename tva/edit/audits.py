@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset, Subset
 
 from tva.checkpoints import canonical_state_dict
+from tva.edit.audit_options import Audit, Relearn, audit_of
 from tva.edit.editor import Editor, EditState
-from tva.edit.options import Audit, Relearn, audit_of
 from tva.edit.outcome import Outcome
 from tva.edit.training import overridden, train_briefly
 from tva.evaluation.evaluate import quiet

@@ -9,13 +9,14 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import lightning as L
 from lightning.pytorch.utilities.model_helpers import is_overridden
 
 from tva.checkpoints import NameFilter
 from tva.compose.recipe import Recipe
+from tva.edit.audit_options import Audit, Relearn, audit_of
 from tva.edit.editor import Statistics
 from tva.edit.subsets import Each, check_each
 from tva.errors import some
@@ -28,33 +29,6 @@ from tva.vectors.task_vector import TaskVector
 Baseline = Literal["gradient_ascent", "average", "endpoints", "joint", "ensemble", "random", "other_task", "parts"]
 ANALOGY = re.compile(r"\s*analogy\(\s*(\w+)\s*,\s*(\w+)\s*,\s*(\w+)\s*\)\s*")
 Diagnosis = Literal["cosine", "signs", "norms", "linearity", "disentanglement", "blame"]
-Audit = Literal["relearn", "int8"]
-
-
-@dataclass(frozen=True)
-class Relearn:
-    """How the audit ``relearn`` trains the edited model and the base on a target.
-
-    Args:
-        steps: Optimizer steps, at least 1.
-        examples: Train on at most this many training examples of the target, drawn by ``seed``.
-        learning_rate: Constant learning rate; that of the target's own fine-tuning is a fair one.
-        optimizer: ``"AdamW"`` without weight decay, or plain ``"SGD"``.
-        seed: Of the examples, their order and dropout.
-    """
-
-    steps: int = 20
-    examples: int = 64
-    learning_rate: float = 1e-4
-    optimizer: Literal["AdamW", "SGD"] = "AdamW"
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        if self.steps < 1 or self.examples < 1 or not self.learning_rate > 0:
-            raise ValueError(
-                f"relearn needs steps and examples of at least 1 and a learning_rate above 0; found steps "
-                f"{self.steps}, examples {self.examples}, learning_rate {self.learning_rate}."
-            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -324,19 +298,6 @@ class EditOptions:
             )
         if ("joint" in asked) != (self.joint is not None):
             raise ValueError("The baseline 'joint' and the checkpoint joint= go together: give both or none.")
-
-
-def audit_of(metric: str) -> tuple[Audit, str] | None:
-    """Return the audit that a constraint's metric is of, and the metric itself; None where it is of none.
-
-    Example:
-        >>> audit_of("int8_accuracy"), audit_of("accuracy")
-        (('int8', 'accuracy'), None)
-    """
-    for audit in get_args(Audit):
-        if metric.startswith(f"{audit}_"):
-            return audit, metric.removeprefix(f"{audit}_")
-    return None
 
 
 def named_vectors(given: Any) -> dict[str, str | TaskVector]:

@@ -86,7 +86,9 @@ class Learned(Search):
             of the logits, else the loss of the model's ``training_step``. With an objective that makes the targets
             worse (a small accuracy, a large loss) their cross-entropy is made large, and that of the constraints'
             controls is kept small.
-        per: One coefficient for each ``"tensor"``, ``"layer"`` (or other module), or ``"vector"``.
+        per: One coefficient for each ``"tensor"``, ``"layer"`` (or other module), or ``"vector"``; or
+            ``"component"``: each singular component of every matrix is kept or left out (AdaRank), and what is kept
+            has the coefficient ``start``.
         start: Where all coefficients start.
         learning_rate: Adam's.
         num_steps: Optimizer steps, each with one batch of every task.
@@ -96,7 +98,8 @@ class Learned(Search):
 
     Source: Yang et al., "AdaMerging: adaptive model merging for multi-task learning", ICLR 2024; Zhang et al.,
     "Knowledge composition using task vectors with learned anisotropic scaling" (aTLAS), NeurIPS 2024; the labels of
-    ``"expert"`` are those of SyMerge, ICML 2026.
+    ``"expert"`` are those of SyMerge, ICML 2026. Lee et al., "AdaRank: adaptive rank pruning for enhanced model
+    merging", ICLR 2026, for ``"component"``.
     """
 
     def __init__(
@@ -132,7 +135,7 @@ class Learned(Search):
         kept = [c.task for c in problem.constraints if c.task in context.controls]
         tasks = {**context.targets} | ({name: context.controls[name] for name in kept} if forget else {})
         signs = {task: -1.0 if forget and task in context.targets else 1.0 for task in tasks}
-        learner = CoefficientLearner(context, self, signs)
+        learner = (ComponentLearner if self.per == "component" else CoefficientLearner)(context, self, signs)
         kept = _Kept(context, {**vars(self), "num_steps": None, "signs": signs}, learner)
         done = kept.restore(self.num_steps)
         loaders = {task: self._loader(tasks[task], context.trainer, done) for task in tasks}
@@ -278,7 +281,7 @@ class CoefficientLearner(L.LightningModule):
         self.options = options
         self.signs = dict(signs)
         moved = list(dict.fromkeys(name for vector in context.vectors.values() for name in vector.deltas))
-        place = {"tensor": lambda name: name, "layer": block_of, "vector": lambda name: "all"}[options.per]
+        place = {"tensor": lambda name: name, "layer": block_of, "vector": lambda name: "all", "component": lambda name: name}[options.per]
         self.groups = list(dict.fromkeys(map(place, moved)))
         self.group_of = {name: self.groups.index(place(name)) for name in moved}
         self.coefs = nn.Parameter(
