@@ -6,7 +6,7 @@ from tva.edit.diagnostics import recipe_numbers
 from tva.edit.session import EditSession
 from tva.evaluation.result import Evaluation
 from tva.search import Candidate
-from tva.search.learned import TrainingContext
+from tva.search.learners import TrainingContext
 from tva.vectors.task_vector import TaskVector
 
 
