@@ -1,7 +1,7 @@
 """Measure the search: what race and bisect choose against the whole grid, and one pass against 21.
 
     python benchmarks/search.py choice [--seeds 0 1 2 3 4] [--output runs/search]
-    python benchmarks/search.py pass [--side 320] [--examples 1000] [--repeats 3]
+    python benchmarks/search.py pass [--side 320] [--examples 1000] [--repeats 3] [--device cuda]
 
 ``choice``: for each seed tva-tiny is fine-tuned on digits, letters and textures (what is there is used again), and each
 task of the benchmark is edited three times, with the whole grid, with Race and with Bisect (where the rule is the
@@ -60,6 +60,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--examples", type=int, default=1000)
     parser.add_argument("--batch_size", type=int, default=100)
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="of the pass")
     options = parser.parse_args(argv)
     warnings.filterwarnings("ignore")
     for name in ("lightning.pytorch", "lightning.fabric"):
@@ -71,9 +72,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         one_pass(options)
 
 
-def make_trainer() -> L.Trainer:
+def make_trainer(device: str = "cpu") -> L.Trainer:
     return L.Trainer(
-        accelerator="cpu",
+        accelerator=device,
+        devices=1,
         logger=False,
         enable_checkpointing=False,
         enable_progress_bar=False,
@@ -244,7 +246,7 @@ def one_pass(options: argparse.Namespace) -> None:
     tuned = {name: t + 0.01 * torch.randn(t.shape, generator=generator) for name, t in base.items()}
     vector = TaskVector.between(base, tuned)
     data = Pictures(Jpegs(options.side, options.examples, model.image_transform), options.batch_size)
-    trainer = make_trainer()
+    trainer = make_trainer(options.device)
     editor = Editor(trainer, model, {"objects": data})
     coefs = [candidate.scaling_coef for candidate in Grid().candidates()]
     trainer.validate(model, datamodule=data, verbose=False)  # warm: the head is built and cached

@@ -1,15 +1,18 @@
 """The ledger of results, and benchmarks in small: every line that a CPU reaches of those that need a GPU, or hours."""
 
+import contextlib
 import functools
 import importlib
 import importlib.util
 import json
+import os
 import types
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from small_models import run_ranks
 
 from benchmarks import __main__ as commands
 from benchmarks import ledger
@@ -49,6 +52,19 @@ def test_the_best_settings_that_are_meant_for_a_gpu_run(tmp_path, capsys, monkey
     assert abs(found["accuracy"]["recipe"] - found["accuracy"]["tva fit"]) < 0.02  # four steps at 1e-5 move nothing
     printed = capsys.readouterr().out
     assert "% of 1, validation accuracy" in printed
+
+
+def _sharded(folder):
+    small = ["--width", "16", "--layers", "2", "--steps", "2", "--every", "1", "--repeats", "1"]
+    with open(folder / os.environ["LOCAL_RANK"], "w") as said, contextlib.redirect_stdout(said):
+        load("sharded").main(small)
+
+
+@pytest.mark.slow
+def test_the_benchmark_of_a_sharded_fit_says_what_a_vector_takes(tmp_path):
+    run_ranks(_sharded, tmp_path)
+    assert "2 processes, model of 0.0 MiB: 2 steps take" in (tmp_path / "0").read_text()
+    assert (tmp_path / "1").read_text() == ""
 
 
 def test_the_benchmark_of_adapters_runs_and_the_core_space_is_cheaper(capsys):
