@@ -145,3 +145,36 @@ def test_a_folder_of_one_file_takes_no_other(tmp_path):
         protect([tmp_path / "model/edited.safetensors"], {"base": tmp_path / "model"})
     shutil.copytree(tmp_path / "model", tmp_path / "same")
     protect([tmp_path / "same/edited.safetensors"], {"base": tmp_path / "model"})
+
+
+OTHERS = {
+    "compose --as lora": ["compose", "--base", "base.safetensors", "--vectors.v", "given", "--recipe", "v",
+                          "--as", "lora"],
+    "extract --rank": ["extract", "--base", "given", "--finetuned", "tuned.safetensors", "--rank", "1"],
+    "compose to GGUF": ["compose", "--base", "given", "--vectors.v", "tuned.safetensors", "--recipe", "v",
+                        "--requantize"],
+    "report": ["report", "given"],
+    "init": ["init", "merge"],
+}  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", OTHERS)
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
+def test_no_other_command_writes_over_a_file_that_it_did_not_make(tmp_path, monkeypatch, capsys, name, kind, way):
+    monkeypatch.chdir(tmp_path)
+    save_weights(state(0), "base.safetensors")
+    save_weights(state(1), "tuned.safetensors")
+    path, file, inside = make(kind, tmp_path / "given", state(2))
+    if kind == "file":
+        (tmp_path / "given").symlink_to(file)  # by the name that the commands have
+    inside = inside if inside is None or inside.exists() else file
+    if way == "inside" and inside is None:
+        return
+    output = place(way, path, file, inside, tmp_path)
+    before = contents(tmp_path)
+    assert run(*OTHERS[name], "--output", output) == 2
+    assert "tva: error: " in capsys.readouterr().err
+    assert contents(tmp_path) == before

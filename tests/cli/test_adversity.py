@@ -133,8 +133,13 @@ def test_an_input_that_is_cut_while_it_is_read_is_an_error(files, name, monkeypa
     assert left(before) == set()
 
 
-@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO])
-@pytest.mark.parametrize("name", WRITING)
+@pytest.mark.parametrize(
+    ("name", "code"),
+    [
+        *((name, errno.ENOSPC) for name in WRITING),
+        *(("compose", code) for code in (errno.EDQUOT, errno.EROFS, errno.EIO)),
+    ],
+)
 def test_a_disk_that_takes_no_more_is_an_error_with_the_path(files, name, code, monkeypatch):
     def refuse(*given, **options):
         raise OSError(code, os.strerror(code))
@@ -152,8 +157,7 @@ def test_a_disk_that_takes_no_more_is_an_error_with_the_path(files, name, code, 
     assert left(before) == set()
 
 
-@pytest.mark.parametrize("name", WRITING)
-@pytest.mark.parametrize("home", [None, "/nonexistent"])
+@pytest.mark.parametrize(("name", "home"), [*((name, None) for name in WRITING), ("compose", "/nonexistent")])
 def test_a_folder_that_another_user_owns_is_an_error_with_the_path(made, name, home, monkeypatch):
     """Such a user, as of a container, may have neither a home folder nor a name; elsewhere the command works."""
     if os.geteuid() != 0:
@@ -207,9 +211,9 @@ def test_too_few_open_files_is_an_error_with_the_path(files, name, monkeypatch):
     assert left(before) == set()
 
 
-@pytest.mark.parametrize("name", ["compose", "extract", "compress", "inspect"])
+@pytest.mark.parametrize("name", ["compose", "compress"])
 def test_too_little_memory_is_an_error_that_says_so(files, name):
-    large = {"w": torch.zeros(2**24)}
+    large = {"w": torch.zeros(2**22)}
     save_weights(large, "base.safetensors")
     save_weights({"w": large["w"] + 1}, "tuned.safetensors")
     TaskVector.between(large, {"w": large["w"] + 1}).save("a.tv.safetensors")
@@ -240,7 +244,6 @@ OTHERS = {
     "ls": ["vectors", "ls", "."],
     "init": ["init", "merge"],
     "paper": ["paper", "list"],
-    "completion": ["completion", "bash"],
     "plan": [*COMPOSE, "ties(a)", "--output", OUT, "--plan"],
 }  # fmt: skip
 
