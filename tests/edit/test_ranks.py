@@ -13,7 +13,7 @@ import torch.multiprocessing as mp
 import yaml
 from lightning.pytorch.strategies import DeepSpeedStrategy
 from small_edit import LateNet, Net
-from small_models import Blobs, run_ranks
+from small_models import Blobs, free_port, run_ranks
 from torch.utils.data import DataLoader
 
 from tva import fingerprint, open_weights
@@ -197,6 +197,7 @@ def test_the_command_line_edits_with_two_devices(vectors, tmp_path):
     config = write_config(vectors, tmp_path)
     environment = {name: value for name, value in os.environ.items() if name != "PL_GLOBAL_SEED"}
     environment |= {"PYTHONPATH": os.pathsep.join(map(str, Path(__file__).parents[:2])), "OMP_NUM_THREADS": "1"}
+    environment["MASTER_PORT"] = str(free_port())
     command = [sys.executable, "-m", "tva", "edit", "--config", config]
     done = subprocess.run(command, env=environment, timeout=600, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -231,6 +232,7 @@ def test_the_status_of_a_refused_edit_is_not_that_of_a_process_that_was_killed(v
     config = write_config(vectors, tmp_path)
     environment = {name: value for name, value in os.environ.items() if name != "PL_GLOBAL_SEED"}
     environment |= {"PYTHONPATH": os.pathsep.join(map(str, Path(__file__).parents[:2])), "OMP_NUM_THREADS": "1"}
+    environment["MASTER_PORT"] = str(free_port())
     command = [sys.executable, "-m", "tva", "edit", "--config", config, "--subject_to", '["a/accuracy > base + 2"]']
     done = subprocess.run(command, env=environment, timeout=600, capture_output=True, text=True)
     assert done.returncode == 1, done.stderr
