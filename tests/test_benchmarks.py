@@ -195,3 +195,13 @@ def test_an_interval_over_seeds_covers_where_all_seeds_share_their_test_examples
     assert covered / runs > 0.94  # 89 % without the variance of the examples
     assert ledger.over_seeds([0.5, 0.5, 0.5], 100) == pytest.approx((0.402, 0.598), abs=1e-3)  # that of examples only
     assert ledger.over_seeds([1.0, 2.0, 3.0]) == pytest.approx((-0.484, 4.484), abs=1e-3)
+
+
+def test_a_simulated_cluster_keeps_to_its_workers_its_disk_and_its_first_process():
+    simulate = load("scale").simulate
+    assert simulate([(0, 2.0)] * 6, 1) == 12.0
+    assert simulate([(0, 2.0)] * 6, 2) == simulate([(0, 2.0)] * 6, 1, slots=2) == 6.0
+    assert simulate([(0, 2.0)] * 4, 4, message=1.0) == 5.0  # the last is handed out after three seconds
+    assert simulate([(10, 1.0)] * 4, 4, nic=5.0) == 3.0
+    assert simulate([(10, 1.0)] * 4, 4, nic=5.0, disk=10.0) == 5.0
+    assert simulate([(10, 0.0)] * 4, 1, slots=4, nic=5.0) == 8.0

@@ -15,7 +15,7 @@ import yaml
 from small_cli import fit_config, write_yaml
 
 from tva import TaskVector
-from tva.cli.commands.fit_many import CONFIG, DONE, Fit, check_fit, fit_many, make_fits, merge, run_fits, show
+from tva.cli.commands.fit_many import CONFIG, DONE, Fit, _at_work, check_fit, fit_many, make_fits, merge, run_fits, show
 from tva.cli.main import main
 from tva.cli.processes import only_one, run_process
 from tva.executors import LocalExecutor
@@ -292,6 +292,17 @@ def test_a_second_command_on_one_output_is_refused_while_the_first_runs(tmp_path
         fit_many(["a"], {}, str(tmp_path / "out"), devices="cpu")
     with only_one(tmp_path / "out", "fit-many"):
         pass
+
+
+def test_what_runs_is_named_whichever_node_it_is_on(tmp_path):
+    (fit,) = make_fits(["a"], {}, str(tmp_path), [0])
+    assert not _at_work(fit, 0)
+    fit.folder.mkdir(parents=True)
+    (fit.folder / "fit.log").write_text("$ tva fit")
+    assert _at_work(fit, time.time() - 60)
+    assert not _at_work(fit, time.time() + 60)  # of an earlier run
+    (fit.folder / DONE).write_text("{}")
+    assert not _at_work(fit, time.time() - 60)
 
 
 # --- Ctrl-C

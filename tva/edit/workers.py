@@ -126,7 +126,8 @@ def evaluate_pass(one: Pass, worker: Worker, file: Path, digest: str, facts: dic
     """
     torch.set_num_threads(threads)  # sums over threads differ in the last bits
     session = _open(str(file), digest)
-    mine = session.evaluator.facts
+    mine = dict(session.evaluator.facts)
+    mine["model"] = mine["model"].replace("__mp_main__", "__main__")  # a script's, as multiprocessing loads it
     odd = [f"{name} {mine[name]} here, {facts[name]} there" for name in facts if mine[name] != facts[name]]
     if odd:
         raise ValueError(

@@ -248,6 +248,7 @@ def run_fits(
         What became of each, in their order.
     """
     results: dict[Path, Result] = {}
+    begun = time.time()
     with terminate_as_interrupt(), reporting(lambda: _running(fits, results)):
         ended = executor.run(functools.partial(run_fit, command=command, redo=redo), fits)
         try:
@@ -256,7 +257,9 @@ def run_fits(
                     found = Result(fit, "failed", message=f"{type(found).__name__}: {found}")
                 results[fit.folder] = found
                 if found.state in ("done", "failed"):
-                    _say(f"{fit.name} {found.state} after {found.seconds or 0:.0f} s, {len(results)} of {len(fits)}")
+                    running = some([one.name for one in fits if one.folder not in results and _at_work(one, begun)])
+                    count = f"{len(results)} of {len(fits)}{f'; running: {running}' if running else ''}"
+                    _say(f"{fit.name} {found.state} after {found.seconds or 0:.0f} s, {count}")
         except KeyboardInterrupt:
             _say(f"interrupted with {len(results)} of {len(fits)} ended; ending the others")
             ended.close()
@@ -281,6 +284,12 @@ def _last_step(log: Path) -> str:
         file.seek(max(0, log.stat().st_size - 20_000))
         found = re.findall(r"step [\d,]+ of [\d,]*\d", file.read().decode(errors="replace"))
     return found[-1] if found else ""
+
+
+def _at_work(fit: Fit, since: float) -> bool:
+    """Return whether a fit has begun in this run, on whichever node: its log has been written to since."""
+    log = fit.folder / "fit.log"
+    return log.exists() and log.stat().st_mtime >= since and not (fit.folder / DONE).exists()
 
 
 def run_fit(fit: Fit, worker: Worker, command: Sequence[str] = TVA_FIT, redo: bool = False) -> Result:
