@@ -46,7 +46,7 @@ class Draw:
         self.generators = [row_generator(seed, number) for number in numbers]
         self.temperature, self.top_p, self.top_k = temperature, top_p, top_k
 
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+    def __call__(self, _: Tensor, scores: Tensor) -> Tensor:
         """Return what the largest of is the token to take, shape (rows, vocabulary)."""
         if self.temperature == 0:
             return scores

@@ -152,12 +152,11 @@ def quantity(name: str, content: Content) -> float | None:
     Raises:
         ValueError: There is no such quantity.
     """
-    of_task = OF_TASK.fullmatch(name)
-    if name not in QUANTITIES and of_task is None:
+    if not is_quantity(name):
         raise ValueError(
             f"There is no quantity {name!r}; there are {some(QUANTITIES, 60)}, and TASK/METRIC.MODEL for the models "
             f"base, edited and random.{did_you_mean(name, QUANTITIES)}"
         )
-    if of_task is not None:
+    if (of_task := OF_TASK.fullmatch(name)) is not None:
         return _of_task(content, **of_task.groupdict()) if is_feasible(content) else None
     return QUANTITIES[name](content) if is_feasible(content) else None
