@@ -12,7 +12,15 @@ author = "The tva authors"
 copyright = "2026, the tva authors"
 release = version = __version__
 
-extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "command_line", "mathml", "outside_links"]
+extensions = [
+    "myst_parser",
+    "sphinx.ext.autodoc",
+    "sphinx.ext.napoleon",
+    "command_line",
+    "mathml",
+    "notebooks",
+    "outside_links",
+]
 exclude_patterns = ["_build"]
 nitpicky = False
 
