@@ -40,7 +40,9 @@ def _reached(report: Mapping[str, Any]) -> dict[str, Any]:
     for name, task in report["tasks"].items():
         scores = {label: task[label]["value"] for label in LABELS if label in task}
         tasks[name] = {"n": task["num_examples"], "normalized": task["normalized"], **scores}
+    parts = report["baselines"].get("parts", {}).get("rows", {})
     return {
+        "parts": {name.split(",")[0]: row for name, row in parts.items()},
         "coefficients": report["coefficients"],
         "tasks": tasks,
         "holds": {constraint["task"]: constraint["holds"] for constraint in report["constraints"]},
@@ -74,6 +76,9 @@ def tables(runs: Mapping[int, Mapping[str, Any]]) -> dict[str, str]:
         holds = f", holds in {sum(kept)} of {len(kept)}" if kept else ""
         bold = task != "objects"
         rows.append([shown, described, base, finetuned, f"**{edited}**{holds}" if bold else edited + holds, random])
+    for part in found[0]["analogy"]["parts"]:
+        entries = [{"n": run["analogy"]["tasks"]["sketch_b"]["n"], **run["analogy"]["parts"][part]} for run in found]
+        rows.append(["", f"the part {part} of it by itself, on sketch_b", "", "", _cell(entries, "sketch_b"), ""])
     heads = ["edit", "task", "base", "fine-tuned on it", "edited", "random vector"]
     return {"edits": markdown(heads, rows)}
 

@@ -198,7 +198,10 @@ def unmarked(text: str) -> Iterator[str]:
     """Yield the headings of a page whose tables have numbers that are neither of the ledger nor said to be older."""
     for section in re.split(r"^(?=#)", MARKED.sub("", text), flags=re.M):
         rows = [line for line in section.splitlines() if line.startswith("|")]
-        if any(re.search(r"\d", row) for row in rows) and "Older than the ledger:" not in section:
+        if (
+            any(re.search(r"\d", row) for row in rows)
+            and "older than the ledger" not in re.sub(r"[\[\]]", "", section).lower()
+        ):
             yield section.splitlines()[0]
 
 
