@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from dataclasses import replace
 
@@ -41,6 +42,7 @@ def prove(session: EditSession, choice: Choice) -> Outcome:
         | ({"finetuned": finetuned[task]} if task in finetuned else {})
         for task in options.tasks
     }
+    del states[1:]  # a random vector takes what the edit takes
     chosen_on = {} if goal.is_given else {c.task: evaluator.base(c.task, "val") for c in goal.constraints}
     verdicts = [
         verdict_on(c, results[0][c.task], before[c.task], chosen_on.get(c.task), options.confidence)
@@ -86,7 +88,8 @@ def _decided(session: EditSession, state: EditState, test: Mapping[str, Evaluati
 def _random_state(editor: Editor, state: EditState, seed: int) -> EditState:
     """Return the state of a random vector with the edit's norm in every tensor."""
     name = f"random_like({state.recipe}, seed={seed})"
-    return EditState("random", name, state.coefs, lambda: editor.random_like(state.vector(), seed), state.statistics)
+    drawn = functools.cache(lambda: editor.random_like(state.vector(), seed))  # once, though two states share it
+    return EditState("random", name, state.coefs, drawn, state.statistics)
 
 
 def verdict_on(
