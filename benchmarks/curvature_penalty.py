@@ -1,20 +1,17 @@
-"""Fine-tuning with a curvature penalty against ordinary fine-tuning: forgetting, and addition at λ = 1; what
-docs/results/better-vectors.md reports.
+"""Fine-tuning with a curvature penalty against ordinary fine-tuning: forgetting, and addition at λ = 1.
 
-    python benchmarks/curvature_penalty.py [--seeds 0 1 2] [--output runs/curvature]
+    python -m benchmarks run curvature_penalty --seeds 0 1 2 [--output runs/curvature]
 
 The shipped CLIP on digits, letters, textures and the control objects. Ways: ordinary fine-tuning, the tangent space,
 and the tangent space with the penalty over the factors of the other three tasks. Of the values of beta that are tried,
-the one with which digits are forgotten furthest on validation data is taken, with the first seed. Every value is
-written to ``values.json``; what is there is not done again.
+the one with which digits are forgotten furthest on validation data is taken, with seed 0. What is in the output folder
+is not done again.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
-import time
-from collections.abc import Callable
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +19,7 @@ import lightning as L
 from tva.callbacks import CurvaturePenalty, MergeStatistics
 
 import tva
+from benchmarks.ledger import markdown, with_interval
 from tva import TaskVector
 from tva.data import ImageTask
 from tva.models import ClipClassifier
@@ -32,11 +30,20 @@ CONTROL = "objects"
 RATES = {"ordinary": 6e-4, "tangent": 1.2e-3}
 BETAS = (1e-2, 1e-1)
 STEPS = 40
+NUM_TEST = 400
+OPTIONS = {"output": "runs/curvature"}
+DEPENDS = (
+    "benchmarks/curvature_penalty.py",
+    "callbacks/curvature_penalty.py",
+    "callbacks/merge_statistics.py",
+    "tva/merge/curvature.py",
+    "tva/models/tangent.py",
+)
 
 
 def data(task: str) -> ImageTask:
     """Return a task with few examples to choose on."""
-    return ImageTask(f"builtin:{task}", batch_size=64, val_size=150, limit_test=400)
+    return ImageTask(f"builtin:{task}", batch_size=64, val_size=150, limit_test=NUM_TEST)
 
 
 def trainer(*callbacks: L.Callback, **options: Any) -> L.Trainer:
@@ -128,32 +135,49 @@ def add(way: str, beta: float, seed: int, output: Path, searched: bool) -> dict[
     )
 
 
-def main() -> None:
-    """Make what is missing, and write all values after each step."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--output", type=Path, default=Path("runs/curvature"))
-    options = parser.parse_args()
-    output, started = options.output, time.monotonic()
-    tried = {beta: forget("tangent", beta, options.seeds[0], output)["validation"]["digits"] for beta in BETAS}
+def measure(seed: int, output: str) -> dict[str, Any]:
+    """Return what every way reaches with one seed."""
+    folder = Path(output)
+    tried = {beta: forget("tangent", beta, 0, folder)["validation"]["digits"] for beta in BETAS}
     beta = min(tried, key=tried.__getitem__)
-    values: dict[str, Any] = {"beta": {"tried": tried, "chosen": beta}}
-    steps: dict[str, Callable[[int], dict[str, Any]]] = {
-        "forget, ordinary": lambda seed: forget("ordinary", 0.0, seed, output),
-        "forget, penalty": lambda seed: forget("tangent", beta, seed, output),
-        "add, ordinary, searched": lambda seed: add("ordinary", 0.0, seed, output, True),
-        "add, ordinary, 1": lambda seed: add("ordinary", 0.0, seed, output, False),
-        "add, penalty, 1": lambda seed: add("tangent", beta, seed, output, False),
-        "forget, tangent": lambda seed: forget("tangent", 0.0, seed, output),
+    return {
+        "beta": {"tried": tried, "chosen": beta},
+        "forget": {
+            "ordinary": forget("ordinary", 0.0, seed, folder),
+            "tangent": forget("tangent", 0.0, seed, folder),
+            "tangent with the penalty": forget("tangent", beta, seed, folder),
+        },
+        "add": {
+            "ordinary, λ searched": add("ordinary", 0.0, seed, folder, True),
+            "ordinary, λ = 1": add("ordinary", 0.0, seed, folder, False),
+            "tangent with the penalty, λ = 1": add("tangent", beta, seed, folder, False),
+        },
     }
-    for name, step in steps.items():
-        values[name] = {}
-        for seed in options.seeds:
-            values[name][seed] = step(seed)
-            values["seconds"] = round(time.monotonic() - started)
-            (output / "values.json").write_text(json.dumps(values, indent=1))
-            print(name, seed, values["seconds"], flush=True)
 
 
-if __name__ == "__main__":
-    main()
+def tables(runs: Mapping[int, Any]) -> dict[str, str]:
+    """Return the tables of forgetting and of addition, and a sentence on beta."""
+    values, form = list(runs.values()), "{:.1%}".format
+    first = values[0]
+    n = NUM_TEST
+
+    def cells(kind: str, way: str, tasks: Sequence[str]) -> list[str]:
+        found = [each[kind][way] for each in values]
+        coefs = ", ".join(f"{each['scaling_coef']:g}" for each in found)
+        scores = [with_interval([each["tasks"][task]["edited"] for each in found], n, form) for task in tasks]
+        return [way, coefs, *scores]
+
+    made = {}
+    if "forget" in first:
+        held = [f"{sum(each['forget'][way]['holds'] for each in values)} of {len(values)}" for way in first["forget"]]
+        rows = [
+            [*cells("forget", way, ("digits", CONTROL)), holds]
+            for way, holds in zip(first["forget"], held, strict=True)
+        ]
+        made["forget"] = markdown(["way", "λ by seed", "digits", f"{CONTROL} (control)", "constraint holds"], rows)
+    if "add" in first:
+        rows = [cells("add", way, (*TASKS, CONTROL)) for way in first["add"]]
+        made["add"] = markdown(["way", "λ by seed", *TASKS, f"{CONTROL} (control)"], rows)
+    tried = ", ".join(f"{beta}: {value:.1%}" for beta, value in first["beta"]["tried"].items())
+    made["beta"] = f"{first['beta']['chosen']} (digits on validation data, seed 0, by β: {tried})"
+    return made
