@@ -329,3 +329,12 @@ def test_the_cosine_of_a_vector_with_itself_is_one_whatever_its_norm():
     for value in torch.rand(200, generator=torch.Generator().manual_seed(0)).tolist():
         vector = TaskVector({"w": torch.tensor([value, 2 * value, 3 * value])})
         assert cosine_matrix({"a": vector})["a"]["a"] == 1.0
+
+
+def test_a_buffer_that_only_the_header_has_is_damage(tmp_path):
+    base = {"w": torch.zeros(2), "running_mean": torch.zeros(2)}
+    TaskVector.between(base, {name: tensor + 1 for name, tensor in base.items()}).save(tmp_path / "v.tv.safetensors")
+    data = (tmp_path / "v.tv.safetensors").read_bytes()
+    (tmp_path / "v.tv.safetensors").write_bytes(data.replace(b'"running_mean":{', b'"running_meao":{', 1))
+    with pytest.raises(ValueError, match="v.tv.safetensors is damaged: its header lists the buffers 'running_mean'"):
+        inspect(tmp_path / "v.tv.safetensors")

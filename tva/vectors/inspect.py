@@ -140,6 +140,11 @@ def inspect(path: str | os.PathLike[str], by: By = "group") -> Inspection:
     if "tva.format" in weights.metadata:
         vector = open_vector(path)
         kind, facts, parts = "task vector", header_facts(vector), vector.deltas
+        if lacking := sorted(vector.buffers - vector.weights.keys()):
+            raise ValueError(
+                f"{path} is damaged: its header lists the buffers {some(lacking)}, which it does not hold. Take an "
+                f"undamaged copy, or write it again from its source."
+            )
         buffers = {name: stored(vector.weights.entry(name)) for name in vector.buffers}
         reasons: dict[str, list[str]] = {}
         for name, reason in vector.untouched.items():
