@@ -23,7 +23,7 @@ quick: install
 	$(BIN)/python -m pytest $(TWO) -m "not slow"
 
 test-oldest: .venv-oldest/installed
-	.venv-oldest/bin/python -m pytest -q -m "not slow" $(addprefix tests/,checkpoints vectors merge compose search)
+	.venv-oldest/bin/python -m pytest -q -m "not slow" -o filterwarnings=default $(addprefix tests/,checkpoints vectors merge compose search)
 
 .venv-oldest/installed: pyproject.toml tests/oldest.py
 	test -x .venv-oldest/bin/python || $(PYTHON) -m venv .venv-oldest
