@@ -26,10 +26,12 @@ from tva.callbacks.sharding import Shards
 from tva import MismatchError, TaskVector, fingerprint, open_weights, save_weights
 from tva.cli.main import main
 from tva.compose.verify import verify
+from tva.data import ImageTask
 from tva.edit.form import Form
 from tva.edit.options import EditOptions
 from tva.edit.run import run_edit
 from tva.edit.trainer import Trainer
+from tva.models import ClipClassifier
 from tva.search import Bisect, Grid, Learned, Optuna, Race
 
 PAGES = Path(__file__).parents[2] / "docs/howto"
@@ -323,3 +325,29 @@ def test_when_a_rank_dies_while_the_edit_is_written_the_other_ends_and_nothing_i
     assert [rank.exitcode for rank in ranks] == [4, 3]
     left = {path.name for path in tmp_path.rglob("*")}
     assert left <= {"writing", "ended", "out.evaluations.jsonl"}, left
+
+
+def _classifier(folder, kind):
+    task = ImageTask("builtin:digits", batch_size=16, limit_train=16, limit_val=40, limit_test=40)
+    options = {"targets": {"digits": task}, "maximize": "digits/accuracy", "controls": {}, "search": Grid(num=3)}
+    trainer = make_trainer(kind)
+    report = run_edit(
+        trainer, ClipClassifier(), asked(folder, {"a": str(folder.parent / "tuned.ckpt")}, recipe="a", **options)
+    )
+    (folder / f"rank{trainer.global_rank}.json").write_text(json.dumps(report.to_json()))
+
+
+def _classifier_alone(rank, *args):
+    torch.set_num_threads(1)
+    _classifier(*args)
+
+
+@pytest.mark.slow
+def test_a_model_of_tva_is_edited_as_it_shards_itself(tmp_path):
+    tuned = {name: value + 0.01 for name, value in ClipClassifier().state_dict().items()}
+    torch.save({"state_dict": tuned}, tmp_path / "tuned.ckpt")
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+    mp.start_processes(_classifier_alone, (tmp_path / "one", "one"), nprocs=1, start_method="fork")
+    run_ranks(_classifier, tmp_path / "two", "fsdp2")
+    assert_same(*(json.loads((tmp_path / name).read_text()) for name in ("one/rank0.json", "two/rank0.json")))
