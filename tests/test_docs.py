@@ -35,6 +35,7 @@ SLOW = {
     "tutorials/first-edits.md",
     "tutorials/hugging-face.md",
     "howto/better-vectors.md",
+    "howto/curvature-penalty.md",
     "howto/compose.md",
     "howto/paper.md",
 }

@@ -169,7 +169,7 @@ def test_a_hub_name_is_loaded_with_its_configuration_and_revision(monkeypatch, t
         ({"test_split": "tset"}, r"no split 'tset'; its splits are 'train', 'test'|'test', 'train'"),
         ({"val_split": "validation"}, r"no split 'validation'.*Set val_split"),
         ({"class_names": ["ant", "bee"]}, r"has 3 classes, but class_names has 2"),
-        ({"class_names": ["ant", "bee", "cat", "dog"]}, r"has 3 classes, but class_names has 4"),
+        ({"class_names": ["ant", "bee", "dog", "elk"]}, r"has 3 classes, but class_names has 4"),
         ({"where": {"label": ["dog"]}}, r"where asks label for 'dog'; it holds 'ant', 'bee', 'cat'"),
         ({"where": {"styel": "ink"}}, r"where names the column 'styel', not one of"),
         ({"where": {"style": "chalk"}}, r"where asks style for 'chalk'; it holds 'ink', 'oil'"),
