@@ -2,12 +2,16 @@
 
 import json
 import shutil
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from small_edit import Task, edit
+from small_edit import Net, Task, edit, make_trainer
 
 from tva import TaskVector
+from tva.edit import run
+from tva.edit.notes import shown_on_test
+from tva.edit.options import EditOptions
 from tva.evaluation.bounds import allowed_loss, clears
 from tva.evaluation.intervals import compare, mean_ratio_interval
 from tva.evaluation.log import decode
@@ -90,12 +94,33 @@ def test_the_notes_say_what_the_examples_suffice_for_and_that_the_end_was_chosen
     power += f"{constraint.allowed_loss:.3g} of accuracy is lost"
     assert any(note.startswith(power) for note in report.notes)
     assert f"{constraint.needed} are needed if nothing is lost" in " ".join(report.notes)
+    shown = shown_on_test(
+        SimpleNamespace(options=SimpleNamespace(confidence=None), goal=SimpleNamespace(constraints=[0]))
+    )
+    assert not shown  # of a point estimate nothing is said
     end = "scaling_coef = 0.25 is an end of what was searched, 0 to 0.25: another may be better beyond it."
     keep = {"rule": "largest", "subject_to": ["a/accuracy >= 0.5 * base"]}
     found = edit(vectors, tmp_path, search=Bisect(stop=0.25, num=3), **keep)
     assert found.coefficients["scaling_coef"] == 0.25
     assert any(note.startswith(end) for note in found.notes)
     assert end in model_card(found.to_json())
+
+
+def test_a_command_says_before_the_search_what_the_test_data_suffice_for(vectors, tmp_path, capsys, monkeypatch):
+    asked = EditOptions(
+        vectors=vectors,
+        output=str(tmp_path / "out"),
+        recipe="a",
+        targets={"a": Task(1)},
+        subject_to=["a/accuracy >= 0.7 * base"],
+        confidence=0.8,
+        scaling_coef=0.0,
+    )
+    trainer = make_trainer()
+    trainer.command = "tva edit"
+    monkeypatch.setattr(run, "choose", lambda session: pytest.fail(capsys.readouterr().err))  # nothing was searched yet
+    with pytest.raises(pytest.fail.Exception, match=r"tva: a/accuracy >= 0.7 \* base is shown with 0.8 confidence"):
+        run.run_edit(trainer, Net(), asked)
 
 
 def test_a_test_part_counts_the_different_edits_that_it_has_decided(sum_of_two, vectors, tmp_path):

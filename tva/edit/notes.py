@@ -9,7 +9,7 @@ from tva.edit.outcome import Outcome
 from tva.edit.session import EditSession
 from tva.errors import some
 from tva.evaluation.leaks import num_trained_on
-from tva.search.confidence import lacking_power
+from tva.search.confidence import lacking_power, power_of
 
 WORDS = {"val": "validation", "test": "test"}
 TrainedOn = Mapping[str, Mapping[str, Mapping[str, int]]]  # task -> split -> vector -> examples
@@ -36,7 +36,8 @@ def notes_on(outcome: Outcome, trained_on: TrainedOn) -> list[str]:
     """
     leaks = [*_leaks(outcome, trained_on), *_other_parts(outcome), *_other_heads(outcome)]
     power = [f"{text[0].upper()}{text[1:]}." for text in lacking_on_test(outcome.session)]
-    power += [*_power(outcome), *_decided(outcome), *_at_the_end(outcome)]
+    power += shown_on_test(outcome.session) if outcome.split == "test" else []
+    power += [*_decided(outcome), *_at_the_end(outcome)]
     form = [outcome.session.form.note] if outcome.session.form.note else []
     return [*_left_out(outcome.session), *form, *leaks, *power]
 
@@ -53,19 +54,22 @@ def lacking_on_test(session: EditSession) -> list[str]:
     return lacking_power(constraints, base, confidence, "test")
 
 
-def _power(outcome: Outcome) -> list[str]:
-    """Say of each constraint what its examples suffice for."""
-    notes, confidence = [], outcome.session.options.confidence
-    for verdict in outcome.verdicts:
-        if verdict.allowed_loss is None or outcome.split != "test":
+def shown_on_test(session: EditSession) -> list[str]:
+    """Return a sentence for each constraint on what the test data suffice for; known before the search, as above."""
+    notes, confidence = [], session.options.confidence
+    for constraint in session.goal.constraints if confidence not in (None, 0.5) else ():
+        assert confidence is not None
+        base = session.evaluator.base(constraint.task, "test")
+        needed, allowed = power_of(constraint, base, confidence)
+        if allowed is None:
             continue
-        base = outcome.evaluations[verdict.task]["base"]
+        bound = constraint.bound({constraint.task: base.metrics})
         unit = "examples" if base.groups is None else f"examples in {base.num_groups:,} groups"
-        fewest = f"; {verdict.needed:,} are needed if nothing is lost" if verdict.needed else ""
+        fewest = f"; {needed:,} are needed if nothing is lost" if needed else ""
         notes.append(
-            f"{verdict.text} is shown with {confidence:.4g} confidence on these {base.num_examples:,} {unit} if at "
-            f"most {verdict.allowed_loss:.3g} of {verdict.metric} is lost and nothing gained, where the bound allows "
-            f"{abs(base.metrics[verdict.metric] - verdict.bound):.3g}{fewest}."
+            f"{constraint.text} is shown with {confidence:.4g} confidence on these {base.num_examples:,} {unit} if at "
+            f"most {allowed:.3g} of {constraint.metric} is lost and nothing gained, where the bound allows "
+            f"{abs(base.metrics[constraint.metric] - bound):.3g}{fewest}."
         )
     return notes
 

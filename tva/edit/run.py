@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import warnings
 from dataclasses import replace
 from typing import Any
@@ -14,7 +15,7 @@ from tva.edit.folder import check_output
 from tva.edit.form import Form, undo_name
 from tva.edit.gate import prove
 from tva.edit.loggers import log_edit, without_loggers
-from tva.edit.notes import lacking_on_test
+from tva.edit.notes import lacking_on_test, shown_on_test
 from tva.edit.options import EditOptions, Goal
 from tva.edit.session import EditSession, open_session
 from tva.edit.sharded import ShardedModel, set_up
@@ -69,15 +70,26 @@ def _run(trainer: L.Trainer, module: L.LightningModule, goal: Goal, sharded: Sha
     with without_loggers(trainer) as loggers, open_workers(trainer, module, goal) as workers:
         session = open_session(trainer, module, goal, form=form, sharded=sharded)
         session.evaluator.workers = workers
-        for sentence in lacking_on_test(session):  # every rank evaluates
-            if trainer.is_global_zero:
-                warnings.warn(f"{sentence[0].upper()}{sentence[1:]}.", stacklevel=2)
+        _say_what_can_be_shown(session)
         outcome = prove(session, choose(session))
     live = session.editor.state()
     report = write_edit(build_report(outcome, live), outcome, live)
     if trainer.is_global_zero and loggers:
         log_edit(loggers, report.to_json(), options.folder)
     return report
+
+
+def _say_what_can_be_shown(session: EditSession) -> None:
+    """Say before the search what the test data suffice for; every rank evaluates the base, the first one speaks."""
+    lacking, shown = lacking_on_test(session), shown_on_test(session)
+    trainer = session.editor.trainer
+    if not trainer.is_global_zero:
+        return
+    for sentence in lacking:
+        warnings.warn(f"{sentence[0].upper()}{sentence[1:]}.", stacklevel=4)
+    if getattr(trainer, "command", None):
+        for sentence in shown:
+            print(f"tva: {sentence}", file=sys.stderr)
 
 
 def without_head(options: EditOptions, model: L.LightningModule) -> EditOptions:
