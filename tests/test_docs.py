@@ -48,6 +48,7 @@ ELSEWHERE = {  # tests of their own
     "howto/paper.md": "tests/paper/test_suite.py",
     "howto/forget-texts.md": "tests/cli/test_forget.py",
     "howto/score-texts.md": "tests/data/test_generation_task.py",
+    "howto/several-devices.md": "tests/edit/test_sharded.py",
 }
 FEWER = {  # what a page's commands are given besides, so that they take seconds
     "fit": ["--trainer.max_steps=2", "--trainer.limit_val_batches=1", "--trainer.val_check_interval=2"],
