@@ -105,9 +105,9 @@ def reviews(count: int, seed=0) -> dict[str, list]:
     return {"text": texts, "label": labels}
 
 
-def write_reviews(folder: Path, names=("negative", "positive"), **columns) -> str:
+def write_reviews(folder: Path, names=("negative", "positive"), test=24, **columns) -> str:
     features = datasets.Features({"text": datasets.Value("string"), "label": datasets.ClassLabel(names=list(names))})
-    for split, count, seed in (("train", 60, 0), ("test", 24, 1)):
+    for split, count, seed in (("train", 60, 0), ("test", test, 1)):
         table = datasets.Dataset.from_dict(reviews(count, seed), features=features)
         for column, values in columns.items():
             table = table.add_column(column, (values * count)[:count])

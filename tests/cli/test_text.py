@@ -107,10 +107,10 @@ def test_a_causal_model_forgets_under_a_constraint_on_perplexity(tmp_path, tied,
     folder = write_model(tmp_path / "llama", "causal", tie_word_embeddings=tied)
     reviews = named(
         "tva.data.LanguageTask",
-        path=write_reviews(tmp_path),
+        path=write_reviews(tmp_path, test=48),  # 24 documents to report on: fewer than 20 have no interval
         name="bad",
         where={"label": ["negative"]},
-        block_length=4,  # 20 blocks to report on: fewer have no interval
+        block_length=4,
     )
     prose = named("tva.data.LanguageTask", path=write_running_text(tmp_path, 1000), name="prose", block_length=16)
     model = named("tva.models.CausalLM", name=folder, learning_rate=3e-3, warmup_steps=0)

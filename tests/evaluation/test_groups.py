@@ -147,6 +147,16 @@ def test_a_language_task_takes_documents_as_the_unit(tmp_path, column):
     assert len(groups_of(task, "val", len(task.val_dataloader().dataset))) > count
 
 
+def test_blocks_of_one_text_file_are_the_unit(tmp_path):
+    (tmp_path / "prose.txt").write_text("the film was good\n" * 200)
+    task = LanguageTask({"train": f"{tmp_path}/prose.txt", "test": f"{tmp_path}/prose.txt"}, block_length=16)
+    task.trainer = SimpleNamespace(lightning_module=SimpleNamespace(tokenizer=make_tokenizer()), world_size=1)
+    task.setup()
+    assert len(task.test_dataloader().dataset) >= 20
+    for split, loader in (("val", task.val_dataloader()), ("test", task.test_dataloader())):
+        assert groups_of(task, split, len(loader.dataset)) is None
+
+
 def test_blocks_of_running_text_are_of_the_document_that_most_of_them_is_from():
     assert owners_of(np.array([4, 4, 2]), [3, 6, 7], 4).tolist() == [4, 4, 2, 2]  # two rows of one document
     assert owners_of(np.arange(3), [2, 2, 9], 4).tolist() == [0, 2, 2]

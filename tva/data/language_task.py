@@ -30,7 +30,7 @@ class LanguageTask(Task):
     cut into blocks of ``block_length``; what does not fill the last one is left out. A sequence-to-sequence model gets
     the first half of a block as prompt and the second as target. The held-out part is made of blocks. Intervals and the
     gate take documents as independent, not blocks: a document is a row, or the rows of one ``group``, and a block is of
-    the document that most of it is from.
+    the document that most of it is from. A text file is one document; then blocks are taken as independent.
 
     The order of training depends only on the run's seed, as with `TextTask`.
 
@@ -126,12 +126,14 @@ class LanguageTask(Task):
                 )
             cut[part] = tokens[: len(tokens) // self.block_length * self.block_length].reshape(-1, self.block_length)
             labels = self._group_labels(table)
-            names = np.arange(len(documents)) if labels is None else np.unique(labels, return_inverse=True)[1]
-            owners[part] = owners_of(names, list(map(len, documents)), self.block_length)
+            if labels is not None or len(documents) > 1:
+                names = np.arange(len(documents)) if labels is None else np.unique(labels, return_inverse=True)[1]
+                owners[part] = owners_of(names, list(map(len, documents)), self.block_length)
         rows = {part: np.arange(len(blocks)) for part, blocks in cut.items()}
         self._hold_out(rows)
         rows = {part: self._limit(part, indices) for part, indices in rows.items()}
-        self._groups = {part: owners.get(part, owners["train"])[rows[part]] for part in ("val", "test")}
+        source = {part: part if part in cut else "train" for part in ("val", "test")}
+        self._groups = {part: owners[of][rows[part]] for part, of in source.items() if of in owners}
         return {part: cut.get(part, cut["train"])[indices] for part, indices in rows.items()}
 
     def _pairs(self, table: Any, tokenizer: Any, split_in_two: bool) -> Pairs:
