@@ -180,7 +180,7 @@ def test_an_interruption_ends_the_run_whatever_else_was_asked_for(tmp_path, monk
     with pytest.raises(SystemExit) as stop:
         main(["paper", "run", str(file), str(file), "--output", str(tmp_path / "out"), "--devices", "cpu"])
     assert stop.value.code == 130
-    assert len(ran) <= 2  # a worker may have taken the next before it ends, and no more
+    assert len(ran) <= 4  # workers may take other fits until the first is noticed, but none of the second experiment
     assert capsys.readouterr().out.count("blobs, small: 4 fits") == 1
 
 
