@@ -70,7 +70,9 @@ def test_fits_go_on_from_their_checkpoints(losing_a_node, tmp_path):
     executor = make_executor(address)
     assert (executor.num_workers, executor.num_nodes) == (2, 2)
     results = run_fits(fits, executor, command=[sys.executable, str(tmp_path / "fit.py")])
-    assert [(result.fit.task, result.state) for result in results] == [(task, "done") for task in "abcd"]
+    assert [result.fit.task for result in results] == list("abcd")
+    assert {result.state for result in results} <= {"done", "skipped"}  # one ended just before its node was lost
+    assert all((fit.folder / "done.json").exists() for fit in fits)
     assert lost
     runs = [(fit.folder / "runs").read_text().splitlines() for fit in fits]
     assert all("--ckpt_path" in again for tries in runs for again in tries[1:])
@@ -126,10 +128,13 @@ def test_what_is_interrupted_ends_on_the_nodes(cluster, tmp_path):
     (tmp_path / "first").write_text("")
     assert next(ended)[0] == str(tmp_path / "first")
     ended.close()
-    time.sleep(2)
-    before = _content(tmp_path / "second")
-    time.sleep(1)
-    assert _content(tmp_path / "second") == before
+    for _ in range(60):  # a loaded machine takes a while to end it
+        before = _content(tmp_path / "second")
+        time.sleep(2)
+        if _content(tmp_path / "second") == before:
+            break
+    else:
+        pytest.fail("the second call still writes")
 
 
 def _content(path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import json
 import os
 import shutil
 import socket
@@ -134,6 +135,20 @@ def save_weights(
             save_file(ready, temporary, metadata=dict(metadata or {}))
         except SafetensorError as error:
             raise OSError(f"{path} was not written: {error}") from error
+        if metadata and len(metadata) > 1:
+            _order_metadata(temporary)
+
+
+def _order_metadata(path: Path) -> None:
+    """Sort the text in a header, which safetensors writes in another order each time, so that equal files are equal."""
+    with open(path, "r+b") as file:
+        length = int.from_bytes(file.read(8), "little")
+        fields = json.loads(file.read(length))
+        fields["__metadata__"] = dict(sorted(fields["__metadata__"].items()))
+        text = json.dumps(fields, separators=(",", ":"), ensure_ascii=False).encode()
+        if len(text) <= length:  # as it is: the same characters in another order
+            file.seek(8)
+            file.write(text.ljust(length))
 
 
 def cache_folder() -> Path:

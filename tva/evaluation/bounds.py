@@ -238,8 +238,8 @@ def allowed_loss(
         How much worse the mean may be, at least 0; None where not even an edit without any loss is shown to meet it.
 
     Example:
-        >>> allowed_loss(np.ones(100, dtype=bool), slope=0.95, offset=0.0, confidence=0.95)  # 99 right are not enough
-        0.0
+        >>> allowed_loss(np.ones(100, dtype=bool), slope=0.95, offset=0.0, confidence=0.95)  # 98 right are not enough
+        0.01
     """
     sign, binary = (1.0 if above else -1.0), is_binary(base)
     room = sign * float(base.mean(dtype=np.float64) * (1 - slope) - offset)
