@@ -484,7 +484,7 @@ def run_seed(model: Model, seed: int) -> None:
 def table(model: Model, seeds: Sequence[int]) -> str:
     """Make the tables of a model, mean and range over seeds, best first: rows with a tuned number, and those without.
 
-    Rows that tune nothing, or are told the task, answer other questions than those that tune one number on validation
+    Rows that tune nothing, or know the task, answer other questions than those that tune one number on validation
     data. Each tuned row is compared with the sum by Student's paired t over seeds, with Holm's correction for all.
     """
     files = [model.output / "evaluations" / f"seed={seed}" / "results.json" for seed in seeds]
@@ -495,7 +495,7 @@ def table(model: Model, seeds: Sequence[int]) -> str:
     tuned = {row.name for row in ROWS if row.scale}
     p_values = against(model, results, [name for name in names if name in tuned], "sum")
     text = ""
-    for title, chosen in (("tuned", True), ("untuned, or told the task", False)):
+    for title, chosen in (("tuned", True), ("untuned, or knowing the task", False)):
         lines = [line_of(model, results, name) for name in names if (name in tuned) is chosen]
         lines.sort(key=lambda line: -line[0])
         header = [

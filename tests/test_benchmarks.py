@@ -174,7 +174,7 @@ def test_methods_that_tune_nothing_stand_apart_and_the_others_are_tested_against
         folder.mkdir(parents=True)
         (folder / "results.json").write_text(json.dumps(results))
     text = methods.table(model, [0, 1, 2])
-    tuned, others = text.split("untuned, or told the task")
+    tuned, others = text.split("untuned, or knowing the task")
     assert [line.split(" | ")[0] for line in tuned.splitlines() if line.startswith("| t")] == ["| ties", "| tsv"]
     assert "mean, λ = 1" not in tuned
     assert "base" in others
