@@ -113,7 +113,7 @@ def _put_back(model: L.LightningModule, modes: Mapping[str, bool]) -> None:
 
 @contextlib.contextmanager
 def overridden(owner: Any, name: str, value: Any) -> Iterator[None]:
-    """Give one object another method for a while."""
+    """Replace a method of one object for a while."""
     before = vars(owner).get(name)
     setattr(owner, name, value)
     try:

@@ -50,7 +50,7 @@ class BatchCache:
         return key in self._kept
 
     def num_batches(self, datamodule: L.LightningDataModule, split: str, num_examples: int) -> int:
-        """Return how many batches so many examples of a task are; 1 if it has not been read, or has no order."""
+        """Return the number of batches of a task's examples; 1 if it has not been read, or has no order."""
         size = self.batch_sizes.get((id(datamodule), split))
         return 1 if size is None else -(-num_examples // size)
 
