@@ -1,4 +1,4 @@
-"""An engine whose calls run here, one after the other, with all that goes to a worker and back pickled."""
+"""An engine whose calls run here, the last one first, with all that goes to a worker and back pickled."""
 
 import pickle
 
@@ -9,7 +9,7 @@ class Inline(Executor):
     """Runs calls in this process.
 
     Args:
-        num_workers: What callers are told.
+        num_workers: Processes that it seems to have.
         most: Calls after which the run is interrupted.
     """
 
@@ -25,7 +25,7 @@ class Inline(Executor):
 
     def run(self, function, items):
         function = pickle.loads(pickle.dumps(function))
-        for item in items:
+        for item in reversed(items):  # calls may end in any order
             if self.calls >= self.most:
                 raise KeyboardInterrupt
             self.calls += 1
