@@ -1,14 +1,14 @@
 """Flip one bit of a file at a time, and count which commands notice.
 
-A flip that nothing notices is listed with the field that it is in. Only such are allowed as change no number, name or
-fingerprint: those of spaces behind the header, and of fields that are not tva's.
+    python -m benchmarks run flips --seeds 0 [--flips 500]
 
-    python benchmarks/flips.py                 # 500 flips, in data and headers alike
+Half of the flips are in data, half in headers. One that nothing notices is counted by the field that it is in. Only
+such are allowed as change no number, name or fingerprint: those of spaces behind the header, and of fields that are not
+tva's.
 """
 
 from __future__ import annotations
 
-import argparse
 import collections
 import contextlib
 import io
@@ -16,16 +16,18 @@ import json
 import os
 import random
 import struct
-import tempfile
-import time
-import warnings
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
-from attacks.good import make_good
 from safetensors.numpy import load_file
 
+from benchmarks.attacks import good, trial
+from benchmarks.ledger import markdown
 from tva.cli.main import main as tva
 
+OPTIONS = {"flips": 500}
+DEPENDS = ("benchmarks/flips.py", "tva/checkpoints", "tva/compose", "tva/vectors")
 PLAN = {  # file: commands of which one must notice; the last is given what it may write
     "a.tv.safetensors": [["verify", "a.tv.safetensors"], ["inspect", "a.tv.safetensors"]],
     "int8.tv.safetensors": [["verify", "int8.tv.safetensors"]],
@@ -90,31 +92,33 @@ def flip(file: str, commands: list[list[str]], rng: random.Random, in_header: bo
     return ("noticed" if max(found) > 0 else "not noticed"), place_of(good, position)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--flips", type=int, default=500)
-    parser.add_argument("--seed", type=int, default=0)
-    given = parser.parse_args()
-    warnings.simplefilter("ignore")
-    rng, started = random.Random(given.seed), time.monotonic()
+def measure(seed: int, flips: int) -> dict[str, Any]:
+    """Return what happened by file and part, and the places of flips that nothing noticed."""
+    rng = random.Random(seed)
     counts: dict[str, collections.Counter] = collections.defaultdict(collections.Counter)
     missed: collections.Counter = collections.Counter()
-    with tempfile.TemporaryDirectory() as folder:
-        make_good(Path(folder) / "good")
-        for number in range(given.flips):
+    with trial.workplace() as folder:
+        with contextlib.redirect_stdout(io.StringIO()):
+            good.make_good(folder / "good")
+        for number in range(flips):
             file = list(PLAN)[number % len(PLAN)]
             in_header = bool(number // len(PLAN) % 2)
             happened, place = flip(file, PLAN[file], rng, in_header)
             counts[f"{file}, {'header' if in_header else 'data'}"][happened] += 1
             if happened not in ("noticed", "restored the base"):
                 missed[f"{happened}: {file}: {place}"] += 1
-        os.chdir("/")
-    for name, found in counts.items():
-        print(f"{name}: {', '.join(f'{count} {happened}' for happened, count in found.most_common())}")
-    for name, count in missed.most_common():
-        print(f"  {count} {name}")
-    print(f"seed {given.seed}, {time.monotonic() - started:.0f} s")
+    return {"counts": {name: dict(found) for name, found in counts.items()}, "missed": dict(missed)}
 
 
-if __name__ == "__main__":
-    main()
+def tables(runs: Mapping[int, Mapping[str, Any]]) -> dict[str, str]:
+    """Return the counts of all seeds, and the list of what nothing noticed."""
+    counts: dict[str, collections.Counter] = collections.defaultdict(collections.Counter)
+    missed: collections.Counter = collections.Counter()
+    for run in runs.values():
+        missed.update(run["missed"])
+        for name, found in run["counts"].items():
+            counts[name].update(found)
+    shown = sorted({name for found in counts.values() for name in found})
+    rows = [[name, *(str(found[each]) for each in shown)] for name, found in counts.items()]
+    listed = "; ".join(f"{name} ({count})" for name, count in missed.most_common()) or "none"
+    return {"flips": markdown(["file and part", *shown], rows), "missed": f"Neither noticed nor harmless: {listed}."}

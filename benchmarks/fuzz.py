@@ -1,15 +1,13 @@
 """Run parsers and readers under a coverage-guided fuzzer; an exception that is not an error in words is a finding.
 
     pip install atheris
-    python benchmarks/fuzz.py                       # 20,000 executions of each target
-    python benchmarks/fuzz.py --only recipe --runs 200000 --seed 1
+    python -m benchmarks run fuzz --seeds 0 [--runs 20000] [--only recipe]
 
 Each target runs in a process of its own, as the fuzzer ends its process; an input that fails is kept as a file.
 """
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import json
 import re
@@ -17,10 +15,15 @@ import struct
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
+
+from benchmarks.ledger import ROOT, markdown
 
 TARGETS = ("recipe", "yaml", "json", "pattern", "pickle", "safetensors", "torch", "mergekit")
+OPTIONS = {"runs": 20_000, "only": ""}
+DEPENDS = ("benchmarks/fuzz.py", "tva/checkpoints", "tva/compose", "tva/patterns.py")
 SEEDS: dict[str, list[bytes]] = {
     "recipe": [b"0.4 * ties(dare(a, drop=0.9), b, density=0.2) - s * a", b"analogy(a, b, a) / 2", b"mean(a, b)"],
     "yaml": [b"a: &a [1, 2]\nb: *a\n", b"{a: 1e400, b: !!python/name:os.system x}"],
@@ -106,30 +109,31 @@ def fuzz(name: str, runs: int, seed: int) -> None:
         atheris.Fuzz()
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--runs", type=int, default=20_000)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--only", choices=TARGETS)
-    parser.add_argument("--inside", action="store_true", help=argparse.SUPPRESS)
-    given = parser.parse_args()
-    if given.inside:
-        fuzz(given.only, given.runs, given.seed)
-        return
-    failed = 0
-    for name in (given.only,) if given.only else TARGETS:
-        words = [sys.executable, __file__, "--inside", "--only", name, f"--runs={given.runs}", f"--seed={given.seed}"]
-        ended = subprocess.run(words, capture_output=True, text=True)
+def measure(seed: int, runs: int, only: str) -> dict[str, Any]:
+    """Return executions, branches covered and findings of each target."""
+    found: dict[str, Any] = {}
+    for name in (only,) if only else TARGETS:
+        words = [sys.executable, "-m", "benchmarks.fuzz", name, str(runs), str(seed)]
+        ended = subprocess.run(words, capture_output=True, text=True, cwd=ROOT)
         done = re.search(r"Done (\d+) runs in (\d+) second", ended.stderr)
         covered = re.findall(r"cov: (\d+) ft: (\d+)", ended.stderr)
-        branches = covered[-1][0] if covered else 0
-        print(f"{name}: {done[0] if done else 'failed'}, {branches} branches covered", flush=True)
-        if not done or ended.returncode:
-            failed += 1
-            print(ended.stderr[-3000:])
-    print(f"seed {given.seed}, {failed} targets failed")
-    sys.exit(bool(failed))
+        failed = not done or ended.returncode != 0
+        if failed:
+            print(f"{name}: {ended.stderr[-3000:]}", flush=True)
+        branches = int(covered[-1][0]) if covered else 0
+        found[name] = {"executions": int(done[1]) if done else 0, "branches": branches, "findings": int(failed)}
+    return found
+
+
+def tables(runs: Mapping[int, Mapping[str, Any]]) -> dict[str, str]:
+    """Return one row a target, with the counts of all seeds."""
+    rows = []
+    for name in next(iter(runs.values())):
+        found = [run[name] for run in runs.values()]
+        executions, findings = (sum(each[key] for each in found) for key in ("executions", "findings"))
+        rows.append([name, f"{executions:,}", str(max(each["branches"] for each in found)), str(findings)])
+    return {"targets": markdown(["target", "executions", "branches covered", "findings"], rows)}
 
 
 if __name__ == "__main__":
-    main()
+    fuzz(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]))

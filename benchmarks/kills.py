@@ -1,16 +1,14 @@
 """Kill commands while they write, and look at what is left: all of the old, or all of the new.
 
+    python -m benchmarks run kills --seeds 0 1 2 3 4 5 [--kills 10] [--only compose]
+
 Each command runs in a fork that counts its calls of write, rename, fsync and the like, and kills itself (SIGKILL) at a
 random one of them. Afterwards no file under a final name may be other than before or after the whole command, the same
 command (with --resume, where it has that) must give the same tensors, and nothing hidden may be left after it.
-
-    python benchmarks/kills.py                 # 60 kills of each of fit, compose, extract, edit and revert
-    python benchmarks/kills.py --kills 5 --only compose --seed 1
 """
 
 from __future__ import annotations
 
-import argparse
 import collections
 import contextlib
 import io
@@ -18,17 +16,21 @@ import os
 import random
 import shutil
 import signal
-import tempfile
-import time
-import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from benchmarks.attacks import trial
+from benchmarks.ledger import markdown
+
+JOBS = ("fit", "compose", "compose folder", "extract", "edit", "revert")
+OPTIONS = {"kills": 10, "only": ""}  # of each command; one of JOBS
+DEPENDS = ("benchmarks/kills.py", "tva/checkpoints", "tva/compose", "tva/vectors", "tva/edit", "callbacks")
 CALLS = ("pwrite", "write", "replace", "rename", "unlink", "fsync", "fdatasync", "ftruncate", "posix_fallocate", "link")
 CALLS += ("open", "mkdir", "rmdir", "close", "symlink")
+FOUND = ("killed", "old", "new", "new, page not drawn", "part", "other", "unsound", "made again", "hidden files left")
 Words = Sequence[str]
 
 
@@ -56,13 +58,13 @@ def words_of(name: str) -> tuple[Words, Words, tuple[str, ...], Callable[[str], 
 
 
 EDIT = """
-model: {class_path: attacks.good.Net}
+model: {class_path: benchmarks.attacks.good.Net}
 vectors: {n: n.tv.safetensors}
 recipe: n
 output: run
 maximize: one/accuracy
 search: {class_path: tva.search.Grid, init_args: {num: 3}}
-targets: {one: {class_path: attacks.good.Blobs, init_args: {seed: 1}}}
+targets: {one: {class_path: benchmarks.attacks.good.Blobs, init_args: {seed: 1}}}
 keep_undo: true
 """
 FIT = """
@@ -77,15 +79,14 @@ trainer:
   - {class_path: tva.callbacks.TaskVectorCallback}
   - class_path: lightning.pytorch.callbacks.ModelCheckpoint
     init_args: {dirpath: fit, filename: last, enable_version_counter: false}
-model: {class_path: attacks.good.Net}
-data: {class_path: attacks.good.Blobs, init_args: {seed: 1}}
+model: {class_path: benchmarks.attacks.good.Net}
+data: {class_path: benchmarks.attacks.good.Blobs, init_args: {seed: 1}}
 """
 
 
 def make(folder: Path) -> None:
     """Make inputs of some hundred kilobytes, so that there is something to write."""
-    from attacks.good import Net, moved
-
+    from benchmarks.attacks.good import Net, moved
     from tva import save_weights
     from tva.cli.main import main as tva
 
@@ -245,36 +246,30 @@ def attack(name: str, kills: int, rng: random.Random) -> collections.Counter:
     return found
 
 
-JOBS = ("fit", "compose", "compose folder", "extract", "edit", "revert")
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--kills", type=int, default=60, help="of each command")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--only", choices=JOBS)
-    given = parser.parse_args()
-    warnings.simplefilter("ignore")
+def measure(seed: int, kills: int, only: str) -> dict[str, Any]:
+    """Kill each command; return what was found, by command."""
     import tva.cli.lightning  # noqa: F401  so that forks do not
     from tva.merge import kernels
 
     torch.set_num_threads(1)
     kernels.load()
-    started = time.monotonic()
-    with tempfile.TemporaryDirectory() as folder:
-        if (child := os.fork()) == 0:
-            with contextlib.redirect_stdout(io.StringIO()):
-                make(Path(folder) / "work")
-            os._exit(0)
-        if os.waitpid(child, 0)[1]:
-            raise RuntimeError("the inputs cannot be made")
-        os.chdir(Path(folder) / "work")
-        for job in (given.only,) if given.only else JOBS:
-            found = attack(job, given.kills, random.Random(f"{given.seed}/{job}"))
-            print(f"{job}: {', '.join(f'{count} {name}' for name, count in sorted(found.items()))}", flush=True)
-        os.chdir("/")
-    print(f"seed {given.seed}, {time.monotonic() - started:.0f} s")
+    found = {}
+    with trial.workplace() as folder:
+        trial.in_fork(lambda: make(folder / "work"))
+        os.chdir(folder / "work")
+        for job in (only,) if only else JOBS:
+            found[job] = dict(attack(job, kills, random.Random(f"{seed}/{job}")))
+            print(f"{job}: {', '.join(f'{count} {name}' for name, count in sorted(found[job].items()))}", flush=True)
+    return found
 
 
-if __name__ == "__main__":
-    main()
+def tables(runs: Mapping[int, Mapping[str, Any]]) -> dict[str, str]:
+    """Return the counts of all seeds by command."""
+    counts: dict[str, collections.Counter] = collections.defaultdict(collections.Counter)
+    for run in runs.values():
+        for job, found in run.items():
+            counts[job].update(found)
+    shown = list(dict.fromkeys(name for name in FOUND if any(found[name] for found in counts.values())))
+    rows = [[job, *(str(found.get(name, 0)) for name in shown)] for job, found in counts.items()]
+    never = ", ".join(name for name in FOUND if name not in shown)
+    return {"found": markdown(["command", *shown], rows), "never": f"Never: {never}."}

@@ -1,34 +1,35 @@
 """Call commands, evaluations and the callback many times in one process, and check that it does not grow.
 
-    python benchmarks/long.py                    # 200 calls of each command, 10,000 evaluations, 1,000 checkpoints
-    python benchmarks/long.py --scale 0.05       # a twentieth of each
+    python -m benchmarks run long --seeds 0 [--scale 0.05]
 
-After a tenth of the calls, in which caches fill, the rest may add no open file, no thread, and at most 16 MiB.
+There are 200 calls of each command, 10,000 evaluations and 1,000 checkpoints, times the scale. After a tenth of them,
+in which caches fill, the rest may add no open file, no thread, and at most 16 MiB.
 """
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import gc
 import io
 import os
-import sys
-import tempfile
 import threading
 import time
-import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import lightning as L
 import torch
-from attacks.good import Blobs, Net, make_good
 from tva.callbacks import TaskVectorCallback
 
+from benchmarks.attacks import good, trial
+from benchmarks.attacks.good import Blobs, Net
+from benchmarks.ledger import markdown
 from tva.cli.main import main as tva
 from tva.evaluation.evaluate import evaluate
 
+OPTIONS = {"scale": 1.0}
+DEPENDS = ("benchmarks/long.py", "tva", "callbacks")
 MIB = 16  # that the process may grow by
 COMPOSE = ["compose", "--base", "base.safetensors", "--vectors.a", "a.tv.safetensors", "--output", "made.safetensors"]
 COMMANDS = {
@@ -54,20 +55,23 @@ def usage() -> tuple[float, int, int]:
     return pages * os.sysconf("SC_PAGESIZE") / 2**20, len(os.listdir("/proc/self/fd")), threading.active_count()
 
 
-def repeat(name: str, count: int, call: Callable[[], object]) -> bool:
-    """Call something many times; return whether the process stayed as it was."""
+def grown(before: tuple[float, int, int], after: tuple[float, int, int], count: int, started: float) -> dict[str, Any]:
+    mib, files, threads = (new - old for old, new in zip(before, after, strict=True))
+    seconds = round(time.monotonic() - started)
+    found = {"times": count, "mib": round(mib, 1), "files": files, "threads": threads, "seconds": seconds}
+    print(found, flush=True)
+    return found
+
+
+def repeat(count: int, call: Callable[[], object]) -> dict[str, Any]:
+    """Call something many times; return by what the process grew after a tenth of the calls."""
     first, started = max(1, count // 10), time.monotonic()
     for number in range(count):
         if number == first:
             before = usage()
         with contextlib.redirect_stdout(io.StringIO()):
             call()
-    after = usage()
-    grown = [new - old for old, new in zip(before, after, strict=True)]
-    flat = grown[0] <= MIB and grown[1] <= 0 and grown[2] <= 0
-    seconds = time.monotonic() - started
-    print(f"| {name} | {count:,} | {grown[0]:+.1f} | {grown[1]:+d} | {grown[2]:+d} | {seconds:.0f} |", flush=True)
-    return flat
+    return grown(before, usage(), count, started)
 
 
 def quiet_trainer(**options: object) -> L.Trainer:
@@ -75,9 +79,10 @@ def quiet_trainer(**options: object) -> L.Trainer:
     return L.Trainer(**silent, **options)
 
 
-def checkpoints(count: int) -> bool:
-    """Write a checkpoint with its vector at every step; return whether the process stayed as it was."""
+def checkpoints(count: int) -> dict[str, Any]:
+    """Write a checkpoint with its vector at every step; return by what the process grew after a tenth of them."""
     seen: list[tuple[float, int, int]] = []
+    started = time.monotonic()
 
     class Watch(L.Callback):
         def on_train_batch_end(self, *given: object) -> None:
@@ -87,30 +92,30 @@ def checkpoints(count: int) -> bool:
     saving = L.pytorch.callbacks.ModelCheckpoint("ckpt", "last", every_n_train_steps=1, enable_version_counter=False)
     trainer = quiet_trainer(max_steps=count, callbacks=[saving, TaskVectorCallback(), Watch()])
     trainer.fit(Net(), datamodule=Blobs(1))
-    grown = [new - old for old, new in zip(*seen, strict=True)]
-    print(f"| checkpoints | {count:,} | {grown[0]:+.1f} | {grown[1]:+d} | {grown[2]:+d} | |", flush=True)
-    return grown[0] <= MIB and grown[1] <= 0 and grown[2] <= 0
+    return grown(seen[0], seen[1], count, started)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--scale", type=float, default=1.0, help="times the numbers of calls")
-    given = parser.parse_args()
-    warnings.simplefilter("ignore")
+def measure(seed: int, scale: float) -> dict[str, Any]:
+    """Return by what the process grew in each."""
     torch.set_num_threads(1)
-    with tempfile.TemporaryDirectory() as folder:
+    with trial.workplace() as folder:
         with contextlib.redirect_stdout(io.StringIO()):
-            make_good(Path(folder) / "good")
-        os.chdir(Path(folder) / "good")
-        print("| what | times | MiB | files | threads | s |\n|---|---|---|---|---|---|")
-        calls = max(4, int(200 * given.scale))
-        flat = [repeat(name, calls, lambda words=words: tva(words)) for name, words in COMMANDS.items()]
-        model, task, trainer = Net(), Blobs(1), quiet_trainer()
-        flat.append(repeat("evaluations", int(10_000 * given.scale), lambda: evaluate(trainer, model, task, "val")))
-        flat.append(checkpoints(int(1000 * given.scale)))
-        os.chdir("/")
-    sys.exit(not all(flat))
+            good.make_good(folder / "good")
+        calls = max(4, int(200 * scale))
+        found = {name: repeat(calls, lambda words=words: tva(words)) for name, words in COMMANDS.items()}
+        model, task, trainer = Net(), Blobs(seed + 1), quiet_trainer()
+        found["evaluations"] = repeat(int(10_000 * scale), lambda: evaluate(trainer, model, task, "val"))
+        found["checkpoints"] = checkpoints(int(1000 * scale))
+    return found
 
 
-if __name__ == "__main__":
-    main()
+def tables(runs: Mapping[int, Mapping[str, Any]]) -> dict[str, str]:
+    """Return one row a thing that was repeated, with the most of all seeds."""
+    rows = []
+    for name in next(iter(runs.values())):
+        found = [run[name] for run in runs.values()]
+        mib, files, threads = (max(each[key] for each in found) for key in ("mib", "files", "threads"))
+        flat = "yes" if mib <= MIB and files <= 0 and threads <= 0 else "NO"
+        times = f"{sum(each['times'] for each in found):,}"
+        rows.append([name, times, f"{mib:+.1f}", f"{files:+d}", f"{threads:+d}", flat])
+    return {"long": markdown(["what", "times", "MiB", "files", "threads", "flat"], rows)}

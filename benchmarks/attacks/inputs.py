@@ -17,7 +17,8 @@ from random import Random
 from typing import Any
 
 import torch
-from attacks.mutate import (
+
+from benchmarks.attacks.mutate import (
     DEEP,
     ODD,
     TEXTS,
@@ -32,7 +33,7 @@ from attacks.mutate import (
     unpickled,
     write_safetensors,
 )
-from attacks.trial import MARK, OUT, Input
+from benchmarks.attacks.trial import MARK, OUT, Input
 
 Words = list[list[str]]
 VERIFY = ["verify", OUT]

@@ -13,9 +13,11 @@ import select
 import shutil
 import signal
 import sys
+import tempfile
 import time
 import traceback
-from collections.abc import Callable, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -65,6 +67,38 @@ class Ending:
     mib: int = 0
     text: str = ""
     notes: list[str] = field(default_factory=list)
+
+
+@contextlib.contextmanager
+def workplace() -> Iterator[Path]:
+    """Make a temporary folder for what changes the current one, without warnings."""
+    here = os.getcwd()
+    with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            yield Path(folder)
+        finally:
+            os.chdir(here)
+
+
+def in_fork(make: Callable[[], object]) -> None:
+    """Call something in a fork, so that this process, which is forked for each trial, draws nothing and has no threads.
+
+    Raises:
+        RuntimeError: It failed.
+    """
+    if (child := os.fork()) == 0:
+        status = 1
+        try:
+            with contextlib.redirect_stdout(io.StringIO()):
+                make()
+            status = 0
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            os._exit(status)
+    if os.waitpid(child, 0)[1]:
+        raise RuntimeError("the sound files cannot be made")
 
 
 def _peak_mib() -> int:
