@@ -6,13 +6,18 @@ import json
 import re
 from xml.etree import ElementTree
 
+import numpy
 import pytest
 import small_edit
+import vl_convert
+from PIL import Image
 from small_edit import edit
 
 from tva import EditReport
 from tva.cli.main import main
 from tva.report.chart_files import chart_files
+from tva.report.page import charts_of
+from tva.report.render import VERSION, draw
 
 
 @pytest.fixture(scope="module")
@@ -99,3 +104,17 @@ def test_a_drawing_says_what_it_shows_and_is_black_on_white(run_folder):
         assert title.tag.endswith("}title")
         assert len(described.text) > 30
         assert b'fill="white"' in drawing
+
+
+def test_a_shortened_drawing_shows_the_same_pixels(run_folder):
+    drawn = []
+    for chart in charts_of(EditReport.load(run_folder / "out").to_json()):
+        spec = {**chart.spec, "config": {**chart.spec["config"], "background": "white"}}
+        whole = vl_convert.vegalite_to_svg({**spec, "width": 620}, vl_version=VERSION)
+        short = draw(spec, chart.name)
+        assert len(short) < 0.6 * len(whole)
+        pictures = [Image.open(io.BytesIO(vl_convert.svg_to_png(svg))).convert("RGB") for svg in (whole, short)]
+        before, after = (numpy.asarray(picture).astype(int) for picture in pictures)
+        assert abs(after - before).max() < 128  # edges only: a circle is drawn as one, and coordinates are rounded
+        drawn.append(chart.name)
+    assert drawn

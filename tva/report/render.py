@@ -47,7 +47,29 @@ def _shorten(svg: str) -> str:
         svg = svg.replace(font, "").replace("<svg ", f"<svg{font} ", 1)
     while svg != (outer := re.sub(r"<g>((?:(?!</?g\b).)*)</g>", r"\1", svg, flags=re.DOTALL)):
         svg = outer
-    return svg
+    return _RUN.sub(_share, _CIRCLE.sub(r'<circle cx="\1" cy="\2" r="\3"', svg))
+
+
+_INHERITED = re.compile(r' (?:fill|stroke|font|text)(?:-[a-z]+)*="[^"]*"')  # by the elements of a group
+_RUN = re.compile(
+    "|".join(
+        f"(?:<{tag} [^<>]*{end}){{3,}}"
+        for tag, end in [("line", "/>"), ("path", "/>"), ("circle", "/>"), ("text", ">[^<>]*</text>")]
+    )
+)
+_CIRCLE = re.compile(
+    r'<path transform="translate\(([^",]+),([^",]+)\)" d="M([\d.]+),0A\3,\3,0,1,1,-\3,0A\3,\3,0,1,1,\3,0"'
+)
+
+
+def _share(run: re.Match[str]) -> str:
+    """Return elements of one kind in a group that has what they all have in common, such as their color."""
+    tags = re.findall(r"<\w[^<>]*>", run[0])
+    shared = sorted(set.intersection(*(set(_INHERITED.findall(tag)) for tag in tags)))
+    if not shared:
+        return run[0]
+    drop = re.compile("|".join(map(re.escape, shared)))
+    return f"<g{''.join(shared)}>{re.sub('<[^<>]*>', lambda tag: drop.sub('', tag[0]), run[0])}</g>"
 
 
 def _shorten_tag(tag: str) -> str:
