@@ -42,7 +42,8 @@ def held(name, found):
     """Return the recorded value of this name; record it first where that is asked for."""
     file = GOLDEN / f"{name}.json"
     if os.environ.get("UPDATE_GOLDEN"):
-        file.write_text(json.dumps(found, indent=1, sort_keys=True) + "\n")
+        lines = (f"{json.dumps(key)}: {json.dumps(found[key], sort_keys=True)}" for key in sorted(found))
+        file.write_text("{\n" + ",\n".join(lines) + "\n}\n")
     return json.loads(file.read_text())
 
 
