@@ -59,6 +59,25 @@ def test_texts_are_split_by_the_papers_rule_as_images_are(parquet):
     assert {label for _, label in rows(limited.test_dataloader())} == {1}
 
 
+def test_shots_are_examples_of_each_class_and_those_of_fewer_are_among_those_of_more(parquet):
+    def trained(shots, seed=0, **options):
+        task = ready(TextTask(parquet, val_size=20, shots=shots, seed=seed, **options))
+        assert task.drawn["shots"] == shots
+        return rows(task.prototype_dataloader())
+
+    few, more = trained(1), trained(4)
+    assert [sorted(label for _, label in found) for found in (few, more)] == [[0, 1], [0] * 4 + [1] * 4]
+    assert set(few) <= set(more)
+    assert {frozenset(trained(1, seed=seed)) for seed in range(5)} > {frozenset(few)}
+    assert [label for _, label in trained(3, where={"label": "positive"})] == [1] * 3
+    assert "shots" not in TextTask(parquet).drawn
+    with pytest.raises(ValueError, match="each class must have 99 training examples .shots.; there are of 'negative "):
+        trained(99)
+    for options in ({"shots": 0}, {"shots": 1, "streaming": True}):
+        with pytest.raises(ValueError, match="must be at least 1 and no stream's"):
+            TextTask(parquet, **options)
+
+
 def test_every_format_gives_the_same_texts(parquet, tmp_path):
     expected = rows(ready(TextTask(parquet)).test_dataloader())
     tables = {split: datasets.Dataset.from_parquet(parquet.format(split=split)) for split in ("train", "test")}

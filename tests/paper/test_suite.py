@@ -351,3 +351,18 @@ def test_a_seed_without_all_edits_is_left_out_and_named(made, tmp_path, capsys):
     main(["paper", "table", str(file), "--output", str(tmp_path / "out")])
     assert "seed 4 has 1 of 2 edits and is left out" in capsys.readouterr().out
     assert list(json.loads((tmp_path / "out/table.json").read_text())["rows"][0]["seeds"]) == ["3"]
+
+
+def test_the_best_part_of_an_analogy_is_that_of_the_best_target():
+    def content(higher):
+        tasks = {
+            "t": {"role": "target", "split": "test", "higher_is_better": higher},
+            "c": {"role": "control", "split": "test"},
+        }
+        rows = {"C": {"t": 0.4, "c": 0.9}, "B − A": {"t": 0.6, "c": 0.1}}
+        edit = {"tasks": tasks, "baselines": {"parts": {"rows": rows}}, "feasible": True, "verdict": ""}
+        return edit | {"coefficients": {"scaling_coef": 1.0}}
+
+    assert quantity("target.best_part", content(True)) == 0.6
+    assert quantity("target.best_part", content(False)) == 0.4
+    assert quantity("target.best_part", content(True) | {"baselines": {}}) is None

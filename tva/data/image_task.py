@@ -46,7 +46,7 @@ class ImageTask(LabeledTask):
         cache: What decoded examples may take of this machine's disk, such as ``500MiB``; the rest is decoded each time.
         augment: Train on images as the model's ``train_transform`` makes them, differently in each epoch (CLIP's: a
             random crop of 90 to 100 % of the area, as in the paper). Nothing of them is cached.
-        **options: Those of `tva.data.task.Task`.
+        **options: Those of `tva.data.labeled_task.LabeledTask`.
 
     Raises:
         FileNotFoundError: A local file is not there.

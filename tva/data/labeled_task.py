@@ -6,6 +6,7 @@ import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -16,6 +17,15 @@ from tva.errors import some
 class LabeledTask(Task):
     """A task whose examples have one class each.
 
+    Args:
+        path: As each kind of task says.
+        shots: Train on this many examples of each class that ``where`` keeps, the first of a seeded shuffle, so that
+            those of fewer shots are among those of more.
+        **options: Those of `tva.data.task.Task`.
+
+    Raises:
+        ValueError: ``shots`` is below 1 or goes with a stream, or a class has fewer examples.
+
     Attributes:
         label_column: Column of class indices or class names.
         class_names: Names in the order of the labels; the data set's own once it is read.
@@ -24,6 +34,35 @@ class LabeledTask(Task):
     label_column: str
     class_names: list[str]
     _own_names: Sequence[str] = ()  # the data's, where they are some of class_names
+
+    def __init__(self, path: str | dict[str, str], shots: int | None = None, **options: Any) -> None:
+        super().__init__(path, **options)
+        if shots is not None and (shots < 1 or self.streaming):
+            raise ValueError(
+                f"{self.name}: shots, the examples of a class to train on, must be at least 1 and no stream's; found "
+                f"{shots}{' with streaming' if self.streaming else ''}. Leave it out, or use limit_train."
+            )
+        self.shots = shots
+
+    @property
+    def drawn(self) -> dict[str, Any]:
+        return super().drawn | ({} if self.shots is None else {"shots": self.shots})
+
+    def _limit(self, part: str, rows: np.ndarray, table: Any = None) -> np.ndarray:
+        if part == "train" and self.shots is not None and len(rows):
+            rows = self._few_of_each(rows, table, self.shots)
+        return super()._limit(part, rows, table)
+
+    def _few_of_each(self, rows: np.ndarray, table: Any, shots: int) -> np.ndarray:
+        shuffled = np.random.default_rng(self.seed).permutation(rows)
+        labels = self._read_labels(table.select(shuffled)).numpy()
+        by_class = {label: shuffled[labels == label][:shots] for label in np.unique(labels)}
+        short = [f"{self.class_names[label]} {len(found)}" for label, found in by_class.items() if len(found) < shots]
+        if short:
+            raise ValueError(
+                f"{self.name}: each class must have {shots} training examples (shots); there are of {some(short)}."
+            )
+        return np.sort(np.concatenate(list(by_class.values())))
 
     def _value_names(self, table: Any, column: str) -> list[str] | None:
         if column == self.label_column:

@@ -49,7 +49,8 @@ class TableTask(LabeledTask):
             dotted path of a function of ``preds`` and ``target`` (texts that were generated, and those wanted, of a
             language model); or a list of these.
         max_length: Tokens of a text at most; the rest is cut off. By default what the model takes, at most 512.
-        **options: Those of `tva.data.task.Task`. A split called val, validation, valid or dev is taken to choose on.
+        **options: Those of `tva.data.labeled_task.LabeledTask`. A split called val, validation, valid or dev is taken
+            to choose on.
 
     Raises:
         FileNotFoundError: A local file is not there.
@@ -160,7 +161,7 @@ class TableTask(LabeledTask):
         if "val" not in rows:
             self._hold_out(rows)
             tables["val"] = tables["train"]
-        return self._grouped({part: tables[part].select(self._limit(part, indices)) for part, indices in rows.items()})
+        return self._grouped(self._limited(rows, tables))
 
     # --- examples
 

@@ -199,8 +199,8 @@ class Task(L.LightningDataModule, ABC):
         order = np.random.default_rng(self.seed).permutation(count)
         return order[:num_val], order[num_val:]
 
-    def _limit(self, part: str, rows: np.ndarray) -> np.ndarray:
-        """Keep the first of a seeded shuffle, in the data's order."""
+    def _limit(self, part: str, rows: np.ndarray, table: Any = None) -> np.ndarray:
+        """Keep the first of a seeded shuffle of a table's rows, in the data's order."""
         limit = self.limits.get(part)
         if limit is not None and limit < len(rows):
             rows = np.sort(np.random.default_rng(self.seed).permutation(rows)[:limit])
@@ -212,7 +212,11 @@ class Task(L.LightningDataModule, ABC):
         """Return the rows of each part as a table."""
         tables = self._tables(self._load_splits())
         rows = self._choose_rows(tables)
-        return self._grouped({part: tables[part].select(self._limit(part, indices)) for part, indices in rows.items()})
+        return self._grouped(self._limited(rows, tables))
+
+    def _limited(self, rows: Mapping[str, np.ndarray], tables: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the rows that are kept of each part as a table."""
+        return {part: tables[part].select(self._limit(part, indices, tables[part])) for part, indices in rows.items()}
 
     def _grouped(self, parts: dict[str, Any]) -> dict[str, Any]:
         """Note the groups of the parts that are evaluated, and return the parts."""

@@ -36,7 +36,7 @@ class TextTask(LabeledTask):
             made of; by default its name.
         templates: What descriptions are put into, in the place of ``{}``.
         max_length: Tokens of a text at most; the rest is cut off.
-        **options: Those of `tva.data.task.Task`.
+        **options: Those of `tva.data.labeled_task.LabeledTask`.
 
     Raises:
         FileNotFoundError: A local file is not there.

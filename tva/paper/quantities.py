@@ -90,6 +90,18 @@ def _ensemble(content: Content) -> float | None:
     )
 
 
+def _best_part(content: Content) -> float | None:
+    """Return the best of an analogy's parts, by its mean score on the targets; from the baseline ``parts``.
+
+    It is the best on the reported split itself, which favors the parts.
+    """
+    rows = content["baselines"].get("parts", {}).get("rows", {})
+    tasks = _tasks(content, "target")
+    found = [mean(row[task] for task in tasks) for row in rows.values()]
+    better = max if all(entry["higher_is_better"] for entry in tasks.values()) else min
+    return better((value for value in found if value is not None), default=None)
+
+
 QUANTITIES: dict[str, Quantity] = {
     **{f"{role}.{label}": _score(role, label) for role in _ROLES for label in _LABELS},
     "target.finetuned": _score("target", "finetuned"),
@@ -108,6 +120,7 @@ QUANTITIES: dict[str, Quantity] = {
     "subsets.half.all": _subsets("subsets", "normalized, all tasks", lambda size, most: 2 * size == most),
     "subsets.whole.all": _subsets("subsets", "normalized, all tasks", lambda size, most: size == most),
     "target.ensemble": _ensemble,
+    "target.best_part": _best_part,
 } | {
     f"{role}.{name}": _baseline(baseline, label, role)
     for role in _ROLES
