@@ -5,7 +5,9 @@ A benchmark is a module of this folder that has
 - ``measure(seed, **options)``, which returns the raw values of one seed, as JSON has them;
 - ``OPTIONS``, the options and their defaults; a value's type is that of its default;
 - ``tables(runs)``, which returns Markdown by name from the values by seed (a line is put into a sentence);
-- ``DEPENDS``, the paths, from the repository's root, of the code that the values depend on.
+- ``DEPENDS``, the paths, from the repository's root, of the code that the values depend on;
+- ``PARTS``, if it is measured in parts: the options that name one. Each part has a file and tables of its own, named
+  ``NAME-VALUE-…``.
 
 In README.md and docs/results a table stands between ``<!-- ledger: NAME/TABLE -->`` and ``<!-- end -->``. In every one
 ``[a, b]`` is a 95 % interval and ``(a–b)`` the lowest and highest value.
@@ -41,11 +43,12 @@ def pages() -> list[Path]:
 
 
 def benchmark(name: str) -> Any:
-    """Import a benchmark.
+    """Import a benchmark, of its name or that of one of its parts.
 
     Raises:
         ValueError: There is none of that name.
     """
+    name = name.split("-")[0]
     known = sorted(path.stem for path in Path(__file__).parent.glob("*.py") if "\nDEPENDS = " in path.read_text())
     if name not in known:
         raise ValueError(f"There is no benchmark {name!r} in the ledger; there are {', '.join(known)}.")
@@ -70,10 +73,12 @@ def run(name: str, seeds: Sequence[int], options: Mapping[str, Any], command: st
     Raises:
         ValueError: An option is not one of the benchmark's.
     """
-    module, file = benchmark(name), data / f"{name}.json"
+    module = benchmark(name)
     unknown = sorted(options.keys() - module.OPTIONS.keys())
     if unknown:
         raise ValueError(f"{name} has no option {', '.join(unknown)}; its options are {', '.join(module.OPTIONS)}.")
+    part = [str({**module.OPTIONS, **options}[key]) for key in getattr(module, "PARTS", ())]
+    file = data / f"{'-'.join([name, *part])}.json"
     entry = json.loads(file.read_text()) if file.exists() else {"made": [], "seeds": {}}
     made = {"command": command, "seeds": [], **_here()}
     for seed in seeds:

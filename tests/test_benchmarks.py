@@ -15,7 +15,7 @@ import torch
 from small_models import run_ranks
 
 from benchmarks import __main__ as commands
-from benchmarks import ledger
+from benchmarks import ledger, merge_models, methods
 
 ROOT = Path(__file__).parents[1]
 
@@ -161,28 +161,95 @@ def test_p_values_of_several_tests_are_corrected_in_order():
     assert ledger.holm([]) == []
 
 
-def test_methods_that_tune_nothing_stand_apart_and_the_others_are_tested_against_the_sum(tmp_path, monkeypatch):
-    monkeypatch.syspath_prepend(ROOT / "benchmarks")
-    methods = importlib.import_module("methods")  # as `python benchmarks/methods.py` imports it
-    model = types.SimpleNamespace(name="small", tasks=["a", "b"], output=tmp_path)
+def test_methods_that_tune_nothing_stand_apart_and_the_others_are_tested_against_the_sum():
+    runs = {}
     for seed in range(3):
-        results = {"accuracy": {task: [0.5, 0.9] for task in "ab"}, "base": {"a": 0.5, "b": 0.5}}
-        for name, value in (("sum", 0.8), ("ties", 0.9), ("tsv", 0.81), ("mean, λ = 1", 0.7)):
-            moved = value + 0.001 * seed * (name == "ties") + 0.02 * (seed - 1) * (name == "tsv")
-            results[name] = {"a": moved, "b": moved, "best": None if "mean" in name else 0.5, "edge": name == "tsv"}
-        folder = tmp_path / f"evaluations/seed={seed}"
-        folder.mkdir(parents=True)
-        (folder / "results.json").write_text(json.dumps(results))
-    text = methods.table(model, [0, 1, 2])
-    tuned, others = text.split("untuned, or knowing the task")
-    assert [line.split(" | ")[0] for line in tuned.splitlines() if line.startswith("| t")] == ["| ties", "| tsv"]
-    assert "mean, λ = 1" not in tuned
-    assert "base" in others
-    assert "0.50 *" in next(line for line in tuned.splitlines() if line.startswith("| tsv"))
-    cells = [line.split(" | ") for line in tuned.splitlines() if "0.50" in line]
-    p_values = {name[2:]: last.strip("| ") for name, *_, last in cells}
-    assert float(p_values["ties"]) < 0.001 < 0.1 < float(p_values["tsv"])
-    assert not p_values["sum"]
+        rows = {"sum": [0.5, 0, 1.0, 3, 80, 80], "mean, λ = 1": [1.0, 0, 1.0, 3, 70, 70]}
+        rows["ties"] = [1.0, 0, 9.0, 5, 88 + (seed == 1), 90]
+        rows["tsv"] = [0.5, 1, 9.0, 5, 81 + 3 * (seed - 1), 81]
+        rows["wudi"], rows["wudi, filtered at 50"] = [1.0, 0, 60.0, 9, 85, 85], [1.0, 0, 2.0, 9, 85, 87 + seed]
+        rows["tall"] = [1.0, 0, 2.0, 9, 90, 90]
+        runs[seed] = {"tasks": {"a": 100, "b": 100}, "base": [50, 40], "alone": [90, 100], "rows": rows}
+    made = methods.tables(runs)
+    tuned = {line.split(" | ")[0][2:]: line.strip("| ").split(" | ") for line in made["tuned"].splitlines()[2:]}
+    assert list(tuned) == ["ties", "wudi, filtered at 50", "wudi", "tsv", "sum"]
+    assert tuned["sum"][1] == "0.844 [0.844, 0.844]"
+    assert tuned["tsv"][3] == "0.5*, 0.5*, 0.5*"
+    assert float(tuned["ties"][4]) < 0.01 < 0.1 < float(tuned["tsv"][4])
+    assert tuned["sum"][4] == ""
+    assert "mean, λ = 1" in made["untuned"]
+    assert "base" in made["untuned"]
+    assert "tall" in made["known"]
+    assert made["tasks"] == "a 50.0% → 90.0%, b 40.0% → 100.0%"
+    assert "| wudi, filtered at 50 | +1.5 [+0.3, +2.7] | 30 × |" in made["filtered"]
+
+
+def test_every_row_is_tuned_alike_and_an_end_is_flagged():
+    tried = []
+
+    def score(x):
+        tried.append(x)
+        return -abs(x - 0.6)
+
+    assert methods.choose(score, 1.0) == (0.5, False)
+    assert tried == [0.25, 0.5, 1.0, 0.7071, 0.3536]
+    assert methods.choose(lambda x: x, 1.0) == (pytest.approx(11.31), True)
+    assert methods.choose(lambda x: -x, 1.0) == (pytest.approx(0.0221, abs=1e-4), True)
+    assert methods.choose(lambda x: 1.0, 2.0)[1]  # nothing to choose by: the smallest
+
+
+class TwoLayers(merge_models.Model):
+    """A random network on random classes."""
+
+    name, all_tasks, epochs, rate, num_train, num_val, num_test = "two", ("a", "b", "c", "d"), 2, 1e-2, 64, 20, 30
+
+    def load(self):
+        torch.manual_seed(0)
+        return torch.nn.Sequential(torch.nn.Linear(6, 8), torch.nn.ReLU(), torch.nn.Linear(8, 4))
+
+    def prepare(self, task):
+        draw = torch.Generator().manual_seed(ord(task))
+        turn, head = torch.randn(6, 4, generator=draw), torch.randn(4, 4, generator=draw)
+        found = {}
+        for split, places in zip(("train", "test"), self.chosen(200, 40), strict=True):
+            inputs = torch.randn(len(places), 6, generator=draw)
+            found[split] = merge_models.Examples(inputs, (inputs @ turn).argmax(dim=-1))
+        return found, head
+
+    def features(self, examples):
+        return self.module(examples.inputs)
+
+
+def test_every_method_is_measured_and_what_is_done_is_not_done_again(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(merge_models.MODELS, "two", TwoLayers)
+    options = {"models": "two", "num_tasks": 4, "data": "", "output": str(tmp_path)}
+    found = methods.measure(1, **options)
+    assert found["rows"].keys() == {row.name for row in methods.ROWS}
+    assert all(len(row) == 8 and max(row[4:]) <= 30 for row in found["rows"].values())
+    assert found["tasks"] == dict.fromkeys("abcd", 30)
+    assert sum(found["alone"]) > sum(found["base"])
+    assert methods.tables({1: found})["pairs"].count("slerp of pairs") == 1
+    assert capsys.readouterr().out.count("two 1: ") == 4 + len(methods.ROWS)
+    assert methods.measure(1, **options) == found
+    assert not capsys.readouterr().out
+    with pytest.raises(ValueError, match=r"two has 4 tasks; found --num_tasks 8\."):
+        methods.measure(1, **options | {"num_tasks": 8})
+
+
+def test_texts_are_batched_by_length_without_the_padding_that_all_have():
+    lengths = torch.tensor([3, 1, 2, 1])
+    examples = merge_models.Examples(torch.arange(4.0)[:, None, None].expand(4, 5, 1), torch.arange(4), lengths)
+    first, second = merge_models._by_length(examples, 2)
+    assert (first.labels.tolist(), first.inputs.shape) == ([1, 3], (2, 1, 1))
+    assert (second.labels.tolist(), second.inputs.shape) == ([2, 0], (2, 3, 1))
+
+
+def test_the_ledger_has_a_file_for_each_part(tmp_path, monkeypatch):
+    monkeypatch.setattr(methods, "measure", lambda seed, **options: options)
+    ledger.run("methods", [0], {"num_tasks": 8}, "run", tmp_path)
+    ledger.run("methods", [0], {"models": "texts"}, "run", tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["methods-texts-4.json", "methods-tiny-8.json"]
+    assert ledger.benchmark("methods-tiny-8") is methods
 
 
 def test_an_interval_over_seeds_covers_where_all_seeds_share_their_test_examples():
