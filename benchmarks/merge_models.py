@@ -86,14 +86,15 @@ class Model(ABC):
         self.module = self.load().eval().requires_grad_(True)
         self.base = {name: value.clone() for name, value in self.module.state_dict().items()}
         self.heads, self.train = {}, {}
+        self.whole: dict[tuple[str, str], Examples] = {}
         self.batches: dict[tuple[str, str], list[Examples]] = {}
         for task in self.tasks:
             found, self.heads[task] = self._prepared(task)
             order = torch.randperm(len(found["train"].labels), generator=torch.Generator().manual_seed(seed))
             val, train = order[: self.num_val], order[self.num_val :]
             self.train[task] = found["train"].take(train)
-            self.batches[task, "val"] = _by_length(found["train"].take(val))
-            self.batches[task, "test"] = _by_length(found["test"])
+            for split, examples in (("val", found["train"].take(val)), ("test", found["test"])):
+                self.whole[task, split], self.batches[task, split] = examples, _by_length(examples)
         self.folder = self.output / f"seed={seed}"
         self.vectors = {task: self._fit(task, seed) for task in self.tasks}
         self.weights = dict(self.module.state_dict(keep_vars=False))

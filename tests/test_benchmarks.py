@@ -15,7 +15,7 @@ import torch
 from small_models import run_ranks
 
 from benchmarks import __main__ as commands
-from benchmarks import ledger, merge_models, methods
+from benchmarks import learned, ledger, merge_models, methods
 
 ROOT = Path(__file__).parents[1]
 
@@ -234,6 +234,21 @@ def test_every_method_is_measured_and_what_is_done_is_not_done_again(tmp_path, m
     assert not capsys.readouterr().out
     with pytest.raises(ValueError, match=r"two has 4 tasks; found --num_tasks 8\."):
         methods.measure(1, **options | {"num_tasks": 8})
+
+
+def test_coefficients_are_learned_by_both_losses_from_the_same_inputs(tmp_path, monkeypatch):
+    monkeypatch.setitem(merge_models.MODELS, "two", TwoLayers)
+    options = learned.OPTIONS | {"models": "two", "output": str(tmp_path), "steps": 10, "rate": 0.05}
+    found = learned.measure(0, **options)
+    assert {name: len(right) for name, right in found["right"].items()} == {
+        "sum, best λ": 4,
+        "entropy": 4,
+        "expert": 4,
+    }
+    runs = {seed: {"alone": [50, 50], "right": {"entropy": [20, 30], "expert": [22 + seed, 30]}} for seed in range(3)}
+    made = learned.tables(runs)
+    assert made["gain"] == "+0.030 [+0.005, +0.055], above 0 in 3 of 3"
+    assert "| expert | 0.530 [0.505, 0.555] | 0.520, 0.530, 0.540 | +0.030 [+0.005, +0.055] |" in made["losses"]
 
 
 def test_texts_are_batched_by_length_without_the_padding_that_all_have():

@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import json
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ from torch.utils.data import DataLoader
 from torchmetrics.classification import BinaryAccuracy, MulticlassAccuracy, MulticlassF1Score
 
 from tva import TaskVector, edit_model, open_weights
-from tva.search import Grid, Race
+from tva.search import Grid, Learned, Race
 
 
 def loaders(seed=1):
@@ -243,3 +244,15 @@ def test_what_is_none_of_these_is_refused_with_what_would_do(base, vector, tmp_p
     with pytest.raises((TypeError, ValueError), match=message):
         edit(given.pop("model"), given.pop("vectors"), tmp_path, given.pop("measure"), **given)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("loss", ["entropy", "expert", "cross_entropy"])
+def test_coefficients_are_learned_of_any_network(trained, base, tmp_path, loss):
+    vectors = {f"blobs{s}": TaskVector.between(base.state_dict(), trained[1][s].state_dict()) for s in (1, 2)}
+    targets = {f"blobs{s}": (*loaders(s), right) for s in (1, 2)}
+    search = Learned(loss=loss, num_steps=20, learning_rate=0.05, start=0.1)
+    edit_model(base, vectors=vectors, output=tmp_path / "e", targets=targets, search=search, maximize="mean(right)")
+    content = json.loads((tmp_path / "e" / "edit.json").read_text())
+    losses = content["search"]["loss"]
+    assert losses[-1] < losses[0]
+    assert not torch.equal(base.state_dict()["0.weight"], trained[0].state_dict()["0.weight"])

@@ -236,6 +236,9 @@ class ComponentLearner(CoefficientLearner):
 
 
 def _logits(model: nn.Module, tensors: Mapping[str, Tensor], batch: Any) -> Tensor:
+    if hasattr(model, "wrapped"):  # `tva.models.network.Network`, whose state dict has the names of the network in it
+        renamed = {f"network.{name}": tensor for name, tensor in tensors.items()}
+        return functional_call(model, renamed, (batch,))[0]
     if isinstance(batch, Mapping):
         inputs = {key: value for key, value in batch.items() if key not in ("label", "labels", "target")}
         outputs = functional_call(model, dict(tensors), (), inputs)
