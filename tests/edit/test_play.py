@@ -1,18 +1,11 @@
 """A finished edit opened again: what any coefficient does, and the page where sliders set it, in a browser."""
 
-import contextlib
-import http.client
 import importlib.util
-import os
 import re
 import socket
-import subprocess
-import sys
 import threading
 import time
-from contextlib import contextmanager
 from dataclasses import replace
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -20,7 +13,7 @@ import torch
 import yaml
 from chromium import DESKTOP, PHONE, browser
 from small_edit import Net, Task, edit, make_trainer
-from small_models import free_port
+from small_page import MARKUP, answer, served
 
 from tva.cli.commands import play
 from tva.cli.commands.play import open_run
@@ -218,9 +211,6 @@ def test_a_missing_library_is_named(run, monkeypatch):
 # --- what others may do
 
 
-MARKUP = "<img src=x onerror='document.title=1'>\""
-
-
 def test_every_string_is_escaped(playground):
     constraint = ConstraintReport(MARKUP, MARKUP, 0.5, 0.4, 0.3, True, MARKUP, True, None)
     row, example = Row(MARKUP, MARKUP, MARKUP, 10, 0.1, 0.2, 0.3), Example(*[MARKUP, None, *[MARKUP] * 4])
@@ -234,40 +224,6 @@ def test_every_string_is_escaped(playground):
         assert "&lt;img" in part
         assert "<img src=x" not in part
         assert not re.findall(r"""=(?:"[^"]*)onerror='""", part)
-
-
-@contextmanager
-def served(run):
-    """Serve a run's page; give its port."""
-    port = free_port()
-    # NiceGUI takes a server that knows of pytest for one of its own tests
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST")}
-    environment["PYTHONPATH"] = os.pathsep.join(map(str, Path(__file__).parents[:2]))
-    command = [sys.executable, "-m", "tva", "play", str(run), "--port", str(port)]
-    server = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment, cwd=run.parent)
-    try:
-        assert f"http://127.0.0.1:{port} shows" in server.stdout.readline()
-        until = time.monotonic() + 300
-        while time.monotonic() < until:
-            with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port)):
-                break
-            time.sleep(0.1)
-        yield port
-    finally:
-        server.kill()
-        server.wait()
-        server.stdout.close()
-
-
-def answer(port, path="/", **headers):
-    """Return the status and the headers of an answer."""
-    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=300)
-    try:
-        connection.request("GET", path, headers=headers)
-        response = connection.getresponse()
-        return response.status, dict(response.getheaders()), response.read()
-    finally:
-        connection.close()
 
 
 SOCKET = {"Upgrade": "websocket", "Connection": "Upgrade", "Sec-WebSocket-Version": "13"}

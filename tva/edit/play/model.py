@@ -15,6 +15,7 @@ from torch import Tensor
 
 from tva.edit.gate import verdict_on
 from tva.edit.options import EditOptions
+from tva.edit.play.answers import Answers, Sampling, choice_of, input_of
 from tva.edit.run import without_head
 from tva.edit.session import open_session
 from tva.evaluation.batch_cache import through_cache
@@ -100,6 +101,23 @@ class View:
     rough: bool = False
 
 
+@dataclass(frozen=True)
+class Answer:
+    """What base and edited model answer to a text that was typed.
+
+    Attributes:
+        coefs: The setting of the edited model.
+        classes: By task each class with its probability under the base and under the edited model.
+        texts: What base and edited model write after it, of a language model.
+        time_s: What it took.
+    """
+
+    coefs: Mapping[str, float]
+    classes: Mapping[str, Sequence[tuple[str, float, float]]]
+    texts: tuple[str, str] | None
+    time_s: float
+
+
 class Playground:
     """A model in memory that is edited again for every setting of the coefficients.
 
@@ -112,6 +130,8 @@ class Playground:
 
     Attributes:
         sliders: The coefficients that can be set.
+        input: What a user can type: ``"text"`` that is classified, or a ``"prompt"`` that is continued. ``"image"`` and
+            None take no text.
 
     Raises:
         ValueError: The edit cannot be made again from these options, or base or vectors are not what they were.
@@ -137,7 +157,16 @@ class Playground:
         given = {name: value for name, value in content["coefficients"].items() if isinstance(value, (int, float))}
         ranges = (options.search or Grid()).ranges
         self.sliders = [_slider(name, value, ranges.get(name)) for name, value in given.items()]
-        self._sizes = {task: min(num_examples, self._of_base(task).num_examples) for task in options.tasks}
+        model = self._session.editor.model
+        self.input = input_of(model)
+        self._sizes, choices = {}, {}
+        for task, datamodule in options.tasks.items():
+            self._sizes[task] = min(num_examples, self._of_base(task).num_examples)
+            choice = None if self.input in ("prompt", None) else choice_of(model, datamodule)
+            choices |= {} if choice is None else {task: choice}
+        if not choices and self.input != "prompt":
+            self.input = None
+        self.answers = Answers(model, choices)
         self._base = self._evaluate({**given, SCALING: 0.0})
         self._edited = self._evaluate(given)
         self._shown = [shown for task in options.tasks for shown in self._choose_examples(task)]
@@ -230,6 +259,36 @@ class Playground:
         with self._lock:
             live = self._evaluate(everything, NUM_GLANCED)
         return View(everything, self._rows(live), [], [], time.monotonic() - started, rough=True)
+
+    def answer(self, text: str, coefs: Mapping[str, float] | None = None, sampling: Sampling | None = None) -> Answer:
+        """Return what base and edited model answer to a text.
+
+        Args:
+            text: Classified by each task's classes, or continued by a language model.
+            coefs: As in `at`.
+            sampling: How a prompt is continued; by default at most 20 tokens, at temperature 1 and seed 0.
+
+        Raises:
+            ValueError: The model takes no text, or not this one.
+        """
+        started = time.monotonic()
+        everything = self._setting(coefs)
+        if self.input not in ("text", "prompt"):
+            raise ValueError(f"{type(self.answers.model).__name__} takes no text that can be typed.")
+        state = self._session.state_of(Candidate(tuple(everything.items())), "live")
+        with self._lock:
+            found = []
+            for vector, coef in ((None, 0.0), (state.vector(), state.scaling_coef)):
+                self._session.editor.set(vector, coef, state.statistics)
+                if self.input == "prompt":
+                    found.append(self.answers.text(text, sampling or Sampling()))
+                else:
+                    found.append(self.answers.classes(text))
+        if self.input == "prompt":
+            return Answer(everything, {}, (found[0], found[1]), time.monotonic() - started)
+        base, live = found
+        classes = {task: [(name, base[task][name], live[task][name]) for name in base[task]] for task in base}
+        return Answer(everything, classes, None, time.monotonic() - started)
 
     def _setting(self, coefs: Mapping[str, float] | None) -> dict[str, float]:
         """Return all coefficients, those that are left out as the edit has them."""

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from tva.edit.play.model import Playground, Slider, View
+from tva.edit.play.prompt_box import PromptBox, render_part
 from tva.report.edit_report import ConstraintReport
-from tva.report.page import environment
 from tva.report.run_files import PAGE
 from tva.report.series import formula, is_feasible, number
 from tva.search import SCALING
@@ -33,6 +33,12 @@ body { font-size: 16px; } .nicegui-content { display: block; padding: 0; }
   .playing th, .playing td { border: 0; padding-right: 0; } .playing tr > :last-child { grid-column: 1 / -1; }
 }
 .buttons { display: flex; gap: 0.6rem; flex-wrap: wrap; } .q-btn { text-transform: none; }
+.asked { width: 100%; margin-bottom: 0.6rem; } .sampling { width: 7.5rem; } .asking .buttons { align-items: center; }
+.answer { width: auto; min-width: min(100%, 26rem); margin-top: 0.8rem; }
+.answer caption { text-align: left; font-weight: 600; }
+.beside { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 16rem), 1fr)); gap: 0.75rem; }
+.beside figure { margin: 0.8rem 0 0; padding: 0.6rem; background: var(--panel); border: 1px solid var(--line); }
+.beside figure { border-radius: 10px; } .written { white-space: pre-wrap; overflow-wrap: anywhere; margin: 0.4rem 0 0; }
 """
 
 
@@ -71,6 +77,8 @@ def build(ui: Any, page: Page, style: str) -> None:
                 show_rough(await run.io_bound(playground.glance, dict(coefs)))
                 if done == asked[0]:  # else the slider has moved on
                     show(await run.io_bound(playground.at, dict(coefs)))
+                if box is not None and done == asked[0]:
+                    await box.refresh()
         finally:
             busy[0] = False
 
@@ -104,6 +112,7 @@ def build(ui: Any, page: Page, style: str) -> None:
         pace = ui.label().classes("soft")
         table = ui.html(sanitize=False)
         ui.html(proof_html(content, page.run), sanitize=False)
+        box = PromptBox(ui, playground, coefs) if playground.input in ("text", "prompt") else None
         examples = ui.html(sanitize=False)
     show(playground.at())
 
@@ -137,13 +146,13 @@ def heading_html(page: Page) -> str:
     chosen = "The edit was chosen on such data; what it does is shown on test data in the report."
     if not is_feasible(page.playground.content):
         chosen = "No coefficient was feasible on such data: as chosen stands for the closest."
-    return _html("heading", page.run, formula(page.playground.content), sizes, chosen, fewer)
+    return render_part("heading", page.run, formula(page.playground.content), sizes, chosen, fewer)
 
 
 def proof_html(content: Any, run: str) -> str:
     """Return where the proof is, as HTML."""
     folder = Path(run) if Path(run).is_dir() else Path(run).parent
-    return _html("proof", content["verdict"].rstrip("."), str(folder / PAGE))
+    return render_part("proof", content["verdict"].rstrip("."), str(folder / PAGE))
 
 
 def table_html(view: View) -> str:
@@ -158,7 +167,7 @@ def table_html(view: View) -> str:
         }
         for row in view.rows
     ]
-    return _html("table", rows, view.rough)
+    return render_part("table", rows, view.rough)
 
 
 def _constraint(each: ConstraintReport) -> dict[str, Any]:
@@ -174,9 +183,4 @@ def examples_html(view: View) -> str:
         kind = "" if example.label is None else "passes" if example.live == example.label else "fails"
         image = None if example.image is None else base64.b64encode(example.image).decode()
         tasks.setdefault(example.task, []).append({**vars(example), "kind": kind, "image": image})
-    return _html("examples", tasks)
-
-
-def _html(part: str, *values: Any) -> str:
-    """Render one macro of the template, which escapes every value."""
-    return str(getattr(environment().get_template("play.html").module, part)(*values))
+    return render_part("examples", tasks)
