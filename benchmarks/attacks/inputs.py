@@ -435,7 +435,13 @@ class Inputs:
                 "option": self.compose("--vectors.x", tuned, base="given.safetensors", recipe=recipe),
             }
             for option, command in commands.items():
-                yield Input("pattern", f"{option} {pattern[:40]}", make, [command], ("given", option, "coef", "names"))
+                yield Input(
+                    "pattern",
+                    f"{option} {pattern[:40]}",
+                    make,
+                    [command],
+                    ("given", option, "coef", "names", "exclude", "against the base"),
+                )
 
             def adapter(folder: Path, rng: Random, pattern: str = pattern) -> None:
                 self.copied("lora", "given", folder)
@@ -536,7 +542,16 @@ class Inputs:
             for text in texts:
                 recipe = "s*a" if "coefs" in option else "a"
                 command = [*self.compose("--vectors.a", self.vector, recipe=recipe), f"--{option}={text}"]
-                named = (option.split(".")[0].removesuffix("s"), "recipe", "vector", "out", "given", "nfinite")
+                named = (
+                    option.split(".")[0].removesuffix("s"),
+                    "recipe",
+                    "vector",
+                    "out",
+                    "given",
+                    "nfinite",
+                    "coefficient",
+                )
+                named += ("the options",)
                 yield Input("option", f"{option} {text[:20]!r}", lambda folder, rng: None, [command, VERIFY], named)
 
     def yaml(self) -> Iterator[Input]:
@@ -567,7 +582,7 @@ class Inputs:
             def random(folder: Path, rng: Random) -> None:
                 (folder / "given.yaml").write_bytes(mutate_bytes(compose.encode(), rng))
 
-            named = ("given", "base", "recipe", "output", "vectors")
+            named = ("given", "base", "recipe", "output", "vectors", "expected at")
             yield Input("YAML", f"random {number}", random, commands[:1], named)
 
     def reports(self) -> Iterator[Input]:
@@ -639,7 +654,7 @@ def _torch_saved(value: Any) -> bytes:
 def _saved(value: Any, rng: Random, odd: list[Any], save: Callable[[Any], bytes]) -> bytes:
     """Mutate an object until the result can be written."""
     while True:
-        with contextlib.suppress(AttributeError, TypeError, RecursionError):
+        with contextlib.suppress(AttributeError, TypeError, RecursionError, RuntimeError, ValueError):
             return save(mutate_object(value, rng, odd))
 
 

@@ -252,6 +252,17 @@ def test_an_adapter_given_in_place_of_a_model_says_what_to_do(tmp_path):
             open_weights(path)
 
 
+def test_a_tensor_whose_strides_are_truth_values_is_refused(tmp_path):
+    torch.save({"w": torch.ones(1, 2)}, tmp_path / "sound.pt")
+    with zipfile.ZipFile(tmp_path / "sound.pt") as sound, zipfile.ZipFile(tmp_path / "m.pt", "w") as made:
+        for name in sound.namelist():
+            data = sound.read(name)
+            assert not name.endswith("data.pkl") or data.count(b"K\x02K\x01\x86") == 1
+            made.writestr(name, data.replace(b"K\x02K\x01\x86", b"K\x02\x88\x86"))
+    with pytest.raises(ValueError, match="m.pt"):
+        open_weights(tmp_path / "m.pt")
+
+
 def test_names_that_match_nothing_stay_an_error(tmp_path):
     save_weights({"x": torch.ones(1), "y": torch.ones(1)}, Path(tmp_path / "t.safetensors"))
     with pytest.raises(MismatchError, match="t.safetensors on the base: No one prefix"):

@@ -9,9 +9,10 @@ import torch
 import torch.distributed.checkpoint
 
 from tva import TaskVector, fingerprint, open_weights, save_weights
-from tva.checkpoints import protect
+from tva.checkpoints import protect, write_export
 from tva.cli.main import main
 from tva.compose.apply import compose
+from tva.evaluation.log import EvaluationLog
 
 KINDS = ["file", "folder", "shards", "torch_distributed", "adapter"]
 WAYS = ["same", "hard link", "link", "inside"]
@@ -178,3 +179,104 @@ def test_no_other_command_writes_over_a_file_that_it_did_not_make(tmp_path, monk
     assert run(*OTHERS[name], "--output", output) == 2
     assert "tva: error: " in capsys.readouterr().err
     assert contents(tmp_path) == before
+
+
+@pytest.fixture
+def inputs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    save_weights(state(0), "base.safetensors")
+    save_weights(state(1), "tuned.safetensors")
+    TaskVector.between(state(0), state(1)).save("v.tv.safetensors")
+    compose("base.safetensors", {"v": "v.tv.safetensors"}, "v", "edited.safetensors", keep_undo=True)
+    return tmp_path
+
+
+COMPOSE = ["compose", "--base", "base.safetensors", "--vectors.v", "v.tv.safetensors", "--recipe", "v"]
+WRITING = {
+    "compose": COMPOSE,
+    "extract": ["extract", "--base", "base.safetensors", "--finetuned", "tuned.safetensors"],
+    "compress": ["compress", "v.tv.safetensors", "--encoding", "int8"],
+    "revert": ["revert", "edited.safetensors"],
+}
+
+
+@pytest.mark.parametrize("name", WRITING)
+def test_a_file_of_ones_own_under_the_outputs_name_is_never_replaced(inputs, capsys, name):
+    save_weights(state(2), "model.safetensors")  # as others write
+    (inputs / "notes.safetensors").write_text("not even weights")
+    TaskVector.between(state(0), state(3)).save("costly.tv.safetensors")
+    compose("base.safetensors", {"v": "v.tv.safetensors"}, "-v", "other.safetensors")
+    others = {"model", "notes", "other" if name in ("extract", "compress") else "costly.tv"}
+    before = contents(inputs)
+    for file in sorted(others):
+        assert run(*WRITING[name], "--output", f"{file}.safetensors") == 2
+        assert f"output {file}.safetensors is there already" in capsys.readouterr().err
+    assert contents(inputs) == before
+
+
+@pytest.mark.parametrize("name", ["compose", "extract", "compress"])
+def test_an_earlier_output_of_the_same_command_is_replaced(inputs, name):
+    for scaling in ("1", "0.5"):
+        words = ["--scaling_coef", scaling, "--keep_undo"] if name == "compose" else []
+        assert run(*WRITING[name], *words, "--output", "out.safetensors") == 0
+
+
+def test_an_undo_file_replaces_undo_files_only(inputs, capsys):
+    save_weights(state(2), "out.undo.safetensors")
+    before = contents(inputs)
+    assert run(*COMPOSE, "--keep_undo", "--output", "out.safetensors") == 2
+    assert "output out.undo.safetensors is there already" in capsys.readouterr().err
+    assert contents(inputs) == before
+
+
+def test_a_revert_that_was_killed_when_it_had_named_the_base_is_repeated(inputs):
+    assert run(*WRITING["revert"], "--output", "back.safetensors") == 0
+    assert run(*WRITING["revert"], "--output", "back.safetensors") == 2  # nobody's but the user's now
+    (inputs / ".back.safetensors.journal").write_text("{}\n")
+    assert run(*WRITING["revert"], "--output", "back.safetensors") == 0
+    assert fingerprint(open_weights("back.safetensors")) == fingerprint(state(0))
+
+
+EXPORTS = {  # what tva writes under a name, and what somebody else has there
+    "a.html": ("<!doctype html>\n<title>tva</title>", "<!doctype html>\n<title>mine</title>"),
+    "a.csv": ("run,task,value\nx,y,1\n", "name,address\n"),
+    "a.json": ('[\n {\n  "target": "x"\n }\n]\n', '[\n {\n  "name": "x"\n }\n]\n'),
+    "a.tex": ("\\begin{tabular}{lll}\n1\n", "\\documentclass{article}\n"),
+    "a.svg": ("<svg></svg>", "<svg><g></g></svg>"),
+    "a.pdf": ("%PDF-1.4\n%%EOF", "%PDF-1.7\n%%EOF"),
+    "a.png": (b"\x89PNG" + b"IEND" * 4, b"\x89PNG" + b"IEND" * 9),
+}
+
+
+@pytest.mark.parametrize("name", EXPORTS)
+def test_pages_tables_and_charts_replace_only_earlier_ones(tmp_path, name):
+    ours, theirs = EXPORTS[name]
+    for _ in range(2):
+        write_export(tmp_path / name, ours)
+    (tmp_path / name).write_bytes(theirs if isinstance(theirs, bytes) else theirs.encode())
+    with pytest.raises(FileExistsError, match=f"{name} is there already"):
+        write_export(tmp_path / name, ours)
+    (tmp_path / name).unlink()
+    (tmp_path / name).mkdir()
+    with pytest.raises(FileExistsError, match=f"{name} is there already"):
+        write_export(tmp_path / name, ours)
+
+
+def test_a_png_with_its_mark_is_still_a_png(tmp_path):
+    images = pytest.importorskip("PIL.Image")
+    images.new("RGB", (3, 2)).save(tmp_path / "plain.png")
+    write_export(tmp_path / "a.png", (tmp_path / "plain.png").read_bytes())
+    with images.open(tmp_path / "a.png") as opened:
+        assert opened.size == (3, 2)
+        opened.load()
+        assert opened.text == {"Software": "tva"}
+
+
+def test_a_log_of_evaluations_is_never_another_file(tmp_path):
+    (tmp_path / "train.jsonl").write_text('{"text": "a"}\n')
+    for path in (tmp_path / "train.jsonl", tmp_path):
+        with pytest.raises(ValueError, match="which is not one. Give another log"):
+            EvaluationLog(path)
+    log = EvaluationLog(tmp_path / "log.jsonl")
+    log.decide({"task": "part"}, {"edit": 1})
+    assert EvaluationLog(tmp_path / "log.jsonl").decide({"task": "part"}, {"edit": 2}) == {"task": 2}

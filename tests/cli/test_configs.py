@@ -2,8 +2,10 @@
 
 import os
 import re
+from pathlib import Path
 
 import pytest
+from small_cli import fit_config, write_yaml
 
 from tva.cli.main import main
 
@@ -50,3 +52,20 @@ def test_aliases_within_the_limits_are_read(tmp_path, capsys):
     with pytest.raises(SystemExit, match="2"):
         main(["compose", "--config", str(path)])
     assert "A checkpoint was expected at nowhere.safetensors" in capsys.readouterr().err
+
+
+def test_a_fit_never_replaces_a_configuration_of_ones_own(tmp_path, monkeypatch, capsys):
+    """Without a logger a fit's configuration is saved as config.yaml in the Trainer's folder, which may be this one."""
+    monkeypatch.chdir(tmp_path)
+    config = {**fit_config(".", max_epochs=1), "seed_everything": 1}
+    text = "# mine\n" + Path(write_yaml(tmp_path / "config.yaml", config)).read_text()
+    (tmp_path / "config.yaml").write_text(text)
+    with pytest.raises(SystemExit, match="2"):
+        main(["fit", "--config", "config.yaml"])
+    assert "where a file is that tva did not write" in " ".join(capsys.readouterr().err.split())
+    assert (tmp_path / "config.yaml").read_text() == text
+    assert os.listdir(tmp_path) == ["config.yaml"]
+    (tmp_path / "config.yaml").rename(tmp_path / "fit.yaml")
+    for _ in range(2):
+        main(["fit", "--config", "fit.yaml"])
+        assert (tmp_path / "config.yaml").read_text().startswith("# lightning.pytorch==")

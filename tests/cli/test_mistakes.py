@@ -151,6 +151,12 @@ def test_statistics_files_and_edits_that_are_reverted_are_inputs_too(place, caps
         (["compress", "digits.tv.safetensors", "--outptu", "x"], r"no option --outptu. Did you mean --output\?"),
         (["extract", "--base", "base.safetensors", "--finetuned", "finetuned.safetensors", "--output",
           "base.safetensors/x.tv.safetensors"], "cannot be written: .*Give an output in a folder"),
+        (["extract", "--base", "base.safetensors", "--finetuned", "broken.safetensors", "--output", "x.safetensors"],
+         "broken.safetensors against the base base.safetensors: A task vector must be finite"),
+        ([*COMPOSE, "--recipe", "digits", "--output", "x.safetensors", f"--scaling_coef={'9' * 400}"],
+         "A number among the options is too large"),
+        ([*COMPOSE, "--recipe", "digits", "--output", "x.safetensors", "--key_map", r'{"\\d": "2"}'],
+         "would both be called 'layers.2.w' by key_map"),
     ],
 )  # fmt: skip
 def test_mistakes_in_commands_on_files(place, capsys, words, message):

@@ -118,3 +118,29 @@ def test_a_shortened_drawing_shows_the_same_pixels(run_folder):
         assert abs(after - before).max() < 128  # edges only: a circle is drawn as one, and coordinates are rounded
         drawn.append(chart.name)
     assert drawn
+
+
+@pytest.mark.parametrize("option", ["--output", "--csv", "--latex", "--charts"])
+def test_nothing_of_a_report_replaces_a_file_of_somebody_else(run_folder, tmp_path, capsys, option):
+    name = {"--output": "mine.html", "--csv": "mine.csv", "--latex": "mine.tex", "--charts": "tradeoff.png"}[option]
+    drawn = [name for name, _ in chart_files({"run": json.loads((run_folder / "out/edit.json").read_text())})]
+    name = drawn[-1] if option == "--charts" else name
+    (tmp_path / name).write_text("mine")
+    given = tmp_path if option == "--charts" else tmp_path / name
+    with pytest.raises(SystemExit, match="2"):
+        main(["report", str(run_folder / "out"), option, str(given)])
+    assert f"{name} is there already" in " ".join(capsys.readouterr().err.split())
+    assert [file.name for file in tmp_path.iterdir()] == [name]
+    assert (tmp_path / name).read_text() == "mine"
+    (tmp_path / name).unlink()
+    for _ in range(2):
+        main(["report", str(run_folder / "out"), option, str(given)])
+
+
+def test_a_report_whose_numbers_are_texts_is_refused_by_name(run_folder, tmp_path, capsys):
+    content = json.loads((run_folder / "out/edit.json").read_text())
+    for wrong in ({**content, "coefficients": {"scaling_coef": "x"}}, True, {**content, "seed": "BIG"}):
+        (tmp_path / "edit.json").write_text(json.dumps(wrong).replace('"BIG"', "9" * 3000))
+        with pytest.raises(SystemExit, match="2"):
+            main(["report", str(tmp_path)])
+        assert "edit.json is not an edit report" in " ".join(capsys.readouterr().err.split())

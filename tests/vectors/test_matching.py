@@ -63,7 +63,10 @@ def test_tied_weights_may_have_one_name_in_the_vector_and_two_in_the_base(files)
     untied = state(1, "network.", tied=True)
     untied["network.lm_head.weight"] = untied["network.lm_head.weight"] + 1
     TaskVector.between(both, untied).save("untied.tv.safetensors")
-    with pytest.raises(MismatchError, match=r"untied.tv.safetensors: No one prefix .*'network.lm_head.weight'"):
+    with pytest.raises(
+        MismatchError,
+        match=r"untied.tv.safetensors against .* No one prefix .*'network.lm_head.weight'",
+    ):
         compose("base.safetensors", {"a": "untied.tv.safetensors"}, "a", "never.safetensors")
 
 

@@ -14,6 +14,7 @@ from typing import Any
 
 TEXT_BYTES = 2**27  # of a file that is read whole: an index of a million tensors takes less
 MAX_DEPTH = 100  # of JSON: lists and objects in one another
+MAX_DIGITS = 40  # of an integer in JSON
 SHOWN = 80  # characters of a foreign value in a message
 
 Form = Any  # see `check_form`
@@ -83,7 +84,7 @@ def parse_json(text: str | bytes, where: str, form: Form = dict) -> Any:
         {'a': [1, 2]}
     """
     try:
-        value = json.loads(text)
+        value = json.loads(text, parse_int=_integer)
     except RecursionError as error:
         raise ForeignFileError(f"{where} is nested too deeply. Is it damaged?") from error
     except ValueError as error:
@@ -124,6 +125,12 @@ def check_form(value: Any, form: Form, where: str) -> None:
         keys, wanted, found = problem
         place = "".join(f": {shown(key)}" for key in keys)
         raise ForeignFileError(f"{where}{place} must be {wanted}; it is {found}.")
+
+
+def _integer(text: str) -> int:
+    if len(text) > MAX_DIGITS:
+        raise ValueError(f"an integer of {len(text):,} digits")
+    return int(text)
 
 
 _WORDS = {str: "text", int: "an integer", float: "a number", bool: "true or false", dict: "an object", list: "a list"}

@@ -276,6 +276,8 @@ def _rebuild(storage: Any, offset: int, size: Any, stride: Any, *rest: Any, dtyp
     dtype = dtype or storage.dtype
     if dtype is None or (len(rest) > 2 and rest[2]):  # quantized, or its bytes are to be conjugated or negated
         return Inert()
+    if any(type(number) is not int for number in (offset, *size, *stride)):
+        raise pickle.UnpicklingError("a tensor's offset, shape and strides must be integers")
     shape, stride = torch.Size(size), tuple(stride)
     contiguous = torch.empty(shape, device="meta").stride()
     extent = 0 if 0 in shape else 1 + sum((n - 1) * s for n, s in zip(shape, stride, strict=True))

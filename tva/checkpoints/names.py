@@ -54,9 +54,9 @@ def canonical_state_dict(state: Mapping[str, Any]) -> dict[str, Tensor]:
     return {new: state[old] for new, old in canonical_names(list(state)).items()}
 
 
-def _put(names: dict[str, str], new: str, old: str) -> None:
+def _put(names: dict[str, str], new: str, old: str, by: str = "") -> None:
     if new in names:
-        raise ValueError(f"{names[new]!r} and {old!r} would both be called {new!r}; rename one of them.")
+        raise ValueError(f"{names[new]!r} and {old!r} would both be called {new!r}{by}; rename one of them.")
     names[new] = old
 
 
@@ -91,7 +91,7 @@ def map_names(names: Iterable[str], key_map: KeyMap) -> dict[str, str]:
                     f"key_map replaces {pattern.pattern!r} by {replacement!r}, which does not work: {error}."
                 ) from error
             used[pattern.pattern] += count
-        _put(renamed, new, name)
+        _put(renamed, new, name, " by key_map")
     unused = [pattern for pattern, count in used.items() if count == 0]
     if unused:
         raise ValueError(

@@ -1,17 +1,24 @@
-"""Refuse outputs that would replace an input, or change what an input folder means."""
+"""Refuse outputs that would replace an input or a file that tva did not write, or change what an input means."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
+from typing import NoReturn
 
 from tva.checkpoints.folder import weights_file, weights_name
 from tva.checkpoints.foreign import read_json
+from tva.checkpoints.formats import safetensors
 from tva.checkpoints.hub import is_hub
 from tva.checkpoints.open import read_metadata
 
 WRITTEN = ("tva.recipe", "tva.format")  # in the header of what tva writes, and may write once more
+_OWN: dict[str, Callable[[Mapping[str, str]], bool]] = {  # by what a file is, how its header tells
+    "weights": lambda header: "tva.recipe" in header and "tva.format" not in header,
+    "vector": lambda header: "tva.format" in header and "tva.recipe" not in header,
+    "undo": lambda header: "tva.undo_block" in header,
+}
 
 
 def protect(outputs: Iterable[str | os.PathLike[str]], inputs: Mapping[str, str | os.PathLike[str]]) -> None:
@@ -30,6 +37,41 @@ def protect(outputs: Iterable[str | os.PathLike[str]], inputs: Mapping[str, str 
         if not is_hub(path) and Path(path).exists():
             for output in outputs:
                 _check(output, what, Path(path))
+
+
+def is_own(path: Path, kind: str) -> bool:
+    """Return whether a file is one that tva wrote, of a kind: ``weights`` of an edit, ``vector`` or ``undo``.
+
+    A journal beside it, without what it is of, is of a run that was killed when it had named the file.
+    """
+    if path.with_name(f".{path.name}.journal").exists() and not path.with_name(f".{path.name}.partial").exists():
+        return True
+    try:
+        return _OWN[kind](safetensors.open(path).metadata)
+    except (KeyError, OSError, ValueError):
+        return False
+
+
+def check_own(path: str | os.PathLike[str], kind: str) -> None:
+    """Check that writing a file replaces nothing but an earlier one of the same kind.
+
+    Args:
+        path: What will be written; a folder that is there is checked by what writes it.
+        kind: ``weights`` of an edit, ``vector``, ``undo``; of any other, no file is replaced.
+
+    Raises:
+        FileExistsError: Another file is there.
+    """
+    if (path := Path(path)).exists() and not path.is_dir() and not is_own(path, kind):
+        refuse(path)
+
+
+def refuse(path: Path) -> NoReturn:
+    """Raise because a file is there that may not be replaced."""
+    raise FileExistsError(
+        f"output {path} is there already, and is not an earlier output of this kind that tva wrote. Move it, or give "
+        f"another output."
+    )
 
 
 def _check(output: Path, what: str, path: Path) -> None:

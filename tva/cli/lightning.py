@@ -148,6 +148,8 @@ class _CommandLine(TvaCLI):
     def parse_arguments(self, parser: Any, args: Any) -> None:
         try:
             super().parse_arguments(parser, args)
+        except OverflowError as error:  # of jsonargparse, which makes floats of integers
+            raise ValueError(f"A number among the options is too large ({error}). Give a smaller one.") from error
         except ArgumentError as error:
             names = [action.dest for action in self._parser(self.command)._actions]
             raise ValueError(explain(error.message, self.command, names)) from error
@@ -158,6 +160,9 @@ class _CommandLine(TvaCLI):
             given = given if isinstance(given, list) else [given]
             config["callbacks"] = with_progress(given, config.get("enable_progress_bar") is not False)
         return super()._instantiate_trainer(config, callbacks)
+
+
+SAVED = "# lightning.pytorch=="  # how a configuration that LightningCLI saves begins
 
 
 class _Described(Exception):
@@ -180,11 +185,27 @@ class _OpenedCLI(_CommandLine):
         self.options = options
 
 
+def _check_config(file: Path) -> None:
+    """Check that saving a fit's configuration replaces only one that a fit saved, and nobody's own.
+
+    Raises:
+        FileExistsError: It would.
+    """
+    if file.is_file():
+        with file.open("rb") as opened:
+            if not opened.readline().startswith(SAVED.encode()):
+                raise FileExistsError(
+                    f"The fit saves its configuration as {file}, where a file is that tva did not write. Move it, or "
+                    f"give the fit a folder of its own: --trainer.default_root_dir FOLDER."
+                )
+
+
 class _SaveConfig(SaveConfigCallback):
     """Save a fit's configuration, also where the logger has no folder."""
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
         self.save_to_log_dir = trainer.log_dir is not None
+        _check_config(Path(trainer.log_dir or trainer.default_root_dir) / self.config_filename)
         super().setup(trainer, pl_module, stage)
 
     def save_config(self, trainer: Any, pl_module: Any, stage: str) -> None:

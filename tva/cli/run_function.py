@@ -86,6 +86,8 @@ def _parse(name: str, command: ModuleType, words: list[str]) -> dict[str, Any]:
     flags = ["json", *(key for key, parameter in parameters if parameter.default is False)]
     try:
         given = parser.parse_args(name_words(words, getattr(command, "ORDER", "").split(), flags, usage))
+    except OverflowError as error:  # of jsonargparse, which makes floats of integers
+        raise ValueError(f"A number among the options is too large ({error}). Give a smaller one.") from error
     except ArgumentError as error:
         names = [action.dest for action in parser._actions]
         raise ValueError(with_place(explain(error.message, name, names, usage), files)) from error

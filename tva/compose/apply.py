@@ -21,6 +21,7 @@ from tva.checkpoints import (
     LazyWeights,
     NameFilter,
     Output,
+    check_own,
     fetch_side_files,
     find,
     protect,
@@ -200,6 +201,8 @@ def compose(
         for part in parts_of(path):
             protect(outputs, {what: part})
     protect(outputs, {f"a file of {recipe}": path for path in checked.files})
+    for path, kind in zip(outputs, ("gguf" if output.endswith(".gguf") else "weights", "undo"), strict=False):
+        check_own(path, kind)
     if write_as == "lora":
         _check_for_adapter(
             dtype=dtype,
@@ -285,12 +288,13 @@ def _write_gguf(
 ) -> ComposeReport:
     if resume:
         raise ValueError(f"{output} is a GGUF file, of which nothing is kept after an interruption. Leave resume out.")
-    with GgufOutput(output, composer.base, quantizer) as out:
+    out = GgufOutput(output, composer.base, quantizer)
+    with out.writing():
         composer.run(out.sink)
         for source in composer.sources.values():
             source.check_content()
         composer.check()
-        size = out.commit()
+    size = output.stat().st_size
     fingerprints = composer.fingerprint("base"), composer.fingerprint("edited")
     notes = [*_notes(composer, []), out.note()]
     seconds = time.monotonic() - started

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 from tva.checkpoints import Elements, LazyWeights
-from tva.checkpoints.atomic import can_write
+from tva.checkpoints.atomic import atomic_path, can_write
 from tva.checkpoints.formats.gguf import is_gguf
 from tva.checkpoints.lazy import Stored
 from tva.compose.requantize import Requantized
@@ -19,7 +19,7 @@ SUFFIX = ".gguf"
 
 
 class GgufOutput:
-    """A GGUF file being written, whole under its name or not at all; a `tva.compose.engine.Sink`.
+    """A GGUF file being written; a `tva.compose.engine.Sink`.
 
     Args:
         path: Ends in ``.gguf``.
@@ -38,7 +38,6 @@ class GgufOutput:
                 f".safetensors file or a folder as the output."
             )
         self.path, self._base = path, base
-        self._partial = path.with_name(f".{path.name}.partial")
         self.done: Mapping[str, Any] = {}
         entries = {name: base.entry(name) for name in base} | {
             name: part for entry in quantizer.quantized.values() for name, part in entry.stored.items()
@@ -46,16 +45,17 @@ class GgufOutput:
         self._places = {name: entry for name, entry in entries.items() if isinstance(entry, Stored)}
         self.sink, self.note = quantizer.into(self), quantizer.note
 
-    def __enter__(self) -> GgufOutput:
-        with can_write(self.path):
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(self._base.path, self._partial)
-        self._file = os.open(self._partial, os.O_RDWR)
-        return self
-
-    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        os.close(self._file)
-        self._partial.unlink(missing_ok=True)
+    @contextmanager
+    def writing(self) -> Iterator[None]:
+        """Open the file under a temporary name; it gets its own where nothing is raised."""
+        with atomic_path(self.path) as temporary:
+            with can_write(self.path):
+                shutil.copyfile(self._base.path, temporary)
+            self._file = os.open(temporary, os.O_RDWR)
+            try:
+                yield
+            finally:
+                os.close(self._file)
 
     def write(self, name: str, start: int, chunk: Elements) -> None:
         """Write elements of a tensor in the place that it has in the base."""
@@ -67,9 +67,3 @@ class GgufOutput:
 
     def finish(self, name: str, record: dict[str, Any]) -> None:
         """Do nothing."""
-
-    def commit(self) -> int:
-        """Name the file, and return its size."""
-        os.fsync(self._file)
-        os.replace(self._partial, self.path)
-        return self.path.stat().st_size

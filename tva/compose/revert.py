@@ -17,6 +17,7 @@ from tva.checkpoints import (
     NameFilter,
     Output,
     Spec,
+    check_own,
     find,
     fingerprint,
     open_weights,
@@ -105,6 +106,7 @@ def revert(
     with_vectors = loads(opened.metadata["tva.undo_with_vectors"])
     paths = {f"vectors.{name}": path for name, path in {**opened.record.vectors, **moved}.items() if with_vectors}
     protect([output], {"the edited checkpoint": edited, "undo": opened.path, **paths})
+    check_own(output, "weights")
     composer = _way_back(edited, weights, opened, moved)
     composer.fit_into(max_memory)
     if composer.chunk < opened.block and not composer.recipe.needs_whole_tensors:

@@ -160,7 +160,10 @@ def verify(
     others = {**({"--base": given} if given else {}), **_flags(moved)}
     check_inputs(edited, {"--base": record.base, **_flags(record.vectors)}, others)
     paths = {**record.vectors, **moved}
-    composer, names = _open_again(edited, record, given or record.base, paths)
+    try:
+        composer, names = _open_again(edited, record, given or record.base, paths)
+    except ValueError as error:
+        raise type(error)(f"{edited} cannot be computed again from its record: {error}") from error
     stored = weights
     if names:
         weights = HashedWeights(weights.renamed(renamed(weights, names.get("edited"))))

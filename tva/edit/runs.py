@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tva.checkpoints import atomic_path, fingerprint, open_weights
+from tva.checkpoints import atomic_path, check_export, fingerprint, open_weights, write_export
 from tva.report.chart_files import Format, chart_files
 from tva.report.edit_report import read_report, stamp
 from tva.report.export import all_rows, to_csv, to_latex
@@ -78,12 +78,14 @@ def revisit(
     tables = {csv: to_csv(all_rows(contents)), latex: to_latex(contents)}
     if kind in (".csv", ".tex"):
         tables[output] = to_csv(all_rows(contents)) if kind == ".csv" else to_latex(contents)
-        pages = []
-    else:
-        pages = _write_pages(paths, contents, notices, output)
-    pages += [_write(Path(path), text) for path, text in tables.items() if path is not None]
+    exports: dict[Path, str | bytes] = {Path(path): text for path, text in tables.items() if path is not None}
     if charts is not None:
-        pages += [_write(Path(charts) / name, drawn) for name, drawn in chart_files(contents, format)]
+        exports |= {Path(charts) / name: drawn for name, drawn in chart_files(contents, format)}
+    drawn_pages = {} if kind in (".csv", ".tex") else _pages(paths, contents, notices, output)
+    for path, content in {**drawn_pages, **exports}.items():
+        if not _is_page_of_run(path):
+            check_export(path, content)
+    pages = [_write(path, content) for path, content in {**drawn_pages, **exports}.items()]
     return Revisited(contents, notices, pages, [path for path in skipped if path not in paths])
 
 
@@ -108,36 +110,43 @@ def _read(paths: Sequence[Path]) -> dict[str, Mapping[str, Any]]:
     return {names[path]: content for path, content in read.items()}
 
 
-def _write_pages(
+def _pages(
     paths: Sequence[Path],
     contents: Mapping[str, Mapping[str, Any]],
     notices: dict[str, list[str]],
     output: str | os.PathLike[str] | None,
-) -> list[Path]:
-    """Write the page of each run, and of several the comparison, whose notices are added."""
-    names, pages = _names(paths), []
+) -> dict[Path, str]:
+    """Draw the page of each run, and of several the comparison, whose notices are added; by where they go."""
+    names, pages = _names(paths), {}
     for path in paths:
         folder = path if path.is_dir() else path.parent
         page = Path(output) if output is not None and len(paths) == 1 else folder / PAGE
         try:
-            drawn = edit_page(contents[names[path]], notices[names[path]])
+            pages[page] = edit_page(contents[names[path]], notices[names[path]])
         except (KeyError, TypeError, AttributeError, IndexError) as error:
             raise ValueError(
                 f"{path} is of another version of tva, whose reports this one cannot draw ({type(error).__name__}: "
                 f"{error}). Make the edit again."
             ) from error
-        pages.append(_write(page, drawn))
     if len(paths) > 1:
         said = [f"{name}: {notice}" for name, found in notices.items() for notice in found]
         page = Path("comparison.html" if output is None else output)
-        pages.append(_write(page, comparison_page(contents, said)))
+        pages[page] = comparison_page(contents, said)
         notices[""] = list(differences(contents))
     return pages
 
 
+def _is_page_of_run(path: Path) -> bool:
+    """Return whether a page is that of an edit in its folder, which an earlier version may have drawn."""
+    return path.name == PAGE and (path.parent / EDIT_JSON).is_file()
+
+
 def _write(path: Path, content: str | bytes) -> Path:
+    if not _is_page_of_run(path):
+        return write_export(path, content)
+    assert isinstance(content, str)
     with atomic_path(path) as temporary:
-        temporary.write_bytes(content if isinstance(content, bytes) else content.encode("utf-8"))
+        temporary.write_text(content, encoding="utf-8")
     return path
 
 

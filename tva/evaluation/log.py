@@ -17,6 +17,7 @@ import numpy as np
 import xxhash
 
 from tva.checkpoints.atomic import locked
+from tva.checkpoints.foreign import ForeignFileError, parse_json
 from tva.evaluation.result import Evaluation
 
 
@@ -29,6 +30,9 @@ class EvaluationLog:
 
     Attributes:
         num_reused: Evaluations that were found there.
+
+    Raises:
+        ValueError: There is another file at ``path``.
     """
 
     def __init__(self, path: str | os.PathLike[str] | None, trainer: L.Trainer | None = None) -> None:
@@ -36,18 +40,21 @@ class EvaluationLog:
         self.num_reused = 0
         self._trainer = trainer
         self._writes = trainer is None or trainer.is_global_zero
+        if self._writes and self.path is not None:
+            _check_log(self.path)
 
     @functools.cached_property
     def _found(self) -> dict[str, dict[str, Any]]:
         """Read what is there, when it is first asked for: only then do all processes run."""
         found = {}
         if self._writes and self.path is not None and self.path.exists():
-            for line in self.path.read_text().splitlines():
+            for line in self.path.read_bytes().splitlines():
                 try:
-                    entry = json.loads(line)
-                except json.JSONDecodeError:  # a process was stopped while it wrote this line
+                    entry = parse_json(line, str(self.path), _FORM)
+                except ForeignFileError:  # a process was stopped while it wrote this line, or it is damaged
                     continue
-                found[entry["key"]] = entry
+                if entry.keys() >= _FORM.keys():
+                    found[entry["key"]] = entry
         return found if self._trainer is None else self._trainer.strategy.broadcast(found)
 
     def get(self, facts: Mapping[str, Any]) -> Evaluation | None:
@@ -121,8 +128,8 @@ class EvaluationLog:
                 continue
             with open(file, "rb") as lines:
                 for line in (line for line in lines if line.startswith(_DECISION)):
-                    with contextlib.suppress(json.JSONDecodeError, KeyError, TypeError):
-                        entry = json.loads(line)
+                    with contextlib.suppress(ForeignFileError, KeyError, TypeError):
+                        entry = parse_json(line, str(file), {"decision": [str], "edit": str})
                         for part in edits.keys() & set(entry["decision"]):
                             edits[part].add(entry["edit"])
         decides = sorted(part for part in edits if edit not in edits[part])
@@ -131,7 +138,24 @@ class EvaluationLog:
         return {task: len(edits[part] | {edit}) for task, part in parts.items()}
 
 
-_DECISION = b'{"decision"'
+_SCORES = {"dtype": str, "num": int, "data": str}
+_FORM = {
+    "key": str,
+    "metrics": {str: float},
+    "num_examples": int,
+    "scores": {str: _SCORES},
+    "higher_is_better": {str: bool},
+}
+_DECISION, _EVALUATION = b'{"decision"', b'{"key"'
+
+
+def _check_log(path: Path) -> None:
+    if not path.exists():
+        return
+    with path.open("rb") if path.is_file() else open(os.devnull, "rb") as file:
+        start = file.read(len(_DECISION))
+    if not path.is_file() or (start and not start.startswith((_DECISION, _EVALUATION))):
+        raise ValueError(f"The log of evaluations would be appended to {path}, which is not one. Give another log.")
 
 
 def _key(facts: Mapping[str, Any]) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
@@ -14,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tva.checkpoints import fingerprint
+from tva.checkpoints.foreign import read_json
 from tva.models.classifier import FrozenHeadClassifier
 
 TINY = "tva-tiny"
@@ -163,7 +163,7 @@ def _register(config: Path) -> str:
 
     if not config.is_file():
         raise FileNotFoundError(f"A model config was expected at {config}, but nothing is there.")
-    found = json.loads(config.read_text())
+    found = read_json(config, dict)
     missing = [key for key in ("embed_dim", "vision_cfg", "text_cfg") if key not in found]
     if missing:
         raise ValueError(f"{config} is not an open_clip model config: it lacks {', '.join(missing)}.")

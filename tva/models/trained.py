@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from collections.abc import Callable
@@ -14,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torchmetrics import MeanMetric
 
+from tva.checkpoints.foreign import read_json
 from tva.errors import some
 from tva.models.adapters import Lora, adapt
 from tva.models.clip import ClipClassifier
@@ -383,7 +383,7 @@ def open_model(name: str) -> L.LightningModule:
     folder = Path(os.path.expandvars(os.path.expanduser(name)))
     if folder.is_dir():
         files = {file.name for file in folder.iterdir()}
-        config = json.loads((folder / "config.json").read_text()) if "config.json" in files else {}
+        config = read_json(folder / "config.json", dict) if "config.json" in files else {}
         if "open_clip_config.json" in files:
             return ClipClassifier(f"local-dir:{folder}")
         if "modules.json" in files or "architectures" in config or "model_type" in config:

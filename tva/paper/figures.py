@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from tva.checkpoints import atomic_path
+from tva.checkpoints import write_export
 from tva.paper.results import Made
 from tva.paper.suite import Scale
 from tva.report.render import draw, draw_png
@@ -134,7 +134,5 @@ def write_figures(folder: Path, figures: Mapping[str, Mapping[str, Any]]) -> lis
     files = []
     for name, spec in figures.items():
         for suffix, content in ((".svg", draw(spec, name).encode()), (".png", draw_png(spec))):
-            files.append(folder / f"{name}{suffix}")
-            with atomic_path(files[-1]) as temporary:
-                temporary.write_bytes(content)
+            files.append(write_export(folder / f"{name}{suffix}", content))
     return files

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import platform
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -12,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from tva.checkpoints.foreign import read_json
 from tva.evaluation.intervals import student_interval
 from tva.paper.quantities import mean, quantity
 from tva.paper.suite import Scale
@@ -112,13 +112,28 @@ def edit_folder(output: Path, scale: Scale, name: str, seed: int) -> Path:
     return output / scale.experiment / scale.name / name / f"seed={seed}"
 
 
+_DONE_FORM = {"config": str, "group": str, "name": str, "seed": int, "seconds": float, "metric": (None, list)}
+
+
+def read_done(file: Path) -> dict[str, Any]:
+    """Read the mark of a finished fit or edit.
+
+    Raises:
+        ValueError: It is something else.
+    """
+    done: dict[str, Any] = read_json(file, _DONE_FORM)
+    if "config" not in done or "seconds" not in done:
+        raise ValueError(f"{file} is not the mark of a finished run. Remove it, and the run is made again.")
+    return {"group": "", "name": "", "seed": 0, "metric": None, **done}
+
+
 def find_made(output: Path, scale: Scale) -> list[Made]:
     """Find the finished edits of an experiment, whatever their seeds."""
     found = []
     for file in sorted((output / scale.experiment / scale.name).glob(f"*/seed=*/{DONE}")):
         if not file.parent.name.removeprefix("seed=").isdecimal():
             continue  # replaced by another edit
-        done = json.loads(file.read_text())
+        done = read_done(file)
         report = read_report(file.parent / "edit")
         found.append(Made(done["group"], done["name"], done["seed"], done["seconds"], report, file.parent))
     return found
@@ -212,7 +227,7 @@ def find_fits(output: Path, setups: Iterable[str]) -> list[dict[str, Any]]:
         for file in sorted((output / "fits" / setup).glob(f"*/seed=*/{DONE}")):
             seed = file.parent.name.removeprefix("seed=")
             if seed.isdecimal():
-                done = json.loads(file.read_text())
+                done = read_done(file)
                 place = {"setup": setup, "task": file.parent.parent.name, "seed": int(seed)}
                 found.append({**place, "seconds": done["seconds"], "metric": done["metric"]})
     return found

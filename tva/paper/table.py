@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from tva.checkpoints import atomic_path
+from tva.checkpoints import check_export, write_export
 from tva.paper.results import Row
 
 HEADINGS = ("experiment", "scale", "number", "paper", "ours", "95 % over seeds", "seeds", "edits", "difference")
@@ -73,6 +73,5 @@ def write_tables(folder: Path, rows: Sequence[Row], ledger: dict[str, Any]) -> l
         "table.json": json.dumps(ledger, indent=1, ensure_ascii=False) + "\n",
     }
     for name, text in texts.items():
-        with atomic_path(folder / name) as temporary:
-            temporary.write_text(text, encoding="utf-8")
-    return [folder / name for name in texts]
+        check_export(folder / name, text)
+    return [write_export(folder / name, text) for name, text in texts.items()]

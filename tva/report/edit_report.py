@@ -365,7 +365,7 @@ def read_report(path: Path, whole: bool = True) -> dict[str, Any]:
             hint = "Every finished edit leaves one there."
         raise FileNotFoundError(f"No report at {file}. {hint}")
     try:
-        content = read_json(file, object)
+        content = read_json(file, dict)
     except ForeignFileError as error:
         raise ValueError(f"{file} is not an edit report: {error}") from error
     fields = {"recipe": str, "tasks": dict, "evaluations": list, "holds": bool}

@@ -8,11 +8,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from tva.checkpoints import atomic_path
+from tva.checkpoints import check_export, write_export
 from tva.report.export import to_csv
 from tva.report.series import Content, Point, points
 
-SUFFIXES = (".csv", ".json")
+HEADINGS = {".csv": "target,control\n", ".json": '[\n {\n  "target": "",\n  "control": ""'}
+SUFFIXES = tuple(HEADINGS)
 
 
 def front(content: Content, target: str, control: str) -> list[tuple[Point, Point]]:
@@ -97,9 +98,11 @@ def check_front(path: str | os.PathLike[str], num_targets: int, num_controls: in
 
     Raises:
         ValueError: Its name does not end in one of `SUFFIXES`, or there is no pair of tasks.
+        FileExistsError: A file is there that is not an earlier front.
     """
     if Path(path).suffix not in SUFFIXES:
         raise ValueError(f"front must be the name of a file that ends in .csv or .json; found {os.fspath(path)!r}.")
+    check_export(path, HEADINGS[Path(path).suffix])
     if not num_targets or not num_controls:
         raise ValueError(
             f"A front is of targets against controls; found {num_targets} targets and {num_controls} controls. Give at "
@@ -117,6 +120,5 @@ def write_front(content: Content, path: str | os.PathLike[str]) -> Sequence[dict
     check_front(path, roles.count("target"), roles.count("control"))
     rows = front_rows(content)
     text = to_csv(rows) if Path(path).suffix == ".csv" else json.dumps(rows, indent=1, ensure_ascii=False) + "\n"
-    with atomic_path(Path(path)) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+    write_export(path, text)
     return rows

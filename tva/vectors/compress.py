@@ -20,6 +20,7 @@ from tva.checkpoints import (
     Spec,
     TensorHash,
     atomic_path,
+    check_own,
     open_weights,
     protect,
 )
@@ -141,6 +142,7 @@ def compress(
             f"from; if that is gone, TaskVector.load({vector!r}).save(DENSE) writes one that can be."
         )
     protect([output], {"vector": vector})
+    check_own(output, "vector")
     float32_bytes = 4 * sum(weights.spec(name).shape.numel() for name in weights)
     if encoding is not None:
         wanted = Encoding.parse(encoding)

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from tva._torch import load_torch, torch
-from tva.checkpoints import NameFilter, dequantized_entries, open_weights, protect
+from tva.checkpoints import NameFilter, check_own, dequantized_entries, open_weights, protect
 from tva.checkpoints.lazy import Which
 from tva.sizes import check_memory
 from tva.vectors.extract_adapter import ExtractedAdapter, extract_adapter
@@ -94,6 +94,7 @@ def extract(
     if rank is None and not output.endswith(".safetensors"):
         raise ValueError(f"A task vector file's name must end in .safetensors, best in {SUFFIX}; found {output!r}.")
     protect([output], {"base": base, "finetuned": finetuned})
+    check_own(output, "vector")
     for flag, path in {"base": base, "finetuned": finetuned}.items():
         if is_vector_file(path):
             raise ValueError(
@@ -122,7 +123,10 @@ def extract(
         load_torch()  # whose memory counts
         most = max(plan.order, key=plan.held_bytes, default="")
         check_memory(plan.held_bytes(most) if most else 0, max_memory, f"the largest tensor, {most!r},")
-    emitted = emit(plan, Path(output), origin, doing="extracting")
+    try:
+        emitted = emit(plan, Path(output), origin, doing="extracting")
+    except ValueError as error:
+        raise type(error)(f"{finetuned} against the base {base}: {error}") from error
     reasons = sorted(emitted.untouched.values())
     return Extracted(
         Path(output),

@@ -119,7 +119,9 @@ class LazyTaskVector:
         try:
             found = match_vector([*weights, *self.untouched], names, self.origin, weights.get, key_map, copy_in_base)
         except MismatchError as error:
-            raise MismatchError(f"{self.path}: {error}") from error
+            path = getattr(self.base, "path", None)
+            base = f" against the base {path}" if path else ""
+            raise MismatchError(f"{self.path}{base}: {error}") from error
         if found is None:
             return weights
         new, text = found

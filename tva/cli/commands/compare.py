@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import math
 import os
 from collections.abc import Sequence
@@ -10,7 +11,7 @@ from typing import Any
 
 from rich.console import Console
 
-from tva.checkpoints import atomic_path
+from tva.checkpoints import write_export
 from tva.console import make_console, print_line
 from tva.report.table import Column, print_table, words
 from tva.vectors.compare import Compared, compare
@@ -122,8 +123,9 @@ def draw_compared(result: Compared, path: Path) -> None:
             axis.set_xticks(list(places)[::step], list(groups)[::step], rotation=60, ha="right", fontsize=6)
             if len(axis.lines) <= 10:
                 axis.legend(fontsize=6)
-    with atomic_path(path) as temporary:
-        figure.savefig(temporary, format="png")
+    drawn = io.BytesIO()
+    figure.savefig(drawn, format="png")
+    write_export(path, drawn.getvalue())
 
 
 def _draw_matrix(

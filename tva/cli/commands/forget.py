@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from tva.checkpoints import protect
 from tva.console import make_console, print_line
 
 HELP = "make a language model forget what texts teach, as far as it still predicts other texts as before"
@@ -68,6 +69,8 @@ def run(
     """
     allowed = _nats(max_perplexity)
     work = Path(f"{output.rstrip('/')}-work")
+    given = {name: path for name, path in (("data", data), ("contrast", contrast), ("keep", keep)) if path is not None}
+    protect((work / f"{name}-{part}.jsonl" for name in ("forget", "contrast", "keep") for part in PARTS), given)
     work.mkdir(parents=True, exist_ok=True)
     sources = {
         "forget": data,

@@ -19,7 +19,7 @@ from tva.cli.commands import fit_many
 from tva.cli.processes import only_one, run_process, terminate_as_interrupt
 from tva.console import make_console, print_line
 from tva.executors import Executor, Worker, make_executor
-from tva.paper.results import DONE, edit_folder
+from tva.paper.results import DONE, edit_folder, read_done
 from tva.paper.suite import Edit, Scale, find_scale
 from tva.report.run_files import EDIT_JSON
 from tva.report.table import Column, print_table, words
@@ -185,7 +185,7 @@ def state_of(job: EditJob) -> State:
     marker = job.folder / DONE
     if not marker.exists():
         return "new"
-    return "skipped" if json.loads(marker.read_text())["config"] == job.digest else "changed"
+    return "skipped" if read_done(marker)["config"] == job.digest else "changed"
 
 
 def run_edits(label: str, jobs: Sequence[EditJob], executor: Executor, redo: bool) -> Iterator[Step]:
@@ -214,7 +214,7 @@ def make_edit(job: EditJob, worker: Worker, label: str, redo: bool) -> Step:
         job.folder.rename(f"{job.folder}.replaced-{number}")
         state = "new"
     if state == "skipped":
-        done = json.loads((job.folder / DONE).read_text())
+        done = read_done(job.folder / DONE)
         return Step(label, "edit", edit.name, edit.seed, "skipped", done["seconds"])
     if state == "changed":
         message = "made with another config or other vectors. Pass --redo to make it again, or another output."
