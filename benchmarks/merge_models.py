@@ -62,6 +62,7 @@ class Model(ABC):
     num_train, num_val, num_test = 600, 80, 250
     epochs, rate, batch = 2, 1e-4, 32
     matrix = ""  # option of methods on matrices
+    no_gram = ""  # option of regmean, whose other matrices are averaged
     tuned: str  # what is fine-tuned, in words
 
     def __init__(self, data: str, output: Path, num_tasks: int) -> None:
@@ -236,7 +237,8 @@ class Tiny(_Images):
 
     name = "tiny"
     all_tasks = ("digits", "letters", "shapes", "textures")
-    rate = 6e-4
+    num_val, num_test, rate = 200, 400, 6e-4
+    no_gram = ', exclude="embed|attn|^proj$"'  # nn.MultiheadAttention does not call its layers
     tuned = "all weights of the image encoder (0.8 M parameters)"
 
     def load(self) -> nn.Module:
@@ -262,6 +264,7 @@ class Images(_Images):
     all_tasks = ("mnist", "gtsrb10", "rsscn7", "cifar10", "usps", "dtd10", "pacs", "gtsrb33")
     epochs, rate = 3, 2e-4
     matrix = ', conv="matrix"'  # most of its weights are convolutions of 1 × 1
+    no_gram = ', exclude="conv_dw"'
     tuned = "stages 5 to 7 and the last convolution (3.2 of 3.4 M parameters)"
 
     def load(self) -> nn.Module:

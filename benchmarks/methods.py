@@ -37,6 +37,7 @@ class Setting:
     Attributes:
         tasks: Names of the vectors.
         matrix: Option of methods on matrices, for a network whose matrices are convolutions.
+        no_gram: Option of ``regmean``: matrices whose inputs have no Gram matrix.
         files: Gives the statistics files of a kind, as an option.
         x: The number that is tuned.
         task: Place of the task whose own model is wanted, from 1.
@@ -44,6 +45,7 @@ class Setting:
 
     tasks: Sequence[str]
     matrix: str
+    no_gram: str
     files: Callable[[str], str]
     x: float
     task: int = 0
@@ -109,7 +111,7 @@ ROWS = [
     Row("wudi, solve=exact", lambda s: f'wudi({s.all}, solve="exact"{s.matrix})'),
     Row("fisher", lambda s: f"fisher({s.all}, files={s.files('fisher')})", 4),
     Row("fisher, normalize=True", lambda s: f"fisher({s.all}, files={s.files('fisher')}, normalize=True)", 4),
-    Row("regmean", lambda s: f"regmean({s.all}, files={s.files('gram')}{s.matrix}{EXCLUDE[bool(s.matrix)]})", 2),
+    Row("regmean", lambda s: f"regmean({s.all}, files={s.files('gram')}{s.matrix}{s.no_gram})", 2),
     Row("slerp of pairs", lambda s: f"slerp({s.all})", 2, "pair"),
     Row("sum of pairs", lambda s: s.sum, 1, "pair"),
     Row("mean, λ = 1", lambda s: f"mean({s.all})", 0),
@@ -118,11 +120,10 @@ ROWS = [
     Row("tsv, λ = 1", lambda s: f"tsv({s.all}{s.matrix})", 0),
     Row("wudi, λ = 1", lambda s: f"wudi({s.all}{s.matrix})", 0),
     Row("wudi, filtered at 50, λ = 1", _filtered(50), 0),
-    Row("regmean, λ = 1", lambda s: f"regmean({s.all}, files={s.files('gram')}{s.matrix}{EXCLUDE[bool(s.matrix)]})", 0),
+    Row("regmean, λ = 1", lambda s: f"regmean({s.all}, files={s.files('gram')}{s.matrix}{s.no_gram})", 0),
     Row("emr", lambda s: f"emr({s.all}, task={s.task})", 0, "task"),
     Row("tall", lambda s: f"tall({s.all}, task={s.task})", 0, "task"),
 ]
-EXCLUDE = {True: ', exclude="conv_dw|conv_stem"', False: ""}  # convolutions whose inputs have no Gram matrix
 OF_PAIRS = [row.name for row in ROWS if row.kind == "pair"]
 
 
@@ -180,7 +181,7 @@ def _resident(reset: bool = False) -> int:
 
 def recipes(row: Row, model: Model, x: float) -> list[tuple[str, Sequence[str]]]:
     """Return the recipes of a row, and the tasks that each is evaluated on."""
-    setting = Setting(model.tasks, model.matrix, lambda kind: repr(model.information(kind)), x)
+    setting = Setting(model.tasks, model.matrix, model.no_gram, lambda kind: repr(model.information(kind)), x)
     if row.kind == "task":
         return [(row.recipe(replace(setting, task=place)), [task]) for place, task in enumerate(model.tasks, 1)]
     if row.kind == "pair":
