@@ -1,8 +1,8 @@
-"""The paper's experiments, from `tva paper`: forgetting and adding on real images, or all on what ships with tva.
+"""The paper's experiments, from `tva paper`: forgetting and adding on real images.
 
-    python -m benchmarks run paper --seeds 0 1 2 --scale real --data_root DATA [--output runs/paper]
+    python -m benchmarks run paper --seeds 0 1 2 --data_root DATA [--scale real] [--output runs/paper]
 
-The seeds are those of the scale's YAML. What is finished is skipped.
+What is finished is skipped. `paper_texts`, `paper_language`, `paper_analogies` and `paper_smoke` are other experiments.
 """
 
 from __future__ import annotations
@@ -13,8 +13,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from benchmarks.ledger import markdown, over_seeds
 from tva.cli.main import main as tva
+from tva.evaluation.intervals import student_interval
+from tva.paper.suite import find_scale
 
 OPTIONS = {"scale": "real", "data_root": "", "output": "runs/paper"}
 DEPENDS = ("benchmarks/paper.py", "tva/paper", "tva/edit", "tva/evaluation", "tva/search", "tva/models", "tva/data")
@@ -23,8 +27,13 @@ EXPERIMENTS = ("forgetting-images", "adding-images")
 
 def measure(seed: int, scale: str, data_root: str, output: str) -> dict[str, Any]:
     """Run the experiments if need be, and return one seed's numbers and edits."""
-    words = [*EXPERIMENTS, "--scale", scale, "--output", output]
-    _call("paper", "run", *words, *(["--data_root", data_root] if data_root else []))
+    return run_seed(EXPERIMENTS, seed, scale, data_root, output)
+
+
+def run_seed(experiments: Sequence[str], seed: int, scale: str, data_root: str, output: str) -> dict[str, Any]:
+    """Run experiments with one seed if need be, and return its numbers and edits."""
+    words = [*experiments, "--scale", scale, "--output", output]
+    _call("paper", "run", *words, "--seeds", f"[{seed}]", *(["--data_root", data_root] if data_root else []))
     _call("paper", "table", *words)
     return values_of(json.loads((Path(output) / "table.json").read_text()), seed)
 
@@ -38,12 +47,17 @@ def _call(*words: str) -> None:
 
 
 def values_of(table: Mapping[str, Any], seed: int) -> dict[str, Any]:
-    """Return what a seed contributes to a table of `tva paper table`."""
+    """Return what a seed contributes to a table of `tva paper table`: rows, effects and edits that forget one task."""
     return {
         "rows": {
             f"{row['experiment']}: {row['row']}": row["seeds"][str(seed)]
             for row in table["rows"]
             if str(seed) in row["seeds"]
+        },
+        "effects": {
+            f"{effect['experiment']}: {effect['effect']}": effect["seeds"][str(seed)]
+            for effect in table["effects"]
+            if str(seed) in effect["seeds"]
         },
         "edits": {
             edit["edit"]: {
@@ -56,78 +70,72 @@ def values_of(table: Mapping[str, Any], seed: int) -> dict[str, Any]:
                 },
             }
             for edit in table["edits"]
-            if edit["seed"] == seed
+            if edit["seed"] == seed and edit["edit"].startswith("forget-")
         },
     }
 
 
 LABELS = ("base", "finetuned", "edited", "random")
-FORGETTING = (  # row, the paper's number for ViT-B/32
-    ("pre-trained, target", 48.3),
-    ("pre-trained, control", 63.4),
-    ("fine-tuned, target", 90.2),
-    ("fine-tuned, control", 48.2),
-    ("random vector, target", 45.7),
-    ("random vector, control", 61.5),
-    ("negative task vector, target", 24.0),
-    ("negative task vector, control", 60.9),
-)
-ADDING = (  # row, its description here, the paper's number for ViT-L/14 and of how many tasks
-    ("pairs, each against its own models", "pairs, each against its own models", 98.9, ""),
-    ("all tasks, each against its own model", "all tasks in one model (here six)", 91.2, " (eight)"),
-    ("all tasks, a random vector of the same norm", "a random vector of the same norm", None, ""),
-    ("ensemble of outputs, on all tasks", "ensemble of the six models' outputs", None, ""),
-    ("mean cosine of two vectors", "mean cosine of two vectors", None, ""),
-)
 
 
 def tables(runs: Mapping[int, Mapping[str, Any]]) -> dict[str, str]:
     """Return the two comparisons with the paper, and the edits that forget."""
-    found = list(runs.values())
-    heads = ["number", "paper", "ours", "95 % over seeds", "difference"]
-    forgetting = [_compared(found, "forgetting-images", row, row, paper) for row, paper in FORGETTING]
-    adding = [_compared(found, "adding-images", row, shown, paper, about) for row, shown, paper, about in ADDING]
-    edits = [_edit(found, name) for name in found[0]["edits"] if name.startswith("forget-")]
     return {
-        "forgetting": markdown(heads, forgetting),
-        "adding": markdown(heads, adding),
-        "edits": markdown(
-            ["forgotten", "λ by seed", "base", "fine-tuned", "edited", "random", "control, base → edited", "holds"],
-            edits,
-        ),
+        "forgetting": compared(runs, "forgetting-images"),
+        "adding": compared(runs, "adding-images"),
+        "edits": edits(runs),
     }
 
 
-def _compared(
-    found: Sequence[Mapping[str, Any]], experiment: str, row: str, shown: str, paper: float | None, about: str = ""
-) -> list[str]:
-    values = [run["rows"][f"{experiment}: {row}"] for run in found]
-    mean, ends, places = statistics.fmean(values), over_seeds(values), 1 if "cosine" not in row else 3
+def compared(runs: Mapping[int, Mapping[str, Any]], experiment: str, scale: str = "real") -> str:
+    """Return an experiment's numbers beside those of the paper, and its effects below them."""
+    found = find_scale(experiment, scale)
+    column, rows = found.options.get("paper"), {}
+    for entry in found.content["rows"]:
+        key = f"{experiment}: {entry['row']}"
+        values = [run["rows"][key] for run in runs.values() if key in run["rows"]]
+        if values:
+            paper = (entry.get("paper") or {}).get(column)
+            rows[entry["row"]] = _row(entry["row"], paper, values, entry.get("unit", "percent") == "percent")
+    for entry in found.content.get("effects", []):
+        key = f"{experiment}: {entry['effect']}"
+        values = [run["effects"][key] for run in runs.values() if key in run.get("effects", {})]
+        if len(values) > 1:
+            low, _ = student_interval(np.array(values), 0.9)
+            ours = f"by {statistics.fmean(values):.3f}, at least {low:.3f}".replace("-", "−")
+            rows[key] = [f"*{entry['effect']}*", "", ours, "shown" if low > 0 else "not shown", ""]
+    heads = ["number", f"paper ({column})" if column else "paper", "ours", "95 % over seeds", "difference"]
+    return markdown(heads, list(rows.values()))
+
+
+def _row(name: str, paper: float | None, values: Sequence[float], percent: bool) -> list[str]:
+    mean, ends = statistics.fmean(values), over_seeds(values)
+    form = "{:.1f}" if percent else "{:.3g}"
+    if percent and ends is not None and max(values) <= 100:
+        ends = max(0.0, ends[0]), min(100.0, ends[1])
     return [
-        shown,
-        "" if paper is None else f"{paper}{about}",
-        f"{mean:.{places}f}",
-        "" if ends is None else f"[{ends[0]:.{places}f}, {ends[1]:.{places}f}]",
-        "" if paper is None else f"{mean - paper:+.1f}".replace("-", "−"),
+        name,
+        "" if paper is None else f"{paper}",
+        form.format(mean),
+        "" if ends is None else f"[{form.format(ends[0])}, {form.format(ends[1])}]".replace("-", "−"),
+        "" if paper is None else f"{mean - paper:{'+.1f' if percent else '+.3g'}}".replace("-", "−"),
     ]
+
+
+def edits(runs: Mapping[int, Mapping[str, Any]]) -> str:
+    """Return a row for each task that was forgotten."""
+    found = list(runs.values())
+    heads = ["forgotten", "λ by seed", "base", "fine-tuned", "edited", "random", "control, base → edited", "holds"]
+    return markdown(heads, [_edit(found, name) for name in found[0]["edits"] if name.startswith("forget-")])
 
 
 def _edit(found: Sequence[Mapping[str, Any]], name: str) -> list[str]:
-    edits, task = [run["edits"][name] for run in found], name.removeprefix("forget-")
-    (control,) = edits[0]["tasks"].keys() - {task}
+    made, task = [run["edits"][name] for run in found], name.removeprefix("forget-")
+    (control,) = made[0]["tasks"].keys() - {task}
 
     def mean(label: str, of: str = task) -> str:
-        return f"{100 * statistics.fmean(edit['tasks'][of][label] for edit in edits):.1f}"
+        return f"{100 * statistics.fmean(edit['tasks'][of][label] for edit in made):.1f}"
 
-    coefs, holds = ", ".join(f"{edit['coef']:g}" for edit in edits), sum(edit["holds"] for edit in edits)
+    coefs, holds = ", ".join(f"{edit['coef']:g}" for edit in made), sum(edit["holds"] for edit in made)
     kept = f"{mean('base', control)} → {mean('edited', control)}"
-    return [
-        task,
-        coefs,
-        mean("base"),
-        mean("finetuned"),
-        mean("edited"),
-        mean("random"),
-        kept,
-        f"{holds} of {len(edits)}",
-    ]
+    return [task, coefs, *map(mean, LABELS), kept, f"{holds} of {len(made)}"]

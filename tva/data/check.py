@@ -1,17 +1,18 @@
-"""Check a copy of a named data set: its splits, columns, classes and sizes, and images that training and test share."""
+"""Check a copy of a named data set: its splits, columns, classes and sizes, and what training and test share."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import xxhash
 
 from tva.data.loading import load_splits
-from tva.data.presets import Preset, find_preset
-from tva.errors import some
+from tva.data.presets import Preset, all_presets, find_preset
+from tva.data.text_presets import TEXT_PRESETS, TextPreset
+from tva.errors import did_you_mean, some
 
 # Examples to train on, what is held out for validation among them, and to test on, in the splits of the literature:
 # Wang et al., arXiv 2405.07813, and Ilharco et al., ICLR 2023.
@@ -41,7 +42,8 @@ class DataCheck:
         examples: Split to number of examples.
         problems: What is missing or wrong.
         notes: What is worth knowing.
-        shared: Test examples whose image is in the training split too; None where that could not be seen.
+        shared: Test examples whose image or text is in the training split too; None where that could not be seen.
+        what: ``image`` or ``text``.
     """
 
     name: str
@@ -50,6 +52,7 @@ class DataCheck:
     problems: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     shared: int | None = None
+    what: str = "image"
 
 
 def check_data(name: str, path: str) -> DataCheck:
@@ -65,9 +68,15 @@ def check_data(name: str, path: str) -> DataCheck:
         ValueError: No preset has this name, or the copy is not a data set.
         FileNotFoundError: Nothing is there.
     """
-    preset = find_preset(name)
+    texts = TEXT_PRESETS.get(name)
+    if texts is None and name not in all_presets():
+        known = [*all_presets(), *TEXT_PRESETS]
+        raise ValueError(f"no preset is named {name!r}; the presets are {', '.join(known)}.{did_you_mean(name, known)}")
     if "{split}" not in path and not Path(path).exists():
         raise FileNotFoundError(f"A copy of {name} was expected at {path}, but nothing is there.")
+    if texts is not None:
+        return _check_texts(name, path, texts, load_splits(path))
+    preset = find_preset(name)
     splits = preset.standardize(load_splits(path, folder="imagefolder"))
     examples = {split: len(table) for split, table in splits.items()}
     found = DataCheck(name, path, examples, notes=[KNOWN[name]] if name in KNOWN else [])
@@ -91,6 +100,38 @@ def check_data(name: str, path: str) -> DataCheck:
     if wanted is None:
         found.notes.append(f"how many examples {name} must have is not known here")
     return _with_shared(found, splits)
+
+
+def _check_texts(name: str, path: str, preset: TextPreset, splits: Mapping[str, Any]) -> DataCheck:
+    """Check a set of texts, of which training and test must share no row."""
+    examples = {split: len(table) for split, table in splits.items()}
+    notes = [f"licence, as its page says: {preset.license}", *([preset.note] if preset.note else [])]
+    found = DataCheck(name, path, examples, notes=notes, what="text")
+    for split, count in preset.examples.items():
+        if split not in splits:
+            found.problems.append(f"there is no split {split!r}; the splits are {some(splits, 8)}")
+            continue
+        columns = [*preset.columns, *(["label"] if preset.classes else [])]
+        if missing := [column for column in columns if column not in splits[split].column_names]:
+            found.problems.append(
+                f"{split} lacks {some(missing)}; its columns are {some(splits[split].column_names, 9)}"
+            )
+        if examples[split] != count:
+            found.problems.append(f"{split} has {examples[split]:,} examples, where the hub's has {count:,}")
+    if found.problems:
+        return found
+    test = splits[preset.test_split]
+    labels = set(test.unique("label")) if preset.classes else set()
+    if labels - set(range(len(preset.classes))):
+        found.problems.append(f"labels must be in 0 … {len(preset.classes) - 1}; found {some(sorted(labels), 8)}")
+    rows = [
+        [xxhash.xxh3_128_hexdigest(repr(row).encode()) for row in zip(*(table[c] for c in preset.columns), strict=True)]
+        for table in (splits["train"], test)
+    ]
+    shared = len(set(rows[0]) & set(rows[1]))
+    if shared:
+        found.notes.append(f"{shared:,} different test texts are in the training split too")
+    return replace(found, shared=shared)
 
 
 def _classes(preset: Preset, table: Any, name: str) -> list[str]:

@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader, DistributedSampler, default_collate
 
 from tva.data.loading import comparison, default_name, expand, load_splits, resolved_revision
 from tva.data.streaming import Cut, Stream, make_streams
+from tva.data.text_presets import TextPreset, find_text_preset
 from tva.errors import some
 
 
@@ -72,6 +73,11 @@ class Task(L.LightningDataModule, ABC):
         streaming: bool = False,
     ) -> None:
         super().__init__()
+        self._named: TextPreset | None = None
+        if isinstance(path, str) and path.startswith("preset:"):
+            preset = path.removeprefix("preset:")
+            self._named = find_text_preset(preset)
+            path, name, config = self._named.hub, name or preset, config or self._named.config
         # Plain attributes rather than save_hyperparameters: LightningCLI can give one data module another's.
         self.path = {split: expand(file) for split, file in path.items()} if isinstance(path, dict) else expand(path)
         self.name = name or default_name(self.path)
@@ -102,7 +108,7 @@ class Task(L.LightningDataModule, ABC):
     def _load_splits(self) -> Mapping[str, Any]:
         splits = load_splits(self.path, self.config, self.revision, self.folder_format, self.streaming)
         self.resolved_revision = resolved_revision(splits)
-        return splits
+        return splits if self._named is None else self._named.standardize(splits)
 
     def _tables(self, splits: Mapping[str, Any]) -> dict[str, Any]:
         """Return the table that each part is taken from; without a ``val`` split that of train."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import logging
 import os
 import random
 import warnings
@@ -74,12 +75,9 @@ class LmEvalTask(FunctionTask):
         settings = {name: getattr(self, name) for name in ("task", "num_fewshot", "seed")}
         return {**settings, "harness": f"lm_eval {version('lm_eval')}"}
 
-    @functools.cached_property
+    @property
     def _manager(self) -> Any:
-        _import()
-        from lm_eval.tasks import TaskManager
-
-        return TaskManager(include_path=self.include_path)
+        return _manager_of(self.include_path)
 
     @functools.cached_property
     def _documents(self) -> dict[str, list[int]]:
@@ -133,6 +131,15 @@ class LmEvalTask(FunctionTask):
         return replace(found, higher_is_better=dict(self.higher_is_better))
 
 
+@functools.cache
+def _manager_of(include_path: str | None) -> Any:
+    """Return the harness's index of task files, which takes long to make and is the same for all tasks."""
+    _import()
+    from lm_eval.tasks import TaskManager
+
+    return TaskManager(include_path=include_path)
+
+
 def _by_document(samples: Sequence[Mapping[str, Any]], metric: str, chosen: str) -> np.ndarray | None:
     rows = sorted((row for row in samples if row.get("filter", "none") == chosen), key=lambda row: row["doc_id"])
     values = [row.get(metric) for row in rows]
@@ -151,12 +158,15 @@ def _import() -> None:
 
 @contextlib.contextmanager
 def _apart() -> Iterator[None]:
-    """Keep the harness's seeds and warnings to itself."""
-    states = random.getstate(), np.random.get_state()
+    """Keep the harness's seeds, warnings and log to itself."""
+    states, log = (random.getstate(), np.random.get_state()), logging.getLogger("lm_eval")
+    level = log.level
+    log.setLevel(logging.ERROR)
     try:
         with torch.random.fork_rng(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     finally:
+        log.setLevel(level)
         random.setstate(states[0])
         np.random.set_state(states[1])

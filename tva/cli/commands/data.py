@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 from tva.console import make_console
 from tva.data.presets import all_presets
+from tva.data.text_presets import TEXT_PRESETS
 from tva.report.table import Column, print_table
 
 HELP = "list the data sets that can be named: presets, and those that ship with tva"
@@ -25,6 +26,10 @@ def run(what: Literal["ls"] = "ls") -> list[dict[str, Any]]:
         hub = preset.hub + (f" ({preset.config})" if preset.config else "")
         lists = ", ".join(map(str, preset.lists)) or ("control" if name == "imagenet" else "")
         rows.append((f"preset:{name}", preset.num_classes, len(preset.templates) or 80, lists, hub, preset.note))
+    for name, texts in TEXT_PRESETS.items():
+        hub = texts.hub + (f" ({texts.config})" if texts.config else "")
+        note = "; ".join(filter(None, (f"texts; licence: {texts.license}", texts.note)))
+        rows.append((f"preset:{name}", len(texts.classes), 0, "", hub, note))
     for name, spec in BUILTIN_SETS.items():
         note = f"ships with tva; {spec.num_train} / {spec.num_test} examples"
         rows.append((f"builtin:{name}", len(MARKS[name]), len(spec.templates), "", "", note))

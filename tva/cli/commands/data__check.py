@@ -5,12 +5,12 @@ from __future__ import annotations
 from tva.console import make_console, print_line
 from tva.data.check import DataCheck, check_data
 
-HELP = "check a copy of a named data set: splits, columns, classes, sizes, and images that training and test share"
+HELP = "check a copy of a named data set: splits, columns, classes, sizes, and what training and test share"
 ORDER = "name"
 
 
 def run(name: str, path: str) -> DataCheck:
-    """Check a copy of a named data set: splits, columns, classes, sizes, and images that training and test share.
+    """Check a copy of a named data set: splits, columns, classes, sizes, and what training and test share.
 
     Args:
         name: A preset's name, such as ``dtd``; ``tva data`` lists them.
@@ -29,7 +29,12 @@ def show(result: DataCheck) -> None:
     for note in result.notes:
         print_line(console, f"note: {note}")
     if not result.problems:
-        print_line(console, "it is what the paper's code reads, and training and test share no image")
+        print_line(console, "it is what the paper's code reads" + shares(result))
+
+
+def shares(result: DataCheck) -> str:
+    """Say whether training and test share something, where that was looked for."""
+    return "" if result.shared != 0 else f", and training and test share no {result.what}"
 
 
 def finish(result: DataCheck) -> bool:

@@ -11,7 +11,7 @@ from tva.console import make_console, print_line
 from tva.paper.results import Effect, Row, effects_of, find_fits, find_made, ledger, missing_edits, rows_of
 from tva.paper.suite import list_experiments, load_experiment
 from tva.paper.table import HEADINGS, cells, write_tables
-from tva.report.table import Column, print_table, words
+from tva.report.table import Column, print_table
 
 HELP = "put the paper's numbers and ours side by side: Markdown, CSV, LaTeX, JSON and figures"
 ORDER = "names…"
@@ -84,16 +84,17 @@ def run(
     return Tables(rows, effects, files, notes)
 
 
+KEPT = ("number", "paper", "ours")
 COLUMNS = [
-    Column(heading, lambda row, place=place: cells(row)[place], is_number=place > 2, fold=True)
+    Column(heading, lambda row, place=place: cells(row)[place], place > 2, fold=place <= 2, keep=heading in KEPT)
     for place, heading in enumerate(HEADINGS)
+    if place >= 2  # experiment and scale are the title
 ]
 EFFECTS = [
-    words("experiment", lambda effect: f"{effect.experiment} ({effect.scale})"),
-    words("effect", lambda effect: effect.effect),
+    Column("effect", lambda effect: effect.effect, False, fold=True, keep=True),
     Column("difference", lambda effect: _number(effect.difference)),
     Column("at least", lambda effect: _number(effect.limit)),
-    words("holds", lambda effect: "yes" if effect.holds else "not shown"),
+    Column("holds", lambda effect: "yes" if effect.holds else "not shown", False, keep=True),
 ]
 
 
@@ -104,8 +105,13 @@ def _number(value: float | None) -> str:
 def show(result: Tables) -> None:
     """Print the numbers, the effects, and where the files are."""
     console = make_console()
-    print_table(console, COLUMNS, result.rows)
-    print_table(console, EFFECTS, result.effects)
+    for name, scale in dict.fromkeys((row.experiment, row.scale) for row in result.rows):
+        title = f"{name}, {scale}"
+        print_table(
+            console, COLUMNS, [row for row in result.rows if (row.experiment, row.scale) == (name, scale)], title=title
+        )
+        if effects := [effect for effect in result.effects if (effect.experiment, effect.scale) == (name, scale)]:
+            print_table(console, EFFECTS, effects)
     for note in result.notes:
         print_line(console, f"note: {note}")
     for file in result.files:
