@@ -1,6 +1,6 @@
 """How often do intervals cover what they are intervals of? By simulation.
 
-    python -m benchmarks run intervals --seeds 0 [--runs 400]
+    python -m benchmarks run intervals --seeds 0 1 2 [--runs 200]
 
 Every kind of interval that tva reports, on scores whose distribution is known. In brackets is Clopper and Pearson's
 95 % interval of what is simulated. Seeds are further simulations of the same, so that their counts are added.
@@ -17,22 +17,26 @@ import torch
 
 from benchmarks.gate import share
 from benchmarks.ledger import markdown
-from tva.evaluation.intervals import compare, mean_interval, mean_ratio_interval
-from tva.evaluation.metrics import compute, find_metric
+from tva.evaluation.intervals import Ends, compare, mean_interval, mean_ratio_interval
+from tva.evaluation.metrics import FunctionMetric
 from tva.evaluation.result import Evaluation
 from tva.report.edit_report import Comparison
 
-OPTIONS = {"runs": 400}  # simulations of a cell; a quarter of it for metrics of predictions
-DEPENDS = ("benchmarks/intervals.py", "tva/evaluation/intervals.py", "tva/evaluation/result.py")
+OPTIONS = {"runs": 200}  # simulations of a cell
+DEPENDS = (
+    "benchmarks/intervals.py",
+    "tva/evaluation/intervals.py",
+    "tva/evaluation/jackknife.py",
+    "tva/evaluation/result.py",
+)
 SIZES = (5, 20, 50, 200, 1000)
-Ends = tuple[float, float] | None
 
 
 def measure(seed: int, runs: int) -> dict[str, Any]:
     """Count for each kind and number of examples: simulations, those with an interval, and those that it covers."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # too few examples are the point here
-        return dict([*means(runs, seed), *predictions(max(1, runs // 4), seed)])
+        return dict([*means(runs, seed), *predictions(runs, seed)])
 
 
 def tables(runs: Mapping[int, Mapping[str, Any]]) -> dict[str, str]:
@@ -133,27 +137,82 @@ def means(runs: int, seed: int) -> Iterator[tuple[str, list[list[int]]]]:
         )
 
 
+def f1(preds: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    """Compute the mean F1 of the classes that occur, as torchmetrics' ``MulticlassF1Score`` does, but quickly."""
+    classes = preds.shape[1]
+    cells = torch.bincount(target * classes + preds.argmax(1), minlength=classes**2).view(classes, classes)
+    both = cells.sum(0) + cells.sum(1)
+    return (2 * cells.diagonal() / both.clip(min=1)).sum() / (both > 0).sum()
+
+
+def auroc(preds: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    """Compute the mean area under the curve of each class against the others, as ``MulticlassAUROC`` does."""
+    areas, count = [], len(target)
+    for label in range(preds.shape[1]):
+        places = torch.empty(count, dtype=torch.float64)
+        places[preds[:, label].argsort()] = torch.arange(1.0, count + 1, dtype=torch.float64)
+        own = target == label
+        num = int(own.sum())
+        areas.append((places[own].sum() - num * (num + 1) / 2) / max(1, num * (count - num)))
+    return torch.stack(areas).mean()
+
+
+def calibration_error(preds: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    """Compute the calibration error in 15 bins."""
+    confidence, predicted = preds.max(dim=-1)
+    off = torch.zeros(15, dtype=torch.float64)
+    off.index_add_(0, (15 * confidence).long().clip(max=14), (predicted == target).double() - confidence)
+    return off.abs().sum() / len(target)
+
+
+PREDICTIONS = {  # name: metric, classes, how far apart they are
+    "F1, 4 classes": (f1, 4, 1.2),
+    "F1, 2 classes, easy": (f1, 2, 1.5),
+    "AUROC, 4 classes": (auroc, 4, 1.2),
+    "AUROC, 2 classes, easy": (auroc, 2, 1.5),
+    "calibration error of one's own, 4 classes": (calibration_error, 4, 1.2),
+}
+
+
 def predictions(runs: int, seed: int) -> Iterator[tuple[str, list[list[int]]]]:
-    """Yield how often the interval of a metric of predictions covers it, where there is one."""
-    for name in ("f1_score", "auroc", "calibration_error"):
-        metric, cells = find_metric(name, 4), []
-        truth = float(compute(metric, *classified(np.random.default_rng(seed), 100_000)))
+    """Yield how often the intervals of metrics of predictions, and of their differences and ratios, cover."""
+    for name, (function, classes, apart) in PREDICTIONS.items():
+        metric, cells = FunctionMetric(function), []
+        base, edited = (
+            float(function(*side)) for side in classified(np.random.default_rng(seed), 300_000, classes, apart)
+        )
         for count in SIZES:
-            generator, ends = np.random.default_rng([seed, count]), list[Ends]()
-            for _ in range(runs):
-                preds, target = classified(generator, count)
-                value = float(compute(metric, preds, target))
-                found = Evaluation({name: value}, count, preds=preds, target=target, extra={name: metric})
-                ends.append(found.interval(name))
-            cells.append(covers(ends, truth))
-        yield f"`{name}`, 4 classes", cells
+            generator = np.random.default_rng([seed, count])
+            found = [_intervals(metric, classified(generator, count, classes, apart)) for _ in range(runs)]
+            truths = (base, edited - base, edited / base)
+            cells.append([covers(ends, truth) for ends, truth in zip(zip(*found, strict=True), truths, strict=True)])
+        for place, what in enumerate(("", ", difference from the base", ", share of the base")):
+            yield name + what, [cell[place] for cell in cells]
 
 
-def classified(generator: np.random.Generator, count: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Draw probabilities of 4 classes, and labels."""
-    labels, logits = generator.integers(4, size=count), generator.normal(size=(count, 4))
-    logits[np.arange(count), labels] += 1.2
-    return torch.from_numpy(1.5 * logits).softmax(-1), torch.from_numpy(labels)
+def _intervals(metric: FunctionMetric, sides: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> tuple[Ends, Ends, Ends]:
+    """Return the intervals of the base's metric, of the difference from it and of the share of it."""
+    base, edited = (
+        Evaluation(
+            {"m": float(metric.function(*side))}, len(side[1]), preds=side[0], target=side[1], extra={"m": metric}
+        )
+        for side in sides
+    )
+    found = edited.compare(base, "m")
+    assert found is not None
+    return base.interval("m"), of_pair(found, "difference"), of_pair(found, "ratio")
+
+
+def classified(
+    generator: np.random.Generator, count: int, classes: int, apart: float
+) -> tuple[tuple[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]:
+    """Draw probabilities and labels, of a base and of a model that is edited, by noise."""
+    labels, logits = generator.integers(classes, size=count), generator.normal(size=(count, classes))
+    logits[np.arange(count), labels] += apart
+    noisy = logits + 0.8 * generator.normal(size=logits.shape)
+    target = torch.from_numpy(labels)
+    first, second = (torch.from_numpy(1.5 * side).softmax(-1) for side in (logits, noisy))
+    return (first, target), (second, target)
 
 
 def covers(ends: Sequence[Ends], truth: float) -> list[int]:

@@ -4,8 +4,6 @@ import math
 
 import numpy as np
 import pytest
-import torch
-from scipy import stats
 from scipy.stats import binom
 
 from tva.evaluation.intervals import (
@@ -14,10 +12,8 @@ from tva.evaluation.intervals import (
     is_binary,
     mean_interval,
     quick_interval,
-    resampled_interval,
     wilson_interval,
 )
-from tva.evaluation.metrics import compute, find_metric
 from tva.evaluation.result import Evaluation
 
 
@@ -123,54 +119,6 @@ def test_no_interval_is_read_off_a_metrics_name():
     assert logged.quick_interval("accuracy") is None
     scored = Evaluation({"accuracy": 0.8}, 200, {"accuracy": np.arange(200) < 160})
     assert scored.interval("accuracy") == wilson_interval(0.8, 200)
-
-
-def predictions(generator, num, separation=1.2, classes=3):
-    labels = generator.integers(classes, size=num)
-    logits = generator.normal(size=(num, classes))
-    logits[np.arange(num), labels] += separation
-    return torch.from_numpy(logits * separation).softmax(-1), torch.from_numpy(labels)
-
-
-def evaluated(name, preds, target):
-    metric = find_metric(name, preds.shape[-1])
-    value = float(compute(metric, preds, target))
-    return Evaluation({name: value}, len(target), preds=preds, target=target, extra={name: metric})
-
-
-def test_a_calibration_error_has_no_interval_for_a_bootstrap_does_not_see_its_bias():
-    generator = np.random.default_rng(0)
-    found = [evaluated("calibration_error", *predictions(generator, num)) for num in (50, 200) for _ in range(3)]
-    assert [each.interval("calibration_error") for each in found] == [None] * 6
-    compared = found[0].compare(found[1], "calibration_error")
-    assert (compared.difference_low, compared.ratio_low) == (None, None)
-    assert compared.difference == pytest.approx(
-        found[0].metrics["calibration_error"] - found[1].metrics["calibration_error"]
-    )
-
-
-def test_metrics_of_predictions_have_no_interval_where_it_would_not_cover():
-    resampled = np.random.default_rng(0).normal(0.8, 0.03, 200)
-    assert resampled_interval(0.8, resampled, 49) is None
-    assert resampled_interval(0.83, resampled, 200) is None  # biased
-    near = np.random.default_rng(0).beta(98, 2, 200)
-    assert resampled_interval(float(near.mean()), near, 100) is None  # too few errors to know
-    low, high = resampled_interval(0.8, resampled, 200)
-    error = np.std(np.log(resampled / (1 - resampled)), ddof=1) * stats.t.ppf(0.975, 199)
-    assert (low, high) == pytest.approx((1 / (1 + 0.25 * math.exp(error)), 1 / (1 + 0.25 * math.exp(-error))))
-    wide = np.random.default_rng(0).normal(3, 1, 200)  # not a share: symmetric
-    assert sum(resampled_interval(3.0, wide, 200)) == pytest.approx(6)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", ["f1_score", "auroc"])
-def test_the_interval_of_a_metric_of_predictions_covers_it(name):
-    generator, runs = np.random.default_rng(0), 100
-    truth = evaluated(name, *predictions(generator, 100_000)).metrics[name]
-    ends = [evaluated(name, *predictions(generator, 100)).interval(name) for _ in range(runs)]
-    given = [pair for pair in ends if pair is not None]
-    assert len(given) > 0.9 * runs
-    assert sum(low <= truth <= high for low, high in given) / len(given) >= 0.95 - 3 * (0.05 * 0.95 / len(given)) ** 0.5
 
 
 def test_few_scores_other_than_right_and_wrong_have_no_interval_for_none_would_cover():

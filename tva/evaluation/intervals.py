@@ -15,6 +15,7 @@ from scipy import stats
 
 from tva.report.edit_report import Comparison
 
+Ends = tuple[float, float] | None  # of an interval, where there is one
 NUM_RESAMPLES = 4000
 SEED = 0
 FEW = 50  # examples below which a bootstrap of a mean is too short
@@ -308,76 +309,6 @@ def compare_means(
         ratio_low, ratio_high = min(ratio, float(found[0])), max(ratio, float(found[1]))
     return Comparison(
         difference, min(difference, float(low)), max(difference, float(high)), ratio, ratio_low, ratio_high, p_value
-    )
-
-
-def resampled_interval(value: float, resampled: np.ndarray, num_examples: int) -> tuple[float, float] | None:
-    """Compute the 95 % interval of a metric of predictions from its values on resampled examples.
-
-    The standard error is that of the resampled values; of a metric in (0, 1) on the scale of the logit.
-
-    Args:
-        value: The metric on all examples.
-        resampled: The metric on examples drawn with replacement, shape (resamples,).
-        num_examples: Examples.
-
-    Returns:
-        Lower and upper end; None where such an interval would not cover: with fewer than 50 examples; where a metric
-        in [0, 1] is so near an end that the examples that are not there (the errors) count fewer than 5; and where the
-        resampled values are off by more than a quarter of their standard error on average, which is the bias that the
-        value itself has (that of a calibration error).
-
-    Source: Efron and Tibshirani, "An introduction to the bootstrap", 1993, section 10.3, for the quarter.
-
-    Example:
-        >>> low, high = resampled_interval(0.8, np.random.default_rng(0).normal(0.8, 0.04, 200), 100)
-        >>> round(low, 2), round(high, 2)
-        (0.71, 0.87)
-    """
-    share = bool(((resampled >= 0) & (resampled <= 1)).all())
-    if num_examples < FEW or (share and num_examples * value * (1 - value) < 5):
-        return None
-    if abs(float(resampled.mean()) - value) > 0.25 * float(resampled.std(ddof=1)):
-        return None
-    if not share:
-        width = spread(resampled, num_examples)
-        return value - width, value + width
-    inside = resampled.clip(1e-9, 1 - 1e-9)
-    width, center = spread(np.log(inside / (1 - inside)), num_examples), np.log(value / (1 - value))
-    low, high = (1 / (1 + np.exp(-(center + step))) for step in (-width, width))
-    return float(low), float(high)
-
-
-def spread(resampled: np.ndarray, num_examples: int, confidence: float = 0.95) -> float:
-    """Return half the width of Student's interval whose standard error is that of resampled values."""
-    return float(stats.t.ppf(0.5 + confidence / 2, num_examples - 1) * resampled.std(ddof=1))
-
-
-def compare_resampled(
-    edited: tuple[float, np.ndarray], base: tuple[float, np.ndarray], num_examples: int, covered: bool
-) -> Comparison:
-    """Compare a metric of predictions with the base's: each its value, and its values on the same resampled examples.
-
-    Args:
-        edited: Value and resampled values, shape (resamples,).
-        base: Likewise.
-        num_examples: Examples.
-        covered: Whether both have an interval that covers; else the comparison has none.
-    """
-    difference = edited[0] - base[0]
-    width = spread(edited[1] - base[1], num_examples) if covered else None
-    ratio = edited[0] / base[0] if base[0] > 0 else None
-    ends: tuple[float | None, float | None] = (None, None)
-    if covered and ratio and bool((edited[1] > 0).all() and (base[1] > 0).all()):
-        factor = float(np.exp(spread(np.log(edited[1] / base[1]), num_examples)))
-        ends = ratio / factor, ratio * factor
-    return Comparison(
-        difference,
-        None if width is None else difference - width,
-        None if width is None else difference + width,
-        ratio,
-        *ends,
-        None,
     )
 
 

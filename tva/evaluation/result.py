@@ -10,23 +10,14 @@ import numpy as np
 import torch
 from torch import Tensor
 from torchmetrics import Metric
+from torchmetrics.classification import BinaryCalibrationError, MulticlassCalibrationError
 
-from tva.evaluation.intervals import (
-    compare,
-    compare_resampled,
-    is_binary,
-    mean_interval,
-    quick_interval,
-    resampled_interval,
-    resamples,
-)
+from tva.evaluation.intervals import compare, is_binary, mean_interval, quick_interval
+from tva.evaluation.jackknife import Jackknife, compare_jackknives, jackknife
 from tva.evaluation.metrics import KL, compute
 from tva.report.edit_report import Comparison
 
 Split = Literal["val", "test"]
-
-
-NUM_METRIC_RESAMPLES = 200  # of metrics that are not a mean over examples, each computed again
 
 
 _LOWER_IS_BETTER = ("loss", "perplexity", "error", "nll", "wer", "cer", "mae", "mse", "rmse", "ece")
@@ -92,19 +83,17 @@ class Evaluation:
     def interval(self, metric: str) -> tuple[float, float] | None:
         """Return a metric's 95 % interval, where it can be known.
 
-        Wilson's of scores that are right or wrong, a bootstrap of another mean over examples or of a metric of
-        predictions. None for a metric whose scores by example are not known, whatever its name, and for a metric of
-        predictions with too few examples or with a bias that a bootstrap cannot see past (`calibration_error`); nor for
-        a divergence from the base of 0, which at the base is no estimate.
+        Wilson's of scores that are right or wrong, a bootstrap of another mean over examples, a jackknife of a metric
+        of predictions. None for a metric whose scores by example are not known, whatever its name, and for a metric of
+        predictions with too few examples or with a bias (`calibration_error`); nor for a divergence from the base of
+        0, which at the base is no estimate.
         """
         if metric == KL and not self.scores[metric].any():
             return None
         if metric in self.scores:
             return mean_interval(self.scores[metric], groups=self.groups)
         if metric in self.extra:
-            return resampled_interval(
-                self.metrics[metric], self._resampled(metric), self.num_groups or self.num_examples
-            )
+            return self._jackknife(metric).interval()
         return None
 
     def quick_interval(self, metric: str) -> tuple[float, float] | None:
@@ -118,30 +107,32 @@ class Evaluation:
             enough = is_binary(*scores) or self.num_examples > 1
             return compare(*scores, groups=self.groups) if enough and self.num_groups != 1 else None
         if metric in self.extra and metric in base.extra:
-            ours, theirs = self._resampled(metric), base._resampled(metric)
-            count = self.num_groups or self.num_examples
-            found = [
-                resampled_interval(side.metrics[metric], values, count)
-                for side, values in ((self, ours), (base, theirs))
-            ]
-            return compare_resampled(
-                (self.metrics[metric], ours), (base.metrics[metric], theirs), count, None not in found
-            )
+            return compare_jackknives(self._jackknife(metric), base._jackknife(metric))
         return None
 
-    def _resampled(self, metric: str) -> np.ndarray:
+    def _jackknife(self, metric: str) -> Jackknife:
+        known = self.__dict__.setdefault("_jackknives", {})  # a base is compared with every edit
+        if metric not in known:
+            known[metric] = self._left_out(metric)
+        return known[metric]
+
+    def _left_out(self, metric: str) -> Jackknife:
         assert self.preds is not None
         assert self.target is not None
-        values, of_group = [], None
-        if self.groups is not None:
-            _, index = np.unique(self.groups, return_inverse=True)
-            of_group = [np.flatnonzero(index == group) for group in range(index.max() + 1)]
-        count = len(self.target) if of_group is None else len(of_group)
-        for row in (row for rows in resamples(count, NUM_METRIC_RESAMPLES) for row in rows):
-            rows = row if of_group is None else np.concatenate([of_group[group] for group in row])
-            drawn = (_rows(side, rows) for side in (self.preds, self.target))
-            values.append(float(compute(self.extra[metric], *drawn)))
-        return np.array(values)
+        found, preds, target = self.extra[metric], self.preds, self.target
+        value, labels = self.metrics[metric], None
+        if isinstance(found, (BinaryCalibrationError, MulticlassCalibrationError)):  # biased
+            return Jackknife(value, np.array([value, value]), value, enough=False)
+        if isinstance(target, Tensor) and isinstance(preds, Tensor) and target.ndim == 1:
+            of_classes = preds.ndim == 2 or not preds.is_floating_point() or len(target.unique()) == 2
+            labels = target.numpy() if of_classes and not target.is_floating_point() else None
+        return jackknife(
+            value,
+            lambda rows: float(compute(found, _rows(preds, rows), _rows(target, rows))),
+            len(target),
+            labels,
+            self.groups,
+        )
 
     def same_as(self, other: Evaluation) -> bool:
         """Whether two evaluations agree in every number, bit for bit."""
