@@ -62,7 +62,7 @@ class Inputs:
 
     def as_checkpoint(self, path: str) -> Words:
         other = self.compose("--vectors.a", self.vector, "--allow_other_base", base=path, recipe="a")
-        extract = ["extract", "--base", self.base, "--finetuned", path, "--output", OUT]
+        extract = ["extract", "--base", self.base, "--finetuned", path, "--output", "extracted.safetensors"]
         return [["inspect", path], self.compose("--vectors.x", path), VERIFY, other, extract]
 
     def as_vector(self, path: str) -> Words:

@@ -1,5 +1,7 @@
 """GGUF files: dequantized as the gguf package does, edited exactly, and written as GGUF again."""
 
+import struct
+
 import numpy
 import pytest
 import torch
@@ -149,3 +151,39 @@ def test_the_package_is_named_where_it_is_missing(files, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "gguf", None)
     with pytest.raises(ValueError, match="base.gguf is read through the package gguf, .* pip install gguf"):
         open_weights(files[0])
+
+
+def _text(text):
+    return struct.pack("<Q", len(text)) + text
+
+
+TENSOR = _text(b"w") + struct.pack("<IQIQ", 1, 4, 0, 0)  # four float32 at the start of the data
+HEADERS = {  # values and tensors, their counts, and what is wrong
+    "no file holds that many bytes": (
+        _text(b"k") + struct.pack("<IIQ", 9, 0, 2**60),
+        1,
+        b"",
+        0,
+        "bytes are said to follow",
+    ),
+    "as many texts": (_text(b"k") + struct.pack("<IIQ", 9, 8, 2**60), 1, b"", 0, "an array of .* texts"),
+    "arrays in arrays": (_text(b"k") + struct.pack("<IIQ", 9, 9, 1), 1, b"", 0, "an array of 1 arrays"),
+    "as many values": (b"", 2**60, b"", 0, "1,152,921,504,606,846,976 values"),
+    "as many tensors": (b"", 0, b"", 2**60, "1,152,921,504,606,846,976 tensors"),
+    "a long name": (struct.pack("<Q", 2**62), 1, b"", 0, "a name of .* bytes"),
+    "an unknown value": (_text(b"k") + struct.pack("<I", 99), 1, b"", 0, "unknown type 99"),
+    "an alignment of 0": (_text(b"general.alignment") + struct.pack("<II", 4, 0), 1, TENSOR, 1, "alignment"),
+    "a name twice": (b"", 0, 2 * TENSOR, 2, "'w' is there twice"),
+    "data elsewhere": (b"", 0, TENSOR[:-8] + struct.pack("<Q", 2**40), 1, "ends behind the file's"),
+    "a part of a block": (b"", 0, _text(b"w") + struct.pack("<IQIQ", 1, 7, 8, 0), 1, "not of whole blocks of 32"),
+    "an unknown kind of tensor": (b"", 0, _text(b"w") + struct.pack("<IQIQ", 1, 4, 999, 0), 1, "999"),
+}
+
+
+@pytest.mark.parametrize("what", HEADERS)
+def test_a_header_that_promises_what_the_file_does_not_hold_is_refused_at_once(tmp_path, what):
+    values, num_values, tensors, num_tensors, message = HEADERS[what]
+    header = b"GGUF" + struct.pack("<IQQ", 3, num_tensors, num_values) + values + tensors
+    (tmp_path / "m.gguf").write_bytes(header + bytes(-len(header) % 32 + 16))
+    with pytest.raises(ValueError, match=f"m.gguf is not a GGUF file, or is damaged .*{message}"):
+        open_weights(tmp_path / "m.gguf")
