@@ -11,6 +11,7 @@ from small_text import make_tokenizer
 
 from tva.data import LanguageTask, TableTask
 from tva.data.language_task import owners_of
+from tva.edit import notes
 from tva.evaluation.bounds import clears, slack
 from tva.evaluation.evaluate import groups_of
 from tva.evaluation.intervals import by_group, compare, mean_interval, quick_interval
@@ -130,6 +131,49 @@ def test_a_column_of_a_table_groups_its_examples(tmp_path):
         groups_of(ready(group="speaker"), "test", 13)
 
 
+def speakers(folder, sizes):
+    labels = np.random.default_rng(1).permutation(np.repeat([f"s{number}" for number in range(len(sizes))], sizes))
+    table = {"text": ["a"] * len(labels), "label": np.arange(len(labels)) % 2, "speaker": labels}
+    pandas.DataFrame(table).to_csv(folder / "all.csv", index=False)
+    return f"{folder}/all.csv"
+
+
+@pytest.mark.parametrize("how", [{"val_size": 20}, {}, {"split_fractions": {"val": 0.2, "test": 0.3}}])
+def test_a_group_is_never_trained_on_and_evaluated(tmp_path, how):
+    path = speakers(tmp_path, [3, 9, 5, 1, 12, 7, 8, 4, 6, 5, 10, 2, 6, 9, 13])  # 100 rows
+    for seed in range(5):
+        given = path if how.get("split_fractions") else {"train": path, "test": path}
+        task = TableTask(given, group="speaker", seed=seed, **how)
+        parts = {part: set(table["speaker"]) for part, table in task._select_parts(generates=False).items()}
+        sizes = {part: len(table) for part, table in task._select_parts(generates=False).items()}
+        assert not parts["train"] & parts["val"]
+        assert len(parts["train"] | parts["val"] | parts["test"]) == 15
+        if how.get("split_fractions"):
+            assert not parts["test"] & (parts["train"] | parts["val"])
+            assert sum(sizes.values()) == 100
+            assert 8 <= sizes["val"] <= 33
+        else:  # whole groups until there are enough
+            assert sum(sizes[part] for part in ("train", "val")) == 100
+            assert how.get("val_size", 10) <= sizes["val"] < how.get("val_size", 10) + 13
+
+
+def test_one_group_cannot_be_held_out_and_few_groups_have_no_interval_and_a_note(tmp_path):
+    path = speakers(tmp_path, [30])
+    with pytest.raises(
+        ValueError, match="all training examples are of one group of 'speaker', s0, and .* Set val_split"
+    ):
+        TableTask({"train": path, "test": path}, group="speaker")._select_parts(generates=False)
+    groups = np.repeat(np.arange(19), 5)
+    few = Evaluation({"accuracy": 0.5}, 95, {"accuracy": np.arange(95) % 2 == 0}, groups=groups)
+    assert few.interval("accuracy") is None
+    many = Evaluation({"accuracy": 0.5}, 95, {"accuracy": np.arange(95) % 2 == 0}, groups=np.arange(95) // 4)
+    assert many.interval("accuracy") is not None
+    of_base = {("a", "test"): few, ("a", "val"): few, ("b", "test"): many}
+    session = SimpleNamespace(evaluator=SimpleNamespace(of_base=lambda: of_base))
+    (note,) = notes._few_groups(SimpleNamespace(split="test", session=session))
+    assert note.startswith("The test examples of a are of 19 groups. Below 20 groups no interval covers")
+
+
 @pytest.mark.parametrize("column", [None, "article"])
 def test_a_language_task_takes_documents_as_the_unit(tmp_path, column):
     rows = {"text": ["the film was good " * 12] * 9, "article": ["a", "a", "b", "b", "b", "c", "c", "d", "d"]}
@@ -145,6 +189,19 @@ def test_a_language_task_takes_documents_as_the_unit(tmp_path, column):
     assert groups.max() + 1 == (9 if column is None else 4)
     assert (np.diff(groups) >= 0).all()  # in the order of the blocks
     assert len(groups_of(task, "val", len(task.val_dataloader().dataset))) > count
+
+
+def test_blocks_that_are_held_out_are_all_those_of_some_documents(tmp_path):
+    rows = {"text": ["the film was good " * 12] * 9, "article": ["a", "a", "b", "b", "b", "c", "c", "d", "d"]}
+    pandas.DataFrame(rows).to_csv(tmp_path / "t.csv", index=False)
+    paths = dict.fromkeys(("train", "test"), f"{tmp_path}/t.csv")
+    task = LanguageTask(paths, block_length=16, group="article")
+    task.trainer = SimpleNamespace(lightning_module=SimpleNamespace(tokenizer=make_tokenizer()), world_size=1)
+    task.setup()
+    held = groups_of(task, "val", len(task.val_dataloader().dataset))
+    every = groups_of(task, "test", len(task.test_dataloader().dataset))
+    assert len(held) in np.bincount(every)
+    assert len(set(held)) == 1
 
 
 def test_blocks_of_one_text_file_are_the_unit(tmp_path):

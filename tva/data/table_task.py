@@ -43,7 +43,7 @@ class TableTask(LabeledTask):
         class_names: Names in the order of the model's classes, where neither the model nor the data name them.
         split_column: Column that names each row's split.
         split_fractions: Split to the part of the rows that it gets, such as ``{val: 0.1, test: 0.2}``; drawn by
-            ``seed``, the rest is for training.
+            ``seed``, with ``group`` in whole groups; the rest is for training.
         metric: How the task is measured, besides what the model logs: the name of a metric of torchmetrics, such as
             ``f1_score`` or ``mean_squared_error``, ``spearman``, those of `LanguageTask` for a language model, or the
             dotted path of a function of ``preds`` and ``target`` (texts that were generated, and those wanted, of a
@@ -113,14 +113,34 @@ class TableTask(LabeledTask):
             names = np.asarray([str(name) for name in table[self.split_column]])
             return {name: table.select(np.flatnonzero(names == name)) for name in dict.fromkeys(names.tolist())}
         assert self.split_fractions is not None
-        order, start, found = np.random.default_rng(self.seed).permutation(len(table)), 0, {}
-        for name, fraction in self.split_fractions.items():
-            stop = start + round(fraction * len(table))
-            if start == stop:
-                raise ValueError(f"{self.name}: {fraction:g} of {len(table)} rows for {name!r} are none. Give it more.")
-            found[name], start = table.select(np.sort(order[start:stop])), stop
-        rest = self.splits["train"] or "train"
-        return {**found, **({rest: table.select(np.sort(order[start:]))} if start < len(table) else {})}
+        places, found = self._places(table, list(self.split_fractions.values())), {}
+        for place, (name, fraction) in enumerate(self.split_fractions.items()):
+            rows = np.flatnonzero(places == place)
+            if not len(rows):
+                unit = "rows" if self.group is None else "rows in whole groups"
+                raise ValueError(
+                    f"{self.name}: {fraction:g} of {len(table)} {unit} for {name!r} are none. Give it more."
+                )
+            found[name] = table.select(rows)
+        rest = np.flatnonzero(places == len(found))
+        return {**found, **({self.splits["train"] or "train": table.select(rest)} if len(rest) else {})}
+
+    def _places(self, table: Any, fractions: Sequence[float]) -> np.ndarray:
+        """Return the number of each row's split, drawn by ``seed``; the rest has the number after the last."""
+        generator = np.random.default_rng(self.seed)
+        if self.group is None:
+            places, order = np.full(len(table), len(fractions)), generator.permutation(len(table))
+            start = 0
+            for place, fraction in enumerate(fractions):
+                stop = start + round(fraction * len(table))
+                places[order[start:stop]], start = place, stop
+            return places
+        _, index, sizes = np.unique(np.asarray(self._group_labels(table)), return_inverse=True, return_counts=True)
+        order = generator.permutation(len(sizes))
+        middles = (sizes[order].cumsum() - sizes[order] / 2) / len(table)  # a group goes where its middle is
+        of_group = np.empty(len(sizes), dtype=np.int64)
+        of_group[order] = np.searchsorted(np.cumsum(fractions) + 1e-9, middles)
+        return of_group[index]
 
     def _check_column(self, table: Any, option: str, column: str) -> None:
         if column not in table.column_names:
@@ -159,7 +179,7 @@ class TableTask(LabeledTask):
                 self._check_column(table, option.split()[0], column)
         rows = {part: self._filter(table, self.where) for part, table in tables.items()}
         if "val" not in rows:
-            self._hold_out(rows)
+            self._hold_out(rows, self._group_labels(tables["train"]))
             tables["val"] = tables["train"]
         return self._grouped(self._limited(rows, tables))
 

@@ -42,7 +42,8 @@ class Task(L.LightningDataModule, ABC):
         limit_val: Validate on at most this many, likewise.
         limit_test: Test on at most this many, likewise.
         group: Column of what examples have in common, such as a document, speaker, patient or sign: intervals and the
-            gate then take groups as independent draws, and not examples.
+            gate then take groups as independent draws, and not examples; a part that is held out consists of whole
+            groups, until it has as many examples as asked for.
         streaming: Read from beginning to end without an index, for sets too large for the disk: a hub set, or local
             parquet, arrow, csv or json files. Needs ``val_split`` or ``val_size``, whose examples are then the first of
             the training split, and ``trainer.max_steps``.
@@ -184,8 +185,13 @@ class Task(L.LightningDataModule, ABC):
             table = table.filter(lambda value, wanted=wanted: value in wanted, input_columns=[column])
         return table
 
-    def _hold_out(self, rows: dict[str, np.ndarray]) -> None:
-        """Hold ``val`` out of ``train``, in place, by the paper's rule, unless it is there."""
+    def _hold_out(self, rows: dict[str, np.ndarray], groups: Sequence[Any] | None = None) -> None:
+        """Hold ``val`` out of ``train``, in place, by the paper's rule, unless it is there.
+
+        Args:
+            rows: By part the rows of its table.
+            groups: The group of each row of the training table, where a group must be on one side.
+        """
         if "val" in rows:
             return
         if len(rows["train"]) < 2:
@@ -197,13 +203,29 @@ class Task(L.LightningDataModule, ABC):
         num_val = max(1, min(count // 10, 5000)) if self.val_size is None else self.val_size
         if not 0 < num_val < count:
             raise ValueError(f"{self.name}: val_size must be in 1 … {count - 1}; found {num_val}.")
-        held, kept = self._draw_held_out(count, num_val)
+        if groups is None:
+            held, kept = self._draw_held_out(count, num_val)
+        else:
+            held, kept = self._draw_held_out_groups(np.asarray(groups)[rows["train"]], num_val)
         rows["train"], rows["val"] = np.sort(rows["train"][kept]), np.sort(rows["train"][held])
 
     def _draw_held_out(self, count: int, num_val: int) -> tuple[np.ndarray, np.ndarray]:
         """Return which of ``count`` training examples are held out, and which are kept."""
         order = np.random.default_rng(self.seed).permutation(count)
         return order[:num_val], order[num_val:]
+
+    def _draw_held_out_groups(self, groups: np.ndarray, num_val: int) -> tuple[np.ndarray, np.ndarray]:
+        """Return which training examples are held out, in whole groups until there are enough, and which are kept."""
+        names, index, sizes = np.unique(groups, return_inverse=True, return_counts=True)
+        if len(names) < 2:
+            raise ValueError(
+                f"{self.name}: all training examples are of one group of {self.group!r}, {names[0]!s}, and a group is "
+                f"held out as a whole. Set val_split, or name another column."
+            )
+        order = np.random.default_rng(self.seed).permutation(len(names))
+        enough = int(np.searchsorted(sizes[order].cumsum(), num_val)) + 1
+        held = np.isin(index, order[: min(enough, len(names) - 1)])
+        return np.flatnonzero(held), np.flatnonzero(~held)
 
     def _limit(self, part: str, rows: np.ndarray, table: Any = None) -> np.ndarray:
         """Keep the first of a seeded shuffle of a table's rows, in the data's order."""
@@ -253,7 +275,7 @@ class Task(L.LightningDataModule, ABC):
         rows = {part: self._filter(tables[part], self.where) for part in ("train", "test")}
         if self.splits["val"] is not None:
             rows["val"] = self._filter(tables["val"], self.where)
-        self._hold_out(rows)
+        self._hold_out(rows, self._group_labels(tables["train"]) if self.group is not None else None)
         return rows
 
     def _filter(self, table: Any, where: Mapping[str, Any]) -> np.ndarray:

@@ -8,6 +8,7 @@ from typing import Any
 from tva.edit.outcome import Outcome
 from tva.edit.session import EditSession
 from tva.errors import some
+from tva.evaluation.intervals import FEWEST
 from tva.evaluation.leaks import num_trained_on
 from tva.search.confidence import lacking_power, power_of
 
@@ -37,7 +38,7 @@ def notes_on(outcome: Outcome, trained_on: TrainedOn) -> list[str]:
     leaks = [*_leaks(outcome, trained_on), *_other_parts(outcome), *_other_heads(outcome)]
     power = [f"{text[0].upper()}{text[1:]}." for text in lacking_on_test(outcome.session)]
     power += shown_on_test(outcome.session) if outcome.split == "test" else []
-    power += [*_decided(outcome), *_at_the_end(outcome)]
+    power += [*_few_groups(outcome), *_decided(outcome), *_at_the_end(outcome)]
     form = [outcome.session.form.note] if outcome.session.form.note else []
     return [*_left_out(outcome.session), *form, *leaks, *power]
 
@@ -72,6 +73,18 @@ def shown_on_test(session: EditSession) -> list[str]:
             f"{abs(base.metrics[constraint.metric] - bound):.3g}{fewest}."
         )
     return notes
+
+
+def _few_groups(outcome: Outcome) -> list[str]:
+    """Notice tasks with fewer groups than an interval of a mean needs."""
+    counts = {key: base.num_groups for key, base in outcome.session.evaluator.of_base().items()}
+    return [
+        f"The {WORDS[split]} examples of {task} are of {count} groups. Below {FEWEST} groups no interval covers, so "
+        f"there is none. Evaluate more groups; or, if the examples of a group are no more alike than others, leave "
+        f"group out."
+        for (task, split), count in counts.items()
+        if split == outcome.split and count is not None and count < FEWEST
+    ]
 
 
 def _decided(outcome: Outcome) -> list[str]:
