@@ -4,6 +4,7 @@ import json
 import re
 from pathlib import Path
 
+import datasets
 import numpy as np
 import pytest
 import torch
@@ -132,6 +133,19 @@ def test_scorers(tmp_path):
     texts = ["The SEA SIDE.", "hamlet", "ham!"]
     assert find_scorer(f"words:{tmp_path / 'words.txt'}")(texts) == [1, 0, 1]
     assert find_scorer("regex:^[Th]")(texts) == [1, 1, 1]
+    labeled = {"text": ["What a FOOL", "a fool, you", "a friend"], "label": [2, 0, 1]}
+    names = datasets.Features(
+        {"text": datasets.Value("string"), "label": datasets.ClassLabel(names=["rude", "kind", "bad"])}
+    )
+    datasets.Dataset.from_dict(labeled, features=names).to_parquet(tmp_path / "labeled.parquet")
+    fool, friend, other, nothing = find_scorer(f"learned:{tmp_path}/labeled.parquet:rude,bad")(
+        ["fool fool", "a friend", "you", ""]
+    )
+    assert fool == pytest.approx(1 / (1 + (0.5 / 2) / (2.5 / 3)))
+    assert friend == pytest.approx(1 / (1 + (1.5 / 2) ** 2 / ((0.5 / 3) * (2.5 / 3))))
+    assert (other, nothing) == (pytest.approx(1 / (1 + (0.5 / 2) / (1.5 / 3))), 0.5)
+    with pytest.raises(ValueError, match="counts the labels 'good'; .* has 'bad', 'kind', 'rude'"):
+        find_scorer(f"learned:{tmp_path}/labeled.parquet:rude,good")
     assert find_scorer("swearing")(["He is Fucking mad", "a classic", "scunthorpe"]) == [1, 0, 0]
     assert TextScore(f"{__name__}.bad_words")(["bad poor", "good"]) == [2, 0]
 
@@ -143,6 +157,7 @@ def test_scorers(tmp_path):
         ("words:nowhere.txt", "needs a file with one word or phrase a line"),
         ("words", "must be words:FILE"),
         ("regex:(", "is not a regular expression"),
+        ("learned:file.parquet", "must be learned:FILE:LABEL,…"),
         ("math.pi", "must be a function of a list of texts"),
     ],
 )

@@ -156,6 +156,9 @@ def test_the_table_has_means_over_seeds_and_the_papers_numbers(made, capsys, tmp
     assert row["difference"] == pytest.approx(row["ours"] - 10)
     assert {edit["edit"] for edit in ledger["edits"]} == {"forget-one", "forget-two"}
     assert "| target | 10.0 (A) |" in (tmp_path / "table.md").read_text()
+    (tmp_path / "table.md").write_text("# Experiments of the paper\n\n## another, small\n")
+    main(["paper", "table", str(file), "--output", str(output), "--write", str(tmp_path)])
+    assert "## another" not in (tmp_path / "table.md").read_text()
     assert (tmp_path / "table.csv").read_text().count("\n") == 3
     assert r"\toprule" in (tmp_path / "table.tex").read_text()
 

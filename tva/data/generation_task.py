@@ -33,8 +33,9 @@ class GenerationTask(L.LightningDataModule):
         prompts: Texts; or a file with one a line, where ``{split}`` stands for ``val`` and ``test``; or a mapping from
             these to files or texts. Several prompts of one list are shared out, half to choose on and half to report
             on, by ``seed``; a single prompt serves for both, with other draws.
-        scorer: What scores texts: ``swearing``, ``words:FILE``, ``regex:PATTERN``, ``detoxify``, the name of an entry
-            point or the dotted path of a function; see `tva.data.scorers.find_scorer`.
+        scorer: What scores texts: ``swearing``, ``words:FILE``, ``regex:PATTERN``, ``learned:FILE:LABEL,…``,
+            ``detoxify``, the name of an entry point or the dotted path of a function; see
+            `tva.data.scorers.find_scorer`.
         name: Name in log keys and reports.
         num_samples: Texts to write after each prompt.
         max_new_tokens: Tokens of a text at most, without the prompt; it is not scored with it.

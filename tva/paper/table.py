@@ -30,7 +30,7 @@ def cells(row: Row) -> tuple[str, ...]:
 
 def to_markdown(rows: Sequence[Row]) -> str:
     """Return one table a scale, with what differs from the paper's set-up below it."""
-    lines: list[str] = []
+    lines = ["# Experiments of the paper", ""]  # by its first line an earlier table is known
     for experiment, scale in dict.fromkeys((row.experiment, row.scale) for row in rows):
         own = [row for row in rows if (row.experiment, row.scale) == (experiment, scale)]
         lines += [f"## {experiment}, {scale}", "", f"| {' | '.join(HEADINGS[2:])} |", "|" + "---|" * len(HEADINGS[2:])]
