@@ -171,28 +171,17 @@ def test_an_edit_takes_one_call_from_python_and_says_what_made_it(vectors, tmp_p
 
 
 @pytest.mark.slow
-def test_the_example_notebook_runs_anew_and_shows_what_it_holds(tmp_path):
+def test_the_example_notebook_runs_and_displays_what_it_makes(tmp_path):
     nbformat, nbclient = pytest.importorskip("nbformat"), pytest.importorskip("nbclient")
-    kept = nbformat.read(NOTEBOOK, as_version=4)
-    text = NOTEBOOK.read_text()
-    assert len(text.encode()) < 200_000
-    assert not re.search(r"/(tmp|work|home|root|usr)/|site-packages|https?://(?!www\.w3\.org/)", text)
-    fresh = nbformat.read(NOTEBOOK, as_version=4)
-    for cell in fresh.cells:
-        if cell.cell_type == "code":
-            cell.update(outputs=[], execution_count=None)
-    nbclient.NotebookClient(fresh, timeout=600, resources={"metadata": {"path": str(tmp_path)}}).execute()
-
-    def kinds(notebook):
-        cells = [cell for cell in notebook.cells if cell.cell_type == "code"]
-        return [[(o.output_type, sorted(o.get("data", {}))) for o in cell.outputs] for cell in cells]
-
-    assert kinds(fresh) == kinds(kept)
-    assert not any(kind in ("stream", "error") for cell in kinds(kept) for kind, _ in cell)
-    for before, now in zip(_edits(kept), _edits(fresh), strict=True):
-        assert now[0] == before[0]  # whether it holds
-        assert now[1:] == pytest.approx(before[1:], abs=12)  # per cent: another machine trains other weights
-    (holds, _, edited, *_), (feasible, *_) = _edits(fresh)
+    notebook = nbformat.read(NOTEBOOK, as_version=4)
+    assert not re.search(r"/(tmp|work|home|root|usr)/|site-packages|https?://", NOTEBOOK.read_text())
+    code = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    assert not any(cell.outputs for cell in code), "clear the outputs before you commit the notebook"
+    nbclient.NotebookClient(notebook, timeout=600, resources={"metadata": {"path": str(tmp_path)}}).execute()
+    outputs = [output for cell in code for output in cell.outputs]
+    shown = [output.data for output in outputs if output.output_type != "stream"]  # a slow machine prints progress
+    assert sum("text/html" in data for data in shown) == 5  # a vector, a comparison, a search and two edits
+    (holds, _, edited, *_), (feasible, *_) = _edits(notebook)
     assert (holds, feasible) == ("holds", "refused")
     assert edited < 35
     assert (tmp_path / "runs/forget/edited.safetensors").exists()
