@@ -1,16 +1,18 @@
 """Fine-tuning with a curvature penalty against ordinary fine-tuning: forgetting, and addition at λ = 1.
 
-    python -m benchmarks run curvature_penalty --seeds 0 1 2 [--output runs/curvature]
+    python -m benchmarks run curvature_penalty --seeds 0 1 2 [--models images --data DATA] [--output runs/curvature]
 
-The shipped CLIP on digits, letters, textures and the control objects. Ways: ordinary fine-tuning, the tangent space,
-and the tangent space with the penalty over the factors of the other three tasks. Of the values of beta that are tried,
-the one with which digits are forgotten furthest on validation data is taken, with seed 0. What is in the output folder
-is not done again.
+The CLIP that ships with tva on digits, letters, textures and the control objects; or EfficientNet-Lite0 at 64 pixels on
+mnist, usps and the control cifar10, forgetting only. Ways: ordinary fine-tuning, the tangent space, and the tangent
+space with the penalty over the factors of the other tasks. Of the values of beta that are tried, the one with which the
+first task is forgotten furthest on validation data is taken, with seed 0. What is in the output folder is not done
+again.
 """
 
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,18 +22,14 @@ from tva.callbacks import CurvaturePenalty, MergeStatistics
 
 import tva
 from benchmarks.ledger import markdown, with_interval
+from benchmarks.merge_models import unpacked
 from tva import TaskVector
 from tva.data import ImageTask
-from tva.models import ClipClassifier
+from tva.models import ClipClassifier, VisionClassifier
 from tva.search import Grid
 
-TASKS = ("digits", "letters", "textures")
-CONTROL = "objects"
-RATES = {"ordinary": 6e-4, "tangent": 1.2e-3}
-BETAS = (1e-2, 1e-1)
-STEPS = 40
-NUM_TEST = 400
-OPTIONS = {"output": "runs/curvature"}
+OPTIONS = {"models": "tiny", "data": "", "output": "runs/curvature"}
+PARTS = ("models",)  # the ledger has a file for each
 DEPENDS = (
     "benchmarks/curvature_penalty.py",
     "callbacks/curvature_penalty.py",
@@ -41,9 +39,56 @@ DEPENDS = (
 )
 
 
-def data(task: str) -> ImageTask:
-    """Return a task with few examples to choose on."""
-    return ImageTask(f"builtin:{task}", batch_size=64, val_size=150, limit_test=NUM_TEST)
+class Tiny:
+    """The CLIP that ships with tva.
+
+    Args:
+        data: Folder with ``images``.
+        output: Where everything is kept.
+        seed: Of fits and of which examples are held out.
+    """
+
+    tasks: Sequence[str] = ("digits", "letters", "textures")
+    control = "objects"
+    rates: Mapping[str, float] = {"ordinary": 6e-4, "tangent": 1.2e-3}
+    betas: Sequence[float] = (1e-2, 1e-1)
+    steps, batch, num_val, num_test = 40, 64, 150, 400
+    adds = True
+
+    def __init__(self, data: str, output: Path, seed: int) -> None:
+        self.data, self.output, self.seed = Path(data).absolute(), output, seed
+
+    def task(self, name: str) -> ImageTask:
+        """Return a task with few examples to choose on."""
+        options = {"batch_size": self.batch, "val_size": self.num_val, "limit_test": self.num_test}
+        return ImageTask(self.path(name), seed=self.seed, **options)
+
+    def path(self, name: str) -> str:
+        return f"builtin:{name}"
+
+    def model(self, **options: Any) -> L.LightningModule:
+        return ClipClassifier(**options)
+
+
+class Images(Tiny):
+    """EfficientNet-Lite0 with BatchNorm folded."""
+
+    tasks = ("mnist", "usps")
+    control = "cifar10"
+    rates: Mapping[str, float] = {"ordinary": 2e-4, "tangent": 4e-4}
+    betas = (1e-2, 1.0)
+    steps, batch, num_val = 30, 32, 100
+    adds = False
+
+    def path(self, name: str) -> str:
+        return str(self.data / "images" / f"{name}-{{split}}.parquet")
+
+    def model(self, **options: Any) -> L.LightningModule:
+        weights = str(unpacked(self.data, self.output) / "efficientnet-lite0.safetensors")
+        return VisionClassifier("tf_efficientnet_lite0", weights, image_size=64, **options)
+
+
+MODELS = {"tiny": Tiny, "images": Images}
 
 
 def trainer(*callbacks: L.Callback, **options: Any) -> L.Trainer:
@@ -59,37 +104,40 @@ def trainer(*callbacks: L.Callback, **options: Any) -> L.Trainer:
     )
 
 
-def factors(output: Path) -> str:
+def factors(model: Tiny) -> str:
     """Measure the factors of every task at the base; return the pattern of their files."""
-    for task in (*TASKS, CONTROL):
-        if not (output / "factors" / task / "curvature.safetensors").exists():
-            measure = MergeStatistics(["curvature"], num_examples=64, dirpath=output / "factors" / task)
-            trainer(measure, max_epochs=0, limit_val_batches=0).fit(ClipClassifier(), datamodule=data(task))
-    return str(output / "factors/*/curvature.safetensors")
+    folder = model.output / "factors"
+    for task in (*model.tasks, model.control):
+        if not (folder / task / "curvature.safetensors").exists():
+            measure = MergeStatistics(["curvature"], num_examples=64, dirpath=folder / task)
+            trainer(measure, max_epochs=0, limit_val_batches=0).fit(model.model(), datamodule=model.task(task))
+    return str(folder / "*/curvature.safetensors")
 
 
-def fit(way: str, beta: float, task: str, seed: int, output: Path) -> str:
+def fit(way: str, beta: float, task: str, model: Tiny) -> str:
     """Fine-tune on a task unless that is done; return the path of its vector."""
-    path = output / f"{way}-{beta:g}" / f"{task}-{seed}.tv.safetensors"
+    path = model.output / f"{way}-{beta:g}" / f"{task}-{model.seed}.tv.safetensors"
     if not path.exists():
-        L.seed_everything(seed, verbose=False)
-        model = ClipClassifier(learning_rate=RATES[way], warmup_steps=10, tangent=way == "tangent")
-        base = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-        callbacks = [CurvaturePenalty(factors(output), beta)] if beta else []
-        trainer(*callbacks, max_steps=STEPS, max_epochs=-1, limit_val_batches=0).fit(model, datamodule=data(task))
-        vector = TaskVector.between(base, model.state_dict())
+        L.seed_everything(model.seed, verbose=False)
+        module = model.model(learning_rate=model.rates[way], warmup_steps=10, tangent=way == "tangent")
+        base = {name: tensor.clone() for name, tensor in module.state_dict().items()}
+        callbacks = [CurvaturePenalty(factors(model), beta)] if beta else []
+        limits = {"max_steps": model.steps, "max_epochs": -1, "limit_val_batches": 0}
+        trainer(*callbacks, **limits).fit(module, datamodule=model.task(task))
+        vector = TaskVector.between(base, module.state_dict())
         (vector.as_kind("tangent") if way == "tangent" else vector).save(path)
+        print(f"{path}: {limits['max_steps']} steps", flush=True)
     return str(path)
 
 
-def edit(way: str, vectors: dict[str, str], folder: Path, **options: Any) -> dict[str, Any]:
+def edit(way: str, vectors: dict[str, str], folder: Path, model: Tiny, **options: Any) -> dict[str, Any]:
     """Edit, and return what its report says of the tasks."""
     if not (folder / "edit.json").exists():
         tva.edit_model(
-            ClipClassifier(tangent=way == "tangent"),
+            model.model(tangent=way == "tangent"),
             vectors=vectors,
             output=folder,
-            controls={CONTROL: data(CONTROL)},
+            controls={model.control: model.task(model.control)},
             trainer=trainer(),
             random_seed=None,
             **options,
@@ -106,78 +154,94 @@ def edit(way: str, vectors: dict[str, str], folder: Path, **options: Any) -> dic
     return {"scaling_coef": chosen, "holds": content["holds"], "tasks": values, "validation": val}
 
 
-def forget(way: str, beta: float, seed: int, output: Path) -> dict[str, Any]:
-    """Forget digits as far as the control allows."""
+def forget(way: str, beta: float, model: Tiny) -> dict[str, Any]:
+    """Forget the first task as far as the control allows."""
+    target = model.tasks[0]
     return edit(
         way,
-        {"digits": fit(way, beta, "digits", seed, output)},
-        output / f"{way}-{beta:g}" / f"forget-{seed}",
-        recipe="-digits",
-        targets={"digits": data("digits")},
-        minimize="digits/accuracy",
-        subject_to=[f"{CONTROL}/accuracy >= 0.95 * base"],
+        {target: fit(way, beta, target, model)},
+        model.output / f"{way}-{beta:g}" / f"forget-{model.seed}",
+        model,
+        recipe=f"-{target}",
+        targets={target: model.task(target)},
+        minimize=f"{target}/accuracy",
+        subject_to=[f"{model.control}/accuracy >= 0.95 * base"],
         search=Grid(stop=2.4, num=13),
     )
 
 
-def add(way: str, beta: float, seed: int, output: Path, searched: bool) -> dict[str, Any]:
+def add(way: str, beta: float, model: Tiny, searched: bool) -> dict[str, Any]:
     """Add the vectors of all tasks, at λ = 1 or at the best λ."""
     chosen: dict[str, Any] = (
         {"search": Grid(num=11), "maximize": "mean(normalized_accuracy)"} if searched else {"scaling_coef": 1.0}
     )
     return edit(
         way,
-        {task: fit(way, beta, task, seed, output) for task in TASKS},
-        output / f"{way}-{beta:g}" / f"add-{'searched' if searched else 1}-{seed}",
-        recipe=" + ".join(TASKS),
-        targets={task: data(task) for task in TASKS},
+        {task: fit(way, beta, task, model) for task in model.tasks},
+        model.output / f"{way}-{beta:g}" / f"add-{'searched' if searched else 1}-{model.seed}",
+        model,
+        recipe=" + ".join(model.tasks),
+        targets={task: model.task(task) for task in model.tasks},
         **chosen,
     )
 
 
-def measure(seed: int, output: str) -> dict[str, Any]:
+def measure(seed: int, models: str, data: str, output: str) -> dict[str, Any]:
     """Return what every way reaches with one seed."""
-    folder = Path(output)
-    tried = {beta: forget("tangent", beta, 0, folder)["validation"]["digits"] for beta in BETAS}
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    first, model = (MODELS[models](data, Path(output) / models, each) for each in (0, seed))
+    tried = {beta: forget("tangent", beta, first)["validation"][first.tasks[0]] for beta in model.betas}
     beta = min(tried, key=tried.__getitem__)
-    return {
+    found = {
+        "n": model.num_test,
         "beta": {"tried": tried, "chosen": beta},
         "forget": {
-            "ordinary": forget("ordinary", 0.0, seed, folder),
-            "tangent": forget("tangent", 0.0, seed, folder),
-            "tangent with the penalty": forget("tangent", beta, seed, folder),
-        },
-        "add": {
-            "ordinary, λ searched": add("ordinary", 0.0, seed, folder, True),
-            "ordinary, λ = 1": add("ordinary", 0.0, seed, folder, False),
-            "tangent with the penalty, λ = 1": add("tangent", beta, seed, folder, False),
+            "ordinary": forget("ordinary", 0.0, model),
+            "tangent": forget("tangent", 0.0, model),
+            "tangent with the penalty": forget("tangent", beta, model),
         },
     }
+    if model.adds:
+        found["add"] = {
+            "ordinary, λ searched": add("ordinary", 0.0, model, True),
+            "ordinary, λ = 1": add("ordinary", 0.0, model, False),
+            "tangent with the penalty, λ = 1": add("tangent", beta, model, False),
+        }
+    return found
 
 
 def tables(runs: Mapping[int, Any]) -> dict[str, str]:
     """Return the tables of forgetting and of addition, and a sentence on beta."""
     values, form = list(runs.values()), "{:.1%}".format
     first = values[0]
-    n = NUM_TEST
+    target, control = first["forget"]["ordinary"]["tasks"]
 
     def cells(kind: str, way: str, tasks: Sequence[str]) -> list[str]:
         found = [each[kind][way] for each in values]
         coefs = ", ".join(f"{each['scaling_coef']:g}" for each in found)
-        scores = [with_interval([each["tasks"][task]["edited"] for each in found], n, form) for task in tasks]
+        scores = [
+            with_interval([each["tasks"][task]["edited"] for each in found], first.get("n", 400), form)
+            for task in tasks
+        ]
         return [way, coefs, *scores]
 
-    made = {}
-    if "forget" in first:
-        held = [f"{sum(each['forget'][way]['holds'] for each in values)} of {len(values)}" for way in first["forget"]]
-        rows = [
-            [*cells("forget", way, ("digits", CONTROL)), holds]
-            for way, holds in zip(first["forget"], held, strict=True)
-        ]
-        made["forget"] = markdown(["way", "λ by seed", "digits", f"{CONTROL} (control)", "constraint holds"], rows)
+    held = [f"{sum(each['forget'][way]['holds'] for each in values)} of {len(values)}" for way in first["forget"]]
+    lines = [[*cells("forget", way, (target, control)), h] for way, h in zip(first["forget"], held, strict=True)]
+    made = {"forget": markdown(["way", "λ by seed", target, f"{control} (control)", "constraint holds"], lines)}
+    left = ("ordinary", "tangent with the penalty")
+    by_seed = [[each["forget"][way]["tasks"][target]["edited"] for way in left] for each in values]
+    half = sum(penalized <= ordinary / 2 for ordinary, penalized in by_seed)
+    listed = ", ".join(f"{ordinary:.1%} → {penalized:.1%}" for ordinary, penalized in by_seed)
+    made["halved"] = f"{half} of {len(values)} seeds ({listed})"
     if "add" in first:
-        rows = [cells("add", way, (*TASKS, CONTROL)) for way in first["add"]]
-        made["add"] = markdown(["way", "λ by seed", *TASKS, f"{CONTROL} (control)"], rows)
+        tasks = list(first["add"]["ordinary, λ = 1"]["tasks"])
+        heads = ["way", "λ by seed", *tasks[:-1], f"{tasks[-1]} (control)", "mean of the targets"]
+        lines = []
+        for way in first["add"]:
+            scores = [sum(each["add"][way]["tasks"][task]["edited"] for task in tasks[:-1]) / (len(tasks) - 1)
+                      for each in values]  # fmt: skip
+            lines.append([*cells("add", way, tasks), with_interval(scores, form=form)])
+        made["add"] = markdown(heads, lines)
     tried = ", ".join(f"{beta}: {value:.1%}" for beta, value in first["beta"]["tried"].items())
-    made["beta"] = f"{first['beta']['chosen']} (digits on validation data, seed 0, by β: {tried})"
+    made["beta"] = f"{first['beta']['chosen']} ({target} on validation data, seed 0, by β: {tried})"
     return made

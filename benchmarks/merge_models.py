@@ -270,7 +270,7 @@ class Images(_Images):
     def load(self) -> nn.Module:
         from tva.models.vision import load_encoder
 
-        weights = _unpacked(self.data, self.output) / "efficientnet-lite0.safetensors"
+        weights = unpacked(self.data, self.output.parent) / "efficientnet-lite0.safetensors"
         encoder, self.transform = load_encoder("tf_efficientnet_lite0", str(weights), 64, "fold")
         self.lower = nn.Sequential(encoder.conv_stem, encoder.bn1, *encoder.blocks[:4])
         upper = nn.Module()
@@ -286,9 +286,9 @@ class Images(_Images):
         return self.lower(images)
 
 
-def _unpacked(data: Path, output: Path) -> Path:
-    """Return the folder of models, unpacked."""
-    folder = output.parent / "models"
+def unpacked(data: Path, output: Path) -> Path:
+    """Return the folder of models, unpacked under the output folder."""
+    folder = output / "models"
     if not folder.exists():
         subprocess.run([sys.executable, str(data / "unpack.py"), str(folder)], check=True)
     return folder
@@ -387,7 +387,7 @@ class Texts(_Texts):
     def load(self) -> nn.Module:
         from transformers import AutoTokenizer, BertModel
 
-        folder = _unpacked(self.data, self.output) / "minilm-l6"
+        folder = unpacked(self.data, self.output.parent) / "minilm-l6"
         self.tokenizer = AutoTokenizer.from_pretrained(folder)
         self.full = BertModel.from_pretrained(folder, add_pooling_layer=False).eval()
         upper = nn.Module()

@@ -10,7 +10,9 @@ that a run that was cut off goes on where it was. Values are numbers of test exa
 
 from __future__ import annotations
 
+import ctypes
 import json
+import math
 import os
 import statistics
 import time
@@ -131,7 +133,7 @@ OF_PAIRS = [row.name for row in ROWS if row.kind == "pair"]
 
 
 class Merges:
-    """The merges of one model and seed: each made once, and how long that took.
+    """The merges of one model and seed.
 
     Args:
         model: With its vectors.
@@ -139,17 +141,11 @@ class Merges:
 
     def __init__(self, model: Model) -> None:
         self.model, self.made = model, ("", TaskVector({}))
-        self.seconds, self.bytes = 0.0, 0
 
     def of(self, recipe: str) -> TaskVector:
         """Return what a recipe gives; the whole grid uses the last one."""
         if recipe != self.made[0]:
-            vectors, before = self.model.vectors, _resident(reset=True)
-            self.seconds, merged = _timed(lambda: Recipe(recipe, vectors).evaluate(vectors))
-            self.bytes = max(0, _resident() - before)
-            if self.seconds < 0.5:  # the first call may have loaded what it needs
-                self.seconds = min(self.seconds, _timed(lambda: Recipe(recipe, vectors).evaluate(vectors))[0])
-            self.made = recipe, merged
+            self.made = recipe, Recipe(recipe, self.model.vectors).evaluate(self.model.vectors)
         return self.made[1]
 
     def right(self, row: Row, x: float, split: str) -> dict[str, int]:
@@ -162,19 +158,29 @@ class Merges:
         }
 
 
-def _timed(call: Callable[[], Any]) -> tuple[float, Any]:
-    started = time.perf_counter()
-    found = call()
-    return time.perf_counter() - started, found
+def cost(recipe: str, vectors: Mapping[str, TaskVector]) -> list[float]:
+    """Return a merge's milliseconds, and its MiB beyond the vectors, its result included."""
+    seconds, most = math.inf, 0
+    for _ in range(2):  # the first may load what it needs
+        before = _resident(reset=True)
+        started = time.perf_counter()
+        merged = Recipe(recipe, vectors).evaluate(vectors)
+        seconds = min(seconds, time.perf_counter() - started)
+        most = _resident() - before
+        del merged
+        if seconds > 1:
+            break
+    return [float(f"{seconds * 1e3:.3g}"), round(max(0, most) / 2**20)]
 
 
 def _resident(reset: bool = False) -> int:
     """Return the largest resident size since the last reset, in bytes; 0 where the system does not say."""
     try:
         if reset:
+            ctypes.CDLL(None).malloc_trim(0)  # what was freed would be used again, unseen
             Path("/proc/self/clear_refs").write_text("5")
         status = Path("/proc/self/status").read_text()
-    except OSError:
+    except (OSError, AttributeError):
         return 0
     return int(status.split("VmHWM:")[1].split()[0]) * 1024
 
@@ -215,7 +221,7 @@ def choose(score: Callable[[float], float], scale: float) -> tuple[float, bool]:
 
 
 def run_row(row: Row, merges: Merges, alone: Mapping[str, int]) -> list[Any]:
-    """Return the tuned number, 1 if it is at the end, the merge's milliseconds and MiB, and what is right by task."""
+    """Return the tuned number, 1 if it is at the end, and what is right by task."""
     x, edge = 1.0, False
     if row.scale:
 
@@ -224,8 +230,7 @@ def run_row(row: Row, merges: Merges, alone: Mapping[str, int]) -> list[Any]:
 
         x, edge = choose(score, row.scale)
     found = merges.right(row, x, "test")
-    cost = [float(f"{merges.seconds * 1e3:.3g}"), round(merges.bytes / 2**20)]
-    return [x, int(edge), *cost, *(found[task] for task in merges.model.tasks)]
+    return [x, int(edge), *(found[task] for task in merges.model.tasks)]
 
 
 def measure(seed: int, models: str, num_tasks: int, data: str, output: str) -> dict[str, Any]:
@@ -247,11 +252,17 @@ def measure(seed: int, models: str, num_tasks: int, data: str, output: str) -> d
     for row in ROWS:
         if row.name in values["rows"] or (row.kind == "pair" and num_tasks > 4):
             continue
-        seconds, found = _timed(lambda row=row: run_row(row, merges, alone["val"]))
-        values["rows"][row.name] = found
+        started = time.perf_counter()
+        values["rows"][row.name] = found = run_row(row, merges, alone["val"])
         kept.write_text(json.dumps(values))
         mean = statistics.fmean(_normalized(values, row.name))
-        print(f"{models} {seed}: {row.name:36} {mean:.3f} at {found[0]:g}{'*' * found[1]} {seconds:.1f} s", flush=True)
+        print(f"{models} {seed}: {row.name:36} {mean:.3f} at {found[0]:g}{'*' * found[1]} "
+              f"{time.perf_counter() - started:.1f} s", flush=True)  # fmt: skip
+    if "cost" not in values:
+        first = {row.name: recipes(row, model, row.scale or 1.0)[0][0] for row in ROWS if row.name in values["rows"]}
+        names = {recipe: name for name, recipe in reversed(first.items())}  # of rows alike, the first
+        values["cost"] = {name: cost(recipe, vectors) for recipe, name in names.items()}
+        kept.write_text(json.dumps(values))
     return values
 
 
@@ -260,7 +271,7 @@ def measure(seed: int, models: str, num_tasks: int, data: str, output: str) -> d
 
 def _normalized(values: Mapping[str, Any], name: str) -> list[float]:
     """Return the accuracy of every task divided by that of its own fine-tuned model."""
-    right = values["base"] if name == "base" else values["rows"][name][4:]
+    right = values["base"] if name == "base" else values["rows"][name][2:]
     return [count / alone for count, alone in zip(right, values["alone"], strict=True)]
 
 
@@ -283,31 +294,27 @@ def tables(runs: Mapping[int, Any]) -> dict[str, str]:
         return [_line(found, name, p_values.get(name)) for name in names]
 
     heads = ["method", "normalized accuracy", "worst task"]
-    cost, known = ["ms", "MiB"], [name for name, row in rows.items() if row.kind == "task"]
     pairs = [name for name in OF_PAIRS if name in rows]
+    known = [name for name, row in rows.items() if row.kind == "task"]
     plain = [name for name, row in rows.items() if not row.scale and row.kind == "all"]
     return {
-        "tuned": markdown([*heads, "λ by seed", "p", *cost], lines(tuned)),
-        "untuned": markdown([*heads, *cost], _without(lines([*plain, "base"]))),
-        "known": markdown([*heads, *cost], _without(lines(known))),
-        **({"pairs": markdown([*heads, *cost], _without(lines(pairs)))} if pairs else {}),
+        "tuned": markdown([*heads, "λ by seed", "p", "ms", "MiB"], lines(tuned)),
+        "untuned": markdown(heads, [line[:3] for line in lines([*plain, "base"])]),
+        "known": markdown(heads, [line[:3] for line in lines(known)]),
+        **({"pairs": markdown(heads, [line[:3] for line in lines(pairs)])} if pairs else {}),
         "tasks": _tasks(found),
         "filtered": _filtered_against_adam(found),
     }
-
-
-def _without(lines: Sequence[list[str]]) -> list[list[str]]:
-    return [[*line[:3], *line[5:]] for line in lines]
 
 
 def _line(found: Sequence[Mapping[str, Any]], name: str, p_value: float | None) -> list[str]:
     """Return the cells of a row; * marks a tuned number at the end of what was tried."""
     scores = with_interval([_mean(each, name) for each in found], form="{:.3f}".format)
     worst = statistics.fmean(min(_normalized(each, name)) for each in found)
-    made = [each["rows"][name] for each in found] if name != "base" else []
-    numbers = ", ".join(f"{one[0]:.2g}{'*' * one[1]}" for one in made)
-    cost = [f"{statistics.median(one[place] for one in made):.3g}" if made else "" for place in (2, 3)]
-    return [name, scores, f"{worst:.3f}", numbers, "" if p_value is None else f"{p_value:.2g}", *cost]
+    numbers = ", ".join(f"{one[0]:.2g}{'*' * one[1]}" for each in found if (one := each["rows"].get(name)))
+    costs = [each["cost"][name] for each in found if name in each["cost"]]
+    spent = [f"{statistics.median(one[place] for one in costs):,.0f}" if costs else "" for place in (0, 1)]
+    return [name, scores, f"{worst:.3f}", numbers, "" if p_value is None else f"{p_value:.2g}", *spent]
 
 
 def against(found: Sequence[Mapping[str, Any]], names: Sequence[str], reference: str) -> dict[str, float]:
@@ -340,6 +347,10 @@ def _filtered_against_adam(found: Sequence[Mapping[str, Any]]) -> str:
             continue
         adam = "wudi, λ = 1" if "λ = 1" in name else "wudi"
         points = [100 * (_mean(each, name) - _mean(each, adam)) for each in found]
-        ratio = statistics.median(each["rows"][adam][2] / each["rows"][name][2] for each in found)
-        lines.append([name, with_interval(points, form="{:+.1f}".format), f"{ratio:.3g} ×"])
-    return markdown(["closed form", "points above Adam", "times faster"], lines)
+        costs = [each["cost"] for each in found if name in each["cost"]]
+        ratio = f"{statistics.median(one['wudi'][0] / one[name][0] for one in costs):.1f} ×" if costs else ""
+        least = [
+            round(100 * min(map(float.__sub__, _normalized(each, name), _normalized(each, adam)))) for each in found
+        ]
+        lines.append([name, with_interval(points, form="{:+.1f}".format), ", ".join(map(str, least)), ratio])
+    return markdown(["closed form", "points above Adam", "of the worst task, by seed", "times faster"], lines)

@@ -164,12 +164,12 @@ def test_p_values_of_several_tests_are_corrected_in_order():
 def test_methods_that_tune_nothing_stand_apart_and_the_others_are_tested_against_the_sum():
     runs = {}
     for seed in range(3):
-        rows = {"sum": [0.5, 0, 1.0, 3, 80, 80], "mean, λ = 1": [1.0, 0, 1.0, 3, 70, 70]}
-        rows["ties"] = [1.0, 0, 9.0, 5, 88 + (seed == 1), 90]
-        rows["tsv"] = [0.5, 1, 9.0, 5, 81 + 3 * (seed - 1), 81]
-        rows["wudi"], rows["wudi, filtered at 50"] = [1.0, 0, 60.0, 9, 85, 85], [1.0, 0, 2.0, 9, 85, 87 + seed]
-        rows["tall"] = [1.0, 0, 2.0, 9, 90, 90]
-        runs[seed] = {"tasks": {"a": 100, "b": 100}, "base": [50, 40], "alone": [90, 100], "rows": rows}
+        rows = {"sum": [0.5, 0, 80, 80], "mean, λ = 1": [1.0, 0, 70, 70], "tsv": [0.5, 1, 81 + 3 * (seed - 1), 81]}
+        rows |= {"ties": [1.0, 0, 88 + (seed == 1), 90], "wudi": [1.0, 0, 85, 85], "tall": [1.0, 0, 90, 90]}
+        rows["wudi, filtered at 50"] = [1.0, 0, 85, 87 + seed]
+        cost = {"sum": [1.0, 3], "wudi": [60.0, 5], "wudi, filtered at 50": [2.0, 9]}
+        tasks = {"a": 100, "b": 100}
+        runs[seed] = {"tasks": tasks, "base": [50, 40], "alone": [90, 100], "rows": rows, "cost": cost}
     made = methods.tables(runs)
     tuned = {line.split(" | ")[0][2:]: line.strip("| ").split(" | ") for line in made["tuned"].splitlines()[2:]}
     assert list(tuned) == ["ties", "wudi, filtered at 50", "wudi", "tsv", "sum"]
@@ -181,7 +181,7 @@ def test_methods_that_tune_nothing_stand_apart_and_the_others_are_tested_against
     assert "base" in made["untuned"]
     assert "tall" in made["known"]
     assert made["tasks"] == "a 50.0% → 90.0%, b 40.0% → 100.0%"
-    assert "| wudi, filtered at 50 | +1.5 [+0.3, +2.7] | 30 × |" in made["filtered"]
+    assert "| wudi, filtered at 50 | +1.5 [+0.3, +2.7] | 0, 0, 0 | 30.0 × |" in made["filtered"]
 
 
 def test_every_row_is_tuned_alike_and_an_end_is_flagged():
@@ -225,7 +225,10 @@ def test_every_method_is_measured_and_what_is_done_is_not_done_again(tmp_path, m
     options = {"models": "two", "num_tasks": 4, "data": "", "output": str(tmp_path)}
     found = methods.measure(1, **options)
     assert found["rows"].keys() == {row.name for row in methods.ROWS}
-    assert all(len(row) == 8 and max(row[4:]) <= 30 for row in found["rows"].values())
+    assert all(len(row) == 6 and max(row[2:]) <= 30 for row in found["rows"].values())
+    assert found["cost"].keys() == {row.name for row in methods.ROWS if not row.name.endswith(", λ = 1")} | {
+        "mean, λ = 1"
+    }
     assert found["tasks"] == dict.fromkeys("abcd", 30)
     assert sum(found["alone"]) > sum(found["base"])
     assert methods.tables({1: found})["pairs"].count("slerp of pairs") == 1
