@@ -1,9 +1,9 @@
 """A tiny model, its tasks and its task vectors, and an edit of them in one call."""
 
-import lightning as L
 import pytest
 import torch
 from small_models import Blobs, LinearNet
+from small_models import quiet_trainer as make_trainer
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 from torchmetrics.classification import MulticlassAccuracy
@@ -74,16 +74,6 @@ class LateNet(Net):
 
     def on_validation_epoch_end(self):
         self.log("val/late", 1.0)
-
-
-def make_trainer():
-    return L.Trainer(
-        accelerator="cpu",
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-    )
 
 
 @pytest.fixture(scope="module")

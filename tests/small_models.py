@@ -122,20 +122,18 @@ class MixedNet(L.LightningModule):
         return DataLoader(TensorDataset(torch.randn(16, 3)), batch_size=4)
 
 
+def quiet_trainer(*callbacks, **options):
+    """Make a Trainer of the CPU that prints nothing, and writes checkpoints only where a callback does."""
+    quiet = {"accelerator": "cpu", "logger": False, "enable_progress_bar": False, "enable_model_summary": False}
+    quiet["enable_checkpointing"] = any(isinstance(callback, ModelCheckpoint) for callback in callbacks)
+    return L.Trainer(callbacks=list(callbacks), **quiet | options)
+
+
 def fit(folder, callback=None, *, epochs=2, model=None, ckpt_path=None, callbacks=(), checkpoint=None, **options):
     """Fit with a TaskVectorCallback, on the CPU and quietly; a checkpoint an epoch."""
     checkpoint = checkpoint or ModelCheckpoint(dirpath=folder, save_top_k=-1)
-    trainer = L.Trainer(
-        max_epochs=epochs,
-        accelerator="cpu",
-        devices=options.pop("devices", 1),
-        callbacks=[callback or TaskVectorCallback(), *callbacks, checkpoint],
-        logger=options.pop("logger", False),
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        default_root_dir=folder,
-        **options,
-    )
+    options = {"max_epochs": epochs, "devices": 1, "default_root_dir": folder} | options
+    trainer = quiet_trainer(callback or TaskVectorCallback(), *callbacks, checkpoint, **options)
     model = model or MixedNet()
     trainer.fit(model, ckpt_path=ckpt_path)
     return trainer, model

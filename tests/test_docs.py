@@ -21,9 +21,9 @@ import small_edit
 import small_text
 import torch
 import yaml
+from small_cli import run
 
 from tva import TaskVector, fingerprint, save_weights
-from tva.cli.main import main
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
@@ -132,14 +132,6 @@ def names_of(page):
     return {"__name__": "page", **given}
 
 
-def run_command(words):
-    try:
-        main(words)
-    except SystemExit as end:
-        return end.code or 0
-    return 0
-
-
 def run_shell(text):
     """Run the lines of a shell block that are commands of tva; the shell itself expands their words."""
     for line in text.replace("\\\n", " ").splitlines():
@@ -156,7 +148,7 @@ def run_shell(text):
         if "configs/demo" in line:
             run_by_the_demo(words)
             continue
-        status = run_command([*words, *FEWER.get(command, ())])
+        status = run(*[*words, *FEWER.get(command, ())])
         assert status in ({0, 1} if command == "edit" else {0}), line
 
 

@@ -7,7 +7,7 @@ import lightning as L
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
-from small_models import MixedNet, assert_vector_is_checkpoint_minus_base, fit, fsdp1, names, run_ranks
+from small_models import MixedNet, assert_vector_is_checkpoint_minus_base, fit, fsdp1, names, quiet_trainer, run_ranks
 from torch import nn
 from tva.callbacks import TaskVectorCallback
 
@@ -121,13 +121,7 @@ def test_lazy_parameters_need_a_batch_before_fit(tmp_path):
 
 
 def trainer(folder, callback, epochs=2):
-    return L.Trainer(
-        max_epochs=epochs,
-        accelerator="cpu",
-        logger=False,
-        enable_progress_bar=False,
-        callbacks=[callback, ModelCheckpoint(dirpath=folder, save_top_k=-1)],
-    )
+    return quiet_trainer(callback, ModelCheckpoint(dirpath=folder, save_top_k=-1), max_epochs=epochs)
 
 
 class Validated(MixedNet):

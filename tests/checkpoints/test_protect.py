@@ -7,10 +7,10 @@ import shutil
 import pytest
 import torch
 import torch.distributed.checkpoint
+from small_cli import run
 
 from tva import TaskVector, fingerprint, open_weights, save_weights
 from tva.checkpoints import protect, write_export
-from tva.cli.main import main
 from tva.compose.apply import compose
 from tva.evaluation.log import EvaluationLog
 
@@ -64,14 +64,6 @@ def place(way, path, file, inside, folder):
 
 def contents(folder):
     return {path: path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
-
-
-def run(*words):
-    try:
-        main(list(map(str, words)))
-    except SystemExit as error:
-        return error.code
-    return 0
 
 
 @pytest.mark.parametrize("way", WAYS)

@@ -4,6 +4,7 @@ import json
 import struct
 
 import pytest
+import small_cli
 import torch
 from safetensors.torch import save_file
 
@@ -15,11 +16,7 @@ from tva.errors import some
 
 
 def run(capfd, *words):
-    status = 0
-    try:
-        main([str(word) for word in words])
-    except SystemExit as stop:
-        status = stop.code
+    status = small_cli.run(*words)
     found = capfd.readouterr()
     return status, found.out, found.err
 

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from small_cli import run
 from small_text import write_model
 
 from tva.cli.commands.forget import divide, write_texts
-from tva.cli.main import main
 
 PAGE = Path(__file__).parents[2] / "docs/howto/forget-texts.md"
 SMALL = shlex.split("--rank 4 --max_steps 60 --learning_rate 1e-2 --block_length 16 --max_kl 0.3 --max_perplexity 3")
@@ -32,19 +32,11 @@ def here(tmp_path, monkeypatch):
     return tmp_path
 
 
-def status_of(words):
-    try:
-        main(words)
-    except SystemExit as end:
-        return end.code
-    return 0
-
-
 @pytest.mark.slow
 def test_the_guides_commands_forget_and_keep(here, capfd):
     pytest.importorskip("peft")
     first, again = re.findall(r"^tva (.*)$", PAGE.read_text(), flags=re.M)
-    assert status_of([*shlex.split(first), *SMALL]) == 0, capfd.readouterr().err
+    assert run(*[*shlex.split(first), *SMALL]) == 0, capfd.readouterr().err
     report = json.loads((here / "polite-model/edit.json").read_text())
     forgotten, kept = report["tasks"]["forget"], report["tasks"]["keep"]
     assert forgotten["edited"]["low"] > forgotten["base"]["high"]
@@ -52,7 +44,7 @@ def test_the_guides_commands_forget_and_keep(here, capfd):
     assert 0 < kept["edited"]["value"] <= 0.3
     assert [constraint["holds"] for constraint in report["constraints"]] == [True, True]
     assert "the texts are forgotten: their test loss changes by +" in capfd.readouterr().out
-    assert status_of(shlex.split(again)) == 0
+    assert run(*shlex.split(again)) == 0
 
     from transformers import AutoModelForCausalLM
 
@@ -92,6 +84,6 @@ def test_a_model_writes_texts_of_its_own(here):
     ],
 )
 def test_mistakes_are_named(here, capsys, words, message):
-    assert status_of(["forget", *words.split(), "--keep", "letters.txt"]) == 2
+    assert run(*["forget", *words.split(), "--keep", "letters.txt"]) == 2
     assert message in capsys.readouterr().err
     assert not Path("out").exists()

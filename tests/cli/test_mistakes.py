@@ -7,6 +7,7 @@ import subprocess
 import sys
 
 import pytest
+import small_cli
 import torch
 from safetensors.torch import save_file
 
@@ -47,11 +48,7 @@ def place(made, tmp_path, monkeypatch):
 
 def run(capsys, *words):
     """Run a command; gives its status and what it said on the standard error."""
-    try:
-        main([str(word) for word in words])
-    except SystemExit as stop:
-        return stop.code, capsys.readouterr().err
-    return 0, capsys.readouterr().err
+    return small_cli.run(*words), capsys.readouterr().err
 
 
 COMPOSE = ("compose", "--base", "base.safetensors", "--vectors.digits", "digits.tv.safetensors")

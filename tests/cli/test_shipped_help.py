@@ -7,7 +7,7 @@ import sys
 import pytest
 
 from tva.cli.main import main
-from tva.cli.shipped_help import COMMANDS, FILE, format_help, generate, shipped, unpack
+from tva.cli.shipped_help import COMMANDS, format_help, generate, read, shipped
 
 
 @pytest.mark.slow
@@ -15,7 +15,7 @@ def test_the_shipped_help_is_the_parsers():
     """In a process of its own: help lists all classes there are, and tests define some."""
     code = "import json; from tva.cli.shipped_help import generate; print(json.dumps(generate()))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert unpack(json.loads(FILE.read_text())) == json.loads(done.stdout), "run: python -m tva.cli.shipped_help"
+    assert read() == json.loads(done.stdout), "run: python -m tva.cli.shipped_help"
 
 
 def test_the_shipped_help_has_every_option():

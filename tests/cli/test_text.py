@@ -5,11 +5,11 @@ import re
 from pathlib import Path
 
 import pytest
+import small_cli
 import yaml
 from small_text import make_trainer, real_data, real_models, write_model, write_reviews, write_running_text
 
 from tva import TaskVector, fingerprint, open_weights
-from tva.cli.main import main
 from tva.compose import verify
 from tva.data import LanguageTask
 from tva.evaluation.evaluate import evaluate
@@ -44,12 +44,7 @@ def fit_config(folder, model, data, **trainer):
 
 def run(path, command, config, *arguments):
     path.write_text(yaml.safe_dump(config))
-    status = 0
-    try:
-        main([command, "--config", str(path), *arguments])
-    except SystemExit as stop:
-        status = stop.code
-    return status
+    return small_cli.run(command, "--config", path, *arguments)
 
 
 def named(class_path, **init_args):

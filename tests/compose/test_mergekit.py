@@ -6,13 +6,13 @@ import re
 from pathlib import Path
 
 import pytest
+import small_cli
 import torch
 import yaml
 from small_llama import llama_weights, logits, save_llama, save_lora
 
 from tva import open_weights, save_weights
 from tva.checkpoints import fingerprint
-from tva.cli.main import main
 from tva.compose.apply import compose
 from tva.compose.mergekit_recipe import read_mergekit
 from tva.compose.verify import verify
@@ -406,12 +406,7 @@ def test_files_that_are_none(tmp_path, text, message):
 
 
 def command(capsys, *words):
-    try:
-        main(["compose", *words])
-        status = 0
-    except SystemExit as error:
-        status = error.code
-    return status, capsys.readouterr()
+    return small_cli.run("compose", *words), capsys.readouterr()
 
 
 def test_the_command_runs_a_file_and_shows_what_it_becomes(models, tmp_path, capsys):

@@ -6,12 +6,12 @@ import os
 
 import pytest
 import torch
+from small_cli import run
 from small_memory import assert_within
 from small_models import LinearNet
 
 from tva import TaskVector, fingerprint, open_weights, save_weights
 from tva.checkpoints import read_metadata
-from tva.cli.main import main
 from tva.compose.apply import compose
 from tva.compose.revert import revert
 from tva.compose.undo import decode, encode
@@ -48,15 +48,6 @@ def folder(tmp_path, monkeypatch):
 
 
 VECTORS = ["--vectors.a", "a.safetensors", "--vectors.b", "b.tv.safetensors", "--vectors.c", "c.tv.safetensors"]
-
-
-def run(*words):
-    """Run a command and give its exit status."""
-    try:
-        main(list(map(str, words)))
-    except SystemExit as error:
-        return error.code
-    return 0
 
 
 def write(recipe="-0.7 * b", *options, output="out.safetensors", keep="true"):

@@ -2,16 +2,15 @@
 
 import json
 
-import lightning as L
 import numpy
 import pytest
 import torch
-from small_models import Blobs, LinearNet
+from small_cli import run
+from small_models import Blobs, LinearNet, quiet_trainer
 
 from tva import TaskVector, open_weights, save_weights
 from tva.checkpoints import HashedWeights, fingerprint, read_metadata
 from tva.checkpoints.fingerprint import HEADER, header_digest, sealed
-from tva.cli.main import main
 from tva.compose.apply import compose
 from tva.compose.record import RECORD, Record
 from tva.compose.revert import revert
@@ -41,15 +40,6 @@ def folder(request, tmp_path, monkeypatch):
 
 
 VECTORS = ["--vectors.a", "a.ckpt", "--vectors.b", "b.tv.safetensors"]
-
-
-def run(*words):
-    """Run a command and give its exit status."""
-    try:
-        main(list(map(str, words)))
-    except SystemExit as error:
-        return error.code
-    return 0
 
 
 def write(recipe, output="out.safetensors", *options):
@@ -271,15 +261,8 @@ class NormNet(LinearNet):
 
 
 def edit(**options):
-    trainer = L.Trainer(
-        accelerator="cpu",
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-    )
     asked = EditOptions(output="edited", targets={"blobs": Blobs(1)}, scaling_coef=0.5, **options)
-    return run_edit(trainer, NormNet(), asked)
+    return run_edit(quiet_trainer(), NormNet(), asked)
 
 
 @pytest.fixture

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+from small_models import quiet_trainer
 from small_text import write_classifier, write_model
 
 from tva import MismatchError, TaskVector, edit_model, fingerprint, open_weights, save_weights
@@ -265,13 +266,12 @@ def sentence_transformers_case():
 
 
 def lightning_case():
-    import lightning as L
     from small_models import LinearNet
 
     network = LinearNet(width=6)
     Path("lightning").mkdir()
     for each in ("base", "tuned"):
-        trainer = L.Trainer(logger=False, enable_checkpointing=False, max_epochs=0, accelerator="cpu")
+        trainer = quiet_trainer(max_epochs=0)
         trainer.strategy.connect(network)
         trainer.save_checkpoint(f"lightning/{each}")
         Path(f"lightning/{each}").rename(f"lightning/{each}.ckpt")

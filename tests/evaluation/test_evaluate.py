@@ -1,16 +1,15 @@
 """Evaluation and its intervals, against scipy, by simulation, and with modules that know nothing of tva."""
 
-import lightning as L
 import pytest
 import torch
-from small_models import Blobs, LinearNet
+from small_models import Blobs, LinearNet, quiet_trainer
 from torch import nn
 
 from tva.evaluation.evaluate import evaluate
 
 
 def trainer():
-    return L.Trainer(accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False)
+    return quiet_trainer()
 
 
 def test_evaluate_counts_examples_and_reads_each_split():

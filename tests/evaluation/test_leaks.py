@@ -4,7 +4,7 @@ import lightning as L
 import numpy as np
 import pytest
 import torch
-from small_models import Blobs, LinearNet
+from small_models import Blobs, LinearNet, quiet_trainer
 from torch.utils.data import DataLoader, TensorDataset
 
 from tva.evaluation.evaluate import evaluate
@@ -35,7 +35,7 @@ class Splits(L.LightningDataModule):
 
 
 def trainer():
-    return L.Trainer(accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False)
+    return quiet_trainer()
 
 
 def both(val, test):

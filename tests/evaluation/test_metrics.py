@@ -4,12 +4,11 @@ import functools
 import sys
 from importlib.metadata import EntryPoint
 
-import lightning as L
 import numpy as np
 import pytest
 import torch
 from small_edit import make_trainer
-from small_models import Blobs, LinearNet
+from small_models import Blobs, LinearNet, quiet_trainer
 from torch.nn import functional as F
 
 from tva import plugins
@@ -64,7 +63,7 @@ class Predicting(LinearNet):
 
 
 def evaluated(*names):
-    trainer = L.Trainer(accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False)
+    trainer = quiet_trainer()
     model, data = Predicting(), Blobs(1)
     with torch.no_grad():
         inputs, labels = data.val_dataloader().dataset.tensors

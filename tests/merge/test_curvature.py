@@ -1,9 +1,8 @@
 """Kronecker-factored curvature against references in float64, and the penalty that it makes."""
 
-import lightning as L
 import pytest
 import torch
-from small_models import Blobs, LinearizedNet, LinearNet
+from small_models import Blobs, LinearizedNet, LinearNet, quiet_trainer
 from torch import nn
 from torch.nn import functional as F
 from tva.callbacks import CurvaturePenalty, MergeStatistics
@@ -204,16 +203,8 @@ class TangentNet(LinearizedNet, Net):
 
 
 def fit(model, task, folder, *callbacks, **options):
-    trainer = L.Trainer(
-        accelerator="cpu",
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        default_root_dir=folder,
-        callbacks=list(callbacks),
-        **{"max_steps": 6, "limit_val_batches": 0} | options,
-    )
+    options = {"default_root_dir": folder, "max_steps": 6, "limit_val_batches": 0} | options
+    trainer = quiet_trainer(*callbacks, **options)
     trainer.fit(model, datamodule=Blobs(task))
     return trainer
 

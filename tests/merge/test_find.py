@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from small_cli import run
 
 import tva.merge.methods
 from tva import TaskVector, open_weights, save_weights
-from tva.cli.main import main
 from tva.compose.recipe import Recipe
 from tva.errors import RecipeError
 from tva.merge import METHODS, Method
@@ -47,14 +47,6 @@ def install(folder, name, value, package="outside"):
     (information / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {package}\nVersion: 1.0\n")
     (information / "entry_points.txt").write_text(f"[tva.merge_methods]\n{name} = {value}\n")
     installed.cache_clear()
-
-
-def run(*words):
-    try:
-        main(list(words))
-    except SystemExit as error:
-        return error.code
-    return 0
 
 
 def compose(recipe, output="out.safetensors"):

@@ -5,12 +5,11 @@ from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
-import lightning as L
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.strategies import ModelParallelStrategy
-from small_models import Blobs, Gloo, LinearNet, MixedNet, fit, run_ranks
+from small_models import Blobs, Gloo, LinearNet, MixedNet, fit, quiet_trainer, run_ranks
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
@@ -125,10 +124,7 @@ def test_what_cannot_be_measured_is_refused():
 
 
 def trainer(folder, *callbacks, epochs=3, **options):
-    return L.Trainer(
-        max_epochs=epochs, accelerator="cpu", devices=1, logger=False, enable_progress_bar=False,
-        enable_model_summary=False, default_root_dir=folder, callbacks=list(callbacks), **options,
-    )  # fmt: skip
+    return quiet_trainer(*callbacks, max_epochs=epochs, devices=1, default_root_dir=folder, **options)
 
 
 def fitted(folder, seed):

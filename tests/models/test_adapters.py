@@ -12,6 +12,7 @@ import timm
 import torch
 import transformers
 from lightning.pytorch.callbacks import ModelCheckpoint
+from small_models import quiet_trainer
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 from tva.callbacks import TaskVectorCallback
@@ -116,15 +117,8 @@ def test_a_fit_moves_only_the_selection_and_lists_the_rest_as_frozen(tmp_path, t
 
 
 def fit(folder, model, **options):
-    trainer = L.Trainer(
-        max_steps=2,
-        accelerator="cpu",
-        logger=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        limit_val_batches=0,
-        callbacks=[TaskVectorCallback(**options), ModelCheckpoint(folder, filename="last")],
-    )
+    callbacks = [TaskVectorCallback(**options), ModelCheckpoint(folder, filename="last")]
+    trainer = quiet_trainer(*callbacks, max_steps=2, limit_val_batches=0)
     text = isinstance(model, TextModel)
     trainer.fit(model, datamodule=None if text else ImageTask("builtin:digits", batch_size=16, limit_train=64))
     return None if "lora" in options else TaskVector.load(folder / "last.tv.safetensors")
@@ -290,7 +284,7 @@ def test_an_adapter_of_torchs_attention_cannot_be_kept_as_it_is(tmp_path):
 
 def test_an_edit_takes_the_plain_model(tmp_path):
     options = {"vectors": {"a": "none"}, "recipe": "a", "output": str(tmp_path), "scaling_coef": 1.0}
-    trainer = L.Trainer(accelerator="cpu", logger=False, enable_checkpointing=False)
+    trainer = quiet_trainer()
     with pytest.raises(ValueError, match="takes the plain model, and this one holds LoRA. Leave lora out"):
         run_edit(trainer, ClipClassifier(lora={}), EditOptions(targets={"a": ImageTask("builtin:digits")}, **options))
 

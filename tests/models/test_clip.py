@@ -4,11 +4,11 @@ import json
 import math
 from types import SimpleNamespace
 
-import lightning as L
 import open_clip
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
+from small_models import quiet_trainer
 from torch.nn import functional as F
 
 from tva import fingerprint, save_weights
@@ -148,9 +148,7 @@ def test_data_modules_must_name_their_classes_and_templates_must_have_a_place():
 @pytest.mark.slow
 def test_fine_tuning_beats_zero_shot_on_real_handwriting():
     model, data = ClipClassifier(learning_rate=5e-4, warmup_steps=5), ImageTask("builtin:digits")
-    trainer = L.Trainer(
-        max_steps=40, accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False
-    )
+    trainer = quiet_trainer(max_steps=40)
     (before,) = trainer.test(model, data, verbose=False)
     trainer.fit(model, data)
     (after,) = trainer.test(model, data, verbose=False)
@@ -169,16 +167,7 @@ def test_training_metrics_are_logged_only_when_something_reads_them(tmp_path, mo
             super().log(name, *args, **options)
 
     checkpoint = ModelCheckpoint(dirpath=tmp_path, monitor=monitor, every_n_train_steps=4)
-    trainer = L.Trainer(
-        max_epochs=1,
-        accelerator="cpu",
-        logger=False,
-        log_every_n_steps=3,
-        limit_val_batches=0,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        callbacks=[checkpoint],
-    )
+    trainer = quiet_trainer(checkpoint, max_epochs=1, log_every_n_steps=3, limit_val_batches=0)
     trainer.fit(Noted(), datamodule=ImageTask("builtin:digits", batch_size=8, limit_train=64))
     assert told == expected
     assert "train/digits/loss" in trainer.callback_metrics

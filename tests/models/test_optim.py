@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
+from small_models import quiet_trainer
 from small_networks import SIZE, write_images, write_network
 from torch.nn import functional as F
 from tva.callbacks import TaskVectorCallback
@@ -43,17 +44,7 @@ def make_vision(tmp_path, name="test_efficientnet", **options):
 
 
 def make_trainer(tmp_path, *callbacks, **options):
-    return L.Trainer(
-        accelerator="cpu",
-        default_root_dir=tmp_path,
-        callbacks=list(callbacks),
-        enable_checkpointing=any(isinstance(c, ModelCheckpoint) for c in callbacks),
-        logger=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        num_sanity_val_steps=0,
-        **options,
-    )
+    return quiet_trainer(*callbacks, default_root_dir=tmp_path, num_sanity_val_steps=0, **options)
 
 
 def last(folder, **options):

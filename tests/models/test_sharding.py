@@ -5,7 +5,7 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.strategies import ModelParallelStrategy
-from small_models import names, run_ranks
+from small_models import names, quiet_trainer, run_ranks
 from small_text import write_model, write_running_text
 from torch import nn
 from tva.callbacks import TaskVectorCallback
@@ -39,17 +39,7 @@ def fit(folder, strategy, make, *args, **options):
     if strategy == "fsdp2":
         strategy = ModelParallelStrategy(2, 1, save_distributed_checkpoint=False, process_group_backend="gloo")
     callbacks = [TaskVectorCallback(dirpath=folder), ModelCheckpoint(folder, filename="last")]
-    trainer = L.Trainer(
-        max_steps=2,
-        accelerator="cpu",
-        devices=2,
-        strategy=strategy,
-        callbacks=callbacks,
-        gradient_clip_val=1.0,
-        logger=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-    )
+    trainer = quiet_trainer(*callbacks, max_steps=2, devices=2, strategy=strategy, gradient_clip_val=1.0)
     trainer.fit(model, datamodule=task)
     trainer.validate(model, datamodule=task, verbose=False)
 

@@ -3,14 +3,13 @@
 import copy
 import json
 
-import lightning as L
 import pytest
 import timm
 import torch
 import transformers
 import yaml
 from lightning.pytorch.callbacks import ModelCheckpoint
-from small_models import Blobs, LinearizedNet, LinearNet
+from small_models import Blobs, LinearizedNet, LinearNet, quiet_trainer
 from torch import nn
 from torch.func import functional_call
 from tva.callbacks import TaskVectorCallback
@@ -252,14 +251,7 @@ def test_compose_refuses_a_mixture_and_marks_what_it_writes(tmp_path):
 def fitted(tmp_path_factory):
     folder = tmp_path_factory.mktemp("tangent")
     for name, tangent in (("tangent", True), ("ordinary", False)):
-        trainer = L.Trainer(
-            max_epochs=2,
-            accelerator="cpu",
-            logger=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
-            callbacks=[TaskVectorCallback(), ModelCheckpoint(folder / name, filename="last")],
-        )
+        trainer = quiet_trainer(TaskVectorCallback(), ModelCheckpoint(folder / name, filename="last"), max_epochs=2)
         trainer.fit(LinearizedNet(tangent), Blobs(seed=1))
     return folder
 

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import timm
 import torch
+from small_models import quiet_trainer
 from small_networks import SIZE, write_images, write_network
 from torch.nn import functional as F
 
@@ -44,18 +45,6 @@ def task(tmp_path):
 def make_model(network: str, **options) -> VisionClassifier:
     options = {"learning_rate": 1e-2, "warmup_steps": 0} | options
     return VisionClassifier("test_efficientnet", network, image_size=SIZE, **options)
-
-
-def make_trainer(tmp_path: Path, **options) -> L.Trainer:
-    return L.Trainer(
-        accelerator="cpu",
-        default_root_dir=tmp_path,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        **options,
-    )
 
 
 def statistics_of(model: VisionClassifier) -> dict[str, torch.Tensor]:
@@ -108,7 +97,7 @@ def test_statistics_stay_the_bases_when_frozen_and_move_when_trained(tmp_path, n
     model = make_model(network, batch_norm=batch_norm)
     before, weights = statistics_of(model), model.encoder.conv_stem.weight.detach().clone()
     # a validation in the middle of the epoch must not set them in motion
-    make_trainer(tmp_path, max_steps=3, val_check_interval=1).fit(model, datamodule=task())
+    quiet_trainer(default_root_dir=tmp_path, max_steps=3, val_check_interval=1).fit(model, datamodule=task())
     after = statistics_of(model)
     assert not torch.equal(model.encoder.conv_stem.weight, weights)
     moved = [name for name in before if not torch.equal(before[name], after[name])]
@@ -118,7 +107,7 @@ def test_statistics_stay_the_bases_when_frozen_and_move_when_trained(tmp_path, n
 def test_frozen_statistics_can_be_estimated_again(tmp_path, network, task):
     model = make_model(network, batch_norm="freeze")
     data = task()
-    make_trainer(tmp_path, max_steps=1).fit(model, datamodule=data)
+    quiet_trainer(default_root_dir=tmp_path, max_steps=1).fit(model, datamodule=data)
     before = statistics_of(model)
     torch.optim.swa_utils.update_bn((images for images, _ in data.train_dataloader()), model)
     after = statistics_of(model)
@@ -131,14 +120,14 @@ def test_frozen_statistics_can_be_estimated_again(tmp_path, network, task):
 @pytest.mark.parametrize("batch_norm", ["fold", "freeze", "train"])
 def test_the_head_is_the_normalized_class_means_of_the_base(tmp_path, network, task, batch_norm):
     model, data = make_model(network, batch_norm=batch_norm), task()
-    evaluate(make_trainer(tmp_path), model, data, "val")
+    evaluate(quiet_trainer(default_root_dir=tmp_path), model, data, "val")
     torch.testing.assert_close(model.head.double(), reference_head(network, data), rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(model.head.norm(dim=-1), torch.full((3,), 20.0))
 
 
 @pytest.mark.parametrize("cached", [False, True])
 def test_the_head_does_not_depend_on_the_present_weights(tmp_path, network, task, cached, monkeypatch):
-    trainer, data = make_trainer(tmp_path), task()
+    trainer, data = quiet_trainer(default_root_dir=tmp_path), task()
     fresh = make_model(network)
     evaluate(trainer, fresh, data, "val")
     edited = make_model(network)
@@ -158,14 +147,14 @@ def test_training_is_the_same_whether_the_head_was_cached_or_not(tmp_path, netwo
     for _ in ("built", "cached"):
         L.seed_everything(0)
         model = make_model(network)
-        make_trainer(tmp_path, max_steps=2, num_sanity_val_steps=0).fit(model, datamodule=task())
+        quiet_trainer(default_root_dir=tmp_path, max_steps=2, num_sanity_val_steps=0).fit(model, datamodule=task())
         ends.append(model.encoder.conv_stem.weight.detach())
     assert torch.equal(*ends)
 
 
 def test_the_heads_key_follows_base_images_size_labels_and_names(tmp_path, network, task):
     def key(model: VisionClassifier, data: ImageTask) -> str:
-        evaluate(make_trainer(tmp_path), model, data, "val")
+        evaluate(quiet_trainer(default_root_dir=tmp_path), model, data, "val")
         return json.dumps(model.head_key(data))
 
     first = key(make_model(network), task())
@@ -207,7 +196,7 @@ def test_the_order_of_the_examples_does_not_change_the_heads_key(tmp_path, netwo
     for seed in (0, 1):
         torch.manual_seed(seed)
         model, data = make_model(network), Shuffled(task())
-        evaluate(make_trainer(tmp_path), model, data, "val")
+        evaluate(quiet_trainer(default_root_dir=tmp_path), model, data, "val")
         keys.append(model.head_key(data))
     assert keys[0] == keys[1]
 
@@ -215,16 +204,16 @@ def test_the_order_of_the_examples_does_not_change_the_heads_key(tmp_path, netwo
 def test_a_class_without_examples_is_named(tmp_path, network, task):
     data = task(where={"label": ["red", "blue"]})
     with pytest.raises(ValueError, match=r"colors: .*each of the 3 classes.*'green'.*prototype_where"):
-        evaluate(make_trainer(tmp_path), make_model(network), data, "val")
+        evaluate(quiet_trainer(default_root_dir=tmp_path), make_model(network), data, "val")
     data = task(where={"label": ["red", "blue"]}, prototype_where={})
-    assert evaluate(make_trainer(tmp_path), make_model(network), data, "val").num_examples == 2
+    assert evaluate(quiet_trainer(default_root_dir=tmp_path), make_model(network), data, "val").num_examples == 2
 
 
 def test_a_base_that_changed_on_disk_is_refused(tmp_path, network, task):
     model = make_model(network)
     save_weights({name: tensor + 1 for name, tensor in open_weights(network).items()}, network)
     with pytest.raises(ValueError, match=r"needs the base .* now holds"):
-        evaluate(make_trainer(tmp_path), model, task(), "val")
+        evaluate(quiet_trainer(default_root_dir=tmp_path), model, task(), "val")
 
 
 # --- weights and errors

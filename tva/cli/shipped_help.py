@@ -1,11 +1,12 @@
 """The help of the commands that run a Trainer, printed without importing Lightning, which takes seconds.
 
-``lightning_help.json`` holds their options as the parsers describe them; ``python -m tva.cli.shipped_help`` writes it
-anew. It is used only with the version of Lightning that it was made from.
+``lightning_help.json.gz`` holds their options as the parsers describe them; ``python -m tva.cli.shipped_help`` writes
+it anew. It is used only with the version of Lightning that it was made from.
 """
 
 from __future__ import annotations
 
+import gzip
 import json
 import os
 import re
@@ -17,7 +18,7 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
-FILE = Path(__file__).with_name("lightning_help.json")
+FILE = Path(__file__).with_name("lightning_help.json.gz")
 COMMANDS = ("edit", "fit", "predict", "test", "validate")
 INDENT = 24  # of the explanations, as argparse has it
 
@@ -25,8 +26,14 @@ INDENT = 24  # of the explanations, as argparse has it
 @cache
 def shipped() -> dict[str, Any]:
     """Return the descriptions by command; empty if they were made from another version of Lightning."""
-    stored: dict[str, Any] = json.loads(FILE.read_text(encoding="utf-8"))
-    return unpack(stored)["commands"] if stored["lightning"] == version("lightning") else {}
+    stored = read()
+    return stored["commands"] if stored["lightning"] == version("lightning") else {}
+
+
+def read() -> dict[str, Any]:
+    """Return what the file holds, as `generate` returned it."""
+    stored: dict[str, Any] = json.loads(gzip.decompress(FILE.read_bytes()))
+    return stored
 
 
 def format_help(described: dict[str, Any], width: int | None = None) -> str:
@@ -90,40 +97,5 @@ def _plain(text: str) -> str:
     return re.sub(r"(?<=known subclasses: )[\w., ]+", lambda found: re.sub(r"\b(\w+\.)+", "", found[0]), text)
 
 
-def pack(described: dict[str, Any]) -> str:
-    """Return what `generate` returns as text: every option once, on a line of its own, which commands refer to.
-
-    Example:
-        >>> groups = [["options", [["-h", "Show help."]]]]
-        >>> whole = {"lightning": "2", "commands": {"fit": {"groups": groups}, "test": {"groups": groups}}}
-        >>> pack(whole).count("Show help."), unpack(json.loads(pack(whole))) == whole
-        (1, True)
-    """
-    numbers: dict[tuple[str, str], int] = {}
-    commands = {
-        command: {
-            **about,
-            "groups": [
-                [title, [numbers.setdefault(tuple(o), len(numbers)) for o in found]] for title, found in about["groups"]
-            ],
-        }
-        for command, about in described["commands"].items()
-    }
-    head = json.dumps({**described, "commands": commands}, separators=(",", ":"))
-    options = ",\n".join(json.dumps(option, ensure_ascii=False) for option in numbers)
-    return f'{head[:-1]},"options":[\n{options}\n]}}\n'
-
-
-def unpack(stored: dict[str, Any]) -> dict[str, Any]:
-    """Return what `generate` returned, of what the file holds."""
-    stored = dict(stored)
-    options = stored.pop("options")
-    commands = {
-        command: {**about, "groups": [[title, [options[i] for i in found]] for title, found in about["groups"]]}
-        for command, about in stored["commands"].items()
-    }
-    return {**stored, "commands": commands}
-
-
 if __name__ == "__main__":
-    FILE.write_text(pack(generate()), encoding="utf-8")
+    FILE.write_bytes(gzip.compress(json.dumps(generate()).encode(), mtime=0))
