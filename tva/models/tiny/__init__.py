@@ -12,6 +12,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 if sys.version_info >= (3, 14):
     from compression import zstd
 else:
@@ -26,17 +28,23 @@ WEIGHTS = "tva-tiny.planes.zst"
 
 
 def pack(file: bytes) -> bytes:
-    """Compress a safetensors file of float16: its even bytes, then its odd ones, which hold the exponents, by zstd."""
-    return zstd.compress(file[0::2] + file[1::2], 19)
+    """Compress a safetensors file of float16: what is nearly random apart from the exponents, each by zstd.
+
+    Every number is turned left by one bit, so that its sign is in the even byte, which hardly anything compresses, and
+    the odd byte begins with the exponent. More than a low level of zstd would take chance for repetition.
+    """
+    even = len(file) // 2 * 2
+    words = np.frombuffer(file[:even], "<u2")
+    turned = (words << 1 | words >> 15).astype("<u2").tobytes()
+    return zstd.compress(turned[0::2] + turned[1::2] + file[even:], 3)
 
 
 def unpack(packed: bytes) -> bytes:
     """Return the bytes that :func:`pack` was called with."""
-    planes = zstd.decompress(packed)
-    even = (len(planes) + 1) // 2
-    file = bytearray(len(planes))
-    file[0::2], file[1::2] = planes[:even], planes[even:]
-    return bytes(file)
+    planes = np.frombuffer(zstd.decompress(packed), np.uint8)
+    half = len(planes) // 2
+    turned = planes[:half] | planes[half : 2 * half].astype("<u2") << 8
+    return (turned >> 1 | turned << 15).astype("<u2").tobytes() + planes[2 * half :].tobytes()
 
 
 def load(folder: str | Path = _FOLDER) -> tuple[CLIP, Callable, SimpleTokenizer]:
