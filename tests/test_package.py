@@ -74,6 +74,7 @@ IMPORTERS = {
     "backports": {"tva.compose", "tva.models.tiny"},
     "compression": {"tva.compose", "tva.models.tiny"},
     "nicegui": {"tva.edit.play"},
+    "gradio": {"tva.edit.play"},
     "detoxify": {"tva.data"},
     "lm_eval": {"tva.evaluation"},
 }

@@ -3,19 +3,29 @@
 import base64
 import io
 import json
+import runpy
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from types import SimpleNamespace
 
 import huggingface_hub.constants
 import pytest
 import torch
+import yaml
 from huggingface_hub import ModelCard
+from PIL import Image
 from small_edit import edit
+from small_runs import image_run, language_run, text_run
 
 from tva import TaskVector, fingerprint, open_weights, save_weights
+from tva.cli.commands.play import open_run
 from tva.cli.main import main
 from tva.compose import compose
+from tva.edit.play.answers import Sampling
+from tva.edit.play.demo import Demo
 from tva.edit.push import push
+from tva.edit.space import write_space
 
 
 class Hub(BaseHTTPRequestHandler):
@@ -33,11 +43,11 @@ class Hub(BaseHTTPRequestHandler):
         if self.path == "/api/repos/create":
             server.created = json.loads(body)
             return self._answer(200, {"url": f"{server.url}/me/edited", "name": "me/edited"})
-        if self.path == "/api/models/me/edited/preupload/main":
+        if self.path in (f"/api/{kind}/me/edited/preupload/main" for kind in ("models", "spaces")):
             files = [file["path"] for file in json.loads(body)["files"]]
             modes = [{"path": path, "uploadMode": "regular", "shouldIgnore": False} for path in files]
             return self._answer(200, {"files": modes})
-        if self.path == "/api/models/me/edited/commit/main":
+        if self.path in (f"/api/{kind}/me/edited/commit/main" for kind in ("models", "spaces")):
             for line in body.splitlines():
                 entry = json.loads(line)
                 if entry["key"] == "file":
@@ -193,3 +203,85 @@ def test_a_question_is_asked_and_no_is_an_answer(run, hub, monkeypatch, capsys):
         out, err = capsys.readouterr()
         assert "Upload these files to me/edited, for everybody, if the repository is new? [y/N]" in err
         assert ("pushed: " in out, bool(hub.files)) == (sent, sent)
+
+
+# --- a demo as a Space
+
+DEMO = ["README.md", "app.py", "demo.json", "edited.safetensors"]
+TEXT = "it was a good film"
+
+
+@pytest.mark.slow
+def test_a_space_of_a_text_classifier_goes_up_and_answers_as_play_does(hub, tmp_path, capsys):
+    run = text_run(tmp_path)
+    main(["push", str(run), "me/edited", "--space", "--dry_run"])
+    assert f"try it first: python {run / 'space/app.py'}" in capsys.readouterr().out
+    assert hub.calls == []
+    main(["push", str(run), "me/edited", "--space", "--yes", "--base_model", "owner/base"])
+    assert (hub.created["type"], hub.created["sdk"]) == ("space", "gradio")
+    assert "private" in (hub.created.get("visibility"), "private" if hub.created.get("private") else None)
+    model = [f"model/name/{name}" for name in ("config.json", "model.safetensors", "tokenizer.json")]
+    assert sorted(hub.files)[: len(DEMO) + 4] == [*DEMO, "heads.safetensors", *model]
+    head = yaml.safe_load(hub.files["README.md"].decode().split("---")[1])
+    assert (head["sdk"], head["app_file"], head["models"]) == ("gradio", "app.py", ["owner/base"])
+    assert hub.files["requirements.txt"].decode().startswith("tva[text]==")
+    (tmp_path / "bert").rename(tmp_path / "gone")  # the demo has all it needs
+    demo = Demo(run / "space")
+    (tmp_path / "gone").rename(tmp_path / "bert")
+    for task, rows in open_run(str(run)).answer(TEXT).classes.items():
+        base, edited = demo.answer(TEXT, task)
+        assert [(name, base[name], edited[name]) for name in base] == [tuple(row) for row in rows]
+        assert base != edited
+    with pytest.raises(ValueError, match="Type a text of 1 to 4,000 characters; found none"):
+        demo.answer(" ")
+    weights = dict(open_weights(run / "space/edited.safetensors"))
+    save_weights({name: 2 * tensor for name, tensor in weights.items()}, run / "space/edited.safetensors")
+    with pytest.raises(ValueError, match="The edited weights are not those that the demo was written with"):
+        Demo(run / "space")
+
+
+@pytest.mark.slow
+def test_a_space_continues_prompts_and_classifies_images(hub, tmp_path):
+    runs = {}
+    for kind, make in (("prompts", language_run), ("images", image_run)):
+        (tmp_path / kind).mkdir()
+        runs[kind] = make(tmp_path / kind)
+        main(["push", str(runs[kind]), "me/edited", "--space", "--dry_run"])
+    greedy = Sampling(6, 0.0)
+    texts = Demo(runs["prompts"] / "space").answer(TEXT, None, 6, 0.0)
+    assert texts == open_run(str(runs["prompts"])).answer(TEXT, sampling=greedy).texts
+    demo, image = Demo(runs["images"] / "space"), Image.open(tmp_path / "images/1.png")
+    playground = open_run(str(runs["images"]))
+    for found, weights in zip(demo.answer(image), playground.weights(), strict=True):
+        playground.answers.model.load_state_dict(weights)
+        assert found == playground.answers.classes(image)["images"]
+        assert sum(found.values()) == pytest.approx(1)
+    with pytest.raises(ValueError, match="Choose an image first"):
+        demo.answer(None)
+    pytest.importorskip("gradio", reason="the extra tva[space] is not installed")
+    for run in runs.values():
+        assert runpy.run_path(str(run / "space/app.py"))["page"].title == demo.title
+
+
+def test_a_demo_of_what_nobody_knows_how_to_ask_is_refused_by_name(run, hub, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        main(["push", str(run), "me/edited", "--space"])
+    assert (
+        "config.yaml does not exist: a demo opens the model by the options that `tva edit`" in capsys.readouterr().err
+    )
+    config = tmp_path / "config.yaml"
+    config.write_text("model: {class_path: mine.Net}")
+    for given in (None, "image"):  # a class of one's own is not on the hub's machine
+        with pytest.raises(ValueError, match="A demo can be made of tva's classifiers .*; found mine.Net. Push the"):
+            write_space(SimpleNamespace(input=given, answers=None), tmp_path, config)
+    (tmp_path / "space").mkdir()
+    config.write_text("model: {class_path: tva.models.CausalLM}")
+    with pytest.raises(ValueError, match="space is there, and is not a demo that tva wrote. Move it away"):
+        write_space(SimpleNamespace(input="prompt", answers=None), tmp_path, config)
+    (tmp_path / "demo.json").write_text(
+        json.dumps({"input": "text", "title": "", "about": "", "tasks": {}, "model": {"class_path": "os.system"}})
+    )
+    with pytest.raises(ValueError, match="A demo holds a model of tva; found os.system"):
+        Demo(tmp_path)
+    assert not Path(tmp_path / "space/app.py").exists()
+    assert hub.calls == []

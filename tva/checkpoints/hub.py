@@ -107,7 +107,9 @@ def push(path: str | os.PathLike[str], repository: str) -> None:
             api.upload_file(repo_id=repository, path_or_fileobj=path, path_in_repo=path.name)
 
 
-def upload(files: Mapping[str, Path | bytes], repository: str, message: str, private: bool = True) -> str:
+def upload(
+    files: Mapping[str, Path | bytes], repository: str, message: str, private: bool = True, space: str | None = None
+) -> str:
     """Upload files in one commit; the repository is made if there is none.
 
     Args:
@@ -115,6 +117,7 @@ def upload(files: Mapping[str, Path | bytes], repository: str, message: str, pri
         repository: ``owner/name``.
         message: Of the commit.
         private: Whether a new repository is.
+        space: The SDK of a Space, such as ``"gradio"``; None is a model.
 
     Returns:
         The commit's address.
@@ -126,9 +129,10 @@ def upload(files: Mapping[str, Path | bytes], repository: str, message: str, pri
 
     with _asking(repository):
         api = HfApi()
-        api.create_repo(repository, private=private, exist_ok=True)
+        kind = None if space is None else "space"
+        api.create_repo(repository, private=private, exist_ok=True, repo_type=kind, space_sdk=space)
         operations = [CommitOperationAdd(name, file) for name, file in files.items()]
-        return str(api.create_commit(repository, operations, commit_message=message).commit_url)
+        return str(api.create_commit(repository, operations, commit_message=message, repo_type=kind).commit_url)
 
 
 @contextlib.contextmanager

@@ -31,7 +31,7 @@ class Pushed:
         repository: ``owner/name``.
         url: Of the commit; None where nothing was sent.
         files: Name in the repository to bytes.
-        notes: What was left out, and why.
+        notes: What was left out and why, or what to do first.
     """
 
     repository: str
@@ -83,10 +83,10 @@ def push(
         try:
             found = find(vector)
         except FileNotFoundError:
-            notes.append(f"{name} is no longer at {vector}")
+            notes.append(f"left out: {name} is no longer at {vector}")
             continue
         if not is_vector_file(found):
-            notes.append(f"{name} is the checkpoint {found}, and only task vector files are pushed")
+            notes.append(f"left out: {name} is the checkpoint {found}, and only task vector files are pushed")
             continue
         files[f"vectors/{name}.tv.safetensors"] = found
     if changed:
@@ -94,6 +94,36 @@ def push(
     sizes = {name: len(file) if isinstance(file, bytes) else file.stat().st_size for name, file in files.items()}
     url = None if dry_run else upload(files, repository, f"tva edit: {recipe}", private=not public)
     return Pushed(repository, url, sizes, notes)
+
+
+def check_edited(folder: Path) -> None:
+    """Check that an edit holds, and that its weights are those that its report describes.
+
+    Raises:
+        ValueError: They are not, or its constraints do not hold.
+        FileNotFoundError: There are none.
+    """
+    _edited(folder, read_report(folder), None)
+
+
+def push_space(folder: Path, repository: str, public: bool = False, dry_run: bool = False) -> Pushed:
+    """Upload a demo as a Space, in one commit.
+
+    Args:
+        folder: What `tva.edit.space.write_space` wrote.
+        repository: ``owner/name`` on the hub; made, private, if there is none.
+        public: Make a new repository public.
+        dry_run: Send nothing; return what would be uploaded.
+
+    Raises:
+        OSError: The hub cannot be reached, or refuses.
+    """
+    found = sorted(path for path in folder.rglob("*") if path.is_file() and "__pycache__" not in path.parts)
+    files: Files = {file.relative_to(folder).as_posix(): file for file in found}
+    sizes = {name: file.stat().st_size for name, file in zip(files, found, strict=True)}
+    message = "tva push --space: base beside edited"
+    url = None if dry_run else upload(files, repository, message, private=not public, space="gradio")
+    return Pushed(repository, url, sizes, [f"try it first: python {folder / 'app.py'}"] if dry_run else [])
 
 
 def _is_composed(path: Path) -> bool:

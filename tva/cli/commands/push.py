@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import sys
+from pathlib import Path
 
 from tva.console import make_console, print_line
-from tva.edit.push import Pushed, push
+from tva.edit.push import Pushed, check_edited, push, push_space
+from tva.report.run_files import CONFIG
 
 HELP = "upload edited weights, their task vectors and a model card to the Hugging Face Hub"
 ORDER = "run repository"
@@ -21,8 +24,11 @@ def run(
     public: bool = False,
     dry_run: bool = False,
     yes: bool = False,
+    space: bool = False,
 ) -> Pushed:
     """Upload edited weights, their task vectors and a model card in one commit, after a question.
+
+    With ``space`` a Gradio demo goes up instead, as a Space: base and edited model answer the same input.
 
     Args:
         run: Folder of a finished edit, with its ``edit.json``; or what ``tva compose`` wrote, a folder or a file.
@@ -32,6 +38,8 @@ def run(
         public: Make a new repository public.
         dry_run: Send nothing; list what would be uploaded.
         yes: Upload without asking.
+        space: Write a demo into ``space/`` of the run's folder, from the options that `tva edit` left there, and upload
+            that. They name classes, whose code is run: only for runs you trust.
 
     Returns:
         What went up.
@@ -42,7 +50,10 @@ def run(
         OSError: The hub cannot be reached, or refuses.
     """
     options = {"base_model": base_model, "vectors": vectors, "public": public}
-    planned = push(run, repository, dry_run=True, **options)
+    send = functools.partial(push, run, repository, **options)
+    if space:
+        send = functools.partial(push_space, _write_demo(run, base_model), repository, public=public)
+    planned = send(dry_run=True)
     if dry_run:
         return planned
     if not yes:
@@ -56,7 +67,23 @@ def run(
         print(f"Upload these files to {repository}, for {who}? [y/N] ", end="", file=sys.stderr, flush=True)
         if sys.stdin.readline().strip().lower() not in ("y", "yes"):
             return planned
-    return push(run, repository, **options)
+    return send()
+
+
+def _write_demo(run: str | os.PathLike[str], base_model: str | None) -> Path:
+    """Write the demo of a run; return its folder."""
+    folder = Path(run) if Path(run).is_dir() else Path(run).parent
+    check_edited(folder)
+    if not (folder / CONFIG).is_file():
+        raise FileNotFoundError(
+            f"{folder / CONFIG} does not exist: a demo opens the model by the options that `tva edit` leaves there. "
+            f"Make the edit with `tva edit`, or push it without --space."
+        )
+    from tva.cli.commands.play import open_run
+    from tva.edit.space import write_space
+
+    playground = open_run(os.fspath(run), num_examples=1)
+    return write_space(playground, folder, folder / CONFIG, base_model)
 
 
 def _list(result: Pushed) -> None:
@@ -64,7 +91,7 @@ def _list(result: Pushed) -> None:
     for name, size in result.files.items():
         print_line(console, f"{size:>14,} bytes  {name}")
     for note in result.notes:
-        print_line(console, f"left out: {note}")
+        print_line(console, note)
 
 
 def show(result: Pushed) -> None:

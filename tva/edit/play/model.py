@@ -290,6 +290,22 @@ class Playground:
         classes = {task: [(name, base[task][name], live[task][name]) for name in base[task]] for task in base}
         return Answer(everything, classes, None, time.monotonic() - started)
 
+    @property
+    def base_is_given(self) -> bool:
+        """Whether the base's weights are others than those that the model is made with."""
+        return self._session.options.base is not None
+
+    def weights(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Return the weights of the base and of the chosen edit, under the model's names."""
+        state = self._session.state_of(Candidate(tuple(self._setting(None).items())), "edited")
+        found = []
+        with self._lock:
+            for vector, coef in ((None, 0.0), (state.vector(), state.scaling_coef)):
+                self._session.editor.set(vector, coef, state.statistics)
+                live = self._session.editor.state()
+                found.append({name: tensor.detach().cpu().clone() for name, tensor in live.items()})
+        return found[0], found[1]
+
     def _setting(self, coefs: Mapping[str, float] | None) -> dict[str, float]:
         """Return all coefficients, those that are left out as the edit has them."""
         everything = {slider.name: slider.chosen for slider in self.sliders}
