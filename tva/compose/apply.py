@@ -129,49 +129,50 @@ def compose(
         vectors: Names to task vector files, or to fine-tuned checkpoints of the same base, or ``MODEL+ADAPTER``.
         recipe: Expression of those names, such as ``0.3 * (a + b)`` or ``ties(a, b, density=0.2)``; ``base`` is the
             base's own weights.
-        output: A ``.safetensors`` file, or a folder to be made, with shards, their index and the base's configuration
-            and tokenizer; it appears under this name when it is whole. A ``.gguf`` file where the base is one and with
+        output: A ``.safetensors`` file, or a new folder for shards, their index and the base's configuration and
+            tokenizer. It gets this name when it is complete. A ``.gguf`` file if the base is one and with
             ``requantize``.
-        coefs: Values of the coefficients in the recipe: a number, or numbers by group of tensors: regular expressions
-            searched for in their names, the first found counting, to a number or to ``[first, …, last]`` over the
-            layers; ``layer`` stands for all names with a layer's number.
+        coefs: Values of the coefficients in the recipe. Each is a number, or a mapping from groups of tensors to a
+            number or to ``[first, …, last]`` over the layers. A group is a regular expression that is searched for in
+            the tensors' names; the first match counts, and ``layer`` matches all names with a layer number.
         scaling_coef: Coefficient of the whole recipe; 0 writes the base.
-        dtype: Of the output's floating tensors: float64, float32, bfloat16 or float16; by default the base's.
-        max_memory: Anonymous memory that this process may take at most, such as ``512MiB``, where the pages of mapped
-            files do not count; by default 1 GiB more than it takes already.
-        max_shard_size: Size of a shard in a folder.
+        dtype: Dtype of the output's floating tensors: float64, float32, bfloat16 or float16; by default the base's.
+        max_memory: Limit on the anonymous memory of this process, such as ``512MiB``; pages of mapped files do not
+            count. By default 1 GiB more than it already uses.
+        max_shard_size: Maximum size of a shard in a folder.
         allow_other_base: Apply task vector files to a base that they were not taken from.
         key_map: Regular expressions to replacements, for fine-tuned checkpoints whose names differ from the base's by
             more than one prefix.
-        which: Of fine-tuned Lightning checkpoints that a weight-averaging callback has written, the ``raw`` or the
-            ``averaged`` weights; ``checkpoint`` is what Lightning loads.
-        include: Regular expressions that are searched for in the names of tensors; only those found take part.
-        exclude: Regular expressions of names to leave out, of the base as of the vectors, such as ``^criterion[.]``:
-            the output has the base's as they are.
+        which: Which weights of fine-tuned Lightning checkpoints that a weight-averaging callback has written: ``raw``
+            or ``averaged``; ``checkpoint`` is what Lightning loads.
+        include: Regular expressions that are searched for in the names of tensors; only tensors that match are used.
+        exclude: Regular expressions of names to leave out, of the base and of the vectors, such as ``^criterion[.]``;
+            the output has the base's tensors unchanged.
         allow_other_kind: Mix vectors of linearized networks (``tangent``) with ordinary ones; the output is then
             marked as an ordinary network's.
-        plan: Write nothing; report what would be done, from headers only: coefficients, memory, bytes to move.
-        resume: Go on where an interrupted run of the same command stopped; the bytes are the same.
-        keep_undo: Write an undo file beside the output, from which ``tva revert`` restores the base bit for bit. With
-            ``with_vectors`` it is far smaller, and useless without the same task vector files.
-        requantize: Write a quantized base's tensors in its own scheme; by default they are written in bfloat16.
-        write_as: What is written, on the command line also ``--as``: the edited model, or of LoRA adapters one adapter
-            (``lora``) that changes the base as the recipe says; methods other than sums are then computed in the core
-            space of the adapters.
-        rank: Of an adapter that is written: its largest, to which it is recompressed; by default sums are exact.
-        slices: Models made of layers of the inputs: of ``base``, or under another name that the recipe then knows, such
-            as ``{"base": ["base[0:16]", "a[8:24]"]}``, layers 0 to 15 of the base and then 8 to 23 of ``a``.
-        new_rows: What the output gets where a fine-tuned model has more rows than the base, in embeddings and output
-            layer, as for new tokens: ``keep`` (these rows as they are there; where several have them, their mean),
-            ``zero`` (rows of zeros), ``drop`` (only the base's rows); by default it is an error.
+        plan: Write nothing; report from headers only what would be done: coefficients, memory, bytes to move.
+        resume: Continue where an interrupted run of the same command stopped; the bytes are the same.
+        keep_undo: Write an undo file next to the output, from which ``tva revert`` restores the base bit for bit. With
+            ``with_vectors`` it is much smaller, but useless without the same task vector files.
+        requantize: Write the tensors of a quantized base in its own scheme; by default they are written in bfloat16.
+        write_as: What to write (on the command line also ``--as``): the edited model, or one LoRA adapter (``lora``),
+            made from LoRA adapters, that changes the base as the recipe says. Methods other than sums are then computed
+            in the core space of the adapters.
+        rank: Maximum rank of the adapter that is written; it is recompressed to this rank. By default sums are exact.
+        slices: Models made from layers of the inputs, in place of ``base`` or under another name that the recipe can
+            use. For example, ``{"base": ["base[0:16]", "a[8:24]"]}`` is layers 0 to 15 of the base, then 8 to 23 of
+            ``a``.
+        new_rows: What to do if a fine-tuned model has more rows than the base in embeddings and output layer, as for
+            new tokens: ``keep`` the new rows (their mean, if several models have them), write rows of ``zero``, or
+            ``drop`` them. By default it is an error.
         tokenizer: The input whose tokenizer files the output gets, ``base`` or a vector's name; by default the one
             whose vocabulary it has.
-        allow_other_tokenizer: Combine models whose tokenizers give the same ids to other tokens.
-        engine: ``local``: this process. ``ray``: a Ray cluster started on this machine, or ``ray:ADDRESS``: a running
-            one (``ray:auto`` on one of its nodes), whose nodes see inputs and output under the same paths and compute
-            one shard of a folder each at a time; ``local:N``: the same with processes of this machine.
-        format: What the output is: ``safetensors``, or a folder of ``torch.distributed.checkpoint`` (``dcp``), which
-            FSDP and other sharded models load a part each.
+        allow_other_tokenizer: Combine models whose tokenizers assign the same ids to different tokens.
+        engine: ``local``: this process. ``local:N``: N processes on this machine. ``ray``: a Ray cluster started on
+            this machine. ``ray:ADDRESS``: a running cluster (``ray:auto`` on one of its nodes), whose nodes see inputs
+            and output under the same paths. Each process computes one shard of a folder at a time.
+        format: Format of the output: ``safetensors``, or a folder of ``torch.distributed.checkpoint`` (``dcp``), from
+            which the ranks of FSDP and other sharded models load their parts.
 
     Returns:
         What was written, and what the edit did; or the plan; or what the adapter is.

@@ -80,15 +80,16 @@ def revert(
     """Restore the base of an edited checkpoint, bit for bit, from it and its undo file.
 
     Args:
-        edited: What ``tva compose`` or ``tva edit`` wrote with ``keep_undo``; nothing in it is changed.
-        output: A ``.safetensors`` file, or a folder to be made; it appears under this name when it is whole and has the
-            fingerprint that was recorded of the base.
-        undo: The undo file, if it is no longer beside ``edited``.
-        vectors: For an undo file that was written ``with_vectors``: names to paths of vectors that have moved.
-        max_memory: Anonymous memory that this process may take at most, such as ``512MiB``; by default 1 GiB more than
-            it takes already.
-        max_shard_size: Size of a shard in a folder.
-        resume: Go on where an interrupted run of the same command stopped.
+        edited: An output of ``tva compose`` or ``tva edit`` with ``keep_undo``; it is not changed.
+        output: A ``.safetensors`` file, or a new folder. It gets this name when it is complete and has the recorded
+            fingerprint of the base.
+        undo: The undo file, if it is no longer next to ``edited``.
+        vectors: For an undo file that was written ``with_vectors``: mapping from names to new paths of vectors that
+            have moved.
+        max_memory: Limit on the anonymous memory of this process, such as ``512MiB``; by default 1 GiB more than it
+            already uses.
+        max_shard_size: Maximum size of a shard in a folder.
+        resume: Continue where an interrupted run of the same command stopped.
 
     Returns:
         What was written.
@@ -135,7 +136,7 @@ def revert(
 
 
 def _folder(edited: str, weights: HashedWeights) -> Path | None:
-    """Return the folder that `tva compose` wrote, if it is one."""
+    """Return the folder that `tva compose` wrote, if ``edited`` is one."""
     path = find(edited)
     return path if path.is_dir() and weights.path.name != EDITED else None
 
@@ -156,7 +157,7 @@ def _open_undo(edited: str, weights: HashedWeights, undo: str | None) -> OpenedU
 
 
 def _without_undo(edited: str, weights: HashedWeights, path: Path) -> str:
-    """Describe what can be done instead where there is no undo file."""
+    """Describe what can be done instead if there is no undo file."""
     record = Record.read(weights)
     text = f"An undo file was expected at {path}, and nothing is there. "
     try:
@@ -195,10 +196,10 @@ def _way_back(edited: str, weights: HashedWeights, undo: OpenedUndo, vectors: Ma
 
 
 def _check(edited: str, weights: HashedWeights, undo: OpenedUndo, composer: Composer, restored: str) -> None:
-    """Check, when all is restored, that it is the base, and else say why not.
+    """Check, when everything is restored, that it is the base.
 
     Raises:
-        ValueError: It is not.
+        ValueError: It is not the base; the message says why.
     """
     record, found = undo.record, weights.fingerprint().digest
     if found != record.edited_fingerprint:

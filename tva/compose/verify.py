@@ -1,4 +1,4 @@
-"""Check an edited checkpoint against its record: compute it again, chunk by chunk, and compare it bit by bit."""
+"""Check an edited checkpoint against its record: recompute it, chunk by chunk, and compare it bit by bit."""
 
 from __future__ import annotations
 
@@ -39,15 +39,15 @@ class VerifyReport:
     Attributes:
         output: The edited checkpoint.
         formula: What it was compared with.
-        num_tensors: Tensors that were computed again.
+        num_tensors: Number of tensors that were recomputed.
         num_bytes: Their size.
-        different: Name to largest difference of each tensor that is not what was computed; NaN where there is no such
-            number: it is missing, is one too many, has another dtype or shape, or holds NaN.
-        changed: What is not as recorded, ``stored weights``, ``base``, a vector or a file, to its recorded and its
-            present fingerprint.
-        unrecorded: Inputs of which no fingerprint was recorded, ``the record`` itself among them.
+        different: Mapping from name to largest difference, for each tensor that differs from what was computed. NaN if
+            there is no such number: the tensor is missing or superfluous, has another dtype or shape, or holds NaN.
+        changed: Mapping from what is not as recorded (``stored weights``, ``base``, a vector or a file) to its recorded
+            and its present fingerprint.
+        unrecorded: Inputs without a recorded fingerprint, including ``the record`` itself.
         not_recomputed: Running statistics that the edit took from data.
-        sampled: Tensors that were also computed in a second way, where methods observe the deltas before they merge.
+        sampled: Tensors that were also computed in a second way, for methods that observe the deltas before they merge.
         written_by: Versions that wrote it.
         seconds: Wall time.
     """
@@ -66,7 +66,7 @@ class VerifyReport:
 
     @property
     def holds(self) -> bool:
-        """Whether all was recorded and is as recorded, and equal to what was computed."""
+        """Whether everything was recorded, is as recorded, and equals what was computed."""
         return not self.different and not self.changed and not self.unrecorded
 
     def to_json(self) -> dict[str, Any]:
@@ -124,20 +124,20 @@ def verify(
     vectors: Mapping[str, str | os.PathLike[str]] | None = None,
     max_memory: str | None = None,
 ) -> VerifyReport | VectorReport:
-    """Compute an edited checkpoint again from its recorded recipe and inputs, and compare it bit by bit.
+    """Recompute an edited checkpoint from its recorded recipe and inputs, and compare it bit by bit.
 
     A task vector file is compared with the fingerprint that was written into its header.
 
     Args:
-        edited: What ``tva compose`` or ``tva edit`` wrote, or a task vector file; nothing is changed.
-        base: Where the base is now, if it has moved.
-        vectors: Names to paths of vectors that have moved.
-        max_memory: Anonymous memory that this process may take at most, such as ``512MiB``; by default 1 GiB more than
-            it takes already.
+        edited: An output of ``tva compose`` or ``tva edit``, or a task vector file; it is not changed.
+        base: New path of the base, if it has moved.
+        vectors: Mapping from names to new paths of vectors that have moved.
+        max_memory: Limit on the anonymous memory of this process, such as ``512MiB``; by default 1 GiB more than it
+            already uses.
 
     Returns:
         Whether it holds; if not, how many tensors differ, and whether the stored weights or the inputs have changed. An
-        edit of which a fingerprint is missing in the record does not hold.
+        edit with a fingerprint missing from its record does not hold.
 
     Raises:
         ValueError: It holds no record, or one that cannot be computed again.

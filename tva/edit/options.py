@@ -33,68 +33,71 @@ Diagnosis = Literal["cosine", "signs", "norms", "linearity", "disentanglement", 
 
 @dataclass(frozen=True, kw_only=True)
 class EditOptions:
-    """Everything an edit is asked to do; `tva edit`, `edit_model` and `Trainer.edit` take these options.
+    """All options of an edit, for `tva edit`, `edit_model` and `Trainer.edit`.
 
     Args:
-        output: Folder for ``edit.json`` and ``report.html``, and if the constraints hold for ``edited.safetensors`` and
-            the model card ``README.md``.
-        vectors: Names to task vector files, or to fine-tuned checkpoints whose task vector is taken here; from Python
-            also to `TaskVector` in memory, or a list of any of these, named by their paths. A task of the same name is
-            compared with its fine-tuned model.
-        recipe: Expression of those names, such as ``-digits`` or ``analogy(a, b, c)``. Names that are no vectors are
+        output: Folder for ``edit.json`` and ``report.html`` and, if the constraints hold, for ``edited.safetensors``
+            and the model card ``README.md``.
+        vectors: Mapping from names to task vector files, or to fine-tuned checkpoints, whose task vectors are then
+            computed; from Python also to `TaskVector` in memory, or a list of any of these, named by their paths. A
+            task of the same name is compared with its fine-tuned model.
+        recipe: Expression of those names, such as ``-digits`` or ``analogy(a, b, c)``. Names that are not vectors are
             coefficients, with a value in ``coefs`` or a range in the search.
         targets: Data modules of the tasks that the edit means to change, by name; from Python also
             ``(val_loader, test_loader, metric)``, ``(datamodule, metric)``, or a function ``evaluate(model, split)``
             (see `tva.evaluation.measures`).
-        controls: The tasks that it must not change, likewise.
+        controls: Data modules of the tasks that it must not change, in the same form.
         base: Checkpoint of the base model.
         coefs: Values of the coefficients in the recipe.
         scaling_coef: Coefficient of the whole recipe; by default it is searched.
-        search: How coefficients are searched: ``Grid``, ``Bisect``, ``Race``, ``Optuna`` or ``Learned``; by default the
-            paper's 21 points from 0 to 1.
-        rule: ``"largest"`` coefficient whose constraints hold, or the ``"best"`` objective among those.
-        minimize: Objective to make small: ``TASK/METRIC``, ``mean(TASK/METRIC, …)`` or, over all targets,
-            ``mean(METRIC)``. A metric is what the model logs, or the name of a multi-class metric of torchmetrics where
-            its steps return ``preds`` and ``target``; with ``normalized_`` before it, it is divided by that of the
-            task's own fine-tuned model.
-        maximize: Objective to make large.
+        search: Search for the coefficients: ``Grid``, ``Bisect``, ``Race``, ``Optuna`` or ``Learned``; by default the
+            paper's grid of 21 points from 0 to 1.
+        rule: Choose the ``"largest"`` coefficient whose constraints hold, or the one with the ``"best"`` objective
+            among those.
+        minimize: Objective to minimize: ``TASK/METRIC``, ``mean(TASK/METRIC, …)`` or, over all targets,
+            ``mean(METRIC)``. A metric is one that the model logs or, if its steps return ``preds`` and ``target``, the
+            name of a multi-class metric of torchmetrics. The prefix ``normalized_`` divides it by that of the task's
+            own fine-tuned model.
+        maximize: Objective to maximize.
         subject_to: Constraints such as ``imagenet/accuracy >= 0.95 * base``.
-        confidence: Constraints must hold with this one-sided confidence, such as 0.95, on validation data where the
-            coefficient is chosen and on test data where it is proved; by default their point estimates must.
-        statistics: BatchNorm statistics: ``"keep"`` the base's, add their ``"delta"``, or ``"reestimate"`` them on 20
-            training batches of each target.
-        random_seed: Seed of the baseline, a random vector of the same norm per tensor at the same coefficient; None
-            leaves it out.
-        baselines: What to compare with besides: see docs/howto/choose.md.
-        diagnostics: What to look into besides: see docs/howto/choose.md.
-        audits: Whether what was forgotten comes back, on test data: after a few steps of training on each target
-            (``relearn``), or when the weights are rounded to 8-bit integers (``int8``). A constraint on
-            ``TASK/relearn_METRIC`` or ``TASK/int8_METRIC`` decides on it; ``base`` is then the base after the same.
-        relearn: How the audit ``relearn`` trains.
-        each: Report all ``"pairs"`` or ``"subsets"`` of a sum's vectors too, each with a coefficient of its own; the
-            data are read once for all.
+        confidence: One-sided confidence, such as 0.95, with which constraints must hold on validation data, where the
+            coefficient is chosen, and on test data. By default only their point estimates must hold.
+        statistics: How to handle BatchNorm statistics: ``"keep"`` the base's, add their ``"delta"``, or
+            ``"reestimate"`` them on 20 training batches of each target.
+        random_seed: Seed of the random baseline, a vector with the same norm in every tensor, at the same coefficient;
+            None leaves it out.
+        baselines: What else to compare with: ``random``, ``other_task``, ``parts``, ``gradient_ascent``, ``average``,
+            ``endpoints``, ``joint``, ``ensemble``.
+        diagnostics: What else to analyze: ``cosine``, ``signs``, ``norms``, ``linearity``, ``disentanglement``,
+            ``blame``.
+        audits: Tests, on test data, of whether what was forgotten comes back: after a few training steps on each target
+            (``relearn``), or when the weights are rounded to 8-bit integers (``int8``). Constraints can be set on
+            ``TASK/relearn_METRIC`` and ``TASK/int8_METRIC``; ``base`` is then the base after the same audit.
+        relearn: Training options of the audit ``relearn``.
+        each: Also report all ``"pairs"`` or ``"subsets"`` of a sum's vectors, each with its own coefficient; the data
+            is read once for all.
         joint: Checkpoint of one model that was fine-tuned on all tasks together, for the baseline ``"joint"``.
-        engine: Where candidates are evaluated: ``local``, in this process; ``local:N``, in N processes of this machine;
-            ``ray``, on a Ray cluster started on this machine; ``ray:ADDRESS``, on a running one. The numbers are those
-            of one process.
-        front: File, ``.csv`` or ``.json``, for the Pareto front of each target against each control: the undominated
-            coefficients of the search on validation data, with intervals. The page marks them in any case.
-        log: JSON lines of all evaluations, which the next run re-uses; by default ``OUTPUT.evaluations.jsonl``.
-        cache: Transformed batches kept between passes over the same data, such as ``2GiB``.
-        cache_in: Where: ``"memory"``, the ``"device"``, or memory-mapped on ``"disk"``.
+        engine: Where candidates are evaluated: ``local``, in this process; ``local:N``, in N processes on this machine;
+            ``ray``, on a Ray cluster started on this machine; ``ray:ADDRESS``, on a running cluster. The numbers equal
+            those of one process.
+        front: A ``.csv`` or ``.json`` file for the Pareto front of each target against each control: the undominated
+            coefficients of the search on validation data, with intervals. The page always marks them.
+        log: JSON lines file of all evaluations, which the next run reuses; by default ``OUTPUT.evaluations.jsonl``.
+        cache: Size of the cache of transformed batches between passes over the same data, such as ``2GiB``.
+        cache_in: Where batches are cached: in ``"memory"``, on the ``"device"``, or memory-mapped on ``"disk"``.
         include: Regular expressions that are searched for in the names of tensors; only those found are edited.
-        exclude: Regular expressions of names to leave out, of the model as of the vectors, such as ``^head[.]``: they
-            keep the model's weights. Fine-tuned models are evaluated with those too.
+        exclude: Regular expressions of names to leave out, of the model and of the vectors, such as ``^head[.]``; these
+            tensors keep the model's weights, also when fine-tuned models are evaluated.
         key_map: Regular expressions to replacements, for vectors whose names differ from the model's by more than one
             prefix.
-        format: How the weights are written: as a folder that ``transformers``, ``sentence_transformers``, ``timm`` or
+        format: Format of the weights: a folder that ``transformers``, ``sentence_transformers``, ``timm`` or
             ``open_clip`` loads, a ``lightning`` checkpoint, a plain ``state_dict``, or a folder that
-            ``torch.distributed.checkpoint`` loads (``dcp``); by default as the base came.
-        allow_other_base: Apply vectors to a base they were not taken from.
-        keep_undo: Write ``edited.undo.safetensors`` too, from which ``tva revert`` restores the base bit for bit.
-        allow_other_kind: Apply vectors of a linearized model (``tangent: true``) to an ordinary one, or the other way
-            round.
-        allow_shared_examples: Prove a coefficient on test examples of which it was chosen on more than 5 %.
+            ``torch.distributed.checkpoint`` loads (``dcp``); by default that of the base.
+        allow_other_base: Apply vectors to a base from which they were not taken.
+        keep_undo: Also write ``edited.undo.safetensors``, from which ``tva revert`` restores the base bit for bit.
+        allow_other_kind: Apply vectors of a linearized model (``tangent: true``) to an ordinary one, or vice versa.
+        allow_shared_examples: Allow more than 5 % of the test examples to be among those on which the coefficient was
+            chosen.
     """
 
     output: str | os.PathLike[str]
@@ -171,10 +174,10 @@ class EditOptions:
         return {**(self.targets or {}), **(self.controls or {})}
 
     def checked(self) -> Goal:
-        """Parse and check the options; nothing is opened but files that the recipe names.
+        """Parse and check the options; only files that the recipe names are opened.
 
         Raises:
-            ValueError: An option is wrong, or two do not go together.
+            ValueError: An option is wrong, or two options exclude each other.
             FileNotFoundError: A file that the recipe names is missing.
         """
         self._check_tasks()
@@ -301,7 +304,7 @@ class EditOptions:
 
 
 def named_vectors(given: Any) -> dict[str, str | TaskVector]:
-    """Return vectors by name: paths as texts, and those in memory as they are.
+    """Return vectors by name: paths as strings, vectors in memory unchanged.
 
     Args:
         given: A mapping from names; or a list of paths and `TaskVector`, or one, which get names from their paths and
@@ -347,15 +350,15 @@ def _name_of(vector: Any, otherwise: str) -> str:
 
 @dataclass(frozen=True)
 class Goal:
-    """What an edit is asked to do, parsed and checked.
+    """The options of an edit, parsed and checked.
 
     Attributes:
         options: The options it was parsed from.
         recipe: The recipe, each searched coefficient at the start of its range.
         search: Chooses the coefficients.
         starts: By coefficient that is searched, besides ``scaling_coef``, the start of its range.
-        objective: What the rule ``"best"`` makes large or small.
-        constraints: All must hold, on validation data where the coefficient is chosen and on test data.
+        objective: What the rule ``"best"`` maximizes or minimizes.
+        constraints: Constraints that must hold on validation data, where the coefficient is chosen, and on test data.
         audited: Constraints on audits, which must hold on test data.
     """
 

@@ -87,16 +87,16 @@ def compare(
     """Compare task vectors: norms, the cosine of every pair and the share of signs on which two disagree.
 
     Args:
-        vectors: Task vector files of one base; with ``base`` also its fine-tuned checkpoints.
+        vectors: Task vector files of one base; with ``base``, also fine-tuned checkpoints of it.
         base: Checkpoint of the base model.
         by: Compare within each ``layer``, ``group`` (the first two parts of the tensors' names) or ``tensor`` too.
-        allow_other_base: Compare vectors of different bases too; their names and shapes must be alike.
+        allow_other_base: Also compare vectors of different bases; their names and shapes must be equal.
         key_map: Regular expressions to replacements, for checkpoints whose names differ from the base's by more than
             one prefix.
-        which: Of Lightning checkpoints that a weight-averaging callback has written, the ``raw`` or ``averaged``
-            weights; ``checkpoint`` is what Lightning loads.
-        include: Regular expressions that are searched for in the names of tensors; only those found take part.
-        exclude: Regular expressions of names to leave out, of the base as of vectors and checkpoints.
+        which: Which weights of Lightning checkpoints that a weight-averaging callback has written: ``raw`` or
+            ``averaged``; ``checkpoint`` is what Lightning loads.
+        include: Regular expressions that are searched for in the names of tensors; only tensors that match are used.
+        exclude: Regular expressions of names to leave out, of the base and of vectors and checkpoints.
 
     Returns:
         The matrices. Running statistics do not count.

@@ -105,17 +105,17 @@ def compress(
 
     Args:
         vector: A task vector file that is not compressed.
-        output: The file to write; its name ends in ``.safetensors``, best in ``.tv.safetensors``.
+        output: The file to write; its name ends in ``.safetensors``, preferably in ``.tv.safetensors``.
         encoding: ``bf16``, ``fp16``, ``int8``, ``sign``, ``top_k(density=0.1)`` or ``low_rank(rank=16)``. Tensors with
             fewer than two dimensions, and those that would not be smaller than in bf16, are stored in bf16.
-        max_error: Largest relative error of each tensor, and so of the whole, such as 0.01: each tensor gets the
-            smallest encoding that holds it.
-        max_size: Largest size of the file, as a part of the tensors' size in float32 (``5%``) or in bytes (``20MB``):
-            from the smallest encodings on, what lowers the squared error most for each byte is chosen as long as it
-            fits; where all tensors fit as they are, nothing is lost.
-        max_memory: Anonymous memory that this process may take at most, such as ``512MiB``, where the pages of mapped
-            files do not count. Tensors are then encoded by blocks of rows in exact, bf16, fp16, int8 and sign; the
-            others need a whole tensor in memory, and it is an error where that does not fit.
+        max_error: Maximum relative error of each tensor, and so of the whole vector, such as 0.01. Each tensor gets the
+            smallest encoding within it.
+        max_size: Maximum size of the file, as a percentage of the tensors' size in float32 (``5%``) or in bytes
+            (``20MB``). Starting from the smallest encodings, the step that lowers the squared error most per byte is
+            taken as long as it fits; if all tensors fit exactly, nothing is lost.
+        max_memory: Limit on the anonymous memory of this process, such as ``512MiB``; pages of mapped files do not
+            count. exact, bf16, fp16, int8 and sign are then encoded by blocks of rows. The other encodings need a whole
+            tensor in memory; if it does not fit, it is an error.
 
     Returns:
         What was written.

@@ -66,18 +66,18 @@ def extract(
     Args:
         base: Checkpoint of the base model, in any format that `tva.open_weights` reads.
         finetuned: Checkpoint of the fine-tuned model in any such format, or the folder of a PEFT LoRA adapter.
-        output: The task vector file; ends in ``.safetensors``, best in ``.tv.safetensors``.
+        output: The task vector file; its name ends in ``.safetensors``, preferably in ``.tv.safetensors``.
         task: Name of the task, for the header; by default the output's name without its ending.
         key_map: Regular expressions to replacements, for names of the fine-tuned checkpoint that differ from the
             base's by more than one prefix.
-        which: Of a fine-tuned Lightning checkpoint that a weight-averaging callback has written, the ``raw`` or the
-            ``averaged`` weights; ``checkpoint`` is what Lightning loads.
-        include: Regular expressions that are searched for in the names of tensors; only those found take part.
-        exclude: Regular expressions of names to leave out, of the base as of the fine-tuned checkpoint, such as
+        which: Which weights of a fine-tuned Lightning checkpoint that a weight-averaging callback has written: ``raw``
+            or ``averaged``; ``checkpoint`` is what Lightning loads.
+        include: Regular expressions that are searched for in the names of tensors; only tensors that match are used.
+        exclude: Regular expressions of names to leave out, of the base and of the fine-tuned checkpoint, such as
             ``^classifier[.]``; the vector lists the base's as excluded.
-        rank: Write a PEFT LoRA adapter of at most this rank instead, into the folder ``output``, and state its error.
-        max_memory: Anonymous memory that this process may take at most, such as ``512MiB``, where the pages of mapped
-            files do not count; it is an error where what must be held at once does not fit.
+        rank: Write a PEFT LoRA adapter of at most this rank instead, into the folder ``output``, and print its error.
+        max_memory: Limit on the anonymous memory of this process, such as ``512MiB``; pages of mapped files do not
+            count. If the data that is needed at once does not fit, it is an error.
 
     Returns:
         What was written.

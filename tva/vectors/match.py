@@ -92,13 +92,13 @@ def match(
         checkpoint: The checkpoint, in any format that `tva.open_weights` reads.
         vectors: Task vector files, fine-tuned checkpoints, or folders with task vector files.
         base: Checkpoint of the base model.
-        allow_other_base: Try vectors of other bases too, if their names and shapes are alike.
+        allow_other_base: Also try vectors of other bases, if their names and shapes are equal.
         key_map: Regular expressions to replacements, for names of checkpoints that differ from the base's by more than
             one prefix.
-        which: Of Lightning checkpoints that a weight-averaging callback has written, the ``raw`` or ``averaged``
-            weights; ``checkpoint`` is what Lightning loads.
-        include: Regular expressions that are searched for in the names of tensors; only those found take part.
-        exclude: Regular expressions of names to leave out, of the base as of vectors and checkpoints.
+        which: Which weights of Lightning checkpoints that a weight-averaging callback has written: ``raw`` or
+            ``averaged``; ``checkpoint`` is what Lightning loads.
+        include: Regular expressions that are searched for in the names of tensors; only tensors that match are used.
+        exclude: Regular expressions of names to leave out, of the base and of vectors and checkpoints.
 
     Returns:
         Every vector's number and residual, the best first, and the joint fit.

@@ -56,8 +56,8 @@ def run(shell: Literal["bash", "zsh", "fish"] | None = None, install: bool = Fal
     """Print or install tab completion of commands and options.
 
     Args:
-        shell: By default that of the environment variable SHELL.
-        install: Write it where the shell looks for completions, in the home folder.
+        shell: The shell; by default that of the environment variable SHELL.
+        install: Write the script to the place in your home folder where the shell looks for completions.
 
     Raises:
         ValueError: The shell is not known.

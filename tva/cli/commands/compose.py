@@ -70,8 +70,8 @@ def show(result: ComposeReport | AdapterReport | Plan, mergekit: str | None = No
 
     Args:
         result: What was written, or the plan.
-        mergekit: A mergekit configuration, which says base, vectors, recipe, coefficients and slices in their place.
-        print_recipe: Print these as a file for --config, and write nothing.
+        mergekit: A mergekit configuration, which replaces base, vectors, recipe, coefficients and slices.
+        print_recipe: Print the mergekit configuration as a file for --config, and write nothing.
     """
     console = make_console()
     if isinstance(result, Plan):

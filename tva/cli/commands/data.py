@@ -17,7 +17,7 @@ def run(what: Literal["ls"] = "ls") -> list[dict[str, Any]]:
     """List the data sets that can be named: presets, and those that ship with tva.
 
     Args:
-        what: ``ls``, the only thing to do with them.
+        what: Only ``ls`` is possible.
     """
     from tva.data.builtin import BUILTIN_SETS, MARKS
 

@@ -14,7 +14,7 @@ def run(name: str, path: str) -> DataCheck:
 
     Args:
         name: A preset's name, such as ``dtd``; ``tva data`` lists them.
-        path: The copy: a folder, a file, or files with ``{split}`` in the place of the split's name.
+        path: The copy: a folder, a file, or a path with ``{split}`` in place of the split's name.
     """
     return check_data(name.removeprefix("preset:"), path)
 

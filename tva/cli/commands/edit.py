@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from tva.cli.subcommand import run_subcommand
 
-HELP = "combine task vectors, choose the coefficient, edit the model and prove it on control tasks"
+HELP = "combine task vectors, choose the coefficient, edit the model and test it on target and control tasks"
 
 
 def start(words: list[str], as_json: bool) -> bool:

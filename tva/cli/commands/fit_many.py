@@ -98,24 +98,25 @@ def fit_many(
     redo: bool = False,
     plan: bool = False,
 ) -> list[Result]:
-    """Fine-tune on many tasks, each in a process of its own; what is finished is skipped.
+    """Fine-tune on many tasks, each in its own process; finished fits are skipped.
 
     Args:
-        tasks: Names; or names with what differs from ``shared``, keys with dots allowed
+        tasks: List of names; or mapping from names to options that differ from ``shared``, keys with dots allowed
             (``cars: {trainer.max_steps: 3000}``); or ``preset:8``, ``preset:14``, ``preset:20``.
-        shared: Options of ``tva fit`` that all tasks share; ``{task}`` and ``{seed}`` in them are filled in.
+        shared: Options of ``tva fit`` for all tasks; ``{task}`` and ``{seed}`` in them are replaced.
         output: Folder; each fit writes into ``OUTPUT/TASK/seed=SEED``.
-        changes: Laid over ``shared``, keys with dots allowed; ``--shared.trainer.max_steps 9`` is one of them.
-        seeds: Each task is fitted with each of these.
-        jobs: Fits at a time; by default one a device, or one without devices.
-        devices: GPUs to spread over, such as ``0,1`` or, two for each fit, ``0+1,2+3``; by default all; ``cpu`` for
-            none.
-        engine: ``local``: processes of this machine. ``ray``: a Ray cluster started on this machine, or
-            ``ray:ADDRESS``: a running one (``ray:auto`` on one of its nodes), whose nodes see ``output`` and the data
-            under the same paths; a fit whose node fails goes on on another one.
-        per_fit: What Ray keeps for each fit: ``cpus``, ``gpus``, and ``memory`` such as ``8GiB``; by default one core.
-        redo: Fit again what was done with another config; the old folder is kept under another name.
-        plan: Report what would be done, and do nothing.
+        changes: Options that override ``shared``, keys with dots allowed; ``--shared.trainer.max_steps 9`` sets one of
+            them.
+        seeds: Seeds; each task is fitted with each of them.
+        jobs: Number of fits at a time; by default one per device, or one without devices.
+        devices: GPUs to use, such as ``0,1``, or ``0+1,2+3`` for two per fit; by default all. ``cpu`` uses none.
+        engine: ``local``: processes on this machine. ``ray``: a Ray cluster started on this machine. ``ray:ADDRESS``: a
+            running cluster (``ray:auto`` on one of its nodes), whose nodes see ``output`` and the data under the same
+            paths. If a node fails, its fits continue on another one.
+        per_fit: Resources that Ray reserves for each fit: ``cpus``, ``gpus``, and ``memory`` such as ``8GiB``; by
+            default one core.
+        redo: Repeat fits that were made with another configuration; the old folder is kept under another name.
+        plan: Only report what would be done.
     """
     fits = make_fits(tasks, merge(shared, nested(changes or {})), output, seeds)
     if plan:

@@ -11,7 +11,7 @@ from typing import Any
 from tva.checkpoints import protect
 from tva.console import make_console, print_line
 
-HELP = "make a language model forget what texts teach, as far as it still predicts other texts as before"
+HELP = "make a language model forget what given texts teach, while it still predicts other texts as before"
 ORDER = "model"
 PARTS = {"train": 0.8, "val": 0.1, "test": 0.1}
 NUM_OWN_TEXTS = 200  # that the model writes where no texts to keep are given
@@ -34,7 +34,7 @@ def run(
     confidence: float = 0.95,
     seed: int = 0,
 ) -> dict[str, Any]:
-    """Make a language model forget what texts teach, as far as it still predicts other texts as before.
+    """Make a language model forget what given texts teach, while it still predicts other texts as before.
 
     The model is fine-tuned on the texts, and the task vector is subtracted with the largest coefficient that keeps, on
     other texts, the divergence from the base's predictions and the perplexity within their limits: chosen on validation
@@ -44,24 +44,24 @@ def run(
 
     Args:
         model: Folder of a causal language model of transformers, or its name on the hub.
-        data: Texts to forget: a ``.txt`` file with one text a line (or ``.txt.gz``), or a parquet, csv or JSON lines
-            file with a column of texts. They are divided at random into training (80 %), validation and test texts.
+        data: Texts to forget: a ``.txt`` or ``.txt.gz`` file with one text per line, or a parquet, csv or JSON lines
+            file with a column of texts. They are split at random into training (80 %), validation and test texts.
         output: Folder for the edited model, which transformers loads, with its report.
-        keep: Texts that the model must predict as before, likewise a file. Without it the model's own are taken: it
-            writes 200 texts from nothing.
-        contrast: Texts of the same style without what is to be forgotten: only what the others teach beyond these
+        keep: File of texts that the model must predict as before. Without it, 200 texts that the model generates are
+            used.
+        contrast: File of texts in the same style without the behavior to forget: only what the texts teach beyond these
             is subtracted.
-        max_kl: Largest mean divergence of the edited model's predictions from the base's on the texts to keep, in nats
-            a token.
-        max_perplexity: Largest perplexity on the texts to keep, as a multiple of the base's.
-        rank: Of the LoRA with which the model is fine-tuned (needs ``pip install 'tva[lora]'``); 0 trains all weights.
-        max_steps: Steps of fine-tuning.
+        max_kl: Maximum mean divergence of the edited model's predictions from the base's on the texts to keep, in nats
+            per token.
+        max_perplexity: Maximum perplexity on the texts to keep, as a multiple of the base's.
+        rank: Rank of the LoRA fine-tuning (needs ``pip install 'tva[lora]'``); 0 trains all weights.
+        max_steps: Number of fine-tuning steps.
         learning_rate: Peak learning rate.
-        batch_size: Blocks in a step.
-        block_length: Tokens of a block of text.
-        text_column: The column of texts.
-        confidence: One-sided, that both limits hold.
-        seed: Of the division of texts, the training and the model's own texts.
+        batch_size: Number of blocks per step.
+        block_length: Number of tokens in a block of text.
+        text_column: Name of the column of texts.
+        confidence: One-sided confidence with which both limits must hold.
+        seed: Seed of the split, the training and the generated texts.
 
     Raises:
         FileNotFoundError: A file is not there.
@@ -217,7 +217,7 @@ def _read(path: str, column: str) -> list[str]:
 
 
 def write_texts(model: str, count: int, length: int, seed: int) -> list[str]:
-    """Let a language model write texts from nothing, by sampling from its own distribution.
+    """Generate texts with a language model, by sampling from its own distribution.
 
     Args:
         model: Folder or name of a causal language model.

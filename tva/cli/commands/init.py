@@ -22,10 +22,10 @@ def run(
 
     Args:
         kind: What the file is for.
-        output: Where to write; by default KIND.yaml. A file that is there already is never replaced.
+        output: Where to write the file; by default KIND.yaml. An existing file is never replaced.
 
     Raises:
-        FileExistsError: There is such a file.
+        FileExistsError: The file exists already.
     """
     path = Path(f"{kind}.yaml" if output is None else output)
     if path.exists():

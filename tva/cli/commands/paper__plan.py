@@ -13,7 +13,7 @@ from tva.paper.results import DONE, edit_folder
 from tva.paper.suite import Scale, find_scale
 from tva.report.table import Column, print_table, words
 
-HELP = "say what an experiment needs, downloads, fits and edits, without a network"
+HELP = "list what an experiment needs, downloads, fits and edits; works offline"
 ORDER = "names…"
 
 
@@ -24,14 +24,14 @@ def run(
     data_root: str | None = None,
     seeds: list[int] | None = None,
 ) -> list[dict[str, Any]]:
-    """List what an experiment needs, downloads, fits and edits, without a network.
+    """List what an experiment needs, downloads, fits and edits; works offline.
 
     Args:
         names: Experiments, or paths of YAML files of your own.
-        scale: Which scale of each; by default ``small``.
+        scale: Scale of the experiments; by default ``small``.
         output: Folder in which finished fits and edits are looked for.
-        data_root: Folder with sets and models, where the setup needs one.
-        seeds: By default those of the experiment.
+        data_root: Folder with data sets and models, if the setup needs one.
+        seeds: Seeds; by default those of the experiment.
     """
     return [plan(find_scale(name, scale), Path(output), data_root, seeds) for name in names]
 

@@ -25,7 +25,7 @@ from tva.report.run_files import EDIT_JSON
 from tva.report.table import Column, print_table, words
 from tva.vectors.header import read_origin
 
-HELP = "run experiments of the paper: fits, edits and their numbers; what is finished is skipped"
+HELP = "run experiments of the paper (fits, edits and their numbers), skipping what is finished"
 ORDER = "names…"
 TVA_EDIT = (sys.executable, "-m", "tva", "edit")
 State = Literal["new", "changed", "skipped", "done", "failed", "interrupted"]
@@ -89,15 +89,15 @@ def run(
 
     Args:
         names: Experiments, or paths of YAML files of your own.
-        scale: Which scale of each; by default ``small``.
-        output: Folder of all fits and edits; experiments on one setup share their fits.
-        data_root: Folder with the sets and models that the setup names, where it needs one.
-        seeds: By default those of the experiment.
-        jobs: Fits or edits at a time, as for ``tva fit-many``.
+        scale: Scale of the experiments; by default ``small``.
+        output: Folder for all fits and edits; experiments with the same setup share their fits.
+        data_root: Folder with the data sets and models that the setup names, if it needs one.
+        seeds: Seeds; by default those of the experiment.
+        jobs: Number of fits or edits at a time, as for ``tva fit-many``.
         devices: As for ``tva fit-many``.
         engine: As for ``tva fit-many``.
         per_fit: As for ``tva fit-many``.
-        redo: Make again what was made with another config; the old folder is kept under another name.
+        redo: Repeat what was made with another configuration; the old folder is kept under another name.
     """
     scales = [find_scale(name, scale) for name in names]
     for each in scales:
@@ -131,7 +131,7 @@ def check_data_root(scale: Scale, data_root: str | None) -> None:
 def run_scale(
     scale: Scale, output: Path, seeds: Sequence[int], data_root: str, executor: Executor, redo: bool
 ) -> list[Step]:
-    """Run what is not finished of one experiment; edits whose fits failed are left out and named."""
+    """Run the unfinished part of one experiment; edits whose fits failed are left out and named."""
     fits = make_fits(scale, output, seeds, data_root)
     print(f"{scale.experiment}, {scale.name}: {len(fits)} fits", flush=True)
     with only_one(output / "fits" / scale.setup_name, "fit-many"):
@@ -181,7 +181,7 @@ def make_job(scale: Scale, edit: Edit, vectors: Mapping[str, Path], output: Path
 
 
 def state_of(job: EditJob) -> State:
-    """Return how far an edit has come."""
+    """Return the state of an edit."""
     marker = job.folder / DONE
     if not marker.exists():
         return "new"
@@ -189,7 +189,7 @@ def state_of(job: EditJob) -> State:
 
 
 def run_edits(label: str, jobs: Sequence[EditJob], executor: Executor, redo: bool) -> Iterator[Step]:
-    """Make what is not finished; an edit that fails stops no other."""
+    """Make the edits that are not finished; if one fails, the others continue."""
     steps: dict[int, Step] = {}
     with terminate_as_interrupt():
         ended = executor.run(functools.partial(make_edit, label=label, redo=redo), jobs)
@@ -207,7 +207,7 @@ def run_edits(label: str, jobs: Sequence[EditJob], executor: Executor, redo: boo
 
 
 def make_edit(job: EditJob, worker: Worker, label: str, redo: bool) -> Step:
-    """Make one edit, if need be, in a process of its own, and mark its folder when it is done."""
+    """Make one edit, if it is not finished, in its own process, and mark its folder when it is done."""
     edit, state = job.edit, state_of(job)
     if state == "changed" and redo:
         number = next(n for n in range(1, 10**6) if not Path(f"{job.folder}.replaced-{n}").exists())

@@ -48,10 +48,10 @@ def run(
         names: Experiments, or paths of YAML files of your own; by default all that have results.
         scale: Only this scale; by default all that have results.
         output: Folder that ``tva paper run`` wrote to.
-        confidence: One-sided, with which an effect is said to hold.
+        confidence: One-sided confidence with which an effect must hold.
         write: Folder for ``table.md``, ``table.csv``, ``table.tex`` and ``table.json``; by default ``output``.
-        figures: Draw curves over the coefficient, pairs and cosines too, into the folder ``figures`` there, as SVG and
-            PNG.
+        figures: Also draw curves over the coefficient, pairs and cosines as SVG and PNG, into the subfolder
+            ``figures``.
     """
     if not 0.5 <= confidence < 1:
         raise ValueError(f"confidence must be in [0.5, 1); found {confidence}.")
@@ -119,10 +119,10 @@ def show(result: Tables) -> None:
 
 
 def finish(result: Tables, check: bool = False) -> bool:
-    """Return whether all effects hold, where that is asked for.
+    """Return whether all effects hold, if this is checked.
 
     Args:
         result: What is known.
-        check: End with status 1 unless every effect holds with the confidence, seeds being the unit.
+        check: Exit with status 1 unless every effect holds at this confidence over seeds.
     """
     return not check or all(effect.holds for effect in result.effects)

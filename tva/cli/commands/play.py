@@ -23,9 +23,9 @@ def run(run: str, port: int = 8765, edit_config: str | None = None, num_examples
     Args:
         run: Folder of a finished edit.
         port: Port of the page, which only this machine can reach (127.0.0.1).
-        edit_config: YAML file with the options the edit was made with; by default the ``config.yaml``
-            that `tva edit` leaves in the folder. It names classes, whose code is run: open only runs you trust.
-        num_examples: Validation examples per task on which every setting is evaluated.
+        edit_config: YAML file with the options of the edit; by default the ``config.yaml`` that `tva edit` saves in the
+            folder. It names classes, whose code is run: open only runs that you trust.
+        num_examples: Number of validation examples per task on which every setting is evaluated.
 
     Raises:
         FileNotFoundError: The folder holds no edit, or no configuration.

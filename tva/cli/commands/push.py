@@ -26,15 +26,15 @@ def run(
     yes: bool = False,
     space: bool = False,
 ) -> Pushed:
-    """Upload edited weights, their task vectors and a model card in one commit, after a question.
+    """Upload edited weights, their task vectors and a model card in one commit, after asking for confirmation.
 
     With ``space`` a Gradio demo goes up instead, as a Space: base and edited model answer the same input.
 
     Args:
-        run: Folder of a finished edit, with its ``edit.json``; or what ``tva compose`` wrote, a folder or a file.
-        repository: ``owner/name`` on the hub; made, private, if there is none.
+        run: Folder of a finished edit, with its ``edit.json``; or a folder or file that ``tva compose`` wrote.
+        repository: ``owner/name`` on the hub; if it does not exist, it is created as private.
         base_model: ``owner/name`` of the base on the hub, for the card.
-        vectors: Upload the recipe's task vectors too, as ``vectors/NAME.tv.safetensors``.
+        vectors: Also upload the recipe's task vectors, as ``vectors/NAME.tv.safetensors``.
         public: Make a new repository public.
         dry_run: Send nothing; list what would be uploaded.
         yes: Upload without asking.
@@ -42,7 +42,7 @@ def run(
             that. They name classes, whose code is run: only for runs you trust.
 
     Returns:
-        What went up.
+        What was uploaded.
 
     Raises:
         ValueError: There are no weights to push, they or a vector are not those that the card describes, or nobody is
