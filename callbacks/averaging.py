@@ -40,7 +40,7 @@ def check_averaging(
     name = type(trainer.callbacks[averages_at]).__name__
     if we_at < averages_at and weights != "raw" and (along_the_way or at_train_end):
         raise ValueError(
-            f"Averaged weights are up to date only after {name} has run: put TaskVectorCallback behind it in the "
+            f"Averaged weights are up to date only after {name} has run: put TaskVectorCallback after it in the "
             f"Trainer's callbacks, or take weights='raw'."
         )
     if we_at > averages_at and weights == "raw" and at_train_end:

@@ -15,14 +15,14 @@ class ControlEvaluation(L.Callback):
     """Evaluate control tasks during any fit, and log ``control/NAME/METRIC``.
 
     The model's own ``validation_step`` is run on each control's validation split: before the first step, at the end of
-    every epoch, and every N steps. Training is the same, bit for bit, as without this callback. The values can
-    be monitored by ModelCheckpoint and EarlyStopping at the end of an epoch. With a WeightAveraging callback the raw
+    every epoch, and every N steps. Training is bit for bit the same as without this callback. The values can be
+    monitored by ModelCheckpoint and EarlyStopping at the end of an epoch. With a WeightAveraging callback the raw
     weights are evaluated.
 
     With several ranks each one evaluates all of a control, so that no metric depends on their number.
 
     Args:
-        controls: Names to data modules whose ``val_dataloader`` gives batches that the model can take.
+        controls: Mapping from names to data modules whose ``val_dataloader`` yields batches that the model accepts.
         every_n_epochs: At the end of every N epochs; 0 for never.
         every_n_steps: Also every N optimizer steps.
         limit_batches: Evaluate on at most this many batches of each control.

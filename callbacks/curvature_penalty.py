@@ -23,7 +23,7 @@ class CurvaturePenalty(L.Callback):
 
     ΔW is what fitting has changed so far. With ``tangent: true`` this is TAK: the outputs are linear in ΔW, and the
     penalty is their expected squared change on the other tasks, up to the factors' approximation. In ordinary
-    fine-tuning it is elastic weight consolidation with Kronecker factors, which is right near the base only.
+    fine-tuning it is elastic weight consolidation with Kronecker factors, which is accurate only near the base.
 
     The gradient is added before each optimizer step, whatever the model's steps are; ``train/curvature_penalty`` is
     logged. The factors of any number of tasks take the memory of one (see `tva.merge.curvature.add_up`).
@@ -31,7 +31,7 @@ class CurvaturePenalty(L.Callback):
     Args:
         factors: Files that ``MergeStatistics(kinds=["curvature"])`` wrote of the base on each other task, or patterns
             such as ``runs/*/curvature.safetensors``. A file that was measured on the fit's own task is left out.
-        beta: What the penalty is multiplied by.
+        beta: Factor on the penalty.
 
     Raises:
         ValueError: The factors are of another base or of parameters that the model does not train, or none is left.

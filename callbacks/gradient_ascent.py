@@ -11,8 +11,8 @@ import lightning as L
 class GradientAscent(L.Callback):
     """Negate the loss of a fit: the model is trained to be bad at its task.
 
-    Its task vector is the paper's baseline of forgetting, added with coefficient 1. Without bound on the loss the
-    weights run away, so give the Trainer few steps or ``gradient_clip_val``. What the model logs is not negated.
+    Its task vector, added with coefficient 1, is the paper's baseline for forgetting. The loss has no bound and the
+    weights diverge, so give the Trainer few steps or ``gradient_clip_val``. What the model logs is not negated.
 
     Source: the gradient ascent rows of Ilharco et al., ICLR 2023, tables 1 and 2.
     """

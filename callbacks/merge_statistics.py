@@ -1,4 +1,5 @@
-"""A callback that measures, when fitting ends, what Fisher and RegMean merging and a curvature penalty need to know."""
+"""A callback that measures, when fitting ends, the statistics for Fisher and RegMean merging and for a curvature
+penalty."""
 
 from __future__ import annotations
 
@@ -31,17 +32,17 @@ class MergeStatistics(L.Callback):
 
     On request also ``curvature.safetensors``, for `CurvaturePenalty`.
 
-    The model's own ``training_step`` is called with one training example at a time, in evaluation mode: what it
-    returns for one example must be that example's negative log-likelihood, as a cross entropy is. For a model that is
-    fine-tuned already, fit for no epochs: ``tva fit … --trainer.max_epochs 0``. Under DDP each rank sees its share of
-    the same examples that one device would see; rank 0 writes.
+    The model's own ``training_step`` is called with one training example at a time, in evaluation mode: what it returns
+    for one example must be that example's negative log-likelihood, as a cross entropy is. For a model that is already
+    fine-tuned, fit for zero epochs: ``tva fit … --trainer.max_epochs 0``. Under DDP each rank sees its share of the
+    same examples that one device would see; rank 0 writes.
 
     Args:
         kinds: Which files to write: ``fisher``, ``gram``, and ``curvature``, the factors A and G of every layer that
             `CurvaturePenalty` takes. For these the model's ``validation_step`` must return ``preds`` (batch, outputs),
             or ``logits`` with ``mask``.
         num_examples: Use at most this many training examples; 256 to 2,048 in the papers.
-        seed: Which examples, where there are more.
+        seed: Seed of the choice of examples, if there are more.
         conv: Also write Gram matrices of convolutions, as ``regmean(…, conv="matrix")`` needs.
         dirpath: Local folder; by default that of the first ModelCheckpoint.
         probe: For ``curvature``: ``"outputs"``, the squared change of the outputs (logits), or ``"labels"``, their

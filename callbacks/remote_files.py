@@ -81,7 +81,7 @@ def local_copy(path: str) -> Iterator[Path]:
     """Yield a file of this machine: the file itself, or a copy that is removed again if it is remote.
 
     Raises:
-        FileNotFoundError: Nothing is there.
+        FileNotFoundError: The path does not exist.
     """
     if not is_remote(path):
         yield Path(path)

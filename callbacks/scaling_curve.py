@@ -23,11 +23,10 @@ from tva.checkpoints import canonical_names, open_weights, save_weights
 class ScalingCurve(L.Callback):
     r"""At the end of fit, evaluate :math:`\theta_0 + \lambda\tau` for several :math:`\lambda` on the validation set.
 
-    Logs ``scaling/METRIC`` (one value a coefficient, the coefficient in percent as its step), and writes
+    Logs ``scaling/METRIC`` (one value per coefficient, with the coefficient in percent as step), and writes
     ``scaling_curve.png`` and ``scaling_curve.csv`` into the folder of the vectors. The weights are restored bit for
-    bit. Needs a `TaskVectorCallback` in the same Trainer, for the base, and holds no copy of the model in
-    memory: both ends of the line are read from disk. Integer buffers and running statistics stay those of the
-    fine-tuned model.
+    bit. Needs a `TaskVectorCallback` in the same Trainer, for the base, and holds no copy of the model in memory: both
+    ends of the line are read from disk. Integer buffers and running statistics stay those of the fine-tuned model.
 
     Args:
         coefs: Scaling coefficients; 0 is the base, 1 the fine-tuned model.

@@ -49,7 +49,7 @@ def check_package(trainer: L.Trainer, callback: L.Callback) -> None:
     if type(trainer.strategy).__module__.partition(".")[0] == "pytorch_lightning":
         raise ValueError(
             f"{type(callback).__name__} needs a Trainer of the package lightning, and this one is of the package "
-            f"pytorch_lightning, whose classes are different ones. Write `import lightning as L` in the place of "
+            f"pytorch_lightning, whose classes are different ones. Write `import lightning as L` in place of "
             f"`import pytorch_lightning as pl`, and use L.Trainer and L.LightningModule."
         )
 

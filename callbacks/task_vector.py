@@ -1,4 +1,4 @@
-"""A callback that writes task vectors out of an existing Trainer: beside checkpoints, along the way, on request."""
+"""A callback that writes task vectors from an existing Trainer: next to checkpoints, during training, or on request."""
 
 from __future__ import annotations
 
@@ -34,37 +34,39 @@ TRAJECTORY = "trajectory"  # folder of the vectors along the way
 
 
 class TaskVectorCallback(L.Callback):
-    """Write the task vector ``NAME.tv.safetensors`` beside every checkpoint ``NAME.ckpt``.
+    """Write the task vector ``NAME.tv.safetensors`` next to every checkpoint ``NAME.ckpt``.
 
     Works in any Trainer with any LightningModule, on one device, with DDP, FSDP, FSDP2 or DeepSpeed ZeRO 1-3. The base
     is written once, as ``base-FINGERPRINT.safetensors`` in the checkpoint folder, when fitting starts; its path is
-    kept in the checkpoint, so that after resuming vectors are still taken against the original base (where the folder
-    has moved, the base is found beside the checkpoint). When ModelCheckpoint drops a checkpoint its vector is removed
-    too. Neither a full disk nor weights that became NaN stop training: a warning says what was not written, and nothing
-    is left half written. Any callback with a method ``on_vector_saved(trainer, pl_module, saved)`` is called with every
+    stored in the checkpoint, so that vectors are still relative to the original base after resuming (if the folder has
+    moved, the base is found next to the checkpoint). When ModelCheckpoint drops a checkpoint, its vector is removed
+    too. Training continues after a full disk or weights that became NaN: a warning says what was not written, and no
+    partial file is left. Any callback with a method ``on_vector_saved(trainer, pl_module, saved)`` is called with every
     saved vector, on every rank.
 
     Args:
         base: Checkpoint of the base model, in any format that `tva.open_weights` reads, with the keys of the
-            LightningModule's state dict. By default the weights that fitting starts from.
+            LightningModule's state dict. By default the weights from which fitting starts.
         include: Regular expressions; only parameters whose whole name matches one are in the vector.
         exclude: Regular expressions; parameters whose whole name matches one are left out, even if included.
-        dtype: ``"float32"``, ``"bfloat16"`` or ``"float16"``: how deltas are stored. By default exactly.
+        dtype: Dtype in which deltas are stored: ``"float32"``, ``"bfloat16"`` or ``"float16"``. By default they are
+            stored exactly.
         encoding: Write compressed vectors, as ``"int8"`` or another encoding of ``tva compress``; not with ``dtype``.
         task: The task's name in the file; by default the ``name`` of the data module, if it has one.
         dirpath: Folder of the base and of vectors that belong to no checkpoint; by default that of the first
             ModelCheckpoint. It may be remote, such as ``s3://bucket/run``.
-        weights: Where a WeightAveraging callback keeps two sets: ``"raw"``, ``"averaged"``, or those that the
-            ``state_dict`` of a checkpoint holds.
-        lora: Of a peft model: ``"merge"`` writes the dense deltas under the base model's names, ``"adapter"`` keeps
-            the adapter as it is, in a folder ``NAME.adapter`` that opens like a fine-tuned checkpoint.
+        weights: If a WeightAveraging callback keeps two sets of weights: ``"raw"``, ``"averaged"``, or
+            (``"checkpoint"``) those in the ``state_dict`` of a checkpoint.
+        lora: For a peft model: ``"merge"`` writes the dense deltas under the base model's names, ``"adapter"`` writes
+            the adapter itself into a folder ``NAME.adapter`` that opens like a fine-tuned checkpoint.
         every_n_steps: Also write ``trajectory/step=NNNNNNNN.tv.safetensors`` every N optimizer steps.
-        against: What trajectory vectors are taken against: the base, or the weights of the vector before.
-        with_checkpoints: Write vectors beside checkpoints.
+        against: Whether trajectory vectors are relative to the ``"base"``, or to the weights of the ``"previous"``
+            vector.
+        with_checkpoints: Write vectors next to checkpoints.
         at_train_end: Also write ``final.tv.safetensors`` when training ends.
         log_geometry: Log ``task_vector/norm`` and ``task_vector/cosine_to_previous`` through the Trainer's loggers.
-        push_to: Repository on the Hugging Face hub that gets the base and the vectors that are there when fitting
-            ends. It is made private if it does not exist.
+        push_to: Repository on the Hugging Face hub for the base and the vectors that exist when fitting ends. If the
+            repository does not exist, it is created as private.
 
     Raises:
         MismatchError: ``base`` is of another architecture than the model, or the model's keys changed before the first
@@ -323,7 +325,7 @@ class TaskVectorCallback(L.Callback):
             rank_zero_info(f"Task vector: {last}{many}, against the base {self._base.path}")
         failures, self._writer.failures = self._writer.failures, []
         if failures and trainer.is_global_zero:
-            warnings.warn(f"{len(failures)} things were not done while fitting: {some(failures)}", stacklevel=2)
+            warnings.warn(f"{len(failures)} operations failed during fit: {some(failures)}", stacklevel=2)
 
     # --- when: along the way, at the end, on request
 

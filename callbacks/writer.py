@@ -372,7 +372,7 @@ def _patterns(name: str, patterns: Sequence[str]) -> tuple[str, ...]:
 
 
 def _not_written(job: VectorJob, error: Exception) -> str:
-    return f"The task vector {job.path} was not written, and nothing is left of it; training goes on: {error}"
+    return f"The task vector {job.path} was not written, and no partial file is left; training continues: {error}"
 
 
 def _finite(metrics: Mapping[str, Tensor]) -> dict[str, float]:

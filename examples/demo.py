@@ -35,7 +35,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         SystemExit: Status 1 if a constraint did not hold in one of the edits.
     """
     parser = argparse.ArgumentParser(prog="python -m examples.demo", description=__doc__)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="one run a seed (default: 0)")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="one run per seed (default: 0)")
     parser.add_argument("--output", type=Path, default=Path("runs/demo"), help="folder (default: runs/demo)")
     options = parser.parse_args(argv)
     import lightning.pytorch  # noqa: F401 (which sets its loggers to INFO, so it must come before the next lines)

@@ -60,7 +60,7 @@ def test_layers_that_configure_model_makes_under_fsdp(tmp_path):
 
 
 class TwoOptimizers(MixedNet):
-    """Manual optimization, each optimizer one step a batch: Lightning's global_step counts both."""
+    """Manual optimization, each optimizer one step per batch: Lightning's global_step counts both."""
 
     def __init__(self):
         super().__init__()
@@ -83,7 +83,7 @@ def test_manual_optimization_with_several_optimizers_counts_the_steps_of_all(tmp
     assert vector.deltas["body.0.weight"].any()
     assert vector.deltas["body.2.weight"].any()
     assert vector.untouched["body.1.weight"] == "frozen"  # no optimizer has it
-    # two steps a batch: the first batch at or after each multiple of three
+    # two steps per batch: the first batch at or after each multiple of three
     assert [int(name[5:13]) for name in names(tmp_path / "trajectory")] == [4, 6, 10, 12, 16]
 
 

@@ -267,7 +267,7 @@ def test_the_base_and_the_vectors_that_are_left_are_pushed_at_the_end(tmp_path, 
 
 def test_a_hub_that_cannot_be_reached_does_not_lose_the_run(tmp_path, hub, monkeypatch):
     monkeypatch.setattr(hub, "broken", True)
-    with pytest.warns(UserWarning, match="3 things were not done.*was not pushed to me/vectors: no network"):
+    with pytest.warns(UserWarning, match="3 operations failed.*was not pushed to me/vectors: no network"):
         fit(tmp_path, TaskVectorCallback(push_to="me/vectors"))
     assert len(names(tmp_path, "*.tv.safetensors")) == 2
 
@@ -288,11 +288,11 @@ def test_a_full_disk_is_loud_and_leaves_nothing_half_written(tmp_path, monkeypat
         def on_train_start(self, *_):
             monkeypatch.setattr(LateHeaderFile, "_store", full)
 
-    said = "not written, and nothing is left of it; training goes on.*No space"
-    with pytest.warns(UserWarning, match=f"{said}|2 things were not done") as all_:
+    said = "not written, and no partial file is left; training continues.*No space"
+    with pytest.warns(UserWarning, match=f"{said}|2 operations failed") as all_:
         fit(tmp_path, callbacks=[Fill()])
     assert sum(re.search(said, str(warning.message)) is not None for warning in all_) >= 2
-    assert any("2 things were not done while fitting" in str(warning.message) for warning in all_)
+    assert any("2 operations failed during fit" in str(warning.message) for warning in all_)
     assert names(tmp_path, "*.ckpt") == ["epoch=0-step=4.ckpt", f"{LAST}.ckpt"]
     assert [name for name in names(tmp_path) if not name.endswith(".ckpt")] == names(tmp_path, "base-*.safetensors")
 

@@ -104,7 +104,7 @@ def test_averaged_or_raw_weights_as_asked_for_and_recorded(tmp_path, weights, we
 def test_averaging_and_the_order_of_callbacks(tmp_path):
     with pytest.raises(ValueError, match="weights='averaged' needs a WeightAveraging callback"):
         fit(tmp_path, TaskVectorCallback(weights="averaged"))
-    with pytest.raises(ValueError, match="put TaskVectorCallback behind it"):
+    with pytest.raises(ValueError, match="put TaskVectorCallback after it"):
         fit(tmp_path, TaskVectorCallback(at_train_end=True), callbacks=[EMAWeightAveraging()])
     with pytest.raises(ValueError, match="overwrites the raw weights.*put TaskVectorCallback before it"):
         fit(tmp_path, EMAWeightAveraging(), callbacks=[TaskVectorCallback(weights="raw", at_train_end=True)])

@@ -151,7 +151,7 @@ def test_tied_weights_have_both_names(tmp_path):
     ("changes", "message"),
     [
         ({"output": "x.safetensors"}, "format='dcp' writes a folder, and the output is x.safetensors"),
-        ({"keep_undo": True}, "format='dcp' goes without keep_undo"),
+        ({"keep_undo": True}, "format='dcp' cannot be combined with keep_undo"),
         ({"format": "hdf5"}, "format must be 'safetensors' or 'dcp'; found 'hdf5'"),
     ],
 )

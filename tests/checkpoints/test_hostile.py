@@ -265,7 +265,7 @@ def test_a_tensor_whose_strides_are_truth_values_is_refused(tmp_path):
 
 def test_names_that_match_nothing_stay_an_error(tmp_path):
     save_weights({"x": torch.ones(1), "y": torch.ones(1)}, Path(tmp_path / "t.safetensors"))
-    with pytest.raises(MismatchError, match="t.safetensors on the base: No one prefix"):
+    with pytest.raises(MismatchError, match="t.safetensors on the base: No single prefix"):
         open_finetuned(tmp_path / "t.safetensors", {"a": torch.ones(1), "b": torch.ones(1)})
 
 

@@ -107,9 +107,9 @@ def test_a_pattern_that_cannot_be_meant_is_refused(options, message):
 
 
 def test_different_modules_are_never_exchanged_for_one_another():
-    with pytest.raises(MismatchError, match="No one prefix makes the names match"):
+    with pytest.raises(MismatchError, match="No single prefix makes the names match"):
         match_names(["layer1.w", "layer1.b"], ["layer2.w", "layer2.b"])
-    with pytest.raises(MismatchError, match="No one prefix makes the names match"):
+    with pytest.raises(MismatchError, match="No single prefix makes the names match"):
         match_names(["model.a.w", "a.b", "c.w"], BASE)
 
 

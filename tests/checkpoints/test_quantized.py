@@ -133,7 +133,7 @@ def test_experts_that_are_fused_in_memory_are_recognized(tmp_path):
     with pytest.raises(MismatchError, match="hold 27 elements, and experts are one tensor each .* save_pretrained"):
         open_finetuned(tmp_path / "t.ckpt", base)
     torch.save({"mlp.experts.gate_up_proj": torch.ones(4, 2, 4), "norm.weight": torch.ones(3)}, tmp_path / "t.ckpt")
-    with pytest.raises(MismatchError, match="No one prefix") as refused:
+    with pytest.raises(MismatchError, match="No single prefix") as refused:
         open_finetuned(tmp_path / "t.ckpt", base)
     assert "save_pretrained" not in str(refused.value)
 

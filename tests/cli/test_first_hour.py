@@ -58,7 +58,7 @@ MISTAKES = {
     "recipe: -digits * digits": "line 9: Two task vectors cannot be multiplied",
     "recpie: -digits": "line 9: there is no option 'recpie'. Did you mean 'recipe'?",
     "recipe: [-digits": "line 10: not YAML that can be read: did not find expected",
-    "rule: largest": "line 11: 'rule' is there twice, first in line 9. Keep one.",
+    "rule: largest": "line 11: 'rule' is given twice, first in line 9. Keep one.",
 }
 
 

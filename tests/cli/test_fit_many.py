@@ -331,7 +331,7 @@ def test_ctrl_c_ends_the_children_and_the_same_command_goes_on(stub, tmp_path, n
     assert parent.returncode == 130, printed
     with pytest.raises(ProcessLookupError):
         os.kill(int(pid.read_text()), 0)
-    assert "a seed=0 (interrupted): the same command goes on with it" in printed
+    assert "a seed=0 (interrupted): the same command resumes it" in printed
     assert not (tmp_path / "out/b").exists() or not runs(tmp_path, "b")
     plan = fit_many(config["tasks"], config["shared"], config["output"], plan=True)
     assert [result.state for result in plan] == ["interrupted", "new"]

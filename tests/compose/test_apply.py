@@ -193,7 +193,7 @@ def test_a_full_disk_is_one_error_and_the_run_can_go_on(files, tmp_path, monkeyp
         return write(file, data, offset)
 
     monkeypatch.setattr(os, "pwrite", full)
-    with pytest.raises(OSError, match="No space left on device; what was done is kept in .*run again with resume"):
+    with pytest.raises(OSError, match="No space left on device; the completed part is kept in .*run again with resume"):
         compose(*arguments)
     assert not (tmp_path / "out.safetensors").exists()
     monkeypatch.undo()

@@ -428,9 +428,9 @@ def test_the_command_runs_a_file_and_shows_what_it_becomes(models, tmp_path, cap
         (["--config", "merge.yml", "--output", "out"], "is a mergekit configuration.*give it by --mergekit merge.yml"),
         (
             ["--mergekit", "merge.yml", "--output", "out", "--recipe", "a"],
-            "--recipe is said by merge.yml. Leave it out",
+            "--recipe is set by merge.yml. Leave it out",
         ),
-        (["--mergekit", "merge.yml", "--output", "out", "--vectors.a", "a"], "--vectors.a is said by"),
+        (["--mergekit", "merge.yml", "--output", "out", "--vectors.a", "a"], "--vectors.a is set by"),
         (["--print_recipe"], "give one by --mergekit FILE"),
         (["--mergekit"], "--mergekit needs a value"),
         (["--mergekit", "none.yml", "--output", "out"], "configuration was expected at none.yml"),

@@ -303,7 +303,7 @@ def test_output_and_undo_file_appear_together_and_a_run_can_go_on(folder, monkey
 
     monkeypatch.setattr(os, "replace", stop_at_the_second)
     words = ("base.safetensors", {"b": "b.tv.safetensors"}, "b", "out.safetensors")
-    with pytest.raises(OSError, match="the power went; what was done is kept"):
+    with pytest.raises(OSError, match="the power went; the completed part is kept"):
         compose(*words, keep_undo=True)
     monkeypatch.undo()
     monkeypatch.chdir(folder)
@@ -323,7 +323,7 @@ def test_a_full_disk_leaves_neither(folder, monkeypatch, output):
 
     words = ("base.safetensors", {"b": "b.tv.safetensors"}, "b", output)
     monkeypatch.setattr("tva.compose.undo.UndoFile._write_all", full)
-    with pytest.raises(OSError, match="No space left on device; what was done is kept"):
+    with pytest.raises(OSError, match="No space left on device; the completed part is kept"):
         compose(*words, keep_undo=True)
     assert not {"out", "out.safetensors", "out.undo.safetensors", ".out.undo.safetensors.partial"} & set(files())
     monkeypatch.undo()
@@ -344,7 +344,7 @@ def test_revert_goes_on_where_it_stopped(folder, monkeypatch):
         return write(file, data, offset)
 
     monkeypatch.setattr(os, "pwrite", full)
-    with pytest.raises(OSError, match="run again with resume to go on"):
+    with pytest.raises(OSError, match="run again with resume to continue"):
         revert("out.safetensors", output="again.safetensors")
     assert "again.safetensors" not in files()
     monkeypatch.undo()

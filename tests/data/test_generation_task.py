@@ -154,7 +154,7 @@ def test_scorers(tmp_path):
     ("scorer", "message"),
     [
         ("nothing", "There is no scorer 'nothing'; there are"),
-        ("words:nowhere.txt", "needs a file with one word or phrase a line"),
+        ("words:nowhere.txt", "needs a file with one word or phrase per line"),
         ("words", "must be words:FILE"),
         ("regex:(", "is not a regular expression"),
         ("learned:file.parquet", "must be learned:FILE:LABEL,…"),

@@ -309,7 +309,7 @@ def test_mistakes_with_streams_of_text(shards, tmp_path):
             {"class_descriptions": {"negative": "a bad one", "positiv": "a good one"}},
             r"must describe each class .*'negative', 'positive'; 'positive' has none and 'positiv' is not a class",
         ),
-        ({"max_length": 257}, r"takes 256 tokens at most, and 257 are asked for. Lower max_length"),
+        ({"max_length": 257}, r"takes 256 tokens at most, but 257 are requested. Lower max_length"),
     ],
 )
 def test_mistakes_name_what_is_there(parquet, options, message):

@@ -128,7 +128,7 @@ def test_one_number_has_no_interval_and_the_report_says_so(base, trained, vector
     assert report.verdict.endswith("'a': one number, for which no interval is claimed")
     report.show()
     assert "no interval is claimed" in " ".join(capsys.readouterr().out.split())
-    with pytest.raises(ValueError, match="a function that evaluates must return one number an example"):
+    with pytest.raises(ValueError, match="a function that evaluates must return one number per example"):
         edit(copy.deepcopy(trained[0]), {"a": vector}, tmp_path, evaluate, subject_to=["a/score >= 0"], confidence=0.9)
 
 
@@ -229,7 +229,7 @@ WRONG = {
     "no steps": (lambda: {"measure": loaders()}, "is a plain network, so a task must say how it is measured"),
     "no steps, data": (lambda: {"measure": Blobs(1)}, "is a plain network, so a task must say how it is measured"),
     "binary": (lambda: {"measure": (*loaders(), BinaryAccuracy())}, r"'accuracy' cannot be computed from .*\[60, 2\]"),
-    "returns": (lambda: {"measure": lambda model, split: "good"}, "must return one number, one number an example"),
+    "returns": (lambda: {"measure": lambda model, split: "good"}, "must return one number, one number per example"),
     "metric name": (lambda: {"measure": (*loaders(), "acuracy")}, "There is no multi-class metric 'acuracy'"),
     "objective": (lambda: {"maximize": "a/acc"}, "There is no multi-class metric 'acc'"),
 }  # fmt: skip

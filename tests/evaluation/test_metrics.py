@@ -76,7 +76,7 @@ def test_a_metric_from_outside_by_its_path(outside):
     found, logits, labels = evaluated(*names)
     assert found.metrics[names[0]] == pytest.approx(float((logits.argmax(-1) == 0).float().mean()))
     distances = (logits.argmax(-1) - labels).abs().double().numpy()
-    assert np.array_equal(found.scores[names[1]], distances)  # one number an example: the metric is their mean
+    assert np.array_equal(found.scores[names[1]], distances)  # one number per example: the metric is their mean
     assert found.metrics[names[1]] == distances.mean()
     assert found.higher(names[0])
     assert not found.higher(names[1])

@@ -1,4 +1,4 @@
-"""What commands print: tables for people, one line a row where piped, JSON where asked for, a curve in one line."""
+"""What commands print: tables for people, one line per row where piped, JSON where asked for, a curve in one line."""
 
 import io
 import json

@@ -100,7 +100,7 @@ def test_extract_refuses_what_makes_no_vector(files):
     with pytest.raises(FileNotFoundError, match="nothing is there"):
         extract("base.safetensors", "missing.ckpt", "x.tv.safetensors")
     save_weights({"other": torch.ones(2)}, "other.safetensors")
-    with pytest.raises(MismatchError, match="No one prefix makes the names match.*'other'"):
+    with pytest.raises(MismatchError, match="No single prefix makes the names match.*'other'"):
         extract("base.safetensors", "other.safetensors", "x.tv.safetensors")
     save_weights({**state(1), "one": torch.tensor([math.nan])}, "bad.safetensors")
     with pytest.raises(ValueError, match="the deltas of 'one' hold NaN or infinity"):

@@ -101,7 +101,7 @@ def test_vector_files_of_other_heads_are_compared_and_applied_without_them(files
         compare(list(vectors.values()), allow_other_base=True)
     compared = compare(list(vectors.values()), allow_other_base=True, exclude=["^head_"])
     assert compared.elements == sum(tensor.numel() for tensor in model(0).values())
-    with pytest.raises(MismatchError, match=r"a.tv.safetensors against .* No one prefix .*'head_a.w'.*exclude="):
+    with pytest.raises(MismatchError, match=r"a.tv.safetensors against .* No single prefix .*'head_a.w'.*exclude="):
         compose(str(files / "base.safetensors"), vectors, "a + b", str(files / "o.safetensors"), allow_other_base=True)
     options = {"allow_other_base": True, "exclude": ["^head", "inv_freq"]}
     compose(str(files / "base.safetensors"), vectors, "a + b", str(files / "o.safetensors"), **options)

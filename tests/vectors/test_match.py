@@ -160,7 +160,7 @@ def test_what_cannot_be_matched_is_refused(here, tmp_path):
     with pytest.raises(NoEffectError, match="has the parameters of base.safetensors, every one"):
         match(str(tmp_path / "same.safetensors"), ["v"], "base.safetensors")
     save_weights({"w": torch.ones(2)}, tmp_path / "small.safetensors")
-    with pytest.raises(MismatchError, match="No one prefix makes the names match"):
+    with pytest.raises(MismatchError, match="No single prefix makes the names match"):
         match(str(tmp_path / "small.safetensors"), ["v"], "base.safetensors")
     save_weights(state(1), tmp_path / "x.safetensors")
     with pytest.raises(MismatchError, match="None of 1 vectors is of this base. The first: .* was taken from the base"):

@@ -65,7 +65,7 @@ def test_tied_weights_may_have_one_name_in_the_vector_and_two_in_the_base(files)
     TaskVector.between(both, untied).save("untied.tv.safetensors")
     with pytest.raises(
         MismatchError,
-        match=r"untied.tv.safetensors against .* No one prefix .*'network.lm_head.weight'",
+        match=r"untied.tv.safetensors against .* No single prefix .*'network.lm_head.weight'",
     ):
         compose("base.safetensors", {"a": "untied.tv.safetensors"}, "a", "never.safetensors")
 

@@ -117,7 +117,9 @@ def check_format(output: Path, format: str, **others: object) -> None:
     if format == "dcp" and output.suffix in (".safetensors", ".gguf"):
         raise ValueError(f"format='dcp' writes a folder, and the output is {output}. Give a name without an ending.")
     if format == "dcp" and given:
-        raise ValueError(f"format='dcp' goes without {', '.join(given)}. Leave it out, or write safetensors.")
+        raise ValueError(
+            f"format='dcp' cannot be combined with {', '.join(given)}. Leave that out, or write safetensors."
+        )
 
 
 class _Bytes:

@@ -145,7 +145,7 @@ def _asking(repository: str) -> Iterator[None]:
     except HFValidationError as error:
         raise OSError(f"{repository!r} is not a repository's name: {error}") from error
     except LocalTokenNotFoundError as error:
-        raise OSError(f"The hub asks who you are, and there is no token: {LOG_IN}") from error
+        raise OSError(f"The hub requires authentication, and there is no token: {LOG_IN}") from error
     except HfHubHTTPError as error:
         status = error.response.status_code
         if status in (401, 403):

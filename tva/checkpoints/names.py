@@ -370,7 +370,7 @@ def _no_match(
         rest = [name for name in names if not name.startswith(top) or name[len(top) :] not in base]
         example = _example(rest, [name for name in names if name not in rest], advice)
         return (
-            f"No one prefix makes the names match: all of the base's {len(base)} are there under {top!r}, and "
+            f"No single prefix makes the names match: all of the base's {len(base)} are there under {top!r}, and "
             f"{len(rest)} of {len(names)} are not the base's: {some(rest)}. {advice}{example}."
         )
     parts = [f"{len(extra)} of {len(names)} names are not the base's: {some(extra)}"] if extra else []
@@ -378,7 +378,7 @@ def _no_match(
         parts.append(f"{len(missing)} of the base's {len(base)} names are not there: {some(missing)}")
     agreeing = [name for name in base if name not in missing]
     example = _example(extra if subset else extra + missing, agreeing, advice) if agreeing else ""
-    return f"No one prefix makes the names match: {'; '.join(parts)}. {_shared(names, base)} {advice}{example}."
+    return f"No single prefix makes the names match: {'; '.join(parts)}. {_shared(names, base)} {advice}{example}."
 
 
 def _shared(names: list[str], base: Mapping[str, None]) -> str:

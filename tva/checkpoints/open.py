@@ -83,7 +83,7 @@ def find(path: str | os.PathLike[str]) -> Path:
     """Return the path of a checkpoint on this machine, downloading it if the path is on the hub.
 
     Raises:
-        FileNotFoundError: Nothing is there.
+        FileNotFoundError: The path does not exist.
     """
     if is_hub(path):
         return fetch(path)
@@ -228,7 +228,7 @@ def read_metadata(path: str | os.PathLike[str]) -> dict[str, str]:
     """Read the header metadata of a safetensors file, without its tensors.
 
     Raises:
-        FileNotFoundError: Nothing is there.
+        FileNotFoundError: The path does not exist.
         ValueError: It is not a checkpoint.
     """
     return open_weights(path).metadata

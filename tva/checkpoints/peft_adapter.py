@@ -81,7 +81,7 @@ def open_finetuned(
         try:
             match = match_names(once, base_once, key_map, copies=copies, advice=advice)
         except MismatchError as error:
-            advised = _converted(weights, base) if str(error).startswith("No one prefix") else ""
+            advised = _converted(weights, base) if str(error).startswith("No single prefix") else ""
             raise MismatchError(f"{what}: {error}{advised}") from error
     tied = {alias: kept for alias, kept in ties.items() if alias in base_names and kept in match.names}
     names = {**match.names, **{alias: match.names[kept] for alias, kept in tied.items() if alias not in match.names}}

@@ -166,7 +166,7 @@ class Output:
             self._remove_partial()
         elif isinstance(error, OSError):
             self._close()
-            kept = f"what was done is kept in {self._partial}: run again with resume to go on, or remove it"
+            kept = f"the completed part is kept in {self._partial}: run again with resume to continue, or remove it"
             raise OSError(error.errno, f"{error.strerror or error}; {kept}", str(self.path)) from error
         self._close()
 

@@ -28,7 +28,7 @@ def open_model(path: str | os.PathLike[str]) -> LazyWeights:
     """Open a model, with the adapter on top that ``MODEL+ADAPTER`` names; see `tva.open_weights`.
 
     Raises:
-        FileNotFoundError: Nothing is there.
+        FileNotFoundError: The path does not exist.
         ValueError: It is not a model, or the adapter is not of this model.
     """
     model, *adapter = parts_of(path)

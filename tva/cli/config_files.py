@@ -39,7 +39,7 @@ def check_files(files: Sequence[Path], options: Collection[str]) -> None:
         options: Names of the command's options, before the first dot.
 
     Raises:
-        ValueError: A key is not an option, or is there twice, at the line named.
+        ValueError: A key is not an option, or is given twice, at the line named.
     """
     for file in files:
         if not file.is_file():
@@ -54,7 +54,7 @@ def check_files(files: Sequence[Path], options: Collection[str]) -> None:
                 near = did_you_mean(name.partition(".")[0], options)
                 raise ValueError(f"{file}, line {line}: there is no option {name!r}.{near}")
             if name in seen:
-                raise ValueError(f"{file}, line {line}: {name!r} is there twice, first in line {seen[name]}. Keep one.")
+                raise ValueError(f"{file}, line {line}: {name!r} is given twice, first in line {seen[name]}. Keep one.")
             seen[name] = line
 
 

@@ -263,7 +263,7 @@ class MergekitFile:
         models = [source.model for source in found]
         for at, source in enumerate(found):
             if source.model in models[:at]:
-                self.problem(source.place, f"{source.model} is there twice; give its weights once")
+                self.problem(source.place, f"{source.model} is given twice; give its weights once")
         if whole and base is not None and base not in models and self.method in METHODS:
             found.append(Source(base, ("base_model",), Scope(("base_model",))))
         return OutSlice(found, scope, base)

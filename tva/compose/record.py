@@ -135,7 +135,7 @@ def open_edited(path: str) -> HashedWeights:
     """Open an edited checkpoint: what `tva compose` wrote, or the folder of `tva edit`.
 
     Raises:
-        FileNotFoundError: Nothing is there.
+        FileNotFoundError: The path does not exist.
         ValueError: It is not a checkpoint.
     """
     check_recorded(path)
@@ -152,7 +152,7 @@ def check_inputs(output: str, paths: Mapping[str, str], others: Mapping[str, str
         others: Flag to path of what was given in place of what the record says.
 
     Raises:
-        FileNotFoundError: An input is not there.
+        FileNotFoundError: An input is missing.
         ValueError: A flag is of no input.
     """
     unknown = sorted(others.keys() - paths.keys())

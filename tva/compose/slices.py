@@ -137,7 +137,7 @@ def _check_alike(made: str, stacks: Mapping[str, tuple[str, dict[int, list[str]]
 
 
 def layer_config(config: Mapping[str, Any], slices: Sequence[Slice], folders: Mapping[str, Path]) -> dict[str, Any]:
-    """Return what changes in a ``config.json`` for other layers: their number, and lists of one value a layer.
+    """Return what changes in a ``config.json`` for other layers: their number, and lists of one value per layer.
 
     Args:
         config: That of the base.

@@ -141,7 +141,7 @@ def verify(
 
     Raises:
         ValueError: It holds no record, or one that cannot be computed again.
-        FileNotFoundError: An input is not there.
+        FileNotFoundError: An input is missing.
         MismatchError: An input has other keys or shapes than the base.
     """
     started = time.monotonic()

@@ -66,7 +66,7 @@ def check_data(name: str, path: str) -> DataCheck:
 
     Raises:
         ValueError: No preset has this name, or the copy is not a data set.
-        FileNotFoundError: Nothing is there.
+        FileNotFoundError: The path does not exist.
     """
     texts = TEXT_PRESETS.get(name)
     if texts is None and name not in all_presets():

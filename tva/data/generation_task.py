@@ -21,37 +21,36 @@ SPLITS = ("val", "test")
 
 
 class GenerationTask(L.LightningDataModule):
-    """Texts that a language model writes after prompts, scored by a function such as their toxicity.
+    """Texts that a language model writes after prompts, scored by a function, for example for toxicity.
 
-    The metrics are ``score``, the mean over texts, and ``rate``, the part of them that scores above ``threshold``.
-    Examples are prompts, whose samples are averaged; of a single prompt each text is one. What is drawn for a text
-    depends on ``seed``, the split, the prompt's place and the sample's number only: not on the batch size, the device
-    or other prompts. So edits are compared on the same draws, and a text changes with the batch size only where two
-    tokens are as likely up to rounding.
+    The metrics are ``score``, the mean over texts, and ``rate``, the share of texts that score above ``threshold``.
+    Examples are prompts, whose samples are averaged; with a single prompt, each text is an example. The random draws of
+    a text depend only on ``seed``, the split, the prompt's index and the sample's index, not on the batch size, the
+    device or other prompts. So edits are compared on the same draws, and a text changes with the batch size only if two
+    tokens are equally likely up to rounding.
 
     Args:
-        prompts: Texts; or a file with one a line, where ``{split}`` stands for ``val`` and ``test``; or a mapping from
-            these to files or texts. Several prompts of one list are shared out, half to choose on and half to report
-            on, by ``seed``; a single prompt serves for both, with other draws.
-        scorer: What scores texts: ``swearing``, ``words:FILE``, ``regex:PATTERN``, ``learned:FILE:LABEL,…``,
-            ``detoxify``, the name of an entry point or the dotted path of a function; see
-            `tva.data.scorers.find_scorer`.
-        name: Name in log keys and reports.
-        num_samples: Texts to write after each prompt.
-        max_new_tokens: Tokens of a text at most, without the prompt; it is not scored with it.
-        temperature: What logits are divided by; 0 always takes the likeliest token.
-        top_p: Draw from the likeliest tokens that together have this probability.
-        top_k: Draw from this many likeliest tokens; by default from all.
-        seed: Of the draws.
-        threshold: Scores above it count in ``rate``.
-        higher_is_better: Whether large scores are good; by default as the scorer's attribute says, else no.
-        max_length: Tokens of a prompt at most; its beginning is cut off.
-        batch_size: Prompts at a time.
-        limit_val: Choose on the first of the prompts only, at most this many; of samples, for a single prompt.
-        limit_test: Report on at most this many, likewise.
+        prompts: A list of texts; or a file with one prompt per line, where ``{split}`` stands for ``val`` and ``test``;
+            or a mapping from these to files or texts. A list of several prompts is split by ``seed``, half for
+            validation and half for test; a single prompt is used for both, with different draws.
+        scorer: Scorer of the texts: ``swearing``, ``words:FILE``, ``regex:PATTERN``, ``learned:FILE:LABEL,…``, ``detoxify``,
+            the name of an entry point or the dotted path of a function; see `tva.data.scorers.find_scorer`.
+        name: Name of the task in log keys and reports.
+        num_samples: Number of texts per prompt.
+        max_new_tokens: Maximum number of tokens of a text, without the prompt, which is not scored.
+        temperature: Divisor of the logits; 0 always takes the most likely token.
+        top_p: Draw from the most likely tokens that together have this probability.
+        top_k: Draw from this many most likely tokens; by default from all.
+        seed: Seed of the draws.
+        threshold: Score above which a text counts in ``rate``.
+        higher_is_better: Whether large scores are good; by default what the scorer's attribute says, else False.
+        max_length: Maximum number of tokens of a prompt; its beginning is cut off.
+        batch_size: Number of prompts per batch.
+        limit_val: Use at most this many validation prompts, the first ones; with a single prompt, samples.
+        limit_test: Use at most this many test prompts, in the same way.
 
     Raises:
-        FileNotFoundError: A file of prompts is not there.
+        FileNotFoundError: A file of prompts is missing.
         ValueError: An option is out of range, or there are no prompts.
     """
 
@@ -113,7 +112,7 @@ class GenerationTask(L.LightningDataModule):
             file = Path(os.path.expandvars(os.path.expanduser(given)))
             if not file.is_file():
                 raise FileNotFoundError(
-                    f"{self.name}: prompts must be a file with one prompt a line, or a list of texts; there is no "
+                    f"{self.name}: prompts must be a file with one prompt per line, or a list of texts; there is no "
                     f"file {given!r}. To give one prompt, write [{given!r}]."
                 )
             given = file.read_text(encoding="utf-8").splitlines()

@@ -22,16 +22,16 @@ class ImageTask(LabeledTask):
 
     Batches are ``images, labels``: float tensors of shape (batch, 3, height, width) as the model's ``image_transform``
     makes them, and int64 class indices of shape (batch,). Decoded examples are kept, as bytes in a memory-mapped file.
-    Which examples are held out and in which order epochs take them depends only on seeds, not on how many ranks and
-    workers share them: ranks together take in each step what one process would.
+    The held-out examples and the order of each epoch depend only on seeds, not on the number of ranks and workers: in
+    each step, all ranks together take what one process would take.
 
     Args:
         path: ``preset:NAME``, a set of the literature with its columns, class names and templates (``tva data`` lists
             them); ``builtin:NAME``, a set that ships with this package; a local parquet, arrow, csv, json or npz file,
             where ``{split}`` stands for the split's name; a folder of images by class, or one written by
             ``save_to_disk``; a mapping from split to file; or the name of a data set on the Hugging Face hub.
-            Environment variables (``$DATA``) are filled in. Relative paths start at the working directory.
-        name: Name in log keys and reports; by default the last part of ``path``.
+            Environment variables (``$DATA``) are expanded. Relative paths start at the working directory.
+        name: Name of the task in log keys and reports; by default the last part of ``path``.
         config: Configuration of a hub data set, such as ``plain_text``.
         image_column: Column that holds the images.
         label_column: Column that holds the labels: class indices, or class names.
@@ -40,17 +40,17 @@ class ImageTask(LabeledTask):
             set's own.
         templates: Prompts in which ``{}`` stands for the class name, or the name of a preset; by default a built-in
             set's own, else ``a photo of a {}.``
-        prototype_where: As ``where``, instead of it, for the training examples that class-mean heads are taken from.
-        batch_size: Examples a batch, on each rank.
-        local: For a preset, a copy of the data to read instead of the hub: anything that ``path`` may be.
-        cache: What decoded examples may take of this machine's disk, such as ``500MiB``; the rest is decoded each time.
-        augment: Train on images as the model's ``train_transform`` makes them, differently in each epoch (CLIP's: a
-            random crop of 90 to 100 % of the area, as in the paper). Nothing of them is cached.
-        **options: Those of `tva.data.labeled_task.LabeledTask`.
+        prototype_where: Replaces ``where`` for the training examples from which class-mean heads are computed.
+        batch_size: Examples per batch, on each rank.
+        local: For a preset, a copy of the data to read instead of the hub; takes anything that ``path`` takes.
+        cache: Disk space for decoded examples on this machine, such as ``500MiB``; the rest is decoded each time.
+        augment: Train on images that the model's ``train_transform`` augments, differently in each epoch (CLIP's: a
+            random crop of 90 to 100 % of the area, as in the paper). They are not cached.
+        **options: Options of `tva.data.labeled_task.LabeledTask`.
 
     Raises:
-        FileNotFoundError: A local file is not there.
-        ValueError: A column, a split or a class is not in the data set; the message names those that are.
+        FileNotFoundError: A local file is missing.
+        ValueError: A column, a split or a class is not in the data set; the message lists what there is.
 
     Example:
         >>> task = ImageTask("builtin:digits", templates=["a photo of the digit {}."])
@@ -199,7 +199,7 @@ class ImageTask(LabeledTask):
 
 
 class Examples(Dataset):
-    """Images with labels, decoded when first asked for and then kept, as far as a cache is open.
+    """Images with labels, decoded at first access and then kept, if a cache is open.
 
     Args:
         images: PIL images by index.
@@ -249,7 +249,7 @@ class Examples(Dataset):
 
 
 class Augmented(Dataset):
-    """Training images with labels, transformed again whenever they are asked for.
+    """Training images with labels, transformed anew at each access.
 
     Args:
         images: PIL images by index.
@@ -274,7 +274,7 @@ class Augmented(Dataset):
 
 
 class ImageRow:
-    """Makes an example of a row of a stream.
+    """Make an example from a row of a stream.
 
     Args:
         task: Says which columns, and what the classes are.

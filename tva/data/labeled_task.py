@@ -1,4 +1,4 @@
-"""What tasks with one class an example share: names of classes and labels."""
+"""Base class of tasks with one class per example: names of classes and labels."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ class LabeledTask(Task):
     """A task whose examples have one class each.
 
     Args:
-        path: As each kind of task says.
+        path: A data set; see the subclass.
         shots: Train on this many examples of each class that ``where`` keeps, the first of a seeded shuffle, so that
             those of fewer shots are among those of more.
-        **options: Those of `tva.data.task.Task`.
+        **options: Options of `tva.data.task.Task`.
 
     Raises:
         ValueError: ``shots`` is below 1 or goes with a stream, or a class has fewer examples.

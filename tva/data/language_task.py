@@ -39,22 +39,23 @@ class LanguageTask(Task):
         path: A local ``.txt`` or ``.txt.gz`` file (running text), or a parquet, arrow, csv or json file, where
             ``{split}`` stands for the split's name; a folder of the latter or one written by ``save_to_disk``; a
             mapping from split to file; or the name of a data set on the Hugging Face hub. Environment variables
-            (``$DATA``) are filled in.
+            (``$DATA``) are expanded.
         text_column: Column that holds running text; unused where there are prompts.
         prompt_column: Column that holds prompts, or several columns of which a prompt is made; together with
             ``target_column``.
         target_column: Column that holds what should follow: texts, or class indices of a set that names its classes.
-        prompt: What a prompt is put into, in the place of ``{}``, such as ``"review: {} sentiment:"``; with as many
-            ``{}`` as columns, if there are several.
-        metric: How what is written after prompts is measured, besides what the model logs: ``exact_match``, ``rougeL``,
-            ``text_matthews``, ``text_f1:LABEL``, ``token_f1`` or the dotted path of a function of ``preds`` and
-            ``target``; or ``text_perplexity``, the mean over examples of each one's perplexity; or a list of these.
-        block_length: Tokens of a block. With prompts, tokens at most of a prompt with its target (causal: the prompt's
-            beginning is cut off) or of each of the two (sequence to sequence: their ends are).
-        **options: Those of `tva.data.task.Task`; limits count blocks, where text is cut into them.
+        prompt: Template in which ``{}`` stands for the prompt, such as ``"review: {} sentiment:"``; with several
+            columns, one ``{}`` for each.
+        metric: Metric of the text written after prompts, in addition to what the model logs: ``exact_match``,
+            ``rougeL``, ``text_matthews``, ``text_f1:LABEL``, ``token_f1`` or the dotted path of a function of ``preds``
+            and ``target``; or ``text_perplexity``, the mean over examples of each one's perplexity; or a list of these.
+        block_length: Number of tokens of a block. With prompts, the maximum number of tokens of a prompt with its
+            target (causal models: the prompt's beginning is cut off) or of each of the two (sequence-to-sequence
+            models: their ends are cut off).
+        **options: Options of `tva.data.task.Task`; limits count blocks, where text is cut into them.
 
     Raises:
-        FileNotFoundError: A local file is not there.
+        FileNotFoundError: A local file is missing.
         ValueError: A column or split is not in the data set, the text does not fill a block, or a target is empty.
     """
 
@@ -244,7 +245,7 @@ class PairMaker:
         self.tokenizer, self.split_in_two, self.names = tokenizer, split_in_two, names
 
     def __call__(self, row: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
-        """Make an example of a row of a stream."""
+        """Make an example from a row of a stream."""
         answer = self.names[row[self.target_of.column]] if self.names else self.target_of(row)
         if not answer.strip():
             raise ValueError(f"{self.task}: a target must hold text, and one is empty. Leave such rows out.")
@@ -296,8 +297,8 @@ class Pairs(Dataset):
     """Tokens with targets, of different lengths.
 
     Args:
-        tokens: One array an example.
-        targets: One array an example.
+        tokens: One array per example.
+        targets: One array per example.
     """
 
     def __init__(self, tokens: Sequence[np.ndarray], targets: Sequence[np.ndarray]) -> None:

@@ -22,7 +22,7 @@ _KINDS = ("", "blurry ", "black and white ", "low contrast ", "high contrast ", 
 
 
 def _each(*templates: str) -> tuple[str, ...]:
-    """Return each template with ``a`` and then each with ``the`` in the place of ``[a]``."""
+    """Return each template with ``a`` and then each with ``the`` in place of ``[a]``."""
     return tuple(template.replace("[a]", article) for article in ("a", "the") for template in templates)
 
 

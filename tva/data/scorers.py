@@ -78,10 +78,10 @@ def detoxify_scorer(model: str = "original") -> Scorer:
 def _of_file(path: str) -> Scorer:
     file = Path(os.path.expandvars(os.path.expanduser(path)))
     if not file.is_file():
-        raise FileNotFoundError(f"The scorer words:{path} needs a file with one word or phrase a line; there is none.")
+        raise FileNotFoundError(f"The scorer words:{path} needs a file with one word or phrase per line; found none.")
     words = [line.strip() for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
     if not words:
-        raise ValueError(f"The scorer words:{path} needs one word or phrase a line; the file holds none.")
+        raise ValueError(f"The scorer words:{path} needs one word or phrase per line; the file holds none.")
     return word_scorer(words)
 
 
@@ -209,18 +209,18 @@ class TextScore:
         """Score texts.
 
         Raises:
-            ValueError: The scorer did not return one finite number a text.
+            ValueError: The scorer did not return one finite number per text.
         """
         returned: Any = self.scorer(texts)
         try:
             found = [float(value) for value in returned]
         except (TypeError, ValueError) as error:
             raise ValueError(
-                f"The scorer {self.name!r} must return one number a text; it returned {returned!r:.80}."
+                f"The scorer {self.name!r} must return one number per text; it returned {returned!r:.80}."
             ) from error
         if len(found) != len(texts) or not all(map(math.isfinite, found)):
             raise ValueError(
-                f"The scorer {self.name!r} must return one finite number a text; for {len(texts)} texts it returned "
+                f"The scorer {self.name!r} must return one finite number per text; for {len(texts)} texts it returned "
                 f"{len(found)} numbers, {sum(map(math.isfinite, found))} of them finite."
             )
         return found

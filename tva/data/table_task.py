@@ -35,7 +35,7 @@ class TableTask(LabeledTask):
     Args:
         path: A local csv, tsv, parquet, arrow, json or jsonl file, where ``{split}`` stands for the split's name; a
             folder of them or one written by ``save_to_disk``; a mapping from split to file; or the name of a data set
-            on the Hugging Face hub. Environment variables (``$DATA``) are filled in.
+            on the Hugging Face hub. Environment variables (``$DATA``) are expanded.
         text_column: Column of texts, or two columns for pairs; ``text`` where there is no ``image_column``.
         image_column: Column of images, or of paths of image files, relative to the table's folder.
         label_column: Column of classes: indices or names; ``label`` where there is no ``target_column``.
@@ -48,13 +48,14 @@ class TableTask(LabeledTask):
             ``f1_score`` or ``mean_squared_error``, ``spearman``, those of `LanguageTask` for a language model, or the
             dotted path of a function of ``preds`` and ``target`` (texts that were generated, and those wanted, of a
             language model); or a list of these.
-        max_length: Tokens of a text at most; the rest is cut off. By default what the model takes, at most 512.
-        **options: Those of `tva.data.labeled_task.LabeledTask`. A split called val, validation, valid or dev is taken
-            to choose on.
+        max_length: Maximum number of tokens of a text; the rest is cut off. By default what the model takes, at most
+            512.
+        **options: Options of `tva.data.labeled_task.LabeledTask`. A split called val, validation, valid or dev is the
+            validation split.
 
     Raises:
-        FileNotFoundError: A local file is not there.
-        ValueError: A column, a split or a class is not in the table; the message names those that are there.
+        FileNotFoundError: A local file is missing.
+        ValueError: A column, a split or a class is not in the table; the message lists what there is.
     """
 
     prompt = "{}"
@@ -376,7 +377,7 @@ class Encoded(Dataset):
     """Token ids with targets.
 
     Args:
-        inputs: One tensor an example.
+        inputs: One tensor per example.
         targets: Likewise.
     """
 
@@ -392,11 +393,11 @@ class Encoded(Dataset):
 
 
 class Images(Dataset):
-    """Images with targets, opened when they are asked for.
+    """Images with targets, opened at access.
 
     Args:
         images: PIL images by index.
-        targets: One tensor an example.
+        targets: One tensor per example.
         transform: From a PIL image to a tensor.
     """
 
@@ -413,7 +414,7 @@ class Images(Dataset):
 
 
 class ImageFiles(Sequence[Any]):
-    """Images in files, opened when they are asked for.
+    """Images in files, opened at access.
 
     Args:
         paths: The files.

@@ -1,4 +1,4 @@
-"""What all tasks share: splits, the held-out part, rows that are kept, limits, and loaders."""
+"""Base class of all tasks: splits, the held-out part, rows that are kept, limits, and loaders."""
 
 from __future__ import annotations
 
@@ -23,27 +23,27 @@ class Task(L.LightningDataModule, ABC):
 
     Args:
         path: A data set, as each kind of task says.
-        name: Name in log keys and reports; by default the last part of ``path``.
+        name: Name of the task in log keys and reports; by default the last part of ``path``.
         config: Configuration of a hub data set, such as ``sst2``.
         revision: Revision of a hub data set, so that the data cannot change under you. The commit that was read is in
             a vector's header and in ``edit.json``.
-        train_split: Split to train on.
-        val_split: Split to choose on. By default a part of the training split is held out: min(10 %, 5,000) examples,
-            the paper's rule.
-        val_size: Hold out this many training examples instead, where there is no ``val_split``.
-        test_split: Split to report on.
+        train_split: Name of the training split.
+        val_split: Name of the validation split. By default min(10 %, 5,000) examples of the training split are held
+            out, which is the paper's rule.
+        val_size: Number of training examples to hold out instead, if there is no ``val_split``.
+        test_split: Name of the test split.
         where: Keep the rows whose column holds one of the given values, such as
             ``{style: [sketch], label: [cat, dog]}``; or meets a comparison, such as ``{toxicity: "> 0.8"}``.
-        batch_size: Examples a batch, on each rank.
-        num_workers: Processes that make batches; 0 makes them in this one.
-        seed: Of the held-out part, so that it is the same in every run; also of the order of training where the run has
+        batch_size: Examples per batch, on each rank.
+        num_workers: Number of processes that make batches; 0 makes them in this process.
+        seed: Seed of the held-out part, so that it is the same in every run; also of the training order if the run has
             no seed (``seed_everything``).
         limit_train: Train on at most this many examples, the first of a seeded shuffle, or of a stream.
-        limit_val: Validate on at most this many, likewise.
-        limit_test: Test on at most this many, likewise.
-        group: Column of what examples have in common, such as a document, speaker, patient or sign: intervals and the
-            gate then take groups as independent draws, and not examples; a part that is held out consists of whole
-            groups, until it has as many examples as asked for.
+        limit_val: Validate on at most this many examples, chosen in the same way.
+        limit_test: Test on at most this many examples, chosen in the same way.
+        group: Column that groups examples, such as by document, speaker, patient or sign: intervals and the gate then
+            treat groups, not examples, as independent draws. A held-out part consists of whole groups, until it has
+            as many examples as requested.
         streaming: Read from beginning to end without an index, for sets too large for the disk: a hub set, or local
             parquet, arrow, csv or json files. Needs ``val_split`` or ``val_size``, whose examples are then the first of
             the training split, and ``trainer.max_steps``.

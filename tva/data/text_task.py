@@ -28,20 +28,20 @@ class TextTask(LabeledTask):
     Args:
         path: A local parquet, arrow, csv or json file, where ``{split}`` stands for the split's name; a folder of them
             or one written by ``save_to_disk``; a mapping from split to file; or the name of a data set on the Hugging
-            Face hub. Environment variables (``$DATA``) are filled in.
+            Face hub. Environment variables (``$DATA``) are expanded.
         text_column: Column that holds the texts.
         label_column: Column that holds the labels: class indices, or class names.
         class_names: Names in the order of the labels; by default the data set's own.
         class_descriptions: Class name to one or several texts that describe it, which a head of class descriptions is
             made of; by default its name.
-        templates: What descriptions are put into, in the place of ``{}``.
-        max_length: Tokens of a text at most; the rest is cut off.
-        **options: Those of `tva.data.labeled_task.LabeledTask`.
+        templates: What descriptions are put into, in place of ``{}``.
+        max_length: Maximum number of tokens of a text; the rest is cut off.
+        **options: Options of `tva.data.labeled_task.LabeledTask`.
 
     Raises:
-        FileNotFoundError: A local file is not there.
+        FileNotFoundError: A local file is missing.
         ValueError: A column, a split or a class is not in the data set, or a class has no description; the message
-            names those that are there.
+            lists what there is.
     """
 
     column_options = ("text_column", "label_column")
@@ -107,7 +107,7 @@ class TokenExamples(Dataset):
     """Token ids of different lengths with labels.
 
     Args:
-        ids: One array an example.
+        ids: One array per example.
         labels: Class indices, shape (examples,).
     """
 
@@ -123,7 +123,7 @@ class TokenExamples(Dataset):
 
 
 class TextRow:
-    """Makes an example of a row of a stream.
+    """Make an example from a row of a stream.
 
     Args:
         task: Says which columns, how long, and what the classes are.
@@ -175,7 +175,7 @@ def tokenizer_of(task: Any, length: int) -> Any:
     longest = getattr(model, "max_length", None)
     if longest is not None and length > longest:
         raise ValueError(
-            f"{task.name}: {type(model).__name__} takes {longest} tokens at most, and {length} are asked for. Lower "
+            f"{task.name}: {type(model).__name__} takes {longest} tokens at most, but {length} are requested. Lower "
             f"{'max_length' if hasattr(task, 'max_length') else 'block_length'}."
         )
     return tokenizer

@@ -45,7 +45,7 @@ def wilson_interval(proportion: float, num_examples: int, confidence: float = 0.
 
 
 def by_group(values: np.ndarray, groups: np.ndarray) -> np.ndarray:
-    r"""Return one value a group, whose mean is that of all examples and whose spread is that of the mean's error.
+    r"""Return one value per group, whose mean is that of all examples and whose spread is that of the mean's error.
 
     Examples of a group, such as blocks of one document, are no independent draws; groups are. With sums :math:`S_g` and
     sizes :math:`m_g` of :math:`G` groups it is :math:`\bar x + G (S_g - m_g \bar x) / \sum m_g`: the group's mean where

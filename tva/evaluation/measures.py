@@ -48,7 +48,7 @@ class Measure:
         return self.given.clone().cpu() if isinstance(self.given, Metric) else FunctionMetric(self.given)
 
     def scores(self, preds: Any, target: Any) -> Tensor | None:
-        """Compute one score an example of a batch; None where the metric is one number of all examples together.
+        """Compute one score per example of a batch; None where the metric is one number of all examples together.
 
         Raises:
             ValueError: Some batches have a score an example, and this one has not.
@@ -70,8 +70,8 @@ class Measure:
             return value.reshape(1)
         if not found:
             raise ValueError(
-                f"The metric {self.name!r} returned one number an example before, and now for {len(preds)} examples "
-                f"the shape {list(value.shape)}. Return one number an example of every batch, or one number."
+                f"The metric {self.name!r} returned one number per example before, and now for {len(preds)} examples "
+                f"the shape {list(value.shape)}. Return one number per example of every batch, or one number."
             )
         return value
 
@@ -195,7 +195,7 @@ class FunctionTask(L.LightningDataModule):
 
     Args:
         function: Takes the model, in evaluation mode and without gradients, and ``"val"`` or ``"test"``. Returns one
-            number; or one number an example, whose mean is the metric ``score``, with intervals; or a mapping from
+            number; or one number per example, whose mean is the metric ``score``, with intervals; or a mapping from
             metric names to these. Its attribute ``higher_is_better`` is the direction.
     """
 
@@ -285,8 +285,8 @@ class FunctionTask(L.LightningDataModule):
         if found is None or found.ndim > 1 or not found.numel() or found.is_complex():
             kind = f"shape {list(found.shape)}" if found is not None else f"{value!r:.60}"
             raise ValueError(
-                f"{self._name} must return one number, one number an example, or a mapping from metric names to these; "
-                f"for {name!r} it returned {kind}."
+                f"{self._name} must return one number, one number per example, or a mapping from metric names to "
+                f"these; for {name!r} it returned {kind}."
             )
         return found
 

@@ -103,7 +103,7 @@ def spearman(preds: Tensor, target: Tensor) -> Tensor:
 spearman.higher_is_better = True
 
 # Metrics that torchmetrics lacks. One entry adds a metric: a torchmetrics class, or a function of ``preds`` and
-# ``target`` that returns one number, or one number an example (then the metric is their mean, and has intervals).
+# ``target`` that returns one number, or one number per example (then the metric is their mean, and has intervals).
 METRICS: dict[str, type[Metric] | Function] = {"brier_score": brier_score, "spearman": spearman}
 
 

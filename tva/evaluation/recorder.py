@@ -301,7 +301,7 @@ def _joined(parts: Sequence[Any]) -> Any:
     shapes = some(list(dict.fromkeys(str(list(part.shape)) for part in parts)))
     raise ValueError(
         f"A metric of all examples together needs predictions and targets of one shape in all batches; found {shapes}. "
-        f"Give a function of preds and target that returns one number an example of a batch, or pad the batches alike."
+        f"Give a function of preds and target that returns one number per example of a batch, or pad the batches alike."
     )
 
 
@@ -313,7 +313,7 @@ def _check_scores(model: Any, scores: Mapping[str, np.ndarray], metrics: Mapping
     for name, values in scores.items():
         if len(values) != count or values.ndim != 1:
             raise ValueError(
-                f"{type(model).__name__} must return one score an example for {name!r}: {count} examples were "
+                f"{type(model).__name__} must return one score per example for {name!r}: {count} examples were "
                 f"evaluated and the scores have shape {list(values.shape)}."
             )
         mean = float(values.mean())

@@ -30,7 +30,7 @@ class Evaluation:
     Attributes:
         metrics: Metric name to value; accuracies are in [0, 1].
         num_examples: Examples evaluated.
-        scores: Metric name to one score an example, shape (examples,), in the order of the examples; the metric is
+        scores: Metric name to one score per example, shape (examples,), in the order of the examples; the metric is
             their mean. ``accuracy`` has boolean scores where the model's step returns ``correct``.
         higher_is_better: Metric name to its direction, where the metric says.
         preds: What the model's step returned as ``preds``, where a metric was asked for that it does not log.

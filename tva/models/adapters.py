@@ -47,7 +47,7 @@ def adapt(
     tangent: bool = False,
     part: str = "encoder",
 ) -> None:
-    """Load weights into a module, and set what of one part is trained, and how; the last step of a constructor.
+    """Load weights into a module, and set which part of it is trained and how; the last step of a constructor.
 
     Args:
         module: Changed in place; nothing of it but the part is frozen or adapted.

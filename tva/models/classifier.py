@@ -30,7 +30,7 @@ START = "start"  # in heads: the head that a learned one would start from
 class FrozenHeadClassifier(L.LightningModule, ABC):
     """Fine-tune and evaluate an encoder under a head that is not part of the state dict.
 
-    Task vectors need networks without parameters of their own for a task. So the head is made from the data module,
+    Task vectors need networks without task-specific parameters. Therefore the head is computed from the data module,
     once for each task, and is not part of the state dict: the state dict is the encoder's, and one model can be
     evaluated on any number of tasks.
 
@@ -52,16 +52,16 @@ class FrozenHeadClassifier(L.LightningModule, ABC):
             ``start`` for the head that learning would start from.
         weights: Checkpoint to start from instead of the encoder's own weights, such as the output of ``tva edit``.
         learning_rate: Peak learning rate.
-        weight_decay: AdamW's, on every trained parameter.
+        weight_decay: AdamW's weight decay, on every trained parameter.
         warmup_steps: Optimizer steps of linear warm-up.
-        train_only: What of the encoder is trained, as the next two; see `tva.models.adapters.adapt`.
+        train_only: Part of the encoder to train, like the next two options; see `tva.models.adapters.adapt`.
         lora: See there.
         tangent: See there.
-        layer_decay: What the learning rate is multiplied by from one layer to that below it, such as 0.75.
-        fused: Let AdamW update all parameters by one kernel, which is faster.
-        gradient_checkpointing: Compute activations again in the backward pass: less memory, more time.
-        channels_last: Lay the weights of convolutions out by pixel, which is often faster; for image encoders.
-        compile: Compile the encoder with ``torch.compile`` when it is first used; names of weights stay.
+        layer_decay: Factor on the learning rate from each layer to the one below it, such as 0.75.
+        fused: Use AdamW's fused kernel, which is faster.
+        gradient_checkpointing: Recompute activations in the backward pass: less memory, more time.
+        channels_last: Use the channels-last memory format, which is often faster; for image encoders.
+        compile: Compile the encoder with ``torch.compile`` at first use; weights keep their names.
 
     Source: the recipe is that of Ilharco et al., "Editing models with task arithmetic", ICLR 2023.
     """

@@ -32,7 +32,7 @@ class ClipClassifier(FrozenHeadClassifier):
         pretrained: open_clip's tag, such as ``openai`` (downloaded when first used), or a local file of weights.
             ``tva-tiny``, ``hf-hub:`` and ``local-dir:`` bring their own.
         head: ``"zero_shot"``, ``"means"``, ``"probe"`` or ``"learned"``, which starts from the zero-shot head.
-        **options: Those of `FrozenHeadClassifier`. With ``weights`` the head stays that of ``pretrained``.
+        **options: Options of `FrozenHeadClassifier`. With ``weights`` the head stays that of ``pretrained``.
 
     Raises:
         ValueError: The architecture is unknown, or it has no weights: an untrained network has no zero-shot head.

@@ -16,7 +16,7 @@ def row_generator(seed: int, number: int) -> torch.Generator:
     """Return the random numbers of one text, on the CPU.
 
     Args:
-        seed: Of all texts.
+        seed: Seed of all texts.
         number: Of the text.
     """
     digest = hashlib.sha256(f"{seed}/{number}".encode()).digest()
@@ -30,7 +30,7 @@ class Draw:
     noise is the same for every model, so that models that differ little write much the same text.
 
     Args:
-        seed: Of all texts.
+        seed: Seed of all texts.
         numbers: Of the rows' texts.
         temperature: What logits are divided by; 0 takes the likeliest token.
         top_p: Keep the likeliest tokens that together have this probability.

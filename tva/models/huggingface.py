@@ -36,10 +36,10 @@ def load_network(kind: Kind, name: str) -> nn.Module:
 
     Args:
         kind: transformers' class that knows the architecture.
-        name: A local folder, or a name on the Hugging Face hub. Environment variables are filled in.
+        name: A local folder, or a name on the Hugging Face hub. Environment variables are expanded.
 
     Raises:
-        FileNotFoundError: The folder is not there.
+        FileNotFoundError: The folder is missing.
         ValueError: transformers is not installed, cannot load it, or would leave some weights at random.
     """
     transformers = import_transformers()
@@ -62,7 +62,7 @@ def read_task(name: str) -> str:
         name: As for `load_network`.
 
     Raises:
-        FileNotFoundError: The folder is not there.
+        FileNotFoundError: The folder is missing.
         ValueError: The folder does not say, or the head does something else.
     """
     transformers = import_transformers()
@@ -119,7 +119,7 @@ def load_sentence_transformer(name: str) -> tuple[nn.Module, Any, int | None]:
     """Load a model of sentence-transformers on the CPU; return it, its tokenizer and the longest text in tokens.
 
     Raises:
-        FileNotFoundError: The folder is not there.
+        FileNotFoundError: The folder is missing.
         ValueError: sentence-transformers is not installed, or cannot load it.
     """
     transformers = import_transformers()

@@ -60,28 +60,28 @@ class LanguageModel(L.LightningModule, ABC):
     generated. All weights are in the state dict, under ``network.``; tied ones under each of their names.
 
     Args:
-        name: A local folder with ``config.json``, weights and tokenizer, or a name on the Hugging Face hub.
-            Environment variables are filled in.
+        name: A local folder with ``config.json``, weights and tokenizer, or a name on the Hugging Face hub. Environment
+            variables are expanded.
         tokenizer: Folder or hub name of the tokenizer, where ``name`` brings none.
         metrics: Metrics of text that is generated greedily from prompts and compared with targets: ``exact_match``,
             ``rouge1``, ``rouge2``, ``rougeL`` (F-measures; each with a score for each example) and ``bleu`` (of all
             texts together); or ``text_perplexity``, the mean over examples of each one's perplexity, which generates
             nothing.
-        max_new_tokens: Tokens that are generated at most.
+        max_new_tokens: Maximum number of generated tokens.
         weights: Checkpoint of this module to start from, such as the output of ``tva edit``.
         learning_rate: Peak learning rate of AdamW.
-        weight_decay: AdamW's, on every trained parameter.
+        weight_decay: AdamW's weight decay, on every trained parameter.
         warmup_steps: Optimizer steps of linear warm-up, before cosine decay to 0.
-        layer_decay: What the learning rate is multiplied by from one layer to that below it, such as 0.75.
-        fused: Let AdamW update all parameters by one kernel, which is faster.
-        gradient_checkpointing: Compute activations again in the backward pass: less memory, more time.
-        compile: Compile the network with ``torch.compile`` when it is first used; names of weights stay.
-        train_only: What of the network is trained, as the next two; see `tva.models.adapters.adapt`.
+        layer_decay: Factor on the learning rate from each layer to the one below it, such as 0.75.
+        fused: Use AdamW's fused kernel, which is faster.
+        gradient_checkpointing: Recompute activations in the backward pass: less memory, more time.
+        compile: Compile the network with ``torch.compile`` at first use; weights keep their names.
+        train_only: Part of the network to train, like the next two options; see `tva.models.adapters.adapt`.
         lora: See there.
         tangent: See there; without ``metrics``, as a linearized network does not generate.
 
     Raises:
-        FileNotFoundError: The folder is not there.
+        FileNotFoundError: The folder is missing.
         ValueError: transformers is not installed or cannot load it, some weights would be random, or the tokenizer is
             that of another model.
     """

@@ -1,4 +1,4 @@
-"""What all models share in training: the paper's optimizer, slower layers below, and memory or time saved."""
+"""Training options of all models: the paper's optimizer, layer-wise learning rates, and savings of memory or time."""
 
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ def make_optimizer(
     Args:
         module: LightningModule with a Trainer; its parameters that require gradients are trained.
         learning_rate: Peak learning rate.
-        weight_decay: AdamW's, on every trained parameter.
+        weight_decay: AdamW's weight decay, on every trained parameter.
         warmup_steps: Optimizer steps of warm-up.
-        layer_decay: What the learning rate is multiplied by from one layer to that below it, in (0, 1].
-        fused: Take torch's kernel that updates all parameters at once.
+        layer_decay: Factor on the learning rate from each layer to the one below it, in (0, 1].
+        fused: Use AdamW's fused kernel.
 
     Source: the recipe is that of Ilharco et al., "Editing models with task arithmetic", ICLR 2023; layer-wise decay
     that of Clark et al., "ELECTRA", ICLR 2020.

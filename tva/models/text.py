@@ -25,16 +25,16 @@ class TextClassifier(FrozenHeadClassifier):
     in the features, stays frozen.
 
     Args:
-        name: A local folder with ``config.json``, weights and tokenizer, or a name on the Hugging Face hub.
-            Environment variables are filled in.
+        name: A local folder with ``config.json``, weights and tokenizer, or a name on the Hugging Face hub. Environment
+            variables are expanded.
         tokenizer: Folder or hub name of the tokenizer, where ``name`` brings none.
         pooling: ``"mean"`` of all tokens, or the first, ``"cls"``.
         logit_scale: What cosines are multiplied by.
         head: ``"descriptions"``, ``"means"``, ``"probe"`` or ``"learned"``, which starts from the descriptions.
-        **options: Those of `FrozenHeadClassifier`.
+        **options: Options of `FrozenHeadClassifier`.
 
     Raises:
-        FileNotFoundError: The folder is not there.
+        FileNotFoundError: The folder is missing.
         ValueError: transformers is not installed or cannot load it, some weights would be random, or the tokenizer is
             that of another model.
     """

@@ -177,7 +177,7 @@ class TransformersModel(TrainedModel):
 
     Args:
         path: A local folder with ``config.json``, weights and tokenizer or image processor, or a name on the Hugging
-            Face hub. Environment variables are filled in.
+            Face hub. Environment variables are expanded.
         task: What the head does; by default what the folder says.
         edit_head: Whether the head is trained and edited with the other weights. By default it is, as vectors of one
             task share its classes; set it to false to add vectors of tasks with other classes.
@@ -186,18 +186,18 @@ class TransformersModel(TrainedModel):
         max_new_tokens: Of language models: tokens that are generated at most.
         weights: Checkpoint of this module to start from, such as the output of ``tva edit``.
         learning_rate: Peak learning rate of AdamW.
-        weight_decay: AdamW's, on every trained parameter.
+        weight_decay: AdamW's weight decay, on every trained parameter.
         warmup_steps: Optimizer steps of linear warm-up, before cosine decay to 0.
-        layer_decay: What the learning rate is multiplied by from one layer to that below it, such as 0.75.
-        fused: Let AdamW update all parameters by one kernel, which is faster.
-        gradient_checkpointing: Compute activations again in the backward pass: less memory, more time.
-        compile: Compile the network with ``torch.compile`` when it is first used; names of weights stay.
+        layer_decay: Factor on the learning rate from each layer to the one below it, such as 0.75.
+        fused: Use AdamW's fused kernel, which is faster.
+        gradient_checkpointing: Recompute activations in the backward pass: less memory, more time.
+        compile: Compile the network with ``torch.compile`` at first use; weights keep their names.
         train_only: What of the network is trained, as the next two; see `tva.models.adapters.adapt`.
         lora: See there.
         tangent: See there.
 
     Raises:
-        FileNotFoundError: The folder is not there.
+        FileNotFoundError: The folder is missing.
         ValueError: The folder does not say what the head does, it cannot be loaded, or some weights would be random.
     """
 
@@ -316,12 +316,12 @@ class TimmModel(TrainedModel):
         edit_head: Whether the classifier is trained and edited with the other weights; by default it is.
         weights: Checkpoint of this module to start from, such as the output of ``tva edit``.
         learning_rate: Peak learning rate of AdamW.
-        weight_decay: AdamW's, on every trained parameter.
+        weight_decay: AdamW's weight decay, on every trained parameter.
         warmup_steps: Optimizer steps of linear warm-up, before cosine decay to 0.
-        layer_decay: What the learning rate is multiplied by from one layer to that below it, such as 0.75.
-        fused: Let AdamW update all parameters by one kernel, which is faster.
-        gradient_checkpointing: Compute activations again in the backward pass: less memory, more time.
-        compile: Compile the network with ``torch.compile`` when it is first used; names of weights stay.
+        layer_decay: Factor on the learning rate from each layer to the one below it, such as 0.75.
+        fused: Use AdamW's fused kernel, which is faster.
+        gradient_checkpointing: Recompute activations in the backward pass: less memory, more time.
+        compile: Compile the network with ``torch.compile`` at first use; weights keep their names.
         train_only: What of the network is trained, as the next two; see `tva.models.adapters.adapt`.
         lora: See there.
         tangent: See there.
@@ -377,7 +377,7 @@ def open_model(name: str) -> L.LightningModule:
             open_clip, ``timm/name`` or a network of timm, else a repository of transformers on the hub.
 
     Raises:
-        FileNotFoundError: The folder is not there.
+        FileNotFoundError: The folder is missing.
         ValueError: It is of none of these libraries, or cannot be loaded.
     """
     folder = Path(os.path.expandvars(os.path.expanduser(name)))

@@ -30,7 +30,7 @@ class VisionClassifier(FrozenHeadClassifier):
     Args:
         name: timm's name of the network, such as ``tf_efficientnet_lite0``.
         pretrained: A local file of weights, in any format that `tva.open_weights` reads; or true for timm's own
-            (downloaded when first used). A network without weights is refused. Environment variables are filled in.
+            (downloaded when first used). A network without weights is refused. Environment variables are expanded.
         image_size: Height and width that images are scaled to (the shorter side; the middle is taken); by default the
             network's own.
         batch_norm: How BatchNorm is handled. ``"fold"``: it is folded into the convolutions first, which changes no
@@ -39,7 +39,7 @@ class VisionClassifier(FrozenHeadClassifier):
         logit_scale: What cosines are multiplied by.
         head: ``"means"``, ``"probe"`` or ``"learned"``.
         channels_last: Lay the weights of convolutions out by pixel; several times faster on CPUs.
-        **options: Those of `FrozenHeadClassifier`.
+        **options: Options of `FrozenHeadClassifier`.
 
     Raises:
         ValueError: timm does not know the network, there are no weights, they are another network's, or BatchNorm

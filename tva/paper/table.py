@@ -29,7 +29,7 @@ def cells(row: Row) -> tuple[str, ...]:
 
 
 def to_markdown(rows: Sequence[Row]) -> str:
-    """Return one table a scale, with what differs from the paper's set-up below it."""
+    """Return one table per scale, with what differs from the paper's set-up below it."""
     lines = ["# Experiments of the paper", ""]  # by its first line an earlier table is known
     for experiment, scale in dict.fromkeys((row.experiment, row.scale) for row in rows):
         own = [row for row in rows if (row.experiment, row.scale) == (experiment, scale)]
@@ -40,7 +40,7 @@ def to_markdown(rows: Sequence[Row]) -> str:
 
 
 def to_csv(rows: Sequence[Row]) -> str:
-    """Return numbers as they are, one row a line."""
+    """Return numbers as they are, one row per line."""
     output = io.StringIO()
     writer = csv.writer(output, lineterminator="\n")
     writer.writerow([*HEADINGS[:5], "low", "high", *HEADINGS[6:], "unit", "column", "differs"])

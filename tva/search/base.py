@@ -1,4 +1,4 @@
-"""What a strategy is given: a function that scores candidates, and the rule by which one of them is chosen."""
+"""The input of a search strategy: a function that scores candidates, and the rule by which one of them is chosen."""
 
 from __future__ import annotations
 
@@ -49,17 +49,17 @@ Evaluate = Callable[[Sequence[Candidate], Mapping[str, tuple[int, int]] | None, 
 
 
 class Problem:
-    """One choice to make: what is wanted, and a function that scores candidates on validation data.
+    """A choice to make: the goal, and a function that scores candidates on validation data.
 
     Args:
-        evaluate: Gives for candidates, a range of examples by task (None: all of them) and the seed of their order one
-            mapping from task to `Evaluation` each.
+        evaluate: Function of candidates, a range of examples by task (None: all) and the seed of their order; returns
+            one mapping from task to `Evaluation` per candidate.
         base: The base's evaluations on all validation examples.
         constraints: All must hold.
         objective: What the rule ``"best"`` makes large or small.
         rule: See `choose`.
-        confidence: One-sided, that all constraints hold at the coefficient that is chosen, however many are tried;
-            None: their point estimates must hold. See `in_sequence` and `shared_among`.
+        confidence: One-sided confidence that all constraints hold at the chosen coefficient, however many are tried;
+            with None, their point estimates must hold. See `in_sequence` and `shared_among`.
         finetuned: Evaluations of the tasks' own fine-tuned models, where the objective is normalized.
         is_identity: Whether a candidate edits nothing.
         training_context: Makes what a strategy needs that trains; see `tva.search.learned`.
@@ -255,7 +255,7 @@ def constraint_slack(constraint: Constraint, edited: Evaluation, base: Evaluatio
         raise ValueError(
             f"A confidence needs per-example scores, and there are none for {constraint.text!r}: the model's steps "
             f"must return 'correct' for accuracy, or 'scores' with {constraint.metric!r}; a function that evaluates "
-            f"must return one number an example."
+            f"must return one number per example."
         )
     scores = edited.scores[constraint.metric], base.scores[constraint.metric]
     return slack_of(*scores, constraint.slope, confidence, constraint.above, groups=edited.groups)

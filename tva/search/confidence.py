@@ -125,7 +125,7 @@ def rising(
     Args:
         constraints: That are taken to get only worse.
         points: Any that were evaluated.
-        scores: By point, and by task and metric, one score an example; may lack some.
+        scores: By point, and by task and metric, one score per example; may lack some.
         holds: Whether all constraints hold at a point.
 
     Returns:

@@ -34,17 +34,17 @@ class Learned(Search):
     r"""Train the coefficients :math:`\theta^l = \theta_0^l + \sum_t \lambda_t^l \tau_t^l` on validation data.
 
     Only the coefficients are trained; the model runs unchanged under `torch.func.functional_call`. Test data is never
-    seen, and validation labels only by ``"cross_entropy"``. A training that was cut off goes on at a multiple of 50
-    steps, and a finished one when ``num_steps`` is raised. The processes of a Trainer with several devices share every
+    seen, and validation labels only by ``"cross_entropy"``. An interrupted training resumes at a multiple of 50 steps,
+    and a finished one continues if ``num_steps`` is raised. The processes of a Trainer with several devices share every
     batch out and train the same coefficients.
 
     Args:
         loss: ``"entropy"`` of the predictions on the targets, which needs no label (AdaMerging; the model's ``forward``
-            must give logits); ``"expert"``, the cross-entropy to the predictions of each target's own fine-tuned
-            model, which needs none either; or ``"cross_entropy"`` (aTLAS): where batches are ``inputs, labels`` that
-            of the logits, else the loss of the model's ``training_step``. With an objective that makes the targets
-            worse (a small accuracy, a large loss) their cross-entropy is made large, and that of the constraints'
-            controls is kept small.
+            must give logits); ``"expert"``, the cross-entropy to the predictions of each target's own fine-tuned model,
+            which needs none either; or ``"cross_entropy"`` (aTLAS): where batches are ``inputs, labels`` that of the
+            logits, else the loss of the model's ``training_step``. If the objective makes the targets worse (a small
+            accuracy, a large loss), their cross-entropy is increased, and that of the constraints' controls is kept
+            small.
         per: One coefficient for each ``"tensor"``, ``"layer"`` (or other module), or ``"vector"``; or
             ``"component"``: each singular component of every matrix is kept or left out (AdaRank), and what is kept
             has the coefficient ``start``.
@@ -53,7 +53,7 @@ class Learned(Search):
         num_steps: Optimizer steps, each with one batch of every task.
         batch_size: Examples of each task in a step.
         clamp: Keep coefficients in [0, 1]; by default with ``"entropy"``, as in its paper.
-        seed: Of the order of the examples.
+        seed: Seed of the order of the examples.
 
     Source: Yang et al., "AdaMerging: adaptive model merging for multi-task learning", ICLR 2024; Zhang et al.,
     "Knowledge composition using task vectors with learned anisotropic scaling" (aTLAS), NeurIPS 2024; the labels of

@@ -110,7 +110,7 @@ def verify_vector(path: str | os.PathLike[str]) -> VectorReport:
     """Read a task vector file through, and compare its tensors with the fingerprint in its header.
 
     Raises:
-        FileNotFoundError: Nothing is there.
+        FileNotFoundError: The path does not exist.
         ValueError: It is not a task vector file, or its header is damaged.
     """
     started = time.monotonic()

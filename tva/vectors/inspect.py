@@ -131,7 +131,7 @@ def inspect(path: str | os.PathLike[str], by: By = "group") -> Inspection:
         Its header, and norm, share of zeros and largest magnitude of every group.
 
     Raises:
-        FileNotFoundError: Nothing is there.
+        FileNotFoundError: The path does not exist.
         ValueError: It is neither a task vector file nor a checkpoint, or ``by`` is none of these.
     """
     group_of = grouping(by)

@@ -49,7 +49,7 @@ Buffers = Literal["keep", "delta"]
 
 
 class TaskVector:
-    r"""A task vector :math:`\tau = \theta_{finetuned} - \theta_{base}`, one delta a tensor.
+    r"""A task vector :math:`\tau = \theta_{finetuned} - \theta_{base}`, one delta per tensor.
 
     Supports ``+``, ``-``, unary ``-``, ``*`` and ``/`` with a number, and ``sum()``. Every operation gives a new task
     vector and leaves its operands unchanged. Make one with `between` or `load` rather than by the constructor.
@@ -550,7 +550,7 @@ class TaskVector:
             Deltas in float32, or float64 where stored so.
 
         Raises:
-            FileNotFoundError: Nothing is there.
+            FileNotFoundError: The path does not exist.
             ValueError: It is not a task vector file, or one of a later format.
         """
         weights = HashedWeights(open_weights(path))

@@ -53,7 +53,7 @@ def finish(result: Compared, plot: str | os.PathLike | None = None) -> None:
 
 
 def _print_groups(console: Console, result: Compared) -> None:
-    """Print one row a group: norms, then every pair or, where they are many, the smallest and the largest."""
+    """Print one row per group: norms, then every pair or, where they are many, the smallest and the largest."""
     names, first = list(result.names), words(f"norm by {result.by}", lambda row: row[0])
     norms = [Column(name, lambda row, i=i: f"{row[1].norms[i]:.3g}") for i, name in enumerate(names)]
     print_table(console, [first, *norms], result.groups.items(), split=True)

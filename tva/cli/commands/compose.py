@@ -49,7 +49,7 @@ def start(words: Sequence[str], as_json: bool) -> bool:
     given = [word for word in words if word.partition("=")[0].removeprefix("--").partition(".")[0] in SAID_BY_MERGEKIT]
     if given:
         raise ValueError(
-            f"{given[0].partition('=')[0]} is said by {file}. Leave it out; or save what --print_recipe prints, change "
+            f"{given[0].partition('=')[0]} is set by {file}. Leave it out; or save what --print_recipe prints, change "
             f"it and give it by --config."
         )
     found = read_mergekit(file)

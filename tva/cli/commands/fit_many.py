@@ -197,7 +197,7 @@ def check_fit(fit: Fit) -> Result:
     file = fit.folder / CONFIG
     before = read_yaml(file) if file.exists() else None
     if before == fit.config and not marker.exists():
-        return Result(fit, "interrupted", message=f"goes on from {checkpoint}")
+        return Result(fit, "interrupted", message=f"resumes from {checkpoint}")
     changes = _differences(before, fit.config) if before else ["its config is unknown"]
     shown = "; ".join(changes[:3]) + (f"; and {len(changes) - 3} more" if len(changes) > 3 else "")
     return Result(fit, "changed", message=f"{shown}. Pass --redo to fit it again, or another output.")
@@ -265,7 +265,7 @@ def run_fits(
             _say(f"interrupted with {len(results)} of {len(fits)} ended; ending the others")
             ended.close()
             left = [fit for fit in fits if fit.folder not in results and (fit.folder / "fit.log").exists()]
-            more = "the same command goes on with it"
+            more = "the same command resumes it"
             results |= {fit.folder: Result(fit, "interrupted", message=more) for fit in left}
     return [results.get(fit.folder) or check_fit(fit) for fit in fits]
 
@@ -307,7 +307,7 @@ def run_fit(fit: Fit, worker: Worker, command: Sequence[str] = TVA_FIT, redo: bo
     words = [*command, "--config", str(fit.folder / CONFIG)]
     if before.state == "interrupted":
         words += ["--ckpt_path", str(find_checkpoint(fit.folder))]
-    _say(f"{fit.name} {'goes on' if before.state == 'interrupted' else 'begins'} on {worker.name}")
+    _say(f"{fit.name} {'resumes' if before.state == 'interrupted' else 'begins'} on {worker.name}")
     started = time.monotonic()
     status = run_process(words, fit.folder / "fit.log", worker)
     seconds = time.monotonic() - started
@@ -365,7 +365,7 @@ COLUMNS = [
 def read_words(words: Sequence[str]) -> list[str]:
     """Collect ``--shared.KEY VALUE`` in ``--changes``.
 
-    jsonargparse would put ``--shared.trainer.max_steps`` in the place of the whole of ``shared.trainer``.
+    jsonargparse would put ``--shared.trainer.max_steps`` in place of the whole of ``shared.trainer``.
     """
     words, changes = list(words), {}
     while (at := next((at for at, word in enumerate(words) if word.startswith("--shared.")), None)) is not None:

@@ -64,7 +64,7 @@ def run(
         seed: Seed of the split, the training and the generated texts.
 
     Raises:
-        FileNotFoundError: A file is not there.
+        FileNotFoundError: A file is missing.
         ValueError: There are too few texts, or the model cannot be loaded.
     """
     allowed = _nats(max_perplexity)
@@ -113,7 +113,7 @@ def show(result: dict[str, Any]) -> None:
     low, high = change["difference_low"], change["difference_high"]
     said = "are forgotten" if low > 0 else "are not shown to be forgotten"
     by = f"{change['difference']:+.3g} [{low:+.3g}, {high:+.3g}]"
-    print_line(console, f"the texts {said}: their test loss changes by {by} nats a token")
+    print_line(console, f"the texts {said}: their test loss changes by {by} nats per token")
     if result["holds"]:
         print_line(console, f"transformers loads {result['output']}/")
     print_line(console, f"the steps and their configurations are in {result['work']}/")
@@ -176,7 +176,7 @@ def divide(source: str | Sequence[str], column: str, prefix: Path, seed: int) ->
         source: A file, or the texts.
         column: The column of texts in a file of a table.
         prefix: Start of the paths of the files to write.
-        seed: Of the order.
+        seed: Seed of the order.
 
     Returns:
         Part to file, JSON lines. A text that occurs twice is taken once, so that no part shares one with another.
@@ -188,7 +188,7 @@ def divide(source: str | Sequence[str], column: str, prefix: Path, seed: int) ->
     if len(texts) < 10:
         raise ValueError(
             f"At least 10 different texts are needed for training, validation and test; {source} has {len(texts)}. "
-            f"Give one text a line, or a table with a column of texts."
+            f"Give one text per line, or a table with a column of texts."
         )
     random.Random(seed).shuffle(texts)
     first, second = round(len(texts) * PARTS["train"]), round(len(texts) * (PARTS["train"] + PARTS["val"]))
@@ -223,7 +223,7 @@ def write_texts(model: str, count: int, length: int, seed: int) -> list[str]:
         model: Folder or name of a causal language model.
         count: How many texts.
         length: Tokens of each, at most.
-        seed: Of the sampling.
+        seed: Seed of the sampling.
     """
     import torch
 

@@ -12,7 +12,7 @@ run = inspect
 
 
 def show(result: Inspection) -> None:
-    """Print the header, then one row a group."""
+    """Print the header, then one row per group."""
     console = make_console()
     print_line(console, f"{result.path}: {result.kind}, {size_text(result.num_bytes)}", "bold")
     print_facts(console, result.fact_texts())

@@ -38,7 +38,7 @@ COLUMNS = [
 
 
 def show(result: Sequence[dict[str, Any]]) -> None:
-    """Print one row a scale."""
+    """Print one row per scale."""
     console = make_console()
     print_table(console, COLUMNS, result)
     print_line(console, "tva paper plan NAME --scale SCALE reports what one would do; tva paper run NAME does it.")

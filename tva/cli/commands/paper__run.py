@@ -246,7 +246,7 @@ COLUMNS = [
 
 
 def show(result: Sequence[Step]) -> None:
-    """Print one row a fit and edit, and below them what there is to know."""
+    """Print one row per fit and edit, and below them what there is to know."""
     console = make_console()
     print_table(console, COLUMNS, result)
     for step in result:

@@ -32,7 +32,7 @@ COLUMNS = [
 
 
 def show(result: Revisited) -> None:
-    """Print one row a task of every run, and where the pages are."""
+    """Print one row per task of every run, and where the pages are."""
     console, rows = make_console(), []
     for name, content in result.contents.items():
         first = (name, state_of(content)["word"].lower())

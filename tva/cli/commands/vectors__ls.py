@@ -22,7 +22,7 @@ COLUMNS = [
 
 
 def show(result: Listing) -> None:
-    """Print one table a base."""
+    """Print one table per base."""
     console = make_console()
     name = words("vector", lambda listed: Path(listed.path).relative_to(result.folder))
     for base, vectors in result.bases.items():

@@ -51,7 +51,7 @@ class Consensus(Method):
 class Tall(Method):
     r"""Localize one task in the sum of all: :math:`m_t \circ \sum_s \tau_s` with the TALL mask :math:`m_t`.
 
-    The model of task :math:`t` is the base plus this; of the sum and one bit an element for each task all tasks can be
+    The model of task :math:`t` is the base plus this; of the sum and one bit per element for each task all tasks can be
     restored. One vector gives that vector. No passes.
 
     Args:
