@@ -76,12 +76,14 @@ def test_mistakes_in_a_config_are_named_with_their_line_before_lightning_is_impo
     text = (TEMPLATES / "forget.yaml").read_text()
     for number, wrong in enumerate(MISTAKES):
         Path(f"{number}.yaml").write_text(text.replace("recipe: -digits", wrong))
-    files = [f"{number}.yaml" for number in range(len(MISTAKES))]
+    Path("forget.yaml").write_text(text)
+    files = [*(f"{number}.yaml" for number in range(len(MISTAKES))), "forgte.yaml"]
     done = subprocess.run([sys.executable, "-c", EACH, *files], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     found = re.findall(r"tva: error: .*(?:\n(?!tva: error).*)*", done.stderr)
     for number, message in enumerate(MISTAKES.values()):
         assert f"tva: error: {number}.yaml, {message}" in found[number]
+    assert found[-1].strip() == "tva: error: --config: there is no file 'forgte.yaml'. Did you mean 'forget.yaml'?"
     assert "TVA_DEBUG" not in done.stderr
 
 

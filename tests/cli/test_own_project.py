@@ -118,7 +118,7 @@ def test_classes_in_the_current_folder_can_be_named_from_the_console_script(own)
         ("--config empty.yaml", "The file given with --config must hold options, each as NAME: VALUE; it is empty."),
         ("--config typo.yaml", "by class_path and init_args; found 'init_arg'. Did you mean 'init_args'?"),
         ("--config unknown.yaml", "unknown.yaml, line 1: there is no option 'modle'. Did you mean 'model'?"),
-        ("--config callback.yaml", "TaskVectorCallback has no option 'every_n_step'. Did you mean 'every_n_steps'?"),
+        ("--config callback.yaml", "line 2: --trainer.callbacks: tva.callbacks.TaskVectorCallback has no option 'every_n_step'"),  # noqa: E501
         ("--trainer.callbacks=EarlyStoping", "callbacks: no class is called 'EarlyStoping'. Did you mean 'Early"),
         ("--trainer.callbacks=EarlyStopping", "EarlyStopping must be given monitor, as in --trainer.callbacks.monitor"),
         ("--trainer.callbacks.every_n_steps=5", "no option 'every_n_steps' of a class named there. Name the class"),

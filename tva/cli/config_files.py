@@ -32,17 +32,19 @@ def config_files(words: Sequence[str]) -> list[Path]:
 
 
 def check_files(files: Sequence[Path], options: Collection[str]) -> None:
-    """Check that every file is YAML, and that its outermost keys are options.
+    """Check that every file exists and is YAML, and that its outermost keys are options.
 
     Args:
-        files: Files that do not exist are left to the parser.
+        files: What is a text of YAML instead of a path, or not a regular file, is left to the parser.
         options: Names of the command's options, before the first dot.
 
     Raises:
+        FileNotFoundError: There is no such file.
         ValueError: A key is not an option, or is given twice, at the line named.
     """
     for file in files:
         if not file.is_file():
+            _check_exists(file)
             continue
         root = read_nodes(file)
         if not isinstance(root, yaml.MappingNode):
@@ -56,6 +58,12 @@ def check_files(files: Sequence[Path], options: Collection[str]) -> None:
             if name in seen:
                 raise ValueError(f"{file}, line {line}: {name!r} is given twice, first in line {seen[name]}. Keep one.")
             seen[name] = line
+
+
+def _check_exists(file: Path) -> None:
+    if not re.search(r"[:{\n]", str(file)) and not file.exists():
+        beside = [str(file.parent / path.name) for path in file.parent.glob("*.y*ml")]
+        raise FileNotFoundError(f"--config: there is no file {str(file)!r}.{did_you_mean(str(file), beside)}")
 
 
 def read_nodes(file: Path) -> Any:

@@ -163,11 +163,12 @@ def _wrong_keys(value: str) -> list[str]:
 
 def _no_option(key: str, path: str, option: str, wanted: Collection[str]) -> str:
     given = _load(path)
+    which = f"--{key}".removesuffix(f".{option}").removesuffix(".init_args")
     if any(given is _load(base) for base in wanted):  # nothing more precise was named
-        which = f"--{key}".removesuffix(f".{option}").removesuffix(".init_args")
         return f"{which}: there is no option {option!r} of a class named there. Name the class by class_path first."
-    known = sorted(_options_of(given))
-    return f"{path} has no option {option!r}.{did_you_mean(option, known)} It has {', '.join(known) or 'none'}."
+    known = sorted(set(_options_of(given)))
+    near = did_you_mean(option, known)
+    return f"{which}: {path} has no option {option!r}.{near} It has {', '.join(known) or 'none'}."
 
 
 def _options_of(kind: Any) -> Iterator[str]:
