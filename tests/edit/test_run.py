@@ -9,6 +9,7 @@ from small_edit import LateNet, Net, Task, edit, make_trainer
 from torch.utils.data import DataLoader
 
 from tva import TaskVector
+from tva.data import ImageTask, TableTask
 from tva.edit.outcome import reported_metric
 from tva.edit.trainer import Trainer
 from tva.errors import HarnessError
@@ -30,6 +31,31 @@ class ForgetfulNet(Net):
     def forward(self, inputs):
         self.uses += 1
         return super().forward(inputs) * torch.tensor([1.0, 1.0 + 0.05 * self.uses])
+
+
+@pytest.mark.parametrize(
+    ("missing", "message"),
+    [
+        (TableTask("nowhere.csv", text_column="t"), "expected at nowhere.csv, but nothing is there"),
+        (ImageTask("none-{split}.parquet"), "expected at none-{split}.parquet, but none is there"),
+        (ImageTask({"train": "a.parquet", "test": "b.parquet"}), "expected at a.parquet, but nothing is there"),
+        (ImageTask("builtin:digitz"), "Did you mean 'digits'"),
+    ],
+)
+def test_data_that_are_missing_are_reported_before_anything_is_evaluated(vectors, tmp_path, missing, message):
+    task = Task(1)
+    with pytest.raises((FileNotFoundError, ValueError), match=message):
+        edit(vectors, tmp_path, targets={"a": task}, controls={"other": missing})
+    assert task.reads == {"val": [], "test": []}
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_output_that_cannot_be_written_is_reported_before_anything_is_evaluated(vectors, tmp_path):
+    (tmp_path / "file").touch()
+    task = Task(1)
+    with pytest.raises(OSError, match="out cannot be written: Not a directory .*Give an output in a folder"):
+        edit(vectors, tmp_path / "file", targets={"a": task})
+    assert task.reads == {"val": [], "test": []}
 
 
 # --- one pass

@@ -101,6 +101,16 @@ BUILTIN_SETS: dict[str, BuiltinSet] = {
 }
 
 
+def check_name(name: str) -> None:
+    """Raise ValueError if no built-in set has this name."""
+    if name not in BUILTIN_SETS:
+        nearest = difflib.get_close_matches(name, BUILTIN_SETS, n=1, cutoff=0.0)[0]
+        raise ValueError(
+            f"no built-in set is named {name!r}; the built-in sets are {', '.join(BUILTIN_SETS)}. "
+            f"Did you mean {nearest!r}?"
+        )
+
+
 def load_builtin(name: str) -> DatasetDict:
     """Make one of the built-in image sets, in memory and the same each time.
 
@@ -118,12 +128,7 @@ def load_builtin(name: str) -> DatasetDict:
         >>> load_builtin("digits")["test"].features["label"].int2str(7)
         'seven'
     """
-    if name not in BUILTIN_SETS:
-        nearest = difflib.get_close_matches(name, BUILTIN_SETS, n=1, cutoff=0.0)[0]
-        raise ValueError(
-            f"no built-in set is named {name!r}; the built-in sets are {', '.join(BUILTIN_SETS)}. "
-            f"Did you mean {nearest!r}?"
-        )
+    check_name(name)
     import datasets
 
     if name == "digits":

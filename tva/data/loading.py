@@ -8,7 +8,7 @@ import gzip
 import operator
 import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -61,26 +61,18 @@ def load_splits(
     import datasets
 
     if isinstance(path, str) and "{split}" in path:
-        parent, pattern = Path(path).parent, Path(path).name
-        before, after = pattern.split("{split}")
-        found = sorted(parent.glob(pattern.replace("{split}", "*"))) if parent.is_dir() else []
-        path_of = {file.name[len(before) : len(file.name) - len(after)]: str(file) for file in found}
-        if not path_of:
-            raise FileNotFoundError(f"Files were expected at {path}, but none is there.{nearby(Path(path))}")
-        path = path_of
+        path = _files_by_split(path)
     if isinstance(path, str):
         local = Path(path)
         if local.is_dir():
             return _read_folder(local, folder, streaming=False)
-        if not local.suffix and not local.is_absolute() and not path.startswith("."):
-            return datasets.load_dataset(path, name=config, revision=revision)  # the hub
+        if _is_on_the_hub(path):
+            return datasets.load_dataset(path, name=config, revision=revision)
         if local.suffix == ".npz" and local.exists():
             return _read_npz(local)
         path = {"train": path}
     files = {split: Path(file) for split, file in path.items()}
-    for file in files.values():
-        if not file.exists():
-            raise FileNotFoundError(f"A data set was expected at {file}, but nothing is there.{nearby(file)}")
+    _check_exist(files.values())
     suffixes = {".txt.gz" if file.name.endswith(".txt.gz") else file.suffix for file in files.values()}
     suffix = suffixes.pop()
     if suffixes or suffix not in {*_FORMATS, *_OWN}:
@@ -95,6 +87,46 @@ def load_splits(
     separator = {"sep": "\t"} if suffix == ".tsv" else {}
     data_files = {split: str(file) for split, file in files.items()}
     return datasets.load_dataset(_FORMATS[suffix], data_files=data_files, **separator)
+
+
+def check_path(path: str | Mapping[str, str]) -> None:
+    """Check that the local files of a task's ``path`` exist, or that there is such a built-in set; nothing is read.
+
+    Raises:
+        FileNotFoundError: A file is missing.
+        ValueError: No built-in set has this name.
+    """
+    if not isinstance(path, str):
+        _check_exist(map(Path, path.values()))
+    elif path.startswith("builtin:"):
+        from tva.data.builtin import check_name
+
+        check_name(path.removeprefix("builtin:"))
+    elif "{split}" in path:
+        _files_by_split(path)
+    elif not _is_on_the_hub(path):
+        _check_exist([Path(path)])
+
+
+def _is_on_the_hub(path: str) -> bool:
+    local = Path(path)
+    return not (local.suffix or local.is_absolute() or path.startswith(".") or local.is_dir())
+
+
+def _files_by_split(path: str) -> dict[str, str]:
+    """Find the files that ``{split}`` stands for."""
+    parent, pattern = Path(path).parent, Path(path).name
+    before, after = pattern.split("{split}")
+    found = sorted(parent.glob(pattern.replace("{split}", "*"))) if parent.is_dir() else []
+    if not found:
+        raise FileNotFoundError(f"Files were expected at {path}, but none is there.{nearby(Path(path))}")
+    return {file.name[len(before) : len(file.name) - len(after)]: str(file) for file in found}
+
+
+def _check_exist(files: Iterable[Path]) -> None:
+    for file in files:
+        if not file.exists():
+            raise FileNotFoundError(f"A data set was expected at {file}, but nothing is there.{nearby(file)}")
 
 
 def _read_folder(path: Path, folder: str | None, streaming: bool) -> Mapping[str, Any]:

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, DistributedSampler, default_collate
 
-from tva.data.loading import comparison, default_name, expand, load_splits, resolved_revision
+from tva.data.loading import check_path, comparison, default_name, expand, load_splits, resolved_revision
 from tva.data.streaming import Cut, Stream, make_streams
 from tva.data.text_presets import TextPreset, find_text_preset
 from tva.errors import some
@@ -105,6 +105,10 @@ class Task(L.LightningDataModule, ABC):
         return int(os.environ.get("PL_GLOBAL_SEED", self.seed))
 
     # --- splits
+
+    def check_files(self) -> None:
+        """Check that the data set's local files exist, before any work begins; see `tva.data.loading.check_path`."""
+        check_path(self.path)
 
     def _load_splits(self) -> Mapping[str, Any]:
         splits = load_splits(self.path, self.config, self.revision, self.folder_format, self.streaming)

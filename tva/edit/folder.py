@@ -7,6 +7,7 @@ import errno
 import os
 import shutil
 import sys
+import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -65,6 +66,18 @@ def check_output(folder: Path, inputs: Iterable[str | os.PathLike[str]], files: 
             raise ValueError(
                 f"The edit writes {file}, where a file is that tva did not write. Move it, or choose another output."
             )
+
+
+def check_writable(folder: Path) -> None:
+    """Check that an edit can write its folder, before anything is evaluated.
+
+    Raises:
+        OSError: It cannot; the message names the folder.
+    """
+    folder = folder.resolve()
+    there = next(parent for parent in folder.parents if parent.exists())
+    with can_write(folder):
+        os.rmdir(tempfile.mkdtemp(prefix=".tva-", dir=there))
 
 
 def _is_own(file: Path) -> bool:

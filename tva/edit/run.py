@@ -11,7 +11,7 @@ import lightning as L
 
 from tva.checkpoints import canonical_state_dict
 from tva.console import begin_pace
-from tva.edit.folder import check_output
+from tva.edit.folder import check_output, check_writable
 from tva.edit.form import Form, undo_name
 from tva.edit.gate import prove
 from tva.edit.loggers import log_edit, without_loggers
@@ -54,6 +54,8 @@ def run_edit(trainer: L.Trainer, model: Any, options: EditOptions) -> EditReport
     begin_pace()
     module = as_module(model)
     goal = without_head(options, module).checked()
+    for task in options.tasks.values():  # a file that is missing is reported before anything is evaluated
+        getattr(task, "check_files", lambda: None)()
     if is_sharded(trainer.strategy):
         check_supported(goal, module, trainer.strategy)
     with set_up(trainer, module, next(iter(options.tasks.values()))) as sharded:
@@ -67,6 +69,8 @@ def _run(trainer: L.Trainer, module: L.LightningModule, goal: Goal, sharded: Sha
     inputs = [*options.inputs, *goal.recipe.files, *([form.source] if form.source else [])]
     undo = [undo_name(form)] if options.keep_undo else []
     check_output(options.folder, inputs, [*form.files(live), *undo])
+    if trainer.world_size == 1:  # of several processes only the first must be able to
+        check_writable(options.folder)
     with without_loggers(trainer) as loggers, open_workers(trainer, module, goal) as workers:
         session = open_session(trainer, module, goal, form=form, sharded=sharded)
         session.evaluator.workers = workers
