@@ -1,4 +1,4 @@
-"""A bare PyTorch loop: keep the base, train as ever, and take the difference.
+"""A bare PyTorch loop: save the base, train as usual, and take the difference.
 
 python examples/bare_loop.py --folder runs/bare
 """

@@ -1,4 +1,4 @@
-"""The demo behind ``make demo``: fine-tune, forget, add and infer a task, offline, by commands a user would type."""
+"""The demo behind ``make demo``: fine-tune, forget, add and infer a task, offline, with commands a user would type."""
 
 from __future__ import annotations
 

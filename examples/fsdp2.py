@@ -1,4 +1,4 @@
-"""FSDP2: the same two lines, on any number of devices; no rank ever holds the whole model.
+"""FSDP2: the same callback, on any number of devices; no rank ever holds the whole model.
 
 python examples/fsdp2.py --folder runs/fsdp2 --accelerator cpu --devices 2
 """
@@ -48,7 +48,7 @@ def main() -> None:
         strategy=ModelParallelStrategy(data_parallel_size=arguments.devices, tensor_parallel_size=1),
         callbacks=[
             ModelCheckpoint(dirpath=arguments.folder, filename="last"),  # a folder of shards
-            TaskVectorCallback(),  # a file beside it
+            TaskVectorCallback(),  # a file next to it
         ],
         logger=False,
         enable_progress_bar=False,

@@ -23,7 +23,7 @@ class TaskVectors(TrainerCallback):
     def on_train_begin(self, args, state, control, model=None, **kwargs):
         base = Path(args.output_dir) / "base"
         if state.is_world_process_zero and state.global_step == 0:
-            model.save_pretrained(base)  # as checkpoints are saved, so that the names are the same
+            model.save_pretrained(base)  # saved like checkpoints, so that the names are equal
         if not base.exists():
             raise FileNotFoundError(f"The base of this resumed run was expected at {base}. Put it back there.")
 

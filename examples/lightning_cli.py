@@ -1,4 +1,4 @@
-"""LightningCLI: the callback is an entry of the YAML file, and no line of code changes.
+"""LightningCLI: add the callback to the YAML file; no code changes.
 
 python examples/lightning_cli.py fit --config examples/lightning_cli.yaml
 """

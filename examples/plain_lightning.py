@@ -1,8 +1,8 @@
-"""Plain Lightning: two lines give task vectors, one more shows forgetting while it happens.
+"""Plain Lightning: one callback writes task vectors, another shows forgetting while it happens.
 
     python examples/plain_lightning.py --folder runs/plain
 
-A digit classifier learns the digits 5-9; the control is what it knew before, the digits 0-4.
+A digit classifier that knows the digits 0-4, which are the control, learns the digits 5-9.
 """
 
 import argparse
@@ -63,13 +63,13 @@ def main() -> None:
     L.seed_everything(0)
     model = Classifier()
     options = {"max_epochs": 10, "accelerator": "cpu", "logger": False, "enable_progress_bar": False}
-    L.Trainer(**options, enable_checkpointing=False).fit(model, Digits(range(0, 5)))  # what it knew before
+    L.Trainer(**options, enable_checkpointing=False).fit(model, Digits(range(0, 5)))  # the base
 
     trainer = L.Trainer(
         **options,
         callbacks=[
-            TaskVectorCallback(dirpath=folder, at_train_end=True, task="digits 5-9"),  # the two lines
-            ControlEvaluation({"old": Digits(range(0, 5))}),  # and the third
+            TaskVectorCallback(dirpath=folder, at_train_end=True, task="digits 5-9"),  # writes the vector
+            ControlEvaluation({"old": Digits(range(0, 5))}),  # logs the control
         ],
         enable_checkpointing=False,
     )

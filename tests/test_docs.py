@@ -227,6 +227,27 @@ def test_pages_name_no_place_that_readers_do_not_have():
         assert path.suffix == ".md" or "$" not in path.read_text(), path
 
 
+def anchors(page):
+    """Return the fragments by which links name the headings of a page, as GitHub and the site make them."""
+    text = re.sub(r"^```.*?^```", "", page.read_text(), flags=re.M | re.S)
+    headings = (re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", found) for found in re.findall(r"^#+ (.*)$", text, re.M))
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def test_links_between_pages_lead_to_files_and_headings():
+    broken = []
+    for page in [*PAGES, *ROOT.glob("*.md")]:
+        text = re.sub(r"^```.*?^```", "", page.read_text(), flags=re.M | re.S)
+        for link in re.findall(r"\]\(([^)\s]+)\)", text):
+            path, _, fragment = link.partition("#")
+            target = page.parent / path if path else page
+            if re.match(r"\w+:", link) or "commands" in target.parts:  # outside; or written when the site is built
+                continue
+            if not target.exists() or (fragment and target.suffix == ".md" and fragment not in anchors(target)):
+                broken.append(f"{page.relative_to(ROOT)}: {link}")
+    assert not broken
+
+
 @pytest.mark.slow
 def test_the_site_builds_without_a_warning():
     command = [sys.executable, "-m", "sphinx", "-q", "-E", "-W", "--keep-going", "docs", "docs/_build/html"]
@@ -236,4 +257,9 @@ def test_the_site_builds_without_a_warning():
     assert "taskvectorcallback" in index.lower()
     page = (ROOT / "docs/_build/html/reference/commands/compose.html").read_text()
     assert "--max_memory" in page
-    assert '<script src="https:' not in page
+    for built in (ROOT / "docs/_build/html").rglob("*.html"):  # nothing comes from a network
+        loaded = re.findall(r"<(?:script|img|link|iframe|source)\b[^>]*>", built.read_text())
+        outside = [tag for tag in loaded if re.search(r"(?:src|href)=[\"'](?:https?:)?//", tag)]
+        assert not outside, (built, outside)
+    for style in (ROOT / "docs/_build/html").rglob("*.css"):
+        assert not re.search(r"(?:@import|url\()\s*[\"']?(?:https?:)?//", style.read_text()), style
