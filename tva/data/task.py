@@ -108,7 +108,8 @@ class Task(L.LightningDataModule, ABC):
 
     def check_files(self) -> None:
         """Check that the data set's local files exist, before any work begins; see `tva.data.loading.check_path`."""
-        check_path(self.path)
+        if not self.streaming:  # files of a stream may be anywhere
+            check_path(self.path)
 
     def _load_splits(self) -> Mapping[str, Any]:
         splits = load_splits(self.path, self.config, self.revision, self.folder_format, self.streaming)
