@@ -186,7 +186,7 @@ def words(texts):
 
 @pytest.mark.parametrize("scorer", [no_number, too_few, words])
 def test_what_a_scorer_returns_is_checked(scorer):
-    with pytest.raises(ValueError, match="must return one (finite )?number a text"):
+    with pytest.raises(ValueError, match="must return one (finite )?number per text"):
         TextScore(f"{__name__}.{scorer.__name__}")(["a", "b"])
 
 

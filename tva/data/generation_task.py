@@ -33,8 +33,9 @@ class GenerationTask(L.LightningDataModule):
         prompts: A list of texts; or a file with one prompt per line, where ``{split}`` stands for ``val`` and ``test``;
             or a mapping from these to files or texts. A list of several prompts is split by ``seed``, half for
             validation and half for test; a single prompt is used for both, with different draws.
-        scorer: Scorer of the texts: ``swearing``, ``words:FILE``, ``regex:PATTERN``, ``learned:FILE:LABEL,…``, ``detoxify``,
-            the name of an entry point or the dotted path of a function; see `tva.data.scorers.find_scorer`.
+        scorer: Scorer of the texts: ``swearing``, ``words:FILE``, ``regex:PATTERN``, ``learned:FILE:LABEL,…``,
+            ``detoxify``, the name of an entry point or the dotted path of a function; see
+            `tva.data.scorers.find_scorer`.
         name: Name of the task in log keys and reports.
         num_samples: Number of texts per prompt.
         max_new_tokens: Maximum number of tokens of a text, without the prompt, which is not scored.
