@@ -154,7 +154,8 @@ def compare_jackknives(edited: Jackknife, base: Jackknife) -> Comparison:
             if ratio and (edited.without > 0).all() and (base.without > 0).all():
                 half = quantile * standard_error(np.log(edited.without / base.without))
                 factors = ratio * math.exp(-half), ratio * math.exp(half)
-    return Comparison(difference, *(ends or (None, None)), ratio, *(factors or (None, None)), None)
+    (low_end, high_end), (low_factor, high_factor) = (each or (None, None) for each in (ends, factors))
+    return Comparison(difference, low_end, high_end, ratio, low_factor, high_factor, None)
 
 
 def _recovered(
