@@ -11,10 +11,17 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.ledger import markdown, with_interval
+from benchmarks.search import make_trainer
 from examples import demo
+from tva import TaskVector
+from tva.data import ImageTask
+from tva.edit.editor import Editor
+from tva.evaluation.evaluate import evaluate
+from tva.models import ClipClassifier
 
 OPTIONS = {"output": "runs/demo"}
 DEPENDS = (
+    "benchmarks/demo.py",
     "examples/demo.py",
     "configs/demo",
     "tva/edit",
@@ -24,15 +31,31 @@ DEPENDS = (
     "tva/data",
     "callbacks",
 )
+COEFS = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0, 1.25, 1.5)  # of the analogy's curve
 LABELS = ("base", "finetuned", "edited", "random")
 
 
 def measure(seed: int, output: str) -> dict[str, Any]:
     """Run the demo with one seed, and return what its edits reached on test data."""
     demo.run_seed(seed, Path(output))
-    return {
+    found = {
         edit: _reached(json.loads((Path(output) / edit / f"seed={seed}/edit.json").read_text())) for edit in demo.EDITS
     }
+    return {**found, "curve": analogy_curve(seed, Path(output))}
+
+
+def analogy_curve(seed: int, output: Path) -> list[float]:
+    """Return the accuracy of the analogy on its target's test pictures at each of `COEFS`, seen afterwards."""
+    solid_a, solid_b, sketch_a = (
+        TaskVector.load(output / name / f"seed={seed}/checkpoints/last.tv.safetensors")
+        for name in ("solid_a", "solid_b", "sketch_a")
+    )
+    vector, model, trainer = sketch_a + (solid_b - solid_a), ClipClassifier(), make_trainer()
+    where = {"style": "sketch", "half": "B"}
+    data = ImageTask("builtin:symbols", batch_size=500, name="sketch_b", where=where)
+    editor = Editor(trainer, model, {"sketch_b": data})
+    edits = [lambda coef=coef: editor.set(vector, coef) for coef in COEFS]
+    return [found.metrics["accuracy"] for found in evaluate(trainer, model, data, "test", edits=edits)]
 
 
 def _reached(report: Mapping[str, Any]) -> dict[str, Any]:
@@ -80,7 +103,20 @@ def tables(runs: Mapping[int, Mapping[str, Any]]) -> dict[str, str]:
         entries = [{"n": run["analogy"]["tasks"]["sketch_b"]["n"], **run["analogy"]["parts"][part]} for run in found]
         rows.append(["", f"the part {part} of it by itself, on sketch_b", "", "", _cell(entries, "sketch_b"), ""])
     heads = ["edit", "task", "base", "fine-tuned on it", "edited", "random vector"]
-    return {"edits": markdown(heads, rows)}
+    return {"edits": markdown(heads, rows), **_curve(found)}
+
+
+def _curve(found: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+    """Return the analogy's accuracy by coefficient, and the coefficients that were chosen."""
+    if "curve" not in found[0]:
+        return {}
+    num = found[0]["analogy"]["tasks"]["sketch_b"]["n"]
+    rows = [
+        [f"{coef:g}", with_interval([run["curve"][place] for run in found], num, lambda value: f"{100 * value:.1f}")]
+        for place, coef in enumerate(COEFS)
+    ]
+    chosen = ", ".join(f"{run['analogy']['coefficients']['scaling_coef']:g}" for run in found)
+    return {"curve": markdown(["λ", "sketch_b, % right"], rows), "chosen": chosen}
 
 
 def _cell(entries: Sequence[Mapping[str, Any]], label: str) -> str:
