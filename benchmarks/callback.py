@@ -176,7 +176,7 @@ def tables(runs: Mapping[int, Mapping[str, Any]]) -> dict[str, str]:
         ["the same with an fsync", f"{_range(synced)} s", f"{_range(_ratios(emit, synced))} ×"],
         [f"a fit of {steps} steps of {step:.0f} ms without the callback", f"{_range(without)} s", ""],
         [
-            "the same with it: inside its hooks, for the base and two vectors of 13 MB",
+            f"the same with it: inside its hooks, for the base and {max(1, steps // 200)} of its vectors, 13 MB each",
             f"{_range(inside)} s",
             f"{_range([100 * ratio for ratio in _ratios(inside, without)])} %",
         ],

@@ -80,7 +80,7 @@ def run(name: str, seeds: Sequence[int], options: Mapping[str, Any], command: st
     part = [str({**module.OPTIONS, **options}[key]) for key in getattr(module, "PARTS", ())]
     file = data / f"{'-'.join([name, *part])}.json"
     entry = json.loads(file.read_text()) if file.exists() else {"made": [], "seeds": {}}
-    made = {"command": command, "seeds": [], **_here()}
+    made = {"command": _anywhere(command), "seeds": [], **_here()}
     for seed in seeds:
         started = time.monotonic()
         values = _rounded(module.measure(seed, **{**module.OPTIONS, **options}))
@@ -92,6 +92,16 @@ def run(name: str, seeds: Sequence[int], options: Mapping[str, Any], command: st
         entry["seeds"] = dict(sorted({**entry["seeds"], str(seed): values}.items(), key=lambda pair: int(pair[0])))
         write(entry, file)
     return entry
+
+
+def _anywhere(command: str) -> str:
+    """Return a command without the folders of this machine: what is absolute becomes its name in capitals.
+
+    Example:
+        >>> _anywhere("python -m benchmarks run methods --seeds 0 --data /somewhere/data")
+        'python -m benchmarks run methods --seeds 0 --data DATA'
+    """
+    return re.sub(r"(?<= )/\S*?([\w.-]+)(?= |$)", lambda path: path[1].upper(), command)
 
 
 def write(entry: Mapping[str, Any], file: Path) -> None:
@@ -165,8 +175,9 @@ def rendered(name: str, data: Path = DATA) -> dict[str, str]:
 def _made(made: Mapping[str, Any]) -> str:
     torch = made["versions"].get("torch")
     seeds, total = ", ".join(map(str, made["seeds"])), sum(made["seconds"])
+    command = _anywhere(made["command"])
     return (
-        f"`{made['command']}` (seed{'s' if len(made['seeds']) > 1 else ''} {seeds}; commit {made['commit']}, "
+        f"`{command}` (seed{'s' if len(made['seeds']) > 1 else ''} {seeds}; commit {made['commit']}, "
         f"{made['date']}, {made['machine']}{f', torch {torch}' if torch else ''}, {total:,} s)"
     )
 
@@ -176,7 +187,8 @@ def _entries(data: Path) -> str:
     for file in sorted(data.glob("*.json")):
         for made in load(file.stem, data)["made"]:
             seeds = ", ".join(map(str, made["seeds"]))
-            rows.append([f"[{file.stem}](data/{file.name})", f"`{made['command']}`", seeds, made["commit"]])
+            command = f"`{_anywhere(made['command'])}`"
+            rows.append([f"[{file.stem}](data/{file.name})", command, seeds, made["commit"]])
             rows[-1] += [made["date"], made["machine"]]
     return markdown(["entry", "command", "seeds", "commit", "date", "machine"], rows)
 

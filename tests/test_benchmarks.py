@@ -6,6 +6,7 @@ import importlib
 import importlib.util
 import json
 import os
+import re
 import types
 from pathlib import Path
 
@@ -78,6 +79,23 @@ def test_the_benchmark_of_adapters_runs_and_the_core_space_is_cheaper(capsys):
 def test_every_table_of_the_ledger_is_what_its_values_give(page):
     assert ledger.rewrite(page.read_text()) == page.read_text(), "run python -m benchmarks tables"
     assert not list(ledger.unmarked(page.read_text()))  # every other table says that it is older
+
+
+def test_a_digit_that_is_changed_by_hand_fails_the_check(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(ledger, "ROOT", tmp_path)
+    changed = 0
+    for page in (ROOT / "README.md", *sorted((ROOT / "docs" / "results").glob("*.md"))):
+        text = page.read_text()
+        for match in ledger.MARKED.finditer(text):
+            digit = re.search(r"\d", match[3])
+            place = match.start(3) + digit.start()
+            copy = tmp_path / page.name
+            copy.write_text(f"{text[:place]}{(int(digit[0]) + 1) % 10}{text[place + 1 :]}")
+            monkeypatch.setattr(ledger, "pages", lambda copy=copy: [copy])
+            assert commands.check() == 1
+            assert f"{page.name} is not what the ledger gives: python -m benchmarks tables" in capsys.readouterr().out
+            changed += 1
+    assert changed >= 3
 
 
 @pytest.fixture
