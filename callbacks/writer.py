@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
 import re
 import tempfile
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -22,10 +23,11 @@ from tva.callbacks.averaging import Weights
 from tva.callbacks.base_weights import BaseWeights, check_keys, snapshot_name
 from tva.callbacks.lora import LoraView
 from tva.callbacks.names import buffer_names, module_state, tied_names
-from tva.callbacks.remote_files import deliver, exists, local_copy, workplace
+from tva.callbacks.remote_files import deliver, exists, is_remote, local_copy, workplace
 from tva.callbacks.sharding import Shards, is_shard, is_sharded, live_state
 
 from tva.checkpoints import LazyWeights, canonical_state_dict, open_weights
+from tva.checkpoints.atomic import locked, remove_left, temporary_prefix
 from tva.errors import some
 from tva.evaluation.leaks import sample_rows
 from tva.vectors.compress import suited, write_encoded
@@ -185,6 +187,9 @@ class VectorWriter:
             if job.requested:
                 raise
             return _not_written(job, error)
+        finally:
+            if not is_remote(job.path):
+                _claim(Path(job.path)).unlink(missing_ok=True)
 
     def _complete(self, trainer: L.Trainer, pl_module: L.LightningModule, job: VectorJob) -> dict[str, Tensor]:
         """Return the weights under the model's own names: a checkpoint's, and from the model those that it lacks."""
@@ -212,9 +217,14 @@ class VectorWriter:
     def _unused(self, path: str) -> str:
         """Do not overwrite files of other runs, as ModelCheckpoint does: ``-v1``, ``-v2`` … is added to the name."""
         start, version = path.removesuffix(SUFFIX), 0
-        while not all(_is_of_run(vector_path(path, suffix), self.run) for suffix in (SUFFIX, ADAPTER)):
-            version += 1
-            path = f"{start}-v{version}{SUFFIX}"
+        with _alone(path):
+            while not all(_is_of_run(vector_path(path, suffix), self.run) for suffix in (SUFFIX, ADAPTER)) or (
+                _is_claimed(path)
+            ):
+                version += 1
+                path = f"{start}-v{version}{SUFFIX}"
+            if not is_remote(path):
+                _claim(Path(path)).touch()
         return path
 
     def _plan(
@@ -345,6 +355,33 @@ def vector_path(checkpoint: str | os.PathLike[str], suffix: str = SUFFIX) -> str
         'runs/mnist/last.tv.safetensors'
     """
     return str(checkpoint).removesuffix(".ckpt").removesuffix(SUFFIX) + suffix
+
+
+@contextlib.contextmanager
+def _alone(path: str) -> Iterator[None]:
+    """Let no other process choose a name in the same folder meanwhile."""
+    if is_remote(path):
+        yield
+        return
+    folder = Path(path).parent
+    folder.mkdir(parents=True, exist_ok=True)
+    with locked(folder):
+        yield
+
+
+def _claim(path: Path) -> Path:
+    """Return the temporary file that `tva.checkpoints.atomic_path` makes for a path in this process."""
+    return path.with_name(f"{temporary_prefix(path)}{os.getpid()}.tmp")
+
+
+def _is_claimed(path: str) -> bool:
+    """Whether another process, which runs, is about to write a file."""
+    if is_remote(path):
+        return False
+    prefix = temporary_prefix(Path(path))
+    remove_left(Path(path).parent, prefix)
+    others = (name for name in os.listdir(Path(path).parent) if name.startswith(prefix) and name.endswith(".tmp"))
+    return any(name != _claim(Path(path)).name for name in others)
 
 
 def _is_of_run(path: str, run: str | None) -> bool:

@@ -16,12 +16,12 @@ MARKUP = "<img src=x onerror='document.title=1'>\""
 
 
 @contextmanager
-def served(run):
-    """Serve a run's page; give its port."""
+def served(run, *first):
+    """Serve a run's page, with folders before others on Python's path; give its port."""
     port = free_port()
     # NiceGUI takes a server that knows of pytest for one of its own tests
     environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST")}
-    environment["PYTHONPATH"] = os.pathsep.join(map(str, Path(__file__).parents[:2]))
+    environment["PYTHONPATH"] = os.pathsep.join(map(str, [*first, *Path(__file__).parents[:2]]))
     command = [sys.executable, "-m", "tva", "play", str(run), "--port", str(port)]
     server = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment, cwd=run.parent)
     try:

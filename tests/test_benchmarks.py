@@ -309,3 +309,12 @@ def test_a_simulated_cluster_keeps_to_its_workers_its_disk_and_its_first_process
     assert simulate([(10, 1.0)] * 4, 4, nic=5.0) == 3.0
     assert simulate([(10, 1.0)] * 4, 4, nic=5.0, disk=10.0) == 5.0
     assert simulate([(10, 0.0)] * 4, 1, slots=4, nic=5.0) == 8.0
+
+
+@pytest.mark.slow
+def test_memory_files_and_threads_stay_over_many_calls():
+    """The benchmark of long runs in small: caches fill in few calls, so that memory has room here."""
+    for name, grown in importlib.import_module("benchmarks.long").measure(0, 0.01).items():
+        assert grown["files"] <= 0, name
+        assert grown["threads"] <= 0, name
+        assert grown["mib"] <= 64, name

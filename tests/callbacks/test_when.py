@@ -2,8 +2,10 @@
 
 import doctest
 import itertools
+import multiprocessing
 import os
 import re
+import socket
 
 import fsspec
 import huggingface_hub
@@ -356,3 +358,42 @@ def test_docstrings_run(module):
     results = doctest.testmod(module)
     assert results.attempted > 0
     assert results.failed == 0
+
+
+# --- side by side
+
+
+def test_a_name_that_another_process_is_about_to_write_is_left_to_it(tmp_path):
+    """Two fits of one folder choose their names one after the other, and the second takes another."""
+    (tmp_path / "trajectory").mkdir()
+    name = "step=00000004.tv.safetensors"
+    theirs = tmp_path / "trajectory" / f".{name}.{socket.gethostname()}.{os.getppid()}.tmp"
+    gone = tmp_path / "trajectory" / f".{name}.{socket.gethostname()}.99999999.tmp"  # of a process that was killed
+    theirs.touch()
+    gone.touch()
+    fit(tmp_path, TaskVectorCallback(every_n_steps=4, with_checkpoints=False))
+    found = set(os.listdir(tmp_path / "trajectory"))
+    assert found == {theirs.name, "step=00000004-v1.tv.safetensors", "step=00000008.tv.safetensors"}
+
+
+def _fit_too(folder, seed, begin):
+    begin.wait(300)
+    L.seed_everything(seed)
+    fit(folder, TaskVectorCallback(every_n_steps=1, with_checkpoints=False, task=f"fit{seed}"))
+
+
+@pytest.mark.slow
+def test_two_fits_in_one_folder_lose_no_vector(tmp_path):
+    spawn = multiprocessing.get_context("spawn")
+    begin = spawn.Barrier(2)
+    fits = [spawn.Process(target=_fit_too, args=(tmp_path, seed, begin)) for seed in (1, 2)]
+    for each in fits:
+        each.start()
+    for each in fits:
+        each.join(300)
+        assert each.exitcode == 0
+    found = [load(file).origin for file in (tmp_path / "trajectory").glob("*.tv.safetensors")]
+    assert sorted((origin.task, origin.step) for origin in found) == [
+        (f"fit{n}", s) for n in (1, 2) for s in range(1, 9)
+    ]
+    assert all(name.endswith(".tv.safetensors") and name[0] != "." for name in os.listdir(tmp_path / "trajectory"))

@@ -4,6 +4,8 @@ import base64
 import io
 import json
 import runpy
+import shutil
+import sys
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -284,4 +286,33 @@ def test_a_demo_of_what_nobody_knows_how_to_ask_is_refused_by_name(run, hub, tmp
     with pytest.raises(ValueError, match="A demo holds a model of tva; found os.system"):
         Demo(tmp_path)
     assert not Path(tmp_path / "space/app.py").exists()
+
+
+def test_a_push_reaches_the_hub_that_is_configured_and_nothing_else(run, hub):
+    seen = []
+    watching = [True]
+
+    def watch(event, given):
+        if watching and event in ("socket.connect", "socket.sendto"):
+            seen.append(tuple(given[1][:2]))
+
+    sys.addaudithook(watch)  # which cannot be taken away again
+    try:
+        main(["push", str(run), "me/edited", "--yes"])
+    finally:
+        watching.clear()
+    assert set(seen) == {("127.0.0.1", hub.server_port)}
+
+
+def test_a_link_out_of_the_folder_is_not_pushed(run, hub, tmp_path, capsys):
+    """A folder from somebody else may list any name in it as a file of the edit."""
+    shutil.copytree(run, tmp_path / "run")
+    (tmp_path / "secret.txt").write_text("mine")
+    (tmp_path / "run/notes.txt").symlink_to("../secret.txt")
+    content = json.loads((tmp_path / "run/edit.json").read_text())
+    content["edited"]["files"].append("notes.txt")
+    (tmp_path / "run/edit.json").write_text(json.dumps(content))
+    with pytest.raises(SystemExit, match="2"):
+        main(["push", str(tmp_path / "run"), "me/edited", "--yes"])
+    assert "is a link to a file outside of" in " ".join(capsys.readouterr().err.split())
     assert hub.calls == []

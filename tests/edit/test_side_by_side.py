@@ -1,16 +1,20 @@
 """Processes side by side: edits of one folder take turns, and searches on one log lose no evaluation."""
 
+import importlib
+import io
 import json
 import multiprocessing
 import os
 import time
 
 import numpy as np
+import pytest
 
 from tva.edit.folder import FILES, replacing
 from tva.evaluation.log import EvaluationLog
 from tva.evaluation.result import Evaluation
 
+log_module = importlib.import_module("tva.evaluation.log")
 FORK = multiprocessing.get_context("fork")
 
 
@@ -62,7 +66,18 @@ def _evaluate(number, path, rounds):
         log.add({"process": number, "turn": turn}, Evaluation({"accuracy": 0.5}, 3000, {"accuracy": scores}, {}))
 
 
-def test_searches_on_one_log_lose_no_evaluation(tmp_path):
+class Short(io.FileIO):
+    """A file of a system that takes a part of what is written at a time, as a network disk may."""
+
+    def write(self, data):
+        time.sleep(0.0002)  # in which another process may write
+        return super().write(data[:4000])
+
+
+@pytest.mark.parametrize("in_parts", [False, True])
+def test_searches_on_one_log_lose_no_evaluation(tmp_path, monkeypatch, in_parts):
+    if in_parts:
+        monkeypatch.setattr(log_module, "open", lambda path, mode, buffering: Short(path, "a+"), raising=False)
     path = tmp_path / "evaluations.jsonl"
     together(3, _evaluate, path, 40)
     entries = [json.loads(line) for line in path.read_text().splitlines()]

@@ -157,8 +157,20 @@ def _edited(folder: Path, content: Mapping[str, Any], base_model: str | None) ->
         card = with_base_model(card, base_model)
     files: Files = {CARD: card.encode()}
     kept = [name for name in own_files(folder) if name in edited.get("files", [EDITED]) or name in (EDIT_JSON, PAGE)]
-    files |= {name: folder / name for name in kept if (folder / name).exists() and ".undo." not in f".{name}"}
+    found = [name for name in kept if (folder / name).exists() and ".undo." not in f".{name}"]
+    files |= {name: _inside(folder, folder / name) for name in found}
     return files, content["recipe"], {name: vector["path"] for name, vector in content["vectors"].items()}
+
+
+def _inside(folder: Path, file: Path) -> Path:
+    """Return a file of a folder, which somebody else may have made, if it is in there.
+
+    Raises:
+        ValueError: It is a link to something else, which is not to be published.
+    """
+    if folder.resolve() not in file.resolve().parents:
+        raise ValueError(f"{file} is a link to a file outside of {folder}. Copy the file there, or remove the link.")
+    return file
 
 
 def _composed(path: Path, base_model: str | None) -> tuple[Files, str, dict[str, str]]:
@@ -179,5 +191,5 @@ def _composed(path: Path, base_model: str | None) -> tuple[Files, str, dict[str,
     for file in sorted(path.rglob("*")) if folder else [path]:
         name = file.relative_to(path).as_posix() if folder else file.name
         if file.is_file() and name != CARD and not file.name.startswith(".") and ".undo." not in f".{name}":
-            files[name] = file
+            files[name] = _inside(path, file) if folder else file
     return files, record.recipe, dict(record.vectors)

@@ -74,7 +74,7 @@ class EvaluationLog:
         )
 
     def add(self, facts: Mapping[str, Any], evaluation: Evaluation) -> None:
-        """Append an evaluation in one write, so that lines of several processes do not mix."""
+        """Append an evaluation, under a lock, so that lines of several processes do not mix."""
         if self.path is None:
             return
         entry = {
@@ -102,7 +102,9 @@ class EvaluationLog:
                 torn = file.read(1) != b"\n"
             else:
                 torn = False
-            file.write((b"\n" if torn else b"") + json.dumps(entry).encode() + b"\n")
+            line = memoryview((b"\n" if torn else b"") + json.dumps(entry).encode() + b"\n")
+            while line:  # a system may take a part only, between which other processes wait
+                line = line[file.write(line) or 0 :]
 
     def decide(self, parts: Mapping[str, str], edit: Mapping[str, Any]) -> dict[str, int]:
         """Note that test parts decide an edit; return by task how many different edits each has decided, this one too.
