@@ -49,8 +49,7 @@ class TaskVectorCallback(L.Callback):
             LightningModule's state dict. By default the weights from which fitting starts.
         include: Regular expressions; only parameters whose whole name matches one are in the vector.
         exclude: Regular expressions; parameters whose whole name matches one are left out, even if included.
-        dtype: Dtype in which deltas are stored: ``"float32"``, ``"bfloat16"`` or ``"float16"``. By default they are
-            stored exactly.
+        dtype: Dtype of the stored deltas: ``"float32"``, ``"bfloat16"`` or ``"float16"``; by default exact.
         encoding: Write compressed vectors, as ``"int8"`` or another encoding of ``tva compress``; not with ``dtype``.
         task: The task's name in the file; by default the ``name`` of the data module, if it has one.
         dirpath: Folder of the base and of vectors that belong to no checkpoint; by default that of the first
@@ -60,8 +59,7 @@ class TaskVectorCallback(L.Callback):
         lora: For a peft model: ``"merge"`` writes the dense deltas under the base model's names, ``"adapter"`` writes
             the adapter itself into a folder ``NAME.adapter`` that opens like a fine-tuned checkpoint.
         every_n_steps: Also write ``trajectory/step=NNNNNNNN.tv.safetensors`` every N optimizer steps.
-        against: Whether trajectory vectors are relative to the ``"base"``, or to the weights of the ``"previous"``
-            vector.
+        against: What trajectory vectors are relative to: the ``"base"``, or the weights of the ``"previous"`` vector.
         with_checkpoints: Write vectors next to checkpoints.
         at_train_end: Also write ``final.tv.safetensors`` when training ends.
         log_geometry: Log ``task_vector/norm`` and ``task_vector/cosine_to_previous`` through the Trainer's loggers.

@@ -48,8 +48,7 @@ class TableTask(LabeledTask):
             ``f1_score`` or ``mean_squared_error``, ``spearman``, those of `LanguageTask` for a language model, or the
             dotted path of a function of ``preds`` and ``target`` (texts that were generated, and those wanted, of a
             language model); or a list of these.
-        max_length: Maximum number of tokens of a text; the rest is cut off. By default what the model takes, at most
-            512.
+        max_length: Maximum number of tokens of a text; the rest is cut off. By default the model's, at most 512.
         **options: Options of `tva.data.labeled_task.LabeledTask`. A split called val, validation, valid or dev is the
             validation split.
 
