@@ -42,7 +42,10 @@ def held(name, found):
     """Return the recorded value of this name; record it first where that is asked for."""
     file = GOLDEN / f"{name}.json"
     if os.environ.get("UPDATE_GOLDEN"):
-        lines = (f"{json.dumps(key)}: {json.dumps(found[key], sort_keys=True)}" for key in sorted(found))
+        lines = (
+            f"{json.dumps(key)}: {json.dumps(found[key], sort_keys=True, separators=(',', ':'))}"
+            for key in sorted(found)
+        )
         file.write_text("{\n" + ",\n".join(lines) + "\n}\n")
     return json.loads(file.read_text())
 
