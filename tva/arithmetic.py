@@ -165,5 +165,6 @@ def add_scaled(
 def _keep(base: Tensor, moved: Tensor) -> Tensor:
     """Keep what is not finite in the base bit for bit; by arithmetic, the bits of NaN depend on where it stands."""
     if moved.is_cpu and not all_finite(moved) and bool((still := ~_wide(base).isfinite()).any()):
-        moved.copy_(torch.where(still, base.to(moved.dtype), moved))
+        bits = torch.uint8 if moved.dtype.itemsize == 1 else moved.dtype  # torch 2.6 chooses no float8
+        moved.copy_(torch.where(still, base.to(moved.dtype).view(bits), moved.view(bits)).view(moved.dtype))
     return moved

@@ -12,6 +12,7 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 import torch.multiprocessing as mp
 from small_models import free_port
+from small_states import save_distributed
 from small_zero import FULL, save_zero
 from torch import nn
 
@@ -33,11 +34,6 @@ def same(weights, state):
         for start in range(len(flat)):
             stop = len(flat) - (len(flat) - start) // 3
             assert torch.equal(weights.slice(name, start, stop), flat[start:stop])
-
-
-def save_distributed(content, folder):
-    dcp.save(content, checkpoint_id=folder, no_dist=True)
-    return folder
 
 
 # --- torch.distributed.checkpoint

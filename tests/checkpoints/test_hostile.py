@@ -13,8 +13,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-import torch.distributed.checkpoint as dcp
 from safetensors.torch import load_file, save_file
+from small_states import save_distributed
 
 from tva import MismatchError, TaskVector, open_weights, save_weights
 from tva.checkpoints import open_finetuned, side_files
@@ -201,7 +201,7 @@ def test_parts_of_a_distributed_tensor_must_fill_it_exactly(given, whole):
 
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 def test_a_distributed_folder_that_lists_a_part_twice_is_refused(tmp_path):
-    dcp.save({"model": {"w": torch.arange(12.0).reshape(4, 3)}}, checkpoint_id=tmp_path, no_dist=True)
+    save_distributed({"model": {"w": torch.arange(12.0).reshape(4, 3)}}, tmp_path)
     metadata = pickle.loads((tmp_path / ".metadata").read_bytes())
     stored = metadata.state_dict_metadata["model.w"]
     stored.size, stored.chunks = torch.Size([8, 3]), stored.chunks * 2

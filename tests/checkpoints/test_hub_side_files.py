@@ -6,6 +6,7 @@ from pathlib import Path
 from threading import Thread
 
 import huggingface_hub.constants
+import huggingface_hub.file_download
 import pytest
 import torch
 
@@ -59,6 +60,9 @@ def mirror(tmp_path, monkeypatch):
     monkeypatch.setattr(
         constants, "HUGGINGFACE_CO_URL_TEMPLATE", constants.ENDPOINT + "/{repo_id}/resolve/{revision}/{filename}"
     )
+    if hasattr(huggingface_hub.file_download, "HUGGINGFACE_CO_URL_TEMPLATE"):  # a copy, in 0.25
+        copy = constants.HUGGINGFACE_CO_URL_TEMPLATE
+        monkeypatch.setattr(huggingface_hub.file_download, "HUGGINGFACE_CO_URL_TEMPLATE", copy)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
     monkeypatch.chdir(tmp_path)

@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.distributed.checkpoint
 from small_cli import run
+from small_states import save_distributed
 
 from tva import TaskVector, fingerprint, open_weights, save_weights
 from tva.checkpoints import protect, write_export
@@ -41,7 +42,7 @@ def make(kind, path, weights):
         (path / "model.safetensors.index.json").write_text(json.dumps(index))
         return path, path / names[0], path / "model.safetensors"  # which is taken before the index
     if kind == "torch_distributed":
-        torch.distributed.checkpoint.save(dict(weights), checkpoint_id=path, no_dist=True)
+        save_distributed(dict(weights), path)
         return path, next(path.glob("*.distcp")), path / "added.safetensors"
     factors = {"lora_A": torch.randn(2, 4), "lora_B": torch.randn(6, 2)}
     named = {f"base_model.model.q.{key}.weight": factor for key, factor in factors.items()}

@@ -104,6 +104,7 @@ def test_the_confidence_of_a_test_is_shared_among_sequences_or_tests():
     assert level(Grid(), confidence=0.5) == 0.5
     assert level(Grid(-1, 1, 5)) == pytest.approx(0.975)
     assert level(Bisect()) == pytest.approx(1 - 0.05 / 5)
+    pytest.importorskip("optuna", reason="the extra tva[optuna] is not installed")
     assert level(Optuna(num_trials=3), rule="best") == pytest.approx(1 - 0.05 / 3)
 
 

@@ -302,6 +302,8 @@ def test_a_normalized_loss_is_inverted_so_that_larger_is_better():
 
 
 def test_optuna_finds_two_coefficients_and_goes_on_where_it_stopped(tmp_path):
+    pytest.importorskip("optuna", reason="the extra tva[optuna] is not installed")
+
     def evaluate(candidates, windows, seed):
         values = [dict(candidate.coefs) for candidate in candidates]
         return [{"a": Evaluation({"f": (v["s"] - 0.3) ** 2 + (v["l"] - 0.7) ** 2, "c": v["s"]}, 1)} for v in values]

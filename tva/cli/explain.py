@@ -46,6 +46,7 @@ def explain(problem: str, command: str, options: Collection[str], usage: str = "
     """
     lists_all = f"'tva {command} --help' lists all"
     problem = re.sub(r"^Subcommand '.*?' does not accept option '", "Option '", problem)
+    problem = re.sub(r"^Option '(\S+)' is required .*", r"the following arguments are required: \1", problem)
     if found := re.match(r"(?:unrecognized arguments: |Option ')([^\s']+)", problem):
         word = found[1].partition("=")[0]
         if problem.startswith("unrec") and not word.startswith("-"):
