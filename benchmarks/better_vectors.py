@@ -1,5 +1,5 @@
 """Ways to fine-tune against each other: each task alone, and all after their vectors are added; what
-docs/results/real-images.md reports.
+docs/results/paper.md reports.
 
     python benchmarks/better_vectors.py [--seeds 0 1 2] [--output runs/better-vectors]
 
