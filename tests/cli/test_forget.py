@@ -11,6 +11,7 @@ import torch
 from small_cli import run
 from small_text import write_model
 
+from tva.cli.commands import forget
 from tva.cli.commands.forget import divide, write_texts
 
 PAGE = Path(__file__).parents[2] / "docs/howto/forget-texts.md"
@@ -87,3 +88,9 @@ def test_mistakes_are_named(here, capsys, words, message):
     assert run(*["forget", *words.split(), "--keep", "letters.txt"]) == 2
     assert message in capsys.readouterr().err
     assert not Path("out").exists()
+
+
+def test_a_file_that_is_not_there_is_named_before_the_model_writes_its_own_texts(here, capsys, monkeypatch):
+    monkeypatch.setattr(forget, "write_texts", lambda *_: pytest.fail("the model wrote texts first"))
+    assert run("forget", "my-model", "--data", "insult.txt", "--output", "out") == 2
+    assert "Did you mean insults.txt?" in capsys.readouterr().err

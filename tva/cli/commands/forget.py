@@ -72,14 +72,12 @@ def run(
     given = {name: path for name, path in (("data", data), ("contrast", contrast), ("keep", keep)) if path is not None}
     protect((work / f"{name}-{part}.jsonl" for name in ("forget", "contrast", "keep") for part in PARTS), given)
     work.mkdir(parents=True, exist_ok=True)
-    sources = {
-        "forget": data,
-        "contrast": contrast,
-        "keep": keep or write_texts(model, NUM_OWN_TEXTS, block_length, seed),
-    }
+    sources = {"forget": data, "contrast": contrast, "keep": keep}
     files = {
         name: divide(texts, text_column, work / name, seed) for name, texts in sources.items() if texts is not None
     }
+    if keep is None:  # last, for it takes long
+        files["keep"] = divide(write_texts(model, NUM_OWN_TEXTS, block_length, seed), text_column, work / "keep", seed)
     common = {"val_split": "val", "text_column": "text", "block_length": block_length, "batch_size": batch_size}
     tasks = {name: _named("tva.data.LanguageTask", path=paths, name=name, **common) for name, paths in files.items()}
     trained = [name for name in tasks if name != "keep"]
