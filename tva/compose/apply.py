@@ -296,10 +296,9 @@ def _write_gguf(
             source.check_content()
         composer.check()
     size = output.stat().st_size
-    fingerprints = composer.fingerprint("base"), composer.fingerprint("edited")
-    notes = [*_notes(composer, []), out.note()]
-    seconds = time.monotonic() - started
-    return ComposeReport(output, *fingerprints, size, seconds, effects=composer.effects(), notes=notes)
+    base, edited = composer.fingerprint("base"), composer.fingerprint("edited")
+    seconds, notes = time.monotonic() - started, [*_notes(composer, []), out.note()]
+    return ComposeReport(output, base, edited, size, seconds, effects=composer.effects(), notes=notes)
 
 
 def _check_output(output: str, scaling_coef: float) -> None:

@@ -95,12 +95,7 @@ def extract(
         raise ValueError(f"A task vector file's name must end in .safetensors, best in {SUFFIX}; found {output!r}.")
     protect([output], {"base": base, "finetuned": finetuned})
     check_own(output, "vector")
-    for flag, path in {"base": base, "finetuned": finetuned}.items():
-        if is_vector_file(path):
-            raise ValueError(
-                f"{flag} must be a checkpoint, and {path} is a task vector file already. Take two checkpoints; "
-                f"'tva inspect {path}' shows what is in it."
-            )
+    _check_checkpoints(base=base, finetuned=finetuned)
     only = NameFilter(include, exclude)
     if rank is not None:
         others = {"key_map": key_map, "which": which, "only": only, "max_memory": max_memory}
@@ -140,3 +135,12 @@ def extract(
         time.monotonic() - started,
         [str(info) for info in (weights.info, moved.info) if info.notes or info.which != "as stored"],
     )
+
+
+def _check_checkpoints(**paths: str) -> None:
+    for flag, path in paths.items():
+        if is_vector_file(path):
+            raise ValueError(
+                f"{flag} must be a checkpoint, and {path} is a task vector file already. Take two checkpoints; "
+                f"'tva inspect {path}' shows what is in it."
+            )
