@@ -14,7 +14,7 @@ from tva.data.language_task import owners_of
 from tva.edit import notes
 from tva.evaluation.bounds import clears, slack
 from tva.evaluation.evaluate import groups_of
-from tva.evaluation.intervals import by_group, compare, mean_interval, quick_interval
+from tva.evaluation.intervals import by_group, compare, mean_interval, mean_ratio_interval, quick_interval
 from tva.evaluation.result import Evaluation
 
 
@@ -171,7 +171,42 @@ def test_one_group_cannot_be_held_out_and_few_groups_have_no_interval_and_a_note
     of_base = {("a", "test"): few, ("a", "val"): few, ("b", "test"): many}
     session = SimpleNamespace(evaluator=SimpleNamespace(of_base=lambda: of_base))
     (note,) = notes._few_groups(SimpleNamespace(split="test", session=session))
-    assert note.startswith("The test examples of a are of 19 groups. Below 20 groups no interval covers")
+    assert note.startswith("The test examples of a are of 19 groups. Below 20 no interval covers")
+
+
+def test_a_few_large_groups_count_for_few_and_have_no_interval():
+    sizes = np.array([400, 300, 200] + [5] * 60)
+    groups, generator = np.repeat(np.arange(len(sizes)), sizes), np.random.default_rng(0)
+    right, base = generator.random(len(groups)) < 0.8, generator.random(len(groups)) < 0.8
+    found = Evaluation({"accuracy": right.mean()}, len(groups), {"accuracy": right}, groups=groups)
+    assert found.effective_groups == pytest.approx(1200**2 / (400**2 + 300**2 + 200**2 + 60 * 25))
+    assert found.interval("accuracy") is None
+    assert found.quick_interval("accuracy") is None
+    compared = found.compare(Evaluation({"accuracy": 0.8}, len(groups), {"accuracy": base}, groups=groups), "accuracy")
+    assert (compared.difference_low, compared.ratio_high) == (None, None)
+    assert mean_ratio_interval([(right, base, groups)]) is None
+    session = SimpleNamespace(evaluator=SimpleNamespace(of_base=lambda: {("a", "test"): found}))
+    (note,) = notes._few_groups(SimpleNamespace(split="test", session=session))
+    assert "of 63 groups, of sizes that make them count as 4.9. Below 20" in note
+    equal = slack(right, base, 0.9, 0.95, groups=np.arange(1200) // 20, guard=False)  # 60 groups of one size
+    assert slack(right, base, 0.9, 0.95, groups=groups, guard=False) > equal
+
+
+@pytest.mark.parametrize(("sizes", "least"), [("lognormal", 0.9), ("uniform", 0.92)])
+def test_intervals_of_unequal_groups_cover(sizes, least):
+    generator, inside, given = np.random.default_rng(1), 0, 0
+    for _ in range(400):
+        if sizes == "lognormal":
+            counts = np.ceil(generator.lognormal(1, 1, 60)).astype(int)
+        else:
+            counts = generator.integers(1, 20, 60)
+        groups = np.repeat(np.arange(60), counts)
+        scores = generator.normal(0, 0.6, 60)[groups] + generator.normal(0, 0.8, len(groups))
+        found = quick_interval(scores, groups=groups)
+        given += found is not None
+        inside += found is not None and found[0] <= 0 <= found[1]
+    assert given > 300
+    assert inside / given >= least  # 94 to 95 % of 2,500 runs
 
 
 @pytest.mark.parametrize("column", [None, "article"])

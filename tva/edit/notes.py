@@ -76,15 +76,19 @@ def shown_on_test(session: EditSession) -> list[str]:
 
 
 def _few_groups(outcome: Outcome) -> list[str]:
-    """Notice tasks with fewer groups than an interval of a mean needs."""
-    counts = {key: base.num_groups for key, base in outcome.session.evaluator.of_base().items()}
-    return [
-        f"The {WORDS[split]} examples of {task} are of {count} groups. Below {FEWEST} groups no interval covers, so "
-        f"there is none. Evaluate more groups; or, if the examples of a group are no more alike than others, leave "
-        f"group out."
-        for (task, split), count in counts.items()
-        if split == outcome.split and count is not None and count < FEWEST
-    ]
+    """Notice tasks with fewer groups than an interval of a mean needs, or of sizes that make them count for fewer."""
+    found = []
+    for (task, split), base in outcome.session.evaluator.of_base().items():
+        count = base.effective_groups
+        if split != outcome.split or count is None or count >= FEWEST:
+            continue
+        sizes = f", of sizes that make them count as {count:.1f}" if base.num_groups != round(count, 1) else ""
+        found.append(
+            f"The {WORDS[split]} examples of {task} are of {base.num_groups} groups{sizes}. Below {FEWEST} no interval "
+            f"covers, so there is none. Evaluate more groups; or, if the examples of a group are no more alike than "
+            f"others, leave group out."
+        )
+    return found
 
 
 def _decided(outcome: Outcome) -> list[str]:

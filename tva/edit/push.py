@@ -157,8 +157,8 @@ def _edited(folder: Path, content: Mapping[str, Any], base_model: str | None) ->
         card = with_base_model(card, base_model)
     files: Files = {CARD: card.encode()}
     kept = [name for name in own_files(folder) if name in edited.get("files", [EDITED]) or name in (EDIT_JSON, PAGE)]
-    found = [name for name in kept if (folder / name).exists() and ".undo." not in f".{name}"]
-    files |= {name: _inside(folder, folder / name) for name in found}
+    present = [name for name in kept if (folder / name).exists() and ".undo." not in f".{name}"]
+    files |= {name: _inside(folder, folder / name) for name in present}
     return files, content["recipe"], {name: vector["path"] for name, vector in content["vectors"].items()}
 
 

@@ -7,7 +7,7 @@ comes from a fixed seed: the same scores always give the same interval. Whether 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -19,7 +19,7 @@ Ends = tuple[float, float] | None  # of an interval, where there is one
 NUM_RESAMPLES = 4000
 SEED = 0
 FEW = 50  # examples below which a bootstrap of a mean is too short
-FEWEST = 20  # examples below which no interval of a mean of other scores than right and wrong covers
+FEWEST = 20  # examples, or effective groups, below which no interval of a mean of scores other than 0 and 1 covers
 
 
 def wilson_interval(proportion: float, num_examples: int, confidence: float = 0.95) -> tuple[float, float]:
@@ -70,6 +70,24 @@ def by_group(values: np.ndarray, groups: np.ndarray) -> np.ndarray:
     return mean + len(sizes) * (sums - sizes * mean) / len(values)
 
 
+def effective_groups(groups: np.ndarray) -> float:
+    r"""Return how many groups of one size say as much as these: :math:`(\sum m_g)^2 / \sum m_g^2`.
+
+    A few large groups among many small ones decide the mean, so that their number is what counts. With a third of the
+    variance between groups, Student's interval of as many degrees of freedom less one covers 91 to 95 % from 20 on, and
+    one that counts all groups alike covers 79 % of 50 groups with Pareto sizes (exponent 1.2).
+
+    Source: Kish, "Survey sampling", 1965; Carter, Schnepel and Steigerwald, "Asymptotic behavior of a t-test robust to
+    cluster heterogeneity", Review of Economics and Statistics 2017.
+
+    Example:
+        >>> effective_groups(np.array([1, 1, 2, 2])), round(effective_groups(np.array([1, 1, 1, 1, 1, 1, 2, 3])), 2)
+        (2.0, 1.68)
+    """
+    sizes = np.unique(groups, return_counts=True)[1].astype(np.float64)
+    return float(sizes.sum() ** 2 / (sizes**2).sum())
+
+
 def mean_interval(
     scores: np.ndarray, confidence: float = 0.95, groups: np.ndarray | None = None
 ) -> tuple[float, float] | None:
@@ -91,7 +109,7 @@ def mean_interval(
     Source: Efron, "Better bootstrap confidence intervals", JASA 1987.
     """
     if groups is not None:
-        return _inside(scores, mean_interval(by_group(scores, groups), confidence))
+        return _of_groups(scores, groups, confidence, mean_interval)
     if is_binary(scores):
         return wilson_interval(float(scores.mean(dtype=np.float64)), len(scores), confidence)
     scores = scores.astype(np.float64)
@@ -107,8 +125,14 @@ def mean_interval(
     return (low, high) if by_t is None else (min(low, by_t[0]), max(high, by_t[1]))
 
 
-def _inside(scores: np.ndarray, found: tuple[float, float] | None) -> tuple[float, float] | None:
-    """Keep an interval of groups in [0, 1], where scores are right or wrong."""
+def _of_groups(scores: np.ndarray, groups: np.ndarray, confidence: float, interval: Callable[..., Ends]) -> Ends:
+    """Compute an interval whose draws are groups, of unequal ones at least as wide as Student's; clip it to [0, 1]."""
+    values, count = by_group(scores, groups), effective_groups(groups)
+    found = interval(values, confidence) if count >= FEWEST else None
+    if found is not None and count < len(values) - 1e-6:
+        by_t = student_interval(values, confidence, count)
+        assert by_t is not None
+        found = min(found[0], by_t[0]), max(found[1], by_t[1])
     return (max(0.0, found[0]), min(1.0, found[1])) if found is not None and is_binary(scores) else found
 
 
@@ -133,7 +157,7 @@ def quick_interval(
         (8.18, 13.82)
     """
     if groups is not None:
-        return _inside(scores, quick_interval(by_group(scores, groups), confidence))
+        return _of_groups(scores, groups, confidence, quick_interval)
     if is_binary(scores):
         return wilson_interval(float(scores.mean(dtype=np.float64)), len(scores), confidence)
     if len(scores) < FEWEST or np.ptp(scores) == 0:
@@ -141,12 +165,15 @@ def quick_interval(
     return student_interval(scores.astype(np.float64), confidence)
 
 
-def student_interval(values: np.ndarray, confidence: float = 0.95) -> tuple[float, float] | None:
+def student_interval(
+    values: np.ndarray, confidence: float = 0.95, count: float | None = None
+) -> tuple[float, float] | None:
     """Compute Student's t interval of the mean of a few independent numbers, such as one per seed.
 
     Args:
         values: Shape (numbers,).
         confidence: Two-sided.
+        count: One more than the degrees of freedom, where it is not how many values there are; see `effective_groups`.
 
     Returns:
         Lower and upper end; None for fewer than two numbers, which say nothing about their spread.
@@ -160,7 +187,8 @@ def student_interval(values: np.ndarray, confidence: float = 0.95) -> tuple[floa
     """
     if len(values) < 2:
         return None
-    half = float(stats.t.ppf((1 + confidence) / 2, len(values) - 1) * np.std(values, ddof=1) / math.sqrt(len(values)))
+    quantile = stats.t.ppf((1 + confidence) / 2, (count or len(values)) - 1)
+    half = float(quantile * np.std(values, ddof=1) / math.sqrt(len(values)))
     return float(np.mean(values)) - half, float(np.mean(values)) + half
 
 
@@ -203,7 +231,7 @@ def compare(
         (-0.1, 0.889, True)
     """
     if groups is not None:
-        return compare(by_group(edited, groups), by_group(base, groups), confidence)
+        return _compare_groups(edited, base, confidence, groups)
     means = _paired_means(edited, base)
     if is_binary(edited, base):
         edited, base = edited.astype(bool), base.astype(bool)
@@ -229,6 +257,17 @@ def compare(
                 difference_high=max(high, found.difference_high),
             )
     return compare_means(float(edited.mean()), float(base.mean()), means, p_value, confidence)
+
+
+def _compare_groups(edited: np.ndarray, base: np.ndarray, confidence: float, groups: np.ndarray) -> Comparison:
+    """Compare with groups as draws, where many are resampled as wide as Student's t of as many as they are worth."""
+    values, count = (by_group(edited, groups), by_group(base, groups)), effective_groups(groups)
+    # groups of one size are as examples are, and fewer than FEW are widened by `compare`
+    many = len(values[0]) >= FEW and FEWEST <= count < len(values[0]) - 1e-6
+    found = compare(*values, widened(confidence, count) if many else confidence)
+    if count >= FEWEST:
+        return found
+    return replace(found, difference_low=None, difference_high=None, ratio_low=None, ratio_high=None)
 
 
 def _paired_means(edited: np.ndarray, base: np.ndarray) -> np.ndarray:
@@ -258,10 +297,10 @@ def mean_ratio_interval(
         Lower and upper end, by resampling the examples of each task as `compare` does; None where a task has fewer than
         20 scores other than right and wrong, or its denominator may be 0.
     """
-    draws, few = [], FEW
+    draws, few = [], float(FEW)
     for place, (above, below, groups) in enumerate(pairs):
         if groups is not None:
-            above, below = by_group(above, groups), by_group(below, groups)
+            above, below, few = by_group(above, groups), by_group(below, groups), min(few, effective_groups(groups))
         if not is_binary(above, below):
             few = min(few, len(above))
         means = _paired_means(above, below)
@@ -274,7 +313,7 @@ def mean_ratio_interval(
     return float(low), float(high)
 
 
-def widened(confidence: float, num_examples: int) -> float:
+def widened(confidence: float, num_examples: float) -> float:
     """Return the confidence of a percentile bootstrap whose intervals are as wide as Student's t makes them.
 
     Source: Hesterberg, "What teachers should know about the bootstrap", The American Statistician 2015, section 3.

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 from scipy import stats
 
-from tva.evaluation.intervals import SEED, Ends
+from tva.evaluation.intervals import SEED, Ends, effective_groups
 from tva.report.edit_report import Comparison
 
 NUM_PARTS = 200  # left out one at a time
@@ -105,7 +105,7 @@ def jackknife(
     count = int(units.max()) + 1
     generator = np.random.default_rng(SEED)
     part = (generator.permutation(count) % min(count, NUM_PARTS))[units]
-    enough = count >= FEWEST_UNITS
+    enough = (count if groups is None else effective_groups(groups)) >= FEWEST_UNITS
     if enough and labels is not None:
         pairs = np.unique(np.stack([labels, units]), axis=1)
         enough = int(np.unique(pairs[0], return_counts=True)[1].min()) >= FEWEST_OF_A_CLASS

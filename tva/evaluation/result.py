@@ -12,6 +12,7 @@ from torch import Tensor
 from torchmetrics import Metric
 from torchmetrics.classification import BinaryCalibrationError, MulticlassCalibrationError
 
+from tva.evaluation import intervals
 from tva.evaluation.intervals import compare, is_binary, mean_interval, quick_interval
 from tva.evaluation.jackknife import Jackknife, compare_jackknives, jackknife
 from tva.evaluation.metrics import KL, compute
@@ -52,6 +53,11 @@ class Evaluation:
     def num_groups(self) -> int | None:
         """Groups of examples, where these are the unit."""
         return None if self.groups is None else len(np.unique(self.groups))
+
+    @property
+    def effective_groups(self) -> float | None:
+        """How many groups of one size say as much as the groups of these examples."""
+        return None if self.groups is None else intervals.effective_groups(self.groups)
 
     metrics: Mapping[str, float]
     num_examples: int
