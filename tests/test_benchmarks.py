@@ -88,6 +88,8 @@ def test_a_digit_that_is_changed_by_hand_fails_the_check(tmp_path, monkeypatch, 
         text = page.read_text()
         for match in ledger.MARKED.finditer(text):
             digit = re.search(r"\d", match[3])
+            if digit is None:  # a sentence without a number
+                continue
             place = match.start(3) + digit.start()
             copy = tmp_path / page.name
             copy.write_text(f"{text[:place]}{(int(digit[0]) + 1) % 10}{text[place + 1 :]}")
