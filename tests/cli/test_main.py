@@ -19,9 +19,8 @@ from tva import TaskVector, fingerprint, open_weights, save_weights
 from tva.cli.main import main, run
 
 ROOT = Path(__file__).parents[2]
-PLACES = ("configs/**/*.yaml", "benchmarks/**/*.yaml", "tva/cli/templates/*.yaml")
-REAL = [ROOT / "benchmarks/real" / command for command in ("fit", "edit")]  # tests/models/test_vision.py parses them
-CONFIGS = [config for place in PLACES for config in sorted(ROOT.glob(place)) if config.parent not in REAL]
+PLACES = ("configs/**/*.yaml", "tva/cli/templates/*.yaml")
+CONFIGS = [config for place in PLACES for config in sorted(ROOT.glob(place))]
 
 
 def edit(runs, tmp_path, *arguments, **changes):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 
 import lightning as L
@@ -17,7 +16,6 @@ from torch.nn import functional as F
 
 from tva import open_weights
 from tva.checkpoints import save_weights
-from tva.cli.main import main
 from tva.data import ImageTask
 from tva.evaluation.evaluate import evaluate
 from tva.models import VisionClassifier
@@ -275,77 +273,3 @@ def test_a_fixed_image_size_is_kept(tmp_path):
     path = write_network(tmp_path, "test_vit")
     with pytest.raises(ValueError, match=r"test_vit takes images of 160 pixels only, not 64"):
         VisionClassifier("test_vit", path, image_size=64)
-
-
-# --- the benchmark
-
-
-REAL = Path(__file__).parents[2] / "benchmarks" / "real"
-
-
-def load_benchmark():
-    import importlib.util
-
-    spec = importlib.util.spec_from_file_location("benchmark_real", REAL / "run.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-FITS = sorted(path.stem for path in (REAL / "fit").glob("*.yaml") if path.stem != "common")
-EDITS = sorted(path.stem for path in (REAL / "edit").glob("*.yaml") if path.stem != "common")
-
-
-@pytest.mark.parametrize(("command", "name"), [("fit", name) for name in FITS] + [("edit", name) for name in EDITS])
-def test_every_configuration_of_the_benchmark_is_understood_and_stays_as_its_header_says(command, name, capsys):
-    header = (REAL / command / f"{name}.yaml").read_text().splitlines()[0]
-    folder = f"benchmarks/real/{command}"
-    words = f"tva {command} --config {folder}/common.yaml --config {folder}/{name}.yaml"
-    assert header == f"# {words}"
-    arguments = [str(REAL.parents[1] / word) if word.endswith(".yaml") else word for word in words.split()[1:]]
-    with pytest.raises(SystemExit) as stop:
-        main([*arguments, "--print_config"])
-    assert stop.value.code in (0, None)
-    text = capsys.readouterr().out
-    assert "tva.models.VisionClassifier" in text
-    assert "seed=0" in text
-
-
-def test_the_benchmark_gives_a_configuration_another_seed_folder_and_rule():
-    benchmark = load_benchmark()
-    runner = object.__new__(benchmark.Benchmark)
-    runner.output = Path("elsewhere")
-    config = benchmark.merged(benchmark.read("edit/common"), benchmark.read("edit/forget_gtsrb10"))
-    config = runner.adapt(config, seed=2, batch_norm="train")
-    assert config["vectors"] == {"gtsrb10": "elsewhere/train/gtsrb10/seed=2/checkpoints/last.tv.safetensors"}
-    assert config["targets"]["gtsrb10"]["init_args"]["seed"] == 2
-    assert config["targets"]["gtsrb10"]["init_args"]["path"] == "elsewhere/data/gtsrb10-{split}.parquet"
-    assert config["controls"]["cifar10"]["init_args"]["path"] == "$TVA_DATA/images/cifar10-{split}.parquet"
-
-
-@pytest.mark.slow
-def test_the_benchmark_runs_a_real_network_on_real_images(tmp_path, monkeypatch):
-    data = Path(os.environ.get("TVA_DATA", REAL.parents[2] / "shared" / "data"))
-    if not (data / "images").is_dir():
-        pytest.skip(f"the real images and weights were expected in {data}, and are not there")
-    monkeypatch.setattr(os, "environ", os.environ.copy())
-    benchmark = load_benchmark()
-    runner = benchmark.Benchmark(data, tmp_path)
-
-    def small(config: dict) -> dict:
-        config = runner.adapt(config, seed=1, batch_norm="fold")
-        modules = [config["data"]] if "data" in config else [*config["targets"].values(), *config["controls"].values()]
-        for module in modules:
-            module["init_args"] |= {"limit_train": 200, "limit_val": 50, "limit_test": 50}
-        return config
-
-    fit = benchmark.merged(benchmark.read("fit/common"), benchmark.read("fit/mnist"))
-    assert runner.run("fit", small(fit), tmp_path / "fit.yaml") == 0
-    edit = benchmark.merged(benchmark.read("edit/common"), benchmark.read("edit/forget_mnist"))
-    edit |= {"scaling_coef": 0.5, "output": str(tmp_path / "edit")}
-    status = runner.run("edit", small(edit), tmp_path / "edit.yaml")
-    report = json.loads((tmp_path / "edit" / "edit.json").read_text())
-    mnist = report["tasks"]["mnist"]
-    assert mnist["edited"]["value"] < mnist["base"]["value"] < mnist["finetuned"]["value"]
-    assert status == (0 if report["holds"] else 1)
-    assert report["tasks"]["cifar10"]["base"]["value"] > 0.3  # ten classes
