@@ -20,6 +20,7 @@ from tva import MismatchError, TaskVector, open_weights, save_weights
 from tva.checkpoints import open_finetuned, side_files
 from tva.checkpoints.formats.torch_distributed import _Chunk, _tile
 from tva.checkpoints.inert_pickle import InertUnpickler, check_pickle
+from tva.checkpoints.tokenizers import token_ids
 from tva.cli.main import main
 
 
@@ -280,3 +281,26 @@ def test_thousands_of_other_names_are_refused_with_both_files(tmp_path, capsys, 
         with pytest.raises(SystemExit):
             main(["extract", *words])
         assert f"{other}.safetensors on {base}.safetensors: " in capsys.readouterr().err.replace("\n", " ")
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ({"model": None}, "model.vocab must map tokens to ids"),
+        ({"model": {"vocab": [["a", 0.5], 3]}}, "model.vocab must map tokens to ids"),
+        ({"model": {"vocab": {"a": "0"}}}, "the id of 'a' must be an integer; found '0'"),
+        ({"model": {"vocab": {}}, "added_tokens": {"a": 1}}, "added_tokens must be a list of objects"),
+        ({"model": {"vocab": {}}, "added_tokens": [{"content": ["a"]}]}, "must be an integer; found None"),
+    ],
+)
+def test_a_tokenizer_of_another_form_is_an_error_with_its_path(tmp_path, content, message):
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=message) as caught:
+        token_ids(tmp_path)
+    assert "tokenizer.json" in str(caught.value)
+
+
+def test_ids_of_a_unigram_tokenizer_are_its_places(tmp_path):
+    content = {"model": {"vocab": [["a", -1.0], ["b", -2.0]]}, "added_tokens": [{"content": "<s>", "id": 2}]}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content))
+    assert token_ids(tmp_path) == {"a": 0, "b": 1, "<s>": 2}

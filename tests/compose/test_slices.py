@@ -73,6 +73,7 @@ def test_a_layer_that_is_there_twice_is_written_twice_and_may_be_edited_apart(mo
         ({"base": ["base[0:5]"]}, r"base\[0:5\] needs layers up to 4, and .* has 4, from 0"),
         ({"base": ["c[0:2]"]}, r"inputs are 'a', 'base'; found 'c\[0:2\]'"),
         ({"base": ["base[2:2]"]}, "a range of its layers"),
+        ({"base": [f"base[0:{'9' * 5000}]"]}, "a range of its layers"),
         ({"base": ["base"]}, r"such as 'base\[0:16\]'.*found 'base'"),
     ],
 )

@@ -36,11 +36,7 @@ def token_ids(folder: Path) -> dict[str, int] | None:
         ValueError: A file has another form.
     """
     if (folder / "tokenizer.json").is_file():
-        content = read_json(folder / "tokenizer.json", dict)
-        vocabulary = content.get("model", {}).get("vocab", {})
-        if isinstance(vocabulary, list):  # of a unigram model, with a score each
-            vocabulary = {entry[0]: at for at, entry in enumerate(vocabulary)}
-        return vocabulary | {token["content"]: token["id"] for token in content.get("added_tokens", [])}
+        return _ids_of_json(folder / "tokenizer.json")
     found: dict[str, Any] = {}
     if (folder / "vocab.json").is_file():
         found = dict(read_json(folder / "vocab.json", dict))
@@ -50,6 +46,25 @@ def token_ids(folder: Path) -> dict[str, int] | None:
     if (folder / "added_tokens.json").is_file():
         found |= read_json(folder / "added_tokens.json", dict)
     return found or None
+
+
+def _ids_of_json(path: Path) -> dict[str, int]:
+    content = read_json(path, dict)
+    model, added = content.get("model"), content.get("added_tokens", [])
+    vocabulary = model.get("vocab", {}) if isinstance(model, dict) else None
+    if isinstance(vocabulary, list) and all(isinstance(entry, list) and entry for entry in vocabulary):
+        vocabulary = {str(entry[0]): at for at, entry in enumerate(vocabulary)}  # of a unigram model, with a score each
+    if not isinstance(vocabulary, dict):
+        raise ValueError(
+            f"{path}: model.vocab must map tokens to ids, or list tokens; found {type(vocabulary).__name__}."
+        )
+    if not isinstance(added, list) or not all(isinstance(token, dict) for token in added):
+        raise ValueError(f"{path}: added_tokens must be a list of objects with 'content' and 'id'.")
+    ids = vocabulary | {str(token.get("content")): token.get("id") for token in added}
+    odd = next((token for token, at in ids.items() if not isinstance(at, int)), None)
+    if odd is not None:
+        raise ValueError(f"{path}: the id of {odd!r:.60} must be an integer; found {ids[odd]!r:.60}.")
+    return ids
 
 
 def check_same_ids(base: Path, other: Path, advice: str) -> None:

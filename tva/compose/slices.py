@@ -13,7 +13,7 @@ from tva.checkpoints.prefix import Prefix
 from tva.errors import MismatchError, some
 from tva.layers import layer_of
 
-_SLICE = re.compile(r"\s*(\w+)\s*\[\s*(\d+)\s*:\s*(\d+)\s*\]\s*")
+_SLICE = re.compile(r"\s*(\w+)\s*\[\s*(\d{1,6})\s*:\s*(\d{1,6})\s*\]\s*")
 _BEFORE = re.compile(r"embed(?!_out)|(^|\.)w[tp]e\.", re.IGNORECASE)  # tensors before the layers; all others are behind
 LAYER_COUNTS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers")
 ONE_A_LAYER = ("layer_types", "layers_block_type", "mlp_layer_types", "no_rope_layers")  # lists in configurations
