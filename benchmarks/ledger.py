@@ -16,6 +16,7 @@ In README.md and docs/results a table stands between ``<!-- ledger: NAME/TABLE -
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import importlib
 import json
 import math
@@ -79,19 +80,34 @@ def run(name: str, seeds: Sequence[int], options: Mapping[str, Any], command: st
         raise ValueError(f"{name} has no option {', '.join(unknown)}; its options are {', '.join(module.OPTIONS)}.")
     part = [str({**module.OPTIONS, **options}[key]) for key in getattr(module, "PARTS", ())]
     file = data / f"{'-'.join([name, *part])}.json"
-    entry = json.loads(file.read_text()) if file.exists() else {"made": [], "seeds": {}}
-    made = {"command": _anywhere(command), "seeds": [], **_here()}
+    made, written = {"command": _anywhere(command), "seeds": [], **_here()}, None
     for seed in seeds:
         started = time.monotonic()
         values = _rounded(module.measure(seed, **{**module.OPTIONS, **options}))
-        for earlier in entry["made"]:
-            earlier["seeds"] = [other for other in earlier["seeds"] if other != seed]
-        made["seeds"].append(seed)
-        made["seconds"] = [*made.get("seconds", []), round(time.monotonic() - started)]
-        entry["made"] = [earlier for earlier in entry["made"] if earlier["seeds"] and earlier is not made] + [made]
-        entry["seeds"] = dict(sorted({**entry["seeds"], str(seed): values}.items(), key=lambda pair: int(pair[0])))
-        write(entry, file)
+        with _turn(file):  # other seeds may be measured at the same time
+            entry = json.loads(file.read_text()) if file.exists() else {"made": [], "seeds": {}}
+            others = [earlier for earlier in entry["made"] if earlier != written]
+            for earlier in others:
+                earlier["seeds"] = [other for other in earlier["seeds"] if other != seed]
+            made["seeds"].append(seed)
+            made["seconds"] = [*made.get("seconds", []), round(time.monotonic() - started)]
+            written = json.loads(json.dumps(made))
+            entry["made"] = [*(earlier for earlier in others if earlier["seeds"]), written]
+            entry["seeds"] = dict(sorted({**entry["seeds"], str(seed): values}.items(), key=lambda pair: int(pair[0])))
+            write(entry, file)
     return entry
+
+
+@contextlib.contextmanager
+def _turn(file: Path) -> Iterator[None]:
+    """Wait until no other process changes a file of the ledger."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    folder = os.open(file.parent, os.O_RDONLY)
+    try:
+        fcntl.flock(folder, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(folder)
 
 
 def _anywhere(command: str) -> str:

@@ -125,6 +125,23 @@ def test_a_run_keeps_each_seeds_values_and_how_they_were_made(small, tmp_path):
         ledger.run("small", [0], {"other": 1}, "", tmp_path)
 
 
+def test_seeds_that_are_measured_at_the_same_time_are_all_kept(small, tmp_path):
+    measure = small.measure
+
+    def slow(seed, factor):
+        if seed in (0, 1):  # another process has measured seeds 4 and 5 meanwhile
+            small.measure = measure
+            ledger.run("small", [seed + 4], {}, "other", tmp_path)
+            small.measure = slow
+        return measure(seed, factor)
+
+    small.measure = slow
+    entry = ledger.run("small", [0, 1], {}, "first", tmp_path)
+    assert sorted(entry["seeds"]) == ["0", "1", "4", "5"]
+    assert sorted(seed for made in entry["made"] for seed in made["seeds"]) == [0, 1, 4, 5]
+    assert [made["seeds"] for made in entry["made"] if made["command"] == "first"] == [[0, 1]]
+
+
 def test_tables_are_rewritten_between_their_markers(small, tmp_path):
     ledger.run("small", [1, 2], {}, "python", tmp_path)
     text = "before <!-- ledger: small/made -->old<!-- end -->\n<!-- ledger: small/values -->\nold\n<!-- end -->\nafter"
