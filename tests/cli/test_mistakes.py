@@ -196,6 +196,14 @@ def test_the_caret_of_a_long_recipe_stays_in_sight():
     assert shown[len(caret) - 1] == "b"
 
 
+def test_a_choice_of_a_list_that_does_not_exist_is_named_with_the_nearest(place, capsys):
+    words = ["--vectors.a", "digits.tv.safetensors", "--recipe", "a", "--baselines", "[rando]"]
+    status, text = run(capsys, "edit", *words)
+    assert status == 2
+    assert re.search(r"--baselines must be a list of .*random.*; found .*rando.* Did you mean 'random'\?", text)
+    assert "NoneType" not in text
+
+
 def test_a_parsers_words_that_are_not_known_stay():
     assert explain("something else", "compose", []) == "something else"
     assert explain('Parser key "x": something else', "compose", []) == 'Parser key "x": something else'

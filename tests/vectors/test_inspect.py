@@ -228,6 +228,10 @@ def test_compare_refuses_other_bases_architectures_and_single_vectors(files):
     ):
         compare(["a.tv.safetensors", "other.tv.safetensors"])
     assert compare(["a.tv.safetensors", "other.tv.safetensors"], allow_other_base=True).base is None
+    few = {"x": torch.zeros(2)}
+    TaskVector.between(few, {"x": torch.ones(2)}).save("few.tv.safetensors")
+    with pytest.raises(MismatchError, match="11 of 11 tensors differ"):
+        compare(["a.tv.safetensors", "few.tv.safetensors"])
     with pytest.raises(MismatchError, match="other.tv.safetensors was taken from the base .* --allow_other_base"):
         compare(["a.ckpt", "other.tv.safetensors"], base="base.safetensors")
     TaskVector({"w": torch.ones(2)}).save("small.tv.safetensors")

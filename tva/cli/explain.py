@@ -101,6 +101,10 @@ def _explain_value(key: str, problem: str) -> str | None:
     if any(re.match(_MAPPING + r"(\[|'>|$)", each) for each in wanted):
         return f"--{key} must be names with values, as in --{key}.NAME VALUE; found {value!r}."
     if any(re.match(_LIST + r"(\[|'>|$)", each) for each in wanted):
+        if value.startswith("[") and (choices := re.findall(r"(?<!class )'([\w.]+)'", " ".join(wanted))):
+            unknown = [each for each in re.findall(r"[\w.]+", value) if each not in choices]
+            near = did_you_mean(unknown[0], choices) if unknown else ""
+            return f"--{key} must be a list of {', '.join(choices)}; found {value!r}.{near}"
         return f"--{key} must be a list; found {value!r}. Write --{key}='[\"{value}\"]', or --{key}+=VALUE for each."
     texts = [_TYPES.get(each) or re.sub(r"typing\.Literal\[(.*)\]", r"\1", each) for each in wanted]
     texts = [re.sub(r"collections\.abc\.|typing\.|<class '|'>", "", text) for text in texts]

@@ -145,7 +145,8 @@ def _check_alike(vectors: Sequence[LazyTaskVector], allow_other_base: bool) -> s
             raise MismatchError(
                 f"Vectors must be taken from one base to be compared, but {first.path} comes from base {mine.digest} "
                 f"and {other.path} from base {theirs.digest}: {mine.num_different(theirs.tensors)} of "
-                f"{len(mine.tensors)} tensors differ. Leave one out, or give --allow_other_base."
+                f"{len(mine.tensors.keys() | theirs.tensors.keys())} tensors differ. Leave one out, or give "
+                f"--allow_other_base."
             )
         missing, extra = first.names - other.names, other.names - first.names
         if missing or extra:

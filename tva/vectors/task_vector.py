@@ -273,7 +273,7 @@ class TaskVector:
             raise MismatchError(
                 f"Task vectors must be taken from one base to be combined, but the left comes from base {mine.digest} "
                 f"and the right from base {theirs.digest}: {mine.num_different(theirs.tensors)} of "
-                f"{len(mine.tensors)} tensors differ. Fine-tune both from the same base."
+                f"{len(mine.tensors.keys() | theirs.tensors.keys())} tensors differ. Fine-tune both from the same base."
             )
         kind = check_kinds(
             {"the left": self.origin.kind, "the right": other.origin.kind}, "declare a kind: vector.as_kind('tangent')"
