@@ -3,6 +3,7 @@
 import re
 import sys
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from small_cli import edit_config, fit_config, write_yaml
 
 from tva import console, save_weights
 from tva.cli.commands.fit_many import Result, _running, make_fits
+from tva.cli.commands.paper__run import Step, run_edits
 from tva.cli.fit_progress import StepBar
 from tva.cli.main import main
 
@@ -105,6 +107,28 @@ def test_who_waits_for_other_processes_says_where_they_are(monkeypatch, capsys):
                 return
             time.sleep(0.01)
     raise AssertionError("nothing was said in a minute")
+
+
+def test_the_edits_of_an_experiment_say_how_many_are_finished(monkeypatch, capsys):
+    monkeypatch.setattr(console, "EVERY_S", 0.01)
+    seen = []
+
+    class Slow:
+        def run(self, function, items):
+            for item in items:
+                for _ in range(6000):
+                    seen.append(capsys.readouterr().err)
+                    if f"an experiment: {len(finished)} of 2 edits finished" in "".join(seen):
+                        break
+                    time.sleep(0.01)
+                finished.append(item)
+                yield item, Step("an experiment", "edit", item.edit.name, 0, "done", 1.0)
+
+    finished: list = []
+    jobs = [SimpleNamespace(edit=SimpleNamespace(name=name, seed=0)) for name in "ab"]
+    assert [step.state for step in run_edits("an experiment", jobs, Slow(), redo=False)] == ["done", "done"]
+    for count in (0, 1):
+        assert f"an experiment: {count} of 2 edits finished" in "".join(seen)
 
 
 def test_in_a_terminal_there_are_no_lines(hurried, monkeypatch, capsys):

@@ -17,7 +17,7 @@ import yaml
 from tva.checkpoints import open_weights
 from tva.cli.commands import fit_many
 from tva.cli.processes import only_one, run_process, terminate_as_interrupt
-from tva.console import make_console, print_line
+from tva.console import make_console, print_line, reporting
 from tva.executors import Executor, Worker, make_executor
 from tva.paper.results import DONE, edit_folder, read_done
 from tva.paper.suite import Edit, Scale, find_scale
@@ -191,7 +191,7 @@ def state_of(job: EditJob) -> State:
 def run_edits(label: str, jobs: Sequence[EditJob], executor: Executor, redo: bool) -> Iterator[Step]:
     """Make the edits that are not finished; if one fails, the others continue."""
     steps: dict[int, Step] = {}
-    with terminate_as_interrupt():
+    with terminate_as_interrupt(), reporting(lambda: f"{label}: {len(steps)} of {len(jobs)} edits finished"):
         ended = executor.run(functools.partial(make_edit, label=label, redo=redo), jobs)
         try:
             for job, found in ended:
