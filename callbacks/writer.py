@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import math
 import os
 import re
 import tempfile
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -21,13 +20,13 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from tva.callbacks.averaging import Weights
 from tva.callbacks.base_weights import BaseWeights, check_keys, snapshot_name
+from tva.callbacks.claims import alone, claim, is_claimed, release
 from tva.callbacks.lora import LoraView
 from tva.callbacks.names import buffer_names, module_state, tied_names
-from tva.callbacks.remote_files import deliver, exists, is_remote, local_copy, workplace
+from tva.callbacks.remote_files import deliver, exists, local_copy, workplace
 from tva.callbacks.sharding import Shards, is_shard, is_sharded, live_state
 
 from tva.checkpoints import LazyWeights, canonical_state_dict, open_weights
-from tva.checkpoints.atomic import locked, remove_left, temporary_prefix
 from tva.errors import some
 from tva.evaluation.leaks import sample_rows
 from tva.vectors.compress import suited, write_encoded
@@ -147,18 +146,20 @@ class VectorWriter:
         shards = Shards(trainer.strategy, state)
 
         def prepare() -> tuple[list[str], Callable[[], SavedVector | str]]:
+            mine = job
+            if not job.requested and not job.checkpoint:
+                mine = replace(job, path=self._unused(job.path))
             try:
-                return plan_it()
+                return plan_it(mine)
             except ValueError as error:  # as where the model's keys change while it trains
+                release(mine.path)
                 if job.requested:
                     raise
                 message = _not_written(job, error)
                 return [], lambda: message
 
-        def plan_it() -> tuple[list[str], Callable[[], SavedVector | str]]:
-            view, mine = LoraView(job.module), job
-            if not job.requested and not job.checkpoint:
-                mine = replace(job, path=self._unused(job.path))
+        def plan_it(mine: VectorJob) -> tuple[list[str], Callable[[], SavedVector | str]]:
+            view = LoraView(job.module)
             if view and self.lora == "adapter":
                 return [], lambda: self._guarded(mine, lambda: self._write_adapter(trainer, pl_module, view, mine))
             plan = self._plan(trainer, pl_module, view, state, shards, mine)
@@ -188,8 +189,7 @@ class VectorWriter:
                 raise
             return _not_written(job, error)
         finally:
-            if not is_remote(job.path):
-                _claim(Path(job.path)).unlink(missing_ok=True)
+            release(job.path)
 
     def _complete(self, trainer: L.Trainer, pl_module: L.LightningModule, job: VectorJob) -> dict[str, Tensor]:
         """Return the weights under the model's own names: a checkpoint's, and from the model those that it lacks."""
@@ -217,14 +217,13 @@ class VectorWriter:
     def _unused(self, path: str) -> str:
         """Do not overwrite files of other runs, as ModelCheckpoint does: ``-v1``, ``-v2`` … is added to the name."""
         start, version = path.removesuffix(SUFFIX), 0
-        with _alone(path):
+        with alone(path):
             while not all(_is_of_run(vector_path(path, suffix), self.run) for suffix in (SUFFIX, ADAPTER)) or (
-                _is_claimed(path)
+                is_claimed(path)
             ):
                 version += 1
                 path = f"{start}-v{version}{SUFFIX}"
-            if not is_remote(path):
-                _claim(Path(path)).touch()
+            claim(path)
         return path
 
     def _plan(
@@ -355,33 +354,6 @@ def vector_path(checkpoint: str | os.PathLike[str], suffix: str = SUFFIX) -> str
         'runs/mnist/last.tv.safetensors'
     """
     return str(checkpoint).removesuffix(".ckpt").removesuffix(SUFFIX) + suffix
-
-
-@contextlib.contextmanager
-def _alone(path: str) -> Iterator[None]:
-    """Let no other process choose a name in the same folder meanwhile."""
-    if is_remote(path):
-        yield
-        return
-    folder = Path(path).parent
-    folder.mkdir(parents=True, exist_ok=True)
-    with locked(folder):
-        yield
-
-
-def _claim(path: Path) -> Path:
-    """Return the temporary file that `tva.checkpoints.atomic_path` makes for a path in this process."""
-    return path.with_name(f"{temporary_prefix(path)}{os.getpid()}.tmp")
-
-
-def _is_claimed(path: str) -> bool:
-    """Whether another process, which runs, is about to write a file."""
-    if is_remote(path):
-        return False
-    prefix = temporary_prefix(Path(path))
-    remove_left(Path(path).parent, prefix)
-    others = (name for name in os.listdir(Path(path).parent) if name.startswith(prefix) and name.endswith(".tmp"))
-    return any(name != _claim(Path(path)).name for name in others)
 
 
 def _is_of_run(path: str, run: str | None) -> bool:

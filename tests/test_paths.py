@@ -95,7 +95,9 @@ CALLS = {
         path(BASE), {"a": path(TUNED)}, "a", path(f"to-{next(COUNT)}")
     ).num_bytes,
     "verify": lambda path: verify(path(EDITED), base=path(BASE), vectors={"a": path(VECTOR)}),
-    "revert": lambda path: revert(path(EDITED), output=path("back.safetensors"), undo=path("edited.undo.safetensors")),
+    "revert": lambda path: revert(
+        path(EDITED), output=path(f"back-{next(COUNT)}.safetensors"), undo=path("edited.undo.safetensors")
+    ).num_bytes,
     "edit_model": lambda path: edit(path).to_json()["tasks"],
     "EditReport.load": lambda path: EditReport.load(path("run")).to_json(),
     "revisit": lambda path: revisit([path("run")], output=path("page.html")).to_json(),

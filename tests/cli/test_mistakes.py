@@ -175,6 +175,7 @@ def test_mistakes_in_commands_on_files(place, capsys, words, message):
         ("breadcrumbs(a, rows='yes')", "rows must be True or False; found 'yes'"),
         ("ties(a, weights=('1',))", r"weights must be numbers, such as \(1, 0.5\)"),
         ("fisher(a, files=(1,))", "files must be texts in quotes"),
+        ("ties(a, density={[]: 1})", "An option must be a number, a text in quotes or"),
         ("tall(a, task='a')", "task must be a whole number; found 'a'"),
     ],
 )

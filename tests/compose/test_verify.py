@@ -307,3 +307,13 @@ def test_an_edit_with_learned_coefficients_says_that_it_cannot_be_computed_again
     replace("edited/edited.safetensors", lambda weights: None, **{"tva.recipe": "learned(a), 0123"})
     with pytest.raises(ValueError, match="learned from data, tensor by tensor"):
         verify("edited")
+
+
+@pytest.mark.parametrize(("options", "status"), [({}, 0), ({"which": ["raw"]}, 2), ({"key_map": 3}, 2)])
+def test_options_of_a_record_that_was_sealed_again(folder, capsys, options, status):
+    write("a + b")
+    replace("out.safetensors", lambda weights: None, **{"tva.options": json.dumps(options)})
+    capsys.readouterr()
+    assert run("verify", "out.safetensors") == status
+    shown = capsys.readouterr().err
+    assert status == 0 or f"out.safetensors: tva.options: '{next(iter(options))}' must be an object" in shown

@@ -38,7 +38,7 @@ def report(vectors, tmp_path_factory):
 
 
 def test_problems_are_those_that_a_library_finds(report):
-    schema = {key: value for key, value in _schema().items() if key != "required"}
+    schema = {**_schema(), "required": ["base", "vectors"]}
     library = jsonschema.Draft202012Validator(schema)
     assert not list(problems(report))
     for seed in range(150):
@@ -54,4 +54,11 @@ def test_a_field_of_another_kind_is_named(report, tmp_path):
     with pytest.raises(
         ValueError, match=r"edit.json is not an edit report of this version .*base/value must be number"
     ):
+        read_report(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["base", "vectors"])
+def test_a_report_without_its_inputs_is_an_error_with_its_path(report, tmp_path, name):
+    (tmp_path / "edit.json").write_text(json.dumps({key: value for key, value in report.items() if key != name}))
+    with pytest.raises(ValueError, match=f"edit.json is not an edit report of this version .*{name}"):
         read_report(tmp_path)

@@ -492,7 +492,7 @@ class Composer:
             )
         infos = [str(source.weights.info) for source in self.sources.values() if source.weights.info.notes]
         read = f" What was read: {'; '.join(infos)}." if infos else ""
-        raise NoEffectError(f"The edit {self.recipe.text} changed no element: {why}.{read}")
+        raise NoEffectError(f"The edit {self.recipe.text} changed no element of {self.base.info.path}: {why}.{read}")
 
 
 @contextmanager

@@ -29,7 +29,7 @@ FORMS: dict[str, Any] = {  # of the attributes that are JSON in the header
     "coefs": {str: (float, dict, list)},
     "scaling_coef": float,
     "vectors": {str: str},
-    "options": dict,
+    "options": {"key_map": {str: str}, "which": {str: str}},
     "vector_fingerprints": {str: str},
     "file_fingerprints": {str: str},
 }

@@ -248,7 +248,7 @@ class Expression:
             return tuple(self._option(part, tensor) for part in node.elts)
         try:
             return ast.literal_eval(node)
-        except ValueError as error:
+        except (ValueError, TypeError) as error:  # TypeError: a dict with a list as key
             found = ast.unparse(node)
             raise self._error(
                 f"An option must be a number, a text in quotes or a coefficient with a value; found {found}",

@@ -208,13 +208,13 @@ def _open_again(edited: str, record: Record, base: str, paths: Mapping[str, str]
         record.scaling_coef,
         record.dtype or None,
         allow_other_base=True,  # whether it is the same base, its fingerprint shows
-        key_map=record.options["key_map"],
+        key_map=record.options.get("key_map", {}),
         include=record.options.get("include"),
         exclude=record.options.get("exclude"),
         slices=record.options.get("slices"),
         new_rows=record.options.get("new_rows", "error"),
         allow_other_tokenizer=True,
-        which="raw" if "raw" in record.options["which"].values() else "checkpoint",
+        which="raw" if "raw" in record.options.get("which", {}).values() else "checkpoint",
         names=names.get("base"),
     )
     return composer, names

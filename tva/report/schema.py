@@ -22,8 +22,8 @@ def _schema() -> dict[str, Any]:
 
 
 def problems(content: Any) -> Iterator[Problem]:
-    """Yield where a report is not what the schema says; fields of its first level may be missing."""
-    yield from _problems(content, {key: value for key, value in _schema().items() if key != "required"}, "")
+    """Yield where a report is not what the schema says; of its first level only the inputs must be there."""
+    yield from _problems(content, {**_schema(), "required": ["base", "vectors"]}, "")
 
 
 def _problems(value: Any, schema: Mapping[str, Any], where: str) -> Iterator[Problem]:
