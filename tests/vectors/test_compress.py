@@ -14,7 +14,7 @@ import tva.vectors.encoder
 from tva import TaskVector, fingerprint, open_weights, save_weights
 from tva.checkpoints import compressed as encoded
 from tva.checkpoints import read_metadata
-from tva.checkpoints.fingerprint import CONTENT, HEADER
+from tva.checkpoints.fingerprint import CONTENT, HEADER, sealed
 from tva.checkpoints.lazy import InMemory
 from tva.cli.main import main
 from tva.compose.apply import compose
@@ -360,6 +360,11 @@ def test_a_compressed_vector_is_not_compressed_again(files):
     compress(str(files / "v.tv.safetensors"), str(files / "c.tv.safetensors"), encoding="int8")
     with pytest.raises(ValueError, match=r"compressed already \(int8\).*Compress the vector that it was made from"):
         compress(str(files / "c.tv.safetensors"), str(files / "d.tv.safetensors"), encoding="sign")
+    header = {key: text for key, text in read_metadata(files / "c.tv.safetensors").items() if key != "tva.encoding"}
+    header = sealed(header, header[CONTENT])
+    save_file(load_file(files / "c.tv.safetensors"), files / "e.tv.safetensors", header)
+    with pytest.raises(ValueError, match="e.tv.safetensors is compressed already .unknown"):
+        compress(str(files / "e.tv.safetensors"), str(files / "d.tv.safetensors"), encoding="sign")
     TaskVector.load(files / "c.tv.safetensors").save(files / "dense.tv.safetensors")  # the way the message names
     compress(str(files / "dense.tv.safetensors"), str(files / "d.tv.safetensors"), encoding="sign")
 

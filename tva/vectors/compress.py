@@ -136,8 +136,9 @@ def compress(
     weights = HashedWeights(open_weights(vector))
     read_origin(weights)
     if "tva.encoded" in weights.metadata:
+        before = weights.metadata.get("tva.encoding", "unknown")  # a stranger's header may lack it
         raise ValueError(
-            f"{vector} is compressed already ({weights.metadata['tva.encoding']}): another encoding would add its "
+            f"{vector} is compressed already ({before}): another encoding would add its "
             f"error to that one, and not be measured against the vector itself. Compress the vector that it was made "
             f"from; if that is gone, TaskVector.load({vector!r}).save(DENSE) writes one that can be."
         )
