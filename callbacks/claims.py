@@ -13,7 +13,7 @@ from tva.checkpoints.atomic import locked, remove_left, temporary_prefix
 
 
 @contextlib.contextmanager
-def alone(path: str) -> Iterator[None]:
+def naming(path: str) -> Iterator[None]:
     """Let no other process choose a name in the same folder meanwhile."""
     if is_remote(path):
         yield

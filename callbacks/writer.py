@@ -20,7 +20,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from tva.callbacks.averaging import Weights
 from tva.callbacks.base_weights import BaseWeights, check_keys, snapshot_name
-from tva.callbacks.claims import alone, claim, is_claimed, release
+from tva.callbacks.claims import claim, is_claimed, naming, release
 from tva.callbacks.lora import LoraView
 from tva.callbacks.names import buffer_names, module_state, tied_names
 from tva.callbacks.remote_files import deliver, exists, local_copy, workplace
@@ -217,7 +217,7 @@ class VectorWriter:
     def _unused(self, path: str) -> str:
         """Do not overwrite files of other runs, as ModelCheckpoint does: ``-v1``, ``-v2`` … is added to the name."""
         start, version = path.removesuffix(SUFFIX), 0
-        with alone(path):
+        with naming(path):
             while not all(_is_of_run(vector_path(path, suffix), self.run) for suffix in (SUFFIX, ADAPTER)) or (
                 is_claimed(path)
             ):

@@ -265,6 +265,10 @@ def _compare_groups(edited: np.ndarray, base: np.ndarray, confidence: float, gro
     # groups of one size are as examples are, and fewer than FEW are widened by `compare`
     many = len(values[0]) >= FEW and FEWEST <= count < len(values[0]) - 1e-6
     found = compare(*values, widened(confidence, count) if many else confidence)
+    differences = values[0] - values[1]
+    if found.p_value is not None and 1 < count < len(differences) - 1e-6:  # Student's, as the intervals
+        t = float(np.mean(differences) / np.std(differences, ddof=1) * math.sqrt(len(differences)))
+        found = replace(found, p_value=float(2 * stats.t.sf(abs(t), count - 1)))
     if count >= FEWEST:
         return found
     return replace(found, difference_low=None, difference_high=None, ratio_low=None, ratio_high=None)
