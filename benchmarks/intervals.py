@@ -1,6 +1,6 @@
 """How often do intervals cover what they are intervals of? By simulation.
 
-    python -m benchmarks run intervals --seeds 0 1 2 [--runs 200]
+    python -m benchmarks run intervals --seeds 0 1 2 [--runs 100]
 
 Every kind of interval that tva reports, on scores whose distribution is known. In brackets is Clopper and Pearson's
 95 % interval of what is simulated. Seeds are further simulations of the same, so that their counts are added.
@@ -22,14 +22,14 @@ from tva.evaluation.metrics import FunctionMetric
 from tva.evaluation.result import Evaluation
 from tva.report.edit_report import Comparison
 
-OPTIONS = {"runs": 200}  # simulations of a cell
+OPTIONS = {"runs": 100}  # simulations of a cell, half as many of 1,000 examples
 DEPENDS = (
     "benchmarks/intervals.py",
     "tva/evaluation/intervals.py",
     "tva/evaluation/jackknife.py",
     "tva/evaluation/result.py",
 )
-SIZES = (5, 20, 50, 200, 1000)
+SIZES = (20, 50, 200, 1000)
 
 
 def measure(seed: int, runs: int) -> dict[str, Any]:
@@ -57,7 +57,7 @@ def _cell(counts: Sequence[int]) -> str:
     return share(covered, given) + (f", none in {100 * (1 - given / num):.0f} %" if given < num else "")
 
 
-Simulate = Callable[[np.random.Generator, int], Ends]  # an interval from that many examples
+Groups = tuple[np.ndarray, np.ndarray, np.ndarray]  # scores of the edited model and of the base, and groups
 
 
 def right(generator: np.random.Generator, count: int, share: float = 0.8) -> np.ndarray:
@@ -71,90 +71,107 @@ def pair(generator: np.random.Generator, count: int) -> tuple[np.ndarray, np.nda
     return np.where(other > 0, right(generator, count, 0.9), right(generator, count, 0.1)), other
 
 
-def in_groups(generator: np.random.Generator, count: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Draw answers to groups of one to nine examples that are alike; the edited model loses a tenth of the groups."""
-    sizes = generator.integers(1, 10, size=count)
-    groups = np.repeat(np.arange(count), sizes)[:count]
-    easy = generator.beta(4, 1, size=count)[groups]
-    other = generator.random(count) < easy
-    return (other & (generator.random(count) < 0.9)[groups]).astype(float), other.astype(float), groups
+def answers(generator: np.random.Generator, sizes: np.ndarray) -> Groups:
+    """Draw answers to groups of examples that are alike; the edited model loses a tenth of the groups."""
+    groups = np.repeat(np.arange(len(sizes)), sizes)
+    other = generator.random(len(groups)) < generator.beta(4, 1, size=len(sizes))[groups]
+    return (other & (generator.random(len(sizes)) < 0.9)[groups]).astype(float), other.astype(float), groups
 
 
-def of_pair(found: Comparison, which: str) -> Ends:
-    """Return an interval of a comparison."""
-    low, high = getattr(found, f"{which}_low"), getattr(found, f"{which}_high")
-    return None if low is None or high is None else (low, high)
+def numbers(generator: np.random.Generator, sizes: np.ndarray) -> Groups:
+    """Draw normal scores of groups, a third of whose variance is between groups; the edited model's are 1 higher."""
+    groups = np.repeat(np.arange(len(sizes)), sizes)
+    base, damage = (
+        generator.normal(0, 0.5**0.5, len(sizes))[groups] + generator.normal(size=len(groups)) for _ in "ab"
+    )
+    return 2.5 + base + 1 + damage, 2.5 + base, groups
 
 
-def normal(generator: np.random.Generator, count: int) -> Comparison:
+def of_groups(found: Groups) -> list[Ends]:
+    """Return the intervals of the base's mean, of the difference from it and of the share of it."""
+    edited, base, groups = found
+    return [mean_interval(base, groups=groups), *both(compare(edited, base, groups=groups))]
+
+
+def both(found: Comparison) -> list[Ends]:
+    """Return the intervals of a comparison: of the difference and of the ratio."""
+    ends = (found.difference_low, found.difference_high), (found.ratio_low, found.ratio_high)
+    return [None if low is None or high is None else (low, high) for low, high in ends]
+
+
+def normal(generator: np.random.Generator, count: int) -> list[Ends]:
     """Compare normal scores around 3.5 with others around 2.5."""
     base = 2 + generator.random(count)
-    return compare(base + generator.normal(1, 1, count), base)
+    return both(compare(base + generator.normal(1, 1, count), base))
 
 
-def grouped(generator: np.random.Generator, count: int) -> Comparison:
-    """Compare answers in groups."""
-    edited, other, groups = in_groups(generator, count)
-    return compare(edited, other, groups=groups)
+def pareto(generator: np.random.Generator, count: int) -> np.ndarray:
+    """Draw sizes of groups, a few of which are most of the examples."""
+    return np.minimum(1 + 2 * generator.pareto(1.2, count), 1000).astype(int)
 
 
-def group_mean(generator: np.random.Generator, count: int) -> Ends:
-    """Return the interval of a mean of answers in groups."""
-    _, other, groups = in_groups(generator, count)
-    return mean_interval(other, groups=groups)
-
-
-def three_tasks(generator: np.random.Generator, count: int) -> Ends:
-    """Return the interval of the mean of three tasks' normalized accuracies."""
-    return mean_ratio_interval([(*pair(generator, count), None) for _ in range(3)])
-
-
-KINDS: dict[str, tuple[Simulate, float]] = {
-    "accuracy, 80 % right": (lambda g, n: mean_interval(right(g, n)), 0.8),
-    "accuracy, 97 % right": (lambda g, n: mean_interval(right(g, n, 0.97)), 0.97),
-    "mean of normal scores": (lambda g, n: mean_interval(g.normal(1, 1, n)), 1.0),
-    "mean of exponential scores": (lambda g, n: mean_interval(g.exponential(1, n)), 1.0),
-    "accuracy, difference from the base": (lambda g, n: of_pair(compare(*pair(g, n)), "difference"), -0.06),
-    "accuracy, share of the base; normalized accuracy": (lambda g, n: of_pair(compare(*pair(g, n)), "ratio"), 0.925),
-    "normalized accuracy, mean of three tasks": (three_tasks, 0.925),
-    "normal scores, difference from the base": (lambda g, n: of_pair(normal(g, n), "difference"), 1.0),
-    "normal scores, share of the base": (lambda g, n: of_pair(normal(g, n), "ratio"), 1.4),
-    "accuracy, groups of 1 to 9": (group_mean, 0.8),
-    "the same, share of the base": (lambda g, n: of_pair(grouped(g, n), "ratio"), 0.9),
-}
+PAIR = (", difference from the base", ", share of the base")
+KINDS: tuple[tuple[str, dict[str, float], Callable[[np.random.Generator, int], Sequence[Ends]]], ...] = (
+    ("accuracy, 80 % right", {"": 0.8}, lambda g, n: [mean_interval(right(g, n))]),
+    ("accuracy, 97 % right", {"": 0.97}, lambda g, n: [mean_interval(right(g, n, 0.97))]),
+    ("accuracy", dict(zip(PAIR, (-0.06, 0.925), strict=True)), lambda g, n: both(compare(*pair(g, n)))),
+    (
+        "normalized accuracy, mean of three tasks",
+        {"": 0.925},
+        lambda g, n: [mean_ratio_interval([(*pair(g, n), None) for _ in range(3)])],
+    ),
+    ("mean of normal scores", {"": 1.0}, lambda g, n: [mean_interval(g.normal(1, 1, n))]),
+    ("mean of exponential scores", {"": 1.0}, lambda g, n: [mean_interval(g.exponential(1, n))]),
+    ("normal scores", dict(zip(PAIR, (1.0, 1.4), strict=True)), normal),
+    (
+        "accuracy, n groups of 5",
+        dict(zip(("", *PAIR), (0.8, -0.08, 0.9), strict=True)),
+        lambda g, n: of_groups(answers(g, np.full(n, 5))),
+    ),
+    (
+        "accuracy, n groups of 1 to 9",
+        dict(zip(("", *PAIR), (0.8, -0.08, 0.9), strict=True)),
+        lambda g, n: of_groups(answers(g, g.integers(1, 10, size=n))),
+    ),
+    (
+        "normal scores, n groups of Pareto sizes",
+        dict(zip(("", *PAIR), (2.5, 1.0, 1.4), strict=True)),
+        lambda g, n: of_groups(numbers(g, pareto(g, n))),
+    ),
+)
 
 
 def means(runs: int, seed: int) -> Iterator[tuple[str, list[list[int]]]]:
     """Yield how often the intervals of means, and of differences and ratios of two, cover."""
-    for name, (simulate, truth) in KINDS.items():
-        generators = [np.random.default_rng([seed, count]) for count in SIZES]
-        yield (
-            name,
-            [
-                covers([simulate(generator, count) for _ in range(runs)], truth)
-                for generator, count in zip(generators, SIZES, strict=True)
-            ],
-        )
+    for name, truths, simulate in KINDS:
+        found = []
+        for count in SIZES:
+            generator = np.random.default_rng([seed, count])
+            found.append([simulate(generator, count) for _ in range(_of(runs, count))])
+        for place, (what, truth) in enumerate(truths.items()):
+            yield name + what, [covers([ends[place] for ends in cell], truth) for cell in found]
+
+
+def _of(runs: int, count: int) -> int:
+    return runs if count < 1000 else runs // 2
 
 
 def f1(preds: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
     """Compute the mean F1 of the classes that occur, as torchmetrics' ``MulticlassF1Score`` does, but quickly."""
-    classes = preds.shape[1]
-    cells = torch.bincount(target * classes + preds.argmax(1), minlength=classes**2).view(classes, classes)
-    both = cells.sum(0) + cells.sum(1)
-    return (2 * cells.diagonal() / both.clip(min=1)).sum() / (both > 0).sum()
+    classes, labels = preds.shape[1], target.numpy()
+    cells = np.bincount(labels * classes + preds.numpy().argmax(1), minlength=classes**2).reshape(classes, classes)
+    sums = cells.sum(0) + cells.sum(1)
+    return torch.tensor((2 * cells.diagonal() / sums.clip(min=1)).sum() / (sums > 0).sum())
 
 
 def auroc(preds: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
     """Compute the mean area under the curve of each class against the others, as ``MulticlassAUROC`` does."""
-    areas, count = [], len(target)
-    for label in range(preds.shape[1]):
-        places = torch.empty(count, dtype=torch.float64)
-        places[preds[:, label].argsort()] = torch.arange(1.0, count + 1, dtype=torch.float64)
-        own = target == label
+    scores, labels, areas, count = preds.numpy(), target.numpy(), [], len(target)
+    for label in range(scores.shape[1]):
+        own = labels[scores[:, label].argsort()] == label  # in ascending order of the score
         num = int(own.sum())
-        areas.append((places[own].sum() - num * (num + 1) / 2) / max(1, num * (count - num)))
-    return torch.stack(areas).mean()
+        areas.append((np.flatnonzero(own).sum() - num * (num - 1) / 2) / max(1, num * (count - num)))
+    return torch.tensor(np.mean(areas))
 
 
 def calibration_error(preds: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
@@ -183,14 +200,15 @@ def predictions(runs: int, seed: int) -> Iterator[tuple[str, list[list[int]]]]:
         )
         for count in SIZES:
             generator = np.random.default_rng([seed, count])
-            found = [_intervals(metric, classified(generator, count, classes, apart)) for _ in range(runs)]
+            sides = (classified(generator, count, classes, apart) for _ in range(_of(runs, count)))
+            found = [_intervals(metric, side) for side in sides]
             truths = (base, edited - base, edited / base)
             cells.append([covers(ends, truth) for ends, truth in zip(zip(*found, strict=True), truths, strict=True)])
-        for place, what in enumerate(("", ", difference from the base", ", share of the base")):
+        for place, what in enumerate(("", *PAIR)):
             yield name + what, [cell[place] for cell in cells]
 
 
-def _intervals(metric: FunctionMetric, sides: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> tuple[Ends, Ends, Ends]:
+def _intervals(metric: FunctionMetric, sides: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> list[Ends]:
     """Return the intervals of the base's metric, of the difference from it and of the share of it."""
     base, edited = (
         Evaluation(
@@ -200,7 +218,7 @@ def _intervals(metric: FunctionMetric, sides: Sequence[tuple[torch.Tensor, torch
     )
     found = edited.compare(base, "m")
     assert found is not None
-    return base.interval("m"), of_pair(found, "difference"), of_pair(found, "ratio")
+    return [base.interval("m"), *both(found)]
 
 
 def classified(
