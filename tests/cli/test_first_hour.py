@@ -64,11 +64,14 @@ MISTAKES = {
 
 EACH = """
 import sys; from tva.cli.main import main
+loaded = []  # when something is first said
+write, sys.stderr.write = sys.stderr.write, lambda text: loaded.append(set(sys.modules)) or write(text)
 for config in sys.argv[1:]:
     try: main(['edit', '--config', config])
     except SystemExit as end: assert end.code == 2
     else: raise AssertionError(config)
     assert not {'torch', 'lightning'} & set(sys.modules)
+assert not {'numpy', 'jsonargparse', 'tva.checkpoints'} & loaded[0]
 """
 
 
@@ -80,6 +83,7 @@ def test_mistakes_in_a_config_are_named_with_their_line_before_lightning_is_impo
     files = [*(f"{number}.yaml" for number in range(len(MISTAKES))), "forgte.yaml"]
     done = subprocess.run([sys.executable, "-c", EACH, *files], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+    assert done.stderr.startswith("tva edit: loading …\n")
     found = re.findall(r"tva: error: .*(?:\n(?!tva: error).*)*", done.stderr)
     for number, message in enumerate(MISTAKES.values()):
         assert f"tva: error: {number}.yaml, {message}" in found[number]

@@ -27,6 +27,8 @@ def run_subcommand(command: str, words: list[str], as_json: bool, about: str) ->
     if described is not None:
         print(format_help(described))
         return True
+    if "LOCAL_RANK" not in os.environ:
+        print(f"tva {command}: loading …", file=sys.stderr, flush=True)
     from tva.cli.configs import check_configs
 
     check_configs(words)
@@ -36,8 +38,6 @@ def run_subcommand(command: str, words: list[str], as_json: bool, about: str) ->
     if command == "edit":
         check_recipe(files, words)
     logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(_is_no_advertisement)
-    if "LOCAL_RANK" not in os.environ:
-        print(f"tva {command}: loading …", file=sys.stderr, flush=True)
     from tva.cli.lightning import run_lightning
 
     try:
