@@ -26,6 +26,7 @@ from tva.checkpoints import (
     fingerprint,
     open_weights,
 )
+from tva.checkpoints.atomic import hidden_folder, is_alive
 from tva.checkpoints.names import match_state, matched
 from tva.errors import MismatchError, some
 from tva.vectors.write import TensorSource, write_weights
@@ -43,18 +44,8 @@ def remove_snapshots_of_dead(folder: str, keep: str | None) -> None:
     left = re.compile(re.escape(SNAPSHOT) + r".*-(\d+)@" + re.escape(socket.gethostname()) + r"\.safetensors")
     for path in () if is_remote(folder) else Path(folder).glob(".*"):
         found = left.search(path.name)
-        if found and str(path) != keep and not _is_alive(int(found[1])):
+        if found and str(path) != keep and not is_alive(int(found[1])):
             path.unlink(missing_ok=True)
-
-
-def _is_alive(process: int) -> bool:
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:  # another user's
-        pass
-    return True
 
 
 class BaseWeights:
@@ -160,16 +151,13 @@ class BaseWeights:
         return self.settled
 
     def _capture(self, sources: Mapping[str, TensorSource], folder: str) -> tuple[str, str]:
-        with workplace(folder) as inside:
-            local = inside / f".base-{os.getpid()}.safetensors"
-            try:
-                self.tree = write_weights(sources, local)
-                path = f"{folder}/{self.name or f'base-{self.tree.digest}.safetensors'}"
-                self.weights = open_anywhere(str(local))
-                if not exists(path):
-                    deliver(local, path)
-            finally:
-                Path(local).unlink(missing_ok=True)
+        with workplace(folder) as inside, hidden_folder(inside / "base") as hidden:
+            local = hidden / "base.safetensors"
+            self.tree = write_weights(sources, local)
+            path = f"{folder}/{self.name or f'base-{self.tree.digest}.safetensors'}"
+            self.weights = open_anywhere(str(local))
+            if not exists(path):
+                deliver(local, path)
         return path, self.tree.digest
 
     def _open_given(self, state: Mapping[str, Tensor]) -> tuple[str, str]:

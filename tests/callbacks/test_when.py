@@ -369,11 +369,14 @@ def test_a_name_that_another_process_is_about_to_write_is_left_to_it(tmp_path):
     name = "step=00000004.tv.safetensors"
     theirs = tmp_path / "trajectory" / f".{name}.{socket.gethostname()}.{os.getppid()}.tmp"
     gone = tmp_path / "trajectory" / f".{name}.{socket.gethostname()}.99999999.tmp"  # of a process that was killed
+    base = tmp_path / f".base.{socket.gethostname()}.99999999.tmp"
+    base.mkdir()
     theirs.touch()
     gone.touch()
     fit(tmp_path, TaskVectorCallback(every_n_steps=4, with_checkpoints=False))
     found = set(os.listdir(tmp_path / "trajectory"))
     assert found == {theirs.name, "step=00000004-v1.tv.safetensors", "step=00000008.tv.safetensors"}
+    assert not base.exists()
 
 
 def _fit_too(folder, seed, begin):

@@ -222,14 +222,6 @@ def test_an_undo_file_replaces_undo_files_only(inputs, capsys):
     assert contents(inputs) == before
 
 
-def test_a_revert_that_was_killed_when_it_had_named_the_base_is_repeated(inputs):
-    assert run(*WRITING["revert"], "--output", "back.safetensors") == 0
-    assert run(*WRITING["revert"], "--output", "back.safetensors") == 2  # nobody's but the user's now
-    (inputs / ".back.safetensors.journal").write_text("{}\n")
-    assert run(*WRITING["revert"], "--output", "back.safetensors") == 0
-    assert fingerprint(open_weights("back.safetensors")) == fingerprint(state(0))
-
-
 EXPORTS = {  # what tva writes under a name, and what somebody else has there
     "a.html": ("<!doctype html>\n<title>tva</title>", "<!doctype html>\n<title>mine</title>"),
     "a.csv": ("run,task,value\nx,y,1\n", "name,address\n"),

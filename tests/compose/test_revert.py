@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+from pathlib import Path
 
 import pytest
 import torch
@@ -273,7 +274,7 @@ def test_a_block_that_is_missing_is_noticed_by_the_fingerprint(folder):
 def test_without_an_undo_file_it_is_said_where_the_base_is(folder, capsys):
     write("b", keep="false")
     assert files().count("out.undo.safetensors") == 0
-    assert run("revert", "out.safetensors", "--output", "again.safetensors") == 2
+    assert run("revert", "out.safetensors", "--output", "again.safetensors") == 2  # nobody's but the user's now
     text = capsys.readouterr().err
     assert "the base itself is still at base.safetensors, with the recorded fingerprint" in text
     assert "copy it" in text
@@ -292,25 +293,29 @@ def test_without_an_undo_file_it_is_said_where_the_base_is(folder, capsys):
 # --- whole or not at all
 
 
-def test_output_and_undo_file_appear_together_and_a_run_can_go_on(folder, monkeypatch):
+@pytest.mark.parametrize("stop", [1, 2])
+def test_an_edit_and_its_undo_file_take_the_place_of_older_ones_together(folder, monkeypatch, stop):
+    compose("base.safetensors", {"c": "c.tv.safetensors"}, "c", "out.safetensors", keep_undo=True)
+    older = Path("out.safetensors").read_bytes()
     replaced = []
 
-    def stop_at_the_second(source, target, replace=os.replace):
+    def stopped(source, target, replace=os.replace):
         replaced.append(os.fspath(target))
-        if len(replaced) == 2:
+        if len(replaced) == stop:
             raise OSError(errno.EIO, "the power went")
         replace(source, target)
 
-    monkeypatch.setattr(os, "replace", stop_at_the_second)
+    monkeypatch.setattr(os, "replace", stopped)
     words = ("base.safetensors", {"b": "b.tv.safetensors"}, "b", "out.safetensors")
-    with pytest.raises(OSError, match="the power went; the completed part is kept"):
+    with pytest.raises(OSError, match="the power went"):
         compose(*words, keep_undo=True)
     monkeypatch.undo()
     monkeypatch.chdir(folder)
-    assert replaced == ["out.undo.safetensors", "out.safetensors"]  # the undo file first
-    assert "out.safetensors" not in files()
-    report = compose(*words, keep_undo=True, resume=True)
-    assert report.resumed == 9
+    assert replaced == ["out.safetensors", "out.undo.safetensors"][:stop]
+    assert (Path("out.safetensors").read_bytes() == older) == (stop == 1)
+    revert("out.safetensors", output="between.safetensors")  # of whichever edit is there
+    assert_base_is_back("between.safetensors")
+    assert compose(*words, keep_undo=True, resume=True).resumed == (9 if stop == 1 else 0)
     revert("out.safetensors", output="again.safetensors")
     assert_base_is_back("again.safetensors")
     assert not [name for name in files() if name.startswith(".")]
@@ -349,8 +354,14 @@ def test_revert_goes_on_where_it_stopped(folder, monkeypatch):
     assert "again.safetensors" not in files()
     monkeypatch.undo()
     monkeypatch.chdir(folder)
-    assert run("revert", "out.safetensors", "--output", "again.safetensors", "--resume") == 0
-    assert_base_is_back("again.safetensors")
+    for _ in range(2):  # the second time it was whole
+        assert run("revert", "out.safetensors", "--output", "again.safetensors", "--resume") == 0
+        assert not [name for name in files() if name.startswith(".")]
+        Path(".again.safetensors.journal").touch()  # as if the run was killed before it removed that
+        assert_base_is_back("again.safetensors")
+    assert run("revert", "out.safetensors", "--output", "again.safetensors") == 2  # nobody's but the user's now
+    Path("again.safetensors").write_bytes(Path("a.safetensors").read_bytes())
+    assert run("revert", "out.safetensors", "--output", "again.safetensors", "--resume") == 2
 
 
 def test_too_little_memory_is_refused(folder):

@@ -16,7 +16,7 @@ from tva import open_weights, save_weights
 from tva.compose.revert import revert
 from tva.compose.verify import verify
 from tva.edit import folder as module
-from tva.edit.folder import FILES, MADE_BY, replacing
+from tva.edit.folder import FILES, MADE_BY, check_writable, replacing
 from tva.edit.options import EditOptions
 from tva.edit.push import push
 from tva.edit.run import run_edit
@@ -103,6 +103,7 @@ def test_a_kill_at_any_file_operation_leaves_all_of_one_edit(tmp_path, monkeypat
 def _write_forever(folder, ready):
     ready.set()
     for number in range(2, 10**6):
+        check_writable(folder)
         write(folder, number)
 
 

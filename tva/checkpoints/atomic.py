@@ -50,6 +50,22 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
+@contextlib.contextmanager
+def hidden_folder(path: Path) -> Iterator[Path]:
+    """Yield an empty folder beside ``path``, which is removed at the end, or by the next run of a killed process."""
+    prefix = temporary_prefix(path)
+    made = path.with_name(f"{prefix}{os.getpid()}.tmp")
+    with can_write(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        remove_left(path.parent, prefix)
+        shutil.rmtree(made, ignore_errors=True)
+        made.mkdir()
+    try:
+        yield made
+    finally:
+        shutil.rmtree(made, ignore_errors=True)
+
+
 def temporary_prefix(path: Path) -> str:
     """Return how names of temporary files for a path begin on this machine; the process's number and .tmp follow."""
     return f".{path.name}.{socket.gethostname()}."
@@ -59,12 +75,13 @@ def remove_left(folder: Path, prefix: str) -> None:
     """Remove temporary files and folders of a prefix that processes of this machine left that were killed."""
     for left in folder.iterdir():
         number = left.name.removeprefix(prefix).removesuffix(".tmp")
-        if left.name == f"{prefix}{number}.tmp" and number.isdecimal() and not _is_alive(int(number)):
+        if left.name == f"{prefix}{number}.tmp" and number.isdecimal() and not is_alive(int(number)):
             with contextlib.suppress(OSError):
                 shutil.rmtree(left) if left.is_dir() and not left.is_symlink() else left.unlink()
 
 
-def _is_alive(process: int) -> bool:
+def is_alive(process: int) -> bool:
+    """Return whether a process of this machine has not ended."""
     try:
         os.kill(process, 0)
     except (ProcessLookupError, OverflowError):

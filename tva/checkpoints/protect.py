@@ -40,12 +40,7 @@ def protect(outputs: Iterable[str | os.PathLike[str]], inputs: Mapping[str, str 
 
 
 def is_own(path: Path, kind: str) -> bool:
-    """Return whether a file is one that tva wrote, of a kind: ``weights`` of an edit, ``vector`` or ``undo``.
-
-    A journal beside it, without what it is of, is of a run that was killed when it had named the file.
-    """
-    if path.with_name(f".{path.name}.journal").exists() and not path.with_name(f".{path.name}.partial").exists():
-        return True
+    """Return whether a file is one that tva wrote, of a kind: ``weights`` of an edit, ``vector`` or ``undo``."""
     try:
         return _OWN[kind](safetensors.open(path).metadata)
     except (KeyError, OSError, ValueError):

@@ -118,10 +118,10 @@ class Output:
         return self._shard_of[name].tensors[name]
 
     def beside(self, path: Path) -> Path:
-        """Return where to write a file that gets its name together with the weights, just before them.
+        """Return where to write a file that gets its name together with the weights.
 
-        In a folder it is one step; beside a single file it is two, so that for a moment the file may be there without
-        the weights.
+        In a folder it is one step; beside a single file it gets it just after them, so that for a moment it has its
+        hidden name only, ``.NAME.partial``.
         """
         if not self._single:
             return self._partial / path.name
@@ -363,9 +363,10 @@ class Output:
                 path = self._partial / name
                 path.parent.mkdir(parents=True, exist_ok=True)
                 path.write_bytes(data) if isinstance(data, bytes) else shutil.copyfile(data, path)
-        for hidden, path in self._beside.items():
-            os.replace(hidden, path)
         os.replace(self._partial, self.path)
+        beside, self._beside = self._beside, {}  # from here on they belong to what has its name
+        for hidden, path in beside.items():
+            os.replace(hidden, path)
         if hasattr(os, "O_DIRECTORY"):
             folder = os.open(self.path.parent, os.O_DIRECTORY)
             os.fsync(folder)

@@ -107,6 +107,11 @@ def revert(
     with_vectors = loads(opened.metadata["tva.undo_with_vectors"])
     paths = {f"vectors.{name}": path for name, path in {**opened.record.vectors, **moved}.items() if with_vectors}
     protect([output], {"the edited checkpoint": edited, "undo": opened.path, **paths})
+    size, base = opened.path.stat().st_size, opened.record.base_fingerprint
+    done = _bytes_of(Path(output), base) if resume else None
+    if done is not None:  # by the run that was interrupted, at its very end
+        Path(output).with_name(f".{Path(output).name}.journal").unlink(missing_ok=True)
+        return RevertReport(Path(output), base, done, opened.path, size, time.monotonic() - started)
     check_own(output, "weights")
     composer = _way_back(edited, weights, opened, moved)
     composer.fit_into(max_memory)
@@ -129,10 +134,7 @@ def revert(
         found = {**restoring.digests, **{name: restoring.digests[kept] for name, kept in opened.ties.items()}}
         _check(edited, weights, opened, composer, Fingerprint.from_tensors(found).digest)
         out.commit({}, beside)
-    size = opened.path.stat().st_size
-    return RevertReport(
-        Path(output), opened.record.base_fingerprint, out.size, opened.path, size, time.monotonic() - started
-    )
+    return RevertReport(Path(output), base, out.size, opened.path, size, time.monotonic() - started)
 
 
 def _folder(edited: str, weights: HashedWeights) -> Path | None:
@@ -144,16 +146,38 @@ def _folder(edited: str, weights: HashedWeights) -> Path | None:
 def _open_undo(edited: str, weights: HashedWeights, undo: str | None) -> OpenedUndo:
     """Open the undo file and check that it is of this edit."""
     path = Path(undo) if undo else undo_path(_folder(edited, weights) or weights.path)
+    stated = weights.metadata.get("tva.edited_fingerprint")
+    hidden = path.with_name(f".{path.name}.partial")  # of a run that was killed when it had named the weights
+    if undo is None and hidden.exists() and _is_of(hidden, stated):
+        path = hidden
     if not path.exists():
         raise FileNotFoundError(_without_undo(edited, weights, path))
     opened = OpenedUndo(path)
-    stated = weights.metadata.get("tva.edited_fingerprint", opened.record.edited_fingerprint)
+    stated = stated or opened.record.edited_fingerprint
     if stated != opened.record.edited_fingerprint:
         raise ValueError(
             f"{path} undoes another edit: it is for the edited weights {opened.record.edited_fingerprint}, and those "
             f"in {edited} are {stated} by their record. Give the undo file of this edit by --undo."
         )
     return opened
+
+
+def _is_of(path: Path, edited: str | None) -> bool:
+    """Return whether a file is whole, and undoes the edit of this fingerprint."""
+    try:
+        return OpenedUndo(path).record.edited_fingerprint == edited
+    except (OSError, ValueError):
+        return False
+
+
+def _bytes_of(path: Path, digest: str) -> int | None:
+    """Return the size of the weights that are there, if they have a fingerprint."""
+    try:
+        weights = open_weights(path)
+        same = fingerprint(weights).digest == digest
+    except (OSError, ValueError):
+        return None
+    return sum(weights.spec(name).num_bytes for name in weights) if same else None
 
 
 def _without_undo(edited: str, weights: HashedWeights, path: Path) -> str:

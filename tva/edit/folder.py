@@ -7,13 +7,12 @@ import errno
 import os
 import shutil
 import sys
-import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from tva.checkpoints import LazyWeights, open_weights
-from tva.checkpoints.atomic import can_write, locked, remove_left, temporary_prefix
+from tva.checkpoints.atomic import can_write, hidden_folder, locked, remove_left, temporary_prefix
 from tva.compose.undo import undo_path
 from tva.report.edit_report import read_report
 from tva.report.model_card import check_card
@@ -76,8 +75,12 @@ def check_writable(folder: Path) -> None:
     """
     folder = folder.resolve()
     there = next(parent for parent in folder.parents if parent.exists())
+    prefix = temporary_prefix(folder)
+    made = there / f"{prefix}{os.getpid()}.tmp"
     with can_write(folder):
-        os.rmdir(tempfile.mkdtemp(prefix=".tva-", dir=there))
+        remove_left(there, prefix)
+        made.mkdir()
+        made.rmdir()
 
 
 def _is_own(file: Path) -> bool:
@@ -108,22 +111,13 @@ def replacing(folder: Path) -> Iterator[Path]:
     in two. A folder that cannot be moved, such as the working directory, gets the new files one after another.
     """
     folder = folder.resolve()
-    prefix = temporary_prefix(folder)
-    staging = folder.with_name(f"{prefix}{os.getpid()}.tmp")
-    with can_write(folder):
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        remove_left(folder.parent, prefix)
-        shutil.rmtree(staging, ignore_errors=True)
-        staging.mkdir()
-    try:
+    with hidden_folder(folder) as staging:
         yield staging
         for file in filter(Path.is_file, staging.iterdir()):
             with file.open("rb") as opened:
                 os.fsync(opened.fileno())
         with locked(folder.parent):
             _put(staging, folder)
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
 
 
 def _put(staging: Path, folder: Path) -> None:
