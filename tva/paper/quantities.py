@@ -44,13 +44,6 @@ def _ratio(entry: Any, value: float, finetuned: float) -> float | None:
     return above / below if below else None
 
 
-def _finetuned_elsewhere(content: Content) -> float | None:
-    """Return the fine-tuned models' mean score on the controls; from the baseline ``endpoints``."""
-    rows = content["baselines"].get("endpoints", {}).get("rows", {})
-    controls = _tasks(content, "control")
-    return mean(row[task] for row in rows.values() for task in controls)
-
-
 def _baseline(name: str, label: Callable[[str], bool], role: str) -> Quantity:
     def quantity(content: Content) -> float | None:
         rows = content["baselines"].get(name, {}).get("rows", {})
@@ -108,7 +101,8 @@ QUANTITIES: dict[str, Quantity] = {
     "target.normalized": _divided("edited"),
     "target.normalized_base": _divided("base"),
     "target.normalized_random": _divided("random"),
-    "control.finetuned": _finetuned_elsewhere,
+    "control.finetuned": _baseline("endpoints", lambda key: True, "control"),
+    "target.endpoints": _baseline("endpoints", lambda key: True, "target"),
     "scaling_coef": lambda content: float(content["coefficients"]["scaling_coef"]),
     "holds": lambda content: float(content["holds"]),
     "cosine.mean": _cosine,
