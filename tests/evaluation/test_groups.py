@@ -229,17 +229,27 @@ def test_a_language_task_takes_documents_as_the_unit(tmp_path, column):
     assert len(groups_of(task, "val", len(task.val_dataloader().dataset))) > count
 
 
-def test_blocks_that_are_held_out_are_all_those_of_some_documents(tmp_path):
+@pytest.mark.parametrize("column", [None, "article"])
+def test_blocks_that_are_held_out_are_all_those_of_some_documents(tmp_path, column):
     rows = {"text": ["the film was good " * 12] * 9, "article": ["a", "a", "b", "b", "b", "c", "c", "d", "d"]}
     pandas.DataFrame(rows).to_csv(tmp_path / "t.csv", index=False)
     paths = dict.fromkeys(("train", "test"), f"{tmp_path}/t.csv")
-    task = LanguageTask(paths, block_length=16, group="article")
+    task = LanguageTask(paths, block_length=16, group=column, val_size=2)
     task.trainer = SimpleNamespace(lightning_module=SimpleNamespace(tokenizer=make_tokenizer()), world_size=1)
     task.setup()
     held = groups_of(task, "val", len(task.val_dataloader().dataset))
     every = groups_of(task, "test", len(task.test_dataloader().dataset))
     assert len(held) in np.bincount(every)
     assert len(set(held)) == 1
+
+
+def test_a_document_that_is_more_than_half_of_the_text_is_not_held_out(tmp_path):
+    pandas.DataFrame({"text": ["the film was good " * num for num in (12, 400, 12)]}).to_csv(tmp_path / "t.csv")
+    for seed in range(4):
+        task = LanguageTask(dict.fromkeys(("train", "test"), f"{tmp_path}/t.csv"), block_length=16, seed=seed)
+        task.trainer = SimpleNamespace(lightning_module=SimpleNamespace(tokenizer=make_tokenizer()), world_size=1)
+        task.setup()
+        assert len(task.val_dataloader().dataset) < 10
 
 
 def test_blocks_of_one_text_file_are_the_unit(tmp_path):

@@ -28,10 +28,10 @@ class LanguageTask(Task):
 
     Running text: all rows of a split are put one after the other, each with the tokenizer's own beginning and end, and
     cut into blocks of ``block_length``; what does not fill the last one is left out. A sequence-to-sequence model gets
-    the first half of a block as prompt and the second as target. The held-out part is made of blocks, or with ``group``
-    of all blocks of some groups. Intervals and the gate take documents as independent, not blocks: a document is a row,
-    or the rows of one ``group``, and a block is of the document that most of it is from. A text file is one document;
-    then blocks are taken as independent.
+    the first half of a block as prompt and the second as target. Documents are independent, not blocks: the held-out
+    part is made of whole documents, and they are the unit of intervals and the gate. A document is a row, or the rows
+    of one ``group``, and a block is of the document that most of it is from. A text file is one document; then blocks
+    are held out and taken as independent.
 
     The order of training depends only on the run's seed, as with `TextTask`.
 
@@ -132,7 +132,8 @@ class LanguageTask(Task):
                 names = np.arange(len(documents)) if labels is None else np.unique(labels, return_inverse=True)[1]
                 owners[part] = owners_of(names, list(map(len, documents)), self.block_length)
         rows = {part: np.arange(len(blocks)) for part, blocks in cut.items()}
-        self._hold_out(rows, owners["train"] if self.group is not None else None)
+        several = self.group is not None or len(np.unique(owners.get("train", ()))) > 1
+        self._hold_out(rows, owners["train"] if several else None)
         rows = {part: self._limit(part, indices) for part, indices in rows.items()}
         source = {part: part if part in cut else "train" for part in ("val", "test")}
         self._groups = {part: owners[of][rows[part]] for part, of in source.items() if of in owners}

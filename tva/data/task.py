@@ -228,6 +228,7 @@ class Task(L.LightningDataModule, ABC):
                 f"held out as a whole. Set val_split, or name another column."
             )
         order = np.random.default_rng(self.seed).permutation(len(names))
+        order = order[np.argsort(2 * sizes[order] > len(groups), kind="stable")]  # more than half is for training
         enough = int(np.searchsorted(sizes[order].cumsum(), num_val)) + 1
         held = np.isin(index, order[: min(enough, len(names) - 1)])
         return np.flatnonzero(held), np.flatnonzero(~held)

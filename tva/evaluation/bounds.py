@@ -60,7 +60,7 @@ def slack(
     if not (binary or (len(differences) > 1 and np.isfinite(differences).all())):
         return math.inf
     if groups is not None:
-        return _group_slack(differences, groups, worst(edited, base, slope, above), confidence, guard)
+        return _group_slack(differences, groups, worst(edited, base, slope, above), confidence, guard or binary)
     by_t = 0.0 if binary else _student_slack(differences, confidence)
     if not (binary or guard):
         return by_t

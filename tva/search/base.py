@@ -96,6 +96,7 @@ class Problem:
         self.tried: dict[Candidate, Scores] = {}
         self.slack: dict[tuple[Candidate, str], float] = {}
         self.scores: dict[Candidate, dict[tuple[str, str], np.ndarray]] = {}
+        self.groups: dict[str, np.ndarray | None] = {}
         self.num_tests = 1
         self.sequences: list[list[Candidate]] = []
         self.power: list[str] = []
@@ -177,6 +178,7 @@ class Problem:
             if constraint.task not in found:
                 continue
             edited = found[constraint.task]
+            self.groups[constraint.task] = edited.groups
             if self.test_confidence is not None:
                 needed[constraint.text] = constraint_slack(
                     constraint, edited, base[constraint.task], self.test_confidence
@@ -238,7 +240,9 @@ class Problem:
             choice: Of ``points``.
             points: Evaluated on all examples.
         """
-        against = rising(self.constraints, points, self.scores, lambda point: self.choose([point]).feasible)
+        against = rising(
+            self.constraints, points, self.scores, self.groups, lambda point: self.choose([point]).feasible
+        )
         how = "constraints are taken to get only worse as the coefficient grows"
         how += f", but {against}: take Grid" if against else ""
         details = {**choice.details, "monotone": against is None}

@@ -118,6 +118,7 @@ def rising(
     constraints: Sequence[Constraint],
     points: Sequence[Candidate],
     scores: Mapping[Candidate, Mapping[tuple[str, str], np.ndarray]],
+    groups: Mapping[str, np.ndarray | None],
     holds: Callable[[Candidate], bool],
 ) -> str | None:
     """Describe where a constraint gets better as the coefficient grows, among points evaluated on the same examples.
@@ -126,6 +127,7 @@ def rising(
         constraints: That are taken to get only worse.
         points: Any that were evaluated.
         scores: By point, and by task and metric, one score per example; may lack some.
+        groups: By task the group of each example, where groups are the independent draws.
         holds: Whether all constraints hold at a point.
 
     Returns:
@@ -141,6 +143,9 @@ def rising(
                 if key not in scores.get(small, {}) or key not in scores.get(large, {}):
                     continue
                 better, worse = scores[large][key], scores[small][key]
-                if len(better) == len(worse) and clears(better, worse, 1.0, 0.0, RISE, constraint.above, guard=False):
+                if len(better) != len(worse):
+                    continue
+                above, of = constraint.above, groups[constraint.task]
+                if clears(better, worse, 1.0, 0.0, RISE, above, guard=False, groups=of):
                     return f"{'/'.join(key)} is better at {large} than at {small}"
     return None
