@@ -250,6 +250,8 @@ def test_a_task_that_nothing_names_is_reported_by_accuracy_or_else_by_the_metric
     assert reported_metric(logged, {"a": ["perplexity"]}, "other") == "perplexity"
     assert reported_metric(logged, {"a": ["f1_score"]}, "other") == "loss"
     assert reported_metric(logged, {"other": ["loss"], "a": ["perplexity"]}, "other") == "loss"
+    asked = Evaluation({"loss": 1.0, "exact_match": 0.5}, 10)  # a language model logs what the data ask for
+    assert reported_metric(asked, {"a": ["perplexity"]}, "other", ["exact_match"]) == "exact_match"
     classified = Evaluation({"loss": 1.0, "accuracy": 0.5}, 10)
     assert reported_metric(classified, {"a": ["loss"]}, "other") == "accuracy"
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,6 +11,7 @@ from tva.checkpoints import fingerprint
 from tva.edit.editor import EditState
 from tva.edit.session import EditSession
 from tva.evaluation.intervals import mean_ratio_interval
+from tva.evaluation.measures import measures_of
 from tva.evaluation.result import Evaluation, Split
 from tva.report.edit_report import ConstraintReport, Score
 from tva.search import SCALING, Choice
@@ -62,7 +63,11 @@ class Outcome:
     def metrics(self) -> dict[str, str]:
         """The metric that is reported, by task."""
         named = self.session.goal.metrics
-        return {task: reported_metric(found["base"], named, task) for task, found in self.evaluations.items()}
+        modules = self.session.editor.datamodules
+        return {
+            task: reported_metric(found["base"], named, task, measures_of(modules[task]))
+            for task, found in self.evaluations.items()
+        }
 
     def score(self, evaluation: Evaluation, metric: str) -> Score:
         """Return a metric of an evaluation with its interval."""
@@ -113,19 +118,22 @@ class Outcome:
         }
 
 
-def reported_metric(evaluation: Evaluation, named: Mapping[str, Sequence[str]], task: str) -> str:
+def reported_metric(
+    evaluation: Evaluation, named: Mapping[str, Sequence[str]], task: str, own: Collection[str] = ()
+) -> str:
     """Return the task's metric if one is named, else its own, else accuracy, else another task's, else the first.
 
     Args:
         evaluation: Of the base on the task.
         named: By task the metrics that objective and constraints name.
         task: The task.
+        own: Names of the metrics that the task's data brings, which the model may log itself.
     """
     if task in named:
         return named[task][0]
     others = (metric for metrics in named.values() for metric in metrics)
     return next(
         metric
-        for metric in (*evaluation.computed, "accuracy", *others, *evaluation.metrics)
+        for metric in (*own, *evaluation.computed, "accuracy", *others, *evaluation.metrics)
         if metric in evaluation.metrics
     )

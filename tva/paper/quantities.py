@@ -101,8 +101,6 @@ QUANTITIES: dict[str, Quantity] = {
     "target.normalized": _divided("edited"),
     "target.normalized_base": _divided("base"),
     "target.normalized_random": _divided("random"),
-    "control.finetuned": _baseline("endpoints", lambda key: True, "control"),
-    "target.endpoints": _baseline("endpoints", lambda key: True, "target"),
     "scaling_coef": lambda content: float(content["coefficients"]["scaling_coef"]),
     "holds": lambda content: float(content["holds"]),
     "cosine.mean": _cosine,
@@ -122,6 +120,10 @@ QUANTITIES: dict[str, Quantity] = {
         ("ascent", "gradient_ascent", lambda key: key.endswith("stopped")),
         ("ascent_interpolated", "gradient_ascent", lambda key: "interpolated" in key),
         ("average", "average", lambda key: True),
+        ("endpoints", "endpoints", lambda key: True),
+        ("c_alone", "parts", lambda key: not re.search(" [−+] ", key)),  # C of an analogy C + (B − A)
+        ("b_minus_a", "parts", lambda key: " − " in key),
+        ("b_plus_c", "parts", lambda key: " + " in key),
     )
 }
 
