@@ -50,7 +50,8 @@ def analogy_curve(seed: int, output: Path) -> list[float]:
         TaskVector.load(output / name / f"seed={seed}/checkpoints/last.tv.safetensors")
         for name in ("solid_a", "solid_b", "sketch_a")
     )
-    vector, model, trainer = sketch_a + (solid_b - solid_a), ClipClassifier(), make_trainer()
+    model, trainer = ClipClassifier(), make_trainer()
+    vector = (sketch_a + (solid_b - solid_a)).named_for(model.state_dict())
     where = {"style": "sketch", "half": "B"}
     data = ImageTask("builtin:symbols", batch_size=500, name="sketch_b", where=where)
     editor = Editor(trainer, model, {"sketch_b": data})
