@@ -191,6 +191,28 @@ def test_wudi_filtered_is_gradient_flow_that_stops(options, expected):
     torch.testing.assert_close(merged, wanted, rtol=0, atol=2e-6)
 
 
+def filtered_reference(deltas, time, rank=None):
+    gram = sum(d.T @ d / d.square().sum() for d in deltas)
+    values, q = torch.linalg.eigh(gram)
+    kept = (values > 1e-12 * values.max()) & (torch.arange(len(values)) >= len(values) - (rank or len(values)))
+    wanted = sum(d @ d.T @ d / d.square().sum() for d in deltas) - sum(deltas) @ gram
+    return sum(deltas) + wanted @ q @ torch.diag(torch.where(kept, (1 - (-time * values).exp()) / values, 0)) @ q.T
+
+
+@pytest.mark.parametrize("time", [0.1, 50.0, 280.0, 1e4])  # a polynomial, and where it would be long a decomposition
+@pytest.mark.parametrize("shape", [(40, 300), (120, 270), (90, 90), (300, 20), (1, 7), (5, 1)])
+def test_wudi_filtered_in_float32_and_in_float64_is_its_formula(shape, time):
+    draw = torch.Generator().manual_seed(0)
+    fall = torch.arange(1.0, min(shape) + 1, dtype=torch.float64) ** -0.7  # of singular values
+    sides = [[torch.randn(n, len(fall), generator=draw, dtype=torch.float64) for n in shape] for _ in range(3)]
+    deltas = [1e-4 * (left * fall) @ right.T for left, right in sides]
+    for dtype, near in ((torch.float64, 1e-9), (torch.float32, 1e-5)):
+        given = {name: TaskVector({"w": delta.to(dtype)}) for name, delta in zip("abc", deltas, strict=True)}
+        merged = evaluate(f'wudi(a, b, c, solve="filtered", time={time})', given)["w"].double()
+        expected = filtered_reference(of(given, "w"), time)
+        assert float((merged - expected).norm() / expected.norm()) < near, dtype
+
+
 def test_wudi_filtered_nears_the_exact_solution():
     given = vectors(3)
     exact, filtered = (evaluate(f"wudi(a, b, c, {x})", given) for x in ('solve="exact"', 'solve="filtered", time=1e12'))

@@ -42,7 +42,7 @@ class MatrixMethod(Method):
         if not self.is_matrix(chunk):
             return self.merge_others(deltas)
         rows = chunk.shape[0]
-        merged = self.merge_matrices([delta.view(rows, -1).double() for delta in deltas], chunk)
+        merged = self.merge_matrices([self.widened(delta.view(rows, -1)) for delta in deltas], chunk)
         return merged.reshape(-1).to(deltas[0].dtype)
 
     def is_matrix(self, chunk: Chunk) -> bool:
@@ -51,8 +51,12 @@ class MatrixMethod(Method):
         left_out = self.exclude and pattern_of(self.exclude, "exclude").search(chunk.tensor)
         return enough and 0 not in chunk.shape and not left_out
 
+    def widened(self, matrix: Tensor) -> Tensor:
+        """Return a matrix in the precision that the method computes in."""
+        return matrix.double()
+
     def merge_matrices(self, matrices: list[Tensor], chunk: Chunk) -> Tensor:
-        """Combine the matrices of all vectors, float64, shape (rows, columns)."""
+        """Combine the matrices of all vectors, float64 unless `widened` says otherwise, shape (rows, columns)."""
         raise NotImplementedError  # every subclass says how
 
     def merge_others(self, deltas: Sequence[Tensor]) -> Tensor:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+import itertools
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -10,6 +13,9 @@ from tva._torch import Tensor, torch
 from tva.merge.base import Chunk
 from tva.merge.linalg import eigen, pseudo_inverse
 from tva.merge.matrix import EMBEDDINGS, OrientedMethod
+
+SHORT = 300.0  # a time up to which the filter magnifies float32's rounding to no more than 1e-5 of the result
+REACH, NODES = 150.0, 64  # of the polynomial: the largest time × eigenvalue, and where the function is evaluated
 
 
 @dataclass(frozen=True)
@@ -70,8 +76,14 @@ class Wudi(OrientedMethod):
                 f"wudi has a rank of 'all', 'participation' or a whole number of at least 1; found {self.rank!r}."
             )
 
+    def widened(self, matrix: Tensor) -> Tensor:
+        short = self.solve == "filtered" and self.time <= SHORT
+        return matrix if short and matrix.dtype == torch.float32 else matrix.double()
+
     def merge_matrices(self, matrices: list[Tensor], chunk: Chunk) -> Tensor:
         start = sum(matrices)
+        if self.solve == "filtered":
+            return start - _filtered(start, matrices, self.time, self.rank)
         columns = start.shape[1]
         gram, slope = start.new_zeros(columns, columns), torch.zeros_like(start)
         for matrix in matrices:
@@ -82,24 +94,100 @@ class Wudi(OrientedMethod):
                 slope += (start - matrix) @ own  # half the gradient at the start; exactly 0 for one vector
         if self.solve == "exact":
             return start - slope @ pseudo_inverse(gram)
-        if self.solve == "filtered":
-            return start - _filtered(gram, slope, self.time, self.rank)
         return start + _adam(gram, slope, int(self.steps), self.lr)
 
     def merge_others(self, deltas: Sequence[Tensor]) -> Tensor:
         return torch.zeros_like(deltas[0])
 
 
-def _filtered(gram: Tensor, slope: Tensor, time: float, rank: int | str) -> Tensor:
-    """Return the step of gradient flow from 0 to ``time``, negated, along the ``rank`` leading eigenvectors."""
-    vectors, roots = eigen(gram)
-    values = roots.square()
+def _filtered(start: Tensor, matrices: Sequence[Tensor], time: float, rank: int | str) -> Tensor:
+    """Return the step of gradient flow from 0 to ``time``, negated, along the ``rank`` leading eigenvectors.
+
+    With S the rows of all vectors, each vector of norm 1, G is SᵀS and the slope is L S; L S f(SᵀS) = L f(SSᵀ) S.
+    """
+    norms = [float(torch.linalg.vector_norm(matrix, dtype=torch.float64)) or 1.0 for matrix in matrices]
+    units = [matrix / norm for matrix, norm in zip(matrices, norms, strict=True)]
+    rows, columns = start.shape
+    others = [start - matrix for matrix in matrices]  # exactly 0 for one vector
+    if len(matrices) * rows < columns:
+        left = torch.cat([other @ unit.T for other, unit in zip(others, units, strict=True)], dim=1)
+        stacked = torch.cat(units)
+        return _flow(left, _gram(stacked.T), time, rank) @ stacked
+    slope = torch.zeros_like(start)
+    if 2 * rows < columns:
+        gram = _gram(torch.cat(units))
+        for other, unit in zip(others, units, strict=True):
+            slope.addmm_(other @ unit.T, unit)
+    else:
+        gram = start.new_zeros(columns, columns)
+        for other, unit in zip(others, units, strict=True):
+            gram += (own := _gram(unit))
+            slope.addmm_(other, own)
+    return _flow(slope, gram, time, rank)
+
+
+def _gram(matrix: Tensor) -> Tensor:
+    """Return the product of the transposed matrix and the matrix; blocks below the diagonal are copied."""
+    columns = matrix.shape[1]
+    found = matrix.new_empty(columns, columns)
+    edges = [columns * part // 4 for part in range(5)] if columns >= 256 else [0, columns]
+    for first, last in itertools.pairwise(edges):
+        torch.mm(matrix[:, first:last].T, matrix[:, first:], out=found[first:last, first:])
+        found[last:, first:last] = found[first:last, last:].T
+    return found
+
+
+def _flow(left: Tensor, gram: Tensor, time: float, rank: int | str) -> Tensor:
+    """Return ``left f(gram)`` with f(λ) = (1 - e^(-time λ)) / λ, or 0 past the ``rank`` leading eigenvalues."""
+    if rank == "all" and gram.dtype == torch.float32:
+        square = _gram(gram)
+        top = float(square.norm().sqrt())  # the root of the sum of all fourth powers: beyond the largest eigenvalue
+        if 0 < time * top <= REACH:
+            if len(left) <= len(gram):
+                return _chebyshev(left, gram, square, time, top)
+            return left @ _chebyshev(torch.eye(len(gram), device=gram.device), gram, square, time, top)
     if rank == "participation":
-        rank = max(1, round(float(values.sum().square() / values.square().sum().clamp(min=1e-300))))
-    kept = len(values) if rank == "all" else int(rank)
-    values, vectors = values[:kept], vectors[:, :kept]
+        rank = max(1, round(float(gram.trace().square() / gram.square().sum().clamp(min=1e-30))))
+    kept = len(gram) if rank == "all" else int(rank)
+    vectors, roots = eigen(gram)
+    values, vectors = roots[:kept].square(), vectors[:, :kept]
     filtered = torch.where(values > 0, -torch.expm1(-time * values) / values, 0)
-    return ((slope @ vectors) * filtered) @ vectors.T
+    return ((left @ vectors) * filtered) @ vectors.T
+
+
+@functools.cache
+def _nodes() -> tuple[Tensor, Tensor]:
+    """Return where a function is needed in [-1, 1], and the matrix that makes Chebyshev coefficients of its values."""
+    angles = (torch.arange(NODES, dtype=torch.float64) + 0.5) * (math.pi / NODES)
+    transform = (torch.arange(NODES)[:, None] * angles).cos() * (2 / NODES)
+    transform[0] /= 2
+    return angles.cos(), transform
+
+
+def _chebyshev(left: Tensor, gram: Tensor, square: Tensor, time: float, top: float) -> Tensor:
+    r"""Return ``left f(gram)`` by a Chebyshev polynomial on [0, ``top``] with float32's precision.
+
+    Half of the products are saved: the odd terms are :math:`x` times a sum of the even ones, by
+    :math:`T_{2k+1}(x) / x = 2 T_{2k}(x) - T_{2k-1}(x) / x`.
+    """
+    points, transform = _nodes()
+    values = top * (1 + points) / 2
+    every = transform @ (-torch.expm1(-time * values) / values)
+    left_out = every.abs().flip(0).cumsum(0).flip(0)
+    coefs = every[left_out > 1e-7 * time].tolist()
+    odd = list(itertools.accumulate(reversed(coefs[1::2]), lambda after, coef: coef - after))[::-1]
+    once = gram * (2 / top)  # x: the matrix, its eigenvalues moved into [-1, 1]
+    twice = (square * (8 / top**2)).sub_(once, alpha=4)  # T_2(x)
+    once.diagonal().sub_(1)
+    twice.diagonal().add_(1)
+    even_sum, odd_sum = coefs[0] * left, odd[0] * left
+    before, now = left.clone(), left @ twice
+    for place, (even, uneven) in enumerate(itertools.zip_longest(coefs[2::2], odd[1:], fillvalue=0.0)):
+        if place:
+            before, now = now, before.addmm_(now, twice, beta=-1, alpha=2)
+        even_sum.add_(now, alpha=even)
+        odd_sum.add_(now, alpha=2 * uneven)
+    return even_sum.addmm_(odd_sum, once)
 
 
 def _adam(gram: Tensor, slope: Tensor, steps: int, lr: float) -> Tensor:
