@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
+from pathlib import Path
 
 
 class MismatchError(ValueError):
@@ -48,3 +49,22 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
     """
     near = difflib.get_close_matches(word, list(known), n=1)
     return f" Did you mean {near[0]!r}?" if near else ""
+
+
+def is_local(name: str) -> bool:
+    """Return whether a name can only be that of a file or folder here: the hub has ``owner/name``, or one word.
+
+    Example:
+        >>> is_local("./bert"), is_local("runs/digits/model"), is_local("bert-base")
+        (True, True, False)
+    """
+    is_path = name.startswith((".", "/", "~", "$")) or name.endswith("/") or name.count("/") > 1
+    return is_path or ("/" in name and Path(name).parent.is_dir())
+
+
+def nearby(path: Path) -> str:
+    """Return a sentence on a file of a similar name that is there, for an error message."""
+    if not path.parent.is_dir():
+        return f" The folder {path.parent} does not exist."
+    near = difflib.get_close_matches(path.name, [file.name for file in path.parent.iterdir()], n=1, cutoff=0.5)
+    return f" Did you mean {path.parent / near[0]}?" if near else ""

@@ -187,6 +187,10 @@ def test_missing_files_and_variables(parquet, tmp_path, monkeypatch):
         ready({"train": parquet.format(split="trian"), "test": parquet.format(split="test")})
     with pytest.raises(FileNotFoundError, match="does not exist"):
         ready("./nowhere/pets.parquet")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "pets").mkdir()
+    with pytest.raises(FileNotFoundError, match="expected at pets/train, but nothing is there"):
+        ready("pets/train")  # not asked of the hub, for pets is a folder here
     with pytest.raises(ValueError, match="environment variable that is not set"):
         ImageTask("$TVA_NO_SUCH_FOLDER/x.parquet")
     monkeypatch.setenv("PETS", str(tmp_path))

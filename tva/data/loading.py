@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import functools
 import gzip
 import operator
@@ -14,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from tva.errors import some
+from tva.errors import is_local, nearby, some
 
 _FORMATS = {".parquet": "parquet", ".arrow": "arrow", ".csv": "csv", ".tsv": "csv", ".json": "json", ".jsonl": "json"}
 _OWN = (".npz", ".txt", ".txt.gz")
@@ -67,7 +66,7 @@ def load_splits(
         if local.is_dir():
             return _read_folder(local, folder, streaming=False)
         if _is_on_the_hub(path):
-            return datasets.load_dataset(path, name=config, revision=revision)
+            return datasets.load_dataset(path.removeprefix("hf://"), name=config, revision=revision)
         if local.suffix == ".npz" and local.exists():
             return _read_npz(local)
         path = {"train": path}
@@ -110,7 +109,7 @@ def check_path(path: str | Mapping[str, str]) -> None:
 
 def _is_on_the_hub(path: str) -> bool:
     local = Path(path)
-    return not (local.suffix or local.is_absolute() or path.startswith(".") or local.is_dir())
+    return path.startswith("hf://") or not (local.suffix or local.is_dir() or is_local(path))
 
 
 def _files_by_split(path: str) -> dict[str, str]:
@@ -190,14 +189,6 @@ def resolved_revision(splits: Mapping[str, Any]) -> str | None:
             if found := re.search(r"hf://datasets/[^@]+@([0-9a-f]{40})/|/([0-9a-f]{40})/[^/]+\.arrow$", place):
                 return found[1] or found[2]
     return None
-
-
-def nearby(path: Path) -> str:
-    """Return a sentence on a file of a similar name that is there, for an error message."""
-    if not path.parent.is_dir():
-        return f" The folder {path.parent} does not exist."
-    near = difflib.get_close_matches(path.name, [file.name for file in path.parent.iterdir()], n=1, cutoff=0.5)
-    return f" Did you mean {path.parent / near[0]}?" if near else ""
 
 
 def _read_text(file: Path) -> str:

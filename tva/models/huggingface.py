@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
@@ -11,7 +12,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from tva.errors import some
+from tva.errors import is_local, nearby, some
 
 Kind = Literal[
     "AutoModel",
@@ -210,8 +211,15 @@ def import_transformers() -> Any:
 def _place(name: str) -> str:
     """Fill in environment variables, and refuse a folder that is not there before the hub is asked for it."""
     name = os.path.expandvars(os.path.expanduser(name))
-    if not Path(name).is_dir() and (name.startswith((".", "/", "$")) or name.count("/") > 1):
-        raise FileNotFoundError(f"A folder with config.json and weights was expected at {name}, but none is there.")
+    if name.startswith("hf://"):
+        return name.removeprefix("hf://")
+    if is_local(name) and not Path(name).is_dir():
+        hub = (
+            f" A repository of that name on the hub is hf://{name}." if re.fullmatch(r"\w[\w.-]*/[\w.-]+", name) else ""
+        )
+        raise FileNotFoundError(
+            f"A folder with config.json and weights was expected at {name}, but none is there.{nearby(Path(name))}{hub}"
+        )
     return name
 
 
@@ -221,10 +229,12 @@ def _explained(name: str, what: str) -> Iterator[None]:
         yield
     except (OSError, ValueError, KeyError) as error:
         said = " ".join(str(error).split())
-        raise ValueError(
-            f"transformers could not load {what} from {name}: {said} Give a local folder, or a name on the hub while "
-            f"online."
-        ) from error
+        if not Path(name).is_dir():
+            raise ValueError(
+                f"There is no folder {name}.{nearby(Path(name))} transformers could not load {what} of that name from "
+                f"the hub either: {said}"
+            ) from error
+        raise ValueError(f"transformers could not load {what} from {name}: {said}") from error
 
 
 @contextlib.contextmanager
