@@ -5,6 +5,7 @@ import io
 import json
 import runpy
 import shutil
+import subprocess
 import sys
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -226,7 +227,15 @@ def test_a_space_of_a_text_classifier_goes_up_and_answers_as_play_does(hub, tmp_
     assert sorted(hub.files)[: len(DEMO) + 4] == [*DEMO, "heads.safetensors", *model]
     head = yaml.safe_load(hub.files["README.md"].decode().split("---")[1])
     assert (head["sdk"], head["app_file"], head["models"]) == ("gradio", "app.py", ["owner/base"])
-    assert hub.files["requirements.txt"].decode().startswith("tva[text]==")
+    required = hub.files["requirements.txt"].decode().splitlines()
+    assert any(line.startswith("torch>=") for line in required)
+    assert any(line.startswith("transformers>=") and "extra" not in line for line in required)
+    assert not any(line.startswith(("tva", "pytest", "peft")) for line in required)
+    code = "import tva.callbacks, tva.edit.play.demo; print(tva.__file__, tva.callbacks.__file__)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=run / "space", capture_output=True, text=True, check=True)
+    assert done.stdout.split() == [str(run / f"space/tva/{part}__init__.py") for part in ("", "callbacks/")]
+    assert {"tva/models/tiny/tva-tiny.json", "tva/py.typed"} <= set(hub.files)
+    assert not any(name.endswith(".pyc") for name in hub.files)
     (tmp_path / "bert").rename(tmp_path / "gone")  # the demo has all it needs
     demo = Demo(run / "space")
     (tmp_path / "gone").rename(tmp_path / "bert")
@@ -248,7 +257,9 @@ def test_a_space_continues_prompts_and_classifies_images(hub, tmp_path):
     for kind, make in (("prompts", language_run), ("images", image_run)):
         (tmp_path / kind).mkdir()
         runs[kind] = make(tmp_path / kind)
-        main(["push", str(runs[kind]), "me/edited", "--space", "--dry_run"])
+        main(["push", str(runs[kind]), "me/edited", "--space", "--dry_run", "--requirement=tva==1.0"])
+        assert (runs[kind] / "space/requirements.txt").read_text() == "tva==1.0\n"
+        assert not (runs[kind] / "space/tva").exists()
     greedy = Sampling(6, 0.0)
     texts = Demo(runs["prompts"] / "space").answer(TEXT, None, 6, 0.0)
     assert texts == open_run(str(runs["prompts"])).answer(TEXT, sampling=greedy).texts

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 from collections.abc import Mapping
 from importlib import metadata
@@ -12,6 +13,7 @@ from typing import Any
 
 import yaml
 
+import tva.callbacks
 from tva.checkpoints import fingerprint, save_weights
 from tva.edit.play.demo import BASE, EDITED, FACTS, HEADS, INSIDE, LOCAL, PATHS
 from tva.edit.play.model import Playground
@@ -35,7 +37,9 @@ if __name__ == "__main__":
 '''
 
 
-def write_space(playground: Playground, folder: Path, config: Path, base_model: str | None = None) -> Path:
+def write_space(
+    playground: Playground, folder: Path, config: Path, base_model: str | None = None, requirement: str | None = None
+) -> Path:
     """Write the demo of an edit into ``folder/space``, replacing an earlier one.
 
     Args:
@@ -43,6 +47,7 @@ def write_space(playground: Playground, folder: Path, config: Path, base_model: 
         folder: Of the edit.
         config: The options it was made with.
         base_model: ``owner/name`` of the base on the hub, for the Space's card.
+        requirement: The line of ``requirements.txt`` that installs tva; by default its source is copied into the demo.
 
     Returns:
         The folder of the demo.
@@ -75,11 +80,11 @@ def write_space(playground: Playground, folder: Path, config: Path, base_model: 
         "base": fingerprint(base).digest,
         "edited": fingerprint(edited).digest,
     }
-    extra = "[text]" if playground.input != "image" or path.endswith(".TransformersModel") else ""
+    needs_text = playground.input != "image" or path.endswith(".TransformersModel")
     texts = {
         FACTS: json.dumps(facts, indent=1),
         "app.py": APP,
-        "requirements.txt": f"tva{extra}=={__version__}\n",
+        "requirements.txt": f"{requirement}\n" if requirement else _copy_package(staging, needs_text),
         "README.md": _card(facts, playground.content, base_model),
     }
     for name, text in texts.items():
@@ -87,6 +92,25 @@ def write_space(playground: Playground, folder: Path, config: Path, base_model: 
     shutil.rmtree(out, ignore_errors=True)
     staging.rename(out)
     return out
+
+
+def _copy_package(staging: Path, needs_text: bool) -> str:
+    """Copy the source of tva into the demo; return the requirements that it has, one a line.
+
+    A Space installs its requirements before it has its files, so they cannot name a wheel among these.
+    """
+    try:
+        required = metadata.requires("tva") or []
+    except metadata.PackageNotFoundError as error:
+        raise ValueError(
+            "The demo needs tva's requirements, and tva is not installed here. Install it (pip install .), or give "
+            "--requirement, the line of requirements.txt that installs tva."
+        ) from error
+    for source, target in ((Path(tva.__file__).parent, "tva"), (Path(tva.callbacks.__file__).parent, "tva/callbacks")):
+        shutil.copytree(source, staging / target, ignore=shutil.ignore_patterns("__pycache__"), dirs_exist_ok=True)
+    extra = re.compile(r"""\s*;\s*extra == ['"](\w[\w-]*)['"]$""")
+    wanted = [(extra.sub("", line), extra.search(line)) for line in required]
+    return "".join(f"{line}\n" for line, found in wanted if found is None or (needs_text and found[1] == "text"))
 
 
 def _model_of(playground: Playground, config: Path) -> tuple[str, dict[str, Any]]:

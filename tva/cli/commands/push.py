@@ -25,6 +25,7 @@ def run(
     dry_run: bool = False,
     yes: bool = False,
     space: bool = False,
+    requirement: str | None = None,
 ) -> Pushed:
     """Upload edited weights, their task vectors and a model card in one commit, after asking for confirmation.
 
@@ -40,6 +41,8 @@ def run(
         yes: Upload without asking.
         space: Write a demo into ``space/`` of the run's folder, from the options that `tva edit` left there, and upload
             that. They name classes, whose code is run: only for runs you trust.
+        requirement: The line of the Space's ``requirements.txt`` that installs tva, such as ``tva==1.0`` from an index
+            or ``tva @ git+https://…``. By default this tva's own source goes up with the demo.
 
     Returns:
         What was uploaded.
@@ -51,8 +54,10 @@ def run(
     """
     options = {"base_model": base_model, "vectors": vectors, "public": public}
     send = functools.partial(push, run, repository, **options)
+    if requirement and not space:
+        raise ValueError("--requirement is what a Space installs tva by. Give --space with it, or leave it out.")
     if space:
-        send = functools.partial(push_space, _write_demo(run, base_model), repository, public=public)
+        send = functools.partial(push_space, _write_demo(run, base_model, requirement), repository, public=public)
     planned = send(dry_run=True)
     if dry_run:
         return planned
@@ -70,7 +75,7 @@ def run(
     return send()
 
 
-def _write_demo(run: str | os.PathLike[str], base_model: str | None) -> Path:
+def _write_demo(run: str | os.PathLike[str], base_model: str | None, requirement: str | None) -> Path:
     """Write the demo of a run; return its folder."""
     folder = Path(run) if Path(run).is_dir() else Path(run).parent
     check_edited(folder)
@@ -83,12 +88,16 @@ def _write_demo(run: str | os.PathLike[str], base_model: str | None) -> Path:
     from tva.edit.space import write_space
 
     playground = open_run(os.fspath(run), num_examples=1)
-    return write_space(playground, folder, folder / CONFIG, base_model)
+    return write_space(playground, folder, folder / CONFIG, base_model, requirement)
 
 
 def _list(result: Pushed) -> None:
     console = make_console()
-    for name, size in result.files.items():
+    package = {name: size for name, size in result.files.items() if name.startswith("tva/")}
+    shown = {name: size for name, size in result.files.items() if name not in package}
+    if package:
+        shown[f"tva/ ({len(package)} files: the source of tva)"] = sum(package.values())
+    for name, size in shown.items():
         print_line(console, f"{size:>14,} bytes  {name}")
     for note in result.notes:
         print_line(console, note)
