@@ -84,13 +84,16 @@ def run(name: str, seeds: Sequence[int], options: Mapping[str, Any], command: st
     for seed in seeds:
         started = time.monotonic()
         values = _rounded(module.measure(seed, **{**module.OPTIONS, **options}))
+        how = values.pop("made", {})  # of a benchmark that only reads what was run before
+        seconds = how.pop("seconds", round(time.monotonic() - started))
         with _turn(file):  # other seeds may be measured at the same time
             entry = json.loads(file.read_text()) if file.exists() else {"made": [], "seeds": {}}
             others = [earlier for earlier in entry["made"] if earlier != written]
             for earlier in others:
                 earlier["seeds"] = [other for other in earlier["seeds"] if other != seed]
+            made |= how
             made["seeds"].append(seed)
-            made["seconds"] = [*made.get("seconds", []), round(time.monotonic() - started)]
+            made["seconds"] = [*made.get("seconds", []), seconds]
             written = json.loads(json.dumps(made))
             entry["made"] = [*(earlier for earlier in others if earlier["seeds"]), written]
             entry["seeds"] = dict(sorted({**entry["seeds"], str(seed): values}.items(), key=lambda pair: int(pair[0])))

@@ -1,13 +1,16 @@
-"""The paper's experiments, from `tva paper`: forgetting and adding on real images.
+"""The paper's experiments, by groups of them, from the runs of `tva paper`.
 
-    python -m benchmarks run paper --seeds 0 1 2 --data_root DATA [--scale real] [--output runs/paper]
+    python -m benchmarks run paper --group texts --seeds 0 1 2 --data_root DATA [--output runs/paper]
+    python -m benchmarks run paper --group texts --seeds 0 1 2 --runs DIR --commit COMMIT
 
-What is finished is skipped. `paper_texts`, `paper_language`, `paper_analogies` and `paper_smoke` are other experiments.
+The first runs what is not finished. The second only reads what is, in the output folder of `tva paper run`, and records
+the commit with which it was run.
 """
 
 from __future__ import annotations
 
-import json
+import os
+import platform
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -18,24 +21,31 @@ import numpy as np
 from benchmarks.ledger import markdown, over_seeds
 from tva.cli.main import main as tva
 from tva.evaluation.intervals import student_interval
-from tva.paper.suite import find_scale
+from tva.paper.results import Made, effects_of, find_fits, find_made, rows_of
+from tva.paper.suite import Scale, find_scale
 
-OPTIONS = {"scale": "real", "data_root": "", "output": "runs/paper"}
+OPTIONS = {"group": "images", "scale": "real", "data_root": "", "output": "runs/paper", "runs": "", "commit": ""}
+PARTS = ("group",)
 DEPENDS = ("benchmarks/paper.py", "tva/paper", "tva/edit", "tva/evaluation", "tva/search", "tva/models", "tva/data")
-EXPERIMENTS = ("forgetting-images", "adding-images")
+GROUPS = {
+    "images": ("forgetting-images", "adding-images", "ablations"),
+    "texts": ("forgetting-texts", "adding-texts", "analogy-domains"),
+    "analogies": ("analogy-subpopulations", "few-shot", "kings-and-queens"),
+    "language": ("forgetting-toxicity", "forgetting-style", "analogy-sentiment"),
+    "smoke": ("forgetting-images", "adding-images", "analogy-subpopulations"),
+}
+LABELS = ("base", "finetuned", "edited", "random")
 
 
-def measure(seed: int, scale: str, data_root: str, output: str) -> dict[str, Any]:
-    """Run the experiments if need be, and return one seed's numbers and edits."""
-    return run_seed(EXPERIMENTS, seed, scale, data_root, output)
-
-
-def run_seed(experiments: Sequence[str], seed: int, scale: str, data_root: str, output: str) -> dict[str, Any]:
-    """Run experiments with one seed if need be, and return its numbers and edits."""
-    words = [*experiments, "--scale", scale, "--output", output]
-    _call("paper", "run", *words, "--seeds", f"[{seed}]", *(["--data_root", data_root] if data_root else []))
-    _call("paper", "table", *words)
-    return values_of(json.loads((Path(output) / "table.json").read_text()), seed)
+def measure(seed: int, group: str, scale: str, data_root: str, output: str, runs: str, commit: str) -> dict[str, Any]:
+    """Run a group's experiments if need be, and return one seed's numbers, pairs and edits."""
+    if group not in GROUPS:
+        raise ValueError(f"There is no group {group!r} of the paper's experiments; there are {', '.join(GROUPS)}.")
+    scale = "smoke" if group == "smoke" else scale
+    if not runs:
+        root = ["--data_root", data_root] if data_root else []
+        _call("paper", "run", *GROUPS[group], "--scale", scale, "--output", output, "--seeds", f"[{seed}]", *root)
+    return gather([find_scale(name, scale) for name in GROUPS[group]], Path(runs or output), seed, commit)
 
 
 def _call(*words: str) -> None:
@@ -46,45 +56,93 @@ def _call(*words: str) -> None:
             raise
 
 
-def values_of(table: Mapping[str, Any], seed: int) -> dict[str, Any]:
-    """Return what a seed contributes to a table of `tva paper table`: rows, effects and edits that forget one task."""
+def gather(scales: Sequence[Scale], folder: Path, seed: int, commit: str = "") -> dict[str, Any]:
+    """Return what a folder of finished runs has of a seed: rows, effects, pairs, and edits that forget one task.
+
+    Raises:
+        ValueError: It has nothing of that seed.
+    """
+    values: dict[str, Any] = {"scale": scales[0].name, "rows": {}, "effects": {}, "pairs": {}, "edits": {}}
+    ours: list[Made] = []
+    fits: dict[tuple[str, str], float] = {}
+    for scale in scales:
+        made, name = find_made(folder, scale), scale.experiment
+        own = [each for each in made if each.seed == seed]
+        rows = {f"{name}: {row.row}": row.seeds for row in rows_of(scale, made)}
+        effects = {f"{name}: {effect.effect}": effect.seeds for effect in effects_of(scale, made)}
+        values["rows"] |= {key: seeds[seed] for key, seeds in rows.items() if seed in seeds}
+        values["effects"] |= {key: seeds[seed] for key, seeds in effects.items() if seed in seeds}
+        values["edits"] |= {each.name: _edit_values(each) for each in own if each.group == "forget-{task}"}
+        found = next(filter(None, map(_pairs, own)), None)
+        values["pairs"] |= {name: found} if found else {}
+        used = {vector for each in own for vector in each.content["vectors"]}
+        fits |= {
+            (scale.setup_name, fit["task"]): fit["seconds"]
+            for fit in find_fits(folder, [scale.setup_name])
+            if fit["seed"] == seed and fit["task"] in used
+        }
+        ours += own
+    if not ours:
+        raise ValueError(f"{folder} has no finished edits of seed {seed}; `tva paper run` makes them.")
+    how = {
+        "seconds": round(sum(fits.values()) + sum(each.seconds for each in ours)),
+        "date": max(each.content["created"] for each in ours)[:10],
+        "machine": f"{os.cpu_count()} CPU cores, {platform.machine()}",
+    }
     return {
-        "rows": {
-            f"{row['experiment']}: {row['row']}": row["seeds"][str(seed)]
-            for row in table["rows"]
-            if str(seed) in row["seeds"]
-        },
-        "effects": {
-            f"{effect['experiment']}: {effect['effect']}": effect["seeds"][str(seed)]
-            for effect in table["effects"]
-            if str(seed) in effect["seeds"]
-        },
-        "edits": {
-            edit["edit"]: {
-                "coef": edit["coefficients"]["scaling_coef"],
-                "holds": edit["verdict"] in ("all constraints hold on test data", "no constraint was set"),
-                "tasks": {
-                    name: {label: task[label]["value"] for label in LABELS if label in task}
-                    | {"n": task["num_examples"]}
-                    for name, task in edit["tasks"].items()
-                },
-            }
-            for edit in table["edits"]
-            if edit["seed"] == seed and edit["edit"].startswith("forget-")
+        **{key: value for key, value in values.items() if value},
+        "made": how | ({"commit": commit} if commit else {}),
+    }
+
+
+def _edit_values(made: Made) -> dict[str, Any]:
+    content = made.content
+    return {
+        "coef": content["coefficients"]["scaling_coef"],
+        "holds": content["holds"],
+        "tasks": {
+            name: {label: task[label]["value"] for label in LABELS if label in task} | {"n": task["num_examples"]}
+            for name, task in content["tasks"].items()
         },
     }
 
 
-LABELS = ("base", "finetuned", "edited", "random")
+def _pairs(made: Made) -> dict[str, list[float]]:
+    """Return by pair the mean normalized accuracy of its sum on its tasks, and the cosine of its vectors."""
+    found = {name: made.content["diagnostics"].get(name, {}).get("rows", {}) for name in ("pairs", "cosine")}
+    names = {pair: pair.split(" + ") for pair in found["pairs"]}
+    return {
+        pair: [round(found["pairs"][pair]["normalized"], 4), round(found["cosine"][first][second], 4)]
+        for pair, (first, second) in names.items()
+    }
 
 
 def tables(runs: Mapping[int, Mapping[str, Any]]) -> dict[str, str]:
-    """Return the two comparisons with the paper, and the edits that forget."""
-    return {
-        "forgetting": compared(runs, "forgetting-images"),
-        "adding": compared(runs, "adding-images"),
-        "edits": edits(runs),
-    }
+    """Return a comparison with the paper for each experiment, pairs of tasks, and the edits that forget."""
+    found = list(runs.values())
+    names = dict.fromkeys(key.partition(": ")[0] for run in found for key in run["rows"])
+    made = {name: compared(runs, name, found[0]["scale"]) for name in names}
+    made |= {f"{name}-pairs": pairs(found, name) for name in found[0].get("pairs", {})}
+    return made | ({"edits": edits(runs)} if "edits" in found[0] else {})
+
+
+def pairs(found: Sequence[Mapping[str, Any]], experiment: str) -> str:
+    """Return a matrix: above its diagonal mean normalized accuracy in percent, below it cosines; means over seeds."""
+    runs = [run["pairs"][experiment] for run in found if experiment in run.get("pairs", {})]
+    names = list(dict.fromkeys(name for pair in runs[0] for name in pair.split(" + ")))
+
+    def cell(row: int, column: int) -> str:
+        if row == column:
+            return ""
+        pair = " + ".join(names[place] for place in sorted((row, column)))
+        return f"{_mean(runs, pair, 1):.3f}".replace("-", "−") if row > column else f"{100 * _mean(runs, pair, 0):.1f}"
+
+    places = range(len(names))
+    return markdown(["", *names], [[names[row], *(cell(row, column) for column in places)] for row in places])
+
+
+def _mean(runs: Sequence[Mapping[str, Sequence[float]]], pair: str, place: int) -> float:
+    return statistics.fmean(run[pair][place] for run in runs)
 
 
 def compared(runs: Mapping[int, Mapping[str, Any]], experiment: str, scale: str = "real") -> str:

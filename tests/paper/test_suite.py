@@ -13,6 +13,7 @@ import pytest
 import yaml
 from small_cli import blobs, fit_config
 
+from benchmarks import paper
 from tva.cli.commands import fit_many, paper__run
 from tva.cli.main import main
 from tva.paper.figures import curve_rows, figures_of, pair_rows, write_figures
@@ -161,6 +162,37 @@ def test_the_table_has_means_over_seeds_and_the_papers_numbers(made, capsys, tmp
     assert "## another" not in (tmp_path / "table.md").read_text()
     assert (tmp_path / "table.csv").read_text().count("\n") == 3
     assert r"\toprule" in (tmp_path / "table.tex").read_text()
+
+
+def test_the_ledger_takes_finished_runs_as_they_are(made, monkeypatch):
+    file, output, _, _ = made
+    monkeypatch.setitem(paper.GROUPS, "own", (str(file),))
+    monkeypatch.setattr(paper, "tva", None)  # nothing is run
+    found = {
+        seed: paper.measure(
+            seed, **{**paper.OPTIONS, "group": "own", "scale": "small", "runs": str(output), "commit": "c"}
+        )
+        for seed in (3, 4)
+    }
+    edits = [json.loads(path.read_text()) for path in output.glob("blobs/small/*/seed=3/edit/edit.json")]
+    ours = [task["edited"]["value"] for edit in edits for task in edit["tasks"].values() if task["role"] == "target"]
+    assert found[3]["rows"]["blobs: target"] == pytest.approx(100 * statistics.fmean(ours))
+    assert found[3]["edits"]["forget-one"]["coef"] == 0.5
+    how = found[3].pop("made")
+    assert how["commit"] == "c"
+    assert how["date"] == edits[0]["created"][:10]
+    marks = [*output.glob("blobs/small/*/seed=3/done.json"), *output.glob("fits/blobs/*/seed=3/done.json")]
+    assert how["seconds"] == round(sum(json.loads(mark.read_text())["seconds"] for mark in marks))
+    with pytest.raises(ValueError, match="no finished edits of seed 5"):
+        paper.gather([find_scale(str(file), None)], output, 5)
+
+
+def test_pairs_are_a_matrix_of_accuracies_and_cosines():
+    pairs = {"a + b": [0.9, 0.1], "a + c": [0.8, 0.2], "b + c": [1.0, 0.3]}
+    rows = paper.pairs(
+        [{"pairs": {"add": pairs}}, {"pairs": {"add": {**pairs, "b + c": [0.9, 0.1]}}}], "add"
+    ).splitlines()
+    assert rows[2:] == ["| a |  | 90.0 | 80.0 |", "| b | 0.100 |  | 95.0 |", "| c | 0.200 | 0.200 |  |"]
 
 
 def test_check_fails_where_an_effect_is_not_shown(made, capsys, tmp_path):
