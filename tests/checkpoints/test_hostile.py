@@ -18,6 +18,7 @@ from small_states import save_distributed
 
 from tva import MismatchError, TaskVector, open_weights, save_weights
 from tva.checkpoints import open_finetuned, side_files
+from tva.checkpoints.foreign import parse_json
 from tva.checkpoints.formats.torch_distributed import _Chunk, _tile
 from tva.checkpoints.inert_pickle import InertUnpickler, check_pickle
 from tva.checkpoints.tokenizers import token_ids
@@ -262,6 +263,13 @@ def test_a_tensor_whose_strides_are_truth_values_is_refused(tmp_path):
             made.writestr(name, data.replace(b"K\x02K\x01\x86", b"K\x02\x88\x86"))
     with pytest.raises(ValueError, match="m.pt"):
         open_weights(tmp_path / "m.pt")
+
+
+def test_an_integer_of_more_than_64_bits_is_refused_with_the_file():
+    assert parse_json(f"[{2**64 - 1}, {-(2**63)}]", "x.json", [int]) == [2**64 - 1, -(2**63)]
+    for number in (2**64, -(2**63) - 1, 10**400):  # charts, among others, take no larger ones
+        with pytest.raises(ValueError, match=r"x.json is not valid JSON \(an integer of .* digits, where at most 64"):
+            parse_json(f"[{number}]", "x.json", list)
 
 
 def test_names_that_match_nothing_stay_an_error(tmp_path):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 
 import pytest
@@ -204,6 +205,19 @@ def test_a_file_of_ones_own_under_the_outputs_name_is_never_replaced(inputs, cap
     for file in sorted(others):
         assert run(*WRITING[name], "--output", f"{file}.safetensors") == 2
         assert f"output {file}.safetensors is there already" in capsys.readouterr().err
+    assert contents(inputs) == before
+
+
+@pytest.mark.parametrize("name", WRITING)
+def test_an_output_without_a_name_is_refused_in_words(inputs, capsys, name):
+    before = contents(inputs)
+    assert run("inspect", "a\0b.safetensors") == 2
+    assert "has a NUL character" in capsys.readouterr().err
+    for output in ("a\0b.safetensors", "", ".", "./", "/"):
+        assert run(*WRITING[name], "--output", output) == 2
+        assert re.search(
+            "output must (be the name of a file|end in .safetensors)|name must end in", capsys.readouterr().err
+        )
     assert contents(inputs) == before
 
 

@@ -14,7 +14,6 @@ from typing import Any
 
 TEXT_BYTES = 2**27  # of a file that is read whole: an index of a million tensors takes less
 MAX_DEPTH = 100  # of JSON: lists and objects in one another
-MAX_DIGITS = 40  # of an integer in JSON
 SHOWN = 80  # characters of a foreign value in a message
 
 Form = Any  # see `check_form`
@@ -128,9 +127,9 @@ def check_form(value: Any, form: Form, where: str) -> None:
 
 
 def _integer(text: str) -> int:
-    if len(text) > MAX_DIGITS:
-        raise ValueError(f"an integer of {len(text):,} digits")
-    return int(text)
+    if len(text) > 20 or not -(2**63) <= (number := int(text)) < 2**64:
+        raise ValueError(f"an integer of {len(text):,} digits, where at most 64 bits are read")
+    return number
 
 
 _WORDS = {str: "text", int: "an integer", float: "a number", bool: "true or false", dict: "an object", list: "a list"}

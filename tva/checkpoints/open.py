@@ -88,6 +88,8 @@ def find(path: str | os.PathLike[str]) -> Path:
     if is_hub(path):
         return fetch(path)
     path = Path(path).expanduser()
+    if "\0" in str(path):
+        raise ValueError(f"{str(path)!r} has a NUL character, which no file's name has. Check the path.")
     if not path.exists():
         there = path.parent.is_dir()
         names = sorted(p.name for p in path.parent.iterdir() if not p.name.startswith(".")) if there else []

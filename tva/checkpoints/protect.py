@@ -30,9 +30,13 @@ def protect(outputs: Iterable[str | os.PathLike[str]], inputs: Mapping[str, str 
 
     Raises:
         ValueError: An output is an input by its path, a link or a hard link; is a file of an input folder that tva did
-            not write; or is in an input folder in which a file more would change which weights are read.
+            not write; is in an input folder in which a file more would change which weights are read; or has no name.
     """
     outputs = [Path(output) for output in outputs]
+    for output in outputs:
+        if not output.name or "\0" in str(output):
+            found = "has a NUL character" if output.name else "is the working directory or the root"
+            raise ValueError(f"output must be the name of a file or of a folder; {str(output)!r} {found}.")
     for what, path in inputs.items():
         if not is_hub(path) and Path(path).exists():
             for output in outputs:

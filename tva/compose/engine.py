@@ -490,9 +490,10 @@ class Composer:
                 "every delta is zero. Check that the vectors are of fine-tuned models rather than of the base, and "
                 "that the recipe does not cancel them"
             )
-        infos = [str(source.weights.info) for source in self.sources.values() if source.weights.info.notes]
-        read = f" What was read: {'; '.join(infos)}." if infos else ""
-        raise NoEffectError(f"The edit {self.recipe.text} changed no element of {self.base.info.path}: {why}.{read}")
+        read = "; ".join(f"{name} is {source.weights.info}" for name, source in self.sources.items())
+        raise NoEffectError(
+            f"The edit {self.recipe.text} changed no element of {self.base.info.path}: {why}. What was read: {read}."
+        )
 
 
 @contextmanager

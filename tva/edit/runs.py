@@ -79,9 +79,9 @@ def revisit(
     if kind in (".csv", ".tex"):
         tables[output] = to_csv(all_rows(contents)) if kind == ".csv" else to_latex(contents)
     exports: dict[Path, str | bytes] = {Path(path): text for path, text in tables.items() if path is not None}
+    drawn_pages = {} if kind in (".csv", ".tex") else _pages(paths, contents, notices, output)
     if charts is not None:
         exports |= {Path(charts) / name: drawn for name, drawn in chart_files(contents, format)}
-    drawn_pages = {} if kind in (".csv", ".tex") else _pages(paths, contents, notices, output)
     for path, content in {**drawn_pages, **exports}.items():
         if not _is_page_of_run(path):
             check_export(path, content)
@@ -123,7 +123,7 @@ def _pages(
         page = Path(output) if output is not None and len(paths) == 1 else folder / PAGE
         try:
             pages[page] = edit_page(contents[names[path]], notices[names[path]])
-        except (KeyError, TypeError, AttributeError, IndexError) as error:
+        except (KeyError, TypeError, AttributeError, IndexError, ValueError) as error:
             raise ValueError(
                 f"{path} is of another version of tva, whose reports this one cannot draw ({type(error).__name__}: "
                 f"{error}). Make the edit again."
