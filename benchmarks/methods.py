@@ -159,13 +159,13 @@ class Merges:
 
 
 def cost(recipe: str, vectors: Mapping[str, TaskVector]) -> list[float]:
-    """Return a merge's milliseconds, and its MiB beyond the vectors, its result included."""
+    """Return a merge's milliseconds of the processor, and its MiB beyond the vectors, its result included."""
     seconds, most = math.inf, 0
     for _ in range(2):  # the first may load what it needs
         before = _resident(reset=True)
-        started = time.perf_counter()
+        started = time.process_time()
         merged = Recipe(recipe, vectors).evaluate(vectors)
-        seconds = min(seconds, time.perf_counter() - started)
+        seconds = min(seconds, time.process_time() - started)
         most = _resident() - before
         del merged
         if seconds > 1:
@@ -185,9 +185,14 @@ def _resident(reset: bool = False) -> int:
     return int(status.split("VmHWM:")[1].split()[0]) * 1024
 
 
+def setting_of(model: Model, x: float) -> Setting:
+    """Return what the recipes of a model's tasks are written from."""
+    return Setting(model.tasks, model.matrix, model.no_gram, lambda kind: repr(model.information(kind)), x)
+
+
 def recipes(row: Row, model: Model, x: float) -> list[tuple[str, Sequence[str]]]:
     """Return the recipes of a row, and the tasks that each is evaluated on."""
-    setting = Setting(model.tasks, model.matrix, model.no_gram, lambda kind: repr(model.information(kind)), x)
+    setting = setting_of(model, x)
     if row.kind == "task":
         return [(row.recipe(replace(setting, task=place)), [task]) for place, task in enumerate(model.tasks, 1)]
     if row.kind == "pair":
@@ -220,15 +225,22 @@ def choose(score: Callable[[float], float], scale: float) -> tuple[float, bool]:
     return float(f"{best():.4g}"), edge
 
 
+def tune(row: Row, merges: Merges, alone: Mapping[str, int]) -> tuple[float, bool, float]:
+    """Choose a row's number on validation data; return it, whether it is at the end of those tried, and its score."""
+    scores = {}
+
+    def score(x: float) -> float:
+        right = merges.right(row, x, "val")
+        scores[x] = statistics.fmean(count / alone[task] for task, count in right.items())
+        return scores[x]
+
+    x, edge = choose(score, row.scale)
+    return x, edge, scores[x]
+
+
 def run_row(row: Row, merges: Merges, alone: Mapping[str, int]) -> list[Any]:
     """Return the tuned number, 1 if it is at the end, and what is right by task."""
-    x, edge = 1.0, False
-    if row.scale:
-
-        def score(x: float) -> float:
-            return statistics.fmean(count / alone[task] for task, count in merges.right(row, x, "val").items())
-
-        x, edge = choose(score, row.scale)
+    x, edge = tune(row, merges, alone)[:2] if row.scale else (1.0, False)
     found = merges.right(row, x, "test")
     return [x, int(edge), *(found[task] for task in merges.model.tasks)]
 
@@ -303,7 +315,6 @@ def tables(runs: Mapping[int, Any]) -> dict[str, str]:
         "known": markdown(heads, [line[:3] for line in lines(known)]),
         **({"pairs": markdown(heads, [line[:3] for line in lines(pairs)])} if pairs else {}),
         "tasks": _tasks(found),
-        "filtered": _filtered_against_adam(found),
     }
 
 
@@ -337,20 +348,3 @@ def _tasks(found: Sequence[Mapping[str, Any]]) -> str:
         base, alone = (statistics.fmean(each[key][place] / count for each in found) for key in ("base", "alone"))
         said.append(f"{task} {base:.1%} → {alone:.1%}")
     return ", ".join(said)
-
-
-def _filtered_against_adam(found: Sequence[Mapping[str, Any]]) -> str:
-    """Return a table of the closed form of WUDI's early stop against Adam, in points, by seed."""
-    lines = []
-    for name in found[0]["rows"]:
-        if not name.startswith("wudi, filtered"):
-            continue
-        adam = "wudi, λ = 1" if "λ = 1" in name else "wudi"
-        points = [100 * (_mean(each, name) - _mean(each, adam)) for each in found]
-        costs = [each["cost"] for each in found if name in each["cost"]]
-        ratio = f"{statistics.median(one['wudi'][0] / one[name][0] for one in costs):.1f} ×" if costs else ""
-        least = [
-            round(100 * min(map(float.__sub__, _normalized(each, name), _normalized(each, adam)))) for each in found
-        ]
-        lines.append([name, with_interval(points, form="{:+.1f}".format), ", ".join(map(str, least)), ratio])
-    return markdown(["closed form", "points above Adam", "of the worst task, by seed", "times faster"], lines)

@@ -16,7 +16,7 @@ import torch
 from small_models import run_ranks
 
 from benchmarks import __main__ as commands
-from benchmarks import learned, ledger, merge_models, methods
+from benchmarks import early_stop, learned, ledger, merge_models, methods
 
 ROOT = Path(__file__).parents[1]
 
@@ -218,7 +218,6 @@ def test_methods_that_tune_nothing_stand_apart_and_the_others_are_tested_against
     assert "base" in made["untuned"]
     assert "tall" in made["known"]
     assert made["tasks"] == "a 50.0% → 90.0%, b 40.0% → 100.0%"
-    assert "| wudi, filtered at 50 | +1.5 [+0.3, +2.7] | 0, 0, 0 | 30.0 × |" in made["filtered"]
 
 
 def test_every_row_is_tuned_alike_and_an_end_is_flagged():
@@ -274,6 +273,22 @@ def test_every_method_is_measured_and_what_is_done_is_not_done_again(tmp_path, m
     assert not capsys.readouterr().out
     with pytest.raises(ValueError, match=r"two has 4 tasks; found --num_tasks 8\."):
         methods.measure(1, **options | {"num_tasks": 8})
+
+
+def test_the_early_stop_of_wudi_is_compared_with_adam_by_task_and_time(tmp_path, monkeypatch):
+    monkeypatch.setitem(merge_models.MODELS, "two", TwoLayers)
+    found = early_stop.measure(1, **early_stop.OPTIONS | {"models": "two", "output": str(tmp_path)})
+    found["alone"], found["ways"] = (
+        [100, 50, 50, 50],
+        {
+            way: {"time": "50", "scaling_coef": 1.0, "ms": ms, "right": [90 + plus, 50, 50, 50]}
+            for (way, each), ms, plus in zip(found["ways"].items(), (100.0, 4.0, 5.0), (0, 2, -4), strict=True)
+            if len(each["right"]) == 4 and each["ms"] > 0
+        },
+    )
+    _, _, adam, filtered, _ = early_stop.tables(dict.fromkeys(range(2), found))["against"].splitlines()
+    assert adam.count("|") == filtered.count("|")
+    assert filtered.endswith("| 50·1, 50·1 | +0.5 [+0.5, +0.5] | +2.0, +0.0, +0.0, +0.0 | 25 × |")
 
 
 def test_coefficients_are_learned_by_both_losses_from_the_same_inputs(tmp_path, monkeypatch):
