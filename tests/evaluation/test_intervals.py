@@ -4,13 +4,15 @@ import math
 
 import numpy as np
 import pytest
-from scipy.stats import binom
+from scipy.stats import binom, norm
+from scipy.stats import t as student
 
 from tva.evaluation.intervals import (
     compare,
     flip_test,
     is_binary,
     mean_interval,
+    mean_ratio_interval,
     quick_interval,
     wilson_interval,
 )
@@ -54,6 +56,73 @@ def test_no_disagreement_in_few_examples_is_not_certainty():
     assert same.ratio == 1.0
     assert same.ratio_low < 0.99
     assert same.difference_low < -0.005
+
+
+def drawn(generator, rows, weights=None, num=8000):
+    """Return the means of ``num`` samples of rows, each as large as the sum of the weights less those of halves."""
+    size = len(rows) if weights is None else int((weights == 1).sum())
+    share = None if weights is None else weights / weights.sum()
+    return np.stack([rows[generator.choice(len(rows), size, p=share)].mean(axis=0) for _ in range(num)])
+
+
+def agree(found, expected, error=0.04):
+    """Check ends within the error of random draws, a share of the width."""
+    assert found == pytest.approx(expected, abs=error * (expected[1] - expected[0]))
+
+
+def test_the_interval_of_a_mean_is_efrons_bca():
+    generator, scores = np.random.default_rng(3), np.random.default_rng(1).exponential(size=80)
+    means = drawn(generator, scores)
+    shift = norm.ppf((means < scores.mean()).mean())
+    off = scores.mean() - (scores.sum() - scores) / 79
+    curve = (off**3).sum() / (6 * (off**2).sum() ** 1.5)
+    at = [shift + z for z in norm.ppf([0.025, 0.975])]
+    agree(mean_interval(scores), np.quantile(means, [norm.cdf(shift + z / (1 - curve * z)) for z in at]))
+
+
+def test_intervals_of_pairs_are_those_of_a_bootstrap_with_half_a_pair_of_each_kind():
+    generator = np.random.default_rng(4)
+    base = generator.random(150) < 0.8
+    edited = base & (generator.random(150) < 0.9)
+    cells = np.array([(1.0, 1.0), (0.0, 1.0), (1.0, 0.0), (0.0, 0.0)])
+    rows = np.concatenate([np.stack([edited, base], axis=1), cells])
+    means = drawn(generator, rows, np.array([1.0] * 150 + [0.5] * 4))
+    found, tails = compare(edited, base), [0.025, 0.975]
+    ratios = means[:, 0] / means[:, 1]
+    agree((found.difference_low, found.difference_high), np.quantile(means[:, 0] - means[:, 1], tails))
+    agree((found.ratio_low, found.ratio_high), np.quantile(ratios, tails))
+    agree(mean_ratio_interval([(edited, base, None)]), np.quantile(ratios, tails))
+    three = sum(generator.permutation(ratios) for _ in range(3)) / 3  # tasks are independent
+    agree(mean_ratio_interval([(edited, base, None)] * 3), np.quantile(three, tails), 0.06)
+
+
+def test_intervals_of_unequal_groups_are_students_with_each_group_left_out_or_a_wider_bootstrap():
+    generator = np.random.default_rng(5)
+    groups = np.repeat(np.arange(60), generator.integers(1, 9, size=60))
+    base = generator.random(len(groups)) < 0.8
+    edited = base & (generator.random(60) < 0.9)[groups]
+    change = edited.astype(float) - base
+    found, sizes = compare(edited, base, groups=groups), np.bincount(groups)
+    without = np.array([change[groups != left_out].mean() for left_out in range(60)])
+    error, freedom = (59 * without.var()) ** 0.5, sizes.sum() ** 2 / (sizes**2).sum() - 1
+    assert found.p_value == pytest.approx(2 * student.sf(abs(change.mean()) / error, freedom))
+    values = [
+        column.mean() + 60 / len(groups) * (np.bincount(groups, column) - sizes * column.mean())
+        for column in (edited.astype(float), base.astype(float))
+    ]
+    rows = np.concatenate([np.stack(values, axis=1), [(1.0, 1.0), (0.0, 1.0), (1.0, 0.0), (0.0, 0.0)]])
+    means = drawn(generator, rows, np.array([1.0] * 60 + [0.5] * 4))
+    wider = norm.sf(student.isf(0.025, freedom) * ((freedom + 1) / freedom) ** 0.5)  # as wide as Student's
+    low, high = np.quantile(means[:, 0] - means[:, 1], [wider, 1 - wider])
+    half = student.isf(0.025, freedom) * error
+    agree(
+        (found.difference_low, found.difference_high), (min(low, change.mean() - half), max(high, change.mean() + half))
+    )
+    ratio = edited.mean() / base.mean()
+    rest = np.array([(edited - ratio * base)[groups != left_out].mean() for left_out in range(60)])
+    half = student.isf(0.025, freedom) * (59 * rest.var()) ** 0.5 / base.mean()
+    low, high = np.quantile(means[:, 0] / means[:, 1], [wider, 1 - wider])
+    agree((found.ratio_low, found.ratio_high), (min(low, ratio - half), max(high, ratio + half)))
 
 
 @pytest.mark.parametrize(("num", "right", "kept"), [(100, 0.9, 0.9), (400, 0.6, 0.5), (60, 0.95, 0.97)])

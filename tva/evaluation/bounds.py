@@ -13,7 +13,7 @@ from statistics import NormalDist
 import numpy as np
 from scipy import optimize, stats
 
-from tva.evaluation.intervals import by_group, effective_groups, is_binary
+from tva.evaluation.intervals import by_group, effective_groups, group_error, is_binary
 
 MAX_EXAMPLES = 200_000  # beyond which it is not said how many are needed
 
@@ -74,7 +74,7 @@ def _group_slack(
     values, mean = by_group(differences, groups), float(differences.mean())
     if len(values) < 2:
         return math.inf
-    by_t = _student_slack(values, confidence, effective_groups(groups))
+    by_t = _student_slack(values, confidence, effective_groups(groups), group_error(values, groups))
     if not guard:
         return by_t
     largest = int(np.unique(groups, return_counts=True)[1].max())
@@ -82,14 +82,17 @@ def _group_slack(
     return max(by_t, mean - mean_limit(values, lowest, confidence))
 
 
-def _student_slack(differences: np.ndarray, confidence: float, effective: float | None = None) -> float:
+def _student_slack(
+    differences: np.ndarray, confidence: float, effective: float | None = None, error: float | None = None
+) -> float:
     count = len(differences)
     deviation = float(differences.std(ddof=1))
     if deviation == 0:
         return 0.0
     z, t = NormalDist().inv_cdf(confidence), float(stats.t.ppf(confidence, (effective or count) - 1))
     skewness = float((((differences - differences.mean()) / deviation) ** 3).mean())
-    return max(t, t - skewness * (2 * z * z + 1) / (6 * count**0.5)) * deviation / count**0.5
+    error = deviation / count**0.5 if error is None else error
+    return max(t, t - skewness * (2 * z * z + 1) / (6 * count**0.5)) * error
 
 
 def worst(edited: np.ndarray, base: np.ndarray, slope: float, above: bool = True) -> float:

@@ -73,9 +73,8 @@ def by_group(values: np.ndarray, groups: np.ndarray) -> np.ndarray:
 def effective_groups(groups: np.ndarray) -> float:
     r"""Return how many groups of one size say as much as these: :math:`(\sum m_g)^2 / \sum m_g^2`.
 
-    A few large groups among many small ones decide the mean, so that their number is what counts. With a third of the
-    variance between groups, Student's interval of as many degrees of freedom less one covers 91 to 95 % from 20 on, and
-    one that counts all groups alike covers 79 % of 50 groups with Pareto sizes (exponent 1.2).
+    A few large groups among many small ones decide the mean, so that their number is what counts: less one, it is the
+    degrees of freedom of Student's interval.
 
     Source: Kish, "Survey sampling", 1965; Carter, Schnepel and Steigerwald, "Asymptotic behavior of a t-test robust to
     cluster heterogeneity", Review of Economics and Statistics 2017.
@@ -88,14 +87,31 @@ def effective_groups(groups: np.ndarray) -> float:
     return float(sizes.sum() ** 2 / (sizes**2).sum())
 
 
+def group_error(values: np.ndarray, groups: np.ndarray) -> float:
+    r"""Return the standard error of the mean of groups of any sizes, by leaving out one group at a time.
+
+    Of one size it is the standard error of their means; a large group, which draws the mean towards itself, counts for
+    more: without group g the mean is off by :math:`(v_g - \bar v) / G (1 - m_g / \sum m)`.
+
+    Args:
+        values: Those of `by_group`, shape (groups,).
+        groups: The group of each example, shape (examples,).
+
+    Source: Bell and McCaffrey, "Bias reduction in standard errors for linear regression with multi-stage samples",
+    Survey Methodology 2002, for the jackknife (CR3).
+    """
+    sizes, count = np.unique(groups, return_counts=True)[1], len(values)
+    without = (values - values.mean()) / (count * (1 - sizes / sizes.sum()))
+    return float(math.sqrt((count - 1) * without.var()))
+
+
 def mean_interval(
     scores: np.ndarray, confidence: float = 0.95, groups: np.ndarray | None = None
 ) -> tuple[float, float] | None:
     """Compute an interval of a mean: Wilson's where scores are right or wrong, else a BCa bootstrap.
 
     Below 50 examples a bootstrap of other scores is too short; there it is widened to enclose Student's t. Below 20
-    that is too short too where scores are skewed (of exponential ones 88 % cover at 5 examples, 92 % at 10, 94 % at
-    20), so that there is none.
+    that is too short too where scores are skewed, so that there is none.
 
     Args:
         scores: One score an example, shape (examples,), of any dtype.
@@ -130,7 +146,7 @@ def _of_groups(scores: np.ndarray, groups: np.ndarray, confidence: float, interv
     values, count = by_group(scores, groups), effective_groups(groups)
     found = interval(values, confidence) if count >= FEWEST else None
     if found is not None and count < len(values) - 1e-6:
-        by_t = student_interval(values, confidence, count)
+        by_t = student_interval(values, confidence, count, group_error(values, groups))
         assert by_t is not None
         found = min(found[0], by_t[0]), max(found[1], by_t[1])
     return (max(0.0, found[0]), min(1.0, found[1])) if found is not None and is_binary(scores) else found
@@ -141,15 +157,7 @@ def quick_interval(
 ) -> tuple[float, float] | None:
     """Compute an interval of a mean quickly: Wilson's where scores are right or wrong, else Student's t.
 
-    For curves of many points; `mean_interval` is for the numbers that decide.
-
-    Args:
-        scores: One score an example, shape (examples,), of any dtype.
-        confidence: Two-sided.
-        groups: As for `mean_interval`.
-
-    Returns:
-        As `mean_interval`.
+    For curves of many points; `mean_interval`, whose arguments it has, is for the numbers that decide.
 
     Example:
         >>> low, high = quick_interval(np.arange(1, 22))
@@ -166,7 +174,7 @@ def quick_interval(
 
 
 def student_interval(
-    values: np.ndarray, confidence: float = 0.95, count: float | None = None
+    values: np.ndarray, confidence: float = 0.95, count: float | None = None, error: float | None = None
 ) -> tuple[float, float] | None:
     """Compute Student's t interval of the mean of a few independent numbers, such as one per seed.
 
@@ -174,6 +182,7 @@ def student_interval(
         values: Shape (numbers,).
         confidence: Two-sided.
         count: One more than the degrees of freedom, where it is not how many values there are; see `effective_groups`.
+        error: Standard error of the mean, where it is not that of independent values of one weight; see `group_error`.
 
     Returns:
         Lower and upper end; None for fewer than two numbers, which say nothing about their spread.
@@ -188,7 +197,7 @@ def student_interval(
     if len(values) < 2:
         return None
     quantile = stats.t.ppf((1 + confidence) / 2, (count or len(values)) - 1)
-    half = float(quantile * np.std(values, ddof=1) / math.sqrt(len(values)))
+    half = float(quantile * (np.std(values, ddof=1) / math.sqrt(len(values)) if error is None else error))
     return float(np.mean(values)) - half, float(np.mean(values)) + half
 
 
@@ -216,8 +225,9 @@ def compare(
     Returns:
         Difference and ratio of the means with percentile intervals of a paired bootstrap. Where scores are right or
         wrong the bootstrap draws from the 2 × 2 table with ½ added to each cell, without which no disagreement in
-        few examples would look like certainty. Of other scores there are no intervals below 20 examples, where they
-        would not cover.
+        few examples would look like certainty; with groups, from them and half a group of each cell. Of other scores
+        there are no intervals below 20 examples, where they would not cover. With groups of several sizes they are
+        at least as wide as Student's.
 
     Source: Agresti and Min, "Simple improved confidence intervals for comparing matched proportions", Statistics in
     Medicine 2005, for the ½; McNemar, "Note on the sampling error of the difference between correlated proportions",
@@ -233,58 +243,98 @@ def compare(
     if groups is not None:
         return _compare_groups(edited, base, confidence, groups)
     means = _paired_means(edited, base)
-    if is_binary(edited, base):
-        edited, base = edited.astype(bool), base.astype(bool)
-        lost, gained = int((~edited & base).sum()), int((edited & ~base).sum())
-        p_value = float(stats.binomtest(lost, lost + gained).pvalue) if lost + gained else 1.0
-    else:
-        pairs = np.stack([edited, base], axis=1).astype(np.float64)  # (examples, 2)
-        changed = np.ptp(pairs[:, 0] - pairs[:, 1]) > 0
-        p_value = float(stats.ttest_rel(pairs[:, 0], pairs[:, 1]).pvalue) if changed and len(base) > 1 else None
-        if len(base) < FEWEST:
-            found = compare_means(float(edited.mean()), float(base.mean()), means, p_value, confidence)
-            return replace(found, difference_low=None, difference_high=None, ratio_low=None, ratio_high=None)
-        if len(base) < FEW:
-            found = compare_means(
-                float(edited.mean()), float(base.mean()), means, p_value, widened(confidence, len(base))
-            )
-            low, high = quick_interval(pairs[:, 0] - pairs[:, 1], confidence) or (math.inf, -math.inf)
-            assert found.difference_low is not None
-            assert found.difference_high is not None
-            return replace(
-                found,
-                difference_low=min(low, found.difference_low),
-                difference_high=max(high, found.difference_high),
-            )
+    if not is_binary(edited, base):
+        return _compare_numbers(edited, base, confidence, means)
+    edited, base = edited.astype(bool), base.astype(bool)
+    lost, gained = int((~edited & base).sum()), int((edited & ~base).sum())
+    p_value = float(stats.binomtest(lost, lost + gained).pvalue) if lost + gained else 1.0
     return compare_means(float(edited.mean()), float(base.mean()), means, p_value, confidence)
 
 
-def _compare_groups(edited: np.ndarray, base: np.ndarray, confidence: float, groups: np.ndarray) -> Comparison:
-    """Compare with groups as draws, where many are resampled as wide as Student's t of as many as they are worth."""
-    values, count = (by_group(edited, groups), by_group(base, groups)), effective_groups(groups)
-    # groups of one size are as examples are, and fewer than FEW are widened by `compare`
-    many = len(values[0]) >= FEW and FEWEST <= count < len(values[0]) - 1e-6
-    found = compare(*values, widened(confidence, count) if many else confidence)
-    differences = values[0] - values[1]
-    if found.p_value is not None and 1 < count < len(differences) - 1e-6:  # Student's, as the intervals
-        t = float(np.mean(differences) / np.std(differences, ddof=1) * math.sqrt(len(differences)))
-        found = replace(found, p_value=float(2 * stats.t.sf(abs(t), count - 1)))
-    if count >= FEWEST:
-        return found
+def _compare_numbers(edited: np.ndarray, base: np.ndarray, confidence: float, means: np.ndarray) -> Comparison:
+    """Compare scores other than right and wrong by Student's test and resampled means."""
+    differences = edited.astype(np.float64) - base.astype(np.float64)
+    changed = np.ptp(differences) > 0
+    p_value = (
+        float(stats.ttest_rel(edited.astype(np.float64), base.astype(np.float64)).pvalue)
+        if changed and len(base) > 1
+        else None
+    )
+    level = widened(confidence, len(base)) if FEWEST <= len(base) < FEW else confidence
+    found = compare_means(float(edited.mean()), float(base.mean()), means, p_value, level)
+    if len(base) < FEWEST:
+        return _without_intervals(found)
+    return found if len(base) >= FEW else _enclosing(found, quick_interval(differences, confidence), None)
+
+
+def _without_intervals(found: Comparison) -> Comparison:
     return replace(found, difference_low=None, difference_high=None, ratio_low=None, ratio_high=None)
 
 
-def _paired_means(edited: np.ndarray, base: np.ndarray) -> np.ndarray:
-    """Resample examples for `compare`; return the means of both, shape (resamples, 2)."""
+def _enclosing(found: Comparison, difference: Ends, ratio: Ends) -> Comparison:
+    """Widen a comparison's intervals so that they enclose others, where there are some."""
+    if difference is not None:
+        low, high = found.difference_low, found.difference_high
+        assert low is not None and high is not None  # noqa: PT018
+        found = replace(found, difference_low=min(low, difference[0]), difference_high=max(high, difference[1]))
+    if ratio is not None and found.ratio_low is not None and found.ratio_high is not None:
+        low, high = min(found.ratio_low, ratio[0]), max(found.ratio_high, ratio[1])
+        found = replace(found, ratio_low=low, ratio_high=high)
+    return found
+
+
+def _compare_groups(edited: np.ndarray, base: np.ndarray, confidence: float, groups: np.ndarray) -> Comparison:
+    """Compare with groups as draws; those of several sizes are as many as they are worth, and have Student's test."""
+    values, count = (by_group(edited, groups), by_group(base, groups)), effective_groups(groups)
+    unequal = count < len(values[0]) - 1e-6
+    # groups of one size are as examples are, and fewer than FEW are widened already
+    level = widened(confidence, count) if unequal and len(values[0]) >= FEW and count >= FEWEST else confidence
+    if is_binary(*values):
+        found = compare(*values, level)
+    else:
+        found = _compare_numbers(*values, level, _paired_means(*values, is_binary(edited, base)))
+    if unequal and count > 1 and found.p_value is not None:
+        found = _of_unequal(found, *values, confidence, groups)
+    return found if count >= FEWEST else _without_intervals(found)
+
+
+def _of_unequal(
+    found: Comparison, edited: np.ndarray, base: np.ndarray, confidence: float, groups: np.ndarray
+) -> Comparison:
+    """Give values of groups of several sizes Student's test, and intervals at least as wide as Student's."""
+    count, differences = effective_groups(groups), edited - base
+    t = float(np.mean(differences)) / group_error(differences, groups)
+    ends = student_interval(differences, confidence, count, group_error(differences, groups))
+    factors: Ends = None
+    if found.ratio is not None:
+        rest = edited - found.ratio * base  # its mean is 0, and its error is the ratio's times the base's mean
+        around = student_interval(rest, confidence, count, group_error(rest, groups))
+        assert around is not None
+        low, high = (found.ratio + end / float(np.mean(base)) for end in around)
+        factors = low, high
+    found = replace(found, p_value=float(2 * stats.t.sf(abs(t), count - 1)))
+    return _enclosing(found, ends, factors)
+
+
+def _paired_means(edited: np.ndarray, base: np.ndarray, halves: bool = False) -> np.ndarray:
+    """Resample examples, or values of groups, for `compare`; return the means of both, shape (resamples, 2).
+
+    Args:
+        edited: As for `compare`.
+        base: As for `compare`.
+        halves: Whether half a group of each cell is added, for values of groups whose scores are right or wrong.
+    """
+    cells = np.array([(1.0, 1.0), (0.0, 1.0), (1.0, 0.0), (0.0, 0.0)])  # (edited, base)
     if not is_binary(edited, base):
         pairs = np.stack([edited, base], axis=1).astype(np.float64)  # (examples, 2)
-        return np.concatenate([pairs[rows].mean(axis=1) for rows in resamples(len(base))])
+        if halves:  # each group twice, and each cell once
+            pairs = np.concatenate([pairs, pairs, cells])
+        return np.concatenate([pairs[rows].mean(axis=1) for rows in resamples(len(base), among=len(pairs))])
     edited, base = edited.astype(bool), base.astype(bool)
-    pairs = np.array([(1.0, 1.0), (0.0, 1.0), (1.0, 0.0), (0.0, 0.0)])  # (edited, base)
     counts = np.array([(edited & base).sum(), (~edited & base).sum(), (edited & ~base).sum(), 0])
     counts[3] = len(base) - counts.sum()
     draws = np.random.default_rng(SEED).multinomial(len(base), (counts + 0.5) / (len(base) + 2), NUM_RESAMPLES)
-    return draws @ pairs / len(base)
+    return draws @ cells / len(base)
 
 
 def mean_ratio_interval(
@@ -303,11 +353,12 @@ def mean_ratio_interval(
     """
     draws, few = [], float(FEW)
     for place, (above, below, groups) in enumerate(pairs):
+        halves = groups is not None and is_binary(above, below)
         if groups is not None:
             above, below, few = by_group(above, groups), by_group(below, groups), min(few, effective_groups(groups))
         if not is_binary(above, below):
             few = min(few, len(above))
-        means = _paired_means(above, below)
+        means = _paired_means(above, below, halves)
         if few < FEWEST or not (means[:, 1] > 0).all():
             return None
         order = np.random.default_rng([SEED, place]).permutation(len(means))  # tasks are independent, seeds are alike
@@ -330,11 +381,13 @@ def widened(confidence: float, num_examples: float) -> float:
     return float(2 * stats.norm.cdf(t) - 1)
 
 
-def resamples(num_examples: int, num_resamples: int = NUM_RESAMPLES, batch: int = 64) -> list[np.ndarray]:
+def resamples(
+    num_examples: int, num_resamples: int = NUM_RESAMPLES, batch: int = 64, among: int | None = None
+) -> list[np.ndarray]:
     """Draw examples with replacement, the same rows at every call; arrays of shape (≤ batch, examples)."""
     generator = np.random.default_rng(SEED)
     sizes = [min(batch, num_resamples - start) for start in range(0, num_resamples, batch)]
-    return [generator.integers(num_examples, size=(size, num_examples)) for size in sizes]
+    return [generator.integers(among or num_examples, size=(size, num_examples)) for size in sizes]
 
 
 def compare_means(
