@@ -68,10 +68,11 @@ def gather(scales: Sequence[Scale], folder: Path, seed: int, commit: str = "") -
     for scale in scales:
         made, name = find_made(folder, scale), scale.experiment
         own = [each for each in made if each.seed == seed]
-        rows = {f"{name}: {row.row}": row.seeds for row in rows_of(scale, made)}
-        effects = {f"{name}: {effect.effect}": effect.seeds for effect in effects_of(scale, made)}
-        values["rows"] |= {key: seeds[seed] for key, seeds in rows.items() if seed in seeds}
-        values["effects"] |= {key: seeds[seed] for key, seeds in effects.items() if seed in seeds}
+        if not own:
+            continue
+        rows, effects = rows_of(scale, made), effects_of(scale, made)
+        values["rows"][name] = {row.row: _short(row.seeds[seed]) for row in rows if seed in row.seeds}
+        values["effects"][name] = {each.effect: _short(each.seeds[seed]) for each in effects if seed in each.seeds}
         values["edits"] |= {each.name: _edit_values(each) for each in own if each.group == "forget-{task}"}
         found = next(filter(None, map(_pairs, own)), None)
         values["pairs"] |= {name: found} if found else {}
@@ -93,6 +94,10 @@ def gather(scales: Sequence[Scale], folder: Path, seed: int, commit: str = "") -
         **{key: value for key, value in values.items() if value},
         "made": how | ({"commit": commit} if commit else {}),
     }
+
+
+def _short(value: float) -> float:
+    return float(f"{value:.5g}")
 
 
 def _edit_values(made: Made) -> dict[str, Any]:
@@ -120,7 +125,7 @@ def _pairs(made: Made) -> dict[str, list[float]]:
 def tables(runs: Mapping[int, Mapping[str, Any]]) -> dict[str, str]:
     """Return a comparison with the paper for each experiment, pairs of tasks, and the edits that forget."""
     found = list(runs.values())
-    names = dict.fromkeys(key.partition(": ")[0] for run in found for key in run["rows"])
+    names = dict.fromkeys(name for run in found for name in run["rows"])
     made = {name: compared(runs, name, found[0]["scale"]) for name in names}
     made |= {f"{name}-pairs": pairs(found, name) for name in found[0].get("pairs", {})}
     return made | ({"edits": edits(runs)} if "edits" in found[0] else {})
@@ -150,14 +155,13 @@ def compared(runs: Mapping[int, Mapping[str, Any]], experiment: str, scale: str 
     found = find_scale(experiment, scale)
     column, rows = found.options.get("paper"), {}
     for entry in found.content["rows"]:
-        key = f"{experiment}: {entry['row']}"
-        values = [run["rows"][key] for run in runs.values() if key in run["rows"]]
+        values = [own[entry["row"]] for run in runs.values() if entry["row"] in (own := run["rows"].get(experiment, {}))]
         if values:
             paper = (entry.get("paper") or {}).get(column)
             rows[entry["row"]] = _row(entry["row"], paper, values, entry.get("unit", "percent") == "percent")
     for entry in found.content.get("effects", []):
-        key = f"{experiment}: {entry['effect']}"
-        values = [run["effects"][key] for run in runs.values() if key in run.get("effects", {})]
+        key = entry["effect"]
+        values = [own[key] for run in runs.values() if key in (own := run.get("effects", {}).get(experiment, {}))]
         if len(values) > 1:
             low, _ = student_interval(np.array(values), 0.9)
             ours = f"by {statistics.fmean(values):.3f}, at least {low:.3f}".replace("-", "−")
