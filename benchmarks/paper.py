@@ -155,7 +155,8 @@ def compared(runs: Mapping[int, Mapping[str, Any]], experiment: str, scale: str 
     found = find_scale(experiment, scale)
     column, rows = found.options.get("paper"), {}
     for entry in found.content["rows"]:
-        values = [own[entry["row"]] for run in runs.values() if entry["row"] in (own := run["rows"].get(experiment, {}))]
+        rows_by_seed = [run["rows"].get(experiment, {}) for run in runs.values()]
+        values = [own[entry["row"]] for own in rows_by_seed if entry["row"] in own]
         if values:
             paper = (entry.get("paper") or {}).get(column)
             rows[entry["row"]] = _row(entry["row"], paper, values, entry.get("unit", "percent") == "percent")
