@@ -173,8 +173,15 @@ def test_what_ones_own_code_raises_is_shown_with_its_place(own, capsys):
 
 def test_what_lightning_and_torch_raise_about_settings_is_a_message(own, capsys):
     words = ["fit", "--model", "own_project.Net", "--data", "small_models.Blobs", "--data.seed=1"]
-    status, text = fails(capsys, *words, *QUICK, "--trainer.devices=2.5")
-    assert (status, "should be an int" in text) == (2, True)
+    (own / "place.yaml").write_text("trainer:\n  devices: two\n")
+    many = "--trainer.devices must be auto, a whole number of at least 1, or a list of the indices of GPUs; found "
+    for option, message in (
+        ("--trainer.devices=2.5", f"tva: error: {many}"),  # the command line's, not that of the file
+        ("--trainer.max_epochs=2", f"tva: error: place.yaml, line 2: {many}'two'."),
+        ("--trainer.accelerator=cpp", "tva: error: You selected an invalid accelerator name"),
+    ):
+        status, text = fails(capsys, *words, "--config=place.yaml", *QUICK, option)
+        assert (status, message in text, "TVA_DEBUG" in text) == (2, True, False), text
     main([*words, *QUICK, "--trainer.enable_checkpointing=true"])
     (checkpoint,) = (own / "checkpoints").iterdir()
     status, text = fails(capsys, *words, *QUICK, "--model.width=5", "--ckpt_path", checkpoint)

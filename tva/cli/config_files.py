@@ -114,22 +114,31 @@ def _entries(node: Any) -> dict[str, Any]:
     return {str(key.value): value for key, value in node.value} if isinstance(node, yaml.MappingNode) else {}
 
 
-def with_place(message: str, files: Sequence[Path]) -> str:
-    """Return a message about an option with the file and line that give it, if one does.
+def with_place(message: str, words: Sequence[str]) -> str:
+    """Return a message about an option with the file and line that give it, if a file and not the command line does.
+
+    Args:
+        message: Begins with the option.
+        words: The command line.
 
     Example:
-        >>> with_place("--confidence must be a number; found 'high'.", [])
+        >>> with_place("--confidence must be a number; found 'high'.", ["--confidence", "high"])
         "--confidence must be a number; found 'high'."
     """
     found = re.match(r"--([\w.]+)", message)
-    for file in files if found else ():
+    if found is None or any(re.fullmatch(rf"{re.escape(found[0])}\+?(=.*)?", word, re.S) for word in words):
+        return message
+    for file in config_files(words):
         node, line = (read_nodes(file), None) if file.is_file() else (None, None)
         for name in found[1].split("."):
+            if line is not None and not isinstance(node, yaml.MappingNode):
+                break  # the value that should have held it
             pairs = node.value if isinstance(node, yaml.MappingNode) else []
-            match = next(((key, value) for key, value in pairs if key.value == name), None)
+            inner = [value.value for key, value in pairs if key.value == "init_args" and value.id == "mapping"]
+            match = next((pair for pair in [*pairs, *(inner[0] if inner else [])] if pair[0].value == name), None)
+            line, node = (match[0].start_mark.line + 1, match[1]) if match else (None, None)
             if match is None:
                 break
-            line, node = match[0].start_mark.line + 1, match[1]
         if line is not None:
             return f"{file}, line {line}: {message}"
     return message

@@ -159,7 +159,15 @@ class _CommandLine(TvaCLI):
             given = config.get("callbacks") or []
             given = given if isinstance(given, list) else [given]
             config["callbacks"] = with_progress(given, config.get("enable_progress_bar") is not False)
-        return super()._instantiate_trainer(config, callbacks)
+        try:
+            return super()._instantiate_trainer(config, callbacks)
+        except (TypeError, ValueError, MisconfigurationException) as error:
+            if "`devices`" in str(error) or "devices=" in str(error):
+                raise ValueError(
+                    f"--trainer.devices must be auto, a whole number of at least 1, or a list of the indices of GPUs; "
+                    f"found {config['devices']!r}."
+                ) from error
+            raise ValueError(str(error)) from error  # the Trainer's words about its options
 
 
 SAVED = "# lightning.pytorch=="  # how a configuration that LightningCLI saves begins

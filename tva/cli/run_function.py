@@ -90,7 +90,7 @@ def _parse(name: str, command: ModuleType, words: list[str]) -> dict[str, Any]:
         raise ValueError(f"A number among the options is too large ({error}). Give a smaller one.") from error
     except ArgumentError as error:
         names = [action.dest for action in parser._actions]
-        raise ValueError(with_place(explain(error.message, name, names, usage), files)) from error
+        raise ValueError(with_place(explain(error.message, name, names, usage), words)) from error
     return {key: value for key, value in given.as_dict().items() if key != "config"}
 
 

@@ -43,7 +43,7 @@ def run_subcommand(command: str, words: list[str], as_json: bool, about: str) ->
     try:
         return run_lightning(command, words, as_json, about)
     except ValueError as error:
-        placed = with_place(str(error), files)
+        placed = with_place(str(error), words)
         if placed == str(error):
             raise
         raise ValueError(placed) from error
