@@ -15,8 +15,10 @@ In README.md and docs/results a table stands between ``<!-- ledger: NAME/TABLE -
 
 from __future__ import annotations
 
+import ast
 import contextlib
 import fcntl
+import functools
 import importlib
 import json
 import math
@@ -31,10 +33,13 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 ROOT = Path(__file__).resolve().parents[1]
 DATA = ROOT / "docs" / "results" / "data"
 MARKED = re.compile(r"<!-- ledger: ([\w-]+)/([\w-]+) -->(.*?)<!-- end -->", re.S)
 PACKAGES = ("torch", "lightning", "timm", "transformers", "peft", "numpy", "scipy")
+NO_VALUES = [f":!tva/{path}" for path in ("edit/play", "edit/push.py", "edit/space.py", "data/check.py")]  # show, send
 DIGITS = 6  # significant digits that are kept of a value
 
 
@@ -242,18 +247,45 @@ def unmarked(text: str) -> Iterator[str]:
 
 
 def older(data: Path = DATA) -> Iterator[str]:
-    """Yield what is older than the code that it depends on, by git's history; nothing without git."""
+    """Yield what is older than the code that it depends on, by git's history; nothing without git.
+
+    Comments, docstrings and the texts of errors are not code: a result is not older for other words.
+    """
     if _git("rev-parse", "HEAD") is None:
         return
     for file in sorted(data.glob("*.json")):
         depends = benchmark(file.stem).DEPENDS
         for made in load(file.stem, data)["made"]:
             commit, what = made["commit"].split()[0], f"{file.stem} (seeds {', '.join(map(str, made['seeds']))})"
-            log = _git("log", "--oneline", f"{commit}..HEAD", "--", *depends)
-            if log is None:
+            names = _git("diff", "--name-only", commit, "HEAD", "--", *depends, *NO_VALUES)
+            if names is None:
                 yield f"{what}: commit {commit} is not in this history"
-            elif log:
-                yield f"{what}: {len(log.splitlines())} later commits, the last {log.splitlines()[0]}"
+                continue
+            changed = [name for name in names.splitlines() if code_of(commit, name) != code_of("HEAD", name)]
+            if changed:
+                others = f" and {len(changed) - 3} more" if len(changed) > 3 else ""
+                yield f"{what}: since {commit}, {', '.join(changed[:3])}{others} changed"
+
+
+@functools.cache
+def code_of(commit: str, name: str) -> str | None:
+    """Return a file of a commit without what is for people only; None where there is none."""
+    if not name.endswith((".py", ".yaml")):
+        return _git("rev-parse", f"{commit}:{name}")
+    text = _git("show", f"{commit}:{name}")
+    if text is None:
+        return None
+    return repr(yaml.safe_load(text)) if name.endswith(".yaml") else ast.dump(_WithoutWords().visit(ast.parse(text)))
+
+
+class _WithoutWords(ast.NodeTransformer):
+    """Removes docstrings, and what is raised but for its class."""
+
+    def visit_Expr(self, node: ast.Expr) -> ast.Expr | None:
+        return None if isinstance(node.value, ast.Constant) else node
+
+    def visit_Raise(self, node: ast.Raise) -> ast.Raise:
+        return ast.Raise(node.exc.func) if isinstance(node.exc, ast.Call) else node
 
 
 # --- numbers

@@ -155,20 +155,33 @@ def test_tables_are_rewritten_between_their_markers(small, tmp_path):
         ledger.rewrite("<!-- ledger: large/values --><!-- end -->", tmp_path)
 
 
-def test_results_are_older_where_the_code_they_depend_on_has_later_commits(small, tmp_path, monkeypatch):
+def test_results_are_older_where_code_that_they_depend_on_has_changed_and_not_its_words(small, tmp_path, monkeypatch):
     ledger.run("small", [0], {}, "python", tmp_path)
-    for commit, log, expected in (
-        ("abc", "def Faster\nghi Right", "2 later commits"),
-        ("abc", "", None),
-        ("no", None, "not in"),
+    texts = {
+        "abc:a.py": 'def f():\n    """Say."""\n    raise ValueError("no")  # why\n',
+        "HEAD:a.py": 'def f():\n    """Return."""\n    raise ValueError(\n        f"found {1}"\n    )\n',
+        "abc:b.py": "x = 1\n",
+        "HEAD:b.py": "x = 2\n",
+        "abc:c.yaml": "a: 1  # one\n",
+        "HEAD:c.yaml": "a: 1\n",
+        "HEAD:d.py": "",
+    }
+    for commit, names, expected in (
+        ("abc", "a.py\nc.yaml", None),
+        ("abc", "a.py\nb.py\nd.py", r"since abc, b\.py, d\.py changed"),
+        ("no", None, "is not in this history"),
     ):
         ledger.write({"made": [{"commit": commit, "seeds": [0]}], "seeds": {"0": {}}}, tmp_path / "small.json")
-        answers = {"rev-parse": "abc", "log": log}
-        monkeypatch.setattr(ledger, "_git", lambda *words, answers=answers: answers[words[0]])
+        answers = {"rev-parse": "abc", "diff": names}
+        monkeypatch.setattr(
+            ledger, "_git", lambda *words, answers=answers: {**answers, "show": texts.get(words[1])}[words[0]]
+        )
+        ledger.code_of.cache_clear()
         found = list(ledger.older(tmp_path))
-        assert (expected in found[0]) if expected else not found
+        assert re.search(expected, found[0]) if expected else not found
     monkeypatch.setattr(ledger, "_git", lambda *words: None)  # without git nothing is known
     assert not list(ledger.older(tmp_path))
+    ledger.code_of.cache_clear()
 
 
 def test_a_table_is_of_the_ledger_or_said_to_be_older():
