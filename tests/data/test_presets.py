@@ -208,7 +208,10 @@ def test_an_installed_package_adds_presets_and_data_modules(tmp_path, monkeypatc
         assert find_preset("twos").revision == "abc"
         assert ImageTask("preset:twos").revision == "abc"
         assert ImageTask("preset:twos", revision="mine").revision == "mine"
-        assert "preset:twos" in [row["path"] for row in run_data()]
+        rows = {row["path"]: row for row in run_data()}
+        assert "preset:twos" in rows
+        assert (rows["preset:twos"]["revision"], rows["preset:mnist"]["revision"]) == ("abc", "unpinned")
+        assert (rows["preset:mnist"]["license"], rows["preset:wikitext103"]["license"][:5]) == ("not recorded", "CC BY")
         assert tva.data.TheirData(size=3).size == 3
         parser = ArgumentParser()
         parser.add_argument("--data", type=L.LightningDataModule)

@@ -325,6 +325,13 @@ def test_list_and_plan_read_no_network(capsys):
     (planned,) = json.loads(capsys.readouterr().out)
     assert planned["fits"] == {"new": 48}  # eight tasks, and gradient ascent on each, three seeds
     assert planned["download_bytes"]["model"] > 10**9
+    assert planned["unpinned"] == sorted(planned["tasks"])
+    main(["paper", "plan", "analogy-sentiment", "--scale", "t5-small"])
+    assert "unpinned, as the hub has them now: google-t5/t5-small, amazon_polarity, yelp_polarity" in printed(capsys)
+
+
+def printed(capsys):
+    return " ".join(capsys.readouterr().out.split())
 
 
 PAGE = (Path(__file__).parents[2] / "docs/howto/paper.md").read_text()

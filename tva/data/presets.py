@@ -57,6 +57,7 @@ class Preset:
         lists: The lists of tasks that it belongs to: ``8``, ``14``, ``20``.
         note: What is worth knowing.
         revision: Revision of the repository to load, where the task names none.
+        license: As the set's own page says.
         track: What the file names of one object's images have in common, in the first group of an expression; they are
             no independent examples. Used where all names of a split match it.
     """
@@ -73,6 +74,7 @@ class Preset:
     lists: tuple[int, ...] = field(default=())
     note: str = ""
     revision: str | None = None
+    license: str | None = None
     track: re.Pattern[str] | None = None
 
     def standardize(self, splits: Mapping[str, Any]) -> dict[str, Any]:

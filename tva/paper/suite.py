@@ -131,7 +131,8 @@ class Scale:
     def _expand(self, group: str, template: Mapping[str, Any], seed: int, data_root: str) -> Iterator[Edit]:
         lists = {"tasks": list(self.options["tasks"]), "controls": list(self.options.get("controls", []))}
         words = {f"{{{name}}}": value for name, value in lists.items()}
-        words |= {"{sum}": " + ".join(lists["tasks"]), "{seed}": seed, "{data_root}": data_root}
+        words |= {"{sum}": " + ".join(lists["tasks"]), "{list}": ", ".join(lists["tasks"])}
+        words |= {"{seed}": seed, "{data_root}": data_root}
         words |= {f"{{{name}}}": value for name, value in self.options.get("words", {}).items()}
         words |= {"{control}": lists["controls"][0]} if lists["controls"] else {}
         each = fill(template.get("each", {}), words)

@@ -9,6 +9,7 @@ from typing import Any
 from tva.cli.commands.fit_many import check_fit
 from tva.cli.commands.paper__run import make_fits
 from tva.console import counted, make_console, print_line, size_text
+from tva.data.presets import all_presets
 from tva.paper.results import DONE, edit_folder
 from tva.paper.suite import Scale, find_scale
 from tva.report.table import Column, print_table, words
@@ -58,11 +59,29 @@ def plan(scale: Scale, output: Path, data_root: str | None, seeds: Sequence[int]
         "model": scale.setup["model"],
         "tasks": sets,
         "download_bytes": {"model": download.get("model", 0), **named},
+        "unpinned": unpinned(scale, edits),
         "seeds": list(seeds),
         "fits": {state: sum(fit.state == state for fit in fits) for state in dict.fromkeys(f.state for f in fits)},
         "edits": {"new": len(edits) - len(finished), "made": len(finished)},
         "differs": scale.differs,
     }
+
+
+def unpinned(scale: Scale, edits: Sequence[Any]) -> list[str]:
+    """Return what is read from the hub as it is now: data sets, and the model, of which no revision is named."""
+    configs = [
+        task for edit in edits for role in ("targets", "controls") for task in edit.config.get(role, {}).values()
+    ]
+    configs += [fit.changes["data"] for fit in scale.fits([0])]
+    found: set[str] = set()
+    for options in (config.get("init_args", {}) for config in configs):
+        kind, _, name = str(options.get("path", "")).partition(":")
+        if kind == "preset" and not options.get("local") and not options.get("revision"):
+            known = all_presets().get(name)
+            found |= {name} if known is None or known.revision is None else set()
+    model = scale.setup["model"].get("init_args", {})
+    repository = model.get("name", "") if "pretrained" not in model else ""
+    return [*([repository] if "/" in repository and "{" not in repository else []), *sorted(found)]
 
 
 def files_needed(scale: Scale, edits: Sequence[Any], root: str) -> list[dict[str, Any]]:
@@ -89,10 +108,14 @@ def files_needed(scale: Scale, edits: Sequence[Any], root: str) -> list[dict[str
 COLUMNS = [
     words("experiment", lambda row: row["experiment"]),
     words("scale", lambda row: row["scale"]),
-    words("tasks", lambda row: ", ".join(row["tasks"])),
-    words("fits", lambda row: _counts(row["fits"])),
-    words("edits", lambda row: _counts(row["edits"])),
-    Column("download", lambda row: size_text(sum(row["download_bytes"].values())) if _downloads(row) else "–"),
+    Column("tasks", lambda row: str(len(row["tasks"]))),
+    Column("fits", lambda row: _counts(row["fits"]), False, keep=True),
+    Column("edits", lambda row: _counts(row["edits"]), False, keep=True),
+    Column(
+        "download",
+        lambda row: size_text(sum(row["download_bytes"].values())) if _downloads(row) else "–",
+        keep=True,
+    ),
 ]
 
 
@@ -110,6 +133,7 @@ def show(result: Sequence[Mapping[str, Any]]) -> None:
     print_table(console, COLUMNS, result)
     for row in result:
         print_line(console, f"{row['experiment']}, {row['scale']}: {row['title']} ({row['source']})")
+        print_line(console, f"  tasks {', '.join(row['tasks'])}; seeds {', '.join(map(str, row['seeds']))}")
         if row["about"]:
             print_line(console, f"  setup {row['setup']}: {row['about']}")
         for need in row["needs"]:
@@ -122,6 +146,10 @@ def show(result: Sequence[Mapping[str, Any]]) -> None:
             print_line(console, f"  missing: {file}")
         if _downloads(row):
             sizes = [f"{name} {size_text(size)}" for name, size in row["download_bytes"].items() if size]
-            print_line(console, f"  downloads, about: {', '.join(sizes)}")
+            rest = [name for name in row["unpinned"] if name in row["tasks"] and name not in row["download_bytes"]]
+            others = f"; of unknown size: {', '.join(rest)}" if rest else ""
+            print_line(console, f"  downloads, about: {', '.join(sizes)}{others}")
+        if row["unpinned"]:
+            print_line(console, f"  unpinned, as the hub has them now: {', '.join(row['unpinned'])}")
         if row["differs"]:
             print_line(console, f"  differs from the paper: {row['differs']}")
