@@ -10,8 +10,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import lightning as L
+
 from benchmarks.ledger import markdown, with_interval
-from benchmarks.search import make_trainer
 from examples import demo
 from tva import TaskVector
 from tva.data import ImageTask
@@ -50,7 +51,9 @@ def analogy_curve(seed: int, output: Path) -> list[float]:
         TaskVector.load(output / name / f"seed={seed}/checkpoints/last.tv.safetensors")
         for name in ("solid_a", "solid_b", "sketch_a")
     )
-    model, trainer = ClipClassifier(), make_trainer()
+    quiet = ("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary")
+    trainer = L.Trainer(accelerator="cpu", devices=1, **dict.fromkeys(quiet, False))
+    model = ClipClassifier()
     vector = (sketch_a + (solid_b - solid_a)).named_for(model.state_dict())
     where = {"style": "sketch", "half": "B"}
     data = ImageTask("builtin:symbols", batch_size=500, name="sketch_b", where=where)

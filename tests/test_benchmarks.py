@@ -1,7 +1,6 @@
 """The ledger of results, and benchmarks in small: every line that a CPU reaches of those that need a GPU, or hours."""
 
 import contextlib
-import functools
 import importlib
 import importlib.util
 import json
@@ -26,33 +25,6 @@ def load(name):
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
-
-
-def run_fit(tmp_path, *options):
-    load("fit").main([*options, "--steps", "2", "--warmup", "2", "--batch_size", "8", "--output", f"{tmp_path}/o.json"])
-    return json.loads((tmp_path / "o.json").read_text())["tva-tiny"]
-
-
-@pytest.mark.slow
-def test_the_trainer_and_the_plain_loop_do_the_same_work(tmp_path, capsys):
-    found = run_fit(tmp_path, "--repeats", "2", "--turn", "1")  # or it stops, as the two end at different weights
-    assert len(found["ratios"]) == len(found["added_ms_per_step"]) == 2
-    assert all(0 < ratio < 10 for ratio in found["ratios"])
-    assert "x the recipe (paired;" in capsys.readouterr().out
-
-
-@pytest.mark.slow
-@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
-def test_the_best_settings_that_are_meant_for_a_gpu_run(tmp_path, capsys, monkeypatch):
-    # traced and differentiated as ever; the kernels, which take a minute, are a test's in tests/models/test_optim.py
-    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
-    found = run_fit(tmp_path, "--settings", "best", "--repeats", "1", "--turn", "2", "--peak_tflops", "1")
-    assert found["peak"] == 1e12
-    assert found["flops_per_image"] == 83613696.0
-    assert found["accuracy"].keys() == found["images_per_s"].keys() == {"recipe", "tva fit"}
-    assert abs(found["accuracy"]["recipe"] - found["accuracy"]["tva fit"]) < 0.02  # four steps at 1e-5 move nothing
-    printed = capsys.readouterr().out
-    assert "% of 1, validation accuracy" in printed
 
 
 def _sharded(folder):
@@ -346,16 +318,6 @@ def test_an_interval_over_seeds_covers_where_all_seeds_share_their_test_examples
     assert covered / runs > 0.94  # 89 % without the variance of the examples
     assert ledger.over_seeds([0.5, 0.5, 0.5], 100) == pytest.approx((0.402, 0.598), abs=1e-3)  # that of examples only
     assert ledger.over_seeds([1.0, 2.0, 3.0]) == pytest.approx((-0.484, 4.484), abs=1e-3)
-
-
-def test_a_simulated_cluster_keeps_to_its_workers_its_disk_and_its_first_process():
-    simulate = load("scale").simulate
-    assert simulate([(0, 2.0)] * 6, 1) == 12.0
-    assert simulate([(0, 2.0)] * 6, 2) == simulate([(0, 2.0)] * 6, 1, slots=2) == 6.0
-    assert simulate([(0, 2.0)] * 4, 4, message=1.0) == 5.0  # the last is handed out after three seconds
-    assert simulate([(10, 1.0)] * 4, 4, nic=5.0) == 3.0
-    assert simulate([(10, 1.0)] * 4, 4, nic=5.0, disk=10.0) == 5.0
-    assert simulate([(10, 0.0)] * 4, 1, slots=4, nic=5.0) == 8.0
 
 
 @pytest.mark.slow
