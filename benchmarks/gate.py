@@ -71,7 +71,8 @@ def tables(runs: Mapping[int, Mapping[str, Any]]) -> dict[str, str]:
 
 
 def _chosen(cells: Sequence[Mapping[str, float]], num: int) -> str:
-    return f"{share(sum(c['too_far'] for c in cells), num)}, λ {sum(c['sum'] for c in cells) / num:.2f}"
+    scored = f", {sum(c['scored'] for c in cells) / num:.1f} passes" if "scored" in cells[0] else ""
+    return f"{share(sum(c['too_far'] for c in cells), num)}, λ {sum(c['sum'] for c in cells) / num:.2f}{scored}"
 
 
 # --- one test of one edit
@@ -174,7 +175,10 @@ SEARCHES: dict[str, tuple[Search, str]] = {
 
 
 def chosen(search: Search, rule: str, kept: Callable[[float], float], runs: int, seed: int) -> dict[str, float]:
-    """Count how often the chosen coefficient goes too far, and add up how far it goes."""
-    choices = [search.run(Curve(kept, (seed, run)).problem(rule)) for run in range(runs)]
+    """Count how often the chosen coefficient goes too far; add up how far it goes, and the passes over the examples."""
+    problems = [Curve(kept, (seed, run)).problem(rule) for run in range(runs)]
+    choices = [search.run(problem) for problem in problems]
     coefs = [choice.scaling_coef if choice.feasible else 0.0 for choice in choices]
-    return {"too_far": sum(coef > 0 and kept(coef) < 0.95 for coef in coefs), "sum": sum(coefs)}
+    scored = sum(problem.num_scored / problem.base["control"].num_examples for problem in problems)
+    too_far = sum(coef > 0 and kept(coef) < 0.95 for coef in coefs)
+    return {"too_far": too_far, "sum": sum(coefs), "scored": scored}
