@@ -66,10 +66,10 @@ EACH = """
 import sys; from tva.cli.main import main
 loaded = []  # when something is first said
 write, sys.stderr.write = sys.stderr.write, lambda text: loaded.append(set(sys.modules)) or write(text)
-for config in sys.argv[1:]:
-    try: main(['edit', '--config', config])
+for words in (*(['--config', it] for it in sys.argv[1:]), ['--devices=2'], ['--recpie', '-a'], ['--trainr.devices=2']):
+    try: main(['edit', *words])
     except SystemExit as end: assert end.code == 2
-    else: raise AssertionError(config)
+    else: raise AssertionError(words)
     assert not {'torch', 'lightning'} & set(sys.modules)
 assert not {'numpy', 'jsonargparse', 'tva.checkpoints'} & loaded[0]
 """
@@ -87,7 +87,14 @@ def test_mistakes_in_a_config_are_named_with_their_line_before_lightning_is_impo
     found = re.findall(r"tva: error: .*(?:\n(?!tva: error).*)*", done.stderr)
     for number, message in enumerate(MISTAKES.values()):
         assert f"tva: error: {number}.yaml, {message}" in found[number]
-    assert found[-1].strip() == "tva: error: --config: there is no file 'forgte.yaml'. Did you mean 'forget.yaml'?"
+    assert [re.search(r"Did you mean (\S+)\?", message)[1] for message in found[-3:]] == [
+        "--trainer.devices",
+        "--recipe",
+        "--trainer.devices",
+    ]
+    assert (
+        found[-4].splitlines()[0] == "tva: error: --config: there is no file 'forgte.yaml'. Did you mean 'forget.yaml'?"
+    )
     assert "TVA_DEBUG" not in done.stderr
 
 
@@ -97,6 +104,12 @@ def test_a_value_of_the_wrong_type_is_named_with_its_line(capsys):
     assert "forget.yaml, line 13: --confidence must be a number; found 'high'" in message(
         capsys, "edit", "--config", "forget.yaml"
     )
+
+
+def test_choices_are_listed_and_a_shortened_option_has_the_nearest_named(capsys):
+    assert "usage: tva init fit|forget|add|analogy|merge [options]" in message(capsys, "init")
+    assert "--kind must be 'fit', 'forget', 'add', 'analogy' or 'merge'; found 'x'." in message(capsys, "init", "x")
+    assert "no option --trainer.device. Did you mean --trainer.devices?" in message(capsys, "fit", "--trainer.device=2")
 
 
 def test_configs_of_other_commands_are_checked_too(capsys):

@@ -143,7 +143,7 @@ def test_statistics_files_and_edits_that_are_reverted_are_inputs_too(place, caps
     [
         (["extract", "base.safetensors", "finetuned.safetensors"], "usage: tva extract --base BASE --fine"),
         (["inspect"], "--path must be given; usage: tva inspect PATH "),
-        (["inspect", "digits.tv.safetensors", "--by", "color"], "--by must be 'group', 'layer', 'tensor'; found"),
+        (["inspect", "digits.tv.safetensors", "--by", "color"], "--by must be 'group', 'layer' or 'tensor'; found"),
         (["compare", "digits.tv.safetensors", "digits.tv.safetensors"], "was given more than once. Leave it out"),
         (["compress", "digits.tv.safetensors", "--outptu", "x"], r"no option --outptu. Did you mean --output\?"),
         (["extract", "--base", "base.safetensors", "--finetuned", "finetuned.safetensors", "--output",

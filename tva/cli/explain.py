@@ -47,6 +47,7 @@ def explain(problem: str, command: str, options: Collection[str], usage: str = "
     lists_all = f"'tva {command} --help' lists all"
     problem = re.sub(r"^Subcommand '.*?' does not accept option '", "Option '", problem)
     problem = re.sub(r"^Option '(\S+)' is required .*", r"the following arguments are required: \1", problem)
+    problem = re.sub(r"^ambiguous option: (\S+) could match .*", r"unrecognized arguments: \1", problem)
     if found := re.match(r"(?:unrecognized arguments: |Option ')([^\s']+)", problem):
         word = found[1].partition("=")[0]
         if problem.startswith("unrec") and not word.startswith("-"):
@@ -106,9 +107,13 @@ def _explain_value(key: str, problem: str) -> str | None:
             near = did_you_mean(unknown[0], choices) if unknown else ""
             return f"--{key} must be a list of {', '.join(choices)}; found {value!r}.{near}"
         return f"--{key} must be a list; found {value!r}. Write --{key}='[\"{value}\"]', or --{key}+=VALUE for each."
-    texts = [_TYPES.get(each) or re.sub(r"typing\.Literal\[(.*)\]", r"\1", each) for each in wanted]
+    texts = [_TYPES.get(each) or re.sub(r"typing\.Literal\[(.*)\]", _choices, each) for each in wanted]
     texts = [re.sub(r"collections\.abc\.|typing\.|<class '|'>", "", text) for text in texts]
     return f"--{key} must be {' or '.join(text for text in texts if text != 'null')}; found {value!r}."
+
+
+def _choices(literal: re.Match[str]) -> str:
+    return " or ".join(literal[1].rsplit(", ", 1))
 
 
 def _causes(problem: str) -> Iterator[str]:

@@ -107,8 +107,11 @@ def _own(step: Callable[..., Any], options: Mapping[str, Any]) -> dict[str, Any]
 def _usage(name: str, command: ModuleType) -> str:
     order = getattr(command, "ORDER", "").split()
     shown = [word.rstrip("…").upper() + " …" * word.endswith("…") for word in order]
+    parameters = signature(command.run).parameters
+    choices = {key: re.findall(r"'(\w+)'", str(parameter.annotation)) for key, parameter in parameters.items()}
+    shown = ["|".join(choices.get(word, ())) or shown[at] for at, word in enumerate(order)]
     named = []
-    for key, parameter in signature(command.run).parameters.items():
+    for key, parameter in parameters.items():
         if parameter.default is parameter.empty and key not in [word.rstrip("…") for word in order]:
             by_name = ".NAME" * str(parameter.annotation).startswith(("dict", "Mapping"))
             named.append(f"--{key}{by_name} {key.upper()}")

@@ -6,8 +6,10 @@ import logging
 import os
 import re
 import sys
+from collections.abc import Collection
 
 from tva.cli.config_files import check_files, check_recipe, config_files, with_place
+from tva.cli.explain import explain
 from tva.cli.shipped_help import format_help, shipped
 
 
@@ -34,7 +36,11 @@ def run_subcommand(command: str, words: list[str], as_json: bool, about: str) ->
     check_configs(words)
     files = config_files(words)
     if command in shipped():
-        check_files(files, _options(command))
+        flags = _flags(command)
+        options = {name.partition(".")[0] for name in flags} | {command}
+        for word in words:
+            _check_word(word, command, options, flags)
+        check_files(files, options)
     if command == "edit":
         check_recipe(files, words)
     logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(_is_no_advertisement)
@@ -49,10 +55,17 @@ def run_subcommand(command: str, words: list[str], as_json: bool, about: str) ->
         raise ValueError(placed) from error
 
 
-def _options(command: str) -> set[str]:
-    """Return the names of a subcommand's options, before the first dot."""
-    flags = [option for _, options in shipped()[command]["groups"] for option, _ in options]
-    return {re.split(r"[ .=,]", flag.partition("--")[2])[0] for flag in flags} | {command}
+def _flags(command: str) -> set[str]:
+    """Return the names of a subcommand's options, such as ``trainer.devices``."""
+    shown = [option for _, options in shipped()[command]["groups"] for option, _ in options]
+    return {name for option in shown for name in re.findall(r"--([\w.]+)", option)}
+
+
+def _check_word(word: str, command: str, options: Collection[str], flags: Collection[str]) -> None:
+    """Check that a word of the command line is an option, or begins one, if it begins like one."""
+    found = re.match(r"--([^\s=.+]+)", word)
+    if found and found[1] not in options and not any(flag.startswith(found[1]) for flag in flags):
+        raise ValueError(explain(f"unrecognized arguments: {word}", command, sorted(flags)))
 
 
 def _is_no_advertisement(record: logging.LogRecord) -> bool:
