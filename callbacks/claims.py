@@ -1,4 +1,4 @@
-"""Names of vectors that are about to be written, so that no two processes choose the same one."""
+"""Reserve the names of vectors about to be written, so that two processes never choose the same one."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tva.checkpoints.atomic import locked, remove_left, temporary_prefix
 
 @contextlib.contextmanager
 def naming(path: str) -> Iterator[None]:
-    """Let no other process choose a name in the same folder meanwhile."""
+    """Hold a lock under which only this process chooses names in the folder of ``path``."""
     if is_remote(path):
         yield
         return
@@ -25,19 +25,19 @@ def naming(path: str) -> Iterator[None]:
 
 
 def claim(path: str) -> None:
-    """Claim a name, by the temporary file in which it will be written, until it is written or released."""
+    """Reserve a name by creating the temporary file that will be renamed to it, until it is written or released."""
     if not is_remote(path):
         _temporary(Path(path)).touch()
 
 
 def release(path: str) -> None:
-    """Remove the claim on a name, if there is one."""
+    """Remove the reservation of a name, if there is one."""
     if not is_remote(path):
         _temporary(Path(path)).unlink(missing_ok=True)
 
 
 def is_claimed(path: str) -> bool:
-    """Return whether another process, which runs, is about to write a file."""
+    """Return whether another running process has reserved a name."""
     if is_remote(path):
         return False
     prefix = temporary_prefix(Path(path))

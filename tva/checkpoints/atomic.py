@@ -1,4 +1,4 @@
-"""Write files whole or not at all."""
+"""Write files atomically: whole or not at all."""
 
 from __future__ import annotations
 
@@ -118,7 +118,7 @@ def locked(path: Path) -> Iterator[None]:
 
 
 def make_room(file: int, size: int) -> None:
-    """Set a file's size and, where the system can, reserve its place on the disk, which halves the time to write."""
+    """Set a file's size and reserve its space on disk where the system can, which halves the time to write."""
     try:
         os.posix_fallocate(file, 0, size)
     except (AttributeError, OSError) as error:
@@ -169,7 +169,7 @@ def _order_metadata(path: Path) -> None:
 
 
 def cache_folder() -> Path:
-    """Folder of what can be computed again: ``TVA_CACHE``, else ``~/.cache/tva``, else a temporary one."""
+    """Return the cache folder: ``TVA_CACHE``, else ``~/.cache/tva``, else a temporary one."""
     given = os.environ.get("TVA_CACHE")
     try:
         return Path(given or Path.home() / ".cache" / "tva")

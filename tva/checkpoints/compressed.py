@@ -1,4 +1,4 @@
-"""Tensors stored in fewer bytes: of which parts each encoding consists, and how elements are read from them.
+"""Compressed tensors: the parts of each encoding, and how elements are read from them.
 
 An encoded tensor ``NAME`` is several tensors ``NAME#ENCODING.PART`` of a plain safetensors file, whose header lists
 under ``tva.encoded`` each tensor's encoding, shape and error. An element is computed from its own parts by the same

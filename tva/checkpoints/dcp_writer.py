@@ -123,7 +123,7 @@ def check_format(output: Path, format: str, **others: object) -> None:
 
 
 class _Bytes:
-    """Stands for a tensor's bytes in what is pickled."""
+    """Placeholder for a tensor's bytes in a pickle."""
 
     def __init__(self, spec: Spec) -> None:
         kind = _STORAGES.get(spec.dtype_name)
@@ -132,7 +132,7 @@ class _Bytes:
 
 
 class _Whole:
-    """Pickles like a contiguous tensor."""
+    """Pickles as a contiguous tensor does."""
 
     def __init__(self, spec: Spec) -> None:
         self.spec = spec

@@ -1,4 +1,4 @@
-"""Tensors that are stored as codes and scales, dequantized in float64 as they are read, and quantized again alike."""
+"""Tensors stored as codes and scales: dequantized in float64 when read, and quantized again in the same scheme."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ class Dequantized(Described):
 
     @property
     def stored(self) -> dict[str, Entry]:
-        """What is stored, by its names in the file."""
+        """Return the stored parts by their names in the file."""
         return {self.names[role]: part for role, part in self.parts.items()}
 
     def slice(self, start: int, stop: int) -> Tensor:
@@ -66,7 +66,7 @@ class Dequantized(Described):
         raise NotImplementedError  # every scheme that is read in rows says how
 
     def codes(self, values: Tensor) -> dict[str, Tensor]:
-        """Return role to tensor of the parts that represent other values best in this scheme.
+        """Return the parts, by role, that represent other values best in this scheme.
 
         Args:
             values: Float64, of the shape of the weights.
@@ -74,7 +74,7 @@ class Dequantized(Described):
         raise NotImplementedError  # where `requantizes` is true, the scheme says how
 
     def quantized(self, values: Tensor) -> Dequantized:
-        """Return other values in this scheme; parts that the values do not decide are kept."""
+        """Return other values in this scheme; parts that do not depend on the values are kept."""
         new = {role: InMemory(tensor.reshape(self.parts[role].shape)) for role, tensor in self.codes(values).items()}
         return replace(self, parts={**self.parts, **new})
 

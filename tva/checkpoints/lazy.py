@@ -62,7 +62,7 @@ class OpenFile:
         return mmap.mmap(self._descriptor, length + skip, access=mmap.ACCESS_COPY, offset=offset - skip), skip
 
     def will_need(self, offset: int, length: int) -> None:
-        """Ask the system to read some bytes ahead, where it can."""
+        """Ask the system to read bytes ahead, if it supports that."""
         if hasattr(os, "posix_fadvise"):
             os.posix_fadvise(self._descriptor, offset, length, os.POSIX_FADV_WILLNEED)
 
@@ -118,11 +118,11 @@ class Entry:
 
     @property
     def location(self) -> object:
-        """What is equal for two tensors that share their memory; None where that is not known."""
+        """Return a value that is equal for tensors that share memory; None if that is not known."""
         return None
 
     def will_need(self, start: int, stop: int) -> None:
-        """Ask the system to read elements ahead, where it can."""
+        """Ask the system to read elements ahead, if it supports that."""
 
     def slice(self, start: int, stop: int) -> Tensor:
         """Read the elements from ``start`` to ``stop`` of the flattened tensor, as fresh memory of one dimension."""

@@ -1,4 +1,4 @@
-"""Refuse outputs that would replace an input or a file that tva did not write, or change what an input means."""
+"""Refuse outputs that would replace an input or a file that tva did not write, or change how an input is read."""
 
 from __future__ import annotations
 

@@ -69,7 +69,7 @@ def dequantized(weights: LazyWeights) -> LazyWeights:
 
 
 def _check_complete(weights: LazyWeights, found: Mapping[str, Dequantized], used: Mapping[str, str]) -> None:
-    """Refuse what a known scheme does not account for: a weight that is given twice, a further tensor of scales."""
+    """Refuse tensors that a known scheme does not account for: a weight given twice, or further scales."""
     twice = [target for target in found if target in weights and target not in used]
     if twice:
         raise ValueError(f"{weights.path} holds {some(twice)} both as codes and as weights. Leave one of them out.")

@@ -303,7 +303,7 @@ class Output:
             self.finish(name, record)
 
     def finish(self, name: str, record: Mapping[str, Any]) -> None:
-        """Note that a tensor is whole; ``record["edited"]`` is its digest."""
+        """Mark a tensor as complete; ``record["edited"]`` is its digest."""
         with self._wake:
             self._finished.append((name, record))
             self._unsynced += self._shard_of[name].tensors[name].num_bytes

@@ -1,4 +1,4 @@
-"""How a checkpoint is cut into safetensors files, and one such file being written."""
+"""Split a checkpoint into safetensors files, and write one of them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is beside a model's weights and goes along with an edited model: configuration, tokenizer, code, sub-folders."""
+"""Files that go with an edited model besides its weights: configuration, tokenizer, code, sub-folders."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is known of tensors and their elements without torch: dtypes by name, sizes, bytes."""
+"""Dtypes by name, shapes and sizes in bytes of tensors, without torch."""
 
 from __future__ import annotations
 

@@ -27,7 +27,7 @@ class BatchCache:
     """Batches kept for later passes over the same data.
 
     Args:
-        max_bytes: What they may take in all; further batches are read again at each pass.
+        max_bytes: Maximum size of the cache in bytes; further batches are read again at each pass.
         place: Keep them in ``"memory"``, on the ``"device"`` that evaluates, or memory-mapped on ``"disk"``, in a
             temporary folder.
 
@@ -84,7 +84,7 @@ class BatchCache:
 
 
 def shallow_copy(batch: Any) -> Any:
-    """Copy a batch's containers, not its tensors, so that a step that pops an entry harms nobody."""
+    """Copy a batch's containers, not its tensors, so that a step may remove entries."""
     return copy.copy(batch) if isinstance(batch, (dict, list)) else batch
 
 
@@ -104,7 +104,7 @@ def example_order(num_examples: int, seed: int | None) -> Tensor:
 
 @dataclass
 class Turns:
-    """The batches that one of several processes takes in a pass.
+    """The batches that one of several processes evaluates in a pass.
 
     Attributes:
         even: Whether all must take equally many, as where the model's parts are gathered for each batch; then the last
@@ -117,7 +117,7 @@ class Turns:
 
 
 class _Batches:
-    """What stands in for a loader: its batches, or those of a part of an order, through a cache.
+    """Replaces a loader: yields its batches, or those of a part of an order, through a cache.
 
     Of several processes each takes the batches whose number leaves its rank over; none is taken twice, which
     Lightning's own sampler does to make their numbers even.
@@ -193,7 +193,7 @@ def through_cache(
     num_ranks: int = 1,
     turns: Turns | None = None,
 ) -> Iterator[None]:
-    """Let a data module's loader of one split give its batches through a cache, or a part of its examples.
+    """Replace a data module's loader of one split by one that reads through a cache, or only a part of the examples.
 
     Args:
         datamodule: Restored afterwards.
@@ -204,7 +204,7 @@ def through_cache(
             without it.
         rank: Which of the processes that share the batches this one is.
         num_ranks: How many there are.
-        turns: Gets to know the batches that count for this process.
+        turns: Receives the batches that count for this process.
 
     Raises:
         ValueError: The loader shuffles, or a part, or a process's share, is asked of data without an order.

@@ -1,4 +1,4 @@
-r"""Is a bound met, and with what confidence: :math:`\bar e \ge s \bar b + o` from the scores of two models by example.
+r"""Test with a stated confidence if a bound :math:`\bar e \ge s \bar b + o` is met, from two models' scores by example.
 
 No test can exclude what no example has shown, damage to a few examples that is as large as one likes. What is excluded
 is damage up to a `worst` value of one example: of right and wrong that is exact, of other scores it is an assumption,
@@ -96,7 +96,7 @@ def _student_slack(
 
 
 def worst(edited: np.ndarray, base: np.ndarray, slope: float, above: bool = True) -> float:
-    r"""Return the worst value of :math:`\pm(e - s b)` that one example is taken to be capable of.
+    r"""Return the worst value of :math:`\pm(e - s b)` that is assumed possible for one example.
 
     Right or wrong: wrong now, and before whatever makes that count most. Other scores: the edited model may score as
     much worse again than the worst score of either model as that is from 0 (twice the largest loss; 0 where higher is
@@ -208,7 +208,7 @@ def clears(
         slope: As for `slack`.
         offset: :math:`o`.
         confidence: One-sided, in [0.5, 1).
-        above: Beyond is above (or below).
+        above: Whether beyond means above; otherwise below.
         guard: As for `slack`.
         groups: As for `slack`.
     """

@@ -53,7 +53,7 @@ def evaluate(
             (batch, classes) with ``target`` (batch,) for metrics that it does not log.
         datamodule: The task.
         split: ``"val"`` to choose on, ``"test"`` to report on.
-        edits: Functions that put the model into one state each; by default it is evaluated as it is. It is left in
+        edits: Functions, each of which sets the model to one state; by default it is evaluated as it is. It is left in
             the last state.
         share: Whether the model allows the shared pass, as `Evaluation.shareable` of its base says.
         cache: Keeps batches for later passes.
@@ -174,7 +174,7 @@ def put_together(
     turns: Sequence[Sequence[Share]],
     extra: Sequence[str] = (),
 ) -> list[Evaluation]:
-    """Return the evaluation of each edit from what processes recorded, each in its turn, as one would have it."""
+    """Return the evaluation of each edit from the records of all processes, equal to that of a single process."""
     measures = measures_of(model) | measures_of(datamodule)
     extra = [name for name in extra if name not in measures]
     found = []
@@ -187,7 +187,7 @@ def put_together(
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Silence what Lightning says about each of many short evaluations."""
+    """Silence Lightning's messages about each of many short evaluations."""
     logger = logging.getLogger("lightning.pytorch")
     level = logger.level
     logger.setLevel(logging.WARNING)

@@ -1,4 +1,4 @@
-"""How certain a number is: intervals and paired comparisons, from scores by example.
+"""Intervals and paired comparisons from scores by example.
 
 Scores of two models are in the same order, so that before and after are compared on the same examples. What is random
 comes from a fixed seed: the same scores always give the same interval. Whether a bound is met is in `bounds`.
@@ -71,7 +71,7 @@ def by_group(values: np.ndarray, groups: np.ndarray) -> np.ndarray:
 
 
 def effective_groups(groups: np.ndarray) -> float:
-    r"""Return how many groups of one size say as much as these: :math:`(\sum m_g)^2 / \sum m_g^2`.
+    r"""Return the number of equal groups that carry as much information as these: :math:`(\sum m_g)^2 / \sum m_g^2`.
 
     A few large groups among many small ones decide the mean, so that their number is what counts: less one, it is the
     degrees of freedom of Student's interval.
@@ -284,7 +284,7 @@ def _enclosing(found: Comparison, difference: Ends, ratio: Ends) -> Comparison:
 
 
 def _compare_groups(edited: np.ndarray, base: np.ndarray, confidence: float, groups: np.ndarray) -> Comparison:
-    """Compare with groups as draws; those of several sizes are as many as they are worth, and have Student's test."""
+    """Compare with groups as draws; groups of unequal sizes count as their effective number, with Student's test."""
     values, count = (by_group(edited, groups), by_group(base, groups)), effective_groups(groups)
     unequal = count < len(values[0]) - 1e-6
     # groups of one size are as examples are, and fewer than FEW are widened already
@@ -301,7 +301,7 @@ def _compare_groups(edited: np.ndarray, base: np.ndarray, confidence: float, gro
 def _of_unequal(
     found: Comparison, edited: np.ndarray, base: np.ndarray, confidence: float, groups: np.ndarray
 ) -> Comparison:
-    """Give values of groups of several sizes Student's test, and intervals at least as wide as Student's."""
+    """Apply Student's test to values of groups of unequal sizes, with intervals at least as wide as Student's."""
     count, differences = effective_groups(groups), edited - base
     t = float(np.mean(differences)) / group_error(differences, groups)
     ends = student_interval(differences, confidence, count, group_error(differences, groups))
@@ -343,8 +343,8 @@ def mean_ratio_interval(
     """Compute an interval of the mean over tasks of a ratio of two means of the same examples.
 
     Args:
-        pairs: For each task the scores above and below the line, one an example in the same order, and their groups, or
-            None; see `by_group`. The examples of different tasks are taken to be independent.
+        pairs: For each task the scores of numerator and denominator, one an example in the same order, and their
+            groups, or None; see `by_group`. The examples of different tasks are taken to be independent.
         confidence: Two-sided.
 
     Returns:

@@ -1,4 +1,4 @@
-"""Examples that the choice of a coefficient and its proof share, and accuracy below chance."""
+"""Examples shared by validation, test and training data, and accuracy below chance."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def row_digests(batch: Any) -> list[int]:
 
 
 def num_shared(one: Evaluation, other: Evaluation) -> int | None:
-    """Return how many examples of ``other`` are in ``one`` too, by their inputs; None where they are not known.
+    """Count the examples of ``other`` that are also in ``one``, by their inputs; None if these are not known.
 
     Inputs that occur more than once in a split are not counted: they do not tell examples apart.
     """

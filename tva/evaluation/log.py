@@ -1,4 +1,4 @@
-"""The log of all evaluations: JSON lines that the next run reads instead of evaluating again."""
+"""The log of all evaluations: JSON lines from which the next run takes results instead of evaluating again."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class EvaluationLog:
 
     @functools.cached_property
     def _found(self) -> dict[str, dict[str, Any]]:
-        """Read what is there, when it is first asked for: only then do all processes run."""
+        """Read the file at first use: only then do all processes run."""
         found = {}
         if self._writes and self.path is not None and self.path.exists():
             for line in self.path.read_bytes().splitlines():
@@ -114,7 +114,7 @@ class EvaluationLog:
 
         Args:
             parts: By task the hash of its test part.
-            edit: What tells this edit from others.
+            edit: Identifies this edit among others.
         """
         if self.path is None:
             return {}

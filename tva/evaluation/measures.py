@@ -85,12 +85,12 @@ class Measure:
             return metric, as_tensor(metric.function(preds, target))
 
     def explained(self, preds: Any, target: Any) -> Explained:
-        """Return the context in which what the metric raises says what it was given."""
+        """Return a context in which errors of the metric state what it was given."""
         return Explained(self.name, preds, target)
 
 
 class Explained:
-    """Turn what a metric raises into an error that says what it was given.
+    """Turn an error of a metric into one that states what it was given.
 
     Args:
         name: The metric's name.

@@ -1,4 +1,4 @@
-"""The torchmetrics objects inside a model, and copies that take their place for a while."""
+"""Find the torchmetrics objects inside a model and replace them temporarily by copies."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torchmetrics import Metric, MetricCollection
 
 @contextlib.contextmanager
 def standing_in(model: torch.nn.Module) -> Iterator[None]:
-    """Let copies take the place of a model's metrics for a while."""
+    """Replace a model's metrics by copies within the context."""
     places = metric_places(model)
     for parent, child, metric in places:
         parent._modules[child] = fresh(metric)

@@ -141,7 +141,7 @@ class FunctionMetric(Metric):
 
 
 def compute(metric: Metric, preds: Any, target: Any) -> Tensor:
-    """Compute a metric of given examples, and of these only: not of what other processes have."""
+    """Compute a metric of the given examples only, without synchronizing with other processes."""
     if not isinstance(preds, Tensor):
         assert isinstance(metric, FunctionMetric)
         return torch.as_tensor(metric.function(preds, target))

@@ -1,4 +1,4 @@
-"""The processes of one Trainer: which strategies an evaluation takes, and what each process saw put together."""
+"""The processes of one Trainer: which strategies are supported, and how their results are combined."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
 
 
 def is_sharded(strategy: Strategy) -> bool:
-    """Whether each process holds a part of every weight, in a way that an edit can set."""
+    """Whether each process holds a shard of every weight, in a form that an edit can set."""
     return isinstance(strategy, (FSDPStrategy, ModelParallelStrategy))
 
 
@@ -48,7 +48,7 @@ def check_strategy(trainer: L.Trainer) -> None:
 
 
 def wait_for_rank_zero(trainer: L.Trainer, most_s: float = 5.0) -> None:
-    """Return when all that the first process had to do is done; on the others when it has ended, where they see it.
+    """Wait until rank 0 has finished its work; on other ranks, until it has ended, if they can see it.
 
     Lightning kills the first process if another one ends with a status that is not 0 before it does.
     """
@@ -76,7 +76,7 @@ def gather(trainer: L.Trainer, value: Any) -> list[Any]:
 
 
 def in_turn(shares: list[list[Any]]) -> list[Any]:
-    """Put together what processes took in turn.
+    """Interleave the items that processes took in turn.
 
     Example:
         >>> in_turn([[0, 2, 4], [1, 3]])

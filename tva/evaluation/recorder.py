@@ -33,7 +33,7 @@ from tva.evaluation.text_metrics import find_text_metric
 
 @dataclass
 class _Batch:
-    """What one batch left.
+    """The record of one batch.
 
     Attributes:
         num_examples: Its size.
@@ -54,7 +54,7 @@ Share = tuple[list[_Batch], dict[str, Metric]]
 
 
 class Recorder:
-    """What one edit logged and returned in a pass, batch by batch."""
+    """Records what one edit logged and returned in a pass, batch by batch."""
 
     def __init__(
         self,
@@ -130,7 +130,7 @@ class Recorder:
         return self.batches, {name: metric.cpu() for name, metric in self.metrics.items()}
 
     def put_together(self, shares: Sequence[Share]) -> None:
-        """Take what several processes recorded, each of the batches whose number leaves its own place over."""
+        """Combine the records of several processes, where rank r took the batches r, r + n, r + 2n … of n ranks."""
         self.batches = in_turn([batches for batches, _ in shares])
         for name, metric in shares[0][1].items():
             for _, metrics in shares[1:]:
@@ -140,7 +140,7 @@ class Recorder:
 
     @property
     def splittable(self) -> bool:
-        """Whether the torchmetrics objects that were logged only count, so that their sums are exact."""
+        """Whether all logged torchmetrics objects only count, so that their sums over processes are exact."""
         return all(
             isinstance(value, Tensor) and not value.is_floating_point() and not value.any()
             for metric in self.metrics.values()
@@ -293,7 +293,7 @@ def _mean_divergence(model: Any, split: str, scores: Mapping[str, np.ndarray]) -
 
 
 def _joined(parts: Sequence[Any]) -> Any:
-    """Put the parts of all batches together: tensors of one shape but for their length, or lists."""
+    """Concatenate the parts of all batches: tensors that differ only in length, or lists."""
     if not isinstance(parts[0], Tensor):
         return [item for part in parts for item in part]
     if len({part.shape[1:] for part in parts}) == 1:

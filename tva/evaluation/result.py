@@ -1,4 +1,4 @@
-"""The result of an evaluation: metrics with intervals, and the scores they are means of."""
+"""The result of an evaluation: metrics with intervals, and the scores behind them."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ class Evaluation:
 
     @property
     def effective_groups(self) -> float | None:
-        """How many groups of one size say as much as the groups of these examples."""
+        """The number of equal groups that carry as much information as the groups of these examples."""
         return None if self.groups is None else intervals.effective_groups(self.groups)
 
     metrics: Mapping[str, float]
@@ -103,7 +103,7 @@ class Evaluation:
         return None
 
     def quick_interval(self, metric: str) -> tuple[float, float] | None:
-        """Return a 95 % interval that costs nothing, for the many points of a curve; None where that cannot be."""
+        """Return a 95 % interval that is cheap to compute, for the many points of a curve; None if there is none."""
         return quick_interval(self.scores[metric], groups=self.groups) if metric in self.scores else None
 
     def compare(self, base: Evaluation, metric: str) -> Comparison | None:

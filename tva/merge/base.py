@@ -1,4 +1,4 @@
-"""What a merge method is: parameters, an optional look at the deltas, and a function of tensors."""
+"""The base class of merge methods: parameters, optional passes over the deltas, and a function of tensors."""
 
 from __future__ import annotations
 
@@ -66,11 +66,11 @@ class Method:
 
     @property
     def usual_passes(self) -> int:
-        """How many of these passes are mostly made, for a plan."""
+        """Typical number of these passes, for a plan."""
         return self.num_passes
 
     def observing_bytes(self, num_vectors: int) -> int:
-        """Predict the memory that a thread's looking takes, where that is more than a few numbers."""
+        """Predict the memory in bytes that `observe` takes in one thread, if it is more than a few numbers."""
         return 0
 
     def inputs(self) -> Mapping[str, HashedWeights]:

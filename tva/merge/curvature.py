@@ -1,4 +1,4 @@
-r"""Kronecker-factored curvature: how much a change of weights changes what a model says of some task's examples.
+r"""Kronecker-factored curvature: how much a change of weights changes a model's outputs on a task's examples.
 
 For a weight matrix the expected squared change of the outputs is :math:`\mathrm{tr}(G\,\Delta W\,A\,\Delta W^\top)`,
 with :math:`A = E[aa^\top]` of the layer's inputs and :math:`G = E[gg^\top]` of the outputs' derivatives at its own.
@@ -334,7 +334,7 @@ class _Use:
 
 
 class _Watch:
-    """Note every application of a named weight by a linear map, a convolution or an embedding, while it is entered.
+    """Record every application of a named weight by a linear map, a convolution or an embedding within the context.
 
     torch's attention multiplies without calling a layer, so that the functions are wrapped rather than layers hooked.
     """

@@ -1,4 +1,4 @@
-"""Sums over tensors that are seen chunk by chunk, the same to the last bit whatever the chunks."""
+"""Sums over tensors that are seen chunk by chunk, bit for bit independent of the chunks."""
 
 from __future__ import annotations
 

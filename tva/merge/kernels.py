@@ -31,7 +31,7 @@ BFLOAT16, FLOAT16, FLOAT32 = range(3)
 
 @contextmanager
 def _cached() -> Iterator[bool]:
-    """Let numba keep what is compiled beside this file, else in tva's own cache; whether it can.
+    """Let numba cache compiled code beside this file, else in tva's cache folder; return whether it can.
 
     numba looks for a place when a function is decorated, and raises where it finds none.
     """
@@ -315,7 +315,7 @@ def agree(halves, floats, kinds, row, length):
 
 @njit(fastmath={"reassoc"}, **_OPTIONS)
 def _account(delta, base, written):
-    """Count what moves and what changes, and sum up squares; only these sums may be taken in any order.
+    """Count moved and changed elements, and sum squares; only these sums may be taken in any order.
 
     The counts are of at most a block, so that float32 has them exactly.
     """
@@ -332,7 +332,7 @@ def _account(delta, base, written):
 
 @njit(**_OPTIONS)
 def _keep(wide, base, written, stored, out):
-    """Keep what is not finite in the base, and zero it for the account; whether all else that is written is finite.
+    """Keep non-finite elements of the base, and count them as zero; return whether everything else written is finite.
 
     Args:
         wide: Whether stored values are float32.

@@ -1,4 +1,4 @@
-"""What Fisher and RegMean merging must know of a fine-tuned model: its Fisher information, and its layers' inputs."""
+"""What Fisher and RegMean merging need of a fine-tuned model: Fisher information and Gram matrices of inputs."""
 
 from __future__ import annotations
 

@@ -45,7 +45,7 @@ class _Wanted:
         self.start, self.shift = min(max(self.low, key - _WINDOW // 2), max(self.low, self.high - _WINDOW + 1)), 0
 
     def narrow(self, position: int) -> None:
-        """Take note that the key was found before the window (0), in one of its bins, or behind it."""
+        """Update the bounds: the key was found before the window (0), in one of its bins, or behind it."""
         if position == 0:
             self.high = self.start - 1
         elif position > _WINDOW:
@@ -158,7 +158,7 @@ class OrderStatistics:
 
 
 class Threshold(OrderStatistics):
-    """Find the magnitude from which on the fraction ``density`` of largest values is, at least one.
+    """Find the magnitude above which the fraction ``density`` of largest values is, at least one.
 
     Args:
         density: Fraction of values to keep, in (0, 1].

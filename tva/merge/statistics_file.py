@@ -15,7 +15,7 @@ _CHUNK = 2**20  # elements of a file that are read at once
 
 
 class _Statistics:
-    """What both methods have: one file for each vector, in the order of the vectors, opened at once."""
+    """Shared base of both methods: one statistics file per vector, in the order of the vectors, all opened at once."""
 
     files: Sequence[str]
 

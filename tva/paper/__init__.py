@@ -1,1 +1,1 @@
-"""The paper's experiments as data: what each needs, its fits and edits, the paper's numbers, and ours beside them."""
+"""The paper's experiments as data: requirements, fits and edits, and the paper's numbers beside ours."""

@@ -1,4 +1,4 @@
-"""Configs laid over one another, and filled in."""
+"""Merge configs and fill in their placeholders."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def nested(change: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def merge(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
-    """Lay one config over another: mappings are merged, anything else is replaced.
+    """Merge two configs: mappings are merged, any other value is replaced by the second.
 
     Another ``class_path`` drops the ``init_args`` of the one before, as in LightningCLI.
 
@@ -40,7 +40,7 @@ def merge(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def fill(value: Any, words: Mapping[str, Any]) -> Any:
-    """Fill words into all texts of a config; a text that is only a word becomes the word's value.
+    """Replace placeholders in all strings of a config; a string that is only a placeholder becomes its value.
 
     Example:
         >>> fill({"path": "{root}/{task}-{split}", "seed": "{seed}"}, {"{root}": "data", "{task}": "a", "{seed}": 3})

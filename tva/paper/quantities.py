@@ -15,7 +15,7 @@ Quantity = Callable[[Content], "float | None"]
 
 
 def mean(values: Iterable[float | None]) -> float | None:
-    """Return the mean of what is known; None where nothing is."""
+    """Return the mean of the values that are not None; None if there are none."""
     found = [value for value in values if value is not None]
     return statistics.fmean(found) if found else None
 
@@ -63,7 +63,7 @@ _ROLES, _LABELS = ("target", "control"), ("base", "edited", "random")
 
 
 def _subsets(name: str, column: str, sizes: Callable[[int, int], bool] = lambda size, most: True) -> Quantity:
-    """Return the mean of a column over the subsets of some sizes; from the option ``each``."""
+    """Return the mean of a column over the subsets of the given sizes; from the option ``each``."""
 
     def quantity(content: Content) -> float | None:
         rows = content["diagnostics"].get(name, {}).get("rows", {})
@@ -142,7 +142,7 @@ def is_quantity(name: str) -> bool:
 
 
 def _of_task(content: Content, task: str, metric: str, model: str) -> float | None:
-    """Return any metric of a task, whichever is reported of it, on the split that is reported."""
+    """Return a metric of a task, not only the reported one, on the reported split."""
     if task not in content["tasks"]:
         return None
     split, found = content["tasks"][task]["split"], None
@@ -156,7 +156,7 @@ def _of_task(content: Content, task: str, metric: str, model: str) -> float | No
 
 
 def quantity(name: str, content: Content) -> float | None:
-    """Return a number of an edit; None where the edit has none of this kind, or no coefficient was feasible.
+    """Return a number of an edit; None if the edit does not have it or no coefficient was feasible.
 
     Raises:
         ValueError: There is no such quantity.

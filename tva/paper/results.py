@@ -1,4 +1,4 @@
-"""Results of experiments: the paper's numbers and ours with an interval over seeds, and whether effects hold."""
+"""Results of experiments: the paper's numbers, ours with an interval over seeds, and which effects hold."""
 
 from __future__ import annotations
 
@@ -27,16 +27,16 @@ class Row:
     Attributes:
         experiment: The experiment's name.
         scale: The scale's name.
-        row: What the number is.
-        paper: The paper's, where it has one.
+        row: Label of the number.
+        paper: The paper's number, if it reports one.
         ours: Mean over seeds, in the paper's unit.
         low: Lower end of Student's 95 % interval over seeds; None for one seed.
         high: Upper end.
         seeds: One number a seed.
-        edits: Edits of one seed that it is a mean over.
+        edits: Number of edits per seed that it is the mean of.
         unit: ``percent`` or ``number``.
-        column: Of the paper's table.
-        differs: What differs in the set-up.
+        column: Column of the paper's table.
+        differs: How the set-up differs from the paper's.
     """
 
     experiment: str
@@ -65,8 +65,8 @@ class Effect:
     Attributes:
         experiment: The experiment's name.
         scale: The scale's name.
-        effect: What should be.
-        difference: Mean over seeds of how far it is so: positive in the direction that is claimed.
+        effect: The claim, in words.
+        difference: Mean over seeds of the effect's size: positive in the claimed direction.
         limit: Student's lower one-sided confidence limit of it, over seeds; None for fewer than two.
         confidence: Of the limit.
         seeds: One difference a seed.
@@ -94,9 +94,9 @@ class Made:
         group: Its template.
         name: Its name.
         seed: Its seed.
-        seconds: Of the run that made it.
+        seconds: Duration of the run that made it.
         content: Its ``edit.json``.
-        folder: Where it is.
+        folder: Its folder.
     """
 
     group: str
@@ -128,7 +128,7 @@ def read_done(file: Path) -> dict[str, Any]:
 
 
 def find_made(output: Path, scale: Scale) -> list[Made]:
-    """Find the finished edits of an experiment, whatever their seeds."""
+    """Find the finished edits of an experiment, of all seeds."""
     found = []
     for file in sorted((output / scale.experiment / scale.name).glob(f"*/seed=*/{DONE}")):
         if not file.parent.name.removeprefix("seed=").isdecimal():
@@ -140,7 +140,7 @@ def find_made(output: Path, scale: Scale) -> list[Made]:
 
 
 def by_seed(made: Sequence[Made], edits: str, value: str) -> tuple[dict[int, float], int]:
-    """Return a quantity's mean over the edits of a group, one a seed, and the number of edits of a seed.
+    """Return a quantity's mean over the edits of a group, one per seed, and the number of edits per seed.
 
     Seeds of which an edit is missing are left out; see `missing_edits`.
     """
@@ -170,7 +170,7 @@ def missing_edits(scale: Scale, made: Sequence[Made]) -> list[str]:
 
 
 def rows_of(scale: Scale, made: Sequence[Made]) -> Iterator[Row]:
-    """Return the rows of an experiment's table; those of which nothing is known are left out."""
+    """Return the rows of an experiment's table that have numbers."""
     column = scale.options.get("paper")
     for entry in scale.content["rows"]:
         if scale.name not in entry.get("scales", [scale.name]):
@@ -200,7 +200,7 @@ def rows_of(scale: Scale, made: Sequence[Made]) -> Iterator[Row]:
 
 
 def effects_of(scale: Scale, made: Sequence[Made], confidence: float = 0.95) -> Iterator[Effect]:
-    """Return whether each effect of an experiment holds, seeds being the unit."""
+    """Test each effect of an experiment, with seeds as the unit."""
     for entry in scale.content.get("effects", []):
         if scale.name not in entry.get("scales", [scale.name]):
             continue
@@ -239,7 +239,7 @@ def ledger(
     made: Sequence[tuple[Scale, Made]],
     fits: Sequence[Mapping[str, Any]] = (),
 ) -> dict[str, Any]:
-    """Return everything behind a table as plain values, without paths of this machine."""
+    """Return all numbers behind a table as plain values, without local paths."""
     machine = {"cpus": os.cpu_count(), "machine": platform.machine(), "threads": os.environ.get("OMP_NUM_THREADS")}
     return {
         "machine": machine,

@@ -101,12 +101,12 @@ class Scale:
 
     @property
     def seeds(self) -> list[int]:
-        """Seeds that it is run with, unless told otherwise."""
+        """Default seeds."""
         return list(self.options.get("seeds", [0, 1, 2]))
 
     @property
     def needs(self) -> list[str]:
-        """What must be there that tva does not bring."""
+        """Data and models it needs that do not ship with tva."""
         return [*self.content.get("needs", []), *self.setup.get("needs", [])]
 
     @property
@@ -116,13 +116,13 @@ class Scale:
 
     @property
     def needs_data_root(self) -> bool:
-        """Whether it reads sets or models from a folder that must be given."""
+        """Whether it needs ``data_root``, a folder with data sets or models."""
         mark = "{data_root}"
         used = [[edit.config for edit in self.edits([0], mark)], [fit.changes for fit in self.fits([0], mark)]]
         return mark in str([used, self.shared(0, mark)])
 
     def edits(self, seeds: Sequence[int] | None = None, data_root: str = "") -> Iterator[Edit]:
-        """Make the edits, those of one seed after another."""
+        """Return the edits, seed by seed."""
         for seed in self.seeds if seeds is None else seeds:
             for group, template in self.content["edits"].items():
                 if self.name in template.get("scales", [self.name]):

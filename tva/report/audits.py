@@ -1,4 +1,4 @@
-"""Tables of the audits of an edit: what came back."""
+"""Tables of the audits of an edit: how much of what was forgotten comes back."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What an edit did, as a value and as ``edit.json``."""
+"""The report of an edit as an object and as ``edit.json``."""
 
 from __future__ import annotations
 
@@ -333,7 +333,7 @@ def _plain(value: Any) -> Any:
 
 
 def stamp(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """Note size and time of an input, by which a later look knows that it is the same."""
+    """Record the size and modification time of an input, to detect later changes."""
     found = find(path)
     files = [file for file in found.rglob("*") if file.is_file()] if found.is_dir() else [found]
     newest = max((file.stat().st_mtime_ns for file in files), default=0)

@@ -1,4 +1,4 @@
-"""The Pareto front of an edit: what targets gain for what controls lose, from the evaluations of its search."""
+"""The Pareto front of an edit, targets against controls, from the evaluations of its search."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def front(content: Content, target: str, control: str) -> list[tuple[Point, Poin
 
 
 def id_of(point: Point) -> str:
-    """Return what tells a point from others of one search."""
+    """Return a key that identifies a point within a search."""
     return "base" if point.is_base else json.dumps(point.coefs, sort_keys=True)
 
 

@@ -223,7 +223,7 @@ def _table(heads: list[str], rows: list[list[Any]]) -> list[str]:
 
 
 def check_card(folder: Path) -> None:
-    """Check that no other README would be lost.
+    """Check that no README of the user's would be replaced.
 
     Raises:
         ValueError: One is there that tva did not write.
@@ -234,7 +234,7 @@ def check_card(folder: Path) -> None:
 
 
 def with_base_model(card: str, base_model: str) -> str:
-    """Name the base's repository in a card's metadata, leaving the rest as it is."""
+    """Set ``base_model`` in a card's metadata, leaving the rest unchanged."""
     from huggingface_hub import ModelCard
 
     made = ModelCard(card)
@@ -244,7 +244,7 @@ def with_base_model(card: str, base_model: str) -> str:
 
 
 def metadata_of(card: str) -> dict[str, Any]:
-    """Return the metadata of somebody's card; empty where there is none that can be read."""
+    """Return the metadata of a model card; empty if there is none or it cannot be read."""
     from huggingface_hub import ModelCard
 
     try:

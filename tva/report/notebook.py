@@ -1,4 +1,4 @@
-"""What a notebook shows of a task vector, a comparison, a composed checkpoint and an edit: HTML without scripts."""
+"""Notebook displays of task vectors, comparisons, composed checkpoints and edits: HTML without scripts."""
 
 from __future__ import annotations
 

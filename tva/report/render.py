@@ -41,7 +41,7 @@ def draw(spec: Mapping[str, Any], name: str, width: int = 620) -> str:
 
 
 def _shorten(svg: str) -> str:
-    """Return a picture without what draws nothing, half of it; whoever shows it says in words what is on it."""
+    """Remove the parts of an SVG that draw nothing, about half of it; the page describes the chart in words."""
     svg = re.sub(r'<(?:[^">]|"[^"]*")*>', lambda tag: _shorten_tag(tag[0]), svg).replace("<g></g>", "")
     for font in re.findall(r' font-family="[^"]*"', svg)[:1]:
         svg = svg.replace(font, "").replace("<svg ", f"<svg{font} ", 1)

@@ -1,4 +1,4 @@
-"""Check JSON against ``edit.schema.json``, of which this reads the words that are in it."""
+"""Check JSON against ``edit.schema.json``; only the schema keywords used there are implemented."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def _schema() -> dict[str, Any]:
 
 
 def problems(content: Any) -> Iterator[Problem]:
-    """Yield where a report is not what the schema says; of its first level only the inputs must be there."""
+    """Yield the places where a report does not match the schema; at its first level only the inputs are required."""
     yield from _problems(content, {**_schema(), "required": ["base", "vectors"]}, "")
 
 

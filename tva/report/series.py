@@ -86,7 +86,7 @@ def curve(content: Content, task: str, axis: str) -> list[tuple[float, Point]]:
 
 
 def is_feasible(content: Content) -> bool:
-    """Whether a coefficient met the constraints where it was chosen; if not, all is about the closest one."""
+    """Whether a coefficient met the constraints on validation data; if not, the report is about the closest one."""
     return all(entry["split"] != "val" for entry in content["tasks"].values())
 
 

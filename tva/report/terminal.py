@@ -1,4 +1,4 @@
-"""What an edit did, in the terminal: one table, the curves of its search, and the verdict."""
+"""The report of an edit in the terminal: one table, the curves of its search, and the verdict."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What all charts share: their style and the parts of Vega-Lite they are built from.
+"""The style that all charts share, and the parts of Vega-Lite they are built from.
 
 A specification is plain JSON, drawn by the library in the page; https://vega.github.io/vega-lite/docs/ documents it.
 """
