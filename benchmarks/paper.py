@@ -30,7 +30,7 @@ DEPENDS = ("benchmarks/paper.py", "tva/paper", "tva/edit", "tva/evaluation", "tv
 GROUPS = {
     "images": ("forgetting-images", "adding-images", "ablations"),
     "texts": ("forgetting-texts", "adding-texts", "analogy-domains"),
-    "analogies": ("analogy-subpopulations", "few-shot", "kings-and-queens"),
+    "analogies": ("analogy-subpopulations", "few-shot"),
     "language": ("forgetting-toxicity", "forgetting-style", "analogy-sentiment"),
     "smoke": ("forgetting-images", "adding-images", "analogy-subpopulations"),
 }

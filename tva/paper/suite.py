@@ -132,6 +132,9 @@ class Scale:
         lists = {"tasks": list(self.options["tasks"]), "controls": list(self.options.get("controls", []))}
         words = {f"{{{name}}}": value for name, value in lists.items()}
         words |= {"{sum}": " + ".join(lists["tasks"]), "{list}": ", ".join(lists["tasks"])}
+        for variant in self.setup.get("variants", {}):
+            fits = [f"{task}__{variant}" for task in lists["tasks"]]
+            words |= {f"{{tasks__{variant}}}": fits, f"{{sum__{variant}}}": " + ".join(fits)}
         words |= {"{seed}": seed, "{data_root}": data_root}
         words |= {f"{{{name}}}": value for name, value in self.options.get("words", {}).items()}
         words |= {"{control}": lists["controls"][0]} if lists["controls"] else {}
