@@ -8,6 +8,7 @@ from small_images import everything, ready, table, to_tensor
 from torch.utils.data import get_worker_info
 
 from tva.data import ImageTask
+from tva.data.loading import load_splits
 
 
 @pytest.fixture
@@ -162,3 +163,14 @@ def test_what_cannot_be_streamed_is_refused(parquet):
     short = stream(parquet, label_column="style", class_names=["ink"])
     with pytest.raises(ValueError, match="label 'oil' is not in class_names 'ink'"):
         everything(short.test_dataloader())
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_files_of_this_machine_are_loaded_without_the_network(tmp_path, monkeypatch, streaming):
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
+    asked = []
+    monkeypatch.setattr("datasets.load.get_session", lambda: asked.append("a server"), raising=False)
+    (tmp_path / "texts.csv").write_text("text\na\n")
+    for path in (str(tmp_path), {"train": str(tmp_path / "texts.csv")}):
+        assert [row["text"] for row in load_splits(path, None, None, None, streaming)["train"]] == ["a"]
+    assert not asked

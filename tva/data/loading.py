@@ -85,7 +85,19 @@ def load_splits(
         return {split: datasets.Dataset.from_dict({"text": [_read_text(file)]}) for split, file in files.items()}
     separator = {"sep": "\t"} if suffix == ".tsv" else {}
     data_files = {split: str(file) for split, file in files.items()}
-    return datasets.load_dataset(_FORMATS[suffix], data_files=data_files, **separator)
+    return _load_files(_FORMATS[suffix], data_files=data_files, **separator)
+
+
+def _load_files(kind: str, **options: Any) -> Any:
+    """Load files of this machine; without the request by which the library lets a server count that."""
+    import datasets
+
+    counts = datasets.config.HF_UPDATE_DOWNLOAD_COUNTS
+    datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = False
+    try:
+        return datasets.load_dataset(kind, **options)
+    finally:
+        datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = counts
 
 
 def check_path(path: str | Mapping[str, str]) -> None:
@@ -141,7 +153,7 @@ def _read_folder(path: Path, folder: str | None, streaming: bool) -> Mapping[str
             f"The folder {path} must hold files of one format, one of {', '.join(_FORMATS)}, or be one that "
             f"save_to_disk wrote; name the file instead."
         )
-    return datasets.load_dataset(kind, data_dir=str(path), streaming=streaming)
+    return _load_files(kind, data_dir=str(path), streaming=streaming)
 
 
 def _streamed(
@@ -161,7 +173,7 @@ def _streamed(
             raise ValueError(
                 f"Files to stream must be there and of one format, one of {', '.join(_FORMATS)}; found {dict(path)}."
             )
-        return datasets.load_dataset(_FORMATS[suffixes.pop()], data_files=dict(path), streaming=True)
+        return _load_files(_FORMATS[suffixes.pop()], data_files=dict(path), streaming=True)
     if ":" in path or Path(path).is_absolute() or path.startswith(".") or Path(path).suffix:
         raise ValueError(
             f"streaming=true takes a hub set's name, a folder, a mapping from split to file, or a path with {{split}}; "

@@ -109,8 +109,9 @@ def show(result: dict[str, Any]) -> None:
     """Print whether the texts are forgotten, and where everything is."""
     console, change = make_console(), result["loss_difference"]
     low, high = change["difference_low"], change["difference_high"]
-    said = "are forgotten" if low > 0 else "are not shown to be forgotten"
-    by = f"{change['difference']:+.3g} [{low:+.3g}, {high:+.3g}]"
+    said = "are forgotten" if (low or 0) > 0 else "are not shown to be forgotten"
+    interval = "too few test texts for an interval" if low is None else f"{low:+.3g}, {high:+.3g}"
+    by = f"{change['difference']:+.3g} [{interval}]"
     print_line(console, f"the texts {said}: their test loss changes by {by} nats per token")
     if result["holds"]:
         print_line(console, f"transformers loads {result['output']}/")
@@ -119,7 +120,7 @@ def show(result: dict[str, Any]) -> None:
 
 def finish(result: dict[str, Any]) -> bool:
     """Return whether the limits hold and the texts are forgotten."""
-    return bool(result["holds"]) and result["loss_difference"]["difference_low"] > 0
+    return bool(result["holds"]) and (result["loss_difference"]["difference_low"] or 0) > 0
 
 
 def _nats(factor: float) -> float:
