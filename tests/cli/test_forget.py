@@ -90,6 +90,36 @@ def test_mistakes_are_named(here, capsys, words, message):
     assert not Path("out").exists()
 
 
+def test_too_few_texts_to_keep_are_refused_before_training(here, capsys, monkeypatch):
+    monkeypatch.setattr(forget, "_call", lambda *_: pytest.fail("trained first"))
+    Path("few.txt").write_text("\n".join(texts(["good", "fine", "great"], 1, 40)))
+    assert run(*["forget", "my-model", "--data", "insults.txt", "--output", "out", "--keep", "few.txt"]) == 2
+    message = " ".join(capsys.readouterr().err.split())
+    assert "at least 59 different texts to test on are needed, which are 49% of the texts to keep; few.txt" in message
+
+
+@pytest.mark.parametrize(("words", "limits"), [("", ["kl"]), ("--keep letters.txt", ["kl", "loss"]),
+                                               ("--max_perplexity 2", ["kl", "loss"])])  # fmt: skip
+def test_the_models_own_texts_have_no_second_limit(here, capsys, monkeypatch, words, limits):
+    configs = {}
+
+    def call(command, path, config):
+        configs[command] = config
+        Path("out").mkdir(exist_ok=True)
+        change = {"difference": 0.5, "difference_low": 0.25, "difference_high": 0.75}
+        Path("out/edit.json").write_text(json.dumps({"tasks": {"forget": {"comparison": change}}}))
+        return command == "fit"
+
+    monkeypatch.setattr(forget, "_call", call)
+    monkeypatch.setattr(forget, "write_texts", lambda *_: texts(["good", "fine", "great"], 1, 200))
+    assert run(*["forget", "my-model", "--data", "insults.txt", "--output", "out"], *words.split()) == 1
+    assert [limit.split("/")[1].split()[0] for limit in configs["edit"]["subject_to"]] == limits
+    assert len(Path("out-work/keep-test.jsonl").read_text().splitlines()) > 80
+    out = capsys.readouterr().out
+    assert "no edited model is written; of the closest edit: their test loss changes by +0.5 [+0.25, +0.75]" in out
+    assert "transformers loads" not in out
+
+
 def test_a_file_that_is_not_there_is_named_before_the_model_writes_its_own_texts(here, capsys, monkeypatch):
     monkeypatch.setattr(forget, "write_texts", lambda *_: pytest.fail("the model wrote texts first"))
     assert run("forget", "my-model", "--data", "insult.txt", "--output", "out") == 2

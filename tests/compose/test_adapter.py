@@ -134,6 +134,8 @@ def test_the_core_space_is_lossless_and_methods_are_computed_in_it(adapters, tmp
         torch.testing.assert_close(back, deltas[key][name], rtol=0, atol=1e-6)
         b, a = _sides(entries[key])
         torch.testing.assert_close(back, b @ a, rtol=0, atol=1e-14)
+    in_core, whole = (torch.linalg.svdvals(sum(m)) for m in (space.cores.values(), [deltas[k][name] for k in "ab"]))
+    torch.testing.assert_close(in_core, whole.double()[: len(in_core)], rtol=0, atol=1e-6)
     compose(base, paths, "magnitude(a, density=0.25) + 0 * b", tmp_path / "new", write_as="lora", include=[name])
     core = space.cores["a"]
     count = round(0.25 * core.numel())

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from tva.console import make_console, print_line
 HELP = "make a language model forget what given texts teach, while it still predicts other texts as before"
 ORDER = "model"
 PARTS = {"train": 0.8, "val": 0.1, "test": 0.1}
+KEPT = {"train": 0.02, "val": 0.49, "test": 0.49}  # nothing is trained on texts to keep
 NUM_OWN_TEXTS = 200  # that the model writes where no texts to keep are given
 
 
@@ -24,7 +25,7 @@ def run(
     keep: str | None = None,
     contrast: str | None = None,
     max_kl: float = 0.05,
-    max_perplexity: float = 1.05,
+    max_perplexity: float | None = None,
     rank: int = 16,
     max_steps: int = 150,
     learning_rate: float = 2e-4,
@@ -53,7 +54,9 @@ def run(
             is subtracted.
         max_kl: Maximum mean divergence of the edited model's predictions from the base's on the texts to keep, in nats
             per token.
-        max_perplexity: Maximum perplexity on the texts to keep, as a multiple of the base's.
+        max_perplexity: Maximum perplexity on the texts to keep, as a multiple of the base's; 1.05 by default. Without
+            ``keep`` there is no such limit by default: on texts of the model's own, the divergence is the expected rise
+            of the loss.
         rank: Rank of the LoRA fine-tuning (needs ``pip install 'tva[lora]'``); 0 trains all weights.
         max_steps: Number of fine-tuning steps.
         learning_rate: Peak learning rate.
@@ -67,17 +70,23 @@ def run(
         FileNotFoundError: A file is missing.
         ValueError: There are too few texts, or the model cannot be loaded.
     """
-    allowed = _nats(max_perplexity)
+    if max_perplexity is None and keep is not None:
+        max_perplexity = 1.05
+    allowed = None if max_perplexity is None else _nats(max_perplexity)
     work = Path(f"{output.rstrip('/')}-work")
     given = {name: path for name, path in (("data", data), ("contrast", contrast), ("keep", keep)) if path is not None}
     protect((work / f"{name}-{part}.jsonl" for name in ("forget", "contrast", "keep") for part in PARTS), given)
     work.mkdir(parents=True, exist_ok=True)
     sources = {"forget": data, "contrast": contrast, "keep": keep}
     files = {
-        name: divide(texts, text_column, work / name, seed) for name, texts in sources.items() if texts is not None
+        name: divide(texts, text_column, work / name, seed, KEPT if name == "keep" else PARTS)
+        for name, texts in sources.items()
+        if texts is not None
     }
     if keep is None:  # last, for it takes long
-        files["keep"] = divide(write_texts(model, NUM_OWN_TEXTS, block_length, seed), text_column, work / "keep", seed)
+        own = write_texts(model, NUM_OWN_TEXTS, block_length, seed)
+        files["keep"] = divide(own, text_column, work / "keep", seed, KEPT)
+    _enough(files["keep"]["test"], keep or "what the model generates", max_kl, confidence)
     common = {"val_split": "val", "text_column": "text", "block_length": block_length, "batch_size": batch_size}
     tasks = {name: _named("tva.data.LanguageTask", path=paths, name=name, **common) for name, paths in files.items()}
     trained = [name for name in tasks if name != "keep"]
@@ -95,25 +104,27 @@ def run(
         "output": output,
         "rule": "largest",
         "maximize": "forget/loss",
-        "subject_to": [f"keep/kl <= {max_kl}", f"keep/loss <= base + {allowed:.6g}"],
+        "subject_to": [f"keep/kl <= {max_kl}", *([] if allowed is None else [f"keep/loss <= base + {allowed:.6g}"])],
         "confidence": confidence,
         "targets": {"forget": tasks["forget"]},
         "controls": {"keep": tasks["keep"]},
     }
     holds = _call("edit", work / "edit.yaml", edit)
     compared = json.loads((Path(output) / "edit.json").read_text())["tasks"]["forget"]["comparison"]
-    return {"output": output, "work": str(work), "holds": holds, "loss_difference": compared}
+    written = any(Path(output).glob("*.safetensors"))
+    return {"output": output, "work": str(work), "holds": holds, "written": written, "loss_difference": compared}
 
 
 def show(result: dict[str, Any]) -> None:
     """Print whether the texts are forgotten, and where everything is."""
     console, change = make_console(), result["loss_difference"]
     low, high = change["difference_low"], change["difference_high"]
-    said = "are forgotten" if (low or 0) > 0 else "are not shown to be forgotten"
+    said = "the texts are forgotten" if (low or 0) > 0 else "the texts are not shown to be forgotten"
+    if not result["written"]:
+        said = "no edited model is written; of the closest edit"
     interval = "too few test texts for an interval" if low is None else f"{low:+.3g}, {high:+.3g}"
-    by = f"{change['difference']:+.3g} [{interval}]"
-    print_line(console, f"the texts {said}: their test loss changes by {by} nats per token")
-    if result["holds"]:
+    print_line(console, f"{said}: their test loss changes by {change['difference']:+.3g} [{interval}] nats per token")
+    if result["written"]:
         print_line(console, f"transformers loads {result['output']}/")
     print_line(console, f"the steps and their configurations are in {result['work']}/")
 
@@ -129,6 +140,22 @@ def _nats(factor: float) -> float:
     if not factor > 0:
         raise ValueError(f"max_perplexity must be a positive multiple of the base's perplexity; found {factor}.")
     return math.log(factor)
+
+
+def _enough(file: str, source: str, max_kl: float, confidence: float) -> None:
+    """Raise if no edit could be shown to meet the limit on the divergence with the test texts there are."""
+    import numpy as np
+
+    from tva.evaluation.bounds import needed_examples
+
+    count = len(Path(file).read_text().splitlines())
+    needed = needed_examples(np.zeros(count), 1.0, max_kl, confidence, above=False) if confidence > 0.5 else 0
+    if needed is None or count < needed:
+        raise ValueError(
+            f"To show with {confidence:g} confidence that an edit keeps other texts, at least {needed} different texts "
+            f"to test on are needed, which are {KEPT['test']:.0%} of the texts to keep; {source} leaves {count}. Give "
+            f"more texts with --keep, or lower the --confidence."
+        )
 
 
 def _named(class_path: str, /, **options: Any) -> dict[str, Any]:
@@ -168,7 +195,9 @@ def _call(command: str, path: Path, config: dict[str, Any]) -> bool:
 # --- texts
 
 
-def divide(source: str | Sequence[str], column: str, prefix: Path, seed: int) -> dict[str, str]:
+def divide(
+    source: str | Sequence[str], column: str, prefix: Path, seed: int, shares: Mapping[str, float] = PARTS
+) -> dict[str, str]:
     """Divide texts at random into training, validation and test texts, and write each part to a file.
 
     Args:
@@ -176,6 +205,7 @@ def divide(source: str | Sequence[str], column: str, prefix: Path, seed: int) ->
         column: The column of texts in a file of a table.
         prefix: Start of the paths of the files to write.
         seed: Seed of the order.
+        shares: Of the three parts.
 
     Returns:
         Part to file, JSON lines. A text that occurs twice is taken once, so that no part shares one with another.
@@ -190,8 +220,9 @@ def divide(source: str | Sequence[str], column: str, prefix: Path, seed: int) ->
             f"Give one text per line, or a table with a column of texts."
         )
     random.Random(seed).shuffle(texts)
-    first, second = round(len(texts) * PARTS["train"]), round(len(texts) * (PARTS["train"] + PARTS["val"]))
-    parts = dict(zip(PARTS, (texts[:first], texts[first:second], texts[second:]), strict=True))
+    first = max(1, round(len(texts) * shares["train"]))
+    second = round(len(texts) * (shares["train"] + shares["val"]))
+    parts = dict(zip(shares, (texts[:first], texts[first:second], texts[second:]), strict=True))
     files = {}
     for part, rows in parts.items():
         file = prefix.with_name(f"{prefix.name}-{part}.jsonl")
