@@ -40,7 +40,7 @@ class Setting:
         tasks: Names of the vectors.
         matrix: Option of methods on matrices, for a network whose matrices are convolutions.
         no_gram: Option of ``regmean``: matrices whose inputs have no Gram matrix.
-        files: Gives the statistics files of a kind, as an option.
+        files: Returns the statistics files of a kind, as an option.
         x: The number that is tuned.
         task: Place of the task whose own model is wanted, from 1.
     """

@@ -81,6 +81,7 @@ def test_a_model_writes_texts_of_its_own(here):
     [
         ("my-model --data insult.txt --output out", "nothing is there. Did you mean insults.txt?"),
         ("my-model --data insults.txt --output out --max_perplexity 0", "max_perplexity must be a positive multiple"),
+        ("my-model --data insults.txt --output out --max_kl 0", "max_kl must be positive; found 0"),
         ("--data insults.txt --output out", "--model must be given"),
     ],
 )

@@ -68,7 +68,7 @@ class OrderStatistics:
     float32.
 
     Args:
-        ranks: Gives the ranks wanted, from 0 for the smallest, given how many values there are (at least one).
+        ranks: Returns the ranks wanted, from 0 for the smallest, given how many values there are (at least one).
         signed: Whether values may be negative; their magnitudes are meant otherwise.
 
     Attributes:

@@ -70,6 +70,8 @@ def run(
         FileNotFoundError: A file is missing.
         ValueError: There are too few texts, or the model cannot be loaded.
     """
+    if not max_kl > 0:
+        raise ValueError(f"max_kl must be positive; found {max_kl}.")
     if max_perplexity is None and keep is not None:
         max_perplexity = 1.05
     allowed = None if max_perplexity is None else _nats(max_perplexity)
@@ -150,7 +152,7 @@ def _enough(file: str, source: str, max_kl: float, confidence: float) -> None:
 
     count = len(Path(file).read_text().splitlines())
     needed = needed_examples(np.zeros(count), 1.0, max_kl, confidence, above=False) if confidence > 0.5 else 0
-    if needed is None or count < needed:
+    if needed is not None and count < needed:
         raise ValueError(
             f"To show with {confidence:g} confidence that an edit keeps other texts, at least {needed} different texts "
             f"to test on are needed, which are {KEPT['test']:.0%} of the texts to keep; {source} leaves {count}. Give "

@@ -174,7 +174,7 @@ def _chebyshev(left: Tensor, gram: Tensor, square: Tensor, time: float, top: flo
     values = top * (1 + points) / 2
     every = transform @ (-torch.expm1(-time * values) / values)
     left_out = every.abs().flip(0).cumsum(0).flip(0)
-    coefs = every[left_out > 1e-7 * time].tolist()
+    coefs = every[: max(2, int((left_out > 1e-7 * time).sum()))].tolist()
     odd = list(itertools.accumulate(reversed(coefs[1::2]), lambda after, coef: coef - after))[::-1]
     once = gram * (2 / top)  # x: the matrix, its eigenvalues moved into [-1, 1]
     twice = (square * (8 / top**2)).sub_(once, alpha=4)  # T_2(x)
