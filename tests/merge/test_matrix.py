@@ -199,7 +199,7 @@ def filtered_reference(deltas, time, rank=None):
     return sum(deltas) + wanted @ q @ torch.diag(torch.where(kept, (1 - (-time * values).exp()) / values, 0)) @ q.T
 
 
-@pytest.mark.parametrize("time", [1e-9, 0.1, 50.0, 280.0, 1e4])  # a polynomial, and where it would be long a decomposition
+@pytest.mark.parametrize("time", [1e-9, 0.1, 50.0, 280.0, 1e4])  # a polynomial, or a decomposition
 @pytest.mark.parametrize("shape", [(40, 300), (120, 270), (90, 90), (300, 20), (1, 7), (5, 1)])
 def test_wudi_filtered_in_float32_and_in_float64_is_its_formula(shape, time):
     draw = torch.Generator().manual_seed(0)
