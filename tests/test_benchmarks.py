@@ -1,10 +1,8 @@
 """The ledger of results, and benchmarks in small: every line that a CPU reaches of those that need a GPU, or hours."""
 
-import contextlib
 import importlib
 import importlib.util
 import json
-import os
 import re
 import types
 from pathlib import Path
@@ -12,7 +10,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from small_models import run_ranks
 
 from benchmarks import __main__ as commands
 from benchmarks import early_stop, learned, ledger, merge_models, methods
@@ -25,26 +22,6 @@ def load(name):
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
-
-
-def _sharded(folder):
-    small = ["--width", "16", "--layers", "2", "--steps", "2", "--every", "1", "--repeats", "1"]
-    with open(folder / os.environ["LOCAL_RANK"], "w") as said, contextlib.redirect_stdout(said):
-        load("sharded").main(small)
-
-
-@pytest.mark.slow
-def test_the_benchmark_of_a_sharded_fit_says_what_a_vector_takes(tmp_path):
-    run_ranks(_sharded, tmp_path)
-    assert "2 processes, model of 0.0 MiB: 2 steps take" in (tmp_path / "0").read_text()
-    assert (tmp_path / "1").read_text() == ""
-
-
-def test_the_benchmark_of_adapters_runs_and_the_core_space_is_cheaper(capsys):
-    found = load("adapters").main(["--size", "512", "--layers", "2", "--rank", "4"])
-    assert len(capsys.readouterr().out.splitlines()) == len(found) == 4
-    dense, adapter = found["tsv(a, b, c, d)"]
-    assert adapter < dense
 
 
 @pytest.mark.parametrize("page", ledger.pages(), ids=lambda page: page.stem)

@@ -1,10 +1,9 @@
-"""What a notebook shows of vectors, comparisons, composed checkpoints and edits; and the example notebook, run anew."""
+"""What a notebook shows of vectors, comparisons, composed checkpoints and edits."""
 
 import html
 import json
 import re
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
@@ -16,8 +15,6 @@ from tva.edit.trainer import Trainer
 from tva.report.edit_report import read_report
 from tva.vectors.compare import compare
 from tva.vectors.inspect import inspect
-
-NOTEBOOK = Path(__file__).parents[2] / "examples/edit.ipynb"
 
 
 def words(cell):
@@ -168,31 +165,3 @@ def test_an_edit_takes_one_call_from_python_and_says_what_made_it(vectors, tmp_p
     assert made.command == "python train.py --seed 1"
     monkeypatch.setattr("sys.argv", ["/somewhere/ipykernel_launcher.py", "-f", "/somewhere/kernel.json"])
     assert "somewhere" not in edit_model(Net(), output=str(tmp_path / "out"), **options).command
-
-
-@pytest.mark.slow
-def test_the_example_notebook_runs_and_displays_what_it_makes(tmp_path):
-    nbformat, nbclient = pytest.importorskip("nbformat"), pytest.importorskip("nbclient")
-    notebook = nbformat.read(NOTEBOOK, as_version=4)
-    assert not re.search(r"/(tmp|work|home|root|usr)/|site-packages|https?://", NOTEBOOK.read_text())
-    code = [cell for cell in notebook.cells if cell.cell_type == "code"]
-    assert not any(cell.outputs for cell in code), "clear the outputs before you commit the notebook"
-    nbclient.NotebookClient(notebook, timeout=600, resources={"metadata": {"path": str(tmp_path)}}).execute()
-    outputs = [output for cell in code for output in cell.outputs]
-    shown = [output.data for output in outputs if output.output_type != "stream"]  # a slow machine prints progress
-    assert sum("text/html" in data for data in shown) == 5  # a vector, a comparison, a search and two edits
-    (holds, _, edited, *_), (feasible, *_) = _edits(notebook)
-    assert (holds, feasible) == ("holds", "refused")
-    assert edited < 35
-    assert (tmp_path / "runs/forget/edited.safetensors").exists()
-    assert not (tmp_path / "runs/impossible/edited.safetensors").exists()
-    assert (tmp_path / "runs/impossible/report.html").exists()
-
-
-def _edits(notebook):
-    """The verdict and the accuracies, in per cent, of every edit that a notebook shows."""
-    outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]
-    shown = [output.data["text/plain"] for output in outputs if "text/plain" in output.get("data", {})]
-    for text in shown:
-        if text.startswith("EditReport("):
-            yield re.search(r"; (holds|refused);", text)[1], *map(float, re.findall(r"([\d.]+)%", text))
