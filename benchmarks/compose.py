@@ -1,13 +1,13 @@
-"""Time `tva compose` against mergekit and against the disk, on synthetic Llama-shaped checkpoints.
+"""Time `tva compose` against mergekit and against the disk, undo files against copies, and measure compressed files.
 
-    python -m benchmarks run compose --seeds 0 --folder /somewhere/with/space [--layers 26] [--repeats 3]
-        [--mergekit PYTHON] [--jobs sum,ties,dare,tiny]
+    python -m benchmarks run compose --seeds 0 1 2 --mergekit PYTHON [--folder /somewhere/with/space] [--layers 8]
+        [--vector TASK_VECTOR]
 
-``--mergekit`` names the Python of an environment in which mergekit 0.1.5 is installed (``python -m venv E && E/bin/pip
-install mergekit==0.1.5``). 26 layers make 0.4 B parameters. Whole processes are timed, each from page cache; every job
-runs ``--repeats`` times, tools in turn. Before each, what others have written goes to the disk and out of the page
-cache, and the inputs are read into it. Peak anonymous memory is polled from /proc every 10 ms. ``cat`` is the time that
-reading the same inputs and writing as many bytes as the output takes: the limit.
+``--mergekit`` names the Python of an environment with mergekit 0.1.5 (``python -m venv E && E/bin/pip install
+mergekit==0.1.5``). Checkpoints are synthetic, of a Llama's shapes in bfloat16; each seed draws others. Whole processes
+are timed, tools in turn. Before each, what others have written goes to the disk and out of the page cache, and the
+inputs are read into it. Peak anonymous memory is polled from /proc every 10 ms. A copy is the time that reading the
+same inputs and writing as many bytes as the output takes: the limit.
 """
 
 from __future__ import annotations
@@ -26,13 +26,17 @@ import torch
 import yaml
 
 from benchmarks.ledger import markdown
-from tva import fingerprint, open_weights, save_weights
-from tva.compose.apply import compose
+from tva import TaskVector, fingerprint, open_weights, save_weights
+from tva.vectors.compress import compress
 
-OPTIONS = {"folder": "runs/compose", "layers": 26, "repeats": 3, "mergekit": "", "jobs": "sum,dare,ties,tiny"}
-DEPENDS = ("benchmarks/compose.py", "tva/compose", "tva/merge", "tva/checkpoints", "tva/vectors/lazy.py")
-# As the command does it: without collecting garbage, and without taking down what was loaded.
-IMPORTS = "import gc, os; gc.disable(); import tva.compose, tva.cli.commands.compose, jsonargparse; os._exit(0)"
+OPTIONS = {"folder": "runs/compose", "layers": 8, "mergekit": "", "vector": ""}
+DEPENDS = (
+    "benchmarks/compose.py",
+    *(f"tva/compose/{name}.py" for name in ("apply", "engine", "chunks", "undo", "revert")),
+    "tva/merge/methods/ties.py",
+    "tva/checkpoints/stream_writer.py",
+    *(f"tva/vectors/{name}.py" for name in ("lazy", "compress", "encoding")),
+)
 TOKENS, WIDTH, HIDDEN = 32_000, 1024, 2816
 JOBS = {
     "sum": ("0.25 * (a + b + c + d)", {"merge_method": "task_arithmetic"}, {"weight": 0.25}),
@@ -40,11 +44,6 @@ JOBS = {
         '0.5 * ties(a, b, c, d, density=0.2, trim="tensor", undecided="positive")',
         {"merge_method": "ties", "parameters": {"lambda": 0.5}},
         {"weight": 1.0, "density": 0.2},
-    ),
-    "dare": (
-        "0.25 * (dare(a, drop=0.5) + dare(b, drop=0.5) + dare(c, drop=0.5) + dare(d, drop=0.5))",
-        {"merge_method": "dare_linear", "parameters": {"rescale": True}},
-        {"weight": 0.25, "density": 0.5},
     ),
 }
 
@@ -120,21 +119,6 @@ def agreement(folder: Path) -> dict[str, float]:
     return {"equal": equal / total, "largest": largest}
 
 
-def time_tiny(folder: Path) -> dict[str, float]:
-    """Time models of many tiny tensors; seconds by the number of tensors."""
-    found = {}
-    for count in (4_000, 16_000):
-        for seed, name in enumerate(("base", "a")):
-            generator = torch.Generator().manual_seed(seed)
-            state = {f"h.{i}.w": torch.randn(64, generator=generator) for i in range(count)}
-            save_weights(state, folder / f"tiny-{name}.safetensors")
-        started = time.monotonic()
-        vectors = {"a": str(folder / "tiny-a.safetensors")}
-        compose(str(folder / "tiny-base.safetensors"), vectors, "0.5 * a", str(folder / "tiny-out.safetensors"))
-        found[str(count)] = time.monotonic() - started
-    return found
-
-
 def checkpoints(folder: Path, layers: int, seed: int) -> list[Path]:
     """Make the base and four fine-tunes, if they are not there."""
     base = None
@@ -163,68 +147,109 @@ def commands(folder: Path, job: str, mergekit: str) -> dict[str, list[str]]:
     path = folder / f"{job}.yaml"
     path.write_text(yaml.safe_dump({**config, "out_dtype": "bfloat16"}))
     script = [mergekit, "-m", "mergekit.scripts.run_yaml"]
-    return {"tva": ours, "mergekit": [*script, str(path), str(folder / "theirs"), "--random-seed", "0"]}
-
-
-def measure(seed: int, folder: str, layers: int, repeats: int, mergekit: str, jobs: str) -> dict[str, Any]:
-    """Return all times in seconds and peaks in GB, by job and tool."""
-    place = Path(folder) / f"seed={seed}"
-    files = checkpoints(place, layers, seed)
-    copy = f"cat {' '.join(map(str, files))} > /dev/null; cp {files[0]} {place}/copy; sync {place}/copy"
-    found: dict[str, Any] = {"billions": files[0].stat().st_size / 2e9, "cat_s": [], "jobs": {}}
-    for _ in range(repeats):
-        settle(place, files)
-        found["cat_s"].append(timed(["sh", "-c", copy])[0])
-    found["imports_s"] = [timed([sys.executable, "-c", IMPORTS])[0] for _ in range(repeats)]
-    for job in jobs.split(","):
-        if job == "tiny":
-            found["tiny_s"] = time_tiny(place)
-            continue
-        results: dict[str, Any] = {}
-        digests = set()
-        for _ in range(repeats):
-            for name, command in commands(place, job, mergekit).items():
-                settle(place, files)
-                seconds, peak = timed(command)
-                results.setdefault(name, {"s": [], "peak_gb": []})
-                results[name]["s"].append(seconds)
-                results[name]["peak_gb"].append(peak)
-            digests.add(fingerprint(open_weights(place / "ours.safetensors")).digest)
-        found["jobs"][job] = {**results, "same_bytes": len(digests) == 1, **(agreement(place) if mergekit else {})}
-    return found
-
-
-SHOWN = {
-    "sum": "sum of four task vectors",
-    "dare": "DARE of each, then the sum",
-    "ties": "TIES, density 0.2, trimmed by tensor",
-}
-
-
-def tables(runs: Mapping[int, Mapping[str, Any]]) -> dict[str, str]:
-    """Return the table, and the sum's seconds and peak for a sentence."""
-    rows = []
-    for run in runs.values():
-        for job, found in run["jobs"].items():
-            ours, theirs = found["tva"], found.get("mergekit")
-            row = [f"{SHOWN[job]}, {run['billions']:.1f} B", f"{_range(ours['s'])} s"]
-            if theirs:
-                ratio = statistics.median(theirs["s"]) / statistics.median(ours["s"])
-                peaks = f"{max(ours['peak_gb']):.2f} against {max(theirs['peak_gb']):.2f} GB"
-                row += [f"{_range(theirs['s'])} s", f"{ratio:.1f} ×", peaks, f"{found['equal']:.2%}"]
-            rows.append(row if theirs else [*row, "", "", f"{max(ours['peak_gb']):.2f} GB", ""])
-        for count, seconds in run.get("tiny_s", {}).items():
-            shown = f"{seconds / int(count) * 1000:.2f} s per 1,000"
-            rows.append([f"{int(count):,} tensors of 64 elements", shown, "", "", "", ""])
-    first = next(iter(runs.values()))
-    total = first["jobs"]["sum"]["tva"]
-    limit = f"{_range(first['cat_s'])} s, and interpreter and imports {_range(first['imports_s'])} s"
     return {
-        "times": markdown(["job", "tva", "mergekit 0.1.5", "ratio", "peak memory", "equal elements"], rows),
-        "limit": limit,
-        "sum": f"{statistics.median(total['s']):.1f} s and {max(total['peak_gb']):.2f} GB",
+        "tva": ours,
+        "mergekit": [*script, str(path), str(folder / "theirs"), "--random-seed", "0", "--no-copy-tokenizer"],
     }
 
 
-def _range(values: Any) -> str:
+def measure(seed: int, folder: str, layers: int, mergekit: str, vector: str) -> dict[str, Any]:
+    """Return times in seconds, peaks in GB, and sizes and errors of files."""
+    place = Path(folder) / f"seed={seed}"
+    files = checkpoints(place, layers, seed)
+    found: dict[str, Any] = {"billions": files[0].stat().st_size / 2e9}
+    copy = f"cat {' '.join(map(str, files))} > /dev/null; cp {files[0]} {place}/copy; sync {place}/copy"
+    found["copy_s"] = settled(place, files, ["sh", "-c", copy])[0]
+    for job in JOBS:
+        found[job] = {name: settled(place, files, words) for name, words in commands(place, job, mergekit).items()}
+        found[job] |= agreement(place) if mergekit else {}
+    return {**found, "undo": undo(place, files, mergekit), "compressed": compressed(place, seed, vector)}
+
+
+def settled(place: Path, files: list[Path], command: list[str]) -> tuple[float, float]:
+    """Run a command as every run begins."""
+    settle(place, files)
+    return timed(command)
+
+
+def undo(place: Path, files: list[Path], mergekit: str) -> dict[str, float]:
+    """Time composing with an undo file and going back, and compare sizes."""
+    with_undo = [*commands(place, "sum", mergekit)["tva"], "--keep_undo"]
+    output, back = place / "ours.safetensors", place / "back.safetensors"
+    kept = settled(place, files, with_undo)[0]
+    revert = [sys.executable, "-m", "tva", "revert", str(output), "--output", str(back)]
+    found = {"kept_s": kept, "revert_s": settled(place, [output, place / "ours.undo.safetensors"], revert)[0]}
+    assert fingerprint(open_weights(back)).digest == fingerprint(open_weights(files[0])).digest
+    return {**found, "share": (place / "ours.undo.safetensors").stat().st_size / output.stat().st_size}
+
+
+ENCODINGS = ("bf16", "int8", "sign", "top_k(density=0.1)", "low_rank(rank=16)")
+
+
+def compressed(place: Path, seed: int, vector: str) -> dict[str, dict[str, list[float]]]:
+    """Return size, as a share of float32, and error of each encoding, of Gaussian noise and of a real vector."""
+    noise = place / "noise.tv.safetensors"
+    drawn = torch.randn(1024, 1024, generator=torch.Generator().manual_seed(seed))
+    TaskVector({"weight": drawn}).save(noise)
+    found: dict[str, dict[str, list[float]]] = {}
+    for name, path in {"noise": str(noise), **({"vector": vector} if vector else {})}.items():
+        dense = TaskVector.load(path).deltas
+        whole = torch.cat([delta.flatten().double() for delta in dense.values()])
+        for encoding in ENCODINGS:
+            compress(path, place / "small.tv.safetensors", encoding=encoding)
+            read = TaskVector.load(place / "small.tv.safetensors").deltas
+            rest = torch.cat([read[key].flatten().double() for key in dense]) - whole
+            size = (place / "small.tv.safetensors").stat().st_size / (4 * len(whole))
+            found.setdefault(name, {})[encoding] = [size, float(rest.norm() / whole.norm())]
+    return found
+
+
+SHOWN = {"sum": "sum of four task vectors", "ties": "TIES of four, density 0.2, trimmed by tensor"}
+
+
+def tables(runs: Mapping[int, Mapping[str, Any]]) -> dict[str, str]:
+    """Return the tables of times and of compressed files."""
+    found = list(runs.values())
+    rows = []
+    for job, shown in SHOWN.items():
+        ours, theirs = ([run[job][tool][0] for run in found] for tool in ("tva", "mergekit"))
+        peaks = [" / ".join(f"{max(run[job][tool][1] for run in found):.2f}" for tool in ("tva", "mergekit"))]
+        equal = f"{100 * min(run[job]['equal'] for run in found):.2f} %"
+        rows.append([shown, _range(ours), _range(theirs), _ratio(theirs, ours), *peaks, equal])
+    copies, sums = [run["copy_s"] for run in found], [run["sum"]["tva"][0] for run in found]
+    kept, back = ([run["undo"][key] for run in found] for key in ("kept_s", "revert_s"))
+    rows.append(["reading the inputs and copying one", "", _range(copies), _ratio(copies, sums), "", ""])
+    undone = [
+        ["the sum with `--keep_undo`", _range(kept), f"{_ratio(kept, sums)} the sum without"],
+        ["`tva revert` of it", _range(back), f"{_ratio(back, sums)} the sum"],
+        ["size of the undo file", "", f"{_range([100 * run['undo']['share'] for run in found])} % of the output"],
+    ]
+    sizes = [
+        [f"`{encoding}`", *(_size(run) for run in _kinds(found, encoding))]
+        for encoding in found[0]["compressed"]["noise"]
+    ]
+    heads = ["job", "tva, s", "other, s", "other ÷ tva", "peak of both, GB", "equal elements"]
+    return {
+        "times": markdown(heads, rows),
+        "undo": markdown(["what", "s", "compared"], undone),
+        "compressed": markdown(["encoding", "Gaussian noise, 1024 × 1024", "digits of the demo"], sizes),
+        "billions": f"{found[0]['billions']:.2f}",
+    }
+
+
+def _kinds(found: list[Mapping[str, Any]], encoding: str) -> list[list[list[float]]]:
+    kinds = found[0]["compressed"]
+    return [[run["compressed"][kind][encoding] for run in found if kind in run["compressed"]] for kind in kinds]
+
+
+def _size(values: list[list[float]]) -> str:
+    size, error = (statistics.median(column) for column in zip(*values, strict=True))
+    return f"{100 * size:.1f} %, error {error:.2g}"
+
+
+def _ratio(above: list[float], below: list[float]) -> str:
+    return f"{_range([one / other for one, other in zip(above, below, strict=True)])} ×"
+
+
+def _range(values: list[float]) -> str:
     return f"{statistics.median(values):.1f} ({min(values):.1f}–{max(values):.1f})"
