@@ -298,6 +298,14 @@ def test_an_interval_over_seeds_covers_where_all_seeds_share_their_test_examples
 
 
 @pytest.mark.slow
+def test_the_guides_errors_of_encodings_on_noise_are_those_that_are_measured(tmp_path):
+    page = (ROOT / "docs" / "howto" / "compress.md").read_text()
+    for encoding, (_, error) in compose.compressed(tmp_path, 0, "")["noise"].items():
+        (stated,) = re.findall(rf"\| `{re.escape(encoding)}` \|.* \| (\S+) \|\n", page)
+        assert float(stated) == float(f"{error:.2g}"), encoding
+
+
+@pytest.mark.slow
 def test_memory_files_and_threads_stay_over_many_calls():
     """The benchmark of long runs in small: caches fill in few calls, so that memory has room here."""
     for name, grown in importlib.import_module("benchmarks.long").measure(0, 0.01).items():
