@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from benchmarks import __main__ as commands
-from benchmarks import early_stop, learned, ledger, merge_models, methods
+from benchmarks import compose, early_stop, learned, ledger, merge_models, methods
 
 ROOT = Path(__file__).parents[1]
 
