@@ -101,7 +101,9 @@ def test_numbers_that_are_none_are_null_and_the_page_shows_a_dash(vectors, tmp_p
 def test_a_page_and_a_card_say_the_numbers_of_edit_json(runs):
     for kind, folder in runs.items():
         content = read_report(folder)
-        page = words((folder / "report.html").read_text())
+        html = (folder / "report.html").read_text()
+        assert re.search(r"<small>\[[^\]<]*\]\n(p = |chance )", html), kind  # in a line of its own: the table fits
+        page = words(html)
         texts = [page] if kind in ("refused", "infeasible") else [page, (folder / "README.md").read_text()]
         for text in texts:
             assert content["recipe"] in text
