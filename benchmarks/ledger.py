@@ -37,6 +37,7 @@ import yaml
 
 ROOT = Path(__file__).resolve().parents[1]
 DATA = ROOT / "docs" / "results" / "data"
+_SEEDS = re.compile(r"--seeds(?: \d+)+")
 MARKED = re.compile(r"<!-- ledger: ([\w-]+)/([\w-]+) -->(.*?)<!-- end -->", re.S)
 PACKAGES = ("torch", "lightning", "timm", "transformers", "peft", "numpy", "scipy")
 NO_VALUES = [f":!tva/{path}" for path in ("edit/play", "edit/push.py", "edit/space.py", "data/check.py")]  # show, send
@@ -193,7 +194,26 @@ def rendered(name: str, data: Path = DATA) -> dict[str, str]:
         return {"entries": _entries(data)}
     entry = load(name, data)
     runs = {int(seed): values for seed, values in entry["seeds"].items()}
-    return {**benchmark(name).tables(runs), "made": "; ".join(map(_made, entry["made"]))}
+    return {**benchmark(name).tables(runs), "made": "; ".join(map(_made, _joined(entry["made"])))}
+
+
+def _joined(made: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Join runs of the same command, commit, day and versions that differ in their seeds only."""
+    found: dict[str, dict[str, Any]] = {}
+    for each in made:
+        command = _SEEDS.sub("--seeds", each["command"])
+        machine, _, load = each["machine"].partition(", load ")
+        same = json.dumps([command, machine, {k: v for k, v in each.items() if k in ("commit", "date", "versions")}])
+        one = found.setdefault(same, {**each, "machine": machine, "seeds": [], "seconds": [], "loads": []})
+        one["seeds"] = sorted({*one["seeds"], *each["seeds"]})
+        one["seconds"] = [*one["seconds"], *each["seconds"]]
+        one["loads"] += [float(number) for number in load.split()[:1]]
+    for one in found.values():
+        one["command"] = _SEEDS.sub(f"--seeds {' '.join(map(str, one['seeds']))}", one["command"])
+        if loads := one.pop("loads"):
+            loads = sorted({min(loads), max(loads)})
+            one["machine"] += f", load {' to '.join(map(str, loads))} at the start"
+    return list(found.values())
 
 
 def _made(made: Mapping[str, Any]) -> str:
@@ -209,7 +229,7 @@ def _made(made: Mapping[str, Any]) -> str:
 def _entries(data: Path) -> str:
     rows = []
     for file in sorted(data.glob("*.json")):
-        for made in load(file.stem, data)["made"]:
+        for made in _joined(load(file.stem, data)["made"]):
             seeds = ", ".join(map(str, made["seeds"]))
             command = f"`{_anywhere(made['command'])}`"
             rows.append([f"[{file.stem}](data/{file.name})", command, seeds, made["commit"]])

@@ -74,6 +74,18 @@ def test_a_run_keeps_each_seeds_values_and_how_they_were_made(small, tmp_path):
         ledger.run("small", [0], {"other": 1}, "", tmp_path)
 
 
+def test_runs_that_differ_only_in_their_seeds_are_shown_as_one(small, tmp_path):
+    for seeds in ([0, 1], [3]):
+        words = f"python -m benchmarks run small --seeds {' '.join(map(str, seeds))}"
+        entry = ledger.run("small", seeds, {}, words, tmp_path)
+    entry["made"][1]["machine"] = entry["made"][0]["machine"].partition(", load")[0] + ", load 99.0 at the start"
+    ledger.write(entry, tmp_path / "small.json")
+    made = ledger.rendered("small", tmp_path)["made"]
+    assert made.count("--seeds") == 1
+    assert "`python -m benchmarks run small --seeds 0 1 3` (seeds 0, 1, 3; " in made
+    assert " to 99.0 at the start" in made
+
+
 def test_seeds_that_are_measured_at_the_same_time_are_all_kept(small, tmp_path):
     measure = small.measure
 
