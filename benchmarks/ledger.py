@@ -93,7 +93,7 @@ def run(name: str, seeds: Sequence[int], options: Mapping[str, Any], command: st
         how = values.pop("made", {})  # of a benchmark that only reads what was run before
         seconds = how.pop("seconds", round(time.monotonic() - started))
         with _turn(file):  # other seeds may be measured at the same time
-            entry = json.loads(file.read_text()) if file.exists() else {"made": [], "seeds": {}}
+            entry = _read(file) if file.exists() else {"made": [], "seeds": {}}
             others = [earlier for earlier in entry["made"] if earlier != written]
             for earlier in others:
                 earlier["seeds"] = [other for other in earlier["seeds"] if other != seed]
@@ -130,10 +130,39 @@ def _anywhere(command: str) -> str:
 
 
 def write(entry: Mapping[str, Any], file: Path) -> None:
-    """Write an entry, one line for how it was made and one a seed."""
-    lines = [f"{json.dumps(seed)}:{_compact(values)}" for seed, values in entry["seeds"].items()]
+    """Write an entry: how it was made, its seeds, and one line a value, with those of all seeds side by side."""
+    found = _side_by_side(list(entry["seeds"].values()))
+    lines = [f"{json.dumps(key)}:{_compact(values)}" for key, values in found.items()]
+    seeds = _compact([int(seed) for seed in entry["seeds"]])
     file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(f'{{"made":{_compact(entry["made"])},\n"seeds":{{\n' + ",\n".join(lines) + "\n}}\n")
+    head = f'{{"made":{_compact(entry["made"])},\n"seeds":{seeds},\n"values":{{\n'
+    file.write_text(head + ",\n".join(lines) + "\n}}\n")
+
+
+def _read(file: Path) -> dict[str, Any]:
+    """Return an entry as `write` got it."""
+    found = json.loads(file.read_text())
+    seeds = {str(seed): _of_seed(found["values"], place) for place, seed in enumerate(found["seeds"])}
+    return {"made": found["made"], "seeds": seeds}
+
+
+def _side_by_side(values: Sequence[Any]) -> Any:
+    """Return the values of seeds as one: mappings of the same keys as a mapping, everything else as a list.
+
+    Example:
+        >>> _side_by_side([{"a": 1, "b": {"c": [2]}}, {"a": 3, "b": {"c": [4]}}])
+        {'a': [1, 3], 'b': {'c': [[2], [4]]}}
+    """
+    first = values[0]
+    if all(isinstance(each, Mapping) and each.keys() == first.keys() for each in values):
+        return {key: _side_by_side([each[key] for each in values]) for key in first}
+    return list(values)
+
+
+def _of_seed(found: Any, place: int) -> Any:
+    if isinstance(found, Mapping):
+        return {key: _of_seed(value, place) for key, value in found.items()}
+    return found[place]
 
 
 def _compact(values: Any) -> str:
@@ -185,7 +214,7 @@ def load(name: str, data: Path = DATA) -> dict[str, Any]:
     file = data / f"{name}.json"
     if not file.exists():
         raise FileNotFoundError(f"The ledger has no {name}: run python -m benchmarks run {name} --seeds …")
-    return json.loads(file.read_text())
+    return _read(file)
 
 
 def rendered(name: str, data: Path = DATA) -> dict[str, str]:

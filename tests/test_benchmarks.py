@@ -65,7 +65,9 @@ def small(monkeypatch):
 def test_a_run_keeps_each_seeds_values_and_how_they_were_made(small, tmp_path):
     ledger.run("small", [0, 2], {}, "python -m benchmarks run small --seeds 0 2", tmp_path)
     entry = ledger.run("small", [1, 2], {"factor": 2.0}, "again", tmp_path)
-    assert entry == json.loads((tmp_path / "small.json").read_text()) == ledger.load("small", tmp_path)
+    assert entry == ledger.load("small", tmp_path)
+    file = json.loads((tmp_path / "small.json").read_text())
+    assert (file["seeds"], file["values"]) == ([0, 1, 2], {"value": [0.0, 0.666667, 1.33333]})
     assert entry["seeds"] == {"0": {"value": 0.0}, "1": {"value": 0.666667}, "2": {"value": 1.33333}}
     assert [made["seeds"] for made in entry["made"]] == [[0], [1, 2]]  # of the second run of seed 2, not the first
     assert entry["made"][0]["command"] == "python -m benchmarks run small --seeds 0 2"
