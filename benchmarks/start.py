@@ -27,9 +27,20 @@ from tva import save_weights
 
 OPTIONS = {"repeats": 5}
 DEPENDS = ("benchmarks/start.py", "tva/cli", "tva/edit/run.py")
+
+
+class Data(L.LightningDataModule):
+    """Eight examples."""
+
+    def _loader(self) -> DataLoader:
+        return DataLoader(TensorDataset(torch.zeros(8, 4), torch.zeros(8, dtype=torch.long)))
+
+    train_dataloader = val_dataloader = test_dataloader = _loader
+
+
 CLOCKS = ("wall_s", "cpu_s")
 BEGAN = 7  # the status of a process whose work began
-TASK = "{class_path: benchmarks.start.Data}"
+TASK = f"{{class_path: benchmarks.start.{Data.__name__}}}"
 TINY = "model: {class_path: benchmarks.start.Model}\ntrainer: {accelerator: cpu}\n"
 EDIT = f"{TINY}vectors: {{a: a.ckpt}}\nrecipe: -a\nminimize: a/accuracy\ntargets: {{a: {TASK}}}\noutput: o"
 FILES = {"fit": f"{TINY}data: {TASK}", "edit": EDIT, "recipe": EDIT.replace("-a", "-b"), "key": EDIT.replace("m", "n")}
@@ -44,15 +55,6 @@ CASES = {
     "`tva --help`": (0, "-m", "tva", "--help"),
     "`tva fit --help`": (0, "-m", "tva", "fit", "--help"),
 }
-
-
-class Data(L.LightningDataModule):
-    """Eight examples."""
-
-    def _loader(self) -> DataLoader:
-        return DataLoader(TensorDataset(torch.zeros(8, 4), torch.zeros(8, dtype=torch.long)))
-
-    train_dataloader = val_dataloader = test_dataloader = _loader
 
 
 class Model(L.LightningModule):

@@ -132,13 +132,6 @@ class Browser:
             assert time.monotonic() < until, f"{expression} did not come true; the console says {self.complaints}"
             time.sleep(0.05)
 
-    def screenshot(self, path):
-        """Take a picture of the whole page."""
-        size = self.send("Page.getLayoutMetrics")["cssContentSize"]
-        clip = {"x": 0, "y": 0, "width": size["width"], "height": size["height"], "scale": 1}
-        found = self.send("Page.captureScreenshot", captureBeyondViewport=True, clip=clip)
-        path.write_bytes(base64.b64decode(found["data"]))
-
     def print(self, path):
         """Print the page to a PDF on A4 paper."""
         found = self.send("Page.printToPDF", paperWidth=8.27, paperHeight=11.69, printBackground=True)
