@@ -237,3 +237,14 @@ def test_what_the_hub_does_not_have_is_said(hub):
     (folder / "adapter_config.json").write_text("{}")
     with pytest.raises(FileNotFoundError, match="holds no file adapter_model.bin"):
         open_weights("hf://owner/net/adapter_config.json")
+
+
+def test_tensors_of_a_zero_folder_that_are_named_by_numbers_are_refused(tmp_path):
+    folder = save_zero(tmp_path / "zero", 2)
+    file = folder / "global_step3/mp_rank_00_model_states.pt"
+    model = torch.load(file, weights_only=True)
+    model["module"][5] = model["module"].pop("bn.n")
+    model["buffer_names"] = ["bn.mean", 5]
+    torch.save(model, file)
+    with pytest.raises(ValueError, match=r"zero is a DeepSpeed checkpoint that cannot be read: .*'int'"):
+        open_weights(folder)

@@ -66,6 +66,8 @@ def open(path: Path, which: Which = "checkpoint") -> LazyWeights:
         raise
     except Exception as error:  # a stranger's bytes are parsed: they may provoke any
         raise _refused(folder, f"{type(error).__name__}: {str(error)[:200]} in reading its parts") from error
+    if kinds := sorted({type(name).__name__ for name in entries} - {"str"}):
+        raise _refused(folder, f"its parts are named by {some(kinds)} where names must be text")
     left = [name for name, entry in entries.items() if not isinstance(entry, Entry)]
     entries = {name.removeprefix("_forward_module."): e for name, e in entries.items() if isinstance(e, Entry)}
     notes = [f"left out as they are not tensors: {some(left)}"] if left else []
