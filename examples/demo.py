@@ -231,6 +231,9 @@ def shorten(svg: str) -> str:
     svg = re.sub(r' d="[^"]*"', lambda path: " d" + re.sub(r" ?([A-Za-z]) ?", r"\1", path[0][2:]), svg)
     styles: dict[str, str] = {}
     svg = re.sub(r'(?<= )style="([^"]*)"', lambda s: f'class="{styles.setdefault(s[1], f"s{len(styles)}")}"', svg)
+    svg = svg.replace(' xmlns:xlink="http://www.w3.org/1999/xlink"', "").replace("xlink:href", "href")
+    for number, name in enumerate(dict.fromkeys(re.findall(r' id="(\w{11,})"', svg))):
+        svg = svg.replace(name, f"i{number}")
     rules = "".join(f".{name}{{{style}}}" for style, name in styles.items())
     return svg.replace("</style>", f"{rules}</style>", 1).replace("><", ">\n<")
 
