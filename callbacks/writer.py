@@ -218,8 +218,8 @@ class VectorWriter:
         """Do not overwrite files of other runs, as ModelCheckpoint does: ``-v1``, ``-v2`` … is added to the name."""
         start, version = path.removesuffix(SUFFIX), 0
         with naming(path):
-            while not all(_is_of_run(vector_path(path, suffix), self.run) for suffix in (SUFFIX, ADAPTER)) or (
-                is_claimed(path)
+            while is_claimed(path) or not all(  # in this order: what is written meanwhile is no claim but a file
+                _is_of_run(vector_path(path, suffix), self.run) for suffix in (SUFFIX, ADAPTER)
             ):
                 version += 1
                 path = f"{start}-v{version}{SUFFIX}"

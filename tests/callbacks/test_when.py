@@ -5,6 +5,7 @@ import itertools
 import multiprocessing
 import os
 import re
+import shutil
 import socket
 
 import fsspec
@@ -377,6 +378,21 @@ def test_a_name_that_another_process_is_about_to_write_is_left_to_it(tmp_path):
     found = set(os.listdir(tmp_path / "trajectory"))
     assert found == {theirs.name, "step=00000004-v1.tv.safetensors", "step=00000008.tv.safetensors"}
     assert not base.exists()
+
+
+def test_a_name_that_another_process_writes_while_one_is_chosen_is_left_to_it(tmp_path, monkeypatch):
+    fit(tmp_path / "other", TaskVectorCallback(every_n_steps=4, with_checkpoints=False))
+    theirs = tmp_path / "trajectory/step=00000004.tv.safetensors"
+
+    def written_meanwhile(path):
+        if path == str(theirs) and not theirs.exists():  # the claim has just become a file
+            shutil.copy(tmp_path / "other/trajectory" / theirs.name, theirs)
+        return False
+
+    monkeypatch.setattr("tva.callbacks.writer.is_claimed", written_meanwhile)
+    fit(tmp_path, TaskVectorCallback(every_n_steps=4, with_checkpoints=False))
+    assert theirs.read_bytes() == (tmp_path / "other/trajectory" / theirs.name).read_bytes()
+    assert (tmp_path / "trajectory/step=00000004-v1.tv.safetensors").exists()
 
 
 def _fit_too(folder, seed, begin):

@@ -77,7 +77,7 @@ def test_forget_reaches_nothing(watched, tmp_path):
     for name, verb in (("texts", "was"), ("keep", "is")):
         lines = [f"the {a} {b} {verb} a {c}" for a in ("good", "bad") for b in "xyz" for c in ("joy", "pity", "loss")]
         (tmp_path / f"{name}.txt").write_text("\n".join(lines))
-    options = ["--rank", "4", "--max_steps", "2", "--block_length", "8", "--keep", "keep.txt"]
+    options = ["--rank", "4", "--max_steps", "2", "--block_length", "8", "--keep", "keep.txt", "--confidence", "0.5"]
     run(watch, ["forget", "model", "--data", "texts.txt", "--output", "out", *options])
     assert (tmp_path / "out/edit.json").exists()
     assert not seen.exists(), seen.read_text()

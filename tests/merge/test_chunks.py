@@ -1,6 +1,5 @@
 """Every method: the same bits whatever the chunks, and what must hold of all of them."""
 
-import importlib.util
 import inspect
 import re
 from dataclasses import fields
@@ -256,13 +255,3 @@ def test_the_documentation_says_everything_of_every_method():
         for label in ("Formula", "Paper", "Variant", "Parameters", "Helps", "Cost", "mergekit", "peft"):
             assert re.search(rf"\*{label}s?\*", section), (name, label)
         assert re.search(rf"^\|.*`{name}[`(].*\|$", page, flags=re.M), f"{name} is in no table"
-
-
-def test_the_benchmark_measures_every_method(monkeypatch):
-    path = Path(__file__).parents[2] / "benchmarks" / "merge.py"
-    spec = importlib.util.spec_from_file_location("merge_benchmark", path)
-    benchmark = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(benchmark)
-    monkeypatch.setattr(benchmark, "SIDE", 16)
-    for name in METHODS:
-        benchmark.run_ours(name, elements=16 * 40, vectors=2, chunk=100)()

@@ -108,7 +108,9 @@ def _usage(name: str, command: ModuleType) -> str:
     order = getattr(command, "ORDER", "").split()
     shown = [word.rstrip("…").upper() + " …" * word.endswith("…") for word in order]
     parameters = signature(command.run).parameters
-    choices = {key: re.findall(r"'(\w+)'", str(parameter.annotation)) for key, parameter in parameters.items()}
+    literal = re.compile(r"Literal\[([^]]*)\]")
+    found = {key: literal.search(str(parameter.annotation)) for key, parameter in parameters.items()}
+    choices = {key: re.findall(r"'(\w+)'", match[1]) for key, match in found.items() if match}
     shown = ["|".join(choices.get(word, ())) or shown[at] for at, word in enumerate(order)]
     named = []
     for key, parameter in parameters.items():
