@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 from small_cli import run
 from small_memory import assert_within
 from small_models import LinearNet
@@ -239,6 +241,16 @@ def test_an_edited_file_that_changed_since_is_refused(folder):
     with pytest.raises(ValueError, match=r"out.safetensors was changed after the edit: .* nothing was written"):
         revert("out.safetensors", output="third.safetensors")
     assert files() == before
+
+
+def test_a_field_of_another_form_in_an_undo_file_is_refused(folder):
+    write("b")
+    with safe_open("out.undo.safetensors", "pt") as file:
+        tensors, metadata = {name: file.get_tensor(name) for name in file.keys()}, file.metadata()  # noqa: SIM118
+    for value in ("[" * 100_000, "1", "null"):
+        save_file(tensors, "out.undo.safetensors", {**metadata, "tva.undo_with_vectors": value})
+        with pytest.raises(ValueError, match=r"out.undo.safetensors.*tva.undo_with_vectors"):
+            revert("out.safetensors", output="again.safetensors")
 
 
 def test_a_damaged_undo_file_is_refused(folder):

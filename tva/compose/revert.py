@@ -6,7 +6,6 @@ import os
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
-from json import loads
 from pathlib import Path
 from typing import Any
 
@@ -104,8 +103,8 @@ def revert(
     moved = {name: os.fspath(path) for name, path in (vectors or {}).items()}
     weights = open_edited(edited)
     opened = _open_undo(edited, weights, undo)
-    with_vectors = loads(opened.metadata["tva.undo_with_vectors"])
-    paths = {f"vectors.{name}": path for name, path in {**opened.record.vectors, **moved}.items() if with_vectors}
+    named = {**opened.record.vectors, **moved} if opened.with_vectors else {}
+    paths = {f"vectors.{name}": path for name, path in named.items()}
     protect([output], {"the edited checkpoint": edited, "undo": opened.path, **paths})
     size, base = opened.path.stat().st_size, opened.record.base_fingerprint
     done = _bytes_of(Path(output), base) if resume else None
@@ -121,8 +120,8 @@ def revert(
     beside = side_files(folder)[0] if folder else {}
     if folder and (folder / EDIT_JSON).exists():  # of an edit, whose card and options are not the base's
         beside = {name: file for name, file in beside.items() if name not in (CARD, CONFIG)}
-    if opened.metadata["tva.undo_config"] and "config.json" in beside:
-        beside["config.json"] = opened.metadata["tva.undo_config"].encode()
+    if (config := opened.metadata.get("tva.undo_config")) and "config.json" in beside:
+        beside["config.json"] = config.encode()
     metadata = {"format": "pt", **opened.base_metadata, **opened.ties}
     shard_bytes = parse_bytes(max_shard_size, "max_shard_size")
     job = {**opened.record.metadata(), "max_shard_size": shard_bytes}
@@ -203,7 +202,7 @@ def _way_back(edited: str, weights: HashedWeights, undo: OpenedUndo, vectors: Ma
     """Make the composer that predicts the base as it was predicted when the undo file was written."""
     undo.check_names(weights)
     record, sources, recipe = undo.record, {}, Recipe("nothing", ["nothing"])
-    if loads(undo.metadata["tva.undo_with_vectors"]):
+    if undo.with_vectors:
         given = {f"--vectors.{name}": path for name, path in vectors.items()}
         check_inputs(edited, {f"--vectors.{name}": path for name, path in record.vectors.items()}, given)
         paths = {**record.vectors, **vectors}

@@ -178,6 +178,7 @@ class OpenedUndo:
     Attributes:
         record: Of the edit that it undoes.
         block: Elements that are stored together.
+        with_vectors: Whether the base is predicted from the vectors too.
         dtypes: Names of the dtypes of the base's tensors.
         ties: Names of the base that share a tensor, to the name it is stored by.
         base_metadata: Header of the base.
@@ -196,6 +197,7 @@ class OpenedUndo:
             )
         self.record = Record.read(self._blocks)
         self.block: int = self._fact("block", int)
+        self.with_vectors: bool = self._fact("with_vectors", bool)
         self.ties: dict[str, str] = self._fact("ties", {str: str})
         self.base_metadata: dict[str, str] = self._fact("base_metadata", {str: str})
         self.dtypes: dict[str, str] = self._fact("dtypes", {str: str})
