@@ -273,6 +273,11 @@ def test_factors_of_other_weights_or_parameters_are_refused(factors, tmp_path):
     save_weights({"x": torch.zeros(1)}, tmp_path / "x.safetensors")
     with pytest.raises(ValueError, match="must hold the curvature that MergeStatistics"):
         read_curvature(tmp_path / "x.safetensors")
+    facts = {"tva.statistics": "curvature", "tva.num_examples": "3", "tva.biases": "{}"}
+    for odd, word in (({"tva.biases": "[" * 9**5}, "biases"), ({"tva.num_examples": "x"}, "num_examples"), ({}, "G'")):
+        save_weights({"w/linear/A": torch.zeros(1, 1)}, tmp_path / "x.safetensors", {**facts, **odd})
+        with pytest.raises(ValueError, match=rf"x.safetensors.*{word}"):
+            read_curvature(tmp_path / "x.safetensors")
 
 
 def test_curvature_of_a_linearized_model_or_without_predictions_is_refused(tmp_path):

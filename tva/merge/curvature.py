@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tva.checkpoints import canonical_names, open_weights
+from tva.checkpoints.foreign import parse_json
 from tva.errors import some
 from tva.merge.model_statistics import Gram, evaluating
 
@@ -144,7 +145,10 @@ def read_curvature(path: str | os.PathLike[str]) -> Curvature:
             f"{path} must hold the curvature that MergeStatistics(kinds=['curvature']) writes; it holds "
             f"{some(list(weights), 2) or 'nothing'}."
         )
-    biases = json.loads(header["tva.biases"])
+    biases = parse_json(header.get("tva.biases", "null"), f"{path}: tva.biases", {str: str})
+    num_examples = parse_json(header.get("tva.num_examples", "null"), f"{path}: tva.num_examples", int)
+    if lost := sorted({f"{name[:-1]}G" for name in weights if name.endswith("/A")} - set(weights)):
+        raise ValueError(f"{path} lacks {some(lost)}, without which their A are of no use. Write it again.")
     diagonals, blocks = {}, []
     for name in weights:
         start, _, part = name.rpartition("/")
@@ -154,7 +158,7 @@ def read_curvature(path: str | os.PathLike[str]) -> Curvature:
             weight, _, kind = start.rpartition("/")
             bias = biases.get(weight) if kind != "embedding" else None
             blocks.append(Block(weight, kind, bias, weights[name], weights[f"{start}/G"]))
-    return Curvature(blocks, diagonals, int(header["tva.num_examples"]), header)
+    return Curvature(blocks, diagonals, num_examples, header)
 
 
 def add_up(parts: Iterable[Curvature]) -> Curvature:
