@@ -19,15 +19,14 @@ from torchmetrics.classification import MulticlassAccuracy
 
 from tva.checkpoints import cache_folder, fingerprint, open_weights, save_weights
 from tva.errors import some
-from tva.models.adapters import Lora, adapt
 from tva.models.heads import HeldHead, TrainedHead, class_means, examples_digest, fit_probe
-from tva.models.optim import check_layer_decay, make_optimizer, prepare
+from tva.models.optim import FineTuned
 from tva.models.sharding import shard_later
 
 START = "start"  # in heads: the head that a learned one would start from
 
 
-class FrozenHeadClassifier(L.LightningModule, ABC):
+class FrozenHeadClassifier(FineTuned, ABC):
     """Fine-tune and evaluate an encoder under a head that is not part of the state dict.
 
     Task vectors need networks without task-specific parameters. Therefore the head is computed from the data module,
@@ -50,18 +49,8 @@ class FrozenHeadClassifier(L.LightningModule, ABC):
             (``TVA_CACHE``); a learned head is kept in the fit's checkpoints, beside the weights.
         heads: With ``head="learned"``, for evaluation: task to the checkpoint of the fit that learned its head, or
             ``start`` for the head that learning would start from.
-        weights: Checkpoint to start from instead of the encoder's own weights, such as the output of ``tva edit``.
-        learning_rate: Peak learning rate.
-        weight_decay: AdamW's weight decay, on every trained parameter.
-        warmup_steps: Optimizer steps of linear warm-up.
-        train_only: Part of the encoder to train, like the next two options; see `tva.models.adapters.adapt`.
-        lora: See there.
-        tangent: See there.
-        layer_decay: Factor on the learning rate from each layer to the one below it, such as 0.75.
-        fused: Use AdamW's fused kernel, which is faster.
-        gradient_checkpointing: Recompute activations in the backward pass: less memory, more time.
         channels_last: Use the channels-last memory format, which is often faster; for image encoders.
-        compile: Compile the encoder with ``torch.compile`` at first use; weights keep their names.
+        **options: Options of `tva.models.optim.FineTuned`.
 
     Source: the recipe is that of Ilharco et al., "Editing models with task arithmetic", ICLR 2023.
     """
@@ -75,21 +64,10 @@ class FrozenHeadClassifier(L.LightningModule, ABC):
         self,
         head: str | None = None,
         heads: dict[str, str] | None = None,
-        weights: str | None = None,
-        learning_rate: float = 1e-5,
-        weight_decay: float = 0.1,
-        warmup_steps: int = 200,
-        train_only: str | list[str] | None = None,
-        lora: Lora | None = None,
-        tangent: bool = False,
-        layer_decay: float | None = None,
-        fused: bool = False,
-        gradient_checkpointing: bool = False,
         channels_last: bool = False,
-        compile: bool = False,
+        **options: Any,
     ) -> None:
-        super().__init__()
-        self.save_hyperparameters()
+        super().__init__(**options)
         kinds = dict.fromkeys([self.own_head, "means", "probe", "learned"])
         head = self.own_head if head is None else head
         if head not in kinds:
@@ -101,15 +79,7 @@ class FrozenHeadClassifier(L.LightningModule, ABC):
         self.learns_head = head == "learned"
         self.head_kind = self.own_head if self.learns_head else head
         self.heads = dict(heads or {})
-        self.weights = weights
-        self.adaptation: dict[str, Any] = {"train_only": train_only, "lora": lora, "tangent": tangent}
-        self.learning_rate = learning_rate
-        self.weight_decay = weight_decay
-        self.warmup_steps = warmup_steps
-        self.layer_decay = check_layer_decay(layer_decay)
-        self.fused = fused
-        self._options = (gradient_checkpointing, channels_last, compile)
-        self.task = "task"
+        self._channels_last = channels_last
         self._heads: dict[str, Tensor] = {}
         self._learned: dict[str, Tensor] = {}  # task -> head, as fits in this process left it
         self._base_digest: str | None = None
@@ -123,8 +93,9 @@ class FrozenHeadClassifier(L.LightningModule, ABC):
         if self.head_kind != "zero_shot":  # which is not made of the encoder's features
             self._base_digest = fingerprint(self.encoder.state_dict()).digest
         self._held = HeldHead()  # after the encoder
-        prepare(self.encoder.train(), *self._options)
-        adapt(self, self.weights, **self.adaptation)
+        if self._channels_last:
+            self.encoder.to(memory_format=torch.channels_last)
+        self._adapt("encoder")
 
     # --- the head
 
@@ -339,8 +310,3 @@ class FrozenHeadClassifier(L.LightningModule, ABC):
 
     def test_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> dict[str, Tensor]:
         return self._step(batch, "test")
-
-    def configure_optimizers(self) -> dict[str, Any]:
-        return make_optimizer(
-            self, self.learning_rate, self.weight_decay, self.warmup_steps, self.layer_decay, self.fused
-        )

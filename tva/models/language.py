@@ -6,7 +6,6 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import Any, Literal, get_args
 
-import lightning as L
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -15,10 +14,9 @@ from torchmetrics.functional.text import rouge_score
 from torchmetrics.text import BLEUScore
 
 from tva.evaluation.measures import measures_of
-from tva.models.adapters import Lora, adapt
 from tva.models.generation import score_prompts
 from tva.models.huggingface import Kind, load_network, load_tokenizer, longest_input, split_padding
-from tva.models.optim import check_layer_decay, make_optimizer, prepare
+from tva.models.optim import FineTuned
 from tva.models.sharding import shard_later
 
 TextMetric = Literal["exact_match", "rouge1", "rouge2", "rougeL", "bleu", "text_perplexity"]
@@ -50,7 +48,7 @@ class Perplexity(Metric):
         return (self.total / self.count).exp()
 
 
-class LanguageModel(L.LightningModule, ABC):
+class LanguageModel(FineTuned, ABC):
     """Fine-tune and evaluate a language model of transformers; `CausalLM` and `Seq2SeqLM` are the two kinds.
 
     Batches are ``{"tokens", "targets"}``, as `tva.data.LanguageTask` makes them. Training minimizes the mean
@@ -68,17 +66,7 @@ class LanguageModel(L.LightningModule, ABC):
             texts together); or ``text_perplexity``, the mean over examples of each one's perplexity, which generates
             nothing.
         max_new_tokens: Maximum number of generated tokens.
-        weights: Checkpoint of this module to start from, such as the output of ``tva edit``.
-        learning_rate: Peak learning rate of AdamW.
-        weight_decay: AdamW's weight decay, on every trained parameter.
-        warmup_steps: Optimizer steps of linear warm-up, before cosine decay to 0.
-        layer_decay: Factor on the learning rate from each layer to the one below it, such as 0.75.
-        fused: Use AdamW's fused kernel, which is faster.
-        gradient_checkpointing: Recompute activations in the backward pass: less memory, more time.
-        compile: Compile the network with ``torch.compile`` at first use; weights keep their names.
-        train_only: Part of the network to train, like the next two options; see `tva.models.adapters.adapt`.
-        lora: See there.
-        tangent: See there; without ``metrics``, as a linearized network does not generate.
+        **options: Options of `tva.models.optim.FineTuned`. A linearized network (``tangent``) has no ``metrics``.
 
     Raises:
         FileNotFoundError: The folder is missing.
@@ -97,20 +85,10 @@ class LanguageModel(L.LightningModule, ABC):
         tokenizer: str | None = None,
         metrics: list[TextMetric] | None = None,
         max_new_tokens: int = 32,
-        weights: str | None = None,
-        learning_rate: float = 1e-5,
-        weight_decay: float = 0.1,
-        warmup_steps: int = 200,
-        layer_decay: float | None = None,
-        fused: bool = False,
-        gradient_checkpointing: bool = False,
-        compile: bool = False,
-        train_only: str | list[str] | None = None,
-        lora: Lora | None = None,
-        tangent: bool = False,
+        **options: Any,
     ) -> None:
-        L.LightningModule.__init__(self)  # not the next class of a `TransformersModel` that is a language model
-        if tangent and metrics:
+        FineTuned.__init__(self, **options)  # not the next class of a `TransformersModel` that is a language model
+        if options.get("tangent") and metrics:
             raise ValueError(
                 f"metrics {metrics} are of text that is generated, and a linearized network generates none. Leave "
                 f"metrics out."
@@ -118,20 +96,12 @@ class LanguageModel(L.LightningModule, ABC):
         self.save_hyperparameters()
         self.metrics = list(metrics or [])
         self.max_new_tokens = max_new_tokens
-        self.weights = weights
-        self.learning_rate = learning_rate
-        self.weight_decay = weight_decay
-        self.warmup_steps = warmup_steps
-        self.layer_decay = check_layer_decay(layer_decay)
-        self.fused = fused
-        self.task = "task"
         self.network = load_network(self.kind, name)
         self.tokenizer = load_tokenizer(name, tokenizer, self.network)
         self.max_length = longest_input(self.tokenizer, self.network)
         self.perplexity = nn.ModuleDict({"val": Perplexity(), "test": Perplexity()})
         self.bleu = nn.ModuleDict({stage: BLEUScore() for stage in ("val", "test") if "bleu" in self.metrics})
-        prepare(self.network.train(), gradient_checkpointing, compiled=compile)
-        adapt(self, weights, train_only, lora, tangent, part="network")
+        self._adapt("network")
 
     @property
     def bare_network(self) -> nn.Module:
@@ -236,11 +206,6 @@ class LanguageModel(L.LightningModule, ABC):
 
     def _decode(self, rows: Any) -> list[str]:
         return [self.tokenizer.decode(row.tolist(), skip_special_tokens=True) for row in rows]
-
-    def configure_optimizers(self) -> dict[str, Any]:
-        return make_optimizer(
-            self, self.learning_rate, self.weight_decay, self.warmup_steps, self.layer_decay, self.fused
-        )
 
 
 class CausalLM(LanguageModel):

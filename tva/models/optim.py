@@ -10,61 +10,99 @@ import re
 from collections.abc import Iterable
 from typing import Any
 
+import lightning as L
 import torch
 from torch import nn
 
 from tva.layers import block_of
+from tva.models.adapters import Lora, adapt
 
 
-def make_optimizer(
-    module: Any,
-    learning_rate: float,
-    weight_decay: float,
-    warmup_steps: int,
-    layer_decay: float | None = None,
-    fused: bool = False,
-) -> dict[str, Any]:
-    """Make AdamW with linear warm-up and cosine decay to 0, as ``configure_optimizers`` returns it.
+class FineTuned(L.LightningModule):
+    """A module with the options of training that all models share.
 
     Args:
-        module: LightningModule with a Trainer; its parameters that require gradients are trained.
-        learning_rate: Peak learning rate.
+        weights: Checkpoint of this module to start from, such as the output of ``tva edit``.
+        learning_rate: Peak learning rate of AdamW, after linear warm-up; it decays to 0 along a cosine.
         weight_decay: AdamW's weight decay, on every trained parameter.
-        warmup_steps: Optimizer steps of warm-up.
-        layer_decay: Factor on the learning rate from each layer to the one below it, in (0, 1].
-        fused: Use AdamW's fused kernel.
+        warmup_steps: Optimizer steps of linear warm-up.
+        layer_decay: Factor on the learning rate from each layer to the one below it, such as 0.75.
+        fused: Use AdamW's fused kernel, which is faster.
+        gradient_checkpointing: Recompute activations in the backward pass: less memory, more time.
+        compile: Compile the network with ``torch.compile`` at first use; weights keep their names.
+        train_only: Part of the network to train, like the next two options; see `tva.models.adapters.adapt`.
+        lora: See there.
+        tangent: See there.
 
     Source: the recipe is that of Ilharco et al., "Editing models with task arithmetic", ICLR 2023; layer-wise decay
     that of Clark et al., "ELECTRA", ICLR 2020.
     """
-    named = {name: parameter for name, parameter in module.named_parameters() if parameter.requires_grad}
-    if layer_decay is None:
-        groups: list[dict[str, Any]] = [{"params": list(named.values())}]
-    else:
-        depths = layer_depths(named)
-        top = max(depths.values())
-        groups = [
-            {
-                "params": [parameter for name, parameter in named.items() if depths[name] == depth],
-                "lr": learning_rate * layer_decay ** (top - depth),
-            }
-            for depth in sorted(set(depths.values()))
-        ]
-    if module.device.type == "cpu":
-        keep_freed_memory()
-    optimizer = torch.optim.AdamW(groups, lr=learning_rate, weight_decay=weight_decay)
-    for group in optimizer.param_groups if fused else ():
-        group["fused"] = True  # here, as Lightning 2.6 clips no gradients of an optimizer that was made with it
-    total = module.trainer.estimated_stepping_batches
-    warmup = min(warmup_steps, total)
 
-    def scale(step: int) -> float:
-        if step < warmup:
-            return (step + 1) / warmup
-        return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, total - warmup)))
+    def __init__(
+        self,
+        weights: str | None = None,
+        learning_rate: float = 1e-5,
+        weight_decay: float = 0.1,
+        warmup_steps: int = 200,
+        layer_decay: float | None = None,
+        fused: bool = False,
+        gradient_checkpointing: bool = False,
+        compile: bool = False,
+        train_only: str | list[str] | None = None,
+        lora: Lora | None = None,
+        tangent: bool = False,
+    ) -> None:
+        super().__init__()
+        self.save_hyperparameters()
+        if layer_decay is not None and not 0 < layer_decay <= 1:
+            raise ValueError(
+                f"layer_decay must be in (0, 1], such as 0.75: each layer's learning rate is that times the one above "
+                f"it; found {layer_decay}."
+            )
+        self.weights = weights
+        self.learning_rate = learning_rate
+        self.weight_decay = weight_decay
+        self.warmup_steps = warmup_steps
+        self.layer_decay = layer_decay
+        self.fused = fused
+        self.task = "task"
+        self._savings = (gradient_checkpointing, compile)
+        self._adaptation = (train_only, lora, tangent)
 
-    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, scale)
-    return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+    def _adapt(self, part: str) -> None:
+        """Set the options of the network, which is an attribute by now; the last line of a constructor."""
+        prepare(getattr(self, part).train(), *self._savings)
+        adapt(self, self.weights, *self._adaptation, part=part)
+
+    def configure_optimizers(self) -> dict[str, Any]:
+        named = {name: parameter for name, parameter in self.named_parameters() if parameter.requires_grad}
+        if self.layer_decay is None:
+            groups: list[dict[str, Any]] = [{"params": list(named.values())}]
+        else:
+            depths = layer_depths(named)
+            top = max(depths.values())
+            groups = [
+                {
+                    "params": [parameter for name, parameter in named.items() if depths[name] == depth],
+                    "lr": self.learning_rate * self.layer_decay ** (top - depth),
+                }
+                for depth in sorted(set(depths.values()))
+            ]
+        if self.device.type == "cpu":
+            keep_freed_memory()
+        optimizer = torch.optim.AdamW(groups, lr=self.learning_rate, weight_decay=self.weight_decay)
+        for group in optimizer.param_groups if self.fused else ():
+            group["fused"] = True  # here, as Lightning 2.6 clips no gradients of an optimizer that was made with it
+        total = self.trainer.estimated_stepping_batches
+        warmup = min(self.warmup_steps, total)
+
+        def scale(step: int) -> float:
+            if step < warmup:
+                return (step + 1) / warmup
+            return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, total - warmup)))
+
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, scale)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
 
 def keep_freed_memory() -> bool:
@@ -83,16 +121,6 @@ def keep_freed_memory() -> bool:
     libc = ctypes.CDLL(None)
     trim_threshold, mmap_threshold = -1, -3  # of malloc.h; 32 MiB is the most that the second takes
     return all([libc.mallopt(mmap_threshold, 32 << 20), libc.mallopt(trim_threshold, 2**31 - 1)])
-
-
-def check_layer_decay(layer_decay: float | None) -> float | None:
-    """Return it if it is in (0, 1], or None."""
-    if layer_decay is not None and not 0 < layer_decay <= 1:
-        raise ValueError(
-            f"layer_decay must be in (0, 1], such as 0.75: each layer's learning rate is that times the one above it; "
-            f"found {layer_decay}."
-        )
-    return layer_decay
 
 
 def layer_depths(names: Iterable[str]) -> dict[str, int]:
@@ -115,15 +143,12 @@ def layer_depths(names: Iterable[str]) -> dict[str, int]:
     return {name: depth if name.rpartition(".")[2] == "proj" else found for name, found in depths.items()}
 
 
-def prepare(
-    network: nn.Module, gradient_checkpointing: bool = False, channels_last: bool = False, compiled: bool = False
-) -> None:
+def prepare(network: nn.Module, gradient_checkpointing: bool = False, compiled: bool = False) -> None:
     """Set options of memory and speed that change neither names nor values of weights, in place.
 
     Args:
         network: A network of timm, open_clip or transformers.
         gradient_checkpointing: Compute activations again in the backward pass instead of keeping them.
-        channels_last: Lay the weights of convolutions out by pixel.
         compiled: Compile the network with ``torch.compile`` when it is first used.
 
     Raises:
@@ -141,7 +166,5 @@ def prepare(
             raise ValueError(
                 f"{type(network).__name__} knows no gradient checkpointing: {error} Leave gradient_checkpointing out."
             ) from error
-    if channels_last:
-        network.to(memory_format=torch.channels_last)
     if compiled:
         network.compile()  # of the module itself, so that no name in the state dict gets a prefix

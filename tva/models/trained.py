@@ -15,7 +15,6 @@ from torchmetrics import MeanMetric
 
 from tva.checkpoints.foreign import read_json
 from tva.errors import some
-from tva.models.adapters import Lora, adapt
 from tva.models.clip import ClipClassifier
 from tva.models.huggingface import (
     Kind,
@@ -29,7 +28,7 @@ from tva.models.huggingface import (
     split_padding,
 )
 from tva.models.language import CausalLM, LanguageModel, Seq2SeqLM
-from tva.models.optim import check_layer_decay, make_optimizer, prepare
+from tva.models.optim import FineTuned
 from tva.models.sharding import shard_later
 from tva.models.vision import is_timm, load_timm
 
@@ -49,7 +48,7 @@ _KINDS: dict[str, Kind] = {
 }
 
 
-class TrainedModel(L.LightningModule):
+class TrainedModel(FineTuned):
     """Fine-tune and evaluate a network with the head that it was trained with; `TransformersModel`, `TimmModel`.
 
     Batches are ``inputs, targets``, as `tva.data.TableTask` makes them. Logs ``STAGE/TASK/loss``, with a score for each
@@ -60,27 +59,9 @@ class TrainedModel(L.LightningModule):
     returns_predictions = True
     label_names: list[str] | None = None  # of the head's outputs, where the model names them
 
-    def _finish(
-        self,
-        network: nn.Module,
-        kind: str,
-        head: list[str],
-        edit_head: bool,
-        weights: str | None,
-        learning_rate: float,
-        weight_decay: float,
-        warmup_steps: int,
-        layer_decay: float | None,
-        fused: bool,
-        gradient_checkpointing: bool,
-        compile: bool,
-        train_only: str | list[str] | None,
-        lora: Lora | None,
-        tangent: bool,
-    ) -> None:
+    def _finish(self, network: nn.Module, kind: str, head: list[str], edit_head: bool) -> None:
         """Set the network and how it is trained; the last line of a subclass's constructor."""
-        self.network, self.kind, self.task = network, kind, "task"
-        self._optimizer = (learning_rate, weight_decay, warmup_steps, check_layer_decay(layer_decay), fused)
+        self.network, self.kind = network, kind
         if not edit_head and not head:
             raise ValueError(
                 f"edit_head=false does not touch the head, and {type(network).__name__} has none. Drop it."
@@ -88,8 +69,7 @@ class TrainedModel(L.LightningModule):
         self.head_patterns = [] if edit_head else [rf"^(network[.])?{re.escape(name)}$" for name in head]
         self.tokens_right = nn.ModuleDict({stage: MeanMetric() for stage in ("val", "test") if "token" in kind})
         self.tva_metrics = {"spearman": "spearman"} if self._is_regression else {}
-        prepare(self.network.train(), gradient_checkpointing, compiled=compile)
-        adapt(self, weights, train_only, lora, tangent, part="network")
+        self._adapt("network")
         for name, parameter in self.network.named_parameters():
             if not edit_head and name in head:
                 parameter.requires_grad_(False)
@@ -163,9 +143,6 @@ class TrainedModel(L.LightningModule):
             self.log(f"{stage}/{self.task}/{name}", values.float().mean(), sync_dist=True, **options)
         return outputs
 
-    def configure_optimizers(self) -> dict[str, Any]:
-        return make_optimizer(self, *self._optimizer)
-
 
 class TransformersModel(TrainedModel):
     """Fine-tune and evaluate any model of transformers with its own trained head, by the folder it was saved to.
@@ -184,17 +161,7 @@ class TransformersModel(TrainedModel):
         tokenizer: Folder or hub name of the tokenizer, where ``path`` brings none.
         metrics: Of language models: metrics of generated text; see `LanguageModel`.
         max_new_tokens: Of language models: tokens that are generated at most.
-        weights: Checkpoint of this module to start from, such as the output of ``tva edit``.
-        learning_rate: Peak learning rate of AdamW.
-        weight_decay: AdamW's weight decay, on every trained parameter.
-        warmup_steps: Optimizer steps of linear warm-up, before cosine decay to 0.
-        layer_decay: Factor on the learning rate from each layer to the one below it, such as 0.75.
-        fused: Use AdamW's fused kernel, which is faster.
-        gradient_checkpointing: Recompute activations in the backward pass: less memory, more time.
-        compile: Compile the network with ``torch.compile`` at first use; weights keep their names.
-        train_only: What of the network is trained, as the next two; see `tva.models.adapters.adapt`.
-        lora: See there.
-        tangent: See there.
+        **options: Options of `tva.models.optim.FineTuned`.
 
     Raises:
         FileNotFoundError: The folder is missing.
@@ -209,28 +176,15 @@ class TransformersModel(TrainedModel):
         tokenizer: str | None = None,
         metrics: list[str] | None = None,
         max_new_tokens: int = 32,
-        weights: str | None = None,
-        learning_rate: float = 1e-5,
-        weight_decay: float = 0.1,
-        warmup_steps: int = 200,
-        layer_decay: float | None = None,
-        fused: bool = False,
-        gradient_checkpointing: bool = False,
-        compile: bool = False,
-        train_only: str | list[str] | None = None,
-        lora: Lora | None = None,
-        tangent: bool = False,
+        **options: Any,
     ) -> None:
         kind = task or read_task(path)
-        training = (learning_rate, weight_decay, warmup_steps, layer_decay, fused, gradient_checkpointing, compile)
         if kind in _LANGUAGE_MODELS:
             self.__class__ = _LANGUAGE_MODELS[kind]  # which is a `TransformersModel` too
-            options = (tokenizer, metrics, max_new_tokens, weights, *training, train_only, lora, tangent)
-            LanguageModel.__init__(self, path, *options)
+            LanguageModel.__init__(self, path, tokenizer, metrics, max_new_tokens, **options)
             self._set_head(edit_head)
             return
-        super().__init__()
-        self.save_hyperparameters()
+        super().__init__(**options)
         if metrics:
             raise ValueError(f"metrics {metrics} are of generated text, which {kind} makes none of. Leave metrics out.")
         self.encodes_apart = kind == "sentence-similarity"
@@ -246,7 +200,7 @@ class TransformersModel(TrainedModel):
             self.tokenizer = load_tokenizer(path, tokenizer, network)
             self.max_length = longest_input(self.tokenizer, network)
         head = [] if self.encodes_apart else head_names(network)
-        self._finish(network, kind, head, edit_head, weights, *training, train_only, lora, tangent)
+        self._finish(network, kind, head, edit_head)
 
     def forward(self, inputs: Tensor) -> Tensor:
         if self.kind == "image-classification":
@@ -314,17 +268,7 @@ class TimmModel(TrainedModel):
         name: A local folder in the layout of timm's hub (``config.json`` with weights), or timm's name of a network.
         pretrained: With a name: a local file of weights, or true for timm's own.
         edit_head: Whether the classifier is trained and edited with the other weights; by default it is.
-        weights: Checkpoint of this module to start from, such as the output of ``tva edit``.
-        learning_rate: Peak learning rate of AdamW.
-        weight_decay: AdamW's weight decay, on every trained parameter.
-        warmup_steps: Optimizer steps of linear warm-up, before cosine decay to 0.
-        layer_decay: Factor on the learning rate from each layer to the one below it, such as 0.75.
-        fused: Use AdamW's fused kernel, which is faster.
-        gradient_checkpointing: Recompute activations in the backward pass: less memory, more time.
-        compile: Compile the network with ``torch.compile`` at first use; weights keep their names.
-        train_only: What of the network is trained, as the next two; see `tva.models.adapters.adapt`.
-        lora: See there.
-        tangent: See there.
+        **options: Options of `tva.models.optim.FineTuned`.
 
     Raises:
         FileNotFoundError: The folder or file is not there.
@@ -336,23 +280,11 @@ class TimmModel(TrainedModel):
         name: str,
         pretrained: bool | str | None = None,
         edit_head: bool = True,
-        weights: str | None = None,
-        learning_rate: float = 1e-5,
-        weight_decay: float = 0.1,
-        warmup_steps: int = 200,
-        layer_decay: float | None = None,
-        fused: bool = False,
-        gradient_checkpointing: bool = False,
-        compile: bool = False,
-        train_only: str | list[str] | None = None,
-        lora: Lora | None = None,
-        tangent: bool = False,
+        **options: Any,
     ) -> None:
-        super().__init__()
-        self.save_hyperparameters()
+        super().__init__(**options)
         network, self.image_transform, self.label_names, head = load_timm(name, pretrained)
-        training = (learning_rate, weight_decay, warmup_steps, layer_decay, fused, gradient_checkpointing, compile)
-        self._finish(network, "image-classification", head, edit_head, weights, *training, train_only, lora, tangent)
+        self._finish(network, "image-classification", head, edit_head)
 
     def forward(self, inputs: Tensor) -> Tensor:
         return self.network(inputs)
