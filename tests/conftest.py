@@ -44,6 +44,15 @@ def own_cache(tmp_path_factory):
         yield
 
 
+@pytest.fixture(autouse=True)
+def own_folder(request, tmp_path):
+    """Run each test of a room in a folder of its own, so that paths are as people type them."""
+    with pytest.MonkeyPatch.context() as patch:  # not the test's own, which some undo
+        if request.path.parent.name not in ("tests", "paper"):
+            patch.chdir(tmp_path)
+        yield
+
+
 @pytest.fixture(autouse=True, scope="module")
 def charts(request):
     """Draw charts in the tests of pages and documents only: they take a third of the time of an edit."""

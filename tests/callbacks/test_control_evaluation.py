@@ -2,6 +2,7 @@
 
 import csv
 import doctest
+from pathlib import Path
 
 import lightning as L
 import pytest
@@ -105,13 +106,13 @@ def test_controls_are_evaluated_before_during_and_after(tmp_path):
     assert "log" not in vars(model)
 
 
-def test_training_is_the_same_bit_for_bit_with_and_without_controls(tmp_path):
-    _, with_ = run(tmp_path / "with", ControlEvaluation({"other": Blobs(seed=5)}, every_n_steps=1))
-    _, without = run(tmp_path / "without", L.Callback())
+def test_training_is_the_same_bit_for_bit_with_and_without_controls():
+    _, with_ = run(Path("with"), ControlEvaluation({"other": Blobs(seed=5)}, every_n_steps=1))
+    _, without = run(Path("without"), L.Callback())
     assert fingerprint(with_.state_dict()) == fingerprint(without.state_dict())
     keys = ["val/blobs0/accuracy", "val_own", "val_loss"]
     for key in keys:  # nor does what fit itself logs change
-        assert column(tmp_path / "with", key) == column(tmp_path / "without", key) != []
+        assert column(Path("with"), key) == column(Path("without"), key) != []
 
 
 def test_a_control_can_stop_training(tmp_path):
@@ -179,14 +180,14 @@ def test_the_curve_is_what_editing_by_hand_gives(tmp_path):
     curve = ScalingCurve([0.0, 0.5, 1.0, -1.0])
     _, model = run(tmp_path, TaskVectorCallback(), curve)
     base = {f"net.{name}": tensor for name, tensor in open_weights(next(tmp_path.glob("base-*"))).items()}
-    vector = TaskVector.load(tmp_path / "last.tv.safetensors")
+    vector = TaskVector.load("last.tv.safetensors")
     for coef, values in zip(curve.coefs, curve.values, strict=True):
         assert values["accuracy"] == pytest.approx(accuracy_of(vector.apply_to(base, coef), 0)), coef
-    assert fingerprint(model.state_dict()) == fingerprint(open_weights(tmp_path / "last.ckpt"))  # as it was
-    with open(tmp_path / "scaling_curve.csv") as file:
+    assert fingerprint(model.state_dict()) == fingerprint(open_weights("last.ckpt"))  # as it was
+    with open("scaling_curve.csv") as file:
         rows = list(csv.DictReader(file))
     assert [float(row["coef"]) for row in rows] == [0.0, 0.5, 1.0, -1.0]
-    assert (tmp_path / "scaling_curve.png").read_bytes()[:4] == b"\x89PNG"
+    assert Path("scaling_curve.png").read_bytes()[:4] == b"\x89PNG"
     logged = dict(column(tmp_path, "scaling/accuracy"))
     assert logged == pytest.approx(
         {round(100 * c): v["accuracy"] for c, v in zip(curve.coefs, curve.values, strict=True)}
@@ -203,7 +204,7 @@ def test_the_curve_under_ddp_is_over_all_examples(tmp_path):
     run_ranks(_curve_ddp, tmp_path)
     logged = dict(column(tmp_path, "scaling/accuracy"))
     assert logged[0] == pytest.approx(accuracy_of(MetricNet().state_dict(), 0))
-    assert logged[100] == pytest.approx(accuracy_of(open_weights(tmp_path / "last.ckpt"), 0))
+    assert logged[100] == pytest.approx(accuracy_of(open_weights("last.ckpt"), 0))
 
 
 def _curve_fsdp(folder):
@@ -221,11 +222,11 @@ def test_what_no_curve_can_be_drawn_of(tmp_path):
     with pytest.raises(ValueError, match="needs one validation loader in fit, and a validation_step; found none"):
         fit(tmp_path, TaskVectorCallback(), callbacks=[ScalingCurve()])
     with pytest.raises(ValueError, match=r"MetricNet logs \[.*\] in validation, and not 'f1'"):
-        run(tmp_path / "metric", TaskVectorCallback(), ScalingCurve(metric="f1"))
+        run(Path("metric"), TaskVectorCallback(), ScalingCurve(metric="f1"))
     lora = MetricNet()
     inject_adapter_in_model(LoraConfig(r=2, target_modules=["0"]), lora.net)
     with pytest.raises(ValueError, match="cannot move a model with LoRA modules"):
-        run(tmp_path / "lora", TaskVectorCallback(), ScalingCurve(), model=lora)
+        run(Path("lora"), TaskVectorCallback(), ScalingCurve(), model=lora)
     with pytest.raises(ValueError, match="at least one scaling coefficient"):
         ScalingCurve([])
 

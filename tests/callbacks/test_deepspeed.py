@@ -4,6 +4,7 @@ import importlib.util
 import os
 import sys
 from contextlib import contextmanager
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -81,21 +82,21 @@ def own_weights(folder):
 @pytest.mark.slow
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
 @pytest.mark.parametrize("stage", [1, 2, 3])
-def test_the_vector_is_that_of_the_checkpoints_in_full_precision_fresh_and_resumed(tmp_path, stage, precision):
-    run_ranks(fit_zero, tmp_path / "first", stage, precision)
-    assert names(tmp_path / "first", "*.tv.safetensors") == [
+def test_the_vector_is_that_of_the_checkpoints_in_full_precision_fresh_and_resumed(stage, precision):
+    run_ranks(fit_zero, Path("first"), stage, precision)
+    assert names(Path("first"), "*.tv.safetensors") == [
         "epoch=0-step=2.tv.safetensors",
         "epoch=1-step=4.tv.safetensors",
     ]
     start = TiedNet(precision)
     start = (start.bfloat16() if precision == "bf16-mixed" else start).state_dict()
-    base = open_weights(next((tmp_path / "first").glob("base-*")))
+    base = open_weights(next(Path("first").glob("base-*")))
     assert set(base) == set(start)
     for name, value in start.items():
         assert torch.equal(base[name], value.to(base[name].dtype)), name
     for name in ("epoch=0-step=2", "epoch=1-step=4"):
-        vector = assert_vector_is_checkpoint_minus_base(tmp_path / "first", name)
-        theirs = own_weights(tmp_path / "first" / f"{name}.ckpt")
+        vector = assert_vector_is_checkpoint_minus_base(Path("first"), name)
+        theirs = own_weights(Path(f"first/{name}.ckpt"))
         for key, delta in vector.deltas.items():
             assert torch.equal(delta, theirs[key].float() - base[key].float()), key
         assert vector.deltas["body.0.weight"].dtype == torch.float32
@@ -104,12 +105,12 @@ def test_the_vector_is_that_of_the_checkpoints_in_full_precision_fresh_and_resum
     if precision == "bf16-mixed":  # in full precision: rounded weights would give rounded deltas
         delta = vector.deltas["body.0.weight"] + base["body.0.weight"]
         assert not torch.equal(delta, delta.bfloat16().float())
-    run_ranks(fit_zero, tmp_path / "second", stage, precision, tmp_path / "first/epoch=0-step=2.ckpt")
-    assert names(tmp_path / "second", "base-*") == []  # that of the first run
-    resumed = TaskVector.load(tmp_path / "second/epoch=1-step=4.tv.safetensors")
+    run_ranks(fit_zero, Path("second"), stage, precision, Path("first/epoch=0-step=2.ckpt"))
+    assert names(Path("second"), "base-*") == []  # that of the first run
+    resumed = TaskVector.load("second/epoch=1-step=4.tv.safetensors")
     assert resumed.origin.base == fingerprint(base)
     assert resumed.origin.run == vector.origin.run
-    assert resumed.origin.finetuned == fingerprint(open_weights(tmp_path / "second/epoch=1-step=4.ckpt")).digest
+    assert resumed.origin.finetuned == fingerprint(open_weights("second/epoch=1-step=4.ckpt")).digest
 
 
 def _along_the_way(folder, stage):
@@ -122,12 +123,12 @@ def _along_the_way(folder, stage):
 @pytest.mark.parametrize("stage", [2, 3])
 def test_vectors_along_the_way_add_up_under_zero(tmp_path, stage):
     run_ranks(_along_the_way, tmp_path, stage)
-    steps = [TaskVector.load(file) for file in sorted((tmp_path / "trajectory").glob("step=*"))]
-    final = TaskVector.load(tmp_path / "final.tv.safetensors")
+    steps = [TaskVector.load(file) for file in sorted(Path("trajectory").glob("step=*"))]
+    final = TaskVector.load("final.tv.safetensors")
     assert len(steps) == 4
     for name, delta in final.deltas.items():
         assert torch.allclose(sum(step.deltas[name] for step in steps), delta, atol=1e-6), name
-    assert final.origin.finetuned == fingerprint(open_weights(tmp_path / "epoch=1-step=4.ckpt")).digest
+    assert final.origin.finetuned == fingerprint(open_weights("epoch=1-step=4.ckpt")).digest
 
 
 def _lora(folder, stage):

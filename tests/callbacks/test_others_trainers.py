@@ -5,6 +5,7 @@ import os
 import socket
 import subprocess
 import sys
+from pathlib import Path
 
 import lightning as L
 import pytest
@@ -42,7 +43,7 @@ class Diverging(MixedNet):
 def test_weights_that_become_nan_are_a_warning_and_training_goes_on(tmp_path):
     options = {"at_train_end": True, "every_n_steps": 7}
     with pytest.warns(UserWarning, match="training continues") as caught:
-        trainer, _ = fit(tmp_path, TaskVectorCallback(**options), model=Diverging(), logger=CSVLogger(tmp_path / "log"))
+        trainer, _ = fit(tmp_path, TaskVectorCallback(**options), model=Diverging(), logger=CSVLogger(Path("log")))
     assert trainer.global_step == 8
     messages = [str(warning.message) for warning in caught]
     missing = [message for message in messages if message.startswith("The task vector")]
@@ -50,14 +51,14 @@ def test_weights_that_become_nan_are_a_warning_and_training_goes_on(tmp_path):
     assert all("training continues: A task vector must be finite" in message for message in missing)
     assert any(message.startswith("3 operations failed") for message in messages)
     assert names(tmp_path, "*.tv.safetensors") == ["epoch=0-step=4.tv.safetensors"]
-    assert names(tmp_path / "trajectory") == []
+    assert names(Path("trajectory")) == []
 
 
 def test_a_vector_that_was_asked_for_is_an_error_where_the_weights_are_nan(tmp_path):
     callback = TaskVectorCallback(with_checkpoints=False)
     trainer, _ = fit(tmp_path, callback, model=Diverging())
     with pytest.raises(ValueError, match="hold NaN or infinity"):
-        callback.save_vector(trainer, tmp_path / "asked.tv.safetensors")
+        callback.save_vector(trainer, Path("asked.tv.safetensors"))
 
 
 def test_metrics_that_are_nan_do_not_make_the_header_something_else_than_json(tmp_path):
@@ -70,7 +71,7 @@ def test_metrics_that_are_nan_do_not_make_the_header_something_else_than_json(tm
             self.log_dict({"bad": float("nan"), "high": float("inf"), "good": 1.5})
 
     fit(tmp_path, model=Bad(ratio=float("nan")), epochs=1)
-    header = read_header(tmp_path / "epoch=0-step=4.tv.safetensors")
+    header = read_header(Path("epoch=0-step=4.tv.safetensors"))
     metrics = json.loads(header["tva.metrics"], parse_constant=pytest.fail)
     assert metrics["good"] == 1.5
     assert not {"bad", "high"} & metrics.keys()
@@ -103,15 +104,15 @@ def lora_net(how):
     return LoraOnly()
 
 
-def test_a_checkpoint_with_only_lora_weights_has_the_vector_of_the_whole_model(tmp_path):
+def test_a_checkpoint_with_only_lora_weights_has_the_vector_of_the_whole_model():
     vectors = {}
     for how in ("whole", "hook", "override"):
-        fit(tmp_path / how, TaskVectorCallback(at_train_end=True), model=lora_net(how))
-        vectors[how] = TaskVector.load(tmp_path / how / f"{LAST}.tv.safetensors")
-        final = TaskVector.load(tmp_path / how / "final.tv.safetensors")
+        fit(Path(how), TaskVectorCallback(at_train_end=True), model=lora_net(how))
+        vectors[how] = TaskVector.load(f"{how}/{LAST}.tv.safetensors")
+        final = TaskVector.load(f"{how}/final.tv.safetensors")
         assert final.origin.finetuned == vectors[how].origin.finetuned
     for how in ("hook", "override"):
-        saved = torch.load(tmp_path / how / f"{LAST}.ckpt", weights_only=False)["state_dict"]
+        saved = torch.load(f"{how}/{LAST}.ckpt", weights_only=False)["state_dict"]
         assert all("lora_" in name for name in saved)
         assert vectors[how].origin.base == vectors["whole"].origin.base
         assert vectors[how].origin.finetuned == vectors["whole"].origin.finetuned
@@ -120,20 +121,20 @@ def test_a_checkpoint_with_only_lora_weights_has_the_vector_of_the_whole_model(t
             assert torch.equal(vectors[how].deltas[name], vectors["whole"].deltas[name])
 
 
-def test_trained_weights_that_a_checkpoint_leaves_out_are_the_models_own(tmp_path):
+def test_trained_weights_that_a_checkpoint_leaves_out_are_the_models_own():
     class HeadLess(MixedNet):
         def on_save_checkpoint(self, checkpoint):
             checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if "body.0" not in k}
 
-    fit(tmp_path / "part", model=HeadLess())
-    fit(tmp_path / "whole")
-    part, whole = (TaskVector.load(tmp_path / run / f"{LAST}.tv.safetensors") for run in ("part", "whole"))
+    fit(Path("part"), model=HeadLess())
+    fit(Path("whole"))
+    part, whole = (TaskVector.load(f"{run}/{LAST}.tv.safetensors") for run in ("part", "whole"))
     assert part.origin.finetuned == whole.origin.finetuned
     assert torch.equal(part.deltas["body.0.weight"], whole.deltas["body.0.weight"])
     assert part.untouched == whole.untouched
 
 
-def test_a_checkpoint_whose_keys_are_renamed_has_a_vector_under_the_models_names(tmp_path):
+def test_a_checkpoint_whose_keys_are_renamed_has_a_vector_under_the_models_names():
     class Renaming(MixedNet):
         def on_save_checkpoint(self, checkpoint):
             state = checkpoint["state_dict"]
@@ -142,9 +143,9 @@ def test_a_checkpoint_whose_keys_are_renamed_has_a_vector_under_the_models_names
     with pytest.warns(
         UserWarning, match=r"holds '0.weight', .*which the model does not: the vector has the model's own"
     ):
-        fit(tmp_path / "renamed", model=Renaming())
-    fit(tmp_path / "plain")
-    renamed, plain = (TaskVector.load(tmp_path / run / f"{LAST}.tv.safetensors") for run in ("renamed", "plain"))
+        fit(Path("renamed"), model=Renaming())
+    fit(Path("plain"))
+    renamed, plain = (TaskVector.load(f"{run}/{LAST}.tv.safetensors") for run in ("renamed", "plain"))
     assert renamed.origin.finetuned == plain.origin.finetuned
 
 
@@ -170,14 +171,14 @@ def test_pruning_while_training_does_not_end_it(tmp_path):
     with pytest.warns(UserWarning, match=r"step=00000006.* was not written.*continues: The model's keys changed"):
         trainer, _ = fit(tmp_path, TaskVectorCallback(every_n_steps=3), model=model, callbacks=[prune])
     assert trainer.global_step == 8
-    assert names(tmp_path / "trajectory") == ["step=00000003.tv.safetensors"]  # before the names changed
+    assert names(Path("trajectory")) == ["step=00000003.tv.safetensors"]  # before the names changed
     vector = assert_vector_is_checkpoint_minus_base(
         tmp_path, LAST
     )  # Lightning saves pruned weights under the old names
     assert "body.0.weight" in vector.deltas
 
 
-def test_states_of_metrics_are_apart_from_the_parameters(tmp_path):
+def test_states_of_metrics_are_apart_from_the_parameters():
     class Counting(MixedNet):
         def __init__(self):
             super().__init__()
@@ -189,81 +190,81 @@ def test_states_of_metrics_are_apart_from_the_parameters(tmp_path):
             self.mean(loss.detach() * 1000)
             return loss
 
-    fit(tmp_path / "metric", model=Counting())
-    fit(tmp_path / "plain")
-    counting = TaskVector.load(tmp_path / "metric" / f"{LAST}.tv.safetensors")
+    fit(Path("metric"), model=Counting())
+    fit(Path("plain"))
+    counting = TaskVector.load(f"metric/{LAST}.tv.safetensors")
     assert {"mean.mean_value", "mean.weight"} <= set(counting.buffers)
     assert not {name for name in counting.deltas if name.startswith("mean.")}
-    norms = [read_header(tmp_path / run / f"{LAST}.tv.safetensors")["tva.norm"] for run in ("metric", "plain")]
+    norms = [read_header(Path(f"{run}/{LAST}.tv.safetensors"))["tva.norm"] for run in ("metric", "plain")]
     assert norms[0] == norms[1]
 
 
-def test_the_norm_counts_a_tied_tensor_once(tmp_path):
+def test_the_norm_counts_a_tied_tensor_once():
     class Tied(MixedNet):
         def __init__(self):
             super().__init__()
             self.again = self.body
 
-    fit(tmp_path / "tied", model=Tied())
-    fit(tmp_path / "plain")
-    tied, plain = (read_header(tmp_path / run / f"{LAST}.tv.safetensors") for run in ("tied", "plain"))
+    fit(Path("tied"), model=Tied())
+    fit(Path("plain"))
+    tied, plain = (read_header(Path(f"{run}/{LAST}.tv.safetensors")) for run in ("tied", "plain"))
     assert tied["tva.norm"] == plain["tva.norm"]
-    assert_vector_is_checkpoint_minus_base(tmp_path / "tied", LAST)
-    fit(tmp_path / "part", TaskVectorCallback(exclude=[r"body\..*"]), model=Tied())
-    assert read_header(tmp_path / "part" / f"{LAST}.tv.safetensors")["tva.norm"] == plain["tva.norm"]
+    assert_vector_is_checkpoint_minus_base(Path("tied"), LAST)
+    fit(Path("part"), TaskVectorCallback(exclude=[r"body\..*"]), model=Tied())
+    assert read_header(Path(f"part/{LAST}.tv.safetensors"))["tva.norm"] == plain["tva.norm"]
 
 
 # --- which base
 
 
-def test_a_run_whose_folder_has_moved_finds_its_base_beside_the_checkpoint(tmp_path):
-    fit(tmp_path / "old", epochs=1)
-    (tmp_path / "old").rename(tmp_path / "new")
-    fit(tmp_path / "second", ckpt_path=tmp_path / "new/epoch=0-step=4.ckpt")
-    vector = TaskVector.load(tmp_path / f"second/{LAST}.tv.safetensors")
+def test_a_run_whose_folder_has_moved_finds_its_base_beside_the_checkpoint():
+    fit(Path("old"), epochs=1)
+    Path("old").rename("new")
+    fit(Path("second"), ckpt_path=Path("new/epoch=0-step=4.ckpt"))
+    vector = TaskVector.load(f"second/{LAST}.tv.safetensors")
     assert vector.origin.base == fingerprint(MixedNet().state_dict())
-    (base,) = (tmp_path / "new").glob("base-*")
-    assert torch.equal(vector.deltas["body.0.weight"], after_minus_base(tmp_path / f"second/{LAST}.ckpt", base))
-    base.rename(tmp_path / "elsewhere.safetensors")
+    (base,) = Path("new").glob("base-*")
+    assert torch.equal(vector.deltas["body.0.weight"], after_minus_base(Path(f"second/{LAST}.ckpt"), base))
+    base.rename("elsewhere.safetensors")
     with pytest.raises(FileNotFoundError, match="it is not there nor in .*new"):
-        fit(tmp_path / "third", ckpt_path=tmp_path / "new/epoch=0-step=4.ckpt")
+        fit(Path("third"), ckpt_path=Path("new/epoch=0-step=4.ckpt"))
 
 
 def after_minus_base(checkpoint, base, name="body.0.weight"):
     return (open_weights(checkpoint)[name].double() - open_weights(base)[name].double()).float()
 
 
-def test_another_fit_of_the_same_model_from_other_weights_has_these_as_its_base(tmp_path):
+def test_another_fit_of_the_same_model_from_other_weights_has_these_as_its_base():
     callback = TaskVectorCallback()
-    _, model = fit(tmp_path / "first", callback, epochs=1)
+    _, model = fit(Path("first"), callback, epochs=1)
     with torch.no_grad():
         model.body[0].weight.add_(1.0)
     start = fingerprint(model.state_dict())
     with pytest.warns(UserWarning, match="starts neither from the base of the fit before nor from the weights"):
-        fit(tmp_path / "second", callback, epochs=1, model=model)
-    vector = TaskVector.load(tmp_path / "second/epoch=0-step=4.tv.safetensors")
+        fit(Path("second"), callback, epochs=1, model=model)
+    vector = TaskVector.load("second/epoch=0-step=4.tv.safetensors")
     assert vector.origin.base == start
-    (base,) = (tmp_path / "second").glob("base-*")
-    expected = after_minus_base(tmp_path / "second/epoch=0-step=4.ckpt", base)
+    (base,) = Path("second").glob("base-*")
+    expected = after_minus_base(Path("second/epoch=0-step=4.ckpt"), base)
     assert torch.equal(vector.deltas["body.0.weight"], expected)
 
 
-def test_another_fit_from_the_base_itself_keeps_the_base(tmp_path):
+def test_another_fit_from_the_base_itself_keeps_the_base():
     callback = TaskVectorCallback()
     start = {name: value.clone() for name, value in MixedNet().state_dict().items()}
-    _, model = fit(tmp_path / "first", callback, epochs=1)
+    _, model = fit(Path("first"), callback, epochs=1)
     model.load_state_dict(start)
-    fit(tmp_path / "second", callback, epochs=1, model=model)
-    assert names(tmp_path / "second", "base-*") == []
-    assert TaskVector.load(tmp_path / "second/epoch=0-step=4.tv.safetensors").origin.base == fingerprint(start)
+    fit(Path("second"), callback, epochs=1, model=model)
+    assert names(Path("second"), "base-*") == []
+    assert TaskVector.load("second/epoch=0-step=4.tv.safetensors").origin.base == fingerprint(start)
 
 
-def test_another_fit_that_resumes_a_checkpoint_of_no_base_is_an_error(tmp_path):
-    fit(tmp_path / "other", L.Callback(), epochs=1)
+def test_another_fit_that_resumes_a_checkpoint_of_no_base_is_an_error():
+    fit(Path("other"), L.Callback(), epochs=1)
     callback = TaskVectorCallback()
-    _, model = fit(tmp_path / "first", callback, epochs=1)
+    _, model = fit(Path("first"), callback, epochs=1)
     with pytest.raises(ValueError, match="resumes at step 4 from a checkpoint that names no base"):
-        fit(tmp_path / "second", callback, model=model, ckpt_path=tmp_path / "other/epoch=0-step=4.ckpt")
+        fit(Path("second"), callback, model=model, ckpt_path=Path("other/epoch=0-step=4.ckpt"))
 
 
 # --- Trainers
@@ -289,7 +290,7 @@ def test_a_fast_dev_run_saves_what_lightning_saves_and_no_vector(tmp_path):
 def test_a_checkpoint_that_is_saved_before_there_is_a_base_has_no_vector(tmp_path):
     class Early(L.Callback):
         def on_fit_start(self, trainer, pl_module):
-            trainer.save_checkpoint(tmp_path / "early.ckpt")
+            trainer.save_checkpoint(Path("early.ckpt"))
 
     callbacks = [Early(), TaskVectorCallback(), ModelCheckpoint(tmp_path)]  # the first before the callback is asked
     L.Trainer(accelerator="cpu", max_epochs=1, logger=False, callbacks=callbacks).fit(MixedNet())
@@ -299,11 +300,11 @@ def test_a_checkpoint_that_is_saved_before_there_is_a_base_has_no_vector(tmp_pat
 def test_a_vector_can_be_asked_for_after_fit(tmp_path):
     callback = TaskVectorCallback()
     trainer, model = fit(tmp_path, callback)
-    saved = callback.save_vector(trainer, tmp_path / "after.tv.safetensors")
+    saved = callback.save_vector(trainer, Path("after.tv.safetensors"))
     assert saved.finetuned == fingerprint(model.state_dict()).digest
     other = L.Trainer(accelerator="cpu", logger=False, enable_checkpointing=False)
     with pytest.raises(RuntimeError, match="needs a Trainer that fits with this callback"):
-        callback.save_vector(other, tmp_path / "other.tv.safetensors")
+        callback.save_vector(other, Path("other.tv.safetensors"))
 
 
 @pytest.mark.parametrize("callback", [TaskVectorCallback(), MergeStatistics(), ControlEvaluation({"a": None})])
@@ -369,7 +370,7 @@ def test_metrics_that_share_their_last_part_keep_their_names():
 def test_snapshots_of_processes_that_died_are_removed_by_the_next_run(tmp_path):
     dead = subprocess.Popen([sys.executable, "-c", ""])
     dead.wait()
-    here, folder = socket.gethostname(), tmp_path / "trajectory"
+    here, folder = socket.gethostname(), Path("trajectory")
     folder.mkdir(parents=True)
     gone = [folder / f".previous-abc-4-{dead.pid}@{here}.safetensors"]
     gone.append(folder / f".{gone[0].name}.{dead.pid}.tmp")
@@ -395,9 +396,9 @@ class Still(MixedNet):
 
 @pytest.mark.parametrize("logger", [True, False])
 def test_a_vector_of_a_model_that_has_not_moved_opens_and_lists_all_names(tmp_path, logger):
-    logger = CSVLogger(tmp_path / "log") if logger else False
+    logger = CSVLogger(Path("log")) if logger else False
     fit(tmp_path, TaskVectorCallback(every_n_steps=2, against="previous"), model=Still(), logger=logger)
-    vectors = [tmp_path / f"{LAST}.tv.safetensors", *(tmp_path / "trajectory").glob("step=*")]
+    vectors = [Path(f"{LAST}.tv.safetensors"), *Path("trajectory").glob("step=*")]
     assert len(vectors) == 5
     for file in vectors:
         vector = TaskVector.load(file)
@@ -410,10 +411,10 @@ def test_a_vector_of_a_model_that_has_not_moved_opens_and_lists_all_names(tmp_pa
 def test_a_checkpoint_of_the_initial_weights_and_a_vector_without_any_tensor(tmp_path):
     class Initial(L.Callback):
         def on_train_start(self, trainer, pl_module):
-            trainer.save_checkpoint(tmp_path / "initial.ckpt")
+            trainer.save_checkpoint(Path("initial.ckpt"))
 
     callback = TaskVectorCallback(exclude=[".*"])
-    trainer, _ = fit(tmp_path, callback, callbacks=[Initial()], logger=CSVLogger(tmp_path / "log"))
+    trainer, _ = fit(tmp_path, callback, callbacks=[Initial()], logger=CSVLogger(Path("log")))
     assert trainer.global_step == 8
     assert_vector_is_checkpoint_minus_base(tmp_path, "initial")
-    assert not TaskVector.load(tmp_path / f"{LAST}.tv.safetensors").deltas.keys() & {"body.0.weight", "body.2.weight"}
+    assert not TaskVector.load(f"{LAST}.tv.safetensors").deltas.keys() & {"body.0.weight", "body.2.weight"}

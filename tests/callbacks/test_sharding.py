@@ -3,6 +3,7 @@
 import contextlib
 import os
 import tracemalloc
+from pathlib import Path
 from types import SimpleNamespace
 
 import lightning as L
@@ -62,23 +63,23 @@ KINDS = ["fsdp2 full", "fsdp2 sharded", "fsdp1 full", "fsdp1 sharded"]
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_vector_is_that_of_the_gathered_checkpoints_fresh_and_resumed(tmp_path, kind):
-    run_ranks(fit_sharded, tmp_path / "first", kind)
-    assert names(tmp_path / "first", "*.tv.safetensors") == [
+def test_the_vector_is_that_of_the_gathered_checkpoints_fresh_and_resumed(kind):
+    run_ranks(fit_sharded, Path("first"), kind)
+    assert names(Path("first"), "*.tv.safetensors") == [
         "epoch=0-step=2.tv.safetensors",
         "epoch=1-step=4.tv.safetensors",
     ]
     start = (ShardedNet() if "fsdp2" in kind else MixedNet(width=5)).state_dict()
-    base = open_weights(next((tmp_path / "first").glob("base-*")))
+    base = open_weights(next(Path("first").glob("base-*")))
     assert fingerprint(base) == fingerprint(start)
-    half = assert_vector_is_checkpoint_minus_base(tmp_path / "first", "epoch=0-step=2")
-    whole = assert_vector_is_checkpoint_minus_base(tmp_path / "first", "epoch=1-step=4")
+    half = assert_vector_is_checkpoint_minus_base(Path("first"), "epoch=0-step=2")
+    whole = assert_vector_is_checkpoint_minus_base(Path("first"), "epoch=1-step=4")
     assert half.deltas["body.0.weight"].any()
     assert half.untouched["frozen.weight"] == "frozen"
     assert set(half.buffers) == ({"body.1.running_mean", "body.1.running_var"} if kind.endswith("full") else set())
-    run_ranks(fit_sharded, tmp_path / "second", kind, tmp_path / "first/epoch=0-step=2.ckpt")
-    assert names(tmp_path / "second", "base-*") == []  # that of the first run
-    resumed = TaskVector.load(tmp_path / "second/epoch=1-step=4.tv.safetensors")
+    run_ranks(fit_sharded, Path("second"), kind, Path("first/epoch=0-step=2.ckpt"))
+    assert names(Path("second"), "base-*") == []  # that of the first run
+    resumed = TaskVector.load("second/epoch=1-step=4.tv.safetensors")
     assert resumed.origin.base == fingerprint(start)
     assert resumed.origin.run == whole.origin.run
     for name, delta in whole.deltas.items():  # the second run's data loader starts its shuffling anew
@@ -241,21 +242,21 @@ def _along_the_way(folder, kind):
 @pytest.mark.parametrize("kind", ["fsdp2 sharded", pytest.param("fsdp1 sharded", marks=pytest.mark.slow)])
 def test_vectors_along_the_way_add_up_under_sharding(tmp_path, kind):
     run_ranks(_along_the_way, tmp_path, kind)
-    steps = [TaskVector.load(file) for file in sorted((tmp_path / "trajectory").glob("step=*"))]
-    final = TaskVector.load(tmp_path / "final.tv.safetensors")
+    steps = [TaskVector.load(file) for file in sorted(Path("trajectory").glob("step=*"))]
+    final = TaskVector.load("final.tv.safetensors")
     assert len(steps) == 4
-    assert names(tmp_path / "trajectory", ".*") == []
+    assert names(Path("trajectory"), ".*") == []
     for name, delta in final.deltas.items():
         total = sum(step.deltas[name] for step in steps)
         assert torch.allclose(total, delta, atol=1e-6), name
-    tuned = open_weights(tmp_path / "epoch=1-step=4.ckpt")
+    tuned = open_weights("epoch=1-step=4.ckpt")
     assert final.origin.finetuned == steps[-1].origin.finetuned == fingerprint(tuned).digest
 
 
 def test_no_rank_holds_more_than_one_tensor_above_its_shards(tmp_path):
     run_ranks(_measure_memory, tmp_path)
     for rank in (0, 1):
-        above, largest = map(int, (tmp_path / f"memory-{rank}").read_text().split())
+        above, largest = map(int, Path(f"memory-{rank}").read_text().split())
         # 24.4 MB: the base's tensor, mapped from its file, and chunks; 32.8 if one were received whole, 41.2 if two
         most = largest * 7 // 4 if rank == 0 else 2**20
         assert above <= most, f"rank {rank}: {above} bytes above its shards, largest tensor {largest}"

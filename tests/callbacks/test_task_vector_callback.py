@@ -1,6 +1,7 @@
 """TaskVectorCallback in Trainers as people have them: one device, DDP, EMA, weights only, resumed."""
 
 import os
+from pathlib import Path
 
 import lightning as L
 import pytest
@@ -43,47 +44,47 @@ def test_the_end_of_a_fit_says_where_the_vectors_are(tmp_path, monkeypatch):
     fit(tmp_path)
     (base,) = tmp_path.glob("base-*")
     assert said == [f"Task vector: {tmp_path}/epoch=1-step=8.tv.safetensors, the last of 2, against the base {base}"]
-    fit(tmp_path / "none", TaskVectorCallback(with_checkpoints=False))
+    fit(Path("none"), TaskVectorCallback(with_checkpoints=False))
     assert len(said) == 1
 
 
-def test_resuming_keeps_the_original_base(tmp_path):
-    fit(tmp_path / "first", epochs=1)
-    fit(tmp_path / "second", epochs=2, ckpt_path=tmp_path / "first/epoch=0-step=4.ckpt")
-    vector = TaskVector.load(tmp_path / "second/epoch=1-step=8.tv.safetensors")
+def test_resuming_keeps_the_original_base():
+    fit(Path("first"), epochs=1)
+    fit(Path("second"), epochs=2, ckpt_path=Path("first/epoch=0-step=4.ckpt"))
+    vector = TaskVector.load("second/epoch=1-step=8.tv.safetensors")
     assert vector.origin.base == fingerprint(Net().state_dict())
-    assert names(tmp_path / "second", "base-*") == []  # written once, in the first run
-    fit(tmp_path / "whole", epochs=2)
-    whole = TaskVector.load(tmp_path / "whole/epoch=1-step=8.tv.safetensors")
+    assert names(Path("second"), "base-*") == []  # written once, in the first run
+    fit(Path("whole"), epochs=2)
+    whole = TaskVector.load("whole/epoch=1-step=8.tv.safetensors")
     assert vector.origin.finetuned == whole.origin.finetuned
 
 
-def test_resuming_without_the_base_is_an_error_that_asks_for_it(tmp_path):
-    fit(tmp_path / "first", epochs=1)
-    for file in (tmp_path / "first").glob("base-*"):
-        file.rename(tmp_path / "moved.safetensors")
-    checkpoint = tmp_path / "first/epoch=0-step=4.ckpt"
+def test_resuming_without_the_base_is_an_error_that_asks_for_it():
+    fit(Path("first"), epochs=1)
+    for file in Path("first").glob("base-*"):
+        file.rename("moved.safetensors")
+    checkpoint = Path("first/epoch=0-step=4.ckpt")
     with pytest.raises(FileNotFoundError, match=r"base=PATH"):
-        fit(tmp_path / "second", ckpt_path=checkpoint)
-    fit(tmp_path / "third", TaskVectorCallback(base=tmp_path / "moved.safetensors"), ckpt_path=checkpoint)
-    vector = TaskVector.load(tmp_path / "third/epoch=1-step=8.tv.safetensors")
+        fit(Path("second"), ckpt_path=checkpoint)
+    fit(Path("third"), TaskVectorCallback(base=Path("moved.safetensors")), ckpt_path=checkpoint)
+    vector = TaskVector.load("third/epoch=1-step=8.tv.safetensors")
     assert vector.origin.base == fingerprint(Net().state_dict())
-    save_weights({name: value + 1 for name, value in Net().state_dict().items()}, tmp_path / "other.safetensors")
+    save_weights({name: value + 1 for name, value in Net().state_dict().items()}, "other.safetensors")
     with pytest.raises(ValueError, match="was trained from the base"):
-        fit(tmp_path / "fourth", TaskVectorCallback(base=tmp_path / "other.safetensors"), ckpt_path=checkpoint)
+        fit(Path("fourth"), TaskVectorCallback(base=Path("other.safetensors")), ckpt_path=checkpoint)
 
 
-def test_a_checkpoint_written_without_the_callback_needs_a_base_to_resume(tmp_path):
-    fit(tmp_path / "first", L.Callback(), epochs=1)
+def test_a_checkpoint_written_without_the_callback_needs_a_base_to_resume():
+    fit(Path("first"), L.Callback(), epochs=1)
     with pytest.raises(ValueError, match="resumes at step 4 from a checkpoint that names no base"):
-        fit(tmp_path / "second", ckpt_path=tmp_path / "first/epoch=0-step=4.ckpt")
+        fit(Path("second"), ckpt_path=Path("first/epoch=0-step=4.ckpt"))
 
 
-def test_a_second_fit_on_the_same_objects_keeps_the_base_of_the_first(tmp_path):
+def test_a_second_fit_on_the_same_objects_keeps_the_base_of_the_first():
     callback = TaskVectorCallback()
-    _, model = fit(tmp_path / "first", callback, epochs=1)
-    fit(tmp_path / "second", callback, epochs=1, model=model)
-    vector = TaskVector.load(tmp_path / "second/epoch=0-step=4.tv.safetensors")
+    _, model = fit(Path("first"), callback, epochs=1)
+    fit(Path("second"), callback, epochs=1, model=model)
+    vector = TaskVector.load("second/epoch=0-step=4.tv.safetensors")
     assert vector.origin.base == fingerprint(Net().state_dict())
 
 
@@ -106,21 +107,21 @@ def test_a_fast_dev_run_writes_nothing(tmp_path):
 
 def test_include_exclude_and_dtype(tmp_path):
     fit(tmp_path, TaskVectorCallback(include=[r"body\..*"], exclude=[r".*\.bias"], dtype="bfloat16", task="zeros"))
-    vector = TaskVector.load(tmp_path / "epoch=1-step=8.tv.safetensors")
+    vector = TaskVector.load("epoch=1-step=8.tv.safetensors")
     assert set(vector.deltas) == {"body.0.weight", "body.1.weight", "body.2.weight"}
     assert vector.untouched["body.0.bias"] == vector.untouched["frozen.weight"] == "excluded"
-    assert open_weights(tmp_path / "epoch=1-step=8.tv.safetensors")["body.0.weight"].dtype == torch.bfloat16
+    assert open_weights("epoch=1-step=8.tv.safetensors")["body.0.weight"].dtype == torch.bfloat16
     assert vector.origin.task == "zeros"
     base = open_weights(next(tmp_path.glob("base-*")))
     assert torch.equal(vector.apply_to(base)["body.0.bias"], base["body.0.bias"])
 
 
-def test_base_given_as_a_path(tmp_path):
+def test_base_given_as_a_path():
     base = {name: value + 1 if value.is_floating_point() else value for name, value in Net().state_dict().items()}
-    torch.save({"state_dict": base}, tmp_path / "base.ckpt")
-    fit(tmp_path / "run", TaskVectorCallback(base=tmp_path / "base.ckpt"), epochs=1)
-    assert names(tmp_path / "run", "base-*") == []
-    vector = TaskVector.load(tmp_path / "run/epoch=0-step=4.tv.safetensors")
+    torch.save({"state_dict": base}, "base.ckpt")
+    fit(Path("run"), TaskVectorCallback(base=Path("base.ckpt")), epochs=1)
+    assert names(Path("run"), "base-*") == []
+    vector = TaskVector.load("run/epoch=0-step=4.tv.safetensors")
     assert torch.equal(vector.deltas["frozen.weight"], Net().frozen.weight.detach() - base["frozen.weight"])
 
 
@@ -145,7 +146,7 @@ def test_a_module_that_leaves_frozen_parts_out_of_its_checkpoint(tmp_path):
             checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k.startswith("body")}
 
     fit(tmp_path, model=Partial(), epochs=1)
-    vector = TaskVector.load(tmp_path / "epoch=0-step=4.tv.safetensors")
+    vector = TaskVector.load("epoch=0-step=4.tv.safetensors")
     assert vector.untouched["frozen.weight"] == "frozen"
     assert "body.0.weight" in vector.deltas
 
@@ -153,11 +154,11 @@ def test_a_module_that_leaves_frozen_parts_out_of_its_checkpoint(tmp_path):
 # --- mistakes
 
 
-def test_a_base_of_another_architecture_is_refused_before_training(tmp_path):
-    torch.save(Net(width=5).state_dict(), tmp_path / "wide.pt")
+def test_a_base_of_another_architecture_is_refused_before_training():
+    torch.save(Net(width=5).state_dict(), "wide.pt")
     with pytest.raises(MismatchError, match=r"'body.0.weight' is \[4, 3\] in the model but \[5, 3\]"):
-        fit(tmp_path / "run", TaskVectorCallback(base=tmp_path / "wide.pt"))
-    assert not list((tmp_path / "run").glob("*.ckpt"))
+        fit(Path("run"), TaskVectorCallback(base=Path("wide.pt")))
+    assert not list(Path("run").glob("*.ckpt"))
 
 
 @pytest.mark.parametrize(
@@ -191,13 +192,13 @@ def _fit_ddp(folder, ckpt_path=None, epochs=2):
 
 
 @pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
-def test_ddp_writes_one_right_vector_fresh_and_resumed(tmp_path):
-    run_ranks(_fit_ddp, tmp_path / "first")
-    assert names(tmp_path / "first", "*.ckpt") == ["epoch=0-step=2.ckpt", "epoch=1-step=4.ckpt"]
-    assert_vector_is_checkpoint_minus_base(tmp_path / "first", "epoch=0-step=2")
-    whole = assert_vector_is_checkpoint_minus_base(tmp_path / "first", "epoch=1-step=4")
-    run_ranks(_fit_ddp, tmp_path / "second", tmp_path / "first/epoch=0-step=2.ckpt")
-    resumed = TaskVector.load(tmp_path / "second/epoch=1-step=4.tv.safetensors")
+def test_ddp_writes_one_right_vector_fresh_and_resumed():
+    run_ranks(_fit_ddp, Path("first"))
+    assert names(Path("first"), "*.ckpt") == ["epoch=0-step=2.ckpt", "epoch=1-step=4.ckpt"]
+    assert_vector_is_checkpoint_minus_base(Path("first"), "epoch=0-step=2")
+    whole = assert_vector_is_checkpoint_minus_base(Path("first"), "epoch=1-step=4")
+    run_ranks(_fit_ddp, Path("second"), Path("first/epoch=0-step=2.ckpt"))
+    resumed = TaskVector.load("second/epoch=1-step=4.tv.safetensors")
     assert resumed.origin.base == fingerprint(Net().state_dict())
     assert resumed.origin.finetuned == whole.origin.finetuned
 

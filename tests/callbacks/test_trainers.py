@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+from pathlib import Path
 
 import lightning as L
 import pytest
@@ -84,7 +85,7 @@ def test_manual_optimization_with_several_optimizers_counts_the_steps_of_all(tmp
     assert vector.deltas["body.2.weight"].any()
     assert vector.untouched["body.1.weight"] == "frozen"  # no optimizer has it
     # two steps per batch: the first batch at or after each multiple of three
-    assert [int(name[5:13]) for name in names(tmp_path / "trajectory")] == [4, 6, 10, 12, 16]
+    assert [int(name[5:13]) for name in names(Path("trajectory"))] == [4, 6, 10, 12, 16]
 
 
 def trainer_without_checkpoints(callback, **options):
@@ -93,8 +94,7 @@ def trainer_without_checkpoints(callback, **options):
 
 @pytest.mark.parametrize("options", [{"barebones": True}, {"enable_checkpointing": False, "logger": False}])
 @pytest.mark.filterwarnings("ignore:.*self.log.*barebones", "ignore:.*Trainer\\(barebones=True\\)")
-def test_a_trainer_that_keeps_no_checkpoints(tmp_path, monkeypatch, options):
-    monkeypatch.chdir(tmp_path)
+def test_a_trainer_that_keeps_no_checkpoints(tmp_path, options):
     trainer_without_checkpoints(TaskVectorCallback(at_train_end=True), **options).fit(MixedNet())
     assert TaskVector.load("final.tv.safetensors").origin.step == 4
     with pytest.warns(UserWarning, match="keeps no checkpoints.*every_n_steps or at_train_end=True"):
@@ -116,8 +116,8 @@ def test_lazy_parameters_need_a_batch_before_fit(tmp_path):
     model = Lazy()
     model.body(torch.zeros(1, 3))
     start = fingerprint(model.state_dict())
-    fit(tmp_path / "second", model=model)
-    assert assert_vector_is_checkpoint_minus_base(tmp_path / "second", LAST).origin.base == start
+    fit(Path("second"), model=model)
+    assert assert_vector_is_checkpoint_minus_base(Path("second"), LAST).origin.base == start
 
 
 def trainer(folder, callback, epochs=2):
@@ -155,8 +155,8 @@ def test_a_callback_used_again_for_another_model_has_that_models_base(tmp_path):
         nn.init.normal_(model.body[0].weight)
         start = fingerprint(model.state_dict())
         trainer(tmp_path / str(seed), callback, epochs=1).fit(model)
-        assert TaskVector.load(tmp_path / f"{seed}/epoch=0-step=4.tv.safetensors").origin.base == start
-        base = open_weights(tmp_path / f"{seed}/base-{start.digest}.safetensors")
+        assert TaskVector.load(f"{seed}/epoch=0-step=4.tv.safetensors").origin.base == start
+        base = open_weights(f"{seed}/base-{start.digest}.safetensors")
         assert fingerprint(base) == start
 
 

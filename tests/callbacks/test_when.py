@@ -7,6 +7,7 @@ import os
 import re
 import shutil
 import socket
+from pathlib import Path
 
 import fsspec
 import huggingface_hub
@@ -36,32 +37,32 @@ def load(file):
 
 def test_a_vector_every_n_steps_and_at_the_end(tmp_path):
     fit(tmp_path, TaskVectorCallback(every_n_steps=3, at_train_end=True))
-    assert names(tmp_path / "trajectory") == ["step=00000003.tv.safetensors", "step=00000006.tv.safetensors"]
-    assert load(tmp_path / "trajectory/step=00000006.tv.safetensors").origin.step == 6
-    final, last = load(tmp_path / "final.tv.safetensors"), load(tmp_path / f"{LAST}.tv.safetensors")
+    assert names(Path("trajectory")) == ["step=00000003.tv.safetensors", "step=00000006.tv.safetensors"]
+    assert load("trajectory/step=00000006.tv.safetensors").origin.step == 6
+    final, last = load("final.tv.safetensors"), load(f"{LAST}.tv.safetensors")
     assert final.origin.finetuned == last.origin.finetuned
 
 
 def test_accumulated_gradients_count_optimizer_steps(tmp_path):
     fit(tmp_path, TaskVectorCallback(every_n_steps=1), accumulate_grad_batches=2)
-    assert [name[:13] for name in names(tmp_path / "trajectory")] == [f"step=0000000{n}" for n in (1, 2, 3, 4)]
+    assert [name[:13] for name in names(Path("trajectory"))] == [f"step=0000000{n}" for n in (1, 2, 3, 4)]
 
 
 def test_without_checkpoints(tmp_path):
     fit(tmp_path, TaskVectorCallback(every_n_steps=4, with_checkpoints=False))
     assert names(tmp_path, "*.tv.safetensors") == []
-    assert len(names(tmp_path / "trajectory")) == 2
+    assert len(names(Path("trajectory"))) == 2
 
 
 def test_steps_against_the_previous_vector_chain_to_the_whole(tmp_path):
     fit(tmp_path, TaskVectorCallback(every_n_steps=2, against="previous", at_train_end=True))
-    steps = [load(tmp_path / "trajectory" / name) for name in names(tmp_path / "trajectory")]
-    assert names(tmp_path / "trajectory", ".*") == []  # the weights at the last step are not kept
+    steps = [load(f"trajectory/{name}") for name in names(Path("trajectory"))]
+    assert names(Path("trajectory"), ".*") == []  # the weights at the last step are not kept
     assert [step.origin.since_step for step in steps] == [0, 2, 4, 6]
     assert steps[0].origin.base == fingerprint(MixedNet().state_dict())
     for before, after in itertools.pairwise(steps):
         assert after.origin.base.digest == before.origin.finetuned
-    final = load(tmp_path / "final.tv.safetensors")
+    final = load("final.tv.safetensors")
     assert steps[-1].origin.finetuned == final.origin.finetuned
     for name, delta in final.deltas.items():
         assert torch.allclose(sum(step.deltas[name] for step in steps), delta, atol=1e-6), name
@@ -77,17 +78,17 @@ def test_resuming_goes_on_along_the_way(tmp_path):
 
     with pytest.raises(RuntimeError, match="power failure"):
         fit(tmp_path, TaskVectorCallback(**options), callbacks=[Stop()])
-    assert len(names(tmp_path / "trajectory", ".previous-*")) == 1
-    fit(tmp_path, TaskVectorCallback(**options), ckpt_path=tmp_path / "epoch=0-step=4.ckpt")
-    assert names(tmp_path / "trajectory") == ["step=00000003.tv.safetensors", "step=00000006.tv.safetensors"]
-    third, sixth = (load(tmp_path / f"trajectory/step=0000000{n}.tv.safetensors") for n in (3, 6))
+    assert len(names(Path("trajectory"), ".previous-*")) == 1
+    fit(tmp_path, TaskVectorCallback(**options), ckpt_path=Path("epoch=0-step=4.ckpt"))
+    assert names(Path("trajectory")) == ["step=00000003.tv.safetensors", "step=00000006.tv.safetensors"]
+    third, sixth = (load(f"trajectory/step=0000000{n}.tv.safetensors") for n in (3, 6))
     assert sixth.origin.since_step == 3
     assert sixth.origin.base.digest == third.origin.finetuned
     assert sixth.origin.run == third.origin.run
-    fit(tmp_path / "moved", TaskVectorCallback(**options), ckpt_path=tmp_path / "epoch=0-step=4.ckpt")
-    chained = load(tmp_path / "moved/trajectory/step=00000006.tv.safetensors")
+    fit(Path("moved"), TaskVectorCallback(**options), ckpt_path=Path("epoch=0-step=4.ckpt"))
+    chained = load("moved/trajectory/step=00000006.tv.safetensors")
     assert chained.origin.since_step == 4  # the weights of step 3 are gone: those resumed from take their place
-    assert chained.origin.base == fingerprint(open_weights(tmp_path / "epoch=0-step=4.ckpt"))
+    assert chained.origin.base == fingerprint(open_weights("epoch=0-step=4.ckpt"))
 
 
 def test_two_runs_into_one_folder_do_not_mix(tmp_path):
@@ -103,7 +104,7 @@ def test_two_runs_into_one_folder_do_not_mix(tmp_path):
     assert len(names(tmp_path, "base-*")) == 2
     pairs = {"final", f"{LAST}", "trajectory/step=00000008"}
     for name in pairs:
-        old, new = load(tmp_path / f"{name}.tv.safetensors"), load(tmp_path / f"{name}-v1.tv.safetensors")
+        old, new = load(f"{name}.tv.safetensors"), load(f"{name}-v1.tv.safetensors")
         assert old.origin.run != new.origin.run
         assert old.origin.base != new.origin.base
         with pytest.raises(MismatchError):
@@ -114,7 +115,7 @@ def test_a_second_fit_of_one_callback_is_another_run(tmp_path):
     callback = TaskVectorCallback(at_train_end=True)
     _, model = fit(tmp_path, callback)
     fit(tmp_path, callback, model=model)
-    first, second = load(tmp_path / "final.tv.safetensors"), load(tmp_path / "final-v1.tv.safetensors")
+    first, second = load("final.tv.safetensors"), load("final-v1.tv.safetensors")
     assert first.origin.run != second.origin.run
     assert first.origin.base == second.origin.base
 
@@ -136,29 +137,29 @@ def test_on_request_and_the_hook(tmp_path):
     class Ask(L.Callback):
         def on_train_batch_end(self, trainer, *_):
             if trainer.global_step == 3:
-                self.saved = callback.save_vector(trainer, tmp_path / "asked.tv.safetensors")
+                self.saved = callback.save_vector(trainer, Path("asked.tv.safetensors"))
 
     ask = Ask()
     fit(tmp_path, callback, callbacks=[ask, listener])
-    vector = load(tmp_path / "asked.tv.safetensors")
+    vector = load("asked.tv.safetensors")
     assert listener.heard == [(ask.saved, True)]
     assert ask.saved.step == vector.origin.step == 3
     assert ask.saved.norm == pytest.approx(vector.norm())
     assert ask.saved.finetuned == vector.origin.finetuned
     trainer = L.Trainer(accelerator="cpu", logger=False, enable_checkpointing=False)
     with pytest.raises(RuntimeError, match="save_vector needs a Trainer that fits with this callback"):
-        TaskVectorCallback().save_vector(trainer, tmp_path / "early.tv.safetensors")
+        TaskVectorCallback().save_vector(trainer, Path("early.tv.safetensors"))
 
 
 def test_norm_and_cosine_are_logged(tmp_path):
     logger = CSVLogger(tmp_path, name="logs", version=0)
     checkpoint = ModelCheckpoint(dirpath=tmp_path, save_top_k=1, save_last=True)  # removes what is compared with
     fit(tmp_path, TaskVectorCallback(every_n_steps=2), logger=logger, checkpoint=checkpoint, log_every_n_steps=1)
-    rows = (tmp_path / "logs/version_0/metrics.csv").read_text().splitlines()
+    rows = Path("logs/version_0/metrics.csv").read_text().splitlines()
     table = [dict(zip(rows[0].split(","), row.split(","), strict=True)) for row in rows[1:]]
     cosines = {row["step"]: row["task_vector/cosine_to_previous"] for row in table if row["task_vector/norm"]}
     norms = {row["step"]: row["task_vector/norm"] for row in table if row["task_vector/norm"]}
-    second, fourth = (load(tmp_path / f"trajectory/step=0000000{n}.tv.safetensors") for n in (2, 4))
+    second, fourth = (load(f"trajectory/step=0000000{n}.tv.safetensors") for n in (2, 4))
     assert float(norms["4"]) == pytest.approx(fourth.norm())
     assert cosines["2"] == ""
     assert float(cosines["4"]) == pytest.approx(second.cosine(fourth), abs=1e-5)
@@ -170,8 +171,8 @@ def test_norm_and_cosine_are_logged(tmp_path):
 def test_a_linked_last_checkpoint_has_a_linked_vector(tmp_path):
     checkpoint = ModelCheckpoint(dirpath=tmp_path, save_top_k=1, save_last="link")
     fit(tmp_path, checkpoint=checkpoint)
-    assert os.readlink(tmp_path / "last.ckpt") == f"{LAST}.ckpt"
-    assert os.readlink(tmp_path / "last.tv.safetensors") == f"{LAST}.tv.safetensors"
+    assert os.readlink(Path("last.ckpt")) == f"{LAST}.ckpt"
+    assert os.readlink(Path("last.tv.safetensors")) == f"{LAST}.tv.safetensors"
     assert_vector_is_checkpoint_minus_base(tmp_path, "last")
     assert names(tmp_path, "*.tv.safetensors") == [f"{LAST}.tv.safetensors", "last.tv.safetensors"]
 
@@ -224,12 +225,12 @@ def test_a_remote_base_that_is_gone(tmp_path, memory):
     fit(tmp_path, TaskVectorCallback(dirpath="memory://bases"))
     memory.rm("/bases", recursive=True)
     with pytest.raises(FileNotFoundError, match=r"expected at memory://bases/base-\w+.safetensors.*base=PATH"):
-        fit(tmp_path / "second", ckpt_path=tmp_path / f"{LAST}.ckpt", epochs=3)
+        fit(Path("second"), ckpt_path=Path(f"{LAST}.ckpt"), epochs=3)
 
 
 def test_a_path_with_the_local_protocol(tmp_path):
     fit(tmp_path, TaskVectorCallback(dirpath=f"file://{tmp_path}/bases"))
-    assert len(names(tmp_path / "bases", "base-*")) == 1
+    assert len(names(Path("bases"), "base-*")) == 1
 
 
 # --- the hub
@@ -253,19 +254,19 @@ class LocalHub:
 
 
 @pytest.fixture
-def hub(tmp_path, monkeypatch):
-    monkeypatch.setattr(LocalHub, "root", tmp_path / "hub")
+def hub(monkeypatch):
+    monkeypatch.setattr(LocalHub, "root", Path("hub"))
     monkeypatch.setattr(huggingface_hub, "HfApi", LocalHub)
     return LocalHub
 
 
-def test_the_base_and_the_vectors_that_are_left_are_pushed_at_the_end(tmp_path, hub):
-    checkpoint = ModelCheckpoint(dirpath=tmp_path / "run", save_top_k=1)
-    fit(tmp_path / "run", TaskVectorCallback(push_to="me/vectors"), checkpoint=checkpoint)
+def test_the_base_and_the_vectors_that_are_left_are_pushed_at_the_end(hub):
+    checkpoint = ModelCheckpoint(dirpath=Path("run"), save_top_k=1)
+    fit(Path("run"), TaskVectorCallback(push_to="me/vectors"), checkpoint=checkpoint)
     digest = fingerprint(MixedNet().state_dict()).digest
-    assert names(tmp_path / "hub/me/vectors") == [f"base-{digest}.safetensors", f"{LAST}.tv.safetensors"]
-    pushed = load(tmp_path / f"hub/me/vectors/{LAST}.tv.safetensors")
-    assert pushed.origin == load(tmp_path / f"run/{LAST}.tv.safetensors").origin
+    assert names(Path("hub/me/vectors")) == [f"base-{digest}.safetensors", f"{LAST}.tv.safetensors"]
+    pushed = load(f"hub/me/vectors/{LAST}.tv.safetensors")
+    assert pushed.origin == load(f"run/{LAST}.tv.safetensors").origin
 
 
 def test_a_hub_that_cannot_be_reached_does_not_lose_the_run(tmp_path, hub, monkeypatch):
@@ -310,13 +311,13 @@ def test_a_full_disk_is_an_error_for_who_asked_and_at_the_start(tmp_path, monkey
         def on_train_start(self, trainer, *_):
             monkeypatch.setattr(LateHeaderFile, "_store", full)
             torch.nn.init.ones_(trainer.lightning_module.body[0].weight)
-            callback.save_vector(trainer, tmp_path / "asked.tv.safetensors")
+            callback.save_vector(trainer, Path("asked.tv.safetensors"))
 
     with pytest.raises(OSError, match="No space left"):
         fit(tmp_path, callback, callbacks=[Ask()])
     with pytest.raises(OSError, match="No space left"):  # no base, no run: nothing is lost yet
-        fit(tmp_path / "second")
-    assert names(tmp_path / "second") == []
+        fit(Path("second"))
+    assert names(Path("second")) == []
 
 
 @pytest.mark.parametrize("change", ["grown", "shrunk", "reshaped"])
@@ -366,33 +367,33 @@ def test_docstrings_run(module):
 
 def test_a_name_that_another_process_is_about_to_write_is_left_to_it(tmp_path):
     """Two fits of one folder choose their names one after the other, and the second takes another."""
-    (tmp_path / "trajectory").mkdir()
+    Path("trajectory").mkdir()
     name = "step=00000004.tv.safetensors"
-    theirs = tmp_path / "trajectory" / f".{name}.{socket.gethostname()}.{os.getppid()}.tmp"
-    gone = tmp_path / "trajectory" / f".{name}.{socket.gethostname()}.99999999.tmp"  # of a process that was killed
-    base = tmp_path / f".base.{socket.gethostname()}.99999999.tmp"
+    theirs = Path(f"trajectory/.{name}.{socket.gethostname()}.{os.getppid()}.tmp")
+    gone = Path(f"trajectory/.{name}.{socket.gethostname()}.99999999.tmp")  # of a process that was killed
+    base = Path(f".base.{socket.gethostname()}.99999999.tmp")
     base.mkdir()
     theirs.touch()
     gone.touch()
     fit(tmp_path, TaskVectorCallback(every_n_steps=4, with_checkpoints=False))
-    found = set(os.listdir(tmp_path / "trajectory"))
+    found = set(os.listdir("trajectory"))
     assert found == {theirs.name, "step=00000004-v1.tv.safetensors", "step=00000008.tv.safetensors"}
     assert not base.exists()
 
 
 def test_a_name_that_another_process_writes_while_one_is_chosen_is_left_to_it(tmp_path, monkeypatch):
-    fit(tmp_path / "other", TaskVectorCallback(every_n_steps=4, with_checkpoints=False))
+    fit(Path("other"), TaskVectorCallback(every_n_steps=4, with_checkpoints=False))
     theirs = tmp_path / "trajectory/step=00000004.tv.safetensors"
 
     def written_meanwhile(path):
         if path == str(theirs) and not theirs.exists():  # the claim has just become a file
-            shutil.copy(tmp_path / "other/trajectory" / theirs.name, theirs)
+            shutil.copy(f"other/trajectory/{theirs.name}", theirs)
         return False
 
     monkeypatch.setattr("tva.callbacks.writer.is_claimed", written_meanwhile)
     fit(tmp_path, TaskVectorCallback(every_n_steps=4, with_checkpoints=False))
-    assert theirs.read_bytes() == (tmp_path / "other/trajectory" / theirs.name).read_bytes()
-    assert (tmp_path / "trajectory/step=00000004-v1.tv.safetensors").exists()
+    assert theirs.read_bytes() == Path(f"other/trajectory/{theirs.name}").read_bytes()
+    assert Path("trajectory/step=00000004-v1.tv.safetensors").exists()
 
 
 def _fit_too(folder, seed, begin):
@@ -411,8 +412,8 @@ def test_two_fits_in_one_folder_lose_no_vector(tmp_path):
     for each in fits:
         each.join(300)
         assert each.exitcode == 0
-    found = [load(file).origin for file in (tmp_path / "trajectory").glob("*.tv.safetensors")]
+    found = [load(file).origin for file in Path("trajectory").glob("*.tv.safetensors")]
     assert sorted((origin.task, origin.step) for origin in found) == [
         (f"fit{n}", s) for n in (1, 2) for s in range(1, 9)
     ]
-    assert all(name.endswith(".tv.safetensors") and name[0] != "." for name in os.listdir(tmp_path / "trajectory"))
+    assert all(name.endswith(".tv.safetensors") and name[0] != "." for name in os.listdir("trajectory"))

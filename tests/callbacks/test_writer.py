@@ -1,5 +1,7 @@
 """Which weights TaskVectorCallback takes: averaged or raw, tied, compiled, LoRA, frozen, statistics, integers."""
 
+from pathlib import Path
+
 import lightning as L
 import pytest
 import torch
@@ -20,7 +22,7 @@ LAST = "epoch=1-step=8"
 
 
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16])
-def test_the_file_is_what_the_library_computes(tmp_path, dtype):
+def test_the_file_is_what_the_library_computes(dtype):
     generator = torch.Generator().manual_seed(0)
     base = {
         "scalar": torch.tensor(1.5),
@@ -41,14 +43,14 @@ def test_the_file_is_what_the_library_computes(tmp_path, dtype):
     tuned["frozen"], tuned["count"] = base["frozen"], torch.tensor(8)
     tuned["late"] = base["late"].clone()
     tuned["late"][-1] = 1.0  # all pieces but the last are zero
-    save_weights(base, tmp_path / "base.safetensors")
-    weights = open_weights(tmp_path / "base.safetensors")
+    save_weights(base, "base.safetensors")
+    weights = open_weights("base.safetensors")
     sources = {name: TensorSource.of(value) for name, value in tuned.items()}
     plan = VectorPlan(weights, fingerprint(weights), sources, exclude=["excluded"], dtype=dtype)
-    emitted = emit(plan, tmp_path / "streamed.tv.safetensors", Origin(task="t"), tmp_path / "copy.safetensors")
+    emitted = emit(plan, Path("streamed.tv.safetensors"), Origin(task="t"), Path("copy.safetensors"))
     expected = TaskVector.between(base, tuned, exclude=["excluded"], origin=Origin(task="t"))
-    expected.save(tmp_path / "whole.tv.safetensors", dtype=dtype)
-    ours, theirs = (TaskVector.load(tmp_path / f"{name}.tv.safetensors") for name in ("streamed", "whole"))
+    expected.save("whole.tv.safetensors", dtype=dtype)
+    ours, theirs = (TaskVector.load(f"{name}.tv.safetensors") for name in ("streamed", "whole"))
     assert ours.deltas.keys() == theirs.deltas.keys()
     assert ours.buffers.keys() == theirs.buffers.keys() == {"norm.running_mean"}
     for name, delta in {**theirs.deltas, **theirs.buffers}.items():
@@ -58,20 +60,20 @@ def test_the_file_is_what_the_library_computes(tmp_path, dtype):
     assert ours.untouched == theirs.untouched
     assert ours.origin == theirs.origin
     assert emitted.norm == pytest.approx(expected.norm())
-    assert fingerprint(open_weights(tmp_path / "copy.safetensors")) == fingerprint(tuned)
+    assert fingerprint(open_weights("copy.safetensors")) == fingerprint(tuned)
 
 
 def test_what_does_not_fit_or_is_not_finite_is_refused_and_leaves_nothing(tmp_path):
-    save_weights({"w": torch.zeros(3)}, tmp_path / "base.safetensors")
-    weights = open_weights(tmp_path / "base.safetensors")
+    save_weights({"w": torch.zeros(3)}, "base.safetensors")
+    weights = open_weights("base.safetensors")
     for value, dtype, message in ((1e6, torch.float16, "do not fit"), (float("inf"), None, "NaN or infinity")):
         plan = VectorPlan(weights, fingerprint(weights), {"w": TensorSource.of(torch.full((3,), value))}, dtype=dtype)
         with pytest.raises(ValueError, match=message):
-            emit(plan, tmp_path / "v.tv.safetensors", Origin())
+            emit(plan, Path("v.tv.safetensors"), Origin())
     large = VectorPlan(
         weights, fingerprint(weights), {"w": TensorSource.of(torch.full((3,), 1e30))}
     )  # its square overflows
-    assert emit(large, tmp_path / "v.tv.safetensors", Origin()).norm == pytest.approx(3**0.5 * 1e30)
+    assert emit(large, Path("v.tv.safetensors"), Origin()).norm == pytest.approx(3**0.5 * 1e30)
     assert names(tmp_path) == ["base.safetensors", "v.tv.safetensors"]
 
 
@@ -92,7 +94,7 @@ def test_averaged_or_raw_weights_as_asked_for_and_recorded(tmp_path, weights, we
 
     callback = TaskVectorCallback(weights=weights)
     fit(tmp_path, EMAWeightAveraging(decay=0.5), callbacks=[callback, Look()], checkpoint=checkpoint)
-    vector = TaskVector.load(tmp_path / f"{LAST}.tv.safetensors")
+    vector = TaskVector.load(f"{LAST}.tv.safetensors")
     assert seen["raw"] != seen["averaged"]
     # Lightning stores the raw weights when it stores weights only: its averaging hook is skipped then.
     held = ("raw" if weights_only else "averaged") if weights == "checkpoint" else weights
@@ -110,12 +112,12 @@ def test_averaging_and_the_order_of_callbacks(tmp_path):
         fit(tmp_path, EMAWeightAveraging(), callbacks=[TaskVectorCallback(weights="raw", at_train_end=True)])
     fit(tmp_path, EMAWeightAveraging(decay=0.5), callbacks=[TaskVectorCallback(every_n_steps=8, at_train_end=True)])
     step, final, beside = (
-        TaskVector.load(tmp_path / f"{name}.tv.safetensors") for name in ("trajectory/step=00000008", "final", LAST)
+        TaskVector.load(f"{name}.tv.safetensors") for name in ("trajectory/step=00000008", "final", LAST)
     )
     assert step.origin.finetuned == final.origin.finetuned == beside.origin.finetuned
     assert step.origin.averaged
-    fit(tmp_path / "raw", TaskVectorCallback(weights="raw", at_train_end=True), callbacks=[EMAWeightAveraging()])
-    assert TaskVector.load(tmp_path / "raw/final.tv.safetensors").origin.averaged is False
+    fit(Path("raw"), TaskVectorCallback(weights="raw", at_train_end=True), callbacks=[EMAWeightAveraging()])
+    assert TaskVector.load("raw/final.tv.safetensors").origin.averaged is False
 
 
 # --- kinds of tensors
@@ -149,7 +151,7 @@ def test_a_compiled_submodule_has_the_names_of_a_plain_one(tmp_path):
 
 def test_statistics_are_kept_apart_and_integers_never_move(tmp_path):
     fit(tmp_path, TaskVectorCallback(include=[r".*\.weight"]))
-    vector = TaskVector.load(tmp_path / f"{LAST}.tv.safetensors")
+    vector = TaskVector.load(f"{LAST}.tv.safetensors")
     assert set(vector.buffers) == {"body.1.running_mean", "body.1.running_var"}  # include is for parameters
     assert vector.untouched["body.1.num_batches_tracked"] == "integer"
     assert vector.untouched["frozen.weight"] == "frozen"
@@ -194,7 +196,7 @@ def test_lora_merged_is_the_dense_delta_under_the_names_of_the_base_model(tmp_pa
     fit(tmp_path, TaskVectorCallback(at_train_end=True), model=model)
     base = open_weights(next(tmp_path.glob("base-*")))
     assert fingerprint(base) == fingerprint(model.plain)
-    vector = TaskVector.load(tmp_path / "final.tv.safetensors")
+    vector = TaskVector.load("final.tv.safetensors")
     layer = model.net.base_model.model[0]
     assert torch.equal(vector.deltas["0.weight"], layer.get_delta_weight("default"))
     assert vector.untouched == {"0.bias": "frozen"}
@@ -208,8 +210,8 @@ def test_lora_merged_is_the_dense_delta_under_the_names_of_the_base_model(tmp_pa
 def test_lora_along_the_way_against_the_previous(tmp_path):
     model = LoraNet()
     fit(tmp_path, TaskVectorCallback(every_n_steps=3, against="previous", at_train_end=True), model=model)
-    steps = [TaskVector.load(file) for file in sorted((tmp_path / "trajectory").glob("step=*"))]
-    final = TaskVector.load(tmp_path / "final.tv.safetensors")
+    steps = [TaskVector.load(file) for file in sorted(Path("trajectory").glob("step=*"))]
+    final = TaskVector.load("final.tv.safetensors")
     total = sum(step.deltas["0.weight"] for step in steps)
     assert len(steps) == 2
     assert torch.allclose(total, final.deltas["0.weight"], atol=1e-6)
@@ -222,10 +224,10 @@ def test_an_adapter_kept_as_it_is_opens_as_a_fine_tuned_checkpoint(tmp_path):
     assert names(tmp_path, "*.tv.safetensors") == []
     assert names(tmp_path, "*.adapter") == [f"{LAST.replace('8', '6')}.adapter", "last.adapter"]
     base = open_weights(next(tmp_path.glob("base-*")))
-    tuned = open_finetuned(tmp_path / "last.adapter", base)
+    tuned = open_finetuned("last.adapter", base)
     for name, value in merged(model).items():
         assert torch.allclose(tuned[name], value, atol=1e-6), name
-    header = read_header(tmp_path / "last.adapter/adapter_model.safetensors")
+    header = read_header(Path("last.adapter/adapter_model.safetensors"))
     assert header["tva.base_fingerprint"] == fingerprint(base).digest
     assert header["tva.task"] == "t"
 
@@ -243,7 +245,7 @@ def test_lora_variants_are_refused_by_name_before_training(tmp_path):
     assert names(tmp_path, "*.ckpt") == []
 
 
-def test_an_adapter_needs_one_peft_model(tmp_path):
+def test_an_adapter_needs_one_peft_model():
     from peft import LoraConfig, inject_adapter_in_model
 
     class Injected(LinearNet):
@@ -254,9 +256,9 @@ def test_an_adapter_needs_one_peft_model(tmp_path):
         train_dataloader = LoraNet.train_dataloader
         val_dataloader = LoraNet.val_dataloader
 
-    fit(tmp_path / "merge", model=Injected())
-    vector = TaskVector.load(next((tmp_path / "merge").glob("epoch=1*.tv.safetensors")))
+    fit(Path("merge"), model=Injected())
+    vector = TaskVector.load(next(Path("merge").glob("epoch=1*.tv.safetensors")))
     assert set(vector.names) == set(LinearNet().net.state_dict())
     with pytest.raises(ValueError, match="keeps one adapter of one peft model; found none. Use lora='merge'"):
-        fit(tmp_path / "adapter", TaskVectorCallback(lora="adapter"), model=Injected())
-    assert read_metadata(next((tmp_path / "merge").glob("epoch=1*.tv.safetensors")))["tva.weights"] == "checkpoint"
+        fit(Path("adapter"), TaskVectorCallback(lora="adapter"), model=Injected())
+    assert read_metadata(next(Path("merge").glob("epoch=1*.tv.safetensors")))["tva.weights"] == "checkpoint"

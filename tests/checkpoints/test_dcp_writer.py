@@ -5,6 +5,7 @@ import json
 import os
 import warnings
 import zipfile
+from pathlib import Path
 
 import pytest
 import torch
@@ -48,10 +49,10 @@ def load(path, like):
     return found
 
 
-def test_torch_loads_what_is_written(tmp_path):
-    write(tmp_path / "out", TENSORS)
-    assert len(list((tmp_path / "out").glob("*.distcp"))) == 2
-    for found in (load(tmp_path / "out", TENSORS), open_weights(tmp_path / "out")):
+def test_torch_loads_what_is_written():
+    write(Path("out"), TENSORS)
+    assert len(list(Path("out").glob("*.distcp"))) == 2
+    for found in (load("out", TENSORS), open_weights("out")):
         assert fingerprint(found) == fingerprint(TENSORS)
 
 
@@ -66,7 +67,7 @@ def _load_sharded(folder):
 
 
 def test_two_processes_load_a_part_each(tmp_path):
-    write(tmp_path / "out", TENSORS)
+    write(Path("out"), TENSORS)
     run_ranks(_load_sharded, tmp_path)
 
 
@@ -112,8 +113,7 @@ class _Sparse(io.RawIOBase):
 
 
 @pytest.fixture
-def models(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+def models(tmp_path):
     generator = torch.Generator().manual_seed(0)
     base = {f"layers.{n}.w": torch.randn(40, 30, generator=generator) for n in range(6)}
     base["steps"] = torch.tensor(3)
@@ -130,21 +130,19 @@ def test_compose_writes_it_and_verify_recomputes_it(models, tmp_path, capsys):
     plain = open_weights("out.safetensors")
     assert fingerprint(open_weights("out")) == fingerprint(plain)
     assert fingerprint(load("out", models)) == fingerprint(plain)
-    assert len(list((tmp_path / "out").glob("*.distcp"))) == 3
-    assert json.loads((tmp_path / "out/tva.json").read_text())["tva.recipe"] == "0.5 * a"
+    assert len(list(Path("out").glob("*.distcp"))) == 3
+    assert json.loads(Path("out/tva.json").read_text())["tva.recipe"] == "0.5 * a"
     assert verify("out").holds
     main([*words, "--output", "spread", "--format", "dcp", "--max_shard_size", "10KB", "--engine", "local:1"])
     assert fingerprint(load("spread", models)) == fingerprint(plain)
     assert not list(tmp_path.glob(".*"))
 
 
-def test_tied_weights_have_both_names(tmp_path):
-    write(
-        tmp_path / "out", {"embed": torch.arange(6.0)}, metadata={"head": "embed", "format": "embed", "tva.x": "embed"}
-    )
-    found = load(tmp_path / "out", {"embed": torch.zeros(6), "head": torch.zeros(6)})
+def test_tied_weights_have_both_names():
+    write(Path("out"), {"embed": torch.arange(6.0)}, metadata={"head": "embed", "format": "embed", "tva.x": "embed"})
+    found = load("out", {"embed": torch.zeros(6), "head": torch.zeros(6)})
     assert torch.equal(found["head"], torch.arange(6.0))
-    assert sorted(open_weights(tmp_path / "out")) == ["embed", "head"]
+    assert sorted(open_weights("out")) == ["embed", "head"]
 
 
 @pytest.mark.parametrize(

@@ -73,17 +73,17 @@ def save_sharded(rank, folder, port):
 
 def test_fsdp2_shards_of_two_ranks_are_put_together(tmp_path):
     mp.start_processes(save_sharded, (tmp_path, free_port()), nprocs=2, start_method="fork")
-    weights = open_weights(tmp_path / "sharded")
+    weights = open_weights("sharded")
     assert len(weights.entry("0.weight").chunks) == 2
-    same(weights, torch.load(tmp_path / "full.pt", weights_only=True))
+    same(weights, torch.load("full.pt", weights_only=True))
 
 
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
-def test_damage_to_a_distributed_folder_is_named(tmp_path):
-    folder = save_distributed({"model": STATE}, tmp_path / "whole")
+def test_damage_to_a_distributed_folder_is_named():
+    folder = save_distributed({"model": STATE}, Path("whole"))
     (shard,) = folder.glob("*.distcp")
     for size in range(0, shard.stat().st_size, 997):
-        copy = shutil.copytree(folder, tmp_path / f"cut-{size}")
+        copy = shutil.copytree(folder, Path(f"cut-{size}"))
         os.truncate(copy / shard.name, size)
         weights = open_weights(copy)
         with pytest.raises(ValueError, match="is damaged at bytes|ended at byte"):
@@ -105,10 +105,10 @@ class Evil:
 
 
 def test_distributed_metadata_is_never_executed(tmp_path):
-    (tmp_path / ".metadata").write_bytes(pickle.dumps({"state_dict_metadata": Evil(tmp_path / "executed")}))
+    Path(".metadata").write_bytes(pickle.dumps({"state_dict_metadata": Evil(Path("executed"))}))
     with pytest.raises(ValueError, match="is refused: .*mkdir'.*which is not part of such a checkpoint"):
         open_weights(tmp_path)
-    assert not (tmp_path / "executed").exists()
+    assert not Path("executed").exists()
 
 
 # --- DeepSpeed: the layout that zero_to_fp32.py of DeepSpeed 0.19.8 reads; real folders gave the same bytes as it
@@ -124,20 +124,20 @@ def test_zero_partitions_are_put_together_in_full_precision(tmp_path, stage, wor
         assert weights.info.format == f"DeepSpeed checkpoint, ZeRO stage {stage}"
 
 
-def test_a_deepspeed_folder_that_cannot_be_read_exactly_is_refused_with_the_command(tmp_path):
-    folder = save_zero(tmp_path / "split", 2)
+def test_a_deepspeed_folder_that_cannot_be_read_exactly_is_refused_with_the_command():
+    folder = save_zero(Path("split"), 2)
     (folder / "global_step3" / "mp_rank_01_model_states.pt").touch()
     with pytest.raises(ValueError, match=r"tensor, pipeline or expert ranks.*\n?.*zero_to_fp32.py .* OUTPUT"):
         open_weights(folder)
-    folder = save_zero(tmp_path / "lacking", 2)
+    folder = save_zero(Path("lacking"), 2)
     (folder / "global_step3" / "zero_pp_rank_1_mp_rank_00_optim_states.pt").unlink()
     with pytest.raises(FileNotFoundError, match=r"written by 2 ranks, and 1 '…_optim_states.pt' are there"):
         open_weights(folder)
-    folder = save_zero(tmp_path / "gap", 2)
+    folder = save_zero(Path("gap"), 2)
     (folder / "global_step3" / "zero_pp_rank_0_mp_rank_00_optim_states.pt").unlink()
     with pytest.raises(FileNotFoundError, match=r"lacks the '…_optim_states.pt' of 1 of 2 ranks, the first of them 0"):
         open_weights(folder)
-    folder = save_zero(tmp_path / "other", 3)
+    folder = save_zero(Path("other"), 3)
     path = folder / "global_step3" / "zero_pp_rank_1_mp_rank_00_optim_states.pt"
     state = {"zero_stage": 3, "partition_count": 2, "fp32_flat_groups": [torch.ones(3)]}
     torch.save({"optimizer_state_dict": state}, path)
@@ -152,18 +152,18 @@ def test_a_deepspeed_folder_that_cannot_be_read_exactly_is_refused_with_the_comm
 
 
 @pytest.fixture
-def hub(tmp_path, monkeypatch):
+def hub(monkeypatch):
     """Stand in for the hub: a folder of repositories, from which files are copied into a cache one by one."""
     huggingface_hub = pytest.importorskip("huggingface_hub")
     from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
     commit = "0123456789abcdef0123456789abcdef01234567"
-    cache = tmp_path / "cache" / "snapshots" / commit
+    cache = Path(f"cache/snapshots/{commit}")
     asked = []
 
     def download(repository, name, *, revision=None, local_files_only=False):
         asked.append((name, revision))
-        source = tmp_path / "hub" / repository
+        source = Path(f"hub/{repository}")
         if not source.exists() or (source / f"{name}.unreachable").exists():
             if not local_files_only:
                 asked.append("the network")
@@ -174,7 +174,7 @@ def hub(tmp_path, monkeypatch):
         return shutil.copy(source / name, cache / name)
 
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
-    folder = tmp_path / "hub" / "owner" / "net"
+    folder = Path("hub/owner/net")
     folder.mkdir(parents=True)
     return folder, cache, asked, commit
 
@@ -239,8 +239,8 @@ def test_what_the_hub_does_not_have_is_said(hub):
         open_weights("hf://owner/net/adapter_config.json")
 
 
-def test_tensors_of_a_zero_folder_that_are_named_by_numbers_are_refused(tmp_path):
-    folder = save_zero(tmp_path / "zero", 2)
+def test_tensors_of_a_zero_folder_that_are_named_by_numbers_are_refused():
+    folder = save_zero(Path("zero"), 2)
     file = folder / "global_step3/mp_rank_00_model_states.pt"
     model = torch.load(file, weights_only=True)
     model["module"][5] = model["module"].pop("bn.n")

@@ -51,9 +51,9 @@ class Mirror(BaseHTTPRequestHandler):
 
 
 @pytest.fixture
-def mirror(tmp_path, monkeypatch):
+def mirror(monkeypatch):
     server = ThreadingHTTPServer(("127.0.0.1", 0), Mirror)
-    server.folder, server.asked = tmp_path / "hub", []
+    server.folder, server.asked = Path("hub"), []
     Thread(target=server.serve_forever, daemon=True).start()
     constants = huggingface_hub.constants
     monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{server.server_port}")
@@ -64,8 +64,7 @@ def mirror(tmp_path, monkeypatch):
         copy = constants.HUGGINGFACE_CO_URL_TEMPLATE
         monkeypatch.setattr(huggingface_hub.file_download, "HUGGINGFACE_CO_URL_TEMPLATE", copy)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
-    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", "cache")
     yield server
     server.shutdown()
     server.server_close()
@@ -95,8 +94,8 @@ def test_a_base_on_the_hub_comes_out_as_one_in_a_folder(mirror, parts):
     assert verify("out", base="hf://owner/net").holds
 
 
-def test_the_tokenizer_of_a_vector_on_the_hub_is_compared_and_comes_along(mirror, tmp_path):
-    rows, base = torch.arange(12.0).view(4, 3), tmp_path / "base"
+def test_the_tokenizer_of_a_vector_on_the_hub_is_compared_and_comes_along(mirror):
+    rows, base = torch.arange(12.0).view(4, 3), Path("base")
     mirror.folder.mkdir(exist_ok=True)
     base.mkdir()
     save_weights({"embed_tokens.weight": rows + 1}, mirror.folder / "model.safetensors")

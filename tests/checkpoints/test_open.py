@@ -79,10 +79,10 @@ def test_every_format_gives_the_same_mapping(tmp_path, kind):
 
 
 @pytest.mark.parametrize("name", ["m.safetensors", "m.pt"])
-def test_odd_tensors_are_read_whole_and_in_part(tmp_path, name):
+def test_odd_tensors_are_read_whole_and_in_part(name):
     state = {**ODD, "tied": ODD["scalar"]}
-    save_weights(state, tmp_path / name) if name.endswith("safetensors") else torch.save(state, tmp_path / name)
-    weights = open_weights(tmp_path / name)
+    save_weights(state, name) if name.endswith("safetensors") else torch.save(state, name)
+    weights = open_weights(name)
     assert list(weights.keys() ^ state.keys()) == []
     for key, tensor in state.items():
         tensor = tensor.detach()
@@ -96,13 +96,13 @@ def test_odd_tensors_are_read_whole_and_in_part(tmp_path, name):
 
 
 @pytest.mark.parametrize("name", ["m.safetensors", "m.pt"])
-def test_only_the_bytes_that_are_asked_for_are_read(tmp_path, name, monkeypatch):
+def test_only_the_bytes_that_are_asked_for_are_read(name, monkeypatch):
     state = {"large": torch.zeros(100_000), "small": torch.ones(8)}
-    save_weights(state, tmp_path / name) if name.endswith("safetensors") else torch.save(state, tmp_path / name)
+    save_weights(state, name) if name.endswith("safetensors") else torch.save(state, name)
     read = []
     real = OpenFile.read_into
     monkeypatch.setattr(OpenFile, "read_into", lambda self, out, at: read.append(out.nbytes) or real(self, out, at))
-    weights = open_weights(tmp_path / name)
+    weights = open_weights(name)
     weights.spec("large")
     assert sum(read) < 20_000
     read.clear()
@@ -110,32 +110,32 @@ def test_only_the_bytes_that_are_asked_for_are_read(tmp_path, name, monkeypatch)
     assert sum(read) == 12
 
 
-def test_editing_a_tensor_changes_neither_the_file_nor_a_later_read(tmp_path):
+def test_editing_a_tensor_changes_neither_the_file_nor_a_later_read():
     state = {"small": torch.arange(6.0), "large": torch.arange(MAPPED_BYTES // 4).float()}
     for name in ("m.safetensors", "m.pt", "old.pt"):
         if name == "m.safetensors":
-            save_weights(state, tmp_path / name)
+            save_weights(state, name)
         else:
-            torch.save(state, tmp_path / name, _use_new_zipfile_serialization=name == "m.pt")
-        weights = open_weights(tmp_path / name)
+            torch.save(state, name, _use_new_zipfile_serialization=name == "m.pt")
+        weights = open_weights(name)
         for key, tensor in state.items():
             first = weights[key]
             first.zero_()
             weights.slice(key, 0, 6).zero_()
             assert torch.equal(weights[key], tensor), (name, key)
-            assert torch.equal(open_weights(tmp_path / name)[key], tensor), (name, key)
+            assert torch.equal(open_weights(name)[key], tensor), (name, key)
             assert not first.any()
 
 
-def test_large_tensors_are_mapped_so_that_asking_for_one_reads_nothing(tmp_path, monkeypatch):
+def test_large_tensors_are_mapped_so_that_asking_for_one_reads_nothing(monkeypatch):
     state = {"odd": torch.ones(1, dtype=torch.bool), "large": torch.arange(MAPPED_BYTES // 4).float()}
     for name in ("m.safetensors", "m.pt"):
-        save_weights(state, tmp_path / name) if name.endswith("safetensors") else torch.save(state, tmp_path / name)
-        weights = open_weights(tmp_path / name)
+        save_weights(state, name) if name.endswith("safetensors") else torch.save(state, name)
+        weights = open_weights(name)
         with monkeypatch.context() as patch:
             patch.setattr(OpenFile, "read_into", lambda *_: pytest.fail("read"))
             assert torch.equal(weights["large"], state["large"])
-        os.truncate(tmp_path / name, MAPPED_BYTES // 2)
+        os.truncate(name, MAPPED_BYTES // 2)
         with pytest.raises(ValueError, match=rf"ended at byte {MAPPED_BYTES // 2} where \d+ more were expected"):
             weights["large"]
 
@@ -199,39 +199,39 @@ def test_raw_and_averaged_weights_are_distinguished(tmp_path):
 
 
 def test_asking_for_averaged_weights_that_are_not_there_says_what_is(tmp_path):
-    torch.save({"state_dict": STATE, "epoch": 1}, tmp_path / "m.ckpt")
+    torch.save({"state_dict": STATE, "epoch": 1}, "m.ckpt")
     with pytest.raises(ValueError, match="does not hold both raw and averaged.*it holds 'state_dict', 'epoch'"):
-        open_weights(tmp_path / "m.ckpt", which="averaged")
+        open_weights("m.ckpt", which="averaged")
     with pytest.raises(ValueError, match="is a safetensors file, which holds one set of weights"):
         open_weights(write(tmp_path, "safetensors"), which="raw")
 
 
-def test_the_one_state_dict_in_a_file_is_found_and_several_are_refused(tmp_path):
-    torch.save({"model": STATE, "optimizer": {"state": {0: torch.ones(1)}}}, tmp_path / "m.pt")
-    weights = open_weights(tmp_path / "m.pt")
+def test_the_one_state_dict_in_a_file_is_found_and_several_are_refused():
+    torch.save({"model": STATE, "optimizer": {"state": {0: torch.ones(1)}}}, "m.pt")
+    weights = open_weights("m.pt")
     assert fingerprint(weights) == fingerprint(STATE)
     assert weights.info.notes == ("the weights are those under 'model'",)
-    torch.save({"model": STATE, "model_ema": STATE}, tmp_path / "m.pt")
+    torch.save({"model": STATE, "model_ema": STATE}, "m.pt")
     with pytest.raises(ValueError, match="holds 2 state dicts, 'model', 'model_ema'"):
-        open_weights(tmp_path / "m.pt")
+        open_weights("m.pt")
 
 
-def test_extra_state_is_left_out_and_said(tmp_path):
-    torch.save({**STATE, "a._extra_state": {"scale": 2}}, tmp_path / "m.pt")
-    weights = open_weights(tmp_path / "m.pt")
+def test_extra_state_is_left_out_and_said():
+    torch.save({**STATE, "a._extra_state": {"scale": 2}}, "m.pt")
+    weights = open_weights("m.pt")
     assert set(weights) == set(STATE)
     assert weights.info.notes == ("left out as they are not tensors: 'a._extra_state'",)
 
 
 @pytest.mark.parametrize("tensor", [torch.eye(2).to_sparse(), torch.ones(2, device="meta")], ids=["sparse", "meta"])
-def test_tensors_that_are_not_plain_are_refused(tmp_path, tensor):
-    torch.save({"w": tensor, "b": torch.ones(1)}, tmp_path / "m.pt")
+def test_tensors_that_are_not_plain_are_refused(tensor):
+    torch.save({"w": tensor, "b": torch.ones(1)}, "m.pt")
     with pytest.raises(ValueError, match="holds no state dict"):
-        open_weights(tmp_path / "m.pt")
+        open_weights("m.pt")
 
 
-def test_torchscript_is_refused_with_the_way_to_convert_it(tmp_path):
-    name = tmp_path / "m.pt"
+def test_torchscript_is_refused_with_the_way_to_convert_it():
+    name = Path("m.pt")
     with zipfile.ZipFile(name, "w") as archive:
         archive.writestr("m/data.pkl", b"")
         archive.writestr("m/constants.pkl", b"")
@@ -262,9 +262,9 @@ def test_names_that_would_fall_together_are_refused():
 def test_a_missing_file_names_its_neighbors(tmp_path):
     write(tmp_path, "pt")
     with pytest.raises(FileNotFoundError, match=r"m\.pth.*holds 'm\.pt'"):
-        open_weights(tmp_path / "m.pth")
+        open_weights("m.pth")
     with pytest.raises(FileNotFoundError, match="does not exist"):
-        open_weights(tmp_path / "nowhere" / "m.pt")
+        open_weights("nowhere/m.pt")
 
 
 @pytest.mark.parametrize(
@@ -277,10 +277,10 @@ def test_a_missing_file_names_its_neighbors(tmp_path):
         ("x.safetensors.index.json", b"[]", "index.json must be an object; it is a list"),
     ],
 )
-def test_what_is_no_checkpoint_is_refused(tmp_path, name, content, message):
-    (tmp_path / name).write_bytes(content)
+def test_what_is_no_checkpoint_is_refused(name, content, message):
+    Path(name).write_bytes(content)
     with pytest.raises(ValueError, match=message):
-        open_weights(tmp_path / name)
+        open_weights(name)
 
 
 class Evil:
@@ -292,8 +292,8 @@ class Evil:
 
 
 @pytest.mark.parametrize("old_format", [False, True])
-def test_nothing_in_a_checkpoint_is_ever_executed(tmp_path, old_format):
-    marker, path = tmp_path / "executed", tmp_path / "m.ckpt"
+def test_nothing_in_a_checkpoint_is_ever_executed(old_format):
+    marker, path = Path("executed"), Path("m.ckpt")
     for content in (Evil(marker), {"model": Evil(marker)}, {"w": torch.ones(1), "x": Evil(marker)}):
         torch.save(content, path, _use_new_zipfile_serialization=not old_format)
         with pytest.raises(ValueError, match=r"could run code when loaded|holds no state dict"):
@@ -305,8 +305,8 @@ def test_nothing_in_a_checkpoint_is_ever_executed(tmp_path, old_format):
     assert not marker.exists()
 
 
-def test_a_pickled_module_is_refused_with_the_way_to_convert_it(tmp_path):
-    path = tmp_path / "m.pt"
+def test_a_pickled_module_is_refused_with_the_way_to_convert_it():
+    path = Path("m.pt")
     for content, part in ((nn.Linear(2, 1), ""), ({"model": nn.Linear(2, 1), "epoch": 3}, r"\['model'\]")):
         torch.save(content, path)
         with pytest.raises(ValueError, match="class torch.nn.modules.linear.Linear") as refused:
@@ -314,26 +314,26 @@ def test_a_pickled_module_is_refused_with_the_way_to_convert_it(tmp_path):
         assert re.search(rf"weights_only=False\){part}\n", str(refused.value))
         lines = [line.strip() for line in str(refused.value).splitlines()[1:]]
         exec("\n".join(lines), {})
-        assert set(open_weights(tmp_path / "m-state-dict.pt")) == {"weight", "bias"}
+        assert set(open_weights("m-state-dict.pt")) == {"weight", "bias"}
 
 
-def test_foreign_hyperparameters_do_not_keep_weights_from_being_read(tmp_path):
+def test_foreign_hyperparameters_do_not_keep_weights_from_being_read():
     hyper_parameters = {"path": Path("x"), "dtype": torch.float16, "args": argparse.Namespace(lr=0.1)}
     hyper_parameters["found"] = collections.defaultdict(list, {"a": [1]})
     content = {"state_dict": nn.Linear(2, 1).state_dict(), "hyper_parameters": hyper_parameters, "epoch": 1}
-    torch.save(content, tmp_path / "m.ckpt")
-    weights = open_weights(tmp_path / "m.ckpt")
+    torch.save(content, "m.ckpt")
+    weights = open_weights("m.ckpt")
     assert fingerprint(weights) == fingerprint(content["state_dict"])
     assert "argparse.Namespace" in str(weights.info)
 
 
-def test_a_file_without_a_state_dict_says_what_it_holds(tmp_path):
-    torch.save({"epoch": 3, "loss": 0.5}, tmp_path / "m.ckpt")
+def test_a_file_without_a_state_dict_says_what_it_holds():
+    torch.save({"epoch": 3, "loss": 0.5}, "m.ckpt")
     with pytest.raises(ValueError, match="holds no state dict.*'epoch', 'loss'"):
-        open_weights(tmp_path / "m.ckpt")
-    (tmp_path / "empty").mkdir()
+        open_weights("m.ckpt")
+    Path("empty").mkdir()
     with pytest.raises(ValueError, match="not a checkpoint folder.*holds nothing"):
-        open_weights(tmp_path / "empty")
+        open_weights("empty")
 
 
 def test_an_index_that_is_of_another_checkpoint_is_refused(tmp_path):
@@ -349,22 +349,22 @@ def test_an_index_that_is_of_another_checkpoint_is_refused(tmp_path):
 
 
 def test_sharded_bin_and_single_files_of_a_folder_are_found(tmp_path):
-    torch.save({"a.w": STATE["a.w"]}, tmp_path / "pytorch_model-1.bin")
-    torch.save({"a.b": STATE["a.b"], "n": STATE["n"]}, tmp_path / "pytorch_model-2.bin")
+    torch.save({"a.w": STATE["a.w"]}, "pytorch_model-1.bin")
+    torch.save({"a.b": STATE["a.b"], "n": STATE["n"]}, "pytorch_model-2.bin")
     shards = {"a.w": "pytorch_model-1.bin", "a.b": "pytorch_model-2.bin", "n": "pytorch_model-2.bin"}
-    (tmp_path / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": shards}))
+    Path("pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": shards}))
     assert fingerprint(open_weights(tmp_path)) == fingerprint(STATE)
-    (tmp_path / "one").mkdir()
-    torch.save(STATE, tmp_path / "one" / "anything.pt")
-    assert fingerprint(open_weights(tmp_path / "one")) == fingerprint(STATE)
-    torch.save(STATE, tmp_path / "one" / "other.pt")
+    Path("one").mkdir()
+    torch.save(STATE, "one/anything.pt")
+    assert fingerprint(open_weights("one")) == fingerprint(STATE)
+    torch.save(STATE, "one/other.pt")
     with pytest.raises(ValueError, match="one checkpoint and no other.*'anything.pt', 'other.pt'"):
-        open_weights(tmp_path / "one")
+        open_weights("one")
 
 
 def test_a_missing_shard_is_named(tmp_path):
     write(tmp_path, "sharded")
-    (tmp_path / "model-2.safetensors").unlink()
+    Path("model-2.safetensors").unlink()
     with pytest.raises(
         FileNotFoundError, match=r"names 2 shards, and 1 of them are not beside it: 'model-2\.safetensors'"
     ):
@@ -372,27 +372,25 @@ def test_a_missing_shard_is_named(tmp_path):
 
 
 def test_atomic_path_leaves_the_old_file_or_none_when_writing_fails(tmp_path):
-    (tmp_path / "kept").write_text("old")
+    Path("kept").write_text("old")
     for name in ("kept", "new"):
-        with pytest.raises(RuntimeError), atomic_path(tmp_path / name) as temporary:
+        with pytest.raises(RuntimeError), atomic_path(Path(name)) as temporary:
             temporary.write_text("half")
             raise RuntimeError
     assert [file.name for file in tmp_path.iterdir()] == ["kept"]
-    assert (tmp_path / "kept").read_text() == "old"
+    assert Path("kept").read_text() == "old"
 
 
-def test_files_are_readable_as_the_umask_says(tmp_path):
-    save_weights(STATE, tmp_path / "m.safetensors")
-    (tmp_path / "plain").touch()
-    assert stat.S_IMODE((tmp_path / "m.safetensors").stat().st_mode) == stat.S_IMODE(
-        (tmp_path / "plain").stat().st_mode
-    )
+def test_files_are_readable_as_the_umask_says():
+    save_weights(STATE, "m.safetensors")
+    Path("plain").touch()
+    assert stat.S_IMODE(Path("m.safetensors").stat().st_mode) == stat.S_IMODE(Path("plain").stat().st_mode)
 
 
-def test_tied_weights_are_written_under_both_names(tmp_path):
+def test_tied_weights_are_written_under_both_names():
     tied = torch.arange(4.0)
-    save_weights({"a": tied, "b": tied, "part": tied[1:]}, tmp_path / "m.safetensors")
-    weights = open_weights(tmp_path / "m.safetensors")
+    save_weights({"a": tied, "b": tied, "part": tied[1:]}, "m.safetensors")
+    weights = open_weights("m.safetensors")
     assert torch.equal(weights["a"], weights["b"])
     assert torch.equal(weights["part"], tied[1:])
 
@@ -403,7 +401,7 @@ def test_tied_weights_are_written_under_both_names(tmp_path):
 @pytest.mark.parametrize("kind", ["safetensors", "pt", "old zip-less pt", "ckpt"])
 @pytest.mark.parametrize("name", ["m.bin", "m.safetensors", "m.pth.tar", "m.part-1", "m"])
 def test_content_decides_the_format_whatever_the_file_is_called(tmp_path, kind, name):
-    path = write(tmp_path, kind).rename(tmp_path / name)
+    path = write(tmp_path, kind).rename(name)
     assert fingerprint(open_weights(path)) == fingerprint(STATE)
 
 
@@ -417,15 +415,15 @@ def test_content_decides_the_format_whatever_the_file_is_called(tmp_path, kind, 
         (b"\x00\x01\x02\x03", "its content, of 4 bytes, is not known"),
     ],
 )
-def test_what_a_file_is_instead_is_named(tmp_path, content, found):
-    (tmp_path / "m.weights").write_bytes(content)
+def test_what_a_file_is_instead_is_named(content, found):
+    Path("m.weights").write_bytes(content)
     with pytest.raises(ValueError, match=f"m.weights is not a checkpoint that tva reads: .*{found}"):
-        open_weights(tmp_path / "m.weights")
+        open_weights("m.weights")
     if content:
         for name in ("m.pt", "m.safetensors"):
-            (tmp_path / name).write_bytes(content)
+            Path(name).write_bytes(content)
             with pytest.raises(ValueError, match="is not a (PyTorch checkpoint|safetensors file)"):
-                open_weights(tmp_path / name)
+                open_weights(name)
 
 
 FORMAT = '''
@@ -451,8 +449,8 @@ def install(tmp_path, monkeypatch):
 
     def install(name, code):
         module = f"{name}_of_a_package"
-        (tmp_path / f"{module}.py").write_text(code)
-        folder = tmp_path / f"{module}-1.dist-info"
+        Path(f"{module}.py").write_text(code)
+        folder = Path(f"{module}-1.dist-info")
         folder.mkdir()
         (folder / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {module}\nVersion: 1\n")
         (folder / "entry_points.txt").write_text(f"[tva.checkpoint_formats]\n{name} = {module}\n")
@@ -464,8 +462,8 @@ def install(tmp_path, monkeypatch):
     installed.cache_clear()
 
 
-def test_a_package_adds_a_format_by_an_entry_point(tmp_path, install):
-    path = tmp_path / "m.lines"
+def test_a_package_adds_a_format_by_an_entry_point(install):
+    path = Path("m.lines")
     path.write_text("#lines\na.w 1 2\na.b 0.5\n")
     with pytest.raises(ValueError, match="it is text that begins with '#lines"):
         open_weights(path)
@@ -484,17 +482,17 @@ def test_a_format_may_not_take_the_name_of_another(tmp_path, install):
         open_weights(write(tmp_path, "safetensors"))
 
 
-def test_a_safetensors_header_may_begin_with_any_byte(tmp_path):
+def test_a_safetensors_header_may_begin_with_any_byte():
     """Its length is in the first bytes of the file, where other formats have theirs."""
     for length in (0x80, 0x280, 0x480, 0x8A0280):
         text = b'{"w":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}}'.ljust(length)
-        (tmp_path / "m").write_bytes(length.to_bytes(8, "little") + text + b"\0\0\x80?")
-        assert open_weights(tmp_path / "m")["w"].item() == 1
+        Path("m").write_bytes(length.to_bytes(8, "little") + text + b"\0\0\x80?")
+        assert open_weights("m")["w"].item() == 1
 
 
-def test_weights_that_a_file_holds_beside_those_that_are_taken_are_named(tmp_path):
+def test_weights_that_a_file_holds_beside_those_that_are_taken_are_named():
     weights = {"w": torch.ones(2)}
-    torch.save({"epoch": 3, "state_dict": weights, "state_dict_ema": {"w": torch.zeros(2)}}, tmp_path / "timm.pth.tar")
-    opened = open_weights(tmp_path / "timm.pth.tar")
+    torch.save({"epoch": 3, "state_dict": weights, "state_dict_ema": {"w": torch.zeros(2)}}, "timm.pth.tar")
+    opened = open_weights("timm.pth.tar")
     assert torch.equal(opened["w"], weights["w"])
     assert "took the weights under 'state_dict', and left those under 'state_dict_ema'" in str(opened.info)

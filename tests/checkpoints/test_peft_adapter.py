@@ -1,6 +1,7 @@
 """LoRA adapters: the fine-tuned weights are those of peft's own merge, and what peft would do otherwise is refused."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -33,8 +34,8 @@ LORAS = {
 @pytest.mark.parametrize("kind", LORAS)
 def test_adapted_weights_are_those_of_peft_merge(tmp_path, kind, safe):
     expected = adapted(tmp_path, safe=safe, **LORAS[kind])
-    save_weights(net().state_dict(), tmp_path / "base" / "model.safetensors")
-    base = open_weights(tmp_path / "base")
+    save_weights(net().state_dict(), "base/model.safetensors")
+    base = open_weights("base")
     weights = open_adapter(tmp_path, base)
     assert list(weights) == list(base)
     moved = [name for name in base if not torch.equal(weights[name], base[name])]
@@ -68,7 +69,7 @@ def test_names_of_wrappers_around_an_adapter_are_dropped(tmp_path):
         "base_model.model.a._fsdp_wrapped_module.q._checkpoint_wrapped_module.lora_{}.weight",
     ):
         factors = {name.format("A"): torch.ones(1, 3), name.format("B"): torch.ones(4, 1)}
-        save_weights(factors, tmp_path / "adapter_model.safetensors")
+        save_weights(factors, "adapter_model.safetensors")
         assert torch.equal(open_adapter(tmp_path, weight)["a.q.weight"], expected["a.q.weight"])
 
 
@@ -93,8 +94,8 @@ def test_the_shape_decides_how_a_weight_is_stored(tmp_path):
     expected = adapted(tmp_path, base, target_modules=["c_attn"], fan_in_fan_out=True)
     weights = open_adapter(tmp_path, before)
     torch.testing.assert_close(weights["c_attn.weight"], expected["c_attn.weight"], rtol=0, atol=1e-6)
-    config = json.loads((tmp_path / "adapter_config.json").read_text())
-    (tmp_path / "adapter_config.json").write_text(json.dumps({**config, "fan_in_fan_out": False}))
+    config = json.loads(Path("adapter_config.json").read_text())
+    Path("adapter_config.json").write_text(json.dumps({**config, "fan_in_fan_out": False}))
     again = open_adapter(tmp_path, before)  # peft overrides the setting by a module's class
     assert torch.equal(again["c_attn.weight"], weights["c_attn.weight"])
 
@@ -182,15 +183,15 @@ def test_an_adapter_finds_its_base_under_one_prefix_only(tmp_path):
 
 def test_an_adapter_is_no_checkpoint_without_its_base(tmp_path):
     write(tmp_path)
-    for path in (tmp_path, tmp_path / "adapter_model.safetensors"):
+    for path in (tmp_path, Path("adapter_model.safetensors")):
         with pytest.raises(ValueError, match="is a PEFT adapter, which is not a model without its base"):
             open_weights(path)
-    (tmp_path / "adapter_model.safetensors").unlink()
+    Path("adapter_model.safetensors").unlink()
     with pytest.raises(FileNotFoundError, match="neither adapter_model.safetensors nor adapter_model.bin"):
         open_adapter(tmp_path, {"a.q.weight": torch.ones(4, 3)})
-    (tmp_path / "adapter_config.json").write_text("[")
+    Path("adapter_config.json").write_text("[")
     with pytest.raises(ValueError, match="is not valid JSON"):
         open_adapter(tmp_path, {})
-    (tmp_path / "adapter_config.json").unlink()
+    Path("adapter_config.json").unlink()
     with pytest.raises(FileNotFoundError, match="is not a PEFT adapter"):
         open_adapter(tmp_path, {})

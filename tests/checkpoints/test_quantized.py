@@ -2,6 +2,7 @@
 
 import json
 import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -59,26 +60,26 @@ IN_FILES = {
 
 
 @pytest.mark.parametrize("kind", IN_MEMORY)
-def test_quantized_weights_in_memory_are_refused(tmp_path, kind):
+def test_quantized_weights_in_memory_are_refused(kind):
     state = {**IN_MEMORY[kind], "model.norm.weight": torch.ones(8)}
     refused = REFUSED.format(kind.strip(), UP.replace(".", "[.]"))
     with pytest.raises(ValueError, match="the base " + refused):
         TaskVector.between(state, state)
-    save_weights({"model.norm.weight": torch.ones(8)}, tmp_path / "plain.safetensors")
+    save_weights({"model.norm.weight": torch.ones(8)}, "plain.safetensors")
     with pytest.raises(ValueError, match="the base " + refused):
-        open_finetuned(tmp_path / "plain.safetensors", state)
+        open_finetuned("plain.safetensors", state)
 
 
 @pytest.mark.parametrize("kind", IN_FILES)
-def test_quantized_files_of_an_unknown_scheme_are_refused_where_arithmetic_begins(tmp_path, kind, capsys):
+def test_quantized_files_of_an_unknown_scheme_are_refused_where_arithmetic_begins(kind, capsys):
     state, message = IN_FILES[kind]
-    paths = {name: str(tmp_path / f"{name}.safetensors") for name in ("base", "plain", "tuned", "out", "o.tv")}
+    paths = {name: f"{name}.safetensors" for name in ("base", "plain", "tuned", "out", "o.tv")}
     for name in ("base", "tuned"):
         save_weights({**state, "model.norm.weight": torch.ones(8)}, paths[name])
     save_weights({"model.norm.weight": torch.ones(8)}, paths["plain"])
     with pytest.raises(ValueError, match="tuned.safetensors.*" + message):
         open_finetuned(paths["tuned"], open_weights(paths["plain"]))
-    vector = str(tmp_path / "v.tv.safetensors")
+    vector = "v.tv.safetensors"
     TaskVector.between({"model.norm.weight": torch.ones(8)}, {"model.norm.weight": torch.zeros(8)}).save(vector)
     for command in (
         ["compose", "--base", paths["base"], "--vectors.a", paths["tuned"], "--recipe", "a", "--output", paths["out"]],
@@ -90,16 +91,16 @@ def test_quantized_files_of_an_unknown_scheme_are_refused_where_arithmetic_begin
             main(command)
         assert stopped.value.code == 2
         assert re.search(message, " ".join(capsys.readouterr().err.split()))
-        assert not (tmp_path / "out.safetensors").exists()
+        assert not Path("out.safetensors").exists()
 
 
-def test_codes_of_a_format_without_known_names_are_found_by_the_configuration(tmp_path):
-    (tmp_path / "b").mkdir()
-    save_weights({"l.weight": CODES, "n.weight": torch.ones(2)}, tmp_path / "b/model.safetensors")
-    (tmp_path / "b/config.json").write_text(json.dumps({"quantization_config": {"quant_method": "hqq"}}))
-    base = open_weights(tmp_path / "b")
+def test_codes_of_a_format_without_known_names_are_found_by_the_configuration():
+    Path("b").mkdir()
+    save_weights({"l.weight": CODES, "n.weight": torch.ones(2)}, "b/model.safetensors")
+    Path("b/config.json").write_text(json.dumps({"quantization_config": {"quant_method": "hqq"}}))
+    base = open_weights("b")
     with pytest.raises(ValueError, match=r"is quantized \(hqq\): 'l.weight' holds codes"):
-        open_finetuned(tmp_path / "b", base)
+        open_finetuned("b", base)
 
 
 def test_weights_that_only_resemble_quantized_ones_are_edited(tmp_path):
@@ -125,26 +126,26 @@ def test_float8_that_is_not_finite_stays_as_it_is(dtype):
     )
 
 
-def test_experts_that_are_fused_in_memory_are_recognized(tmp_path):
+def test_experts_that_are_fused_in_memory_are_recognized():
     experts = {f"mlp.experts.{n}.w1.weight": torch.ones(2, 3) for n in range(4)}
-    save_weights({**experts, "norm.weight": torch.ones(3)}, tmp_path / "base.safetensors")
-    torch.save({"mlp.experts.gate_up_proj": torch.ones(4, 2, 3), "norm.weight": torch.ones(3)}, tmp_path / "t.ckpt")
-    base = open_weights(tmp_path / "base.safetensors")
+    save_weights({**experts, "norm.weight": torch.ones(3)}, "base.safetensors")
+    torch.save({"mlp.experts.gate_up_proj": torch.ones(4, 2, 3), "norm.weight": torch.ones(3)}, "t.ckpt")
+    base = open_weights("base.safetensors")
     with pytest.raises(MismatchError, match="hold 27 elements, and experts are one tensor each .* save_pretrained"):
-        open_finetuned(tmp_path / "t.ckpt", base)
-    torch.save({"mlp.experts.gate_up_proj": torch.ones(4, 2, 4), "norm.weight": torch.ones(3)}, tmp_path / "t.ckpt")
+        open_finetuned("t.ckpt", base)
+    torch.save({"mlp.experts.gate_up_proj": torch.ones(4, 2, 4), "norm.weight": torch.ones(3)}, "t.ckpt")
     with pytest.raises(MismatchError, match="No single prefix") as refused:
-        open_finetuned(tmp_path / "t.ckpt", base)
+        open_finetuned("t.ckpt", base)
     assert "save_pretrained" not in str(refused.value)
 
 
 @pytest.mark.parametrize("grid", [(2, 3), (1, 1), (8, 1)])
-def test_fused_experts_in_fp8_have_blocks_of_their_own(tmp_path, grid):
+def test_fused_experts_in_fp8_have_blocks_of_their_own(grid):
     block = (-(-8 // grid[0]), -(-12 // grid[1]))
     codes = torch.randn(3, 8, 12).to(torch.float8_e4m3fn)
     scales = torch.rand(3, *grid)
-    save_weights({"experts.down_proj": codes, "experts.down_proj_scale_inv": scales}, tmp_path / "b.safetensors")
-    weights = open_weights(tmp_path / "b.safetensors")
+    save_weights({"experts.down_proj": codes, "experts.down_proj_scale_inv": scales}, "b.safetensors")
+    weights = open_weights("b.safetensors")
     exact = codes.double() * scales.double().repeat_interleave(block[0], 1).repeat_interleave(block[1], 2)[:, :8, :12]
     assert torch.equal(weights["experts.down_proj"], exact)
     assert torch.equal(weights.slice("experts.down_proj", 50, 230), exact.reshape(-1)[50:230])

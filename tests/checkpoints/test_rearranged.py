@@ -5,6 +5,7 @@ import itertools
 import pickle
 import random
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -106,10 +107,10 @@ KINDS = ("order", "drop", "double", "shift", "size", "place", "cut", "swap")
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_boxes_of_a_distributed_tensor_are_right_or_refused(kind, tmp_path):
+def test_boxes_of_a_distributed_tensor_are_right_or_refused(kind):
     ended = collections.Counter()
     for seed in range(16):
-        rng, folder = random.Random(f"{kind} {seed}"), tmp_path / f"dcp{seed}"
+        rng, folder = random.Random(f"{kind} {seed}"), Path(f"dcp{seed}")
         tensors, listed, places = save_boxes(folder, rng)
         rearrange(kind, rng, folder, listed, places)
         write_metadata(folder, listed, places)

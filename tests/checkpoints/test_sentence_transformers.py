@@ -1,6 +1,7 @@
 """Folders of sentence-transformers with weights in several sub-folders: read, edited and written whole."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -29,10 +30,9 @@ def write_folder(folder, seed, modules=MODULES):
 
 
 @pytest.fixture
-def folders(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+def folders(tmp_path):
     for seed, name in enumerate(("base", "tuned")):
-        write_folder(tmp_path / name, seed)
+        write_folder(Path(name), seed)
     return tmp_path
 
 
@@ -43,7 +43,7 @@ def test_weights_of_sub_folders_are_edited_and_written_where_they_were(folders, 
     options = {"keep_undo": True, "max_shard_size": max_shard_size}
     report = compose("base", {"a": "tuned"}, "0.5 * a", "out", **options)
     assert not report.notes
-    assert (folders / "out/1_Pooling/config.json").exists()
+    assert Path("out/1_Pooling/config.json").exists()
     for name in base:
         torch.testing.assert_close(open_weights("out")[name], (base[name] + tuned[name]) / 2)
     dense = open_weights("out/2_Dense")
@@ -51,25 +51,25 @@ def test_weights_of_sub_folders_are_edited_and_written_where_they_were(folders, 
     assert verify("out").holds
     revert("out", output="again")
     assert fingerprint(open_weights("again")) == fingerprint(base)
-    assert (folders / "again/2_Dense/model.safetensors").exists()
+    assert Path("again/2_Dense/model.safetensors").exists()
 
 
 def test_a_folder_with_weights_in_one_place_has_the_encoders_own_names(folders):
-    write_folder(folders / "plain", 0, MODULES[:2])
+    write_folder(Path("plain"), 0, MODULES[:2])
     assert set(open_weights("plain")) == {"embeddings.w", "layer.0.w"}
     old = [{**MODULES[0], "path": "0_Transformer"}, MODULES[1]]
-    write_folder(folders / "old", 0, old)
+    write_folder(Path("old"), 0, old)
     compose("old", {"a": "plain"}, "a", "same", scaling_coef=0.0)
-    assert (folders / "same/0_Transformer/model.safetensors").exists()
+    assert Path("same/0_Transformer/model.safetensors").exists()
     assert verify("same").holds
 
 
 def test_an_encoder_is_not_taken_for_the_whole(folders):
-    write_folder(folders / "plain", 2, MODULES[:2])
+    write_folder(Path("plain"), 2, MODULES[:2])
     with pytest.raises(MismatchError, match=r"They share 2 of 2 names under '0.model.'.*exclude"):
         compose("base", {"a": "plain"}, "a", "never")
     compose("base", {"a": "plain"}, "a", "out", exclude=r"^2[.]")
     assert torch.equal(open_weights("out")["2.linear.weight"], open_weights("base")["2.linear.weight"])
-    (folders / "base/modules.json").write_text(json.dumps([{**MODULES[0], "path": "../tuned"}]))
+    Path("base/modules.json").write_text(json.dumps([{**MODULES[0], "path": "../tuned"}]))
     with pytest.raises(ValueError, match="is not a folder inside of base"):
         open_weights("base")

@@ -1,6 +1,7 @@
 """Weights as trainers leave them: fused experts under adapters of single ones, wrappers' names, parts of ranks."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -28,42 +29,42 @@ def experts(dtype=torch.float64, up=(4, 10, 3), down=(4, 3, 5)):
 
 
 @pytest.mark.parametrize("names", [("gate_proj", "up_proj", "down_proj"), ("w1", "w3", "w2")])
-def test_an_adapter_on_single_experts_changes_their_parts_of_fused_tensors(tmp_path, names):
+def test_an_adapter_on_single_experts_changes_their_parts_of_fused_tensors(names):
     base, (gate, up, down) = experts(), names
     factors = {
         f"{MOE}.1.{gate}": (torch.randn(2, 3), torch.randn(5, 2)),
         f"{MOE}.3.{up}": (torch.randn(2, 3), torch.randn(5, 2)),
         f"{MOE}.0.{down}": (torch.randn(2, 5), torch.randn(3, 2)),
     }
-    write(tmp_path / "adapter", factors)
+    write(Path("adapter"), factors)
     products = {name: 1.5 * b.double() @ a.double() for name, (a, b) in factors.items()}
     expected = {name: tensor.clone() for name, tensor in base.items()}
     expected[f"{MOE}.gate_up_proj"][1, :5] += products[f"{MOE}.1.{gate}"]
     expected[f"{MOE}.gate_up_proj"][3, 5:] += products[f"{MOE}.3.{up}"]
     expected[f"{MOE}.down_proj"][0] += products[f"{MOE}.0.{down}"]
-    found = open_adapter(tmp_path / "adapter", base)
+    found = open_adapter(Path("adapter"), base)
     assert list(found) == list(base)
     for name, tensor in expected.items():
         torch.testing.assert_close(found[name], tensor, rtol=0, atol=1e-12)
         assert torch.equal(found.slice(name, 7, 44), found[name].reshape(-1)[7:44])
-    save_weights({name: tensor.bfloat16() for name, tensor in base.items()}, tmp_path / "base.safetensors")
-    compose(tmp_path / "base.safetensors", {"a": tmp_path / "adapter"}, "a", tmp_path / "out.safetensors")
-    out = open_weights(tmp_path / "out.safetensors")
+    save_weights({name: tensor.bfloat16() for name, tensor in base.items()}, "base.safetensors")
+    compose("base.safetensors", {"a": Path("adapter")}, "a", "out.safetensors")
+    out = open_weights("out.safetensors")
     for name, tensor in expected.items():
         wanted = (base[name].bfloat16().double() + tensor - base[name]).bfloat16()
         assert (out[name] != wanted).float().mean() < 0.02  # sums in float32 may round the other way
         torch.testing.assert_close(out[name], wanted, rtol=0.008, atol=0)
 
 
-def test_experts_that_are_fused_in_another_order_are_refused(tmp_path):
-    write(tmp_path / "adapter", {f"{MOE}.1.gate_proj": (torch.ones(2, 3), torch.ones(5, 2))})
-    (tmp_path / "base").mkdir()
-    save_weights(experts(up=(4, 3, 10), down=(4, 5, 3)), tmp_path / "base/model.safetensors")
+def test_experts_that_are_fused_in_another_order_are_refused():
+    write(Path("adapter"), {f"{MOE}.1.gate_proj": (torch.ones(2, 3), torch.ones(5, 2))})
+    Path("base").mkdir()
+    save_weights(experts(up=(4, 3, 10), down=(4, 5, 3)), "base/model.safetensors")
     with pytest.raises(MismatchError, match=r"gives 'model.*1.gate_proj' a delta of shape \[5, 3\], but .* \[1, 10\]"):
-        open_adapter(tmp_path / "adapter", open_weights(tmp_path / "base"))
-    (tmp_path / "base/config.json").write_text(json.dumps({"model_type": "gpt_oss"}))
+        open_adapter(Path("adapter"), open_weights("base"))
+    Path("base/config.json").write_text(json.dumps({"model_type": "gpt_oss"}))
     with pytest.raises(MismatchError, match=r"those of the base \(gpt_oss\) are fused in another order"):
-        open_adapter(tmp_path / "adapter", open_weights(tmp_path / "base"))
+        open_adapter(Path("adapter"), open_weights("base"))
 
 
 @pytest.mark.parametrize(
@@ -76,26 +77,26 @@ def test_experts_that_are_fused_in_another_order_are_refused(tmp_path):
         "model._checkpoint_wrapped_module.l._orig_mod.weight",
     ],
 )
-def test_names_that_wrappers_change_are_those_of_the_base(tmp_path, name):
-    save_weights({"model.l.weight": torch.ones(2, 2)}, tmp_path / "base.safetensors")
-    torch.save({name: torch.full((2, 2), 3.0)}, tmp_path / "tuned.pt")
-    compose(tmp_path / "base.safetensors", {"a": tmp_path / "tuned.pt"}, "a / 2", tmp_path / "out.safetensors")
-    assert torch.equal(open_weights(tmp_path / "out.safetensors")["model.l.weight"], torch.full((2, 2), 2.0))
+def test_names_that_wrappers_change_are_those_of_the_base(name):
+    save_weights({"model.l.weight": torch.ones(2, 2)}, "base.safetensors")
+    torch.save({name: torch.full((2, 2), 3.0)}, "tuned.pt")
+    compose("base.safetensors", {"a": Path("tuned.pt")}, "a / 2", "out.safetensors")
+    assert torch.equal(open_weights("out.safetensors")["model.l.weight"], torch.full((2, 2), 2.0))
 
 
-def test_parts_of_ranks_without_a_metadata_file_are_refused_by_name(tmp_path):
+def test_parts_of_ranks_without_a_metadata_file_are_refused_by_name():
     for names in (
         ["model_world_size_2_rank_0.pt", "model_world_size_2_rank_1.pt", "extra_state_world_size_2_rank_0.pt"],
         ["rank0.pt", "rank1.pt"],
         ["pytorch_model_rank_0.bin", "pytorch_model_rank_1.bin"],
     ):
-        folder = tmp_path / names[0]
+        folder = Path(names[0])
         folder.mkdir()
         for name in names:
             torch.save({"w": torch.ones(2)}, folder / name)
         with pytest.raises(ValueError, match=r"what each process of a sharded run saved .*verl.model_merger merge"):
             open_weights(folder)
     with pytest.raises(ValueError, match="what each process of a sharded run saved"):
-        open_weights(tmp_path / "model_world_size_2_rank_0.pt" / "model_world_size_2_rank_1.pt")
-    torch.save({"w": torch.ones(2)}, tmp_path / "model_world_size_1_rank_0.pt")
-    assert list(open_weights(tmp_path / "model_world_size_1_rank_0.pt")) == ["w"]
+        open_weights("model_world_size_2_rank_0.pt/model_world_size_2_rank_1.pt")
+    torch.save({"w": torch.ones(2)}, "model_world_size_1_rank_0.pt")
+    assert list(open_weights("model_world_size_1_rank_0.pt")) == ["w"]

@@ -6,6 +6,7 @@ import signal
 import socket
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -21,8 +22,7 @@ from tva.compose.verify import verify
 
 
 @pytest.fixture
-def files(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+def files(tmp_path):
     save_weights({"w": torch.zeros(4)}, "base.safetensors")
     save_weights({"w": torch.ones(4)}, "tuned.safetensors")
     return tmp_path
@@ -39,40 +39,40 @@ def dead_process():
 
 
 def test_temporary_files_of_dead_processes_are_removed_by_the_next_run(tmp_path):
-    left = tmp_path / f".a.txt.{socket.gethostname()}.{dead_process()}.tmp"
-    alive = tmp_path / f".a.txt.{socket.gethostname()}.{os.getppid()}.tmp"
-    other = tmp_path / f".a.txt.elsewhere.{dead_process()}.tmp"
+    left = Path(f".a.txt.{socket.gethostname()}.{dead_process()}.tmp")
+    alive = Path(f".a.txt.{socket.gethostname()}.{os.getppid()}.tmp")
+    other = Path(f".a.txt.elsewhere.{dead_process()}.tmp")
     for file in (left, alive, other):
         file.write_text("half")
-    with atomic_path(tmp_path / "a.txt") as temporary:
+    with atomic_path(Path("a.txt")) as temporary:
         temporary.write_text("whole")
     assert sorted(file.name for file in tmp_path.iterdir()) == sorted(["a.txt", alive.name, other.name])
 
 
 def test_a_link_in_the_place_of_a_hidden_file_is_not_followed(files):
-    mine = files / "mine.txt"
+    mine = Path("mine.txt")
     mine.write_text("mine")
-    temporary = files / f".a.txt.{socket.gethostname()}.{os.getpid()}.tmp"
+    temporary = Path(f".a.txt.{socket.gethostname()}.{os.getpid()}.tmp")
     temporary.symlink_to(mine)
-    with atomic_path(files / "a.txt") as written:
+    with atomic_path(Path("a.txt")) as written:
         written.write_text("new")
     for name in (".out.safetensors.partial", ".out.undo.safetensors.partial"):
-        (files / name).symlink_to(mine)
+        Path(name).symlink_to(mine)
     run(keep_undo=True)
     for make in (os.symlink, os.link):
-        make(mine, files / ".out.safetensors.journal")
+        make(mine, Path(".out.safetensors.journal"))
         with pytest.raises(ValueError, match=".out.safetensors.journal is (a link|not a file of yours only)"):
             run()
-        os.unlink(files / ".out.safetensors.journal")
-    os.mkfifo(files / ".out.safetensors.journal")
+        os.unlink(".out.safetensors.journal")
+    os.mkfifo(".out.safetensors.journal")
     with pytest.raises(ValueError, match="is not a file of yours only"):
         run()
     assert mine.read_text() == "mine"
 
 
 def test_a_garbled_journal_is_named(files):
-    (files / ".out.safetensors.journal").write_bytes(b"\xff\xfe garbage\n")
-    (files / ".out.safetensors.partial").write_bytes(bytes(200))
+    Path(".out.safetensors.journal").write_bytes(b"\xff\xfe garbage\n")
+    Path(".out.safetensors.partial").write_bytes(bytes(200))
     with pytest.raises(ValueError, match=".out.safetensors.journal: line 1 is not valid JSON"):
         run(resume=True)
 
@@ -125,12 +125,12 @@ def test_a_record_cannot_send_tva_to_a_hub(files, monkeypatch):
     def changed(**fields):
         from safetensors import safe_open
 
-        with safe_open(files / "out.safetensors", "pt") as opened:
+        with safe_open("out.safetensors", "pt") as opened:
             metadata = {**opened.metadata(), **{f"tva.{name}": text for name, text in fields.items()}}
         own = {f"tva.{name}" for name in Record.__dataclass_fields__}
         metadata[RECORD] = header_digest({key: value for key, value in metadata.items() if key in own})
-        save_file(load_file(files / "out.safetensors"), files / "other.safetensors", metadata)
-        return files / "other.safetensors"
+        save_file(load_file("out.safetensors"), "other.safetensors", metadata)
+        return Path("other.safetensors")
 
     with pytest.raises(ValueError, match="made from hf://nobody/x, and tva goes to a hub only where you name it"):
         verify(changed(base="hf://nobody/x"))

@@ -1,5 +1,7 @@
 """Recipes with the base's own weights, and options that differ from tensor to tensor."""
 
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -19,8 +21,8 @@ def state(seed, dtype=torch.float32):
 def files(tmp_path):
     def write(dtype=torch.float32):
         for seed, name in enumerate(("base", "a", "b")):
-            save_weights(state(seed, dtype), tmp_path / f"{name}.safetensors")
-        return tmp_path / "base.safetensors", {name: tmp_path / f"{name}.safetensors" for name in "ab"}
+            save_weights(state(seed, dtype), f"{name}.safetensors")
+        return Path("base.safetensors"), {name: tmp_path / f"{name}.safetensors" for name in "ab"}
 
     return write
 
@@ -78,8 +80,8 @@ def test_an_option_by_group_is_that_option_in_each_tensor(files, tmp_path, text)
     found = run(inputs, tmp_path, text.format("d"), coefs={"d": DENSITIES})
     values = {"embed": 1, "one": 1, "layers.0.w": 0.25, "layers.1.w": 0.5, "layers.2.w": 0.75}
     for name, value in values.items():
-        compose(inputs[0], inputs[1], text.format(value), tmp_path / "one.safetensors")
-        assert torch.equal(found[name], open_weights(tmp_path / "one.safetensors")[name].double()), name
+        compose(inputs[0], inputs[1], text.format(value), "one.safetensors")
+        assert torch.equal(found[name], open_weights("one.safetensors")[name].double()), name
 
 
 @pytest.mark.parametrize(

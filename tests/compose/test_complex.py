@@ -1,5 +1,7 @@
 """Complex parameters: their real and imaginary parts are edited as real numbers, in memory as through files."""
 
+from pathlib import Path
+
 import lightning as L
 import pytest
 import torch
@@ -46,9 +48,8 @@ def state(seed, start=None):
 
 
 @pytest.fixture
-def files(tmp_path, monkeypatch):
+def files(tmp_path):
     """A base and two models fine-tuned from it, in the folder to work in."""
-    monkeypatch.chdir(tmp_path)
     base = state(0)
     save_weights(base, "base.safetensors")
     for seed, name in enumerate("ab", start=1):
@@ -188,23 +189,23 @@ def test_the_callback_and_an_edit_move_complex_parameters(tmp_path):
     model, start = Spectral(), Spectral().spectrum.detach().clone()
     callback = TaskVectorCallback(at_train_end=True, dirpath=str(tmp_path), every_n_steps=4, against="previous")
     L.Trainer(max_epochs=2, callbacks=[callback], enable_checkpointing=False, **quiet).fit(model, Signals())
-    vector = TaskVector.load(tmp_path / "final.tv.safetensors")
+    vector = TaskVector.load("final.tv.safetensors")
     assert torch.equal(vector.deltas["spectrum"], model.spectrum.detach() - start)
     assert vector.deltas["spectrum"].imag.any()
-    steps = [TaskVector.load(path) for path in sorted((tmp_path / "trajectory").glob("*.safetensors"))]
+    steps = [TaskVector.load(path) for path in sorted(Path("trajectory").glob("*.safetensors"))]
     torch.testing.assert_close(sum(step.deltas["spectrum"] for step in steps), vector.deltas["spectrum"])
     edit_model(
         Spectral(),
-        output=tmp_path / "out",
-        vectors={"a": tmp_path / "final.tv.safetensors"},
+        output=Path("out"),
+        vectors={"a": Path("final.tv.safetensors")},
         recipe="a",
         targets={"a": Signals()},
         scaling_coef=0.5,
         keep_undo=True,
         trainer=L.Trainer(enable_checkpointing=False, **quiet),
     )
-    edited = open_weights(tmp_path / "out/edited.safetensors")["spectrum"]
+    edited = open_weights("out/edited.safetensors")["spectrum"]
     assert torch.equal(edited, start + 0.5 * vector.deltas["spectrum"])
-    assert verify(str(tmp_path / "out/edited.safetensors")).holds
-    revert(str(tmp_path / "out/edited.safetensors"), output=str(tmp_path / "back.safetensors"))
-    assert torch.equal(open_weights(tmp_path / "back.safetensors")["spectrum"], start)
+    assert verify("out/edited.safetensors").holds
+    revert("out/edited.safetensors", output="back.safetensors")
+    assert torch.equal(open_weights("back.safetensors")["spectrum"], start)

@@ -24,10 +24,9 @@ SEEDS = {"base": (0, 0.0), "a": (1, 0.1), "b": (2, 0.1), "c": (3, 0.1)}
 
 
 @pytest.fixture
-def models(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+def models():
     for name, (seed, noise) in SEEDS.items():
-        save_llama(tmp_path / name, seed, noise=noise)
+        save_llama(Path(name), seed, noise=noise)
     return {name: {key: value.double() for key, value in llama_weights(*SEEDS[name][:1], noise=SEEDS[name][1]).items()}
             for name in SEEDS}  # fmt: skip
 
@@ -208,7 +207,7 @@ def t_of(name):
 
 @pytest.mark.parametrize("noise", [0.1, 0.001], ids=["arcs", "lines"])
 def test_slerp_turns_whole_weights_with_filters_and_gradients(models, tmp_path, noise):
-    save_llama(tmp_path / "d", 4, noise=noise)
+    save_llama(Path("d"), 4, noise=noise)
     other = {name: value.double() for name, value in llama_weights(4, noise=noise).items()}
     sources = [{"model": name, "layer_range": [0, 4]} for name in ("d", "base")]
     content = {
@@ -240,7 +239,7 @@ def test_nuslerp(models, tmp_path, with_base, flags, dim):
 def test_model_stock(models, tmp_path, by_row):
     models["a"]["model.norm.weight"] = models["base"]["model.norm.weight"] + 1e-4  # below mergekit's bound on norms
     weights = {name: value.float() for name, value in models["a"].items()}
-    save_weights(weights, tmp_path / "a/model.safetensors")
+    save_weights(weights, "a/model.safetensors")
     models["a"] = {name: value.double() for name, value in weights.items()}
     found = run(tmp_path, config("model_stock", [("a", {}), ("b", {}), ("c", {})], filter_wise=by_row))[1]
     expected = {}
@@ -260,7 +259,7 @@ def test_model_stock(models, tmp_path, by_row):
 @pytest.mark.parametrize("topk", [1.0, 0.3])
 def test_sce(models, tmp_path, topk, noise):
     for name, seed in (("d", 4), ("e", 5)):
-        save_llama(tmp_path / name, seed, noise=noise)
+        save_llama(Path(name), seed, noise=noise)
         models[name] = {key: value.double() for key, value in llama_weights(seed, noise=noise).items()}
     found = run(tmp_path, config("sce", [("d", {}), ("e", {})], select_topk=topk))[1]
     expected = {}
@@ -300,8 +299,8 @@ def test_passthrough_stacks_and_scales_layers(models, tmp_path):
                 expected = scale * models[model][name.replace(f"layers.{new}.", f"layers.{old}.")]
                 torch.testing.assert_close(value, expected, rtol=2**-8, atol=1e-7)
     assert len(found) == 3 + 6 * 9
-    assert '"num_hidden_layers": 6' in (tmp_path / "out/config.json").read_text()
-    assert '"dtype": "bfloat16"' in (tmp_path / "out/config.json").read_text()
+    assert '"num_hidden_layers": 6' in Path("out/config.json").read_text()
+    assert '"dtype": "bfloat16"' in Path("out/config.json").read_text()
     assert recipe.options["slices"] == {"base": ["base[0:3]", "a[1:4]"]}
 
 
@@ -323,7 +322,7 @@ def test_slices_may_have_sources_of_their_own(models, tmp_path):
 
 
 def test_an_adapter_on_top_of_a_model(models, tmp_path):
-    added = save_lora(tmp_path / "lora", 0)
+    added = save_lora(Path("lora"), 0)
     found = run(tmp_path, config("task_arithmetic", [("a+lora", {"weight": 0.5})]))[1]
     expected = {}
     for name in NAMES:
@@ -336,7 +335,7 @@ def test_an_adapter_on_top_of_a_model(models, tmp_path):
     [("base", 12, {"new_rows": "drop"}), ("d", 15, {"tokenizer": "d", "new_rows": "keep"}), (None, None, None)],
 )
 def test_tokenizer_source(models, tmp_path, source, rows, options):
-    save_llama(tmp_path / "d", 4, vocab=15, noise=0.1)
+    save_llama(Path("d"), 4, vocab=15, noise=0.1)
     content = config("linear", [("base", {"weight": 1}), ("d", {"weight": 1})])
     if source is None:
         with pytest.raises(ValueError, match="12 and 15.*--new_rows"):
@@ -345,8 +344,8 @@ def test_tokenizer_source(models, tmp_path, source, rows, options):
     recipe, found = run(tmp_path, {**content, "tokenizer_source": source})
     assert found["lm_head.weight"].shape[0] == rows
     assert options.items() <= recipe.options.items()
-    donor = tmp_path / source / "tokenizer.json"
-    assert (tmp_path / "out/tokenizer.json").read_text() == donor.read_text()
+    donor = Path(f"{source}/tokenizer.json")
+    assert Path("out/tokenizer.json").read_text() == donor.read_text()
 
 
 # --- errors and the command line
@@ -399,27 +398,27 @@ def test_what_cannot_be_done_is_named_with_its_line(models, tmp_path, text, line
         ("merge_method: !!python/object/apply:os.system [x]\n", "is of Python's objects"),
     ],
 )
-def test_files_that_are_none(tmp_path, text, message):
-    (tmp_path / "merge.yml").write_text(text)
+def test_files_that_are_none(text, message):
+    Path("merge.yml").write_text(text)
     with pytest.raises(ValueError, match=message):
-        read_mergekit(tmp_path / "merge.yml")
+        read_mergekit(Path("merge.yml"))
 
 
 def command(capsys, *words):
     return small_cli.run("compose", *words), capsys.readouterr()
 
 
-def test_the_command_runs_a_file_and_shows_what_it_becomes(models, tmp_path, capsys):
+def test_the_command_runs_a_file_and_shows_what_it_becomes(models, capsys):
     own = [(name, {"weight": 0.5, "density": [1, 0.5]}) for name in "ab"]
-    (tmp_path / "merge.yml").write_text(yaml.safe_dump(config("dare_ties", own, slerp=1) | {"parameters": {"t": 1}}))
+    Path("merge.yml").write_text(yaml.safe_dump(config("dare_ties", own, slerp=1) | {"parameters": {"t": 1}}))
     status, shown = command(capsys, "--mergekit", "merge.yml", "--print_recipe")
-    assert (status, (tmp_path / "out").exists()) == (0, False)
+    assert (status, Path("out").exists()) == (0, False)
     assert shown.out.startswith("# dare_ties draws tva's own random numbers, of seed 0")
     assert "# t: dare_ties does not use such parameters" in shown.out
-    (tmp_path / "recipe.yaml").write_text(shown.out)
+    Path("recipe.yaml").write_text(shown.out)
     assert command(capsys, "--mergekit", "merge.yml", "--output", "out")[0] == 0
     assert command(capsys, "--config", "recipe.yaml", "--output", "again")[0] == 0
-    assert (tmp_path / "out/model.safetensors").read_bytes() == (tmp_path / "again/model.safetensors").read_bytes()
+    assert Path("out/model.safetensors").read_bytes() == Path("again/model.safetensors").read_bytes()
 
 
 @pytest.mark.parametrize(
@@ -436,21 +435,21 @@ def test_the_command_runs_a_file_and_shows_what_it_becomes(models, tmp_path, cap
         (["--mergekit", "none.yml", "--output", "out"], "configuration was expected at none.yml"),
     ],
 )
-def test_the_command_says_what_to_do(models, tmp_path, capsys, words, message):
-    (tmp_path / "merge.yml").write_text(yaml.safe_dump(config("linear", [("a", {"weight": 1})], None)))
+def test_the_command_says_what_to_do(models, capsys, words, message):
+    Path("merge.yml").write_text(yaml.safe_dump(config("linear", [("a", {"weight": 1})], None)))
     status, shown = command(capsys, *words)
     assert status == 2
     assert re.search(message, shown.err.replace("\n", " ")), shown.err
-    assert not (tmp_path / "out").exists()
+    assert not Path("out").exists()
 
 
 @pytest.mark.slow
 def test_transformers_computes_with_the_merged_model_what_the_formula_gives(models, tmp_path):
     found = run(tmp_path, config("task_arithmetic", [("a", {"weight": 0.5}), ("b", {"weight": 0.3})]))[1]
-    by_hand = save_llama(tmp_path / "by hand", 0)
+    by_hand = save_llama(Path("by hand"), 0)
     expected = {}
     for name in found:
         base = models["base"][name]
         expected[name] = base + 0.5 * (models["a"][name] - base) + 0.3 * (models["b"][name] - base)
     save_weights(expected, by_hand / "model.safetensors")
-    torch.testing.assert_close(logits(tmp_path / "out"), logits(by_hand), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(logits(Path("out")), logits(by_hand), rtol=1e-5, atol=1e-5)

@@ -2,6 +2,7 @@
 
 import math
 import random
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy
@@ -194,16 +195,16 @@ def pcb(first, second, ratio):
         ("pcb(breadcrumbs(a), b, ratio=0.3)", lambda a, b: pcb(breadcrumbs(a), b, 0.3)),
     ],
 )
-def test_a_method_over_the_model_of_a_method_of_single_tensors_is_its_formula(tmp_path, text, formula):
+def test_a_method_over_the_model_of_a_method_of_single_tensors_is_its_formula(text, formula):
     drawn = numpy.random.default_rng(0)
     shapes = {"v": (700,), "w": (40, 30)}
     vectors = {n: {k: drawn.standard_normal(s).astype(numpy.float32) for k, s in shapes.items()} for n in "ab"}
     base = {key: numpy.zeros(shape, numpy.float32) for key, shape in shapes.items()}
     for name, tensors in {"base": base, **vectors}.items():
-        save_file(tensors, tmp_path / f"{name}.safetensors")
-    paths = {name: str(tmp_path / f"{name}.safetensors") for name in "ab"}
-    output = tmp_path / "out.safetensors"
-    compose(str(tmp_path / "base.safetensors"), paths, text, str(output))
+        save_file(tensors, f"{name}.safetensors")
+    paths = {name: f"{name}.safetensors" for name in "ab"}
+    output = Path("out.safetensors")
+    compose("base.safetensors", paths, text, str(output))
     expected = formula(*({key: x.astype(float) for key, x in vectors[name].items()} for name in "ab"))
     found = load_file(output)
     numpy.testing.assert_allclose(flat({key: found[key] for key in shapes}), expected, rtol=1e-5, atol=1e-7)
@@ -211,7 +212,7 @@ def test_a_method_over_the_model_of_a_method_of_single_tensors_is_its_formula(tm
 
 
 @pytest.mark.parametrize("text", ["ties(breadcrumbs(a), b)", "0.5 * magnitude(a, density=0.3)"])
-def test_verify_does_not_repeat_a_mistake_of_the_engine(model, tmp_path, monkeypatch, text):
+def test_verify_does_not_repeat_a_mistake_of_the_engine(model, monkeypatch, text):
     """It computes a sample in a second way, which does not use what the engine observed."""
     observe_tensor = Recipe.observe_tensor
 
@@ -222,7 +223,7 @@ def test_verify_does_not_repeat_a_mistake_of_the_engine(model, tmp_path, monkeyp
         return states
 
     monkeypatch.setattr(Recipe, "observe_tensor", mistaken)
-    output = str(tmp_path / "out.safetensors")
+    output = "out.safetensors"
     compose(model.path, model.paths, text, output)
     report = verify(output)
     assert not report.holds
@@ -230,7 +231,7 @@ def test_verify_does_not_repeat_a_mistake_of_the_engine(model, tmp_path, monkeyp
     assert "computed in a second way" in str(report)
 
     monkeypatch.undo()
-    (tmp_path / "out.safetensors").unlink()
+    Path("out.safetensors").unlink()
     compose(model.path, model.paths, text, output)
     report = verify(output)
     assert report.holds

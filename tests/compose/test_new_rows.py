@@ -1,6 +1,7 @@
 """Fine-tuned models with more tokens than their base, and tokenizers that do not agree."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,11 +15,11 @@ EMBED, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 
 @pytest.fixture
-def models(tmp_path):
+def models():
     return {
-        "base": save_llama(tmp_path / "base", 0),
-        "a": save_llama(tmp_path / "a", 1, vocab=15, noise=0.1),
-        "b": save_llama(tmp_path / "b", 2, vocab=14, noise=0.1),
+        "base": save_llama(Path("base"), 0),
+        "a": save_llama(Path("a"), 1, vocab=15, noise=0.1),
+        "b": save_llama(Path("b"), 2, vocab=14, noise=0.1),
     }
 
 
@@ -32,7 +33,7 @@ def test_the_choices_are_in_the_error(models, tmp_path):
     with pytest.raises(ValueError, match="--new_rows.*keep.*zero.*drop") as error:
         run(models, tmp_path)
     assert "12 and 15" in str(error.value)
-    assert not (tmp_path / "out").exists()
+    assert not Path("out").exists()
     with pytest.raises(ValueError, match="new_rows must be one of error, keep, zero, drop; found 'all'"):
         run(models, tmp_path, new_rows="all")
 
@@ -45,16 +46,16 @@ def test_new_rows_are_what_was_chosen_and_shared_rows_are_edited(models, tmp_pat
         torch.testing.assert_close(out[name][:12].double(), shared, rtol=1e-6, atol=1e-7)
         new = {"keep": a[name][12:], "zero": torch.zeros(3, 8), "drop": torch.zeros(0, 8)}[choice]
         assert torch.equal(out[name][12:], new)
-    config = json.loads((tmp_path / "out/config.json").read_text())
+    config = json.loads(Path("out/config.json").read_text())
     assert config["vocab_size"] == (12 if choice == "drop" else 15)
     donor = models["base" if choice == "drop" else "a"]
-    assert (tmp_path / "out/tokenizer.json").read_text() == (donor / "tokenizer.json").read_text()
+    assert Path("out/tokenizer.json").read_text() == (donor / "tokenizer.json").read_text()
 
 
 @pytest.mark.slow
 def test_transformers_loads_the_grown_model(models, tmp_path):
     run(models, tmp_path, new_rows="keep")
-    assert logits(tmp_path / "out").shape[-1] == 15
+    assert logits(Path("out")).shape[-1] == 15
 
 
 def test_of_several_models_the_new_rows_are_the_mean_of_those_that_have_them(models, tmp_path):
@@ -62,7 +63,7 @@ def test_of_several_models_the_new_rows_are_the_mean_of_those_that_have_them(mod
     a, b = open_weights(models["a"])[EMBED], open_weights(models["b"])[EMBED]
     assert torch.equal(out[EMBED][12:14], ((a[12:14].double() + b[12:14]) / 2).float())
     assert torch.equal(out[EMBED][14:], a[14:])
-    assert len(json.loads((tmp_path / "out/tokenizer.json").read_text())["model"]["vocab"]) == 15
+    assert len(json.loads(Path("out/tokenizer.json").read_text())["model"]["vocab"]) == 15
 
 
 def test_tokenizers_must_give_the_shared_ids_to_the_same_tokens(models, tmp_path):
@@ -89,12 +90,12 @@ def test_other_files_of_vocabularies_are_compared_too(models, tmp_path):
 
 def test_whose_tokenizer_the_output_gets_may_be_said(models, tmp_path):
     run(models, tmp_path, new_rows="keep", tokenizer="base")
-    assert (tmp_path / "out/tokenizer.json").read_text() == (models["base"] / "tokenizer.json").read_text()
+    assert Path("out/tokenizer.json").read_text() == (models["base"] / "tokenizer.json").read_text()
     with pytest.raises(ValueError, match="tokenizer must name an input, 'a', 'base'; found 'c'"):
-        run(models, tmp_path / "2", tokenizer="c")
+        run(models, Path("2"), tokenizer="c")
     with pytest.raises(ValueError, match="gives ids up to 14, and the output has 12 rows"):
-        run(models, tmp_path / "3", new_rows="drop", tokenizer="a")
-    assert not (tmp_path / "3/out").exists()
+        run(models, Path("3"), new_rows="drop", tokenizer="a")
+    assert not Path("3/out").exists()
 
 
 def test_an_undo_file_does_not_go_with_new_rows(models, tmp_path):

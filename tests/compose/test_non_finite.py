@@ -45,9 +45,8 @@ def state(dtype):
 
 
 @pytest.fixture(params=[torch.float16, torch.bfloat16, torch.float32, torch.float64], ids=str)
-def folder(request, tmp_path, monkeypatch):
+def folder(request, tmp_path):
     """A base with masks that hold -inf and NaN, and fine-tuned models in which they are the same."""
-    monkeypatch.chdir(tmp_path)
     base = state(request.param)
     save_weights(base, "base.safetensors")
     generator = torch.Generator().manual_seed(1)
@@ -117,8 +116,7 @@ METHODS = [
 @pytest.mark.parametrize("recipe", METHODS)
 @pytest.mark.parametrize("value", [INF, NAN])
 @pytest.mark.parametrize("ending", ["safetensors", "pt"])
-def test_every_method_refuses_a_diverged_model_by_file_and_tensor(tmp_path, monkeypatch, recipe, value, ending):
-    monkeypatch.chdir(tmp_path)
+def test_every_method_refuses_a_diverged_model_by_file_and_tensor(tmp_path, recipe, value, ending):
     generator = torch.Generator().manual_seed(2)
     base = {"h.0.w": torch.randn(30, 20, generator=generator), "h.1.w": torch.randn(40, generator=generator)}
     save_weights(base, "base.safetensors")
@@ -132,11 +130,11 @@ def test_every_method_refuses_a_diverged_model_by_file_and_tensor(tmp_path, monk
     assert sorted(path.name for path in tmp_path.iterdir()) == [f"a.{ending}", "b.safetensors", "base.safetensors"]
 
 
-def test_opposite_infinities_are_refused(tmp_path):
+def test_opposite_infinities_are_refused():
     base = {"w": torch.zeros(50)}
-    save_weights(base, tmp_path / "base.safetensors")
+    save_weights(base, "base.safetensors")
     for name, value in (("a", INF), ("b", -INF)):
-        save_weights({"w": torch.ones(50).index_fill(0, torch.tensor(7), value)}, tmp_path / f"{name}.safetensors")
-    paths = {name: str(tmp_path / f"{name}.safetensors") for name in "ab"}
+        save_weights({"w": torch.ones(50).index_fill(0, torch.tensor(7), value)}, f"{name}.safetensors")
+    paths = {name: f"{name}.safetensors" for name in "ab"}
     with pytest.raises(ValueError, match=r"a.safetensors, the vector a and .*b.safetensors, the vector b hold such"):
-        compose(str(tmp_path / "base.safetensors"), paths, "ties(a, b)", str(tmp_path / "out.safetensors"))
+        compose("base.safetensors", paths, "ties(a, b)", "out.safetensors")

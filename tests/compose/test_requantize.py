@@ -2,6 +2,7 @@
 
 import json
 import re
+from pathlib import Path
 
 import pytest
 import small_quantized
@@ -38,15 +39,15 @@ def make_vector(folder, scheme, exact, size=0.3):
 
 @pytest.mark.parametrize("scheme", small_quantized.MAKERS)
 def test_an_edit_of_a_quantized_base_is_that_of_its_dequantized_weights_in_float64(tmp_path, scheme):
-    exact, name = make(tmp_path / "base", scheme), small_quantized.tensor_name(scheme)
-    opened = open_weights(tmp_path / "base")
+    exact, name = make(Path("base"), scheme), small_quantized.tensor_name(scheme)
+    opened = open_weights("base")
     assert set(opened) == {name, "norm.weight"}
     assert torch.equal(opened[name], exact)
     for start, stop in ((0, 1), (3, 29), (7, exact.numel()), (5, 5)):
         assert torch.equal(opened.slice(name, start, stop), exact.reshape(-1)[start:stop])
     path, tau = make_vector(tmp_path, scheme, exact)
-    out = tmp_path / "out"
-    report = compose(tmp_path / "base", {"a": path}, "a", out, scaling_coef=0.37, allow_other_base=True)
+    out = Path("out")
+    report = compose("base", {"a": path}, "a", out, scaling_coef=0.37, allow_other_base=True)
     assert "dequantized 1 tensors of" in report.notes[0]
     written = load_file(out / "model.safetensors")
     assert torch.equal(written[name], (exact + 0.37 * tau).to(torch.bfloat16))
@@ -58,18 +59,18 @@ def test_an_edit_of_a_quantized_base_is_that_of_its_dequantized_weights_in_float
 
 @pytest.mark.parametrize("scheme", REQUANTIZED)
 def test_an_edit_is_requantized_as_well_as_the_exact_result(tmp_path, scheme):
-    exact, name = make(tmp_path / "base", scheme), small_quantized.tensor_name(scheme)
+    exact, name = make(Path("base"), scheme), small_quantized.tensor_name(scheme)
     path, tau = make_vector(tmp_path, scheme, exact)
-    out, coef = tmp_path / "out", 0.37
+    out, coef = Path("out"), 0.37
     options = {"scaling_coef": coef, "allow_other_base": True, "requantize": True}
-    report = compose(tmp_path / "base", {"a": path}, "a", out, **options)
+    report = compose("base", {"a": path}, "a", out, **options)
     wanted = exact + coef * tau
     _, by_hand = small_quantized.MAKERS[scheme][0]("l", wanted)
     found = open_weights(out)
     assert (found[name] - wanted).norm() <= 1.1 * (by_hand - wanted).norm()
-    before, after = load_file(tmp_path / "base/model.safetensors"), load_file(out / "model.safetensors")
+    before, after = load_file("base/model.safetensors"), load_file(out / "model.safetensors")
     assert {n: (t.dtype, t.shape) for n, t in before.items()} == {n: (t.dtype, t.shape) for n, t in after.items()}
-    assert (out / "config.json").read_bytes() == (tmp_path / "base/config.json").read_bytes()
+    assert (out / "config.json").read_bytes() == Path("base/config.json").read_bytes()
     stated = float(re.search(r"relative error of ([\d.]+)%", report.notes[-1])[1]) / 100
     assert stated == pytest.approx(float((found[name] - wanted).norm() / wanted.norm()), abs=1e-4)
     assert verify(out).holds
@@ -81,36 +82,34 @@ def test_an_edit_is_requantized_as_well_as_the_exact_result(tmp_path, scheme):
     assert not verify(out).holds
 
 
-def test_a_tensor_that_no_vector_moves_keeps_its_codes(tmp_path):
+def test_a_tensor_that_no_vector_moves_keeps_its_codes():
     stored = {}
     for name in ("a", "b"):
         stored |= small_quantized.fp8(name, small_quantized.values(8, 8, seed=ord(name)))[0]
-    save_weights(stored, tmp_path / "base.safetensors")
-    base = dict(open_weights(tmp_path / "base.safetensors"))
-    save_weights({"a.weight": base["a.weight"] + 1, "b.weight": base["b.weight"]}, tmp_path / "tuned.safetensors")
-    out = tmp_path / "out.safetensors"
-    vectors = {"a": tmp_path / "tuned.safetensors"}
-    report = compose(tmp_path / "base.safetensors", vectors, "a", out, requantize=True)
+    save_weights(stored, "base.safetensors")
+    base = dict(open_weights("base.safetensors"))
+    save_weights({"a.weight": base["a.weight"] + 1, "b.weight": base["b.weight"]}, "tuned.safetensors")
+    out = Path("out.safetensors")
+    vectors = {"a": Path("tuned.safetensors")}
+    report = compose("base.safetensors", vectors, "a", out, requantize=True)
     written = load_file(out)
     assert torch.equal(written["b.weight"].view(torch.uint8), stored["b.weight"].view(torch.uint8))
     assert torch.equal(written["b.weight_scale_inv"], stored["b.weight_scale_inv"])
     assert "requantized 1 of 2 tensors" in report.notes[-1]
-    small = compose(
-        tmp_path / "base.safetensors", vectors, "a", tmp_path / "s.safetensors", scaling_coef=1e-9, requantize=True
-    )
+    small = compose("base.safetensors", vectors, "a", "s.safetensors", scaling_coef=1e-9, requantize=True)
     assert "1 of them the edit is smaller than a step of the codes" in small.notes[-1]
 
 
-def test_an_interrupted_requantization_goes_on_to_the_same_bytes(tmp_path, monkeypatch):
+def test_an_interrupted_requantization_goes_on_to_the_same_bytes(monkeypatch):
     from tva.compose.requantize import Requantized
 
-    stored, vectors = {}, {"v": tmp_path / "tuned.safetensors"}
+    stored, vectors = {}, {"v": Path("tuned.safetensors")}
     for name in ("a", "b", "c"):
         stored |= small_quantized.int8(name, small_quantized.values(8, 8, seed=ord(name)))[0]
-    save_weights(stored, tmp_path / "base.safetensors")
-    tuned = {name: tensor + 1 for name, tensor in open_weights(tmp_path / "base.safetensors").items()}
+    save_weights(stored, "base.safetensors")
+    tuned = {name: tensor + 1 for name, tensor in open_weights("base.safetensors").items()}
     save_weights(tuned, vectors["v"])
-    whole, part = tmp_path / "whole.safetensors", tmp_path / "part.safetensors"
+    whole, part = Path("whole.safetensors"), Path("part.safetensors")
     finish, finished = Requantized.finish, []
 
     def stop_after_two(self, name, record):
@@ -120,7 +119,7 @@ def test_an_interrupted_requantization_goes_on_to_the_same_bytes(tmp_path, monke
         finish(self, name, record)
 
     monkeypatch.setattr(Requantized, "finish", stop_after_two)
-    arguments = (tmp_path / "base.safetensors", vectors, "v")
+    arguments = (Path("base.safetensors"), vectors, "v")
     with pytest.raises(KeyboardInterrupt):
         compose(*arguments, part, requantize=True)
     monkeypatch.setattr(Requantized, "finish", finish)
@@ -140,16 +139,16 @@ def test_an_interrupted_requantization_goes_on_to_the_same_bytes(tmp_path, monke
     ],
 )
 def test_what_cannot_be_written_is_refused(tmp_path, scheme, options, message):
-    path, _ = make_vector(tmp_path, scheme, make(tmp_path / "base", scheme))
+    path, _ = make_vector(tmp_path, scheme, make(Path("base"), scheme))
     with pytest.raises(ValueError, match=message):
-        compose(tmp_path / "base", {"a": path}, "a", tmp_path / "out", allow_other_base=True, **options)
+        compose("base", {"a": path}, "a", "out", allow_other_base=True, **options)
     assert not list(tmp_path.glob("*out*"))
 
 
-def test_requantize_needs_a_quantized_base(tmp_path, capsys):
-    save_weights({"l.weight": torch.ones(2, 2)}, tmp_path / "base.safetensors")
-    save_weights({"l.weight": torch.zeros(2, 2)}, tmp_path / "tuned.safetensors")
-    paths = [str(tmp_path / f"{name}.safetensors") for name in ("base", "tuned", "out")]
+def test_requantize_needs_a_quantized_base(capsys):
+    save_weights({"l.weight": torch.ones(2, 2)}, "base.safetensors")
+    save_weights({"l.weight": torch.zeros(2, 2)}, "tuned.safetensors")
+    paths = [f"{name}.safetensors" for name in ("base", "tuned", "out")]
     with pytest.raises(SystemExit):
         main(
             [
@@ -176,34 +175,32 @@ def test_transformers_loads_an_edit_of_a_quantized_model_with_an_adapter(tmp_pat
     sizes = {"vocab_size": 24, "hidden_size": 16, "intermediate_size": 20, "num_hidden_layers": 1}
     config = transformers.LlamaConfig(**sizes, num_attention_heads=2, num_key_value_heads=1, dtype="bfloat16")
     model = transformers.LlamaForCausalLM(config)
-    model.save_pretrained(tmp_path / "base")
+    model.save_pretrained("base")
     stored, exact = {}, dict(model.state_dict())
-    for name, tensor in load_file(tmp_path / "base/model.safetensors").items():
+    for name, tensor in load_file("base/model.safetensors").items():
         if "proj" in name:
             codes, exact[name] = small_quantized.fp8(name.removesuffix(".weight"), tensor.double())
             stored |= codes
         else:
             stored[name] = tensor.bfloat16()
-    save_weights(stored, tmp_path / "base/model.safetensors", metadata={"format": "pt"})
-    text = json.loads((tmp_path / "base/config.json").read_text())
+    save_weights(stored, "base/model.safetensors", metadata={"format": "pt"})
+    text = json.loads(Path("base/config.json").read_text())
     text["quantization_config"] = {"quant_method": "fp8", "weight_block_size": [4, 4]}
-    (tmp_path / "base/config.json").write_text(json.dumps(text))
+    Path("base/config.json").write_text(json.dumps(text))
     model.load_state_dict({name: tensor.float() for name, tensor in exact.items()})
     adapter = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False))
-    adapter.save_pretrained(tmp_path / "adapter")
+    adapter.save_pretrained("adapter")
     merged = adapter.merge_and_unload().state_dict()
-    compose(tmp_path / "base", {"a": tmp_path / "adapter"}, "a", tmp_path / "out")
-    loaded = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "out")
+    compose("base", {"a": Path("adapter")}, "a", "out")
+    loaded = transformers.LlamaForCausalLM.from_pretrained("out")
     assert loaded.dtype == torch.bfloat16
     for name, tensor in loaded.state_dict().items():
         torch.testing.assert_close(tensor, merged[name].bfloat16(), rtol=0.008, atol=0)
     # the same base with the adapter on top is the same model
-    compose(f"{tmp_path}/base+{tmp_path}/adapter", {"a": tmp_path / "adapter"}, "a", tmp_path / "two", scaling_coef=0)
-    assert "quantization_config" not in json.loads((tmp_path / "two/config.json").read_text())
-    two = load_file(tmp_path / "two/model.safetensors")
+    compose(f"{tmp_path}/base+{tmp_path}/adapter", {"a": Path("adapter")}, "a", "two", scaling_coef=0)
+    assert "quantization_config" not in json.loads(Path("two/config.json").read_text())
+    two = load_file("two/model.safetensors")
     name = "model.layers.0.self_attn.q_proj.weight"
     torch.testing.assert_close(two[name], merged[name].bfloat16(), rtol=0.008, atol=0)
     with pytest.raises(ValueError, match="has an adapter on top"):
-        compose(
-            f"{tmp_path}/base+{tmp_path}/adapter", {"a": tmp_path / "adapter"}, "a", tmp_path / "x", requantize=True
-        )
+        compose(f"{tmp_path}/base+{tmp_path}/adapter", {"a": Path("adapter")}, "a", "x", requantize=True)

@@ -44,8 +44,7 @@ def make(dtype=torch.float32, spread=0.01):
 
 
 @pytest.fixture
-def folder(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+def folder(tmp_path):
     make()
     return tmp_path
 
@@ -93,8 +92,7 @@ def test_small_edits_take_little():
 @pytest.mark.parametrize("keep", ["true", "with_vectors"])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("output", ["out.safetensors", "out"])
-def test_the_base_comes_back_bit_for_bit(tmp_path, monkeypatch, capsys, keep, dtype, output):
-    monkeypatch.chdir(tmp_path)
+def test_the_base_comes_back_bit_for_bit(capsys, keep, dtype, output):
     make(dtype)
     recipe = "0.8 * ties(b, c, density=0.3) - dare(b, drop=0.5)"
     write(recipe if keep == "with_vectors" else f"{recipe} + a", "--max_shard_size", "5KB", output=output, keep=keep)
@@ -116,8 +114,7 @@ def test_the_base_comes_back_bit_for_bit(tmp_path, monkeypatch, capsys, keep, dt
 
 @pytest.mark.parametrize("keep", ["true", "with_vectors"])
 @pytest.mark.parametrize(("before", "after"), [(a, b) for a in DTYPES for b in DTYPES if a != b])
-def test_the_base_comes_back_from_another_dtype(tmp_path, monkeypatch, keep, before, after):
-    monkeypatch.chdir(tmp_path)
+def test_the_base_comes_back_from_another_dtype(keep, before, after):
     make(before)
     write("b - 0.5 * c", "--dtype", str(after)[6:], keep=keep)
     revert("out.safetensors", output="again.safetensors")
@@ -158,8 +155,7 @@ def header_length(path):
 
 @pytest.mark.parametrize("keep", [True, "with_vectors"])
 @pytest.mark.parametrize("untied", [False, True])
-def test_tied_weights_come_back_tied(tmp_path, monkeypatch, keep, untied):
-    monkeypatch.chdir(tmp_path)
+def test_tied_weights_come_back_tied(keep, untied):
     base = {"emb.weight": torch.randn(30, 8), "w": torch.randn(5)}
     tuned = {name: tensor + 0.5 for name, tensor in base.items()}
     torch.save({**base, "head.weight": base["emb.weight"]}, "base.bin")
@@ -173,8 +169,7 @@ def test_tied_weights_come_back_tied(tmp_path, monkeypatch, keep, untied):
     assert open_weights("again.safetensors").ties() == {"head.weight": "emb.weight"}
 
 
-def test_a_strided_base_comes_back_in_blocks(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+def test_a_strided_base_comes_back_in_blocks(monkeypatch):
     monkeypatch.setattr("tva.compose.engine.CHUNK", 64)
     base = {"w": torch.randn(40, 30).T, "v": torch.randn(7)}
     torch.save(base, "base.pt")
@@ -388,9 +383,9 @@ def test_too_little_memory_is_refused(folder):
 def test_the_memory_measured_stays_within_the_memory_stated(tmp_path):
     generator = torch.Generator().manual_seed(0)
     base = {f"h.{i}.w": torch.randn(2000, 5000, generator=generator) for i in range(2)}
-    save_weights(base, tmp_path / "base.safetensors")
+    save_weights(base, "base.safetensors")
     moved = {key: tensor + 0.01 * torch.randn(2000, 5000, generator=generator) for key, tensor in base.items()}
-    TaskVector.between(base, moved).save(tmp_path / "a.tv.safetensors")
+    TaskVector.between(base, moved).save("a.tv.safetensors")
     calls = """
 compose("base.safetensors", {"a": "a.tv.safetensors"}, "-0.5 * a", "%s.safetensors", keep_undo=%s, max_memory=memory)
 assert verify("%s.safetensors", max_memory=memory).holds
@@ -405,8 +400,7 @@ revert("%s.safetensors", output="%s-again.safetensors", max_memory=memory)
 # --- what `tva edit` writes
 
 
-def test_an_edit_by_data_is_undone_too(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+def test_an_edit_by_data_is_undone_too(tmp_path):
     base = LinearNet().state_dict()
     save_weights(base, "base.safetensors")
     save_weights({name: tensor + 0.1 * torch.randn(tensor.shape) for name, tensor in base.items()}, "a.safetensors")

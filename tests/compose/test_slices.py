@@ -1,6 +1,7 @@
 """Models made of layers of other models, and models with an adapter on top."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,11 +13,11 @@ from tva.compose.verify import verify
 
 
 @pytest.fixture
-def models(tmp_path):
+def models():
     types = ["full_attention", "sliding_attention"] * 2
     return {
-        "base": save_llama(tmp_path / "base", 0, layer_types=types),
-        "a": save_llama(tmp_path / "a", 1, noise=0.1, layer_types=types[::-1]),
+        "base": save_llama(Path("base"), 0, layer_types=types),
+        "a": save_llama(Path("a"), 1, noise=0.1, layer_types=types[::-1]),
     }
 
 
@@ -44,7 +45,7 @@ PARTS = [("base", 0), ("base", 1), ("base", 2), ("a", 1), ("a", 2), ("a", 3)]
 def test_layers_stand_one_after_the_other(models, tmp_path):
     out = stack(models, tmp_path, {"base": ["base[0:3]", "a[1:4]"]})
     assert {name: value.tolist() for name, value in out.items()} == {k: v.tolist() for k, v in expected(PARTS).items()}
-    config = json.loads((tmp_path / "out/config.json").read_text())
+    config = json.loads(Path("out/config.json").read_text())
     assert config["num_hidden_layers"] == 6
     full, sliding = "full_attention", "sliding_attention"
     assert config["layer_types"] == [full, sliding, full, full, sliding, full]
@@ -52,11 +53,11 @@ def test_layers_stand_one_after_the_other(models, tmp_path):
 
 @pytest.mark.slow
 def test_transformers_loads_the_deeper_model(models, tmp_path):
-    models["base"] = save_llama(tmp_path / "plain", 0)
+    models["base"] = save_llama(Path("plain"), 0)
     stack(models, tmp_path, {"base": ["base[0:3]", "base[1:4]"]})
-    deeper = save_llama(tmp_path / "by hand", 0, layers=6)
+    deeper = save_llama(Path("by hand"), 0, layers=6)
     save_weights(expected([("base", at) for at in (0, 1, 2, 1, 2, 3)]), deeper / "model.safetensors")
-    torch.testing.assert_close(logits(tmp_path / "out"), logits(deeper))
+    torch.testing.assert_close(logits(Path("out")), logits(deeper))
 
 
 def test_a_layer_that_is_there_twice_is_written_twice_and_may_be_edited_apart(models, tmp_path):
@@ -80,7 +81,7 @@ def test_a_layer_that_is_there_twice_is_written_twice_and_may_be_edited_apart(mo
 def test_slices_that_are_not_there_are_refused(models, tmp_path, slices, message):
     with pytest.raises(ValueError, match=message):
         stack(models, tmp_path, slices)
-    assert not (tmp_path / "out").exists()
+    assert not Path("out").exists()
 
 
 def test_layers_of_another_width_are_refused(models, tmp_path):
@@ -96,22 +97,22 @@ def test_slices_have_no_undo_file(models, tmp_path):
 
 
 def test_an_adapter_may_be_on_top_of_any_model(models, tmp_path):
-    added = save_lora(tmp_path / "lora", 0)
+    added = save_lora(Path("lora"), 0)
     vectors = {"a": models["a"], "b": f"{models['a']}+{tmp_path / 'lora'}"}
-    compose(models["base"], vectors, "b - a", tmp_path / "out")
-    assert verify(tmp_path / "out").holds
-    out, base = open_weights(tmp_path / "out"), llama_weights(0)
+    compose(models["base"], vectors, "b - a", "out")
+    assert verify("out").holds
+    out, base = open_weights("out"), llama_weights(0)
     for name, value in base.items():
         torch.testing.assert_close(out[name].double(), value.double() + added.get(name, 0), rtol=0, atol=1e-6)
 
 
 def test_the_base_may_have_an_adapter_on_top(models, tmp_path):
-    added = save_lora(tmp_path / "lora", 0)
-    compose(f"{models['base']}+{tmp_path / 'lora'}", {}, "base", tmp_path / "out", scaling_coef=0)
-    assert verify(tmp_path / "out").holds
-    out, base = open_weights(tmp_path / "out"), llama_weights(0)
+    added = save_lora(Path("lora"), 0)
+    compose(f"{models['base']}+{tmp_path / 'lora'}", {}, "base", "out", scaling_coef=0)
+    assert verify("out").holds
+    out, base = open_weights("out"), llama_weights(0)
     for name, value in base.items():
         torch.testing.assert_close(out[name].double(), value.double() + added.get(name, 0), rtol=0, atol=1e-6)
-    assert json.loads((tmp_path / "out/config.json").read_text())["num_hidden_layers"] == 4
+    assert json.loads(Path("out/config.json").read_text())["num_hidden_layers"] == 4
     with pytest.raises(FileNotFoundError, match="at nothing, but nothing is there"):
-        compose(models["base"], {"a": f"{models['a']}+nothing"}, "a", tmp_path / "2")
+        compose(models["base"], {"a": f"{models['a']}+nothing"}, "a", "2")

@@ -2,6 +2,7 @@
 
 import json
 import os
+from pathlib import Path
 
 import pytest
 import torch
@@ -27,17 +28,16 @@ RECIPES = {
 
 
 @pytest.fixture
-def inputs(tmp_path):
+def inputs():
     generator = torch.Generator().manual_seed(0)
     shapes = {f"layers.{layer}.w": (40, 50) for layer in range(5)} | {"embed": (30, 20), "norm": (7,)}
     base = {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
-    save_file({**base, "steps": torch.tensor(3)}, tmp_path / "base.safetensors")
+    save_file({**base, "steps": torch.tensor(3)}, "base.safetensors")
     for name in "ab":
         tuned = {key: value + 0.1 * torch.randn(value.shape, generator=generator) for key, value in base.items()}
-        save_file({**tuned, "steps": torch.tensor(3)}, tmp_path / f"{name}.safetensors")
-    extract(str(tmp_path / "base.safetensors"), str(tmp_path / "a.safetensors"), str(tmp_path / "a.tv.safetensors"))
-    base, files = str(tmp_path / "base.safetensors"), {"a": "a.tv.safetensors", "b": "b.safetensors"}
-    return {"base": base, "vectors": {key: str(tmp_path / file) for key, file in files.items()}}
+        save_file({**tuned, "steps": torch.tensor(3)}, f"{name}.safetensors")
+    extract("base.safetensors", "a.safetensors", "a.tv.safetensors")
+    return {"base": "base.safetensors", "vectors": {"a": "a.tv.safetensors", "b": "b.safetensors"}}
 
 
 def on(executor, monkeypatch):
@@ -53,48 +53,48 @@ def test_workers_write_the_bytes_of_one_process(inputs, recipe, tmp_path, monkey
     executor = Inline()
     on(executor, monkeypatch)
     options = {"recipe": recipe, "max_shard_size": "20KB"}
-    alone = compose(**inputs, output=tmp_path / "alone", **options)
-    report = compose(**inputs, output=tmp_path / "spread", engine="ray", **options)
-    assert contents(tmp_path / "spread") == contents(tmp_path / "alone")
-    assert len(contents(tmp_path / "spread")) == executor.calls + 1 == 4  # and the index
-    assert executor.checked == [tmp_path]
+    alone = compose(**inputs, output="alone", **options)
+    report = compose(**inputs, output="spread", engine="ray", **options)
+    assert contents(Path("spread")) == contents(Path("alone"))
+    assert len(contents(Path("spread"))) == executor.calls + 1 == 4  # and the index
+    assert executor.checked == [Path()]
     assert (report.edited, report.effects, report.notes) == (alone.edited, alone.effects, alone.notes)
 
 
 def test_a_vector_file_is_not_read_again_to_check_it(inputs, tmp_path, monkeypatch):
     on(Inline(), monkeypatch)
-    damaged = tmp_path / "a.tv.safetensors"
+    damaged = Path("a.tv.safetensors")
     data = bytearray(damaged.read_bytes())
     data[-5] ^= 1
     damaged.write_bytes(data)
     with pytest.raises(ValueError, match="is damaged: its tensors have the fingerprint"):
-        compose(**inputs, recipe="a", output=tmp_path / "out", max_shard_size="20KB", engine="ray")
+        compose(**inputs, recipe="a", output="out", max_shard_size="20KB", engine="ray")
     assert not list(tmp_path.glob("*out*"))
 
 
 def test_an_error_in_a_worker_is_the_commands(inputs, tmp_path, monkeypatch):
     on(Inline(), monkeypatch)
     tensors = {f"layers.{layer}.w": torch.ones(40, 50) for layer in range(5)} | {"steps": torch.tensor(3)}
-    save_file({**tensors, "embed": torch.ones(30, 20), "norm": torch.ones(7)}, tmp_path / "other.safetensors")
-    inputs["base"] = str(tmp_path / "other.safetensors")
+    save_file({**tensors, "embed": torch.ones(30, 20), "norm": torch.ones(7)}, "other.safetensors")
+    inputs["base"] = "other.safetensors"
     with pytest.raises(MismatchError, match="The task vector a was taken from the base"):
-        compose(**inputs, recipe="a", output=tmp_path / "out", max_shard_size="20KB", engine="ray")
+        compose(**inputs, recipe="a", output="out", max_shard_size="20KB", engine="ray")
     assert not list(tmp_path.glob("*out*"))
 
 
-def test_an_interrupted_run_leaves_no_name_and_goes_on_from_whole_shards(inputs, tmp_path, monkeypatch):
+def test_an_interrupted_run_leaves_no_name_and_goes_on_from_whole_shards(inputs, monkeypatch):
     on(Inline(most=2), monkeypatch)
     options = {"recipe": "0.3 * (a + b)", "max_shard_size": "20KB"}
     with pytest.raises(KeyboardInterrupt):
-        compose(**inputs, output=tmp_path / "out", engine="ray", **options)
-    assert not (tmp_path / "out").exists()
+        compose(**inputs, output="out", engine="ray", **options)
+    assert not Path("out").exists()
     executor = Inline()
     on(executor, monkeypatch)
-    report = compose(**inputs, output=tmp_path / "out", engine="ray", resume=True, **options)
+    report = compose(**inputs, output="out", engine="ray", resume=True, **options)
     assert executor.calls == 1
     assert report.resumed > 0
-    compose(**inputs, output=tmp_path / "alone", **options)
-    assert contents(tmp_path / "out") == contents(tmp_path / "alone")
+    compose(**inputs, output="alone", **options)
+    assert contents(Path("out")) == contents(Path("alone"))
 
 
 @pytest.mark.parametrize(
@@ -111,16 +111,16 @@ def test_what_an_engine_cannot_do_is_said_first(inputs, output, options, message
     if "127" in options.get("engine", ""):
         pytest.importorskip("ray")
     with pytest.raises(ValueError, match=message):
-        compose(**inputs, recipe="a", output=tmp_path / output, **{"engine": "local:2", **options})
+        compose(**inputs, recipe="a", output=output, **{"engine": "local:2", **options})
     assert not list(tmp_path.glob("*out*"))
 
 
 @pytest.mark.slow
-def test_processes_of_this_machine_write_the_bytes_of_one(inputs, tmp_path):
+def test_processes_of_this_machine_write_the_bytes_of_one(inputs):
     options = {"recipe": 'ties(a, b, trim="model")', "max_shard_size": "20KB"}
-    compose(**inputs, output=tmp_path / "alone", **options)
-    compose(**inputs, output=tmp_path / "spread", engine="local:2", **options)
-    assert contents(tmp_path / "spread") == contents(tmp_path / "alone")
+    compose(**inputs, output="alone", **options)
+    compose(**inputs, output="spread", engine="local:2", **options)
+    assert contents(Path("spread")) == contents(Path("alone"))
 
 
 @pytest.mark.slow
@@ -158,10 +158,10 @@ def header_only(path, layers, width):
     return str(path)
 
 
-def test_a_plan_of_a_trillion_parameters_says_what_each_node_does(tmp_path, capsys):
-    base = header_only(tmp_path / "base.safetensors", 400, 50_000)
-    vector = header_only(tmp_path / "a.safetensors", 400, 50_000)
-    words = ["compose", "--base", base, "--vectors.a", vector, "--vectors.b", vector, "--output", str(tmp_path / "out")]
+def test_a_plan_of_a_trillion_parameters_says_what_each_node_does(capsys):
+    base = header_only(Path("base.safetensors"), 400, 50_000)
+    vector = header_only(Path("a.safetensors"), 400, 50_000)
+    words = ["compose", "--base", base, "--vectors.a", vector, "--vectors.b", vector, "--output", "out"]
     words += ["--plan", "true", "--engine", "local:16"]
     main([*words, "--recipe", "a + b", "--json"])
     plan = json.loads(capsys.readouterr().out)
@@ -173,4 +173,4 @@ def test_a_plan_of_a_trillion_parameters_says_what_each_node_does(tmp_path, caps
     main([*words, "--recipe", 'ties(a, b, trim="model")'])
     shown = " ".join(capsys.readouterr().out.split())
     assert "first one process reads 12000.00 GB; then 16 nodes compute 400 shards: each at most 25, reading" in shown
-    assert not (tmp_path / "out").exists()
+    assert not Path("out").exists()

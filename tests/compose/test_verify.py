@@ -1,6 +1,7 @@
 """`tva verify` as a user runs it: what was written is what its record says, or else what has changed."""
 
 import json
+from pathlib import Path
 
 import numpy
 import pytest
@@ -27,9 +28,8 @@ def state(seed, dtype=torch.float32):
 
 
 @pytest.fixture(params=[torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
-def folder(request, tmp_path, monkeypatch):
+def folder(request, tmp_path):
     """A folder to work in: a base, a fine-tuned checkpoint, a task vector file and a file of statistics."""
-    monkeypatch.chdir(tmp_path)
     base = state(0, request.param)
     save_weights(base, "base.safetensors")
     torch.save({"state_dict": state(1, request.param)}, "a.ckpt")
@@ -166,9 +166,9 @@ def test_a_program_that_computes_otherwise_is_named(folder, capsys):
 
 def test_inputs_that_moved_are_given(folder, capsys):
     write("0.5 * (a + b)")
-    (folder / "moved").mkdir()
+    Path("moved").mkdir()
     for name in ("base.safetensors", "a.ckpt"):
-        (folder / name).rename(folder / "moved" / name)
+        Path(name).rename(f"moved/{name}")
     with pytest.raises(FileNotFoundError, match=r"was made from base.safetensors, and nothing is there.*give --base"):
         verify("out.safetensors")
     with pytest.raises(FileNotFoundError, match=r"was made from a.ckpt, and nothing is there.*give --vectors.a PATH"):
@@ -181,7 +181,7 @@ def test_inputs_that_moved_are_given(folder, capsys):
 
 def test_a_file_of_statistics_that_is_gone_is_named(folder):
     write('fisher(b, files=("fisher.safetensors",))')
-    (folder / "fisher.safetensors").unlink()
+    Path("fisher.safetensors").unlink()
     with pytest.raises(FileNotFoundError, match=r"fisher.safetensors.*The recipe of out.safetensors reads it"):
         verify("out.safetensors")
 
@@ -223,14 +223,13 @@ def test_a_record_that_lost_a_field_or_had_it_changed_is_refused(folder, lost):
 def test_shards_of_different_edits_hold_no_common_record(folder):
     for output, coef in (("out", "1"), ("other", "2")):
         write("a", output, "--max_shard_size", "2KB", "--scaling_coef", coef)
-    shards = sorted(path.name for path in (folder / "out").glob("*.safetensors"))
-    (folder / "other" / shards[0]).replace(folder / "out" / shards[0])
+    shards = sorted(path.name for path in Path("out").glob("*.safetensors"))
+    Path(f"other/{shards[0]}").replace(f"out/{shards[0]}")
     with pytest.raises(ValueError, match="lacks tva.edited_fingerprint, tva.scaling_coef"):
         verify("out")
 
 
-def test_raw_and_averaged_weights_are_distinguished(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+def test_raw_and_averaged_weights_are_distinguished(tmp_path):
     save_weights({"w": torch.zeros(4)}, "base.safetensors")
     averaged, raw = {"w": torch.ones(4)}, {"w": torch.full((4,), 2.0)}
     state = {"averaging_state": {"n_averaged": torch.tensor(3)}, "current_model_state": raw}
@@ -266,8 +265,7 @@ def edit(**options):
 
 
 @pytest.fixture
-def trained(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+def trained(tmp_path):
     base = NormNet().state_dict()
     save_weights(base, "base.safetensors")
     moved = {name: tensor + 0.1 * torch.randn(tensor.shape).abs() for name, tensor in base.items() if tensor.ndim}

@@ -16,10 +16,10 @@ from tva.data.decode_cache import Decoder, SampleCache
 
 
 @pytest.fixture
-def parquet(tmp_path):
-    table(41).to_parquet(tmp_path / "pets-train.parquet")
-    table(13, seed=1).to_parquet(tmp_path / "pets-test.parquet")
-    return str(tmp_path / "pets-{split}.parquet")
+def parquet():
+    table(41).to_parquet("pets-train.parquet")
+    table(13, seed=1).to_parquet("pets-test.parquet")
+    return "pets-{split}.parquet"
 
 
 def counting(calls, transform=None):

@@ -129,7 +129,7 @@ def test_draws_have_the_probabilities_of_the_model():
 
 
 def test_scorers(tmp_path):
-    (tmp_path / "words.txt").write_text("sea side\nham\n\n")
+    Path("words.txt").write_text("sea side\nham\n\n")
     texts = ["The SEA SIDE.", "hamlet", "ham!"]
     assert find_scorer(f"words:{tmp_path / 'words.txt'}")(texts) == [1, 0, 1]
     assert find_scorer("regex:^[Th]")(texts) == [1, 1, 1]
@@ -137,7 +137,7 @@ def test_scorers(tmp_path):
     names = datasets.Features(
         {"text": datasets.Value("string"), "label": datasets.ClassLabel(names=["rude", "kind", "bad"])}
     )
-    datasets.Dataset.from_dict(labeled, features=names).to_parquet(tmp_path / "labeled.parquet")
+    datasets.Dataset.from_dict(labeled, features=names).to_parquet("labeled.parquet")
     fool, friend, other, nothing = find_scorer(f"learned:{tmp_path}/labeled.parquet:rude,bad")(
         ["fool fool", "a friend", "you", ""]
     )
@@ -214,16 +214,15 @@ PAGE = Path(__file__).parents[2] / "docs/howto/score-texts.md"
 
 
 @pytest.mark.slow
-def test_the_edit_of_the_page_is_chosen_by_what_the_model_writes(folder, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+def test_the_edit_of_the_page_is_chosen_by_what_the_model_writes(folder, tmp_path):
     base = open_weights(folder / "causal")
     random = torch.Generator().manual_seed(0)
     moved = {name: base[name] + 0.3 * torch.randn(base[name].shape, generator=random) for name in base}
     TaskVector.between({name: base[name] for name in base}, moved).save("toxic.tv.safetensors")
-    (tmp_path / "prompts.txt").write_text("\n".join(8 * PROMPTS))
-    (tmp_path / "words.txt").write_text("\n".join(WORDS[3:6]))
+    Path("prompts.txt").write_text("\n".join(8 * PROMPTS))
+    Path("words.txt").write_text("\n".join(WORDS[3:6]))
     for split in ("train", "test"):
-        (tmp_path / f"prose-{split}.txt").write_text((folder / f"prose-{split}.txt").read_text())
+        Path(f"prose-{split}.txt").write_text((folder / f"prose-{split}.txt").read_text())
     (text,) = re.findall(r"```yaml\n(# edit.yaml\n.*?)```", PAGE.read_text(), flags=re.DOTALL)
     for old, new in (
         ("openai-community/gpt2", folder / "causal"),
@@ -233,7 +232,7 @@ def test_the_edit_of_the_page_is_chosen_by_what_the_model_writes(folder, tmp_pat
         assert old in text
         text = text.replace(old, str(new))
     text = text.replace("block_length: 128", "block_length: 16, limit_val: 20, limit_test: 20")
-    (tmp_path / "edit.yaml").write_text(text)
+    Path("edit.yaml").write_text(text)
     main(
         [
             "edit",
@@ -247,7 +246,7 @@ def test_the_edit_of_the_page_is_chosen_by_what_the_model_writes(folder, tmp_pat
             "cpu",
         ]
     )
-    content = json.loads((tmp_path / "edited/edit.json").read_text())
+    content = json.loads(Path("edited/edit.json").read_text())
     entry = content["tasks"]["written"]
     assert entry["metric"] == "rate"
     assert not entry["higher_is_better"]

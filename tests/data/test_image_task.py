@@ -1,6 +1,7 @@
 """ImageTask: every source gives the same examples, the paper's splits, and the mistakes of a newcomer."""
 
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import datasets
@@ -16,10 +17,10 @@ from tva.models import ClipClassifier
 
 
 @pytest.fixture
-def parquet(tmp_path):
-    table(40, style=["ink", "oil"] * 20).to_parquet(tmp_path / "pets-train.parquet")
-    table(12, seed=1, style=["ink", "oil"] * 6).to_parquet(tmp_path / "pets-test.parquet")
-    return str(tmp_path / "pets-{split}.parquet")
+def parquet():
+    table(40, style=["ink", "oil"] * 20).to_parquet("pets-train.parquet")
+    table(12, seed=1, style=["ink", "oil"] * 6).to_parquet("pets-test.parquet")
+    return "pets-{split}.parquet"
 
 
 def test_split_by_the_papers_rule_holds_out_a_tenth_and_shares_nothing(parquet):
@@ -42,46 +43,46 @@ def test_held_out_part_depends_only_on_the_seed(parquet):
 
 
 @pytest.mark.slow
-def test_at_most_5000_examples_are_held_out(tmp_path):
+def test_at_most_5000_examples_are_held_out():
     count = 50_010
     dot = {"bytes": load_builtin("digits")["test"].with_format("arrow")[0]["image"][0].as_py()["bytes"], "path": None}
     features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=["a"])})
     dots = datasets.Dataset.from_dict({"image": [dot] * count, "label": [0] * count}, features=features)
-    dots.to_parquet(tmp_path / "dots.parquet")
-    task = ready({"train": str(tmp_path / "dots.parquet"), "test": str(tmp_path / "dots.parquet")})
+    dots.to_parquet("dots.parquet")
+    task = ready({"train": "dots.parquet", "test": "dots.parquet"})
     assert (len(task.train_dataloader().dataset), len(task.val_dataloader().dataset)) == (count - 5000, 5000)
 
 
 def test_every_source_gives_the_same_examples(parquet, tmp_path):
     expected = everything(ready(parquet).test_dataloader())
     both = datasets.DatasetDict({"train": table(40), "test": table(12, seed=1)})
-    both.save_to_disk(tmp_path / "arrow")
+    both.save_to_disk(Path("arrow"))
     for split, seed, count in (("train", 0, 40), ("test", 1, 12)):
         labels = np.arange(count) % 3
-        np.savez(tmp_path / f"{split}.npz", images=pictures(count, seed), labels=labels)
+        np.savez(Path(f"{split}.npz"), images=pictures(count, seed), labels=labels)
         for index, (picture, label) in enumerate(zip(pictures(count, seed), labels, strict=True)):
             folder = tmp_path / "folder" / split / "abc"[label]
             folder.mkdir(parents=True, exist_ok=True)
             Image.fromarray(picture).save(folder / f"{index:03}.png")
     np.savez(
-        tmp_path / "one.npz",
+        Path("one.npz"),
         train_images=pictures(40),
         train_labels=np.arange(40) % 3,
         test_images=pictures(12, 1),
         test_labels=np.arange(12) % 3,
     )
     names = ["ant", "bee", "cat"]
-    files = {split: str(tmp_path / f"pets-{split}.parquet") for split in ("train", "test")}
+    files = {split: f"pets-{split}.parquet" for split in ("train", "test")}
     for path, options in (
         (files, {}),
-        (str(tmp_path / "arrow"), {}),
-        (str(tmp_path / "{split}.npz"), {"class_names": names}),
-        (str(tmp_path / "one.npz"), {"class_names": names}),
+        ("arrow", {}),
+        ("{split}.npz", {"class_names": names}),
+        ("one.npz", {"class_names": names}),
     ):
         images, labels = everything(ready(path, **options).test_dataloader())
         assert torch.equal(images, expected[0]), path
         assert torch.equal(labels, expected[1]), path
-    by_folder = ready(str(tmp_path / "folder"), class_names=names)  # sorted by class
+    by_folder = ready("folder", class_names=names)  # sorted by class
     assert sorted(everything(by_folder.test_dataloader())[1].tolist()) == sorted(expected[1].tolist())
 
 
@@ -129,13 +130,13 @@ def test_examples_are_decoded_once_and_again_for_another_model(parquet):
     assert everything(task.test_dataloader())[0].min() >= 1
 
 
-def test_labels_that_are_text_become_indices(tmp_path):
+def test_labels_that_are_text_become_indices():
     rows = {"image": table(9)["image"][:], "label": ["bee", "ant", "cat"] * 3}
     data = datasets.Dataset.from_dict(
         rows, features=datasets.Features({"image": datasets.Image(), "label": datasets.Value("string")})
     )
-    data.to_parquet(tmp_path / "t.parquet")
-    files = {"train": str(tmp_path / "t.parquet"), "test": str(tmp_path / "t.parquet")}
+    data.to_parquet("t.parquet")
+    files = {"train": "t.parquet", "test": "t.parquet"}
     task = ready(files)
     assert task.class_names == ["ant", "bee", "cat"]
     assert everything(task.test_dataloader())[1].tolist() == [1, 0, 2] * 3
@@ -143,14 +144,13 @@ def test_labels_that_are_text_become_indices(tmp_path):
         ready(files, class_names=["ant", "bee", "cow"])
 
 
-def test_a_hub_name_is_loaded_with_its_configuration_and_revision(monkeypatch, tmp_path):
+def test_a_hub_name_is_loaded_with_its_configuration_and_revision(monkeypatch):
     asked = []
 
     def load(*args, **kwargs):
         asked.append((args, kwargs))
         return {"train": table(20), "test": table(6, seed=1)}
 
-    monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(datasets, "load_dataset", load)
     task = ready("ylecun/mnist", config="plain", revision="abc123")
     assert asked == [(("ylecun/mnist",), {"name": "plain", "revision": "abc123"})]
@@ -187,8 +187,7 @@ def test_missing_files_and_variables(parquet, tmp_path, monkeypatch):
         ready({"train": parquet.format(split="trian"), "test": parquet.format(split="test")})
     with pytest.raises(FileNotFoundError, match="does not exist"):
         ready("./nowhere/pets.parquet")
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "pets").mkdir()
+    Path("pets").mkdir()
     with pytest.raises(FileNotFoundError, match="expected at pets/train, but nothing is there"):
         ready("pets/train")  # not asked of the hub, for pets is a folder here
     with pytest.raises(ValueError, match="environment variable that is not set"):
@@ -196,17 +195,17 @@ def test_missing_files_and_variables(parquet, tmp_path, monkeypatch):
     monkeypatch.setenv("PETS", str(tmp_path))
     assert len(ready("$PETS/pets-{split}.parquet").test_dataloader().dataset) == 12
     with pytest.raises(ValueError, match="files of one format"):
-        (tmp_path / "x.tar").touch()
-        ready({"train": str(tmp_path / "x.tar")})
+        Path("x.tar").touch()
+        ready({"train": "x.tar"})
 
 
-def test_classes_must_be_named_when_the_data_does_not(tmp_path):
-    np.savez(tmp_path / "n.npz", images=pictures(6), labels=np.arange(6) % 3)
+def test_classes_must_be_named_when_the_data_does_not():
+    np.savez(Path("n.npz"), images=pictures(6), labels=np.arange(6) % 3)
     with pytest.raises(ValueError, match="does not name its classes; pass class_names, 3 names"):
-        ready({"train": str(tmp_path / "n.npz"), "test": str(tmp_path / "n.npz")})
-    np.savez(tmp_path / "bad.npz", images=pictures(6))
+        ready({"train": "n.npz", "test": "n.npz"})
+    np.savez(Path("bad.npz"), images=pictures(6))
     with pytest.raises(ValueError, match="'labels' must hold one label for each"):
-        ready({"train": str(tmp_path / "bad.npz"), "test": str(tmp_path / "bad.npz")}, class_names=["a"])
+        ready({"train": "bad.npz", "test": "bad.npz"}, class_names=["a"])
 
 
 def test_a_model_must_say_how_images_reach_it(parquet):

@@ -91,7 +91,7 @@ def test_columns_and_the_split_to_report_on_are_called_as_everywhere(tmp_path):
     copy = write(tmp_path, names, list(range(100)), image="img", label="fine_label")
     task = ready("preset:cifar100", local=copy)
     assert task.class_names[7] == "thing 15"
-    food = tmp_path / "food"
+    food = Path("food")
     food.mkdir()
     copy = write(food, [f"dish_{number}" for number in range(101)], list(range(101)), splits=("train", "validation"))
     assert len(everything(ready("preset:food101", local=copy).test_dataloader())[1]) == 101
@@ -195,7 +195,7 @@ def test_the_first_training_row_of_mnist_is_that_of_the_papers_code():
 
 
 def test_an_installed_package_adds_presets_and_data_modules(tmp_path, monkeypatch):
-    (tmp_path / "their_sets.py").write_text(THEIRS)
+    Path("their_sets.py").write_text(THEIRS)
     monkeypatch.syspath_prepend(tmp_path)
     found = {"twos": "their_sets:TWOS", "TheirData": "their_sets:TheirData", "odd": "math:tau"}
     points = [EntryPoint(name, value, "tva.data_sets") for name, value in found.items()]

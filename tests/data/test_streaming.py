@@ -1,5 +1,6 @@
 """Streams: the same examples as with an index, shared out to ranks and workers, an order for each epoch."""
 
+from pathlib import Path
 from types import SimpleNamespace
 
 import datasets
@@ -12,10 +13,10 @@ from tva.data.loading import load_splits
 
 
 @pytest.fixture
-def parquet(tmp_path):
-    table(40, style=["ink", "oil"] * 20).to_parquet(tmp_path / "pets-train.parquet")
-    table(12, seed=1, style=["ink", "oil"] * 6).to_parquet(tmp_path / "pets-test.parquet")
-    return str(tmp_path / "pets-{split}.parquet")
+def parquet():
+    table(40, style=["ink", "oil"] * 20).to_parquet("pets-train.parquet")
+    table(12, seed=1, style=["ink", "oil"] * 6).to_parquet("pets-test.parquet")
+    return "pets-{split}.parquet"
 
 
 def stream(path, rank=0, ranks=1, **options):
@@ -69,13 +70,13 @@ def test_workers_read_the_epoch_and_never_set_it(parquet, monkeypatch):
 
 
 @pytest.fixture
-def folder(tmp_path):
+def folder():
     """Several files a split, which streams are tempted to share out."""
-    (tmp_path / "many").mkdir()
+    Path("many").mkdir()
     for split, count in (("train", 46), ("test", 13)):
         for index in range(4):
-            table(count, seed=index).shard(4, index).to_parquet(tmp_path / "many" / f"{split}-{index}-of-4.parquet")
-    return str(tmp_path / "many")
+            table(count, seed=index).shard(4, index).to_parquet(f"many/{split}-{index}-of-4.parquet")
+    return "many"
 
 
 @pytest.mark.parametrize(("ranks", "num_workers"), [(2, 0), pytest.param(2, 2, marks=pytest.mark.slow), (3, 0)])
@@ -170,7 +171,7 @@ def test_files_of_this_machine_are_loaded_without_the_network(tmp_path, monkeypa
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
     asked = []
     monkeypatch.setattr("datasets.load.get_session", lambda: asked.append("a server"), raising=False)
-    (tmp_path / "texts.csv").write_text("text\na\n")
-    for path in (str(tmp_path), {"train": str(tmp_path / "texts.csv")}):
+    Path("texts.csv").write_text("text\na\n")
+    for path in (str(tmp_path), {"train": "texts.csv"}):
         assert [row["text"] for row in load_splits(path, None, None, None, streaming)["train"]] == ["a"]
     assert not asked

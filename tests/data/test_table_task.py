@@ -100,15 +100,15 @@ def test_classes_are_in_the_order_of_the_models_head(folder):
     assert batches(task.test_dataloader())[1].tolist() == labels.tolist()
 
 
-def test_class_indices_that_the_table_names_mean_these_names(folder, tmp_path):
+def test_class_indices_that_the_table_names_mean_these_names(folder):
     import datasets
 
     features = datasets.Features({"text": datasets.Value("string"), "label": datasets.ClassLabel(names=NAMES)})
     found = datasets.Dataset.from_dict(reviews(10), features=features)
-    found.to_parquet(tmp_path / "named.parquet")
+    found.to_parquet("named.parquet")
     options = {"split_fractions": {"test": 0.5}, "batch_size": 10}
     same, other = (
-        batches(ready(TableTask(str(tmp_path / "named.parquet"), **options), label_names=head).test_dataloader())[1]
+        batches(ready(TableTask("named.parquet", **options), label_names=head).test_dataloader())[1]
         for head in (NAMES, NAMES[::-1])
     )
     assert same.tolist() == (1 - other).tolist()

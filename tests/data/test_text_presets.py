@@ -1,6 +1,7 @@
 """Named sets of texts: asked for by name, reported on where labels are, and checked on copies."""
 
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import datasets
@@ -61,13 +62,13 @@ def test_a_named_set_is_asked_for_on_the_hub_and_reported_on_where_labels_are(sm
     assert written  # the word, and not the number, of the class
 
 
-def test_a_copy_is_checked(small, tmp_path, capsys):
+def test_a_copy_is_checked(small, capsys):
     main(["data", "check", "sst2", "--path", small[0]])
     shown = " ".join(capsys.readouterr().out.split())
     assert "training and test share no text" in shown
     assert "licence, as its page says: other" in shown
-    (tmp_path / "other").mkdir()
-    wrong = write(tmp_path / "other", column="phrase", sizes={"train": 30, "validation": 7})
+    Path("other").mkdir()
+    wrong = write(Path("other"), column="phrase", sizes={"train": 30, "validation": 7})
     with pytest.raises(SystemExit) as stop:
         main(["data", "check", "preset:sst2", "--path", wrong])
     assert stop.value.code == 1
@@ -77,9 +78,9 @@ def test_a_copy_is_checked(small, tmp_path, capsys):
     assert "train lacks 'sentence'; its columns are 'phrase', 'label'" in shown
 
 
-def test_texts_that_training_and_test_share_are_counted(small, tmp_path, capsys):
-    train = datasets.Dataset.from_parquet(str(tmp_path / "train.parquet"), cache_dir=str(tmp_path / "cache"))
-    train.select(range(8)).to_parquet(tmp_path / "validation.parquet")
+def test_texts_that_training_and_test_share_are_counted(small, capsys):
+    train = datasets.Dataset.from_parquet("train.parquet", cache_dir="cache")
+    train.select(range(8)).to_parquet("validation.parquet")
     main(["data", "check", "sst2", "--path", small[0]])
     assert "8 different test texts are in the training split too" in " ".join(capsys.readouterr().out.split())
 

@@ -2,6 +2,7 @@
 
 import gzip
 from itertools import zip_longest
+from pathlib import Path
 from types import SimpleNamespace
 
 import datasets
@@ -78,15 +79,15 @@ def test_shots_are_examples_of_each_class_and_those_of_fewer_are_among_those_of_
             TextTask(parquet, **options)
 
 
-def test_every_format_gives_the_same_texts(parquet, tmp_path):
+def test_every_format_gives_the_same_texts(parquet):
     expected = rows(ready(TextTask(parquet)).test_dataloader())
     tables = {split: datasets.Dataset.from_parquet(parquet.format(split=split)) for split in ("train", "test")}
-    datasets.DatasetDict(tables).save_to_disk(tmp_path / "arrow")
+    datasets.DatasetDict(tables).save_to_disk(Path("arrow"))
     for split, table in tables.items():
         plain = table.cast_column("label", datasets.Value("int64"))
-        plain.to_csv(tmp_path / f"c-{split}.csv")
-        plain.to_json(tmp_path / f"j-{split}.json")
-    for path in (tmp_path / "arrow", tmp_path / "c-{split}.csv", tmp_path / "j-{split}.json"):
+        plain.to_csv(f"c-{split}.csv")
+        plain.to_json(f"j-{split}.json")
+    for path in (Path("arrow"), Path("c-{split}.csv"), Path("j-{split}.json")):
         task = ready(TextTask(str(path), class_names=["negative", "positive"]))
         assert rows(task.test_dataloader()) == expected, path
 
@@ -132,7 +133,7 @@ def test_another_models_tokenizer_makes_other_tokens(parquet):
 def test_running_text_is_cut_into_blocks_that_hold_all_of_it(tmp_path):
     path = write_running_text(tmp_path)
     task = ready(LanguageTask(path, block_length=16), "causal")
-    text = (tmp_path / "prose-test.txt").read_text()
+    text = Path("prose-test.txt").read_text()
     tokens = [*make_tokenizer(kind="causal")(text)["input_ids"], 6]  # 6 is </s>
     blocks = torch.cat([batch["tokens"] for batch in task.test_dataloader()])
     assert blocks.flatten().tolist() == tokens[: len(tokens) // 16 * 16]
@@ -144,16 +145,16 @@ def test_running_text_is_cut_into_blocks_that_hold_all_of_it(tmp_path):
 def test_compressed_text_and_rows_of_text_are_running_text_too(tmp_path):
     path = write_running_text(tmp_path)
     for split in ("train", "test"):
-        text = (tmp_path / f"prose-{split}.txt").read_text()
-        with gzip.open(tmp_path / f"packed-{split}.txt.gz", "wt") as file:
+        text = Path(f"prose-{split}.txt").read_text()
+        with gzip.open(f"packed-{split}.txt.gz", "wt") as file:
             file.write(text)
-        datasets.Dataset.from_dict({"text": text.split("\n")}).to_parquet(tmp_path / f"rows-{split}.parquet")
+        datasets.Dataset.from_dict({"text": text.split("\n")}).to_parquet(f"rows-{split}.parquet")
     plain, packed = (
         ready(LanguageTask(p, block_length=16), "causal")._examples["test"].blocks
-        for p in (path, str(tmp_path / "packed-{split}.txt.gz"))
+        for p in (path, "packed-{split}.txt.gz")
     )
     assert np.array_equal(plain, packed)
-    by_row = ready(LanguageTask(str(tmp_path / "rows-{split}.parquet"), block_length=16), "causal")
+    by_row = ready(LanguageTask("rows-{split}.parquet", block_length=16), "causal")
     first = by_row._examples["test"].blocks[0].tolist()
     assert first[0] == 5  # every row has its own <s> and </s>
     assert 6 in first
@@ -199,14 +200,14 @@ def test_sequence_to_sequence_models_get_prompt_and_answer_apart(parquet, tmp_pa
 
 
 @pytest.fixture
-def shards(tmp_path):
+def shards():
     """Several files a split."""
-    (tmp_path / "shards").mkdir()
+    Path("shards").mkdir()
     for split, count, seed in (("train", 90, 0), ("test", 26, 1)):
         table = datasets.Dataset.from_dict(reviews(count, seed))
         for index in range(3):
-            table.shard(3, index).to_parquet(tmp_path / "shards" / f"{split}-{index}-of-3.parquet")
-    return str(tmp_path / "shards")
+            table.shard(3, index).to_parquet(f"shards/{split}-{index}-of-3.parquet")
+    return "shards"
 
 
 KINDS = [
@@ -339,9 +340,9 @@ def test_language_mistakes(parquet, tmp_path):
     empty = write_reviews(tmp_path, reply=["", "good"])
     with pytest.raises(ValueError, match=r"a target must hold text; \d+ of \d+ are empty"):
         ready(LanguageTask(empty, prompt_column="text", target_column="reply"), "causal")
-    (tmp_path / "pictures").mkdir()
+    Path("pictures").mkdir()
     with pytest.raises(ValueError, match="must hold files of one format"):
-        ready(LanguageTask(str(tmp_path / "pictures")), "causal")
+        ready(LanguageTask("pictures"), "causal")
 
 
 def test_tokenizing_is_that_of_the_tokenizer():
@@ -350,15 +351,15 @@ def test_tokenizing_is_that_of_the_tokenizer():
     assert ids.tolist() == tokenizer("the film is great", truncation=True, max_length=4)["input_ids"]
 
 
-def test_where_takes_a_comparison(tmp_path):
+def test_where_takes_a_comparison():
     scores = [0.1, 0.9, 0.81, 0.8, None, 0.95]
     for split in ("train", "test"):
         columns = {
             "text": [f"it is {word}" for word in ("a", "good", "bad", "fine", "the", "great")],
             "toxicity": scores,
         }
-        datasets.Dataset.from_dict(columns).to_parquet(tmp_path / f"c-{split}.parquet")
-    path = str(tmp_path / "c-{split}.parquet")
+        datasets.Dataset.from_dict(columns).to_parquet(f"c-{split}.parquet")
+    path = "c-{split}.parquet"
 
     def kept(condition, **options):
         task = LanguageTask(path, where={"toxicity": condition}, block_length=5, val_size=1, **options)
@@ -371,11 +372,11 @@ def test_where_takes_a_comparison(tmp_path):
     assert len(streamed) == 3
 
 
-def test_a_prompt_is_made_of_several_columns(tmp_path):
+def test_a_prompt_is_made_of_several_columns():
     for split in ("train", "test"):
         columns = {"one": ["good film", "bad"], "two": ["it was", "the food"], "label": ["fine", "poor"]}
-        datasets.Dataset.from_dict(columns).to_parquet(tmp_path / f"p-{split}.parquet")
-    path, tokenizer = str(tmp_path / "p-{split}.parquet"), make_tokenizer(kind="seq2seq")
+        datasets.Dataset.from_dict(columns).to_parquet(f"p-{split}.parquet")
+    path, tokenizer = "p-{split}.parquet", make_tokenizer(kind="seq2seq")
     options = {"prompt_column": ["one", "two"], "target_column": "label", "prompt": "a {} and {} is", "val_size": 1}
     options |= {"metric": ["text_f1:fine", "exact_match"]}
     for streaming in (False, True):

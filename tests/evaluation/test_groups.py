@@ -1,6 +1,7 @@
 """Groups of examples as the unit of intervals and the gate: by simulation, and through tasks and an edit."""
 
 import math
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -112,7 +113,7 @@ def test_a_column_of_a_table_groups_its_examples(tmp_path):
     speakers = [f"s{row // 3}" for row in range(12)]
     table = pandas.DataFrame({"text": ["a"] * 12, "label": [0, 1] * 6, "speaker": speakers})
     for split in ("train", "val", "test"):
-        table.to_csv(tmp_path / f"t-{split}.csv", index=False)
+        table.to_csv(f"t-{split}.csv", index=False)
 
     def ready(**options):
         task = TableTask({split: f"{tmp_path}/t-{split}.csv" for split in ("train", "val", "test")}, **options)
@@ -214,9 +215,9 @@ def test_intervals_of_unequal_groups_cover(sizes, least):
 
 
 @pytest.mark.parametrize("column", [None, "article"])
-def test_a_language_task_takes_documents_as_the_unit(tmp_path, column):
+def test_a_language_task_takes_documents_as_the_unit(column):
     rows = {"text": ["the film was good " * 12] * 9, "article": ["a", "a", "b", "b", "b", "c", "c", "d", "d"]}
-    paths = {split: str(tmp_path / f"{split}.csv") for split in ("train", "val", "test")}
+    paths = {split: f"{split}.csv" for split in ("train", "val", "test")}
     for path in paths.values():
         pandas.DataFrame(rows).to_csv(path, index=False)
     task = LanguageTask(paths, block_length=16, val_split="val", group=column, limit_test=20)
@@ -233,7 +234,7 @@ def test_a_language_task_takes_documents_as_the_unit(tmp_path, column):
 @pytest.mark.parametrize("column", [None, "article"])
 def test_blocks_that_are_held_out_are_all_those_of_some_documents(tmp_path, column):
     rows = {"text": ["the film was good " * 12] * 9, "article": ["a", "a", "b", "b", "b", "c", "c", "d", "d"]}
-    pandas.DataFrame(rows).to_csv(tmp_path / "t.csv", index=False)
+    pandas.DataFrame(rows).to_csv("t.csv", index=False)
     paths = dict.fromkeys(("train", "test"), f"{tmp_path}/t.csv")
     task = LanguageTask(paths, block_length=16, group=column, val_size=2)
     task.trainer = SimpleNamespace(lightning_module=SimpleNamespace(tokenizer=make_tokenizer()), world_size=1)
@@ -245,7 +246,7 @@ def test_blocks_that_are_held_out_are_all_those_of_some_documents(tmp_path, colu
 
 
 def test_a_document_that_is_more_than_half_of_the_text_is_not_held_out(tmp_path):
-    pandas.DataFrame({"text": ["the film was good " * num for num in (12, 400, 12)]}).to_csv(tmp_path / "t.csv")
+    pandas.DataFrame({"text": ["the film was good " * num for num in (12, 400, 12)]}).to_csv("t.csv")
     for seed in range(4):
         task = LanguageTask(dict.fromkeys(("train", "test"), f"{tmp_path}/t.csv"), block_length=16, seed=seed)
         task.trainer = SimpleNamespace(lightning_module=SimpleNamespace(tokenizer=make_tokenizer()), world_size=1)
@@ -254,7 +255,7 @@ def test_a_document_that_is_more_than_half_of_the_text_is_not_held_out(tmp_path)
 
 
 def test_blocks_of_one_text_file_are_the_unit(tmp_path):
-    (tmp_path / "prose.txt").write_text("the film was good\n" * 200)
+    Path("prose.txt").write_text("the film was good\n" * 200)
     task = LanguageTask({"train": f"{tmp_path}/prose.txt", "test": f"{tmp_path}/prose.txt"}, block_length=16)
     task.trainer = SimpleNamespace(lightning_module=SimpleNamespace(tokenizer=make_tokenizer()), world_size=1)
     task.setup()

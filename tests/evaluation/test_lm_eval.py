@@ -3,6 +3,7 @@
 import json
 import random
 import sys
+from pathlib import Path
 
 import datasets
 import numpy as np
@@ -73,35 +74,35 @@ def test_scores_are_those_of_the_likelier_continuation(folder):
 
 
 @pytest.mark.slow
-def test_an_edit_is_chosen_and_limited_by_tasks_of_the_harness(folder, tmp_path):
+def test_an_edit_is_chosen_and_limited_by_tasks_of_the_harness(folder):
     model = CausalLM(str(folder / "causal"))
     base = {name: tensor.detach() for name, tensor in model.state_dict().items()}
     torch.manual_seed(1)
     moved = {name: tensor + 0.1 * torch.randn(tensor.shape) for name, tensor in base.items()}
     moved |= {name: moved[tied] for name, tied in (("network.lm_head.weight", "network.model.embed_tokens.weight"),)}
-    TaskVector.between(base, moved).save(tmp_path / "feelings.tv.safetensors")
+    TaskVector.between(base, moved).save("feelings.tv.safetensors")
     task = {"class_path": "tva.evaluation.lm_eval.LmEvalTask"}
     options = {"task": "lm_eval:feelings", "include_path": str(folder / "tasks"), "limit_val": 8, "limit_test": 9}
     config = {
         "model": {"class_path": "tva.models.CausalLM", "init_args": {"name": str(folder / "causal")}},
-        "vectors": {"feelings": str(tmp_path / "feelings.tv.safetensors")},
+        "vectors": {"feelings": "feelings.tv.safetensors"},
         "recipe": "-feelings",
         "targets": {"harness": task | {"init_args": options}},
         "controls": {"same": task | {"init_args": options | {"seed": 1}}},
         "minimize": "harness/acc",
         "subject_to": ["same/acc >= base - 0.9"],
         "search": {"class_path": "tva.search.Grid", "init_args": {"num": 2}},
-        "output": str(tmp_path / "edit"),
+        "output": "edit",
         "trainer": {"accelerator": "cpu", "logger": False, "enable_progress_bar": False},
     }
-    (tmp_path / "edit.yaml").write_text(yaml.safe_dump(config))
-    main(["edit", "--config", str(tmp_path / "edit.yaml")])
-    found = json.loads((tmp_path / "edit" / "edit.json").read_text())
+    Path("edit.yaml").write_text(yaml.safe_dump(config))
+    main(["edit", "--config", "edit.yaml"])
+    found = json.loads(Path("edit/edit.json").read_text())
     entry, coef = found["tasks"]["harness"], found["coefficients"]["scaling_coef"]
     assert (entry["metric"], entry["num_examples"], entry["higher_is_better"]) == ("acc", 9, True)
     assert entry["settings"]["task"] == "feelings"
     assert entry["base"]["low"] <= entry["base"]["value"] <= entry["base"]["high"]
-    vector = TaskVector.load(tmp_path / "feelings.tv.safetensors")
+    vector = TaskVector.load("feelings.tv.safetensors")
     for label, weights in (("base", base), ("edited", (-vector).apply_to(base, coef))):
         model.load_state_dict(weights)
         assert entry[label]["value"] == LmEvalTask(**options).evaluate(model.bare_network, "test").metrics["acc"]

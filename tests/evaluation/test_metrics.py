@@ -3,6 +3,7 @@
 import functools
 import sys
 from importlib.metadata import EntryPoint
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -48,7 +49,7 @@ def pairs(preds, target):
 
 @pytest.fixture
 def outside(tmp_path, monkeypatch):
-    (tmp_path / "metrics_from_outside.py").write_text(MODULE)
+    Path("metrics_from_outside.py").write_text(MODULE)
     monkeypatch.syspath_prepend(tmp_path)
     yield "metrics_from_outside"
     sys.modules.pop("metrics_from_outside", None)

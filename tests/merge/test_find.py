@@ -24,11 +24,10 @@ OTHER = "class Other:\n    pass\n"
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
     """A folder to work in, with a base and three vectors, and a package on the path that defines the page's method."""
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "site/outside").mkdir(parents=True)
-    (tmp_path / "site/outside/__init__.py").write_text("")
-    (tmp_path / "site/outside/median.py").write_text(MEDIAN + "\n\n" + OTHER)
-    monkeypatch.syspath_prepend(tmp_path / "site")
+    Path("site/outside").mkdir(parents=True)
+    Path("site/outside/__init__.py").write_text("")
+    Path("site/outside/median.py").write_text(MEDIAN + "\n\n" + OTHER)
+    monkeypatch.syspath_prepend(Path("site"))
     base = {"w": torch.randn(300), "still": torch.ones(3)}
     save_weights(base, "base.safetensors")
     for name in "abc":
@@ -76,9 +75,9 @@ def test_an_installed_package_adds_a_method_by_an_entry_point(folder):
 
 
 def test_a_file_in_the_folder_adds_a_method(folder, monkeypatch):
-    (folder / "more").mkdir()
-    (folder / "more/a_median.py").write_text(MEDIAN)
-    monkeypatch.setattr(tva.merge.methods, "__path__", [*tva.merge.methods.__path__, str(folder / "more")])
+    Path("more").mkdir()
+    Path("more/a_median.py").write_text(MEDIAN)
+    monkeypatch.setattr(tva.merge.methods, "__path__", [*tva.merge.methods.__path__, "more"])
     found = own_methods()
     assert found.keys() == METHODS.keys() | {"median"}
     assert list(found) == sorted(found), "the order is that of the names, whatever the files are called"
@@ -89,7 +88,7 @@ def test_a_file_in_the_folder_adds_a_method(folder, monkeypatch):
 
 def test_verify_says_that_a_package_is_missing(folder, capsys):
     assert compose("outside.median.Median(a, b, c)") == 0
-    (folder / "site/outside").rename(folder / "elsewhere")
+    Path("site/outside").rename("elsewhere")
     for name in ("outside", "outside.median"):
         sys.modules.pop(name)
     sys.path_importer_cache.clear()

@@ -136,10 +136,10 @@ def fitted(folder, seed):
 
 
 @pytest.mark.filterwarnings("ignore:.*does not have many workers.*", "ignore:.*number of training batches.*")
-def test_files_from_training_make_regmean_fit_the_outputs_better_than_the_mean(tmp_path):
-    tasks = {name: fitted(tmp_path / name, seed) for name, seed in (("a", 0), ("b", 5))}
+def test_files_from_training_make_regmean_fit_the_outputs_better_than_the_mean():
+    tasks = {name: fitted(Path(name), seed) for name, seed in (("a", 0), ("b", 5))}
     vectors = {name: vector for name, (_, vector) in tasks.items()}
-    files = {kind: tuple(str(tmp_path / name / f"{kind}.safetensors") for name in tasks) for kind in ("fisher", "gram")}
+    files = {kind: tuple(f"{name}/{kind}.safetensors" for name in tasks) for kind in ("fisher", "gram")}
     given = {kind: {n: open_weights(f) for n, f in zip(tasks, files[kind], strict=True)} for kind in files}
     inputs = {name: torch.cat([x for x, _ in Blobs(seed).train_dataloader()]) for name, seed in (("a", 0), ("b", 5))}
     for name in tasks:
@@ -161,21 +161,19 @@ def test_files_from_training_make_regmean_fit_the_outputs_better_than_the_mean(t
 
 
 @pytest.mark.filterwarnings("ignore:.*does not have many workers.*", "ignore:.*number of training batches.*")
-def test_a_model_that_is_fine_tuned_already_is_measured_by_fitting_for_no_epochs(tmp_path):
-    model, _ = fitted(tmp_path / "fit", 0)
+def test_a_model_that_is_fine_tuned_already_is_measured_by_fitting_for_no_epochs():
+    model, _ = fitted(Path("fit"), 0)
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    trainer(tmp_path / "later", MergeStatistics(num_examples=60, dirpath=tmp_path / "later"), epochs=0).fit(
-        model, Blobs(0)
-    )
+    trainer(Path("later"), MergeStatistics(num_examples=60, dirpath=Path("later")), epochs=0).fit(model, Blobs(0))
     for kind in ("fisher", "gram"):
-        first, second = (open_weights(tmp_path / f / f"{kind}.safetensors") for f in ("fit", "later"))
+        first, second = (open_weights(f"{f}/{kind}.safetensors") for f in ("fit", "later"))
         assert all(torch.equal(first[name], second[name]) for name in first)
         assert second.metadata["tva.num_examples"] == "60"
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
 @pytest.mark.filterwarnings("ignore:.*does not have many workers.*", "ignore:.*number of training batches.*")
-def test_modules_that_log_and_have_batch_norm_and_streams_of_data_are_measured(tmp_path):
+def test_modules_that_log_and_have_batch_norm_and_streams_of_data_are_measured():
     class Stream(IterableDataset):
         def __iter__(self):
             return ((row,) for row in torch.randn(12, 3, generator=torch.Generator().manual_seed(0)))
@@ -185,7 +183,7 @@ def test_modules_that_log_and_have_batch_norm_and_streams_of_data_are_measured(t
             return DataLoader(Stream(), batch_size=4)
 
     for number, model in enumerate((MixedNet(), Streamed())):
-        folder = tmp_path / str(number)
+        folder = Path(str(number))
         fit(folder, model=model, epochs=1, callbacks=[MergeStatistics(kinds=["fisher"], num_examples=100)])
         found = open_weights(folder / "fisher.safetensors")
         assert found.metadata["tva.num_examples"] == ("16", "12")[number]
@@ -224,11 +222,11 @@ def _measure(folder, number, **options):
     "ignore:This process .* is multi-threaded:DeprecationWarning",
 )
 @pytest.mark.parametrize("number", [1, 15])
-def test_ranks_see_shares_of_the_examples_of_one_device_and_their_sums_are_the_same(tmp_path, number):
-    _measure(tmp_path / "one", number)
-    run_ranks(partial(_measure, strategy="ddp", devices=2), tmp_path / "two", number)
+def test_ranks_see_shares_of_the_examples_of_one_device_and_their_sums_are_the_same(number):
+    _measure(Path("one"), number)
+    run_ranks(partial(_measure, strategy="ddp", devices=2), Path("two"), number)
     for kind in ("fisher", "gram"):
-        one, two = (open_weights(tmp_path / name / f"{kind}.safetensors") for name in ("one", "two"))
+        one, two = (open_weights(f"{name}/{kind}.safetensors") for name in ("one", "two"))
         assert one.metadata == two.metadata
         assert one.metadata["tva.num_examples"] == str(number)
         assert set(one) == set(two)
@@ -275,10 +273,9 @@ def test_training_that_cannot_be_measured_says_why(tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore:.*does not have many workers.*", "ignore:.*number of training batches.*")
-def test_the_documentation_makes_both_files(tmp_path, monkeypatch):
+def test_the_documentation_makes_both_files(tmp_path):
     page = (Path(__file__).parents[2] / "docs" / "howto" / "merge-statistics.md").read_text()
     (block,) = re.findall(r"```python\n([^`]*MergeStatistics.*?)```", page, re.S)
-    monkeypatch.chdir(tmp_path)
     scope = {"model": LinearNet(), "data": Blobs()}
     exec(block, scope)
     assert {file.name for file in tmp_path.rglob("*.safetensors")} >= {"fisher.safetensors", "gram.safetensors"}

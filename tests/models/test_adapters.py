@@ -201,7 +201,7 @@ def test_lora_in_clip_is_a_dense_delta_that_the_vector_holds(tmp_path):
             torch.testing.assert_close(model.encoder(images), plain.encoder(images), rtol=1e-4, atol=1e-5)
 
 
-def test_lora_in_a_transformers_encoder_merged_and_kept_as_it_is(tmp_path):
+def test_lora_in_a_transformers_encoder_merged_and_kept_as_it_is():
     model = TextModel(lora={"target_modules": ["query", "layer.1.output"]})
     names = {name for name, p in model.named_parameters() if p.requires_grad and "lora_A" in name}
     assert len(names) == 3  # two queries, and the one linear layer within layer.1.output
@@ -210,7 +210,7 @@ def test_lora_in_a_transformers_encoder_merged_and_kept_as_it_is(tmp_path):
         "other.bias",
     }
     base = TextModel().state_dict()
-    vector = fit(tmp_path / "merged", model)
+    vector = fit(Path("merged"), model)
     assert set(vector.deltas) == {
         "encoder.encoder.layer.0.attention.self.query.weight",
         "encoder.encoder.layer.1.attention.self.query.weight",
@@ -223,9 +223,9 @@ def test_lora_in_a_transformers_encoder_merged_and_kept_as_it_is(tmp_path):
     for name, tensor in merged.items():
         torch.testing.assert_close(edited[f"encoder.{name}"], tensor, rtol=1e-5, atol=1e-6)
     model = TextModel(lora={"target_modules": ["query", "layer.1.output"]})
-    fit(tmp_path / "kept", model, lora="adapter")
+    fit(Path("kept"), model, lora="adapter")
     merged = model.encoder.merge_and_unload().state_dict()
-    tuned = open_finetuned(tmp_path / "kept/last.adapter", {f"encoder.{n}": base[f"encoder.{n}"] for n in merged})
+    tuned = open_finetuned("kept/last.adapter", {f"encoder.{n}": base[f"encoder.{n}"] for n in merged})
     for name, tensor in merged.items():
         torch.testing.assert_close(tuned[f"encoder.{name}"], tensor, rtol=1e-5, atol=1e-6)
     query = "encoder.layer.0.attention.self.query.weight"
@@ -241,13 +241,13 @@ def test_lora_in_convolutions(tmp_path):
     assert adapted(torch.randn(2, 3, 64, 64)).shape == (2, encoder.num_features)
 
 
-def test_vision_classifier_has_the_same_options(tmp_path):
+def test_vision_classifier_has_the_same_options():
     torch.manual_seed(0)
     options = {"num_classes": 0, "pretrained": False}
-    save_weights(timm.create_model("test_vit", **options).state_dict(), tmp_path / "vit.safetensors")
+    save_weights(timm.create_model("test_vit", **options).state_dict(), "vit.safetensors")
 
     def make(**more):
-        return VisionClassifier("test_vit", str(tmp_path / "vit.safetensors"), **more)
+        return VisionClassifier("test_vit", "vit.safetensors", **more)
 
     trained = [name for name, parameter in make(train_only="bias").named_parameters() if parameter.requires_grad]
     assert trained
@@ -324,13 +324,13 @@ def used(tmp_path_factory):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("config", USED)
-def test_the_configs_fit_and_their_vectors_are_edited_and_composed(config, used, tmp_path):
+def test_the_configs_fit_and_their_vectors_are_edited_and_composed(config, used):
     folder, tangent = used / config, config == "tangent"
     task = json.loads((folder / "edit/edit.json").read_text())["tasks"]["digits"]
     assert task["edited"]["value"] == task["finetuned"]["value"]
     assert task["edited"]["value"] > task["base"]["value"] + 0.05
     base = str(next((folder / "fit/checkpoints").glob("base-*")))
-    vector, half = str(folder / "fit/checkpoints/last.tv.safetensors"), str(tmp_path / "half.safetensors")
+    vector, half = str(folder / "fit/checkpoints/last.tv.safetensors"), "half.safetensors"
     compose(base, {"a": vector}, "0.5 * a", half, max_memory="8GiB")
     state = ClipClassifier(weights=half, tangent=tangent).state_dict()
     composed = {name.removeprefix("encoder."): tensor for name, tensor in state.items()}

@@ -2,6 +2,7 @@
 
 import json
 import math
+from pathlib import Path
 from types import SimpleNamespace
 
 import open_clip
@@ -94,45 +95,45 @@ def test_the_default_recipe_is_the_papers():
     assert optimizer["lr_scheduler"]["interval"] == "step"
 
 
-def test_weights_start_the_encoder_and_leave_the_head(tmp_path):
+def test_weights_start_the_encoder_and_leave_the_head():
     edited = {name: value * 1.5 for name, value in ClipClassifier().state_dict().items()}
-    save_weights(edited, tmp_path / "edited.safetensors")
-    model = with_head(ClipClassifier(weights=str(tmp_path / "edited.safetensors")), task())
+    save_weights(edited, "edited.safetensors")
+    model = with_head(ClipClassifier(weights="edited.safetensors"), task())
     assert fingerprint(model.state_dict()) == fingerprint(edited)
     assert torch.equal(model.head, with_head(ClipClassifier(), task()).head)
 
 
-def test_a_local_config_with_local_weights(tmp_path):
+def test_a_local_config_with_local_weights():
     config = {
         "embed_dim": 8,
         "vision_cfg": {"image_size": 16, "layers": 1, "width": 16, "head_width": 8, "patch_size": 8},
         "text_cfg": {"context_length": 8, "vocab_size": 49408, "width": 8, "heads": 1, "layers": 1},
     }
-    (tmp_path / "small.json").write_text(json.dumps(config))
-    open_clip.add_model_config(tmp_path / "small.json")
-    torch.save(open_clip.create_model("small").state_dict(), tmp_path / "small.pt")
-    model = with_head(ClipClassifier(str(tmp_path / "small.json"), str(tmp_path / "small.pt")), task())
+    Path("small.json").write_text(json.dumps(config))
+    open_clip.add_model_config(Path("small.json"))
+    torch.save(open_clip.create_model("small").state_dict(), "small.pt")
+    model = with_head(ClipClassifier("small.json", "small.pt"), task())
     assert model.head.shape == (3, 8)
     assert model(torch.zeros(2, 3, 16, 16)).shape == (2, 3)
     with pytest.raises(ValueError, match="needs weights: pass pretrained="):
-        ClipClassifier(str(tmp_path / "small.json"))
+        ClipClassifier("small.json")
     with pytest.raises(ValueError, match="could not be loaded"):
-        ClipClassifier(str(tmp_path / "small.json"), "no-such-tag")
+        ClipClassifier("small.json", "no-such-tag")
 
 
 # --- mistakes
 
 
-def test_unknown_or_untrained_models_are_refused(tmp_path):
+def test_unknown_or_untrained_models_are_refused():
     with pytest.raises(ValueError, match=r"no architecture 'ViT-Z-99'.*tva-tiny"):
         ClipClassifier("ViT-Z-99")
     with pytest.raises(ValueError, match=r"ViT-B-32-quickgelu needs weights.*openai"):
         ClipClassifier("ViT-B-32-quickgelu")
     with pytest.raises(FileNotFoundError, match="model config was expected"):
-        ClipClassifier(str(tmp_path / "none.json"))
-    (tmp_path / "odd.json").write_text("{}")
+        ClipClassifier("none.json")
+    Path("odd.json").write_text("{}")
     with pytest.raises(ValueError, match="lacks embed_dim, vision_cfg, text_cfg"):
-        ClipClassifier(str(tmp_path / "odd.json"))
+        ClipClassifier("odd.json")
 
 
 def test_data_modules_must_name_their_classes_and_templates_must_have_a_place():

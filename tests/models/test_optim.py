@@ -4,6 +4,7 @@ import os
 import platform
 import subprocess
 import sys
+from pathlib import Path
 
 import lightning as L
 import numpy as np
@@ -26,8 +27,8 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*does not have many workers.*")
 
 
 @pytest.fixture(autouse=True)
-def own_heads(tmp_path, monkeypatch):
-    monkeypatch.setenv("TVA_CACHE", str(tmp_path / "cache"))
+def own_heads(monkeypatch):
+    monkeypatch.setenv("TVA_CACHE", "cache")
 
 
 @pytest.fixture
@@ -96,19 +97,19 @@ def test_probe_and_means_belong_to_the_base_for_every_image_model(tmp_path, task
 
 def test_a_learned_head_is_trained_and_stays_out_of_the_vector(tmp_path, task):
     model = make_vision(tmp_path, head="learned")
-    trainer = make_trainer(tmp_path, TaskVectorCallback(), last(tmp_path / "run"), max_epochs=2)
+    trainer = make_trainer(tmp_path, TaskVectorCallback(), last(Path("run")), max_epochs=2)
     trainer.fit(model, task())
     start = make_vision(tmp_path)
     evaluate(make_trainer(tmp_path), start, task(), "val")
-    saved = torch.load(tmp_path / "run/last.ckpt", weights_only=True)
+    saved = torch.load("run/last.ckpt", weights_only=True)
     assert saved["head"]["weight"].shape == start.head.shape
     assert not torch.equal(saved["head"]["weight"], start.head)  # it began as class means
     assert all(name.startswith("encoder.") for name in saved["state_dict"])
-    vector = TaskVector.load(tmp_path / "run/last.tv.safetensors")
+    vector = TaskVector.load("run/last.tv.safetensors")
     assert vector.names == set(start.encoder.state_dict())  # the network's own names
     after = evaluate(trainer, model, task(), "test")
     assert torch.equal(model.head, saved["head"]["weight"])
-    elsewhere = make_vision(tmp_path, head="learned", heads={"colors": str(tmp_path / "run/last.ckpt")})
+    elsewhere = make_vision(tmp_path, head="learned", heads={"colors": "run/last.ckpt"})
     elsewhere.load_state_dict(saved["state_dict"])
     assert evaluate(make_trainer(tmp_path), elsewhere, task(), "test").same_as(after)
 
@@ -117,17 +118,17 @@ def test_a_learned_head_is_trained_and_stays_out_of_the_vector(tmp_path, task):
 def test_an_edit_compares_all_models_under_the_learned_head(tmp_path, task):
     L.seed_everything(0)
     model = make_vision(tmp_path, head="learned")
-    make_trainer(tmp_path, TaskVectorCallback(), last(tmp_path / "run"), max_epochs=6).fit(model, task())
-    vector = tmp_path / "run/last.tv.safetensors"
+    make_trainer(tmp_path, TaskVectorCallback(), last(Path("run")), max_epochs=6).fit(model, task())
+    vector = Path("run/last.tv.safetensors")
     assert TaskVector.load(vector).untouched.keys() < set(model.encoder.state_dict())
-    heads = {"colors": str(tmp_path / "run/last.ckpt")}
+    heads = {"colors": "run/last.ckpt"}
     report = edit_model(
         make_vision(tmp_path, head="learned", heads=heads),
         trainer=make_trainer(tmp_path, max_steps=1),
         vectors={"colors": str(vector)},
         recipe="colors",
         scaling_coef=1.0,
-        output=str(tmp_path / "out"),
+        output="out",
         minimize="colors/accuracy",
         baselines=["gradient_ascent"],  # which fits, and must not leave its head behind
         targets={"colors": task()},
@@ -140,7 +141,7 @@ def test_an_edit_compares_all_models_under_the_learned_head(tmp_path, task):
 def test_a_fit_with_a_learned_head_that_is_resumed_ends_where_one_fit_ends(tmp_path, task):
     ends = []
     for parts in ((4,), (2, 4)):
-        folder = tmp_path / str(len(parts))
+        folder = Path(str(len(parts)))
         for position, epochs in enumerate(parts):
             L.seed_everything(0)
             model = make_vision(tmp_path, head="learned")
@@ -164,12 +165,12 @@ def test_learned_heads_that_are_not_there_or_of_other_classes_are_refused(tmp_pa
         evaluate(make_trainer(tmp_path), means, task(), "val")
     )
     with pytest.raises(FileNotFoundError, match=r"head of colors was expected in .*no\.ckpt"):
-        model = make_vision(tmp_path, head="learned", heads={"colors": str(tmp_path / "no.ckpt")})
+        model = make_vision(tmp_path, head="learned", heads={"colors": "no.ckpt"})
         evaluate(make_trainer(tmp_path), model, task(), "val")
     for content, found in (({}, "it holds none"), ({"class_names": ["x"], "weight": torch.zeros(1, 2)}, "one of 'x'")):
-        torch.save({"head": content or None}, tmp_path / "odd.ckpt")
+        torch.save({"head": content or None}, "odd.ckpt")
         with pytest.raises(ValueError, match=found):
-            model = make_vision(tmp_path, head="learned", heads={"colors": str(tmp_path / "odd.ckpt")})
+            model = make_vision(tmp_path, head="learned", heads={"colors": "odd.ckpt"})
             evaluate(make_trainer(tmp_path), model, task(), "val")
     with pytest.raises(ValueError, match=r"heads are those of fits with head='learned', but head is 'means'"):
         make_vision(tmp_path, heads={"colors": "start"})
@@ -182,11 +183,11 @@ def test_averaging_with_a_learned_head_is_refused_and_with_a_probe_is_not(tmp_pa
     with pytest.raises(ValueError, match=r"EMAWeightAveraging averages only the encoder.*head='probe'"):
         make_trainer(tmp_path, average, max_steps=1).fit(make_vision(tmp_path, head="learned"), task())
     model = make_vision(tmp_path, head="probe")
-    callbacks = EMAWeightAveraging(decay=0.5), TaskVectorCallback(), last(tmp_path / "run")
+    callbacks = EMAWeightAveraging(decay=0.5), TaskVectorCallback(), last(Path("run"))
     make_trainer(tmp_path, *callbacks, max_epochs=1).fit(model, task())
-    vector = TaskVector.load(tmp_path / "run/last.tv.safetensors")
-    averaged = torch.load(tmp_path / "run/last.ckpt", weights_only=True)["state_dict"]
-    base = open_weights(next((tmp_path / "run").glob("base-*")))
+    vector = TaskVector.load("run/last.tv.safetensors")
+    averaged = torch.load("run/last.ckpt", weights_only=True)["state_dict"]
+    base = open_weights(next(Path("run").glob("base-*")))
     assert all(torch.equal(delta, averaged[f"encoder.{name}"] - base[name]) for name, delta in vector.deltas.items())
 
 

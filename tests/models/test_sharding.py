@@ -1,5 +1,7 @@
 """tva's own models under FSDP2: two gloo processes reach the weights that DDP reaches."""
 
+from pathlib import Path
+
 import lightning as L
 import pytest
 import torch
@@ -48,15 +50,15 @@ def fit(folder, strategy, make, *args, **options):
 @pytest.mark.parametrize("make", [clip, causal])
 def test_fsdp2_trains_a_model_as_ddp_does(tmp_path, make):
     if make is causal:
-        write_model(tmp_path / "model", "causal")  # its embedding and its output are tied
+        write_model(Path("model"), "causal")  # its embedding and its output are tied
         write_running_text(tmp_path)
     for strategy in ("ddp", "fsdp2"):
-        run_ranks(fit, tmp_path / strategy, strategy, make, *([tmp_path] if make is causal else []))
-        assert names(tmp_path / strategy, "last*") == ["last.ckpt", "last.tv.safetensors"]
-    ddp, fsdp2 = (open_weights(tmp_path / strategy / "last.ckpt") for strategy in ("ddp", "fsdp2"))
+        run_ranks(fit, Path(strategy), strategy, make, *([tmp_path] if make is causal else []))
+        assert names(Path(strategy), "last*") == ["last.ckpt", "last.tv.safetensors"]
+    ddp, fsdp2 = (open_weights(f"{strategy}/last.ckpt") for strategy in ("ddp", "fsdp2"))
     assert set(ddp) == set(fsdp2)
-    moved = TaskVector.load(tmp_path / "ddp/last.tv.safetensors")
-    found = TaskVector.load(tmp_path / "fsdp2/last.tv.safetensors")
+    moved = TaskVector.load("ddp/last.tv.safetensors")
+    found = TaskVector.load("fsdp2/last.tv.safetensors")
     assert found.origin.base == moved.origin.base
     assert float(moved.cosine(found)) > 0.999
     for name in moved.deltas:

@@ -2,6 +2,7 @@
 
 import copy
 import json
+from pathlib import Path
 
 import pytest
 import timm
@@ -214,13 +215,13 @@ def vectors_of_two_kinds():
     return base, TaskVector.between(base, tuned), TaskVector.between(base, tuned, origin=Origin(kind="tangent"))
 
 
-def test_a_vector_keeps_its_kind_and_is_combined_only_with_its_own_kind(tmp_path):
+def test_a_vector_keeps_its_kind_and_is_combined_only_with_its_own_kind():
     base, ordinary, tangent = vectors_of_two_kinds()
-    tangent.save(tmp_path / "t.tv.safetensors")
-    ordinary.save(tmp_path / "o.tv.safetensors")
-    assert open_weights(tmp_path / "t.tv.safetensors").metadata["tva.kind"] == "tangent"
-    assert "tva.kind" not in open_weights(tmp_path / "o.tv.safetensors").metadata
-    tangent = TaskVector.load(tmp_path / "t.tv.safetensors")
+    tangent.save("t.tv.safetensors")
+    ordinary.save("o.tv.safetensors")
+    assert open_weights("t.tv.safetensors").metadata["tva.kind"] == "tangent"
+    assert "tva.kind" not in open_weights("o.tv.safetensors").metadata
+    tangent = TaskVector.load("t.tv.safetensors")
     for made in (tangent + tangent, -2 * tangent, tangent / 3, sum([tangent, tangent]), tangent.random_like(0)):
         assert made.origin.kind == "tangent"
     for mixed in (lambda: tangent + ordinary, lambda: ordinary - tangent):
@@ -230,21 +231,21 @@ def test_a_vector_keeps_its_kind_and_is_combined_only_with_its_own_kind(tmp_path
     assert torch.equal((tangent.as_kind(None) + ordinary).apply_to(base)["w"], 2 * torch.arange(3.0))
 
 
-def test_compose_refuses_a_mixture_and_marks_what_it_writes(tmp_path):
+def test_compose_refuses_a_mixture_and_marks_what_it_writes():
     base, ordinary, tangent = vectors_of_two_kinds()
-    save_weights(base, tmp_path / "base.safetensors")
+    save_weights(base, "base.safetensors")
     paths = {}
     for name, vector in {"o": ordinary, "t": tangent}.items():
-        paths[name] = str(tmp_path / f"{name}.tv.safetensors")
+        paths[name] = f"{name}.tv.safetensors"
         vector.save(paths[name])
-    arguments = [str(tmp_path / "base.safetensors"), paths, "o + t", str(tmp_path / "out.safetensors")]
+    arguments = ["base.safetensors", paths, "o + t", "out.safetensors"]
     with pytest.raises(MismatchError, match=r"several: ordinary: o; tangent: t\..*allow_other_kind"):
         compose(*arguments)
     compose(*arguments, allow_other_kind=True, max_memory="8GiB")
     assert "tva.kind" not in open_weights(arguments[3]).metadata
     for output in ("t.safetensors", "folder"):
-        compose(arguments[0], {"t": paths["t"]}, "2 * t", str(tmp_path / output), max_memory="8GiB")
-        assert open_weights(tmp_path / output).metadata["tva.kind"] == "tangent"
+        compose(arguments[0], {"t": paths["t"]}, "2 * t", output, max_memory="8GiB")
+        assert open_weights(output).metadata["tva.kind"] == "tangent"
 
 
 @pytest.fixture(scope="module")
@@ -307,10 +308,10 @@ def test_an_edit_of_a_linearized_model_is_evaluated_in_it(fitted, tmp_path):
     vector = TaskVector.load(fitted / "tangent/last.tv.safetensors")
     for coef in (0.3, -0.5):
         main([*edit_config(fitted, "tangent/last.tv.safetensors", tmp_path, scaling_coef=coef)])
-        report = json.loads((tmp_path / "out/edit.json").read_text())
+        report = json.loads(Path("out/edit.json").read_text())
         assert report["tasks"]["a"]["edited"]["value"] == pytest.approx(accuracy_by_hand(vector, coef), abs=1e-6)
     assert report["kind"] == "tangent"
-    edited = open_weights(tmp_path / "out/edited.safetensors")
+    edited = open_weights("out/edited.safetensors")
     assert edited.metadata["tva.kind"] == "tangent"
     base = LinearNet().state_dict()
     torch.testing.assert_close(edited["net.0.weight"], base["net.0.weight"] - 0.5 * vector.deltas["0.weight"])
@@ -336,15 +337,15 @@ def test_an_edit_of_a_linearized_model_starts_where_it_is_linear(fitted, tmp_pat
     assert "its base differs from them in '0.bias'" in " ".join(capsys.readouterr().err.split())
 
 
-def test_weights_of_a_linearized_model_are_refused_by_an_ordinary_one(tmp_path):
+def test_weights_of_a_linearized_model_are_refused_by_an_ordinary_one():
     state = ClipClassifier().state_dict()
     edited = {name: value * 1.01 for name, value in state.items()}
-    save_weights(edited, tmp_path / "edited.safetensors", {"tva.kind": "tangent"})
+    save_weights(edited, "edited.safetensors", {"tva.kind": "tangent"})
     with pytest.raises(ValueError, match=r"edited.safetensors' are those of a linearized model.*Set tangent: true"):
-        ClipClassifier(weights=str(tmp_path / "edited.safetensors"))
+        ClipClassifier(weights="edited.safetensors")
     images = torch.randn(2, 3, 32, 32)
     with torch.no_grad():
-        linear = ClipClassifier(weights=str(tmp_path / "edited.safetensors"), tangent=True).encoder(images)
+        linear = ClipClassifier(weights="edited.safetensors", tangent=True).encoder(images)
         expected = ClipClassifier(tangent=True)
         expected.load_state_dict(edited)
         assert torch.equal(linear, expected.encoder(images))

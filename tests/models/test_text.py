@@ -2,6 +2,7 @@
 
 import math
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import lightning as L
@@ -34,8 +35,8 @@ def folder(tmp_path_factory):
 
 
 @pytest.fixture(autouse=True)
-def own_heads(tmp_path, monkeypatch):
-    monkeypatch.setenv("TVA_CACHE", str(tmp_path / "cache"))
+def own_heads(monkeypatch):
+    monkeypatch.setenv("TVA_CACHE", "cache")
 
 
 def texts(folder, **options):
@@ -102,9 +103,9 @@ def test_the_head_of_descriptions_does_not_depend_on_edited_weights(folder, tmp_
     fresh = TextClassifier(str(folder / "bert"))
     evaluate(make_trainer(tmp_path), fresh, data, "val")
     edited = {name: tensor * -2 for name, tensor in fresh.state_dict().items()}
-    save_weights(edited, tmp_path / "edited.safetensors")
-    monkeypatch.setenv("TVA_CACHE", str(tmp_path / "another"))
-    model = TextClassifier(str(folder / "bert"), weights=str(tmp_path / "edited.safetensors"))
+    save_weights(edited, "edited.safetensors")
+    monkeypatch.setenv("TVA_CACHE", "another")
+    model = TextClassifier(str(folder / "bert"), weights="edited.safetensors")
     evaluate(make_trainer(tmp_path), model, data, "val")
     assert torch.equal(model.head, fresh.head)
     assert fingerprint(model.state_dict()) == fingerprint(edited)
@@ -234,8 +235,8 @@ def test_tied_weights_stay_tied_and_stand_under_both_names(folder, tmp_path):
     state = model.state_dict()
     embedding, output = state["network.model.embed_tokens.weight"], state["network.lm_head.weight"]
     assert embedding.data_ptr() == output.data_ptr()
-    save_weights(state, tmp_path / "tuned.safetensors")
-    again = CausalLM(str(folder / "causal"), weights=str(tmp_path / "tuned.safetensors"))
+    save_weights(state, "tuned.safetensors")
+    again = CausalLM(str(folder / "causal"), weights="tuned.safetensors")
     assert fingerprint(again.state_dict()) == fingerprint(state)
 
 
@@ -256,7 +257,7 @@ def test_options_of_speed_and_memory_go_together_for_every_model(folder, tmp_pat
     callbacks = [EMAWeightAveraging(decay=0.5), TaskVectorCallback(dirpath=tmp_path, at_train_end=True)]
     data = texts(folder, class_descriptions=DESCRIPTIONS) if kind == "bert" else prose(folder)
     make_trainer(tmp_path, max_steps=4, callbacks=callbacks, precision="bf16-mixed").fit(model, data)
-    vector, plain = TaskVector.load(tmp_path / "final.tv.safetensors"), make(str(folder / kind))
+    vector, plain = TaskVector.load("final.tv.safetensors"), make(str(folder / kind))
     assert vector.names == network_of(plain)[1].state_dict().keys()
     assert 0 < float(vector.norm()) < float("inf")
     plain.load_state_dict(vector.apply_to(plain.state_dict()))
@@ -283,7 +284,7 @@ def test_every_model_is_adapted_and_its_vector_edits_the_plain_one(folder, tmp_p
     callbacks = [TaskVectorCallback(dirpath=tmp_path, at_train_end=True)]
     data = texts(folder, class_descriptions=DESCRIPTIONS) if kind == "bert" else prose(folder)
     make_trainer(tmp_path, max_steps=5, callbacks=callbacks).fit(model, data)
-    vector = TaskVector.load(tmp_path / "final.tv.safetensors")
+    vector = TaskVector.load("final.tv.safetensors")
     tangent = {"tangent": True} if "tangent" in options else {}
     assert vector.origin.kind == ("tangent" if tangent else None)
     plain = make(str(folder / kind), **tangent)
@@ -369,18 +370,18 @@ def test_without_transformers_the_error_says_what_to_install(folder, monkeypatch
 
 
 @pytest.mark.parametrize("make", [TextClassifier, CausalLM])
-def test_the_tokenizer_of_another_model_is_refused(folder, tmp_path, make):
+def test_the_tokenizer_of_another_model_is_refused(folder, make):
     own = str(folder / ("bert" if make is TextClassifier else "causal"))
-    make_tokenizer([*WORDS, "more", "words"]).save_pretrained(tmp_path / "large")
+    make_tokenizer([*WORDS, "more", "words"]).save_pretrained("large")
     with pytest.raises(ValueError, match=r"token ids up to \d+, but .* has embeddings for 21 tokens.*another model"):
-        make(own, tokenizer=str(tmp_path / "large"))
-    make_tokenizer(WORDS[::-1]).save_pretrained(tmp_path / "other")
+        make(own, tokenizer="large")
+    make_tokenizer(WORDS[::-1]).save_pretrained("other")
     with pytest.raises(ValueError, match=r"other is not that of .*: 14 of 21 tokens have another id"):
-        make(own, tokenizer=str(tmp_path / "other"))
+        make(own, tokenizer="other")
 
 
-def test_a_model_without_a_tokenizer_asks_for_one(folder, tmp_path):
-    bare = write_model(tmp_path / "bare", tokenizer=False)
+def test_a_model_without_a_tokenizer_asks_for_one(folder):
+    bare = write_model(Path("bare"), tokenizer=False)
     with pytest.raises(ValueError, match=r"brings no tokenizer. Pass tokenizer="):
         TextClassifier(bare)
     model = TextClassifier(bare, tokenizer=str(folder / "bert"))

@@ -1,6 +1,7 @@
 """Models with their own trained heads: what they compute, what of them is edited, and how folders are told apart."""
 
 import copy
+from pathlib import Path
 
 import pytest
 import torch
@@ -61,9 +62,9 @@ def test_a_classifier_keeps_its_own_head_and_gives_the_logits_of_transformers(fo
 
 
 def test_tokens_are_labeled_by_the_words_they_begin(folder, tmp_path):
-    write_classifier(tmp_path / "tagger", "token", labels=("B", "O"))
+    write_classifier(Path("tagger"), "token", labels=("B", "O"))
     data = table(folder, text_column="words", label_column="tags", metric="f1_score")
-    found = evaluate(make_trainer(tmp_path), TransformersModel(str(tmp_path / "tagger")), data, "test")
+    found = evaluate(make_trainer(tmp_path), TransformersModel("tagger"), data, "test")
     rows = data._select_parts(False)["test"]
     wanted = torch.tensor([["B", "O"].index(tag) for tags in rows["tags"] for tag in tags])
     assert found.labels.tolist() == wanted.tolist()
@@ -116,7 +117,7 @@ def right(preds, target):
     return preds.argmax(dim=-1) == target
 
 
-def test_a_folder_is_a_model_and_is_measured_by_loaders_and_functions(folder, tmp_path):
+def test_a_folder_is_a_model_and_is_measured_by_loaders_and_functions(folder):
     rows = [{"input_ids": torch.tensor([2, 7 + row, 3]), "labels": torch.tensor(row % 2)} for row in range(12)]
     loaders = (DataLoader(rows[:6], 3), DataLoader(rows[6:], 3))
 
@@ -125,70 +126,70 @@ def test_a_folder_is_a_model_and_is_measured_by_loaders_and_functions(folder, tm
         return network(input_ids=batch).logits.argmax(-1) == torch.tensor([row["labels"] for row in rows[6:]])
 
     tasks = {"a": (*loaders, right), "b": evaluate_it}
-    options = {"targets": tasks, "scaling_coef": 0.5, "output": tmp_path / "out"}
+    options = {"targets": tasks, "scaling_coef": 0.5, "output": Path("out")}
     report = edit_model(str(folder / "bert"), vectors=folder / "tuned", **options)
     assert report.tasks["a"].scores["edited"].value == report.tasks["b"].scores["edited"].value
     assert report.recipe == "tuned"
 
 
-def test_vit_has_other_names_in_its_folder_than_in_memory(tmp_path):
+def test_vit_has_other_names_in_its_folder_than_in_memory():
     import transformers
 
     sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
     config = transformers.ViTConfig(image_size=8, patch_size=4, num_labels=3, **sizes)
     for seed, name in ((0, "base"), (1, "tuned")):
         torch.manual_seed(seed)
-        transformers.ViTForImageClassification(config).save_pretrained(tmp_path / name)
-        transformers.ViTImageProcessor(size={"height": 8, "width": 8}).save_pretrained(tmp_path / name)
-    model, tuned = (transformers.ViTForImageClassification.from_pretrained(tmp_path / n) for n in ("base", "tuned"))
+        transformers.ViTForImageClassification(config).save_pretrained(name)
+        transformers.ViTImageProcessor(size={"height": 8, "width": 8}).save_pretrained(name)
+    model, tuned = (transformers.ViTForImageClassification.from_pretrained(n) for n in ("base", "tuned"))
     expected = {n: (t + tuned.state_dict()[n]) / 2 for n, t in model.state_dict().items()}
     images, labels = torch.randn(6, 3, 8, 8), torch.arange(6) % 3
     rows = [{"pixel_values": image, "labels": label} for image, label in zip(images, labels, strict=True)]
     tasks = {"a": (DataLoader(rows[:3], 3), DataLoader(rows[3:], 3), right)}
-    options = {"targets": tasks, "scaling_coef": 0.5, "output": tmp_path / "out"}
-    edit_model(model, vectors={"a": str(tmp_path / "tuned")}, **options)
+    options = {"targets": tasks, "scaling_coef": 0.5, "output": Path("out")}
+    edit_model(model, vectors={"a": "tuned"}, **options)
     for name, tensor in model.state_dict().items():
         torch.testing.assert_close(tensor, expected[name])
-    assert isinstance(as_module(str(tmp_path / "base")), TransformersModel)
+    assert isinstance(as_module("base"), TransformersModel)
 
 
-def test_a_timm_folder_keeps_its_classifier(tmp_path, monkeypatch):
+def test_a_timm_folder_keeps_its_classifier(monkeypatch):
     import timm
     from timm.models import save_for_hf
 
     torch.manual_seed(0)
     network = timm.create_model("test_vit", num_classes=4)
-    save_for_hf(network, tmp_path / "timm", safe_serialization=True)
-    model = as_module(str(tmp_path / "timm"))
+    save_for_hf(network, Path("timm"), safe_serialization=True)
+    model = as_module("timm")
     assert isinstance(model, TimmModel)
     image = torch.randn(1, 3, *network.pretrained_cfg["input_size"][1:])
     with torch.no_grad():
         torch.testing.assert_close(model.eval()(image), network.eval()(image))
     assert model.head_patterns == []
-    assert len(TimmModel(str(tmp_path / "timm"), edit_head=False).head_patterns) == 2
+    assert len(TimmModel("timm", edit_head=False).head_patterns) == 2
 
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
-def test_a_sentence_transformer_is_edited_with_its_dense_layer_and_measured_on_pairs(folder, tmp_path):
+def test_a_sentence_transformer_is_edited_with_its_dense_layer_and_measured_on_pairs(folder):
     sentence = pytest.importorskip("sentence_transformers", reason="the extra tva[sentence] is not installed")
     from sentence_transformers import models
 
-    write_model(tmp_path / "bert")
+    write_model(Path("bert"))
     torch.manual_seed(0)
-    modules = [models.Transformer(str(tmp_path / "bert")), models.Pooling(16), models.Dense(16, 8)]
+    modules = [models.Transformer("bert"), models.Pooling(16), models.Dense(16, 8)]
     base = sentence.SentenceTransformer(modules=modules, device="cpu")
     tuned = copy.deepcopy(base)
     with torch.no_grad():
         for parameter in tuned.parameters():
             parameter += 0.1 * torch.randn_like(parameter)
-    base.save(str(tmp_path / "base"))
-    tuned.save(str(tmp_path / "tuned"))
+    base.save("base")
+    tuned.save("tuned")
     old, new = base.state_dict(), tuned.state_dict()
-    model = as_module(str(tmp_path / "base"))
+    model = as_module("base")
     data = table(folder, text_column=["text", "other"], target_column="value")
     options = {"targets": {"pairs": data}, "scaling_coef": 0.5, "random_seed": None, "allow_shared_examples": True}
-    report = edit_model(model, vectors=tmp_path / "tuned", output=tmp_path / "out", **options)
+    report = edit_model(model, vectors=Path("tuned"), output=Path("out"), **options)
     for name, tensor in model.network.state_dict().items():
         torch.testing.assert_close(tensor, old[name] + 0.5 * (new[name] - old[name]))
     rows = data._select_parts(False)["test"]
@@ -198,14 +199,14 @@ def test_a_sentence_transformer_is_edited_with_its_dense_layer_and_measured_on_p
     assert (report.tasks["pairs"].metric, score.value) == ("spearman", pytest.approx(float(expected), abs=1e-3))
 
 
-def test_mistakes_say_what_would_do(folder, tmp_path):
-    (tmp_path / "empty").mkdir()
-    write_model(tmp_path / "encoder")
+def test_mistakes_say_what_would_do(folder):
+    Path("empty").mkdir()
+    write_model(Path("encoder"))
     for make, message in (
-        (lambda: as_module(str(tmp_path / "empty")), "must be a model's folder: .*it holds nothing"),
+        (lambda: as_module("empty"), "must be a model's folder: .*it holds nothing"),
         (lambda: as_module("./nowhere"), "A folder with config.json and weights was expected"),
-        (lambda: TransformersModel(str(tmp_path / "encoder")), "'BertModel'. Pass task= .*TextClassifier"),
-        (lambda: TransformersModel(str(tmp_path / "encoder"), "sequence-classification"), "would stay random"),
+        (lambda: TransformersModel("encoder"), "'BertModel'. Pass task= .*TextClassifier"),
+        (lambda: TransformersModel("encoder", "sequence-classification"), "would stay random"),
         (lambda: TransformersModel(str(folder / "causal"), edit_head=False), "is its embedding"),
         (lambda: TransformersModel(str(folder / "bert"), metrics=["bleu"]), "metrics .* are of generated text"),
         (lambda: TimmModel("tset_vit"), "must be a folder .*'test_vit'"),

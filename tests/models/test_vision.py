@@ -25,8 +25,8 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*does not have many workers.*")
 
 
 @pytest.fixture(autouse=True)
-def own_heads(tmp_path, monkeypatch):
-    monkeypatch.setenv("TVA_CACHE", str(tmp_path / "cache"))
+def own_heads(monkeypatch):
+    monkeypatch.setenv("TVA_CACHE", "cache")
 
 
 @pytest.fixture
@@ -133,14 +133,14 @@ def test_the_head_does_not_depend_on_the_present_weights(tmp_path, network, task
         for parameter in edited.parameters():
             parameter.mul_(-3)
     if not cached:
-        monkeypatch.setenv("TVA_CACHE", str(tmp_path / "empty"))
+        monkeypatch.setenv("TVA_CACHE", "empty")
     evaluate(trainer, edited, task(), "val")
     assert torch.equal(edited.head, fresh.head)
     assert not any(name.startswith("head") for name in edited.state_dict())
 
 
 def test_training_is_the_same_whether_the_head_was_cached_or_not(tmp_path, network, task, monkeypatch):
-    monkeypatch.setenv("TVA_CACHE", str(tmp_path / "empty"))
+    monkeypatch.setenv("TVA_CACHE", "empty")
     ends = []
     for _ in ("built", "cached"):
         L.seed_everything(0)
@@ -217,14 +217,14 @@ def test_a_base_that_changed_on_disk_is_refused(tmp_path, network, task):
 # --- weights and errors
 
 
-def test_edited_weights_are_loaded_and_the_file_may_stand_in_an_environment_variable(tmp_path, network, monkeypatch):
+def test_edited_weights_are_loaded_and_the_file_may_stand_in_an_environment_variable(network, monkeypatch):
     monkeypatch.setenv("NETWORKS", str(Path(network).parent))
     model = make_model("$NETWORKS/test_efficientnet.safetensors")
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(1)
-    save_weights(model.state_dict(), tmp_path / "edited.safetensors")
-    again = make_model(network, weights=str(tmp_path / "edited.safetensors"))
+    save_weights(model.state_dict(), "edited.safetensors")
+    again = make_model(network, weights="edited.safetensors")
     assert all(torch.equal(again.state_dict()[name], value) for name, value in model.state_dict().items())
 
 
@@ -264,9 +264,9 @@ def test_a_file_of_another_network_is_refused(tmp_path):
         VisionClassifier("test_efficientnet", path)
 
 
-def test_a_missing_file_is_an_error_that_names_it(tmp_path):
+def test_a_missing_file_is_an_error_that_names_it():
     with pytest.raises(FileNotFoundError, match=r"nothing\.safetensors"):
-        VisionClassifier("test_efficientnet", str(tmp_path / "nothing.safetensors"))
+        VisionClassifier("test_efficientnet", "nothing.safetensors")
 
 
 def test_a_fixed_image_size_is_kept(tmp_path):

@@ -2,6 +2,7 @@
 
 import json
 import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -45,8 +46,8 @@ def test_the_adapter_is_the_best_of_its_rank_and_its_error_is_stated(tmp_path, r
     base, tuned, *paths = make(
         tmp_path, net().double(), ["q", "k.weight", "conv.weight", "embed_tokens", "head.weight"]
     )
-    report = extract(*paths, tmp_path / "new", rank=rank)
-    found = merged(net().double(), tmp_path / "new")
+    report = extract(*paths, "new", rank=rank)
+    found = merged(net().double(), Path("new"))
     lost = norm = 0.0
     for name, start in base.items():
         delta, error = tuned[name] - start, float((found[name] - tuned[name]).square().sum())
@@ -61,44 +62,44 @@ def test_the_adapter_is_the_best_of_its_rank_and_its_error_is_stated(tmp_path, r
     assert report.left_out == ["block.q.bias"]
     assert report.whole == ["conv"]
     assert report.error == pytest.approx((lost / norm) ** 0.5, rel=1e-4)
-    names = load_file(tmp_path / "new/adapter_model.safetensors")
+    names = load_file("new/adapter_model.safetensors")
     assert names["base_model.model.block.q.lora_A.weight"].shape == (min(rank, 6), 6)
 
 
-def test_an_extracted_adapter_of_a_language_model_is_that_of_peft_also_where_the_head_is_tied(tmp_path):
+def test_an_extracted_adapter_of_a_language_model_is_that_of_peft_also_where_the_head_is_tied():
     transformers = pytest.importorskip("transformers")
     torch.manual_seed(0)
     sizes = {"vocab_size": 24, "hidden_size": 16, "intermediate_size": 20, "num_hidden_layers": 1}
     config = transformers.LlamaConfig(**sizes, num_attention_heads=2, num_key_value_heads=1, tie_word_embeddings=True)
     model = transformers.LlamaForCausalLM(config).double()
-    model.save_pretrained(tmp_path / "base")
+    model.save_pretrained("base")
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.05 * torch.randn_like(parameter))
-    model.save_pretrained(tmp_path / "tuned")
-    report = extract(tmp_path / "base", tmp_path / "tuned", tmp_path / "new", rank=16)
+    model.save_pretrained("tuned")
+    report = extract("base", "tuned", "new", rank=16)
     assert report.error < 1e-6
     assert "is tied to the output layer: merge the adapter before use" in report.notes[-1]
-    start = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.float64)
+    start = transformers.LlamaForCausalLM.from_pretrained("base", dtype=torch.float64)
     ids = torch.arange(24)[None]
-    found = peft.PeftModel.from_pretrained(start, tmp_path / "new", autocast_adapter_dtype=False).merge_and_unload()
+    found = peft.PeftModel.from_pretrained(start, "new", autocast_adapter_dtype=False).merge_and_unload()
     torch.testing.assert_close(found(ids).logits, model(ids).logits, rtol=1e-5, atol=1e-5)
 
 
-def test_transposed_layers_of_gpt2_keep_their_layout(tmp_path):
+def test_transposed_layers_of_gpt2_keep_their_layout():
     transformers = pytest.importorskip("transformers")
     torch.manual_seed(0)
     config = transformers.GPT2Config(vocab_size=24, n_embd=16, n_layer=1, n_head=2, n_positions=8)
     model = transformers.GPT2LMHeadModel(config).double().eval()
-    model.save_pretrained(tmp_path / "base")
+    model.save_pretrained("base")
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "bias" not in name:
                 parameter.add_(0.05 * torch.randn_like(parameter))
-    model.save_pretrained(tmp_path / "tuned")
-    report = extract(tmp_path / "base", tmp_path / "tuned", tmp_path / "new", rank=16)
-    start = transformers.GPT2LMHeadModel.from_pretrained(tmp_path / "base", dtype=torch.float64)
-    found = peft.PeftModel.from_pretrained(start, tmp_path / "new", autocast_adapter_dtype=False).merge_and_unload()
+    model.save_pretrained("tuned")
+    report = extract("base", "tuned", "new", rank=16)
+    start = transformers.GPT2LMHeadModel.from_pretrained("base", dtype=torch.float64)
+    found = peft.PeftModel.from_pretrained(start, "new", autocast_adapter_dtype=False).merge_and_unload()
     ids = torch.arange(8)[None]
     torch.testing.assert_close(found(ids).logits, model(ids).logits, rtol=1e-5, atol=1e-5)
     assert report.error < 1e-6
@@ -106,24 +107,24 @@ def test_transposed_layers_of_gpt2_keep_their_layout(tmp_path):
 
 def test_the_command_states_the_error_and_what_it_leaves_out(tmp_path, capsys):
     *_, base, tuned = make(tmp_path, net(), ["q", "k", "head"])
-    main(["extract", "--base", base, "--finetuned", tuned, "--output", str(tmp_path / "new"), "--rank", "2"])
+    main(["extract", "--base", base, "--finetuned", tuned, "--output", "new", "--rank", "2"])
     printed = " ".join(capsys.readouterr().out.split())
     assert "left out 2 biases beside factors: 'block.q.bias', 'head.bias'" in printed
     assert re.search(r"an adapter of 3 modules of rank 2, .* it lacks [\d.]+% of the change, at most [\d.]+%", printed)
-    assert json.loads((tmp_path / "new/adapter_config.json").read_text())["base_model_name_or_path"] == base
+    assert json.loads(Path("new/adapter_config.json").read_text())["base_model_name_or_path"] == base
 
 
-def test_what_no_adapter_can_hold_is_named(tmp_path):
+def test_what_no_adapter_can_hold_is_named():
     base = {"experts.gate_up_proj": torch.zeros(2, 3, 4), "l.weight": torch.zeros(3, 3)}
-    save_weights(base, tmp_path / "base.safetensors")
-    save_weights({name: tensor + 1 for name, tensor in base.items()}, tmp_path / "tuned.safetensors")
-    paths = (tmp_path / "base.safetensors", tmp_path / "tuned.safetensors")
+    save_weights(base, "base.safetensors")
+    save_weights({name: tensor + 1 for name, tensor in base.items()}, "tuned.safetensors")
+    paths = (Path("base.safetensors"), Path("tuned.safetensors"))
     with pytest.raises(ValueError, match="'experts.gate_up_proj' moved, and is not the weight of a module.*exclude"):
-        extract(*paths, tmp_path / "new", rank=2)
+        extract(*paths, "new", rank=2)
     with pytest.raises(ValueError, match="rank must be at least 1"):
-        extract(*paths, tmp_path / "new", rank=0)
+        extract(*paths, "new", rank=0)
     with pytest.raises(ValueError, match="must be a folder for an adapter"):
-        extract(*paths, tmp_path / "new.safetensors", rank=2)
-    assert extract(*paths, tmp_path / "new", rank=2, exclude="experts").ranks == (1, 1)
+        extract(*paths, "new.safetensors", rank=2)
+    assert extract(*paths, "new", rank=2, exclude="experts").ranks == (1, 1)
     with pytest.raises(NoEffectError, match="No matrix differs"):
-        extract(paths[0], paths[0], tmp_path / "other", rank=2)
+        extract(paths[0], paths[0], "other", rank=2)

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -26,9 +27,8 @@ from tva.vectors.lazy import short_paths
 
 
 @pytest.fixture
-def files(tmp_path, monkeypatch):
+def files(tmp_path):
     """A base, and fine-tuned checkpoints and vectors of three tasks, in the current folder."""
-    monkeypatch.chdir(tmp_path)
     save_weights(state(0), "base.safetensors")
     for seed, name in enumerate("abc", start=1):
         torch.save({"state_dict": {f"model.{key}": value for key, value in state(seed).items()}}, f"{name}.ckpt")
@@ -56,30 +56,30 @@ def assert_same_file(path, expected):
 
 @pytest.mark.parametrize("piece", [7, 2**18])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
-def test_extract_writes_bit_for_bit_what_between_and_save_write(tmp_path, monkeypatch, dtype, piece):
+def test_extract_writes_bit_for_bit_what_between_and_save_write(monkeypatch, dtype, piece):
     monkeypatch.setattr(tva.vectors.write, "CHUNK", piece)
-    save_weights(state(0, dtype), tmp_path / "base.safetensors")
-    torch.save({"state_dict": {f"model.{name}": value for name, value in state(1, dtype).items()}}, tmp_path / "a.ckpt")
-    base, output = str(tmp_path / "base.safetensors"), str(tmp_path / "a.tv.safetensors")
-    done = extract(base, str(tmp_path / "a.ckpt"), output)
+    save_weights(state(0, dtype), "base.safetensors")
+    torch.save({"state_dict": {f"model.{name}": value for name, value in state(1, dtype).items()}}, "a.ckpt")
+    base, output = "base.safetensors", "a.tv.safetensors"
+    done = extract(base, "a.ckpt", output)
     expected = TaskVector.between(
         open_weights(base), state(1, dtype), origin=tva.Origin(task="a", weights="checkpoint")
     )
-    expected.save(tmp_path / "expected.safetensors")
-    assert_same_file(output, tmp_path / "expected.safetensors")
+    expected.save("expected.safetensors")
+    assert_same_file(output, Path("expected.safetensors"))
     assert (done.task, done.moved) == ("a", 7)
     assert done.untouched == {"frozen": 2, "integer": 1}
     assert (done.base, done.finetuned) == (expected.origin.base.digest, expected.origin.finetuned)
     assert "model." in done.notes[0]
 
 
-def test_extract_takes_an_adapter_as_fine_tuned_model(tmp_path):
-    adapted(tmp_path / "lora", target_modules=["q", "k"])
-    save_weights({name: value.bfloat16() for name, value in net().state_dict().items()}, tmp_path / "base.safetensors")
-    base, output = str(tmp_path / "base.safetensors"), str(tmp_path / "lora.tv.safetensors")
-    extract(base, str(tmp_path / "lora"), output, task="mine")
+def test_extract_takes_an_adapter_as_fine_tuned_model():
+    adapted(Path("lora"), target_modules=["q", "k"])
+    save_weights({name: value.bfloat16() for name, value in net().state_dict().items()}, "base.safetensors")
+    base, output = "base.safetensors", "lora.tv.safetensors"
+    extract(base, "lora", output, task="mine")
     weights = open_weights(base)
-    expected = TaskVector.between(weights, open_finetuned(tmp_path / "lora", weights))
+    expected = TaskVector.between(weights, open_finetuned("lora", weights))
     found = TaskVector.load(output)
     assert found.origin.task == "mine"
     assert set(found.deltas) == set(expected.deltas) == {"block.q.weight", "block.k.weight"}
@@ -185,10 +185,10 @@ def test_inspect_reads_any_checkpoint_and_counts_what_is_not_finite(files):
 
 
 def test_inspect_refuses_what_is_no_vector_and_no_checkpoint(files):
-    (files / "notes.txt").write_text("nothing")
+    Path("notes.txt").write_text("nothing")
     with pytest.raises(ValueError, match="notes.txt is not a checkpoint that tva reads"):
         inspect("notes.txt")
-    (files / "cut.tv.safetensors").write_bytes((files / "a.tv.safetensors").read_bytes()[:-10])
+    Path("cut.tv.safetensors").write_bytes(Path("a.tv.safetensors").read_bytes()[:-10])
     with pytest.raises(ValueError, match="damaged or cut off"):
         inspect("cut.tv.safetensors")
     with pytest.raises(ValueError, match="by must be one of group, layer, tensor; found 'module'"):
@@ -261,7 +261,7 @@ def test_not_a_number_is_said_and_not_averaged_away(files):
     assert math.isnan(found.whole.cosines[0][1])
 
 
-def test_a_slow_disk_gets_every_chunk_as_it_was_computed(tmp_path, monkeypatch):
+def test_a_slow_disk_gets_every_chunk_as_it_was_computed(monkeypatch):
     store = LateHeaderFile._store
 
     def slowly(self, data, offset):
@@ -275,9 +275,9 @@ def test_a_slow_disk_gets_every_chunk_as_it_was_computed(tmp_path, monkeypatch):
     tuned = {name: tensor + torch.randn_like(tensor) for name, tensor in base.items()}
     tuned["w"][200:400] = base["w"][200:400]  # two pieces are skipped
     for name, weights in (("base", base), ("tuned", tuned)):
-        save_weights(weights, tmp_path / f"{name}.safetensors")
-    extract(*(str(tmp_path / f"{name}.safetensors") for name in ("base", "tuned", "x.tv")))
-    deltas = TaskVector.load(tmp_path / "x.tv.safetensors").deltas
+        save_weights(weights, f"{name}.safetensors")
+    extract(*(f"{name}.safetensors" for name in ("base", "tuned", "x.tv")))
+    deltas = TaskVector.load("x.tv.safetensors").deltas
     for name in base:
         assert torch.equal(deltas[name], tuned[name] - base[name])
 
@@ -335,10 +335,10 @@ def test_the_cosine_of_a_vector_with_itself_is_one_whatever_its_norm():
         assert cosine_matrix({"a": vector})["a"]["a"] == 1.0
 
 
-def test_a_buffer_that_only_the_header_has_is_damage(tmp_path):
+def test_a_buffer_that_only_the_header_has_is_damage():
     base = {"w": torch.zeros(2), "running_mean": torch.zeros(2)}
-    TaskVector.between(base, {name: tensor + 1 for name, tensor in base.items()}).save(tmp_path / "v.tv.safetensors")
-    data = (tmp_path / "v.tv.safetensors").read_bytes()
-    (tmp_path / "v.tv.safetensors").write_bytes(data.replace(b'"running_mean":{', b'"running_meao":{', 1))
+    TaskVector.between(base, {name: tensor + 1 for name, tensor in base.items()}).save("v.tv.safetensors")
+    data = Path("v.tv.safetensors").read_bytes()
+    Path("v.tv.safetensors").write_bytes(data.replace(b'"running_mean":{', b'"running_meao":{', 1))
     with pytest.raises(ValueError, match="v.tv.safetensors is damaged: its header lists the buffers 'running_mean'"):
-        inspect(tmp_path / "v.tv.safetensors")
+        inspect("v.tv.safetensors")

@@ -19,8 +19,7 @@ def state(seed, prefix="", tied=False, dtype=torch.float32):
 
 
 @pytest.fixture
-def files(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+def files(tmp_path):
     save_weights(state(0), "base.safetensors")
     save_weights(state(1), "tuned.safetensors")
     TaskVector.between(state(0), state(1)).save("own.tv.safetensors")

@@ -14,8 +14,8 @@ NAMES = "globals().update(extract=__import__('tva.vectors.extract', fromlist=['x
 @pytest.mark.slow
 def test_compress_and_extract_stay_within_the_memory_that_they_are_given(tmp_path):
     base = {"large": torch.zeros(6000, 8000), "small": torch.zeros(4000, 1000)}  # 183 and 15 MiB in float32
-    save_weights(base, tmp_path / "base.safetensors")
-    save_weights({name: tensor + 1 for name, tensor in base.items()}, tmp_path / "tuned.safetensors")
+    save_weights(base, "base.safetensors")
+    save_weights({name: tensor + 1 for name, tensor in base.items()}, "tuned.safetensors")
     extract = "extract('base.safetensors', 'tuned.safetensors', '{}.tv.safetensors', max_memory={})"
     assert_within(tmp_path, 128, NAMES + extract.format("a", "memory"), first=FIRST)
     encodings = ("bf16", "int8", "sign")
