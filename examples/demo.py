@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import logging
-import re
 import statistics
 import sys
 import time
@@ -17,12 +16,15 @@ import yaml
 from rich.table import Table
 
 from tva import TaskVector
+from tva.checkpoints import write_export
 from tva.cli.main import main as tva
 from tva.console import make_console
 from tva.edit.runs import revisit
 from tva.evaluation.intervals import student_interval
 from tva.report.edit_report import read_report
+from tva.report.render import draw
 from tva.report.series import SCALING, curve
+from tva.report.vega import CONFIG, MARK, label_of
 
 CONFIGS = Path("configs/demo")
 EDITS = ("forget", "add", "analogy")
@@ -153,90 +155,32 @@ def spread(values: Sequence[float]) -> str:
 
 
 def draw_curves(reports: Mapping[str, Sequence[Mapping[str, Any]]], path: Path) -> None:
-    """Draw accuracy against the coefficient for each edit: lines on validation data, markers on test data.
+    """Draw accuracy against the coefficient for each edit: lines on validation data, points on test data.
 
     Args:
-        reports: For each edit the ``edit.json`` of each seed; lines are means over seeds, bands their range.
-        path: The SVG to write, of a size that fits a repository: text as text, coordinates to a tenth of a point.
+        reports: For each edit the ``edit.json`` of each seed; lines are means over seeds.
+        path: The SVG to write.
     """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    figure, axes = plt.subplots(1, len(reports), figsize=(5 * len(reports), 4.6), sharey=True, layout="constrained")
-    colors = plt.get_cmap("tab10")
-    for axis, (edit, runs) in zip(axes, reports.items(), strict=True):
-        for number, (task, first) in enumerate(runs[0]["tasks"].items()):
-            control = first["role"] == "control"
-            color, style = (str(0.2 + 0.2 * (number % 4)), "--") if control else (colors(number), "-")
-            curves = [{coef: point.value for coef, point in curve(run, task, SCALING)} for run in runs]
-            if len(curves[0]) > 1:
-                coefs = list(curves[0])
-                values = list(zip(*(points.values() for points in curves), strict=True))
-                axis.plot(coefs, [statistics.fmean(v) for v in values], color=color, ls=style, lw=1.5)
-                if len(runs) > 1:
-                    axis.fill_between(
-                        coefs, list(map(min, values)), list(map(max, values)), color=color, alpha=0.15, lw=0
-                    )
-            chosen = [run["coefficients"]["scaling_coef"] for run in runs]
-            edited = [run["tasks"][task]["edited"]["value"] for run in runs]
-            random = [
-                (coef, run["tasks"][task]["random"]["value"])
-                for coef, run in zip(chosen, runs, strict=True)
-                if "random" in run["tasks"][task]  # not where no coefficient was feasible
-            ]
-            axis.scatter([0], [first["base"]["value"]], color=color, marker="_", s=90)
-            label = f"{task} ({first['role']})"
-            axis.scatter(chosen, edited, color=color, marker="o", s=28, zorder=3, label=label)
-            for coef, value in random:
-                axis.scatter([coef], [value], color=color, marker="x", s=28, zorder=3)
-        axis.set_title(f"{edit}:  {runs[0]['recipe']}")
-        axis.set_xlabel("scaling coefficient λ")
-        axis.grid(alpha=0.3)
-        axis.legend(fontsize=8, loc="lower left")
-    axes[0].set_ylabel("accuracy")
-    axes[0].set_ylim(0, 1.02)
-    figure.supxlabel(
-        "lines: validation data, the only data λ is chosen on;  ●: edited, ×: random vector of the same norm, "
-        "–: base, on test data",
-        fontsize=9,
-    )
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "demo", "font.sans-serif": ["DejaVu Sans"]}):
-        figure.savefig(path, metadata={"Date": None})
-    plt.close(figure)
-    path.write_text(shorten(path.read_text(encoding="utf-8")), encoding="utf-8")
-
-
-def shorten(svg: str) -> str:
-    """Return a picture without what matplotlib writes for programs, and with coordinates to a tenth of a point.
-
-    Example:
-        >>> shorten('<g id="patch_1">\\n <path d="M 0.123 4.000 \\nL 5 6.78"/>\\n</g>')
-        '<path d="M0.1 4L5 6.8"/>'
-    """
-    svg = re.sub(r"\s+", " ", svg).replace("> <", "><")
-    svg = re.sub(
-        r"<metadata>.*?</metadata>|<!DOCTYPE[^>]*>| clip-path=\S*\)\"| transform=\"rotate\(-0 [^)]*\)\"", "", svg
-    )
-    svg = re.sub(r'(?<=<g) id="[^"]*"', "", svg)
-    while svg != (inner := re.sub(r"<g>((?:(?!</?g\b).)*)</g>", r"\1", svg)):
-        svg = inner
-    svg = re.sub(
-        r' (?:d|x|y)="[^"]*"',
-        lambda place: re.sub(r"-?\d+\.\d+", lambda n: f"{round(float(n[0]), 1):g}", place[0]),
-        svg,
-    )
-    svg = re.sub(r' d="[^"]*"', lambda path: " d" + re.sub(r" ?([A-Za-z]) ?", r"\1", path[0][2:]), svg)
-    styles: dict[str, str] = {}
-    svg = re.sub(r'(?<= )style="([^"]*)"', lambda s: f'class="{styles.setdefault(s[1], f"s{len(styles)}")}"', svg)
-    svg = svg.replace(' xmlns:xlink="http://www.w3.org/1999/xlink"', "").replace("xlink:href", "href")
-    for number, name in enumerate(dict.fromkeys(re.findall(r' id="(\w{11,})"', svg))):
-        svg = svg.replace(name, f"i{number}")
-    rules = "".join(f".{name}{{{style}}}" for style, name in styles.items())
-    return svg.replace("</style>", f"{rules}</style>", 1).replace("><", ">\n<")
-
-
-if __name__ == "__main__":
-    main()
+    rows: list[dict[str, Any]] = []
+    for edit, runs in reports.items():
+        for content, task in [(each, task) for each in runs for task in each["tasks"]]:
+            of = {"edit": f"{edit}: {content['recipe']}", "task": label_of(content, task)}
+            rows += [{**of, "coef": coef, "value": point.value} for coef, point in curve(content, task, SCALING)]
+            tested, chosen = content["tasks"][task]["edited"]["value"], content["coefficients"][SCALING]
+            rows.append({**of, "coef": chosen, "value": tested, "tested": True})
+    axis: dict[str, Any] = {"type": "quantitative", "axis": {"grid": False, "tickCount": 5}}
+    x = {**axis, "field": "coef", "title": "scaling coefficient λ"}
+    y = {**axis, "field": "value", "title": "accuracy", "scale": {"domain": [0, 1]}}
+    layers = [
+        {"transform": [{"filter": "!datum.tested"}], "mark": "line", "encoding": {"y": {**y, "aggregate": "mean"}}},
+        {"transform": [{"filter": "datum.tested"}], "mark": {**MARK, "size": 80}, "encoding": {"y": y}},
+    ]
+    panel = {"width": 280, "height": 260, "encoding": {"x": x, "color": {"field": "task"}}, "layer": layers}
+    edits = list(dict.fromkeys(row["edit"] for row in rows))
+    spec = {
+        "data": {"values": rows},
+        "config": {**CONFIG, "background": "white", "legend": {**CONFIG["legend"], "columns": 7}},
+        "facet": {"column": {"field": "edit", "sort": edits, "title": None}},
+        "spec": panel,
+    }
+    write_export(path, draw(spec, path.stem).encode())
