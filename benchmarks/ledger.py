@@ -132,11 +132,14 @@ def _anywhere(command: str) -> str:
 def write(entry: Mapping[str, Any], file: Path) -> None:
     """Write an entry: how it was made, its seeds, and one line a value, with those of all seeds side by side."""
     found = _side_by_side(list(entry["seeds"].values()))
-    lines = [f"{json.dumps(key)}:{_compact(values)}" for key, values in found.items()]
     seeds = _compact([int(seed) for seed in entry["seeds"]])
+    if isinstance(found, list):  # older seeds have other keys, until they are measured again
+        values = f"{_compact(found)}}}\n"
+    else:
+        lines = [f"{json.dumps(key)}:{_compact(values)}" for key, values in found.items()]
+        values = "{\n" + ",\n".join(lines) + "\n}}\n"
     file.parent.mkdir(parents=True, exist_ok=True)
-    head = f'{{"made":{_compact(entry["made"])},\n"seeds":{seeds},\n"values":{{\n'
-    file.write_text(head + ",\n".join(lines) + "\n}}\n")
+    file.write_text(f'{{"made":{_compact(entry["made"])},\n"seeds":{seeds},\n"values":{values}')
 
 
 def _read(file: Path) -> dict[str, Any]:

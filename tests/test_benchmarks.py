@@ -74,6 +74,11 @@ def test_a_run_keeps_each_seeds_values_and_how_they_were_made(small, tmp_path):
     assert {"commit", "date", "machine", "versions", "seconds"} < entry["made"][1].keys()
     with pytest.raises(ValueError, match="small has no option other; its options are factor"):
         ledger.run("small", [0], {"other": 1}, "", tmp_path)
+    small.measure = lambda seed, factor: {"another": seed}
+    entry = ledger.run("small", [1], {}, "of another form", tmp_path)
+    assert entry == ledger.load("small", tmp_path)
+    assert entry["seeds"]["0"] == {"value": 0.0}
+    assert entry["seeds"]["1"] == {"another": 1}
 
 
 def test_runs_that_differ_only_in_their_seeds_are_shown_as_one(small, tmp_path):
