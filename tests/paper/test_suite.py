@@ -17,7 +17,7 @@ from benchmarks import paper
 from tva.cli.commands import fit_many, paper__run
 from tva.cli.main import main
 from tva.paper.figures import curve_rows, figures_of, pair_rows, write_figures
-from tva.paper.quantities import is_quantity, quantity
+from tva.paper.quantities import quantity
 from tva.paper.results import find_made
 from tva.paper.suite import SUITE, find_scale, list_experiments, load_experiment
 
@@ -26,12 +26,7 @@ SCALES = [scale for name in list_experiments() for scale in load_experiment(name
 
 
 @pytest.mark.parametrize("scale", SCALES, ids=lambda scale: f"{scale.experiment}-{scale.name}")
-def test_rows_and_effects_name_quantities_and_edits_that_exist(scale):
-    groups = scale.content["edits"]
-    for entry in [*scale.content["rows"], *scale.content.get("effects", [])]:
-        assert entry["edits"] in groups
-        for name in (entry["value"], *(entry[key] for key in ("above", "below") if key in entry)):
-            assert is_quantity(name)
+def test_every_scale_has_edits_and_fits_and_says_what_differs(scale):
     assert scale.differs
     assert list(scale.edits([0], "data"))
     assert all(fit.changes["data"] for fit in scale.fits([0], "data"))
@@ -201,6 +196,13 @@ def test_check_fails_where_an_effect_is_not_shown(made, capsys, tmp_path):
         main(["paper", "table", str(file), "--output", str(output), "--write", str(tmp_path), "--check"])
     assert stop.value.code == 1
     assert "not shown" in capsys.readouterr().out
+    own = file.with_name("no-effects.yaml")
+    own.write_text(yaml.safe_dump({**yaml.safe_load(file.read_text()), "effects": []}))
+    shutil.copytree(output / "blobs", output / "no-effects")
+    with pytest.raises(SystemExit):
+        main(["paper", "table", str(own), "--output", str(output), "--write", str(tmp_path / "own"), "--check"])
+    assert "--check tests effects, and these experiments have none" in capsys.readouterr().err
+    shutil.rmtree(output / "no-effects")
 
 
 def test_an_interruption_ends_the_run_whatever_else_was_asked_for(tmp_path, monkeypatch, capsys):
@@ -250,6 +252,8 @@ def test_an_edit_of_another_config_is_kept_until_redo(made, capsys, tmp_path, mo
         (["run", "forgetting-images", "--scale", "real", "--data_root", "nowhere"], "There is no folder nowhere"),
         (["run", "nowhere.yaml"], "There is no experiment nowhere.yaml"),
         (["table", "forgetting-images", "--output", "nowhere"], "There are no results"),
+        (["plan", "forgetting-images", "--seeds", "[0,1,0]"], "each once; found [0, 1, 0]"),
+        (["run", "forgetting-images", "--seeds", "[]"], "each once; found []"),
     ],
 )
 def test_mistakes_say_what_to_do(words, message, capsys, tmp_path, monkeypatch):
@@ -265,6 +269,24 @@ def test_an_experiment_with_an_unknown_key_is_refused(tmp_path, capsys):
     with pytest.raises(SystemExit):
         main(["paper", "plan", str(file)])
     assert "unknown keys ['row']" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda own: own["rows"][0].update(value="target.edit"), "blobs.yaml: There is no quantity 'target.edit'"),
+        (lambda own: own["effects"][0].update(below="target.bas"), "Did you mean 'target.base'"),
+        (lambda own: own["rows"][1].update(edits="forgt"), "edits of 'forget-{task}'; found {'edits': 'forgt'"),
+        (lambda own: own["scales"]["small"].update(tasks="one"), "tasks must be a list, .*; found 'one'"),
+    ],
+)
+def test_what_a_table_would_lack_is_refused_before_anything_is_trained(change, message, tmp_path):
+    file = own_experiment(tmp_path)
+    content = yaml.safe_load(file.read_text())
+    change(content)
+    file.write_text(yaml.safe_dump(content))
+    with pytest.raises(ValueError, match=message):
+        load_experiment(str(file))
 
 
 def test_an_experiment_is_read_within_limits(tmp_path, capsys):
@@ -386,13 +408,27 @@ def test_figures_are_drawn_of_curves_pairs_and_cosines(made, tmp_path):
     assert all(file.read_bytes().startswith(b"\x89PNG") for file in files if file.suffix == ".png")
 
 
-def test_a_seed_without_all_edits_is_left_out_and_named(made, tmp_path, capsys):
+def test_seeds_without_all_edits_or_numbers_are_left_out_and_named(made, tmp_path, capsys):
     file, output, _, _ = made
+    edits = tmp_path / "out/blobs/small"
+
+    def rows():
+        main(["paper", "table", str(file), "--output", str(tmp_path / "out")])
+        return [list(row["seeds"]) for row in json.loads((tmp_path / "out/table.json").read_text())["rows"]]
+
     shutil.copytree(output, tmp_path / "out")
-    shutil.rmtree(tmp_path / "out/blobs/small/forget-two/seed=4")
-    main(["paper", "table", str(file), "--output", str(tmp_path / "out")])
+    report = edits / "forget-one/seed=3/edit/edit.json"
+    content = json.loads(report.read_text())
+    for entry in content["tasks"].values():
+        entry["split"] = "val"  # as where no coefficient is feasible
+    report.write_text(json.dumps(content))
+    assert rows() == [["4"], ["4"]]
+    assert "target: seed 3 is left out, as 'forget-one' has no such number" in capsys.readouterr().out
+    shutil.rmtree(edits / "forget-two/seed=4")
+    assert rows() == []
+    shutil.rmtree(edits / "forget-two/seed=3")  # as after an interruption: no seed has all
+    assert rows() == []
     assert "seed 4 has 1 of 2 edits and is left out" in capsys.readouterr().out
-    assert list(json.loads((tmp_path / "out/table.json").read_text())["rows"][0]["seeds"]) == ["3"]
 
 
 def test_the_best_part_of_an_analogy_is_that_of_the_best_target():

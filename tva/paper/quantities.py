@@ -155,17 +155,30 @@ def _of_task(content: Content, task: str, metric: str, model: str) -> float | No
     return found
 
 
+def check_quantity(name: str, where: str = "") -> None:
+    """Check that there is a quantity of this name.
+
+    Args:
+        name: The name.
+        where: What names it, for the message.
+
+    Raises:
+        ValueError: There is none.
+    """
+    if not is_quantity(name):
+        raise ValueError(
+            f"{where}There is no quantity {name!r}; there are {some(QUANTITIES, 60)}, and TASK/METRIC.MODEL for the "
+            f"models base, edited and random.{did_you_mean(name, QUANTITIES)}"
+        )
+
+
 def quantity(name: str, content: Content) -> float | None:
     """Return a number of an edit; None if the edit does not have it or no coefficient was feasible.
 
     Raises:
         ValueError: There is no such quantity.
     """
-    if not is_quantity(name):
-        raise ValueError(
-            f"There is no quantity {name!r}; there are {some(QUANTITIES, 60)}, and TASK/METRIC.MODEL for the models "
-            f"base, edited and random.{did_you_mean(name, QUANTITIES)}"
-        )
+    check_quantity(name)
     if (of_task := OF_TASK.fullmatch(name)) is not None:
         return _of_task(content, **of_task.groupdict()) if is_feasible(content) else None
     return QUANTITIES[name](content) if is_feasible(content) else None

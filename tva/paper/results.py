@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import statistics
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from tva.checkpoints.foreign import read_json
+from tva.errors import some
 from tva.evaluation.intervals import student_interval
 from tva.paper.quantities import mean, quantity
 from tva.paper.suite import Scale
@@ -128,56 +130,86 @@ def read_done(file: Path) -> dict[str, Any]:
 
 
 def find_made(output: Path, scale: Scale) -> list[Made]:
-    """Find the finished edits of an experiment, of all seeds."""
-    found = []
+    """Find the finished edits of an experiment, of all seeds; edits that it no longer names are not its own."""
+    found, names = [], _names(scale)
     for file in sorted((output / scale.experiment / scale.name).glob(f"*/seed=*/{DONE}")):
         if not file.parent.name.removeprefix("seed=").isdecimal():
             continue  # replaced by another edit
         done = read_done(file)
+        if done["name"] not in names.get(done["group"], ()):
+            continue
         report = read_report(file.parent / "edit")
         found.append(Made(done["group"], done["name"], done["seed"], done["seconds"], report, file.parent))
     return found
 
 
-def by_seed(made: Sequence[Made], edits: str, value: str) -> tuple[dict[int, float], int]:
-    """Return a quantity's mean over the edits of a group, one per seed, and the number of edits per seed.
+def by_seed(scale: Scale, made: Sequence[Made], edits: str, value: str) -> dict[int, float]:
+    """Return a quantity's mean over the edits of a group, one per seed.
 
-    Seeds of which an edit is missing are left out; see `missing_edits`.
+    Seeds in which an edit is missing or does not have the quantity are left out; see `left_out`.
     """
-    found: dict[int, list[float | None]] = {}
+    known = {
+        seed: {name: found for name, found in values.items() if found is not None}
+        for seed, values in _values(made, edits, value).items()
+    }
+    whole = _names(scale).get(edits, set())
+    return {seed: statistics.fmean(values.values()) for seed, values in sorted(known.items()) if set(values) == whole}
+
+
+def _names(scale: Scale) -> dict[str, set[str]]:
+    """Return the names of the edits that each seed should have, by group."""
+    names: dict[str, set[str]] = {}
+    for edit in scale.edits([0]):
+        names.setdefault(edit.group, set()).add(edit.name)
+    return names
+
+
+def _values(made: Sequence[Made], edits: str, value: str) -> dict[int, dict[str, float | None]]:
+    """Return a quantity by seed and edit of a group; None where an edit does not have it."""
+    found: dict[int, dict[str, float | None]] = {}
     for each in made:
         if each.group == edits:
-            found.setdefault(each.seed, []).append(quantity(value, each.content))
-    most = max((len(values) for values in found.values()), default=0)
-    known = {seed: mean(values) for seed, values in sorted(found.items()) if len(values) == most}
-    return {seed: value for seed, value in known.items() if value is not None}, most
+            found.setdefault(each.seed, {})[each.name] = quantity(value, each.content)
+    return found
 
 
-def missing_edits(scale: Scale, made: Sequence[Made]) -> list[str]:
-    """Return one sentence for each seed of which edits are missing, so that tables leave it out."""
-    names: dict[str, set[str]] = {}
-    for each in made:
-        names.setdefault(each.group, set()).add(each.name)
-    there: dict[tuple[str, int], set[str]] = {}
-    for each in made:
-        there.setdefault((each.group, each.seed), set()).add(each.name)
-    start = f"{scale.experiment} ({scale.name})"
-    return [
-        f"{start}, {group}: seed {seed} has {len(found)} of {len(names[group])} edits and is left out"
-        for (group, seed), found in sorted(there.items())
-        if len(found) < len(names[group])
-    ]
+def left_out(scale: Scale, made: Sequence[Made]) -> list[str]:
+    """Return one sentence for each seed that tables leave out, as edits of it are missing or lack a number."""
+    start, notes = f"{scale.experiment} ({scale.name})", []
+    for group, names in _names(scale).items():
+        seeds = sorted({each.seed for each in made if each.group == group})
+        there = {seed: {each.name for each in made if (each.group, each.seed) == (group, seed)} for seed in seeds}
+        notes += [
+            f"{start}, {group}: seed {seed} has {len(found)} of {len(names)} edits and is left out"
+            for seed, found in there.items()
+            if len(found) < len(names)
+        ]
+    for entry in rows_at(scale):
+        values = _values(made, entry["edits"], entry["value"])
+        if all(found is None for own in values.values() for found in own.values()):
+            continue  # a number that these edits never have
+        lacking = {seed: [name for name, found in own.items() if found is None] for seed, own in values.items()}
+        notes += [
+            f"{start}, {entry['row']}: seed {seed} is left out, as {some(names)} has no such number"
+            for seed, names in sorted(lacking.items())
+            if names
+        ]
+    return notes
+
+
+def rows_at(scale: Scale) -> list[Any]:
+    """Return the entries of an experiment's rows that a scale has."""
+    return [entry for entry in scale.content["rows"] if scale.name in entry.get("scales", [scale.name])]
 
 
 def rows_of(scale: Scale, made: Sequence[Made]) -> Iterator[Row]:
     """Return the rows of an experiment's table that have numbers."""
     column = scale.options.get("paper")
-    for entry in scale.content["rows"]:
-        if scale.name not in entry.get("scales", [scale.name]):
-            continue
+    names = _names(scale)
+    for entry in rows_at(scale):
         unit = entry.get("unit", "percent")
         factor = 100.0 if unit == "percent" else 1.0
-        seeds, count = by_seed(made, entry["edits"], entry["value"])
+        seeds = by_seed(scale, made, entry["edits"], entry["value"])
         if not seeds:
             continue
         values = {seed: factor * value for seed, value in seeds.items()}
@@ -192,7 +224,7 @@ def rows_of(scale: Scale, made: Sequence[Made]) -> Iterator[Row]:
             ends[0] if ends else None,
             ends[1] if ends else None,
             values,
-            count,
+            len(names[entry["edits"]]),
             unit,
             column if paper is not None else None,
             scale.differs,
@@ -205,8 +237,8 @@ def effects_of(scale: Scale, made: Sequence[Made], confidence: float = 0.95) -> 
         if scale.name not in entry.get("scales", [scale.name]):
             continue
         above = "above" in entry
-        ours, _ = by_seed(made, entry["edits"], entry["value"])
-        other, _ = by_seed(made, entry["edits"], entry["above" if above else "below"])
+        ours = by_seed(scale, made, entry["edits"], entry["value"])
+        other = by_seed(scale, made, entry["edits"], entry["above" if above else "below"])
         differences = {s: (v - other[s]) * (1 if above else -1) for s, v in ours.items() if s in other}
         ends = student_interval(np.array(list(differences.values())), 2 * confidence - 1)
         yield Effect(

@@ -17,6 +17,7 @@ from typing import Any
 from tva.checkpoints.foreign_yaml import read_yaml
 from tva.errors import did_you_mean, some
 from tva.paper.configs import fill, merge, nested
+from tva.paper.quantities import check_quantity
 
 SUITE = Path(__file__).parent / "suite"
 _SETUP = {
@@ -120,6 +121,16 @@ class Scale:
         mark = "{data_root}"
         used = [[edit.config for edit in self.edits([0], mark)], [fit.changes for fit in self.fits([0], mark)]]
         return mark in str([used, self.shared(0, mark)])
+
+    def chosen_seeds(self, given: Sequence[int] | None) -> list[int]:
+        """Return the seeds that are given, else the default ones.
+
+        Raises:
+            ValueError: A seed is given twice or is negative, or none is given.
+        """
+        if given is not None and (not given or len(set(given)) < len(given) or min(given) < 0):
+            raise ValueError(f"seeds must be whole numbers of at least 0, each once; found {list(given)}.")
+        return self.seeds if given is None else list(given)
 
     def edits(self, seeds: Sequence[int] | None = None, data_root: str = "") -> Iterator[Edit]:
         """Return the edits, seed by seed."""
@@ -243,10 +254,16 @@ def load_experiment(name: str) -> dict[str, Scale]:
             )
         file = SUITE / f"{name}.yaml"
     content = _read(file, _EXPERIMENT, ("title", "source", "edits", "scales", "rows"))
+    for entry in [*content["rows"], *content.get("effects", [])]:
+        _check_entry(str(file), entry, content["edits"])
     scales = {}
     for scale, options in content["scales"].items():
-        _check_keys(f"{file}, scale {scale}", options, _SCALE, ("setup", "tasks"))
-        setup = _read_setup(options["setup"], f"{file}, scale {scale}", [file.parent, SUITE])
+        where = f"{file}, scale {scale}"
+        _check_keys(where, options, _SCALE, ("setup", "tasks"))
+        for key in ("tasks", "controls"):
+            if not isinstance(options.get(key, []), list):
+                raise ValueError(f"{where}: {key} must be a list, as [digits, letters]; found {options[key]!r}.")
+        setup = _read_setup(options["setup"], where, [file.parent, SUITE])
         scales[scale] = Scale(file.stem, scale, content, options["setup"], setup)
     return scales
 
@@ -264,6 +281,15 @@ def _read_setup(name: str, where: str, folders: Sequence[Path], above: Sequence[
         setup = merge(_read_setup(setup.pop("like"), str(found), folders, [*above, name]), nested(setup))
     _check_keys(str(found), setup, _SETUP, ("model", "fit", "data", "tasks"))
     return setup
+
+
+def _check_entry(where: str, entry: Any, edits: Mapping[str, Any]) -> None:
+    """Check that a row or an effect names edits and quantities that there are, before hours are spent on them."""
+    values = [entry[key] for key in ("value", "above", "below") if key in entry] if isinstance(entry, Mapping) else []
+    if not values or "value" not in entry or entry.get("edits") not in edits:
+        raise ValueError(f"{where}: a row or effect must have a value, and edits of {some(edits, 9)}; found {entry!r}.")
+    for value in values:
+        check_quantity(value, f"{where}: ")
 
 
 def find_scale(name: str, scale: str | None) -> Scale:

@@ -39,7 +39,7 @@ def run(
 
 def plan(scale: Scale, output: Path, data_root: str | None, seeds: Sequence[int] | None) -> dict[str, Any]:
     """Return what running an experiment would do."""
-    seeds, root = seeds or scale.seeds, data_root or "DATA_ROOT"
+    seeds, root = scale.chosen_seeds(seeds), data_root or "DATA_ROOT"
     fits = [check_fit(fit) for fit in make_fits(scale, output, seeds, root)]
     edits = list(scale.edits(seeds, root))
     finished = [edit for edit in edits if (edit_folder(output, scale, edit.name, edit.seed) / DONE).exists()]

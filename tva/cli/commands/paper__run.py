@@ -106,7 +106,7 @@ def run(
     steps: list[Step] = []
     for each in scales:
         with only_one(Path(output) / each.experiment / each.name, "paper"):
-            steps += run_scale(each, Path(output), seeds or each.seeds, data_root or "", executor, redo)
+            steps += run_scale(each, Path(output), each.chosen_seeds(seeds), data_root or "", executor, redo)
         if any(step.state == "interrupted" for step in steps):
             break
     return steps

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from tva.console import make_console, print_line
-from tva.paper.results import Effect, Row, effects_of, find_fits, find_made, ledger, missing_edits, rows_of
+from tva.paper.results import Effect, Row, effects_of, find_fits, find_made, ledger, left_out, rows_of
 from tva.paper.suite import list_experiments, load_experiment
 from tva.paper.table import HEADINGS, cells, write_tables
 from tva.report.table import Column, print_table
@@ -80,7 +80,7 @@ def run(
 
         drawn = {name: spec for each, found in results for name, spec in figures_of(each, found)}
         files += write_figures(folder / "figures", drawn)
-    notes = [note for each, found in results for note in missing_edits(each, found)]
+    notes = [note for each, found in results for note in left_out(each, found)]
     return Tables(rows, effects, files, notes)
 
 
@@ -125,4 +125,6 @@ def finish(result: Tables, check: bool = False) -> bool:
         result: What is known.
         check: Exit with status 1 unless every effect holds at this confidence over seeds.
     """
+    if check and not result.effects:
+        raise ValueError("--check tests effects, and these experiments have none at these scales. Leave it out.")
     return not check or all(effect.holds for effect in result.effects)
