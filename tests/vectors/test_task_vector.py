@@ -267,3 +267,9 @@ def test_fingerprints_agree_in_memory_and_in_every_format(base):
     torch.save({f"module.{name}": tensor for name, tensor in base.items()}, "base.pt")
     for name in ("base.safetensors", "base.ckpt", "base.pt"):
         assert fingerprint(open_weights(name)) == fingerprint(base), name
+
+
+def test_sums_of_16_bit_deltas_are_rounded_once():
+    parts = [torch.randn(50).bfloat16() for _ in range(5)]
+    found = sum(TaskVector({"w": part}) for part in parts).deltas["w"]
+    torch.testing.assert_close(found, sum(part.double() for part in parts).float(), rtol=1e-6, atol=1e-6)

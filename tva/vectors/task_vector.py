@@ -55,7 +55,8 @@ class TaskVector:
     vector and leaves its operands unchanged. Make one with `between` or `load` rather than by the constructor.
 
     Args:
-        deltas: Names to deltas of the tensors that fine-tuning moved, float32 or float64.
+        deltas: Names to deltas of the tensors that fine-tuning moved; 16-bit floats become float32, so that sums are
+            rounded once.
         buffers: Names to deltas of running statistics (BatchNorm), kept apart from the parameters.
         untouched: Names that this vector does not move, each with the reason: ``"frozen"`` (the delta is zero),
             ``"integer"`` (never edited) or ``"excluded"`` (left out on request).
@@ -80,8 +81,8 @@ class TaskVector:
         untouched: Mapping[str, str] | None = None,
         origin: Origin | None = None,
     ) -> None:
-        self.deltas = dict(deltas)
-        self.buffers = dict(buffers or {})
+        self.deltas = {name: _widened(delta) for name, delta in deltas.items()}
+        self.buffers = {name: _widened(delta) for name, delta in (buffers or {}).items()}
         self.untouched = dict(untouched or {})
         self.origin = origin or Origin()
 
@@ -573,6 +574,10 @@ def random_delta(name: str, delta: Tensor, seed: int) -> Tensor:
     norm = parts.double().norm()
     noise = torch.randn(parts.shape, generator=generator, dtype=torch.float64)
     return from_real_parts(noise.mul_(norm / noise.norm()).to(parts.dtype), delta)
+
+
+def _widened(delta: Tensor) -> Tensor:
+    return delta.float() if delta.dtype in (torch.bfloat16, torch.float16) else delta
 
 
 def _in_parts(function: Callable[[Tensor], Tensor], delta: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from tva.merge.base import Chunk
 from tva.merge.linalg import eigen, pseudo_inverse
 from tva.merge.matrix import EMBEDDINGS, OrientedMethod
 
-SHORT = 300.0  # a time up to which the filter magnifies float32's rounding to no more than 1e-5 of the result
+SHORT = 300.0  # a time up to which the filter magnifies float32's rounding to no more than 4e-5 of the result
 REACH, NODES = 150.0, 64  # of the polynomial: the largest time × eigenvalue, and where the function is evaluated
 
 
