@@ -24,6 +24,7 @@ from tva.version import __version__
 
 T = TypeVar("T")
 R = TypeVar("R")
+CANCELS, CANCEL_S = 20, 2.0  # how often a call of a cluster is interrupted, and how far apart
 
 
 @dataclass(frozen=True)
@@ -191,12 +192,13 @@ class RayExecutor(Executor):
         folder.mkdir(parents=True, exist_ok=True)
         mark = folder.absolute() / f".seen-{uuid.uuid4().hex}"
         mark.touch()
-        probe = self._ray.remote(_call_there)
+        probe, dumps = self._ray.remote(_call_there), self._ray.cloudpickle.dumps
         try:
             for node in self._nodes():
                 there = probe.options(num_cpus=0, scheduling_strategy=On(node["NodeID"], soft=False))
                 try:
-                    self._ray.get(there.remote(_see, str(mark), __version__, os.getcwd(), sys.path), timeout=120)
+                    seen = there.remote(dumps(_see), dumps(str(mark)), __version__, os.getcwd(), sys.path)
+                    self._ray.get(seen, timeout=120)
                 except (self._ray.exceptions.RayTaskError, TimeoutError) as error:
                     reason = getattr(error, "cause", None) or error
                     raise ValueError(f"The node {node['NodeManagerAddress']} cannot take part: {reason}") from error
@@ -207,8 +209,9 @@ class RayExecutor(Executor):
 
     def run(self, function: Callable[[T, Worker], R], items: Sequence[T]) -> Iterator[tuple[T, R | Exception]]:
         ray = self._ray
-        remote, function = ray.remote(_call_there).options(**self._options), ray.put(function)
-        tasks = {remote.remote(function, item, __version__, os.getcwd(), sys.path): item for item in items}
+        remote, dumps = ray.remote(_call_there).options(**self._options), ray.cloudpickle.dumps
+        called, here = ray.put(dumps(function)), (__version__, os.getcwd(), sys.path)
+        tasks = {remote.remote(called, dumps(item), *here): item for item in items}
         try:
             while tasks:
                 ended, _ = ray.wait(list(tasks))
@@ -222,8 +225,16 @@ class RayExecutor(Executor):
                         found = OSError(f"Ray lost a call, also when it was tried again: {error}")
                     yield item, found
         finally:
+            self._cancel(list(tasks))
+
+    def _cancel(self, tasks: list[Any]) -> None:
+        """Interrupt calls, which end their processes; and again, as Ray loses some that come as one begins."""
+        for _ in range(CANCELS if tasks else 0):
             for task in tasks:
-                ray.cancel(task, force=False)  # raises KeyboardInterrupt in the call, which ends its processes
+                self._ray.cancel(task, force=False)
+            _, tasks = self._ray.wait(tasks, num_returns=len(tasks), timeout=CANCEL_S)
+            if not tasks:
+                break
 
 
 _here = threading.local()  # the worker that a thread, or a process's main thread, is
@@ -248,10 +259,8 @@ def _call_here(function: Callable[[T, Worker], R], item: T) -> R:
     return function(item, _here.worker)
 
 
-def _call_there(
-    function: Callable[[Any, Worker], Any], item: Any, version: str, folder: str, path: Sequence[str]
-) -> Any:
-    """Call the function on a node of the cluster as in the driver: of one version, in one folder, with its modules."""
+def _call_there(function: bytes, item: bytes, version: str, folder: str, path: Sequence[str]) -> Any:
+    """Call a pickled function on a node as in the driver: of one version, in its folder, with its modules."""
     if version != __version__:
         raise ValueError(f"it has tva {__version__}, and the command runs {version}. Install the same on all.")
     import ray
@@ -259,8 +268,18 @@ def _call_there(
     if not os.path.isdir(folder):
         raise ValueError(f"it does not see {folder}, where the command runs. Run it in a folder that all nodes share.")
     os.chdir(folder)
-    sys.path += [place for place in path if place not in sys.path]
-    return function(item, Worker(f"node {ray.util.get_node_ip_address()}"))
+    sys.path += [place for place in path if place not in sys.path]  # before unpickling, which may import from there
+    call, one = ray.cloudpickle.loads(function), ray.cloudpickle.loads(item)
+    before = signal.signal(signal.SIGINT, _interrupt_once)
+    try:
+        return call(one, Worker(f"node {ray.util.get_node_ip_address()}"))
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def _interrupt_once(number: int, frame: Any) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second one would cut short what ends the processes
+    raise KeyboardInterrupt
 
 
 def _see(mark: str, worker: Worker) -> None:
