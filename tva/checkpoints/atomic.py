@@ -19,6 +19,9 @@ from tva._torch import Tensor
 def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
     """Yield a temporary path beside ``path`` that takes its name on success and is removed on failure.
 
+    Raises:
+        OSError: The folder or file cannot be written. A file that was at ``path`` stays as it was.
+
     Example:
         >>> import tempfile
         >>> with tempfile.TemporaryDirectory() as folder:
@@ -67,12 +70,12 @@ def hidden_folder(path: Path) -> Iterator[Path]:
 
 
 def temporary_prefix(path: Path) -> str:
-    """Return how names of temporary files for a path begin on this machine; the process's number and .tmp follow."""
+    """Return the start of the names of this machine's temporary files for a path; process number and .tmp follow."""
     return f".{path.name}.{socket.gethostname()}."
 
 
 def remove_left(folder: Path, prefix: str) -> None:
-    """Remove temporary files and folders of a prefix that processes of this machine left that were killed."""
+    """Remove temporary files and folders with a prefix that killed processes of this machine left behind."""
     for left in folder.iterdir():
         number = left.name.removeprefix(prefix).removesuffix(".tmp")
         if left.name == f"{prefix}{number}.tmp" and number.isdecimal() and not is_alive(int(number)):
@@ -93,7 +96,7 @@ def is_alive(process: int) -> bool:
 
 @contextlib.contextmanager
 def can_write(path: Path) -> Iterator[None]:
-    """Raise an error in making a file or its folder as one that says what was to be written and what to do."""
+    """Turn an error in making a file or its folder into one that names the output and says what to do."""
     try:
         yield
     except OSError as error:
@@ -105,7 +108,7 @@ def can_write(path: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def locked(path: Path) -> Iterator[None]:
-    """Wait until no other process holds the lock on a file or folder, and hold it; where there are no locks, go on."""
+    """Wait for the exclusive lock on a file or folder and hold it; go on without where the system has no locks."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         with contextlib.suppress(ImportError, OSError):
@@ -118,7 +121,7 @@ def locked(path: Path) -> Iterator[None]:
 
 
 def make_room(file: int, size: int) -> None:
-    """Set a file's size and reserve its space on disk where the system can, which halves the time to write."""
+    """Set the size in bytes of an open file and reserve its space if possible, which halves the time to write."""
     try:
         os.posix_fallocate(file, 0, size)
     except (AttributeError, OSError) as error:
@@ -133,9 +136,12 @@ def save_weights(
     """Write a state dict as one safetensors file: whole under its name, or not at all.
 
     Args:
-        weights: Names to tensors; tensors that share memory (tied weights) are written once a name.
-        path: Ends in ``.safetensors``; its folder is made if need be.
+        weights: Names to tensors on any device, left unchanged. Tied weights are written once per name.
+        path: Ends in ``.safetensors``. The folder is made if necessary; an existing file is replaced.
         metadata: Text for the header.
+
+    Raises:
+        OSError: The file cannot be written.
     """
     seen: set[int] = set()
     ready = {}

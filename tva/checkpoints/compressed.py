@@ -166,7 +166,7 @@ _PLAIN_DTYPES = {"bf16": "bfloat16", "fp16": "float16"}
 
 
 def part_name(name: str, encoding: str, part: str) -> str:
-    """Name a part's tensor in the file."""
+    """Return the name of a part's tensor in the file."""
     return f"{name}#{encoding}.{part}"
 
 
@@ -179,7 +179,7 @@ def decoded(path: Path, stored: Mapping[str, Entry], text: str) -> dict[str, Ent
         text: The header's ``tva.encoded``.
 
     Raises:
-        ValueError: A part is lacking, of another form or not accounted for, or an encoding is not known.
+        ValueError: A part is lacking, has another form or is not accounted for, or an encoding is unknown.
     """
     fields = parse_json(text, f"{path}: tva.encoded", {str: list})
     try:

@@ -40,7 +40,7 @@ class DcpShard(Shard):
     """One ``.distcp`` file.
 
     Attributes:
-        archives: By tensor where its archive begins, and how long it is.
+        archives: Start and length in bytes of each tensor's archive.
     """
 
     archives: dict[str, tuple[int, int]] = field(default_factory=dict)
@@ -101,7 +101,7 @@ def dcp_files(shards: Sequence[Shard], metadata: Mapping[str, str]) -> dict[str,
 
 
 def check_format(output: Path, format: str, **others: object) -> None:
-    """Check the format that is asked for an output.
+    """Check the requested format of an output.
 
     Args:
         output: Where it goes.

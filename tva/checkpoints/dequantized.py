@@ -112,20 +112,20 @@ class ByUnit(Dequantized):
 
 
 def dequantized_entry(weights: Mapping[str, Any], name: str) -> Dequantized | None:
-    """Return how a tensor is stored, if it is quantized."""
+    """Return the codes and scales of a tensor; None if it is not quantized."""
     entry: Entry | None = weights.entry(name) if isinstance(weights, LazyWeights) else None
     entry = entry.entry if isinstance(entry, Hashed) else entry
     return entry if isinstance(entry, Dequantized) else None
 
 
 def dequantized_entries(weights: Mapping[str, Any]) -> dict[str, Dequantized]:
-    """Return all tensors of some weights that are stored quantized."""
+    """Return all tensors that are stored quantized, by name; none is read."""
     found = {name: dequantized_entry(weights, name) for name in weights}
     return {name: entry for name, entry in found.items() if entry is not None}
 
 
 def as_stored(weights: LazyWeights) -> LazyWeights:
-    """Return the tensors as they are in the file, codes and scales among them."""
+    """Return quantized weights as they are stored: codes and scales under their names in the file."""
 
     def entries() -> Iterator[tuple[str, Entry]]:
         for name in weights:

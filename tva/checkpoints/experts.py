@@ -88,7 +88,7 @@ def single_experts(
     Args:
         entries: The base's tensors.
         targets: What the adapter changes, by its own names.
-        model_type: Of the base's ``config.json``.
+        model_type: The one in the base's ``config.json``.
 
     Returns:
         The tensors with single experts in place of fused ones, and the names of these by that of the fused one; both as

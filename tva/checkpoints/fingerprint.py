@@ -55,8 +55,8 @@ class TensorHash:
     """Hash one tensor's dtype, shape and bytes as its chunks stream past.
 
     Args:
-        like: What has the tensor's dtype and shape, such as itself or its `LazyWeights.spec`.
-        dtype: Of the chunks; by default that of ``like``.
+        like: The tensor, or its `Spec`.
+        dtype: Dtype of the chunks; by default that of ``like``.
     """
 
     def __init__(self, like: Tensor | Spec, dtype: torch.dtype | str | None = None) -> None:
@@ -69,12 +69,12 @@ class TensorHash:
         self._digest.update(Elements.of(chunk).data if isinstance(chunk, Tensor) else chunk)
 
     def hexdigest(self) -> str:
-        """Return 32 hexadecimal digits."""
+        """Return the hash as 32 hexadecimal digits."""
         return self._digest.hexdigest()
 
 
 def tensor_digest(tensor: Tensor) -> str:
-    """Hash one tensor's dtype, shape and bytes; device and memory layout do not matter."""
+    """Return the hash, 32 hexadecimal digits, of a tensor's dtype, shape and bytes on any device and in any layout."""
     digest = TensorHash(tensor)
     digest.update(tensor.detach().cpu())
     return digest.hexdigest()
@@ -231,7 +231,7 @@ class HashedWeights(LazyWeights):
         return entry.hexdigest()
 
     def take_digest(self, name: str, digest: str) -> None:
-        """Take the digest of a tensor that another process has read."""
+        """Set the digest of a tensor that another process has read."""
         entry = self.entry(name)
         assert isinstance(entry, Hashed)
         entry.known = digest
@@ -265,7 +265,7 @@ def check_header(path: Path, metadata: Mapping[str, str]) -> None:
     """Check that a sealed header is as it was written; one without a seal passes.
 
     Raises:
-        ValueError: It is not.
+        ValueError: It has changed.
     """
     if (CONTENT in metadata or HEADER in metadata) and metadata.get(HEADER) != header_digest(metadata):
         raise ValueError(

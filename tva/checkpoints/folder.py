@@ -41,5 +41,5 @@ def model_config(path: Path) -> dict[str, Any]:
 
 
 def is_undo(name: str) -> bool:
-    """Return whether a file's name is that of an undo file of `tva compose`, which is beside weights and is none."""
+    """Return whether a name is that of an undo file, which `tva compose` writes beside the weights."""
     return name == "undo.safetensors" or name.endswith(".undo.safetensors")

@@ -41,7 +41,7 @@ def fetch(path: str | os.PathLike[str]) -> Path:
 
     Raises:
         FileNotFoundError: The repository, revision or file does not exist, or cannot be reached.
-        ValueError: The path cannot be understood.
+        ValueError: The path has another form.
     """
     repository, revision, file = _parts(path)
     if file is not None:
@@ -115,8 +115,8 @@ def upload(
     Args:
         files: Name in the repository to a file, or to contents.
         repository: ``owner/name``.
-        message: Of the commit.
-        private: Whether a new repository is.
+        message: Message of the commit.
+        private: Make a new repository private.
         space: The SDK of a Space, such as ``"gradio"``; None is a model.
 
     Returns:

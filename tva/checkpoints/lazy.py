@@ -129,7 +129,7 @@ class Entry:
         raise NotImplementedError
 
     def read_into(self, out: numpy.ndarray, start: int) -> None:
-        """Read from element ``start`` on as many bytes as ``out``, uint8, has."""
+        """Fill ``out``, uint8, with the bytes from element ``start`` on."""
         out[:] = Elements.of(self.slice(start, start + len(out) // self.spec.itemsize)).data
 
     def read(self) -> Tensor:
@@ -328,7 +328,7 @@ class Info:
         path: The file or folder.
         format: The format's name.
         which: ``"averaged"`` or ``"raw"`` where a weight-averaging callback has stored both, else ``"as stored"``.
-        notes: One line for every choice: a part that was taken, names that were changed, contents that were left.
+        notes: One line for every choice: a part chosen, names changed, contents left out.
     """
 
     path: Path

@@ -71,7 +71,7 @@ class AdapterTensors:
             used: Targets, as the base's tensors are called in the adapter.
 
         Raises:
-            ValueError: One was not.
+            ValueError: A tensor was not used.
         """
         pairs = {f"{module}.weight": factors.names for module, factors in self.low_rank.items()}
         files = {name for target in used for name in pairs.get(target, ())}
@@ -238,7 +238,7 @@ def adapted(
         base: The tensor that the delta is added to.
         factors: The module's.
         transposed: Whether the weight is stored as [in, out]; used where its shape does not say so.
-        dtype: Of the result.
+        dtype: Dtype of the result.
 
     Raises:
         MismatchError: The shapes do not fit.

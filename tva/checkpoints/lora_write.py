@@ -36,7 +36,7 @@ class NewFactors:
 
     @property
     def rank(self) -> int:
-        """Rank."""
+        """The rank."""
         return len(self.a)
 
     def tensors(self) -> dict[str, Tensor]:
@@ -86,7 +86,7 @@ def write_adapter(
 
     Args:
         folder: New or empty.
-        factors: Of each module.
+        factors: Factors of each module.
         whole: Names in the model to tensors of modules that are saved whole.
         facts: Further fields of ``adapter_config.json``, such as ``base_model_name_or_path``.
         about: How it was made, for the header.

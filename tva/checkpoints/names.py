@@ -166,7 +166,7 @@ class NameFilter:
         """Check, when all names were seen, that every expression was found in one.
 
         Raises:
-            ValueError: One was not.
+            ValueError: An expression was found in none.
         """
         for option, given in self.options.items():
             unused = [pattern for pattern in given if (option, pattern) in self._unused]

@@ -34,8 +34,8 @@ def open_weights(
             (FSDP, FSDP2) or of DeepSpeed ZeRO; or ``hf://owner/name@revision/file`` on the hub (revision and file may
             be left out). The content of a file decides its format, not its name.
         prefix: Keep only the names under this prefix, and strip it.
-        which: Of a Lightning checkpoint that a weight-averaging callback has written, the ``"raw"`` or the
-            ``"averaged"`` weights; ``"checkpoint"`` is what Lightning loads, the averaged. ``info.which`` has it.
+        which: Of a Lightning checkpoint from a weight-averaging callback, the ``"raw"`` or the ``"averaged"`` weights;
+            ``"checkpoint"`` is what Lightning loads: the averaged. ``info.which`` has it.
         key_map: Regular expressions and replacements for names, applied last; see `tva.checkpoints.map_names`.
 
     Returns:
@@ -227,7 +227,7 @@ def _open_sharded(index: Path) -> LazyWeights:
 
 
 def read_metadata(path: str | os.PathLike[str]) -> dict[str, str]:
-    """Read the header metadata of a safetensors file, without its tensors.
+    """Return the header metadata of a checkpoint without reading its tensors; empty if it has none.
 
     Raises:
         FileNotFoundError: The path does not exist.

@@ -47,7 +47,7 @@ def open_finetuned(
         path: What `tva.open_weights` reads, or an adapter's folder or file.
         base: The base's weights.
         key_map: Regular expressions and replacements for the checkpoint's names; see `tva.checkpoints.map_names`.
-        which: Of a checkpoint that holds two sets of weights; see `tva.open_weights`.
+        which: Which weights of a checkpoint that holds two sets; see `tva.open_weights`.
         only: Which names of either side take part; the others are in no result.
         advice: What an error about names advises.
 
@@ -134,8 +134,8 @@ def open_adapter(
             ``hf://owner/name``.
         base: The base's weights, from `tva.open_weights` or in memory; left unchanged.
         key_map: Regular expressions and replacements for the adapter's names; see `tva.checkpoints.map_names`.
-        dtype: Of the tensors that the adapter moves; by default the base's, and float64 where that is. Where the base
-            is float16 or bfloat16, ``torch.float32`` keeps what rounding to it would lose of a small delta.
+        dtype: Dtype of the tensors that the adapter moves; by default the base's. If the base is float16 or bfloat16,
+            ``torch.float32`` keeps what rounding would lose of a small delta.
         only: Which names of either side take part; a left-out tensor of the base is not in the result.
         advice: What an error about names advises.
 

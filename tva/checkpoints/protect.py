@@ -22,7 +22,7 @@ _OWN: dict[str, Callable[[Mapping[str, str]], bool]] = {  # by what a file is, h
 
 
 def protect(outputs: Iterable[str | os.PathLike[str]], inputs: Mapping[str, str | os.PathLike[str]]) -> None:
-    """Check that what will be written is none of what is read, and leaves what is read as it is.
+    """Check that outputs replace no input and do not change how an input is read.
 
     Args:
         outputs: Every file or folder that will be written.

@@ -29,7 +29,7 @@ def unpack(words: Tensor, bits: int, order: tuple[int, ...] = ()) -> Tensor:
 
     Args:
         words: Int32, shape (…, words).
-        bits: Of a code.
+        bits: Bits per code.
         order: Which code of a word is the first, the second …; by default as they are.
     """
     count = 32 // bits

@@ -47,10 +47,10 @@ class Output:
         path: A ``.safetensors`` file, or a folder that is new or empty.
         tensors: Name to dtype and shape, in the order of the file.
         metadata: Text for the header. `commit` may replace values by others of the same length.
-        job: What makes the bytes what they are: a run is continued only by an equal one.
-        max_shard_bytes: Of one file in a folder.
+        job: All that determines the bytes: only an equal job continues a run.
+        max_shard_bytes: Maximum size of a file in a folder, in bytes.
         resume: Continue what an interrupted run has left.
-        stem: Of the names of weights in a folder.
+        stem: Start of the file names in a folder, such as ``model``.
         parts: Prefixes of names to the sub-folders of their weights, which have the names without the prefix.
         dcp: Write a folder of ``torch.distributed.checkpoint``; the metadata is then beside it.
 

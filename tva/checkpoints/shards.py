@@ -20,7 +20,7 @@ class Shard:
     Attributes:
         path: The file.
         tensors: Name to dtype and shape.
-        prefix: Of the names, which the file leaves out.
+        prefix: Prefix of the names, which the file leaves out.
         offsets: Where they begin.
         file: The open file.
     """

@@ -57,7 +57,7 @@ def side_files(
 
     Args:
         base: The base model's folder, or its file; of a file's folder the sub-folders do not belong to it.
-        dtype: Of the edited model where it is not the base's: ``config.json`` then says so.
+        dtype: Dtype of the edited model if it is not the base's: ``config.json`` then says so.
         untied: Whether the edit moved tied embeddings apart: ``config.json`` then says so.
         dequantized: Whether the base is quantized and the edited model is not: ``config.json`` then says nothing of
             quantization.
@@ -105,7 +105,7 @@ def fetch_side_files(base: str) -> None:
     """Download what `side_files` finds of a base on the hub, and the weights of a model's other sub-folders.
 
     Args:
-        base: Its path; nothing is done for one that is on this machine.
+        base: Path of the base; nothing is done if it is on this machine.
     """
     if not is_hub(base):
         return
@@ -122,7 +122,7 @@ def fetch_side_files(base: str) -> None:
 
 
 def weights_stem(base: Path) -> str:
-    """Return the name that the weights of a model in this folder have, without endings; loaders ask for that name."""
+    """Return the file name, without ending, that a loader expects of the weights in a model's folder."""
     known = base
     if base.is_dir():
         files = [path for path in base.glob("*.safetensors") if not is_undo(path.name)]

@@ -32,11 +32,11 @@ def dtype_name(dtype: torch.dtype | str) -> str:
 
 
 class Spec:
-    """What a header says of a tensor, known without reading it.
+    """Dtype and shape of a tensor, known without reading it.
 
     Args:
         dtype: Or its name.
-        shape: Its sizes.
+        shape: The size of each dimension.
 
     Attributes:
         dtype_name: Such as ``"bfloat16"``.

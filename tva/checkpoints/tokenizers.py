@@ -76,7 +76,7 @@ def check_same_ids(base: Path, other: Path, advice: str) -> None:
         advice: What to do otherwise.
 
     Raises:
-        MismatchError: They do not.
+        MismatchError: An id stands for different tokens.
     """
     if _same_files(base, other):
         return

@@ -199,7 +199,7 @@ def check_both_gguf(weights: LazyWeights | Path, base: Mapping[str, Tensor], key
         key_map: What is to rename the weights.
 
     Raises:
-        MismatchError: It is.
+        MismatchError: They are mixed.
     """
     mixed = is_gguf(weights) != is_gguf(base)
     if mixed and (isinstance(weights, Path) or key_map or not weights.keys() & base.keys()):
