@@ -14,8 +14,7 @@ from tva.report.edit_report import read_report, stamp
 from tva.report.export import all_rows, to_csv, to_latex
 from tva.report.page import comparison_page, differences, edit_page
 from tva.report.run_files import EDIT_JSON, PAGE
-from tva.vectors.header import is_vector_file
-from tva.vectors.task_vector import TaskVector
+from tva.vectors.content import as_written
 
 
 @dataclass(frozen=True)
@@ -185,9 +184,8 @@ def _changed(content: Mapping[str, Any]) -> Iterator[str]:
             continue
         if name == "the base":
             before, now = entry["fingerprint"], fingerprint(open_weights(path)).digest
-        elif is_vector_file(path):
-            vector = TaskVector.load(path)
-            before, now = entry["deltas"], fingerprint({**vector.deltas, **vector.buffers}).digest
+        elif before := entry.get("content"):
+            now = as_written(open_weights(path)).fingerprint().digest
         else:
             yield f"The checkpoint of {name}, {path}, has been written again since this edit."
             continue

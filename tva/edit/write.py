@@ -25,7 +25,9 @@ from tva.checkpoints import (
     NameFilter,
     atomic_path,
     fingerprint,
+    read_metadata,
 )
+from tva.checkpoints.fingerprint import CONTENT
 from tva.checkpoints.lazy import InMemory, as_real
 from tva.checkpoints.wrappers import network_of
 from tva.compose.apply import write_undo
@@ -46,6 +48,7 @@ from tva.report.model_card import model_card
 from tva.report.page import edit_page
 from tva.report.run_files import CARD, CONFIG, EDIT_JSON, PAGE
 from tva.search import score
+from tva.vectors.header import is_vector_file
 from tva.vectors.kind import KEY
 from tva.vectors.lazy import LazyTaskVector
 from tva.vectors.redact import public_command, public_path
@@ -145,10 +148,15 @@ def _describe_vectors(outcome: Outcome) -> dict[str, dict[str, Any]]:
             "norm": session.editor.norm(session.vectors[name]),
             "deltas": deltas[name],
             "step": session.vectors[name].origin.step,
-            **(stamp(path) if isinstance(path, str) else {}),
+            **(_file_facts(path) if isinstance(path, str) else {}),
         }
         for name, path in session.options.vectors.items()
     }
+
+
+def _file_facts(path: str) -> dict[str, Any]:
+    content = read_metadata(path).get(CONTENT) if is_vector_file(path) else None
+    return stamp(path) | ({"content": content} if content else {})
 
 
 def _task_report(outcome: Outcome, task: str) -> TaskReport:

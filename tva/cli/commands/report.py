@@ -42,9 +42,10 @@ def show(result: Revisited) -> None:
     print_table(console, COLUMNS, rows)
     for name, notices in result.notices.items():
         for notice in notices:
-            print_line(console, f"note: {name + ': ' if name else ''}{notice}")
+            print_line(console, f"note: {name + ': ' if name else ''}{notice}", wrap=True)
     if result.skipped:
-        print_line(console, f"left out, since they hold no edit: {some([str(path) for path in result.skipped])}")
+        left = some([str(path) for path in result.skipped])
+        print_line(console, f"left out, since they hold no edit: {left}", wrap=True)
     drawn = [page for page in result.pages if page.suffix.lower() in (".png", ".svg", ".pdf")]
     for page in result.pages:
         if page not in drawn:
