@@ -10,6 +10,7 @@ import pytest
 import yaml
 
 from tva.cli.commands.init import TEMPLATES
+from tva.cli.config_files import with_place
 from tva.cli.main import list_commands, main
 
 KINDS = sorted(path.stem for path in TEMPLATES.iterdir())
@@ -59,6 +60,9 @@ MISTAKES = {
     "recpie: -digits": "line 9: there is no option 'recpie'. Did you mean 'recipe'?",
     "recipe: [-digits": "line 10: not YAML that can be read: did not find expected",
     "rule: largest": "line 11: 'rule' is given twice, first in line 9. Keep one.",
+    "recipe:\n\t-digits": "line 10: not YAML that can be read: a tab is where only spaces may be.",
+    "recipe: -digits\n x: 1": "line 10: not YAML that can be read: mapping values are not allowed in this context. ",
+    "recipe: -digits # as it is": "line 8: digits: A checkpoint was expected at runs/digits/last.tv.safetensors",
 }
 
 
@@ -100,15 +104,33 @@ def test_mistakes_in_a_config_are_named_with_their_line_before_lightning_is_impo
 
 def test_a_value_of_the_wrong_type_is_named_with_its_line(capsys):
     text = (TEMPLATES / "forget.yaml").read_text().replace("confidence: 0.95", "confidence: high")
-    Path("forget.yaml").write_text(text)
+    Path("forget.yaml").write_text(text.replace("runs/digits/last.tv.safetensors", "forget.yaml"))
     assert "forget.yaml, line 13: --confidence must be a number; found 'high'" in message(
         capsys, "edit", "--config", "forget.yaml"
     )
 
 
+def test_a_line_is_named_by_what_a_message_quotes_if_no_other_line_holds_it():
+    Path("a.yaml").write_text("confidence: 95\nx:\n- a/b >= 0.9 * base\ny: [a, a]\nz: a\n")
+    words = ["--config", "a.yaml"]
+    assert with_place("The constraint 'a/b >= 0.9 * base' is", words).startswith("a.yaml, line 3: The constraint")
+    assert with_place("confidence must be in [0.5, 1)", words).startswith("a.yaml, line 1: confidence must")
+    for message in ("The task 'acc' is", "a 'b' is", "Nothing is quoted"):
+        assert with_place(message, words) == message
+
+
+def test_an_error_is_broken_between_words_in_a_terminal(monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "60")
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True, raising=False)
+    lines = message(capsys, "init", "forgte").splitlines()
+    assert len(lines) > 1
+    assert max(map(len, lines)) <= 60
+    assert " ".join(lines).endswith("Did you mean 'forget'?")
+
+
 def test_choices_are_listed_and_a_shortened_option_has_the_nearest_named(capsys):
     assert "usage: tva init fit|forget|add|analogy|merge [options]" in message(capsys, "init")
-    assert "--kind must be 'fit', 'forget', 'add', 'analogy' or 'merge'; found 'x'." in message(capsys, "init", "x")
+    assert "or 'merge'; found 'forgte'. Did you mean 'forget'?" in message(capsys, "init", "forgte")
     assert "no option --trainer.device. Did you mean --trainer.devices?" in message(capsys, "fit", "--trainer.device=2")
 
 

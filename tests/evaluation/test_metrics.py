@@ -111,8 +111,12 @@ def test_what_is_not_a_metric_is_refused(outside):
         find_metric(f"{outside}.nothing", 3)
     with pytest.raises(ValueError, match=r"must be one number, or one an example; of 60 examples .* \[60, 2\]"):
         evaluated(f"{outside}.pairs")
-    with pytest.raises(ValueError, match="There is no multi-class metric 'f2'; there are .*'brier_score'"):
+    with pytest.raises(ValueError, match="There is no multi-class metric 'f2'. .* one of .*'brier_score'"):
         find_metric("f2", 3)
+    with pytest.raises(ValueError, match=r"metric 'f1_scor'\. Did you mean 'f1_score'\?"):
+        find_metric("f1_scor", 3)
+    with pytest.raises(ValueError, match="metric 'roc'"):  # torchmetrics' has no single number
+        find_metric("roc", 3)
 
 
 def test_the_brier_score_is_the_squared_distance_from_the_label():

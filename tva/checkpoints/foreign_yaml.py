@@ -96,8 +96,10 @@ def read_yaml_text(path: Path) -> str:
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         where = f", line {mark.line + 1}" if mark is not None else ""
-        problem = error.problem or error.context
-        raise ValueError(f"{path}{where}: not YAML that can be read: {problem}.") from error
+        problem = f"{error.problem or error.context}. Check the indentation, quotes and brackets here and above."
+        if mark is not None and "\t" in (text.split("\n")[mark.line : mark.line + 1] or [""])[0]:
+            problem = "a tab is where only spaces may be. Replace it with spaces."
+        raise ValueError(f"{path}{where}: not YAML that can be read: {problem}") from error
     except yaml.YAMLError as error:
         raise ValueError(f"{path} is not YAML that can be read: {error}.") from error
     return text

@@ -16,6 +16,7 @@ import yaml
 
 from tva.errors import RecipeError, did_you_mean
 
+NULL = "tag:yaml.org,2002:null"
 _LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
 
@@ -98,6 +99,28 @@ def check_recipe(files: Sequence[Path], words: Sequence[str]) -> None:
         raise RecipeError(f"{files[0]}, line {recipe.start_mark.line + 1}: {error}") from error
 
 
+def check_paths(files: Sequence[Path], words: Sequence[str]) -> None:
+    """Check that the checkpoints and vectors on this machine that a file names are there.
+
+    Raises:
+        FileNotFoundError: One is not; the file and line are named.
+    """
+    if len(files) != 1 or not files[0].is_file() or any(word.startswith("--print_config") for word in words):
+        return
+    from tva.checkpoints import find, is_hub
+
+    top = _entries(read_nodes(files[0]))
+    for name, node in {**{key: top.get(key) for key in ("base", "joint")}, **_entries(top.get("vectors"))}.items():
+        path = node.value if isinstance(node, yaml.ScalarNode) and node.tag != NULL else ""
+        given = any(re.match(rf"--(vectors\.)?{re.escape(name)}\b|--vectors[+=]?", word) for word in words)
+        if path and not given and not is_hub(path) and not re.search(r"[+\0]", path):
+            try:
+                find(path)
+            except FileNotFoundError as error:
+                line = node.start_mark.line + 1
+                raise FileNotFoundError(f"{files[0]}, line {line}: {name}: {error}") from error
+
+
 def _value(node: Any) -> Any:
     """Return a coefficient's value, those of its groups, or the middle of its range; 1 of what is none of these."""
     if isinstance(node, yaml.MappingNode):
@@ -126,7 +149,9 @@ def with_place(message: str, words: Sequence[str]) -> str:
         "--confidence must be a number; found 'high'."
     """
     found = re.match(r"--([\w.]+)", message)
-    if found is None or any(re.fullmatch(rf"{re.escape(found[0])}\+?(=.*)?", word, re.S) for word in words):
+    if found is None:
+        return _where_quoted(message, config_files(words))
+    if any(re.fullmatch(rf"{re.escape(found[0])}\+?(=.*)?", word, re.S) for word in words):
         return message
     for file in config_files(words):
         node, line = (read_nodes(file), None) if file.is_file() else (None, None)
@@ -142,3 +167,12 @@ def with_place(message: str, words: Sequence[str]) -> str:
         if line is not None:
             return f"{file}, line {line}: {message}"
     return message
+
+
+def _where_quoted(message: str, files: Sequence[Path]) -> str:
+    """Return a message with the line that holds what it quotes or names first, if just one line does."""
+    found = re.match(r"[^']*?'([^']{3,})'|(\w+) must be ", message)
+    quoted = re.compile(rf"(?<!\w){re.escape(found[1] or f'{found[2]}:')}(?!\w)") if found else None
+    texts = [(file, file.read_text(encoding="utf-8").split("\n")) for file in files if file.is_file()]
+    places = [(file, at) for file, lines in texts for at, line in enumerate(lines, 1) if quoted and quoted.search(line)]
+    return f"{places[0][0]}, line {places[0][1]}: {message}" if len(places) == 1 else message

@@ -109,7 +109,8 @@ def _explain_value(key: str, problem: str) -> str | None:
         return f"--{key} must be a list; found {value!r}. Write --{key}='[\"{value}\"]', or --{key}+=VALUE for each."
     texts = [_TYPES.get(each) or re.sub(r"typing\.Literal\[(.*)\]", _choices, each) for each in wanted]
     texts = [re.sub(r"collections\.abc\.|typing\.|<class '|'>", "", text) for text in texts]
-    return f"--{key} must be {' or '.join(text for text in texts if text != 'null')}; found {value!r}."
+    near = did_you_mean(value, re.findall(r"'(\w+)'", " ".join(texts)))
+    return f"--{key} must be {' or '.join(text for text in texts if text != 'null')}; found {value!r}.{near}"
 
 
 def _choices(literal: re.Match[str]) -> str:

@@ -9,6 +9,7 @@ import gc
 import importlib
 import os
 import select
+import shutil
 import signal
 import sys
 import textwrap
@@ -239,7 +240,14 @@ def _no_command(argv: list[str], commands: dict[str, str]) -> int:
 
 
 def _say(message: str, status: int) -> int:
-    print(f"tva: error: {printable(message, most=6000, newline=chr(10))}", file=sys.stderr)
+    lines = f"tva: error: {printable(message, most=6000, newline=chr(10))}".split("\n")
+    if sys.stderr.isatty():  # a line that is indented is shown as it is, such as a recipe with a caret below
+        width = shutil.get_terminal_size().columns
+        lines = [
+            line if line[:1] == " " else textwrap.fill(line, width, break_long_words=False, break_on_hyphens=False)
+            for line in lines
+        ]
+    print("\n".join(lines), file=sys.stderr)
     return status
 
 

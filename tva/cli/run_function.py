@@ -17,7 +17,7 @@ from types import ModuleType
 from typing import Any
 
 from tva.cli.arguments import name_words
-from tva.cli.config_files import check_files, check_recipe, config_files, with_place
+from tva.cli.config_files import check_files, check_paths, check_recipe, config_files, with_place
 from tva.cli.explain import explain
 
 
@@ -82,6 +82,7 @@ def _parse(name: str, command: ModuleType, words: list[str]) -> dict[str, Any]:
     check_files(files, {action.dest.partition(".")[0] for action in parser._actions})
     if name == "compose":
         check_recipe(files, words)
+        check_paths(files, words)
     parameters = [parameter for step in _steps(command) for parameter in signature(step).parameters.items()]
     flags = ["json", *(key for key, parameter in parameters if parameter.default is False)]
     try:

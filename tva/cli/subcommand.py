@@ -8,7 +8,7 @@ import re
 import sys
 from collections.abc import Collection
 
-from tva.cli.config_files import check_files, check_recipe, config_files, with_place
+from tva.cli.config_files import check_files, check_paths, check_recipe, config_files, with_place
 from tva.cli.explain import explain
 from tva.cli.shipped_help import format_help, shipped
 
@@ -43,6 +43,7 @@ def run_subcommand(command: str, words: list[str], as_json: bool, about: str) ->
         check_files(files, options)
     if command == "edit":
         check_recipe(files, words)
+        check_paths(files, words)
     logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(_is_no_advertisement)
     from tva.cli.lightning import run_lightning
 

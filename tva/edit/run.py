@@ -74,6 +74,9 @@ def _run(trainer: L.Trainer, module: L.LightningModule, goal: Goal, sharded: Sha
     with without_loggers(trainer) as loggers, open_workers(trainer, module, goal) as workers:
         session = open_session(trainer, module, goal, form=form, sharded=sharded)
         session.evaluator.workers = workers
+        if not goal.is_given:  # what is wrong in the name of a metric is reported before the longer test data are read
+            for task in goal.needed:
+                session.evaluator.base(task, "val")
         _say_what_can_be_shown(session)
         outcome = prove(session, choose(session))
     live = session.editor.state()

@@ -13,11 +13,13 @@ from torch import Tensor
 from torch.nn import functional as F
 from torchmetrics import Metric
 
-from tva.errors import some
+from tva.errors import did_you_mean, some
 from tva.evaluation.text_metrics import OF_A_LABEL, WHOLE, find_text_metric
 from tva.plugins import installed, load
 
 Function = Callable[[Tensor, Tensor], Tensor]
+# torchmetrics' classes that return several numbers, or need further arguments
+NO_NUMBER = re.compile("Matrix|StatScores|Curve|ssROC|[a-z]At[A-Z]|FBeta|EER|ExactMatch")
 
 
 def brier_score(preds: Tensor, target: Tensor) -> Tensor:
@@ -175,7 +177,9 @@ def find_metric(name: str, num_classes: int) -> Metric:
     from torchmetrics import classification, regression
 
     known = {
-        _plain(kind): getattr(classification, kind) for kind in dir(classification) if kind.startswith("Multiclass")
+        _plain(kind): getattr(classification, kind)
+        for kind in dir(classification)
+        if kind.startswith("Multiclass") and not NO_NUMBER.search(kind)
     }
     if _plain(name) in known:
         return known[_plain(name)](num_classes=num_classes)
@@ -189,10 +193,14 @@ def find_metric(name: str, num_classes: int) -> Metric:
         return _made(points[name].load(), name, num_classes)
     if "." in name:
         return _made(load(name), name, num_classes)
-    others = sorted([*METRICS, *WHOLE, *(f"{kind}:LABEL" for kind in OF_A_LABEL), *points, *known])
+    spelt = [
+        re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", kind.__name__.removeprefix("Multiclass")).lower()
+        for kind in known.values()
+    ]
+    others = sorted([*METRICS, *WHOLE, *(f"{kind}:LABEL" for kind in OF_A_LABEL), *points, *spelt])
     raise ValueError(
-        f"There is no multi-class metric {name!r}; there are {some(others, 40)}. Name one of these, a metric that the "
-        f"model logs, or one of your own by its path, such as my_package.my_metric."
+        f"There is no multi-class metric {name!r}.{did_you_mean(name, others)} Name a metric that the model logs, one "
+        f"of {some(others, 40)}, or one of your own by its path, such as my_package.my_metric."
     )
 
 
