@@ -128,6 +128,23 @@ def test_an_error_is_broken_between_words_in_a_terminal(monkeypatch, capsys):
     assert " ".join(lines).endswith("Did you mean 'forget'?")
 
 
+@pytest.mark.parametrize(
+    ("words", "found"),
+    [
+        ("report x --csv x.tex", "--csv must be a file that ends in .csv; found 'x.tex'"),
+        ("report x --charts fit.yaml", "--charts must be a folder, and fit.yaml is a file"),
+        ("push x forgetful", "named OWNER/NAME, as in me/forgetful; found 'forgetful'"),
+        ("fit-many --seeds 3", "--seeds must be a list; found '3'. Write --seeds='[3]'"),
+        ("fit-many --config fit.yaml", "there is no option 'trainer'. Put options of the fits below 'shared'."),
+        ("vectors ls fit.yaml", "A folder was expected at fit.yaml, but a file is there"),
+    ],
+)
+def test_mistakes_of_the_first_hour(words, found, capsys):
+    Path("fit.yaml").write_text((TEMPLATES / "fit.yaml").read_text())
+    assert found in message(capsys, *words.split())
+    assert [path.name for path in Path().iterdir()] == ["fit.yaml"]
+
+
 def test_choices_are_listed_and_a_shortened_option_has_the_nearest_named(capsys):
     assert "usage: tva init fit|forget|add|analogy|merge [options]" in message(capsys, "init")
     assert "or 'merge'; found 'forgte'. Did you mean 'forget'?" in message(capsys, "init", "forgte")

@@ -83,12 +83,14 @@ def test_a_model_writes_texts_of_its_own(here):
         ("my-model --data insults.txt --output out --max_perplexity 0", "max_perplexity must be a positive multiple"),
         ("my-model --data insults.txt --output out --max_kl 0", "max_kl must be positive; found 0"),
         ("--data insults.txt --output out", "--model must be given"),
+        ("my-model --data my-model/config.json --output out", "has no column 'text'"),
     ],
 )
 def test_mistakes_are_named(here, capsys, words, message):
     assert run(*["forget", *words.split(), "--keep", "letters.txt"]) == 2
     assert message in capsys.readouterr().err
     assert not Path("out").exists()
+    assert not Path("out-work").exists()
 
 
 def test_too_few_texts_to_keep_are_refused_before_training(here, capsys, monkeypatch):

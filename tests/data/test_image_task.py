@@ -172,6 +172,7 @@ def test_a_hub_name_is_loaded_with_its_configuration_and_revision(monkeypatch):
         ({"class_names": ["ant", "bee", "dog", "elk"]}, r"has 3 classes, but class_names has 4"),
         ({"where": {"label": ["dog"]}}, r"where asks label for 'dog'; it holds 'ant', 'bee', 'cat'"),
         ({"where": {"styel": "ink"}}, r"where names the column 'styel', not one of"),
+        ({"batch_size": 0}, "batch_size must be at least 1"),
         ({"where": {"style": "chalk"}}, r"where asks style for 'chalk'; it holds 'ink', 'oil'"),
     ],
 )
@@ -190,6 +191,13 @@ def test_missing_files_and_variables(parquet, tmp_path, monkeypatch):
     Path("pets").mkdir()
     with pytest.raises(FileNotFoundError, match="expected at pets/train, but nothing is there"):
         ready("pets/train")  # not asked of the hub, for pets is a folder here
+    with pytest.raises(ValueError, match="pets holds no data set that can be read: .* Give a file or folder with"):
+        ready(str(tmp_path / "pets"))
+    for part in ("train", "test"):
+        (tmp_path / f"pets/{part}/cat").mkdir(parents=True)
+        Image.new("L", (4, 4)).save(tmp_path / f"pets/{part}/cat/1.png")
+    with pytest.raises(ValueError, match="no column 'label'.* two or more classes are needed, in a folder each"):
+        ready(str(tmp_path / "pets"))
     with pytest.raises(ValueError, match="environment variable that is not set"):
         ImageTask("$TVA_NO_SUCH_FOLDER/x.parquet")
     monkeypatch.setenv("PETS", str(tmp_path))

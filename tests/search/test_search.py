@@ -95,6 +95,7 @@ def test_nan_never_holds():
     [
         ("photos >= 0.9", "must read like"),
         ("photos/accuracy = 0.9", "must read like"),
+        ("photos/accuracy >= 95", "has a percentage: an accuracy is from 0 to 1"),
         ("imagenet/accuracy >= 0.9", r"on the task 'imagenet', which is not among.*controls\.imagenet"),
         ("photos/accuracy >= 0.9 * bse", "numbers, 'base' and"),
         ("photos/accuracy >= open('x')", "numbers, 'base' and"),

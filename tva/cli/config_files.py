@@ -55,6 +55,7 @@ def check_files(files: Sequence[Path], options: Collection[str]) -> None:
             name, line = str(key.value), key.start_mark.line + 1
             if name.partition(".")[0] not in options:
                 near = did_you_mean(name.partition(".")[0], options)
+                near = near or " Put options of the fits below 'shared'." * ("shared" in options)
                 raise ValueError(f"{file}, line {line}: there is no option {name!r}.{near}")
             if name in seen:
                 raise ValueError(f"{file}, line {line}: {name!r} is given twice, first in line {seen[name]}. Keep one.")
@@ -166,7 +167,7 @@ def with_place(message: str, words: Sequence[str]) -> str:
                 break
         if line is not None:
             return f"{file}, line {line}: {message}"
-    return message
+    return _where_quoted(message, config_files(words))
 
 
 def _where_quoted(message: str, files: Sequence[Path]) -> str:

@@ -106,7 +106,8 @@ def _explain_value(key: str, problem: str) -> str | None:
             unknown = [each for each in re.findall(r"[\w.]+", value) if each not in choices]
             near = did_you_mean(unknown[0], choices) if unknown else ""
             return f"--{key} must be a list of {', '.join(choices)}; found {value!r}.{near}"
-        return f"--{key} must be a list; found {value!r}. Write --{key}='[\"{value}\"]', or --{key}+=VALUE for each."
+        one = value if re.fullmatch(r"-?[\d.]+", value) else f'"{value}"'
+        return f"--{key} must be a list; found {value!r}. Write --{key}='[{one}]', or --{key}+=VALUE for each."
     texts = [_TYPES.get(each) or re.sub(r"typing\.Literal\[(.*)\]", _choices, each) for each in wanted]
     texts = [re.sub(r"collections\.abc\.|typing\.|<class '|'>", "", text) for text in texts]
     near = did_you_mean(value, re.findall(r"'(\w+)'", " ".join(texts)))

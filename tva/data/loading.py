@@ -7,7 +7,8 @@ import gzip
 import operator
 import os
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -66,7 +67,8 @@ def load_splits(
         if local.is_dir():
             return _read_folder(local, folder, streaming=False)
         if _is_on_the_hub(path):
-            return datasets.load_dataset(path.removeprefix("hf://"), name=config, revision=revision)
+            with _in_words(path):
+                return datasets.load_dataset(path.removeprefix("hf://"), name=config, revision=revision)
         if local.suffix == ".npz" and local.exists():
             return _read_npz(local)
         path = {"train": path}
@@ -95,9 +97,22 @@ def _load_files(kind: str, **options: Any) -> Any:
     counts = datasets.config.HF_UPDATE_DOWNLOAD_COUNTS
     datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = False
     try:
-        return datasets.load_dataset(kind, **options)
+        with _in_words(options.get("data_dir") or some(options["data_files"].values())):
+            return datasets.load_dataset(kind, **options)
     finally:
         datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = counts
+
+
+@contextmanager
+def _in_words(path: str) -> Iterator[None]:
+    """Say of which path and what to do where `datasets` finds no data set."""
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"{path} holds no data set that can be read: {str(error).rstrip('.!')}. Give a file or folder with "
+            f"examples, or a data set on the hub."
+        ) from error
 
 
 def check_path(path: str | Mapping[str, str]) -> None:

@@ -88,6 +88,8 @@ class Task(L.LightningDataModule, ABC):
         self.splits = {"train": train_split, "val": val_split, "test": test_split}
         self.val_size = val_size
         self.where = dict(where or {})
+        if batch_size < 1:
+            raise ValueError(f"batch_size must be at least 1; {self.name} has {batch_size}.")
         self.batch_size = batch_size
         self.num_workers = num_workers
         self.seed = seed
@@ -134,9 +136,11 @@ class Task(L.LightningDataModule, ABC):
             column = getattr(self, option)
             missing = [name for name in ([column] if isinstance(column, str) else column or ()) if name not in columns]
             if missing:
+                advice = f"Set {option} to one of them."
+                if self.folder_format and option == "label_column" and columns == ["image"]:
+                    advice = f"Images of two or more classes are needed, in a folder each: {part}/CLASS/NAME.png."
                 raise ValueError(
-                    f"{self.name} has no column {missing[0]!r}; its columns are {some(columns, 8)}. Set {option} to "
-                    f"one of them."
+                    f"{self.name} has no column {missing[0]!r}; its columns are {some(columns, 8)}. {advice}"
                 )
         return table
 

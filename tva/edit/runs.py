@@ -69,6 +69,11 @@ def revisit(
     kind = Path(output).suffix.lower() if output is not None else ".html"
     if kind not in (".html", ".htm", ".csv", ".tex"):
         raise ValueError(f"--output must end in .html for a page, .csv or .tex for a table; found {str(output)!r}.")
+    for option, path, ending in (("csv", csv, ".csv"), ("latex", latex, ".tex")):
+        if path is not None and Path(path).suffix.lower() != ending:
+            raise ValueError(f"--{option} must be a file that ends in {ending}; found {os.fspath(path)!r}.")
+    if charts is not None and Path(charts).is_file():
+        raise ValueError(f"--charts must be a folder, and {charts} is a file. Give another.")
     given = [Path(run) for run in runs]
     skipped = [path for path in given if _is_fit(path)]
     paths = [path for path in given if path not in skipped] or given

@@ -76,11 +76,13 @@ class Constraint:
             )
         try:
             tree = ast.parse(bound.strip(), mode="eval").body
-            _evaluate_bound(tree, 1.0)
+            value = _evaluate_bound(tree, 1.0)
         except (SyntaxError, ValueError, ZeroDivisionError) as error:
             raise ValueError(
                 f"The right side of the constraint {text!r} must be made of numbers, 'base' and + - * /."
             ) from error
+        if metric == "accuracy" and value > 2 and "base" not in bound:
+            raise ValueError(f"The constraint {text!r} has a percentage: an accuracy is from 0 to 1, such as 0.95.")
         return cls(text.strip(), task, metric, compare, tree)
 
     def bound(self, base: Scores) -> float:

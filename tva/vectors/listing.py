@@ -70,7 +70,8 @@ def list_vectors(folder: str | os.PathLike[str]) -> Listing:
         FileNotFoundError: There is no such folder, or no task vector in it.
     """
     if not Path(folder).is_dir():
-        raise FileNotFoundError(f"A folder was expected at {folder}, but there is none. Check the path.")
+        there = "a file is there" if Path(folder).exists() else "there is none"
+        raise FileNotFoundError(f"A folder was expected at {folder}, but {there}. Check the path.")
     found: list[Listed] = []
     damaged: dict[str, str] = {}
     others = 0

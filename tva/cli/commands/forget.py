@@ -78,7 +78,6 @@ def run(
     work = Path(f"{output.rstrip('/')}-work")
     given = {name: path for name, path in (("data", data), ("contrast", contrast), ("keep", keep)) if path is not None}
     protect((work / f"{name}-{part}.jsonl" for name in ("forget", "contrast", "keep") for part in PARTS), given)
-    work.mkdir(parents=True, exist_ok=True)
     sources = {"forget": data, "contrast": contrast, "keep": keep}
     files = {
         name: divide(texts, text_column, work / name, seed, KEPT if name == "keep" else PARTS)
@@ -226,6 +225,7 @@ def divide(
     second = round(len(texts) * (shares["train"] + shares["val"]))
     parts = dict(zip(shares, (texts[:first], texts[first:second], texts[second:]), strict=True))
     files = {}
+    prefix.parent.mkdir(parents=True, exist_ok=True)
     for part, rows in parts.items():
         file = prefix.with_name(f"{prefix.name}-{part}.jsonl")
         file.write_text("".join(f"{json.dumps({'text': text})}\n" for text in rows))

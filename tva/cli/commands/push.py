@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
+import re
 import sys
 from pathlib import Path
 
@@ -52,6 +53,8 @@ def run(
             there to be asked.
         OSError: The hub cannot be reached, or refuses.
     """
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", repository):
+        raise ValueError(f"A repository on the hub is named OWNER/NAME, as in me/forgetful; found {repository!r}.")
     options = {"base_model": base_model, "vectors": vectors, "public": public}
     send = functools.partial(push, run, repository, **options)
     if requirement and not space:
