@@ -90,6 +90,9 @@ def test_a_network_is_measured_by_a_metric_of_predictions_and_targets(base, vect
     for key, tensor in before.state_dict().items():
         torch.testing.assert_close(written[key], tensor + 0.5 * vector.deltas[key])
     assert report.model == "torch.nn.modules.container.Sequential"
+    unknown = name == "share_of_ones"  # one number of all examples, by a function that nothing is known of
+    assert (found.scores["base"].low is None) == unknown
+    assert any("a/share_of_ones has no interval" in note for note in report.notes) == unknown
 
 
 def test_a_mean_over_examples_has_an_interval_and_is_raced(base, vector, tmp_path):

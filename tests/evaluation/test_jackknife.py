@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 import torch
 from scipy import stats
+from torchmetrics.classification import MulticlassF1Score, MulticlassRecallAtFixedPrecision
 
 from tva.evaluation.jackknife import Jackknife, compare_jackknives, jackknife
-from tva.evaluation.metrics import FunctionMetric, compute, find_metric
+from tva.evaluation.metrics import FunctionMetric, compute, find_metric, has_ground
 from tva.evaluation.result import Evaluation
 
 
@@ -92,21 +93,33 @@ def test_metrics_of_predictions_have_no_interval_where_it_would_not_cover():
         assert jackknife(0.5, lambda rows: 0.5, len(labels), labels).enough is enough
 
 
-def test_a_metric_of_ones_own_that_is_biased_has_no_interval():
-    def calibration(preds, target):
-        confidence, predicted = preds.max(dim=-1)
-        off = (predicted == target).double() - confidence
-        return torch.zeros(15, dtype=torch.float64).index_add_(
-            0, (15 * confidence).long().clip(max=14), off
-        ).abs().sum() / len(off)
+def test_a_metric_of_ones_own_has_no_interval_unless_it_says_so():
+    def spread(preds, target):  # the best class's accuracy minus the worst's
+        right = torch.stack([(preds.argmax(dim=1)[target == c] == c).double().mean() for c in range(3)])
+        return right.max() - right.min()
 
-    generator, metric, given = np.random.default_rng(0), FunctionMetric(calibration), 0
-    for num in (50, 200, 1000):
-        for _ in range(4):
-            preds, target = predictions(generator, num)
-            own = {"own": float(calibration(preds, target))}
-            given += Evaluation(own, num, preds=preds, target=target, extra={"own": metric}).interval("own") is not None
-    assert given <= 1
+    class Own(MulticlassF1Score):  # which may compute anything
+        pass
+
+    preds, target = predictions(np.random.default_rng(3), 200)  # true is 0, and halves do not show the bias here
+    for metric in (FunctionMetric(spread), Own(num_classes=3)):
+        found = evaluation(metric, preds, target)
+        assert found.interval("own") is None
+        assert found.compare(evaluation(metric, preds.flip(1), target), "own").difference_low is None
+    f1.has_interval = False
+    try:
+        assert evaluation(FunctionMetric(f1), preds, target).interval("own") is None
+    finally:
+        f1.has_interval = True
+    assert evaluation(FunctionMetric(f1), preds, target).interval("own") is not None
+    fixed = MulticlassRecallAtFixedPrecision(num_classes=3, min_precision=0.5)
+    assert not has_ground(fixed)
+    assert has_ground(find_metric("text_f1:yes", 0))
+
+
+def evaluation(metric, preds, target):
+    own = {"own": float(compute(metric, preds, target))}
+    return Evaluation(own, len(target), preds=preds, target=target, extra={"own": metric})
 
 
 def test_a_paired_comparison_is_narrower_than_two_intervals_and_of_the_same_predictions_there_is_none():
@@ -134,6 +147,9 @@ def f1(preds, target):
     classes = preds.shape[1]
     cells = torch.bincount(target * classes + preds.argmax(1), minlength=classes**2).view(classes, classes)
     return (2 * cells.diagonal() / (cells.sum(0) + cells.sum(1))).mean()
+
+
+f1.has_interval = True
 
 
 @pytest.mark.slow

@@ -10,6 +10,7 @@ from tva.edit.session import EditSession
 from tva.errors import some
 from tva.evaluation.intervals import FEWEST
 from tva.evaluation.leaks import num_trained_on
+from tva.evaluation.metrics import has_ground
 from tva.search.confidence import lacking_power, power_of
 
 WORDS = {"val": "validation", "test": "test"}
@@ -38,7 +39,7 @@ def notes_on(outcome: Outcome, trained_on: TrainedOn) -> list[str]:
     leaks = [*_leaks(outcome, trained_on), *_other_parts(outcome), *_other_heads(outcome)]
     power = [f"{text[0].upper()}{text[1:]}." for text in lacking_on_test(outcome.session)]
     power += shown_on_test(outcome.session) if outcome.split == "test" else []
-    power += [*_few_groups(outcome), *_decided(outcome), *_at_the_end(outcome)]
+    power += [*_without_ground(outcome), *_few_groups(outcome), *_decided(outcome), *_at_the_end(outcome)]
     form = [outcome.session.form.note] if outcome.session.form.note else []
     return [*_left_out(outcome.session), *form, *leaks, *power]
 
@@ -88,6 +89,20 @@ def _few_groups(outcome: Outcome) -> list[str]:
             f"covers, so there is none. Evaluate more groups; or, if the examples of a group are no more alike than "
             f"others, leave group out."
         )
+    return found
+
+
+def _without_ground(outcome: Outcome) -> list[str]:
+    """Notice metrics that have no interval because nothing is known of how they vary."""
+    found = []
+    for task, metric in outcome.metrics.items():
+        extra = outcome.evaluations[task]["base"].extra
+        if metric in extra and not has_ground(extra[metric]):
+            found.append(
+                f"{task}/{metric} has no interval: that of a number of all examples together covers only where it is a "
+                f"smooth function of means, as F1 is, and a calibration error or the worst of several classes is not. "
+                f"If yours is one, set its attribute has_interval = True."
+            )
     return found
 
 

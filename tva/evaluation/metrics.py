@@ -114,7 +114,7 @@ class FunctionMetric(Metric):
 
     Args:
         function: Takes ``preds`` and ``target``, returns one number, or one an example. Its attribute
-            ``higher_is_better``, where it has one, is the metric's direction.
+            ``higher_is_better``, where it has one, is the metric's direction; for ``has_interval`` see `has_ground`.
     """
 
     full_state_update = False
@@ -140,6 +140,30 @@ class FunctionMetric(Metric):
     def compute(self) -> Tensor:
         """Call the function on everything that was kept."""
         return torch.as_tensor(self.function(torch.cat(self.preds), torch.cat(self.target)))
+
+
+def has_ground(metric: Metric) -> bool:
+    """Return whether an interval of a metric of all examples together would cover, by leaving out a part at a time.
+
+    It does where the metric is a smooth function of means over examples, as F1 is; it does not where it is biased, or
+    the best or worst of several numbers, however small the bias looks in the examples at hand. What torchmetrics and
+    tva compute is known; a metric of one's own says it by its attribute ``has_interval``.
+
+    Example:
+        >>> from torchmetrics.classification import BinaryCalibrationError, BinaryF1Score
+        >>> has_ground(BinaryF1Score()), has_ground(BinaryCalibrationError())
+        (True, False)
+    """
+    function: Any = metric.function if isinstance(metric, FunctionMetric) else metric
+    said = getattr(function, "has_interval", None)
+    if said is not None:
+        return bool(said)
+    known = getattr(function, "func", function) if isinstance(metric, FunctionMetric) else type(metric)
+    package = (getattr(known, "__module__", None) or "").partition(".")[0]
+    return package in ("tva", "torchmetrics") and not _ROUGH.search(getattr(known, "__name__", ""))
+
+
+_ROUGH = re.compile("calibration|at_?fixed|at_?se|at_?sp|fairness|compositional", re.IGNORECASE)
 
 
 def compute(metric: Metric, preds: Any, target: Any) -> Tensor:

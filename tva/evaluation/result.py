@@ -10,12 +10,11 @@ import numpy as np
 import torch
 from torch import Tensor
 from torchmetrics import Metric
-from torchmetrics.classification import BinaryCalibrationError, MulticlassCalibrationError
 
 from tva.evaluation import intervals
 from tva.evaluation.intervals import compare, is_binary, mean_interval, quick_interval
 from tva.evaluation.jackknife import Jackknife, compare_jackknives, jackknife
-from tva.evaluation.metrics import KL, compute
+from tva.evaluation.metrics import KL, compute, has_ground
 from tva.report.edit_report import Comparison
 
 Split = Literal["val", "test"]
@@ -91,7 +90,7 @@ class Evaluation:
 
         Wilson's of scores that are right or wrong, a bootstrap of another mean over examples, a jackknife of a metric
         of predictions. None for a metric whose scores by example are not known, whatever its name, and for a metric of
-        predictions with too few examples or with a bias (`calibration_error`); nor for a divergence from the base of
+        predictions with too few examples, or without a ground (`has_ground`); nor for a divergence from the base of
         0, which at the base is no estimate.
         """
         if metric == KL and not self.scores[metric].any():
@@ -127,7 +126,7 @@ class Evaluation:
         assert self.target is not None
         found, preds, target = self.extra[metric], self.preds, self.target
         value, labels = self.metrics[metric], None
-        if isinstance(found, (BinaryCalibrationError, MulticlassCalibrationError)):  # biased
+        if not has_ground(found):
             return Jackknife(value, np.array([value, value]), value, enough=False)
         if isinstance(target, Tensor) and isinstance(preds, Tensor) and target.ndim == 1:
             of_classes = preds.ndim == 2 or not preds.is_floating_point() or len(target.unique()) == 2
