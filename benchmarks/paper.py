@@ -114,11 +114,14 @@ def _edit_values(made: Made) -> dict[str, Any]:
 
 def _pairs(made: Made) -> dict[str, list[float]]:
     """Return by pair the mean normalized accuracy of its sum on its tasks, and the cosine of its vectors."""
-    found = {name: made.content["diagnostics"].get(name, {}).get("rows", {}) for name in ("pairs", "cosine")}
-    names = {pair: pair.split(" + ") for pair in found["pairs"]}
+    pairs, subsets, cosine = (
+        made.content["diagnostics"].get(name, {}).get("rows", {}) for name in ("pairs", "subsets", "cosine")
+    )
+    names = {key: key.split(" + ") for key in pairs | subsets}
     return {
-        pair: [round(found["pairs"][pair]["normalized"], 4), round(found["cosine"][first][second], 4)]
-        for pair, (first, second) in names.items()
+        " + ".join(pair): [round((pairs | subsets)[key]["normalized"], 4), round(cosine[pair[0]][pair[1]], 4)]
+        for key, pair in names.items()
+        if len(pair) == 2
     }
 
 
