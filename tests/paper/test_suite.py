@@ -18,8 +18,9 @@ from tva.cli.commands import fit_many, paper__run
 from tva.cli.main import main
 from tva.paper.figures import curve_rows, figures_of, pair_rows, write_figures
 from tva.paper.quantities import quantity
-from tva.paper.results import find_made
+from tva.paper.results import Row, find_made
 from tva.paper.suite import SUITE, find_scale, list_experiments, load_experiment
+from tva.paper.table import to_latex
 
 SETUPS = SUITE / "setups"
 SCALES = [scale for name in list_experiments() for scale in load_experiment(name).values()]
@@ -180,6 +181,14 @@ def test_the_ledger_takes_finished_runs_as_they_are(made, monkeypatch):
     assert how["seconds"] == round(sum(json.loads(mark.read_text())["seconds"] for mark in marks))
     with pytest.raises(ValueError, match="no finished edits of seed 5"):
         paper.gather([find_scale(str(file), None)], output, 5)
+
+
+def test_labels_are_escaped_in_latex():
+    row = Row("a_b", "small", "5 % of B − A^2 \\ ~ {λ}", None, 1.0, None, None, {0: 1.0}, 1, "number", None, "")
+    line = to_latex([row]).splitlines()[4]
+    assert line.startswith(
+        r"a\_b & small & 5 \% of B $-$ A\^{}2 \textbackslash{} \textasciitilde{} \{$\lambda$\} & -- & 1.000"
+    )
 
 
 def test_pairs_are_a_matrix_of_accuracies_and_cosines():

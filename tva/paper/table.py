@@ -58,9 +58,12 @@ def to_latex(rows: Sequence[Row]) -> str:
 
 
 def _escaped(text: str) -> str:
-    for character in "\\&%$#_{}":
-        text = text.replace(character, r"\textbackslash " if character == "\\" else f"\\{character}")
-    return text.replace("–", "--").replace("λ", r"$\lambda$")
+    return "".join(_LATEX.get(character, character) for character in text)
+
+
+_LATEX = {character: f"\\{character}" for character in "&%$#_{}"}
+_LATEX |= {"\\": r"\textbackslash{}", "^": r"\^{}", "~": r"\textasciitilde{}"}
+_LATEX |= {"–": "--", "−": "$-$", "λ": r"$\lambda$"}  # which pdflatex lacks in text
 
 
 def write_tables(folder: Path, rows: Sequence[Row], ledger: dict[str, Any]) -> list[Path]:
