@@ -157,7 +157,6 @@ def _as_it_was(
 
 
 def _first_tensor(batch: Any) -> int:
-    """Count the examples of a batch."""
     while not isinstance(batch, Tensor):
         batch = next(iter(batch.values())) if hasattr(batch, "values") else batch[0]
     return len(batch) if batch.dim() else 1

@@ -177,7 +177,6 @@ def check_whole(trainer: L.Trainer, callback: L.Callback, advice: str = "Use one
 
 
 def _outputs(output: Any) -> torch.Tensor:
-    """Return the outputs that a validation step returned, shape (rows, outputs)."""
     found = output if isinstance(output, dict) else {}
     if isinstance(found.get("logits"), torch.Tensor) and isinstance(found.get("mask"), torch.Tensor):
         return found["logits"][found["mask"]]

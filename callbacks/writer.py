@@ -290,7 +290,6 @@ class VectorWriter:
         )
 
     def _training_data(self, datamodule: Any) -> TrainingData | None:
-        """Return what is trained on, read once a fit."""
         if datamodule is not self._sampled:
             found, self._sampled = sample_rows(datamodule), datamodule
             self.training_data = found and TrainingData(*found, _json_only(getattr(datamodule, "drawn", {})))

@@ -94,7 +94,7 @@ def vectors(tmp_path_factory):
     return paths
 
 
-def edit(vectors, folder, model=None, **changes):
+def edit(vectors, model=None, folder=".", **changes):
     tasks = {"a": Task(1), "b": Task(2)}
     options = {
         "recipe": "a + b",
@@ -102,8 +102,8 @@ def edit(vectors, folder, model=None, **changes):
         "controls": {"other": Task(3)},
         "maximize": "mean(normalized_accuracy)",
         "search": Grid(num=5),
-        "log": str(folder / "log.jsonl"),
+        "log": f"{folder}/log.jsonl",
         **changes,
     }
-    asked = EditOptions(vectors=vectors, output=str(folder / "out"), **options)
+    asked = EditOptions(vectors=vectors, output=f"{folder}/out", **options)
     return run_edit(make_trainer(), model or Net(), asked)

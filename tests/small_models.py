@@ -4,6 +4,7 @@ import contextlib
 import itertools
 import os
 import socket
+from pathlib import Path
 
 import lightning as L
 import torch
@@ -129,7 +130,7 @@ def quiet_trainer(*callbacks, **options):
     return L.Trainer(callbacks=list(callbacks), **quiet | options)
 
 
-def fit(folder, callback=None, *, epochs=2, model=None, ckpt_path=None, callbacks=(), checkpoint=None, **options):
+def fit(callback=None, *, folder=".", epochs=2, model=None, ckpt_path=None, callbacks=(), checkpoint=None, **options):
     """Fit with a TaskVectorCallback, on the CPU and quietly; a checkpoint an epoch."""
     checkpoint = checkpoint or ModelCheckpoint(dirpath=folder, save_top_k=-1)
     options = {"max_epochs": epochs, "devices": 1, "default_root_dir": folder} | options
@@ -139,13 +140,14 @@ def fit(folder, callback=None, *, epochs=2, model=None, ckpt_path=None, callback
     return trainer, model
 
 
-def names(folder, pattern="*"):
+def names(pattern="*", folder="."):
     """Names of the files in a folder."""
-    return sorted(file.name for file in folder.glob(pattern))
+    return sorted(file.name for file in Path(folder).glob(pattern))
 
 
-def assert_vector_is_checkpoint_minus_base(folder, name):
+def assert_vector_is_checkpoint_minus_base(name, folder="."):
     """Compare a vector, bit for bit, with the one taken by hand from the checkpoint."""
+    folder = Path(folder)
     (base_file,) = folder.glob("base-*.safetensors")
     base, tuned = open_weights(base_file), open_weights(folder / f"{name}.ckpt")
     vector = TaskVector.load(folder / f"{name}.tv.safetensors")

@@ -105,7 +105,7 @@ def reviews(count: int, seed=0) -> dict[str, list]:
     return {"text": texts, "label": labels}
 
 
-def write_reviews(folder: Path, names=("negative", "positive"), test=24, **columns) -> str:
+def write_reviews(folder: Path = Path(), names=("negative", "positive"), test=24, **columns) -> str:
     features = datasets.Features({"text": datasets.Value("string"), "label": datasets.ClassLabel(names=list(names))})
     for split, count, seed in (("train", 60, 0), ("test", test, 1)):
         table = datasets.Dataset.from_dict(reviews(count, seed), features=features)
@@ -115,7 +115,7 @@ def write_reviews(folder: Path, names=("negative", "positive"), test=24, **colum
     return str(folder / "reviews-{split}.parquet")
 
 
-def write_running_text(folder: Path, sentences=400) -> str:
+def write_running_text(folder: Path = Path(), sentences=400) -> str:
     for split, count, seed in (("train", sentences, 2), ("test", sentences // 4, 3)):
         (folder / f"prose-{split}.txt").write_text("\n".join(reviews(count, seed)["text"]))
     return str(folder / "prose-{split}.txt")
@@ -138,9 +138,9 @@ def real_models(folder: Path) -> Path:
     return folder / "models"
 
 
-def make_trainer(folder, **options):
+def make_trainer(**options):
     """Make a quiet Trainer on the CPU."""
     import lightning as L
 
     quiet = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
-    return L.Trainer(accelerator="cpu", default_root_dir=folder, num_sanity_val_steps=0, **quiet, **options)
+    return L.Trainer(accelerator="cpu", num_sanity_val_steps=0, **quiet, **options)

@@ -101,7 +101,7 @@ def test_an_edit_has_the_numbers_of_one_process(losing_a_node, vectors, tmp_path
     found = []
     for name, engine in (("alone", "local"), ("spread", address)):
         (tmp_path / name).mkdir()
-        edit(vectors, tmp_path / name, engine=engine, random_seed=None, search=Grid(num=3))
+        edit(vectors, folder=tmp_path / name, engine=engine, random_seed=None, search=Grid(num=3))
         report = json.loads((tmp_path / name / "out/edit.json").read_text())
         found.append({key: report[key] for key in ("evaluations", "tasks", "scaling_coef", "reason") if key in report})
     assert lost

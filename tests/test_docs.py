@@ -83,7 +83,7 @@ def world(tmp_path_factory):
         TaskVector.between(fitted, state).save(vectors[name])
     edits = tmp_path_factory.mktemp("edits")
     tasks = {"digits": small_edit.Task(1), "letters": small_edit.Task(2)}
-    small_edit.edit(vectors, edits, recipe="digits + letters", targets=tasks)
+    small_edit.edit(vectors, folder=edits, recipe="digits + letters", targets=tasks)
     for name in ("add", "forget"):
         shutil.copytree(edits / "out", folder / f"runs/demo/{name}/seed=0")
     for link in ("configs", "examples", "benchmarks"):

@@ -8,7 +8,7 @@ other, never fused, so that a result depends on no chunk size and no instruction
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from tva._torch import Tensor, torch
@@ -18,9 +18,7 @@ StateDict = Mapping[str, Tensor]
 BATCH_NORM_STATISTICS = ("running_mean", "running_var")
 
 
-def check_same(
-    left: StateDict, right: StateDict, left_name: str, right_name: str, ignore: Collection[str] = ()
-) -> None:
+def check_same(left: StateDict, right: StateDict, left_name: str, right_name: str) -> None:
     """Check that two state dicts have the same keys and shapes.
 
     Args:
@@ -28,18 +26,16 @@ def check_same(
         right: Any state dict.
         left_name: What to call ``left`` in the error, such as ``"the base"``.
         right_name: What to call ``right``.
-        ignore: Keys that may be on either side.
 
     Raises:
         MismatchError: All differences in one message, at most three of a kind by name.
     """
-    ignore = set(ignore)
-    missing = [name for name in left if name not in right and name not in ignore]
-    extra = [name for name in right if name not in left and name not in ignore]
+    missing = [name for name in left if name not in right]
+    extra = [name for name in right if name not in left]
     shapes = [
         f"{name!r} is {list(left[name].shape)} in {left_name} but {list(right[name].shape)} in {right_name}"
         for name in left
-        if name in right and name not in ignore and left[name].shape != right[name].shape
+        if name in right and left[name].shape != right[name].shape
     ]
     problems = []
     if missing:

@@ -50,7 +50,7 @@ class MetricNet(LinearNet):
         self.own.reset()
 
 
-def run(folder, *callbacks, model=None, **options):
+def run(*callbacks, folder=".", model=None, **options):
     model = model or MetricNet()
     checkpoint = options.pop("checkpoint", None) or ModelCheckpoint(dirpath=folder, filename="last")
     first, *rest = callbacks
@@ -71,13 +71,13 @@ def run(folder, *callbacks, model=None, **options):
     return trainer, model
 
 
-def table(folder):
-    with open(folder / "logs/version_0/metrics.csv") as file:
+def table(folder="."):
+    with open(f"{folder}/logs/version_0/metrics.csv") as file:
         return list(csv.DictReader(file))
 
 
-def column(folder, name):
-    return [(int(row["step"]), float(row[name])) for row in table(folder) if row.get(name)]
+def column(name, folder="."):
+    return [(int(row["step"]), float(row[name])) for row in table(folder=folder) if row.get(name)]
 
 
 def accuracy_of(state, seed):
@@ -91,51 +91,50 @@ def accuracy_of(state, seed):
 # --- ControlEvaluation
 
 
-def test_controls_are_evaluated_before_during_and_after(tmp_path):
+def test_controls_are_evaluated_before_during_and_after():
     control = ControlEvaluation({"other": Blobs(seed=5), "same": Blobs(seed=0)}, every_n_steps=2)
-    trainer, model = run(tmp_path, control)
+    trainer, model = run(control)
     start = accuracy_of(MetricNet().state_dict(), 5)
-    seen = column(tmp_path, "control/other/accuracy")
+    seen = column("control/other/accuracy")
     assert [step for step, _ in seen] == [0, 2, 3, 4, 6]
     assert seen[0][1] == pytest.approx(start)
     assert seen[-1][1] == pytest.approx(accuracy_of(model.state_dict(), 5))
-    assert column(tmp_path, "control/other/own") == seen
-    assert column(tmp_path, "control/same/accuracy")[-1][1] == pytest.approx(float(trainer.callback_metrics["val_own"]))
-    assert len(column(tmp_path, "control/other/loss")) == 5
+    assert column("control/other/own") == seen
+    assert column("control/same/accuracy")[-1][1] == pytest.approx(float(trainer.callback_metrics["val_own"]))
+    assert len(column("control/other/loss")) == 5
     assert model.seed == 0  # of fit's data, not of the control's
     assert "log" not in vars(model)
 
 
 def test_training_is_the_same_bit_for_bit_with_and_without_controls():
-    _, with_ = run(Path("with"), ControlEvaluation({"other": Blobs(seed=5)}, every_n_steps=1))
-    _, without = run(Path("without"), L.Callback())
+    _, with_ = run(ControlEvaluation({"other": Blobs(seed=5)}, every_n_steps=1), folder="with")
+    _, without = run(L.Callback(), folder="without")
     assert fingerprint(with_.state_dict()) == fingerprint(without.state_dict())
     keys = ["val/blobs0/accuracy", "val_own", "val_loss"]
     for key in keys:  # nor does what fit itself logs change
-        assert column(Path("with"), key) == column(Path("without"), key) != []
+        assert column(key, folder="with") == column(key, folder="without") != []
 
 
-def test_a_control_can_stop_training(tmp_path):
+def test_a_control_can_stop_training():
     control = ControlEvaluation({"other": Blobs(seed=5)})
     stop = EarlyStopping("control/other/loss", patience=0, min_delta=1e6)
-    checkpoint = ModelCheckpoint(dirpath=tmp_path, monitor="control/other/accuracy", save_on_train_epoch_end=True)
-    trainer, _ = run(tmp_path, control, stop, checkpoint=checkpoint, epochs=5)
+    checkpoint = ModelCheckpoint(dirpath=".", monitor="control/other/accuracy", save_on_train_epoch_end=True)
+    trainer, _ = run(control, stop, checkpoint=checkpoint, epochs=5)
     assert trainer.current_epoch < 5
-    scores = [value for _, value in column(tmp_path, "control/other/accuracy")[1:]]
+    scores = [value for _, value in column("control/other/accuracy")[1:]]
     assert float(checkpoint.best_model_score) == pytest.approx(min(scores))
 
 
 def _controls_ddp(folder):
-    run(folder, ControlEvaluation({"other": Blobs(seed=5, num_examples=25)}), strategy="ddp", devices=2)
+    run(ControlEvaluation({"other": Blobs(seed=5, num_examples=25)}), strategy="ddp", devices=2, folder=folder)
 
 
-@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
-def test_every_rank_evaluates_all_of_a_control(tmp_path):
-    run_ranks(_controls_ddp, tmp_path)
+def test_every_rank_evaluates_all_of_a_control():
+    run_ranks(_controls_ddp, Path())
     model = MetricNet()
     inputs, labels = (torch.cat(p) for p in zip(*Blobs(seed=5, num_examples=25).val_dataloader(), strict=True))
     expected = float((model(inputs).argmax(-1) == labels).float().mean())
-    assert column(tmp_path, "control/other/accuracy")[0][1] == pytest.approx(expected)
+    assert column("control/other/accuracy")[0][1] == pytest.approx(expected)
 
 
 class Silent(LinearNet):
@@ -161,9 +160,9 @@ class Two(Blobs):
         (LinearNet, Two(seed=5), "control 'other' must have one validation loader; Two gives list"),
     ],
 )
-def test_what_no_control_can_be_evaluated_with(tmp_path, model, control, message):
+def test_what_no_control_can_be_evaluated_with(model, control, message):
     with pytest.raises(ValueError, match=message):
-        run(tmp_path, ControlEvaluation({"other": control}), model=model())
+        run(ControlEvaluation({"other": control}), model=model())
 
 
 def test_options_of_controls():
@@ -176,10 +175,10 @@ def test_options_of_controls():
 # --- ScalingCurve
 
 
-def test_the_curve_is_what_editing_by_hand_gives(tmp_path):
+def test_the_curve_is_what_editing_by_hand_gives():
     curve = ScalingCurve([0.0, 0.5, 1.0, -1.0])
-    _, model = run(tmp_path, TaskVectorCallback(), curve)
-    base = {f"net.{name}": tensor for name, tensor in open_weights(next(tmp_path.glob("base-*"))).items()}
+    _, model = run(TaskVectorCallback(), curve)
+    base = {f"net.{name}": tensor for name, tensor in open_weights(next(Path().glob("base-*"))).items()}
     vector = TaskVector.load("last.tv.safetensors")
     for coef, values in zip(curve.coefs, curve.values, strict=True):
         assert values["accuracy"] == pytest.approx(accuracy_of(vector.apply_to(base, coef), 0)), coef
@@ -188,45 +187,43 @@ def test_the_curve_is_what_editing_by_hand_gives(tmp_path):
         rows = list(csv.DictReader(file))
     assert [float(row["coef"]) for row in rows] == [0.0, 0.5, 1.0, -1.0]
     assert Path("scaling_curve.png").read_bytes()[:4] == b"\x89PNG"
-    logged = dict(column(tmp_path, "scaling/accuracy"))
+    logged = dict(column("scaling/accuracy"))
     assert logged == pytest.approx(
         {round(100 * c): v["accuracy"] for c, v in zip(curve.coefs, curve.values, strict=True)}
     )
-    assert names(tmp_path, ".*") == []
+    assert names(".*") == []
 
 
 def _curve_ddp(folder):
-    run(folder, TaskVectorCallback(), ScalingCurve([0.0, 1.0]), strategy="ddp", devices=2)
+    run(TaskVectorCallback(), ScalingCurve([0.0, 1.0]), strategy="ddp", devices=2, folder=folder)
 
 
-@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
-def test_the_curve_under_ddp_is_over_all_examples(tmp_path):
-    run_ranks(_curve_ddp, tmp_path)
-    logged = dict(column(tmp_path, "scaling/accuracy"))
+def test_the_curve_under_ddp_is_over_all_examples():
+    run_ranks(_curve_ddp, Path())
+    logged = dict(column("scaling/accuracy"))
     assert logged[0] == pytest.approx(accuracy_of(MetricNet().state_dict(), 0))
     assert logged[100] == pytest.approx(accuracy_of(open_weights("last.ckpt"), 0))
 
 
 def _curve_fsdp(folder):
     with pytest.raises(ValueError, match="ScalingCurve needs the whole model on every rank, and OnCpu shards it"):
-        fit(folder, TaskVectorCallback(), callbacks=[ScalingCurve()], strategy=fsdp1(), devices=2)
+        fit(TaskVectorCallback(), callbacks=[ScalingCurve()], strategy=fsdp1(), devices=2, folder=folder)
 
 
-@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
-def test_what_no_curve_can_be_drawn_of(tmp_path):
+def test_what_no_curve_can_be_drawn_of():
     from peft import LoraConfig, inject_adapter_in_model
 
-    run_ranks(_curve_fsdp, tmp_path)
+    run_ranks(_curve_fsdp, Path())
     with pytest.raises(ValueError, match="needs a TaskVectorCallback in the same Trainer"):
-        run(tmp_path, ScalingCurve())
+        run(ScalingCurve())
     with pytest.raises(ValueError, match="needs one validation loader in fit, and a validation_step; found none"):
-        fit(tmp_path, TaskVectorCallback(), callbacks=[ScalingCurve()])
+        fit(TaskVectorCallback(), callbacks=[ScalingCurve()])
     with pytest.raises(ValueError, match=r"MetricNet logs \[.*\] in validation, and not 'f1'"):
-        run(Path("metric"), TaskVectorCallback(), ScalingCurve(metric="f1"))
+        run(TaskVectorCallback(), ScalingCurve(metric="f1"), folder="metric")
     lora = MetricNet()
     inject_adapter_in_model(LoraConfig(r=2, target_modules=["0"]), lora.net)
     with pytest.raises(ValueError, match="cannot move a model with LoRA modules"):
-        run(Path("lora"), TaskVectorCallback(), ScalingCurve(), model=lora)
+        run(TaskVectorCallback(), ScalingCurve(), model=lora, folder="lora")
     with pytest.raises(ValueError, match="at least one scaling coefficient"):
         ScalingCurve([])
 

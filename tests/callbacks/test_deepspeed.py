@@ -23,8 +23,6 @@ from tva import TaskVector, fingerprint, open_weights
 needs_deepspeed = pytest.mark.skipif(
     importlib.util.find_spec("deepspeed") is None, reason="trains with DeepSpeed itself: pip install deepspeed"
 )
-pytestmark = pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
-
 
 # --- DeepSpeed itself, on the CPU, which Lightning refuses to start
 
@@ -58,7 +56,6 @@ def fit_zero(folder, stage, precision="32-true", ckpt_path=None, callback=None, 
     strategy = OnCpu(stage=stage, logging_level=40)
     model = options.pop("model", None) or TiedNet(precision)
     return fit(
-        folder,
         callback,
         model=model,
         strategy=strategy,
@@ -67,6 +64,7 @@ def fit_zero(folder, stage, precision="32-true", ckpt_path=None, callback=None, 
         ckpt_path=ckpt_path,
         epochs=epochs,
         checkpoint=ModelCheckpoint(dirpath=folder, save_top_k=-1),
+        folder=folder,
         **options,
     )
 
@@ -84,7 +82,7 @@ def own_weights(folder):
 @pytest.mark.parametrize("stage", [1, 2, 3])
 def test_the_vector_is_that_of_the_checkpoints_in_full_precision_fresh_and_resumed(stage, precision):
     run_ranks(fit_zero, Path("first"), stage, precision)
-    assert names(Path("first"), "*.tv.safetensors") == [
+    assert names("*.tv.safetensors", folder="first") == [
         "epoch=0-step=2.tv.safetensors",
         "epoch=1-step=4.tv.safetensors",
     ]
@@ -95,7 +93,7 @@ def test_the_vector_is_that_of_the_checkpoints_in_full_precision_fresh_and_resum
     for name, value in start.items():
         assert torch.equal(base[name], value.to(base[name].dtype)), name
     for name in ("epoch=0-step=2", "epoch=1-step=4"):
-        vector = assert_vector_is_checkpoint_minus_base(Path("first"), name)
+        vector = assert_vector_is_checkpoint_minus_base(name, folder="first")
         theirs = own_weights(Path(f"first/{name}.ckpt"))
         for key, delta in vector.deltas.items():
             assert torch.equal(delta, theirs[key].float() - base[key].float()), key
@@ -106,7 +104,7 @@ def test_the_vector_is_that_of_the_checkpoints_in_full_precision_fresh_and_resum
         delta = vector.deltas["body.0.weight"] + base["body.0.weight"]
         assert not torch.equal(delta, delta.bfloat16().float())
     run_ranks(fit_zero, Path("second"), stage, precision, Path("first/epoch=0-step=2.ckpt"))
-    assert names(Path("second"), "base-*") == []  # that of the first run
+    assert names("base-*", folder="second") == []  # that of the first run
     resumed = TaskVector.load("second/epoch=1-step=4.tv.safetensors")
     assert resumed.origin.base == fingerprint(base)
     assert resumed.origin.run == vector.origin.run
@@ -121,8 +119,8 @@ def _along_the_way(folder, stage):
 @needs_deepspeed
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", [2, 3])
-def test_vectors_along_the_way_add_up_under_zero(tmp_path, stage):
-    run_ranks(_along_the_way, tmp_path, stage)
+def test_vectors_along_the_way_add_up_under_zero(stage):
+    run_ranks(_along_the_way, Path(), stage)
     steps = [TaskVector.load(file) for file in sorted(Path("trajectory").glob("step=*"))]
     final = TaskVector.load("final.tv.safetensors")
     assert len(steps) == 4
@@ -151,9 +149,9 @@ def _lora(folder, stage):
 @needs_deepspeed
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", [2, 3])
-def test_lora_under_zero_is_merged_or_refused(tmp_path, stage):
-    run_ranks(_lora, tmp_path, stage)
-    assert names(tmp_path, "done-*") == ["done-0", "done-1"]
+def test_lora_under_zero_is_merged_or_refused(stage):
+    run_ranks(_lora, Path(), stage)
+    assert names("done-*") == ["done-0", "done-1"]
 
 
 # --- the same interface without DeepSpeed: what its parameters carry, on ranks whose stretches end anywhere
@@ -250,10 +248,10 @@ def _read(folder, stage):
 
 
 @pytest.mark.parametrize("stage", [1, 3])
-def test_partitions_arrive_whole_wherever_they_are_cut(tmp_path, monkeypatch, stage):
+def test_partitions_arrive_whole_wherever_they_are_cut(monkeypatch, stage):
     stand_in_for_deepspeed(monkeypatch)
-    run_ranks(_read, tmp_path, stage)
-    assert names(tmp_path) == ["done-0", "done-1"]
+    run_ranks(_read, Path(), stage)
+    assert names() == ["done-0", "done-1"]
 
 
 def test_partitions_over_only_some_ranks_are_refused_by_name(monkeypatch):

@@ -6,8 +6,6 @@ import torch
 from lightning.pytorch.demos.boring_classes import BoringModel
 from tva.callbacks import GradientAscent
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*does not have many workers.*")
-
 
 class Net(BoringModel):
     returns_mapping = True
@@ -22,7 +20,7 @@ class Net(BoringModel):
             raise KeyError("broken")
 
 
-def step(folder, *callbacks, **attributes):
+def step(*callbacks, **attributes):
     torch.manual_seed(0)
     model = Net()
     for name, value in attributes.items():
@@ -33,7 +31,7 @@ def step(folder, *callbacks, **attributes):
     if attributes.get("breaks"):
         options["max_steps"] = 5
     torch.manual_seed(1)
-    trainer = L.Trainer(callbacks=list(callbacks), default_root_dir=folder, **options)
+    trainer = L.Trainer(callbacks=list(callbacks), **options)
     try:
         trainer.fit(model)
     finally:
@@ -43,15 +41,15 @@ def step(folder, *callbacks, **attributes):
 
 
 @pytest.mark.parametrize("returns_mapping", [True, False])
-def test_a_step_goes_the_other_way_and_logs_the_same(tmp_path, returns_mapping):
-    down, loss = step(tmp_path, returns_mapping=returns_mapping)
-    up, same = step(tmp_path, GradientAscent(), returns_mapping=returns_mapping)
+def test_a_step_goes_the_other_way_and_logs_the_same(returns_mapping):
+    down, loss = step(returns_mapping=returns_mapping)
+    up, same = step(GradientAscent(), returns_mapping=returns_mapping)
     assert loss == same
     for name, delta in down.items():
         assert delta.abs().max() > 0
         torch.testing.assert_close(up[name], -delta, rtol=1e-4, atol=1e-7)
 
 
-def test_the_models_own_step_is_back_after_an_error(tmp_path):
+def test_the_models_own_step_is_back_after_an_error():
     with pytest.raises(KeyError, match="broken"):
-        step(tmp_path, GradientAscent(), breaks=True)
+        step(GradientAscent(), breaks=True)

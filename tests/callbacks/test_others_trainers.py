@@ -40,28 +40,28 @@ class Diverging(MixedNet):
                 self.body[0].weight.fill_(float("nan"))
 
 
-def test_weights_that_become_nan_are_a_warning_and_training_goes_on(tmp_path):
+def test_weights_that_become_nan_are_a_warning_and_training_goes_on():
     options = {"at_train_end": True, "every_n_steps": 7}
     with pytest.warns(UserWarning, match="training continues") as caught:
-        trainer, _ = fit(tmp_path, TaskVectorCallback(**options), model=Diverging(), logger=CSVLogger(Path("log")))
+        trainer, _ = fit(TaskVectorCallback(**options), model=Diverging(), logger=CSVLogger(Path("log")))
     assert trainer.global_step == 8
     messages = [str(warning.message) for warning in caught]
     missing = [message for message in messages if message.startswith("The task vector")]
     assert len(missing) == 3  # at step 7, and two at the end
     assert all("training continues: A task vector must be finite" in message for message in missing)
     assert any(message.startswith("3 operations failed") for message in messages)
-    assert names(tmp_path, "*.tv.safetensors") == ["epoch=0-step=4.tv.safetensors"]
-    assert names(Path("trajectory")) == []
+    assert names("*.tv.safetensors") == ["epoch=0-step=4.tv.safetensors"]
+    assert names(folder="trajectory") == []
 
 
-def test_a_vector_that_was_asked_for_is_an_error_where_the_weights_are_nan(tmp_path):
+def test_a_vector_that_was_asked_for_is_an_error_where_the_weights_are_nan():
     callback = TaskVectorCallback(with_checkpoints=False)
-    trainer, _ = fit(tmp_path, callback, model=Diverging())
+    trainer, _ = fit(callback, model=Diverging())
     with pytest.raises(ValueError, match="hold NaN or infinity"):
         callback.save_vector(trainer, Path("asked.tv.safetensors"))
 
 
-def test_metrics_that_are_nan_do_not_make_the_header_something_else_than_json(tmp_path):
+def test_metrics_that_are_nan_do_not_make_the_header_something_else_than_json():
     class Bad(MixedNet):
         def __init__(self, ratio=1.0):
             super().__init__()
@@ -70,7 +70,7 @@ def test_metrics_that_are_nan_do_not_make_the_header_something_else_than_json(tm
         def on_train_epoch_end(self):
             self.log_dict({"bad": float("nan"), "high": float("inf"), "good": 1.5})
 
-    fit(tmp_path, model=Bad(ratio=float("nan")), epochs=1)
+    fit(model=Bad(ratio=float("nan")), epochs=1)
     header = read_header(Path("epoch=0-step=4.tv.safetensors"))
     metrics = json.loads(header["tva.metrics"], parse_constant=pytest.fail)
     assert metrics["good"] == 1.5
@@ -107,7 +107,7 @@ def lora_net(how):
 def test_a_checkpoint_with_only_lora_weights_has_the_vector_of_the_whole_model():
     vectors = {}
     for how in ("whole", "hook", "override"):
-        fit(Path(how), TaskVectorCallback(at_train_end=True), model=lora_net(how))
+        fit(TaskVectorCallback(at_train_end=True), model=lora_net(how), folder=Path(how))
         vectors[how] = TaskVector.load(f"{how}/{LAST}.tv.safetensors")
         final = TaskVector.load(f"{how}/final.tv.safetensors")
         assert final.origin.finetuned == vectors[how].origin.finetuned
@@ -126,8 +126,8 @@ def test_trained_weights_that_a_checkpoint_leaves_out_are_the_models_own():
         def on_save_checkpoint(self, checkpoint):
             checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if "body.0" not in k}
 
-    fit(Path("part"), model=HeadLess())
-    fit(Path("whole"))
+    fit(model=HeadLess(), folder="part")
+    fit(folder="whole")
     part, whole = (TaskVector.load(f"{run}/{LAST}.tv.safetensors") for run in ("part", "whole"))
     assert part.origin.finetuned == whole.origin.finetuned
     assert torch.equal(part.deltas["body.0.weight"], whole.deltas["body.0.weight"])
@@ -143,8 +143,8 @@ def test_a_checkpoint_whose_keys_are_renamed_has_a_vector_under_the_models_names
     with pytest.warns(
         UserWarning, match=r"holds '0.weight', .*which the model does not: the vector has the model's own"
     ):
-        fit(Path("renamed"), model=Renaming())
-    fit(Path("plain"))
+        fit(model=Renaming(), folder="renamed")
+    fit(folder="plain")
     renamed, plain = (TaskVector.load(f"{run}/{LAST}.tv.safetensors") for run in ("renamed", "plain"))
     assert renamed.origin.finetuned == plain.origin.finetuned
 
@@ -158,23 +158,21 @@ class Growing(L.Callback):
 
 
 @pytest.mark.parametrize("hook", ["on_fit_start", "on_train_start"])
-def test_layers_that_are_exchanged_after_the_base_was_taken_are_an_error_before_the_first_step(tmp_path, hook):
+def test_layers_that_are_exchanged_after_the_base_was_taken_are_an_error_before_the_first_step(hook):
     with pytest.raises(
         MismatchError, match=r"base-[0-9a-f]{32}.safetensors was captured: 'body.2.weight' is \[2, 4\] now"
     ):
-        fit(tmp_path, callbacks=[Growing(hook)])
-    assert names(tmp_path, "*.ckpt") == []
+        fit(callbacks=[Growing(hook)])
+    assert names("*.ckpt") == []
 
 
-def test_pruning_while_training_does_not_end_it(tmp_path):
+def test_pruning_while_training_does_not_end_it():
     model, prune = MixedNet(), ModelPruning("l1_unstructured", amount=0.3)
     with pytest.warns(UserWarning, match=r"step=00000006.* was not written.*continues: The model's keys changed"):
-        trainer, _ = fit(tmp_path, TaskVectorCallback(every_n_steps=3), model=model, callbacks=[prune])
+        trainer, _ = fit(TaskVectorCallback(every_n_steps=3), model=model, callbacks=[prune])
     assert trainer.global_step == 8
-    assert names(Path("trajectory")) == ["step=00000003.tv.safetensors"]  # before the names changed
-    vector = assert_vector_is_checkpoint_minus_base(
-        tmp_path, LAST
-    )  # Lightning saves pruned weights under the old names
+    assert names(folder="trajectory") == ["step=00000003.tv.safetensors"]  # before the names changed
+    vector = assert_vector_is_checkpoint_minus_base(LAST)  # Lightning saves pruned weights under the old names
     assert "body.0.weight" in vector.deltas
 
 
@@ -190,8 +188,8 @@ def test_states_of_metrics_are_apart_from_the_parameters():
             self.mean(loss.detach() * 1000)
             return loss
 
-    fit(Path("metric"), model=Counting())
-    fit(Path("plain"))
+    fit(model=Counting(), folder="metric")
+    fit(folder="plain")
     counting = TaskVector.load(f"metric/{LAST}.tv.safetensors")
     assert {"mean.mean_value", "mean.weight"} <= set(counting.buffers)
     assert not {name for name in counting.deltas if name.startswith("mean.")}
@@ -205,12 +203,12 @@ def test_the_norm_counts_a_tied_tensor_once():
             super().__init__()
             self.again = self.body
 
-    fit(Path("tied"), model=Tied())
-    fit(Path("plain"))
+    fit(model=Tied(), folder="tied")
+    fit(folder="plain")
     tied, plain = (read_header(Path(f"{run}/{LAST}.tv.safetensors")) for run in ("tied", "plain"))
     assert tied["tva.norm"] == plain["tva.norm"]
-    assert_vector_is_checkpoint_minus_base(Path("tied"), LAST)
-    fit(Path("part"), TaskVectorCallback(exclude=[r"body\..*"]), model=Tied())
+    assert_vector_is_checkpoint_minus_base(LAST, folder="tied")
+    fit(TaskVectorCallback(exclude=[r"body\..*"]), model=Tied(), folder="part")
     assert read_header(Path(f"part/{LAST}.tv.safetensors"))["tva.norm"] == plain["tva.norm"]
 
 
@@ -218,16 +216,16 @@ def test_the_norm_counts_a_tied_tensor_once():
 
 
 def test_a_run_whose_folder_has_moved_finds_its_base_beside_the_checkpoint():
-    fit(Path("old"), epochs=1)
+    fit(epochs=1, folder="old")
     Path("old").rename("new")
-    fit(Path("second"), ckpt_path=Path("new/epoch=0-step=4.ckpt"))
+    fit(ckpt_path=Path("new/epoch=0-step=4.ckpt"), folder="second")
     vector = TaskVector.load(f"second/{LAST}.tv.safetensors")
     assert vector.origin.base == fingerprint(MixedNet().state_dict())
     (base,) = Path("new").glob("base-*")
     assert torch.equal(vector.deltas["body.0.weight"], after_minus_base(Path(f"second/{LAST}.ckpt"), base))
     base.rename("elsewhere.safetensors")
     with pytest.raises(FileNotFoundError, match="it is not there nor in .*new"):
-        fit(Path("third"), ckpt_path=Path("new/epoch=0-step=4.ckpt"))
+        fit(ckpt_path=Path("new/epoch=0-step=4.ckpt"), folder="third")
 
 
 def after_minus_base(checkpoint, base, name="body.0.weight"):
@@ -236,12 +234,12 @@ def after_minus_base(checkpoint, base, name="body.0.weight"):
 
 def test_another_fit_of_the_same_model_from_other_weights_has_these_as_its_base():
     callback = TaskVectorCallback()
-    _, model = fit(Path("first"), callback, epochs=1)
+    _, model = fit(callback, epochs=1, folder="first")
     with torch.no_grad():
         model.body[0].weight.add_(1.0)
     start = fingerprint(model.state_dict())
     with pytest.warns(UserWarning, match="starts neither from the base of the fit before nor from the weights"):
-        fit(Path("second"), callback, epochs=1, model=model)
+        fit(callback, epochs=1, model=model, folder="second")
     vector = TaskVector.load("second/epoch=0-step=4.tv.safetensors")
     assert vector.origin.base == start
     (base,) = Path("second").glob("base-*")
@@ -252,19 +250,19 @@ def test_another_fit_of_the_same_model_from_other_weights_has_these_as_its_base(
 def test_another_fit_from_the_base_itself_keeps_the_base():
     callback = TaskVectorCallback()
     start = {name: value.clone() for name, value in MixedNet().state_dict().items()}
-    _, model = fit(Path("first"), callback, epochs=1)
+    _, model = fit(callback, epochs=1, folder="first")
     model.load_state_dict(start)
-    fit(Path("second"), callback, epochs=1, model=model)
-    assert names(Path("second"), "base-*") == []
+    fit(callback, epochs=1, model=model, folder="second")
+    assert names("base-*", folder="second") == []
     assert TaskVector.load("second/epoch=0-step=4.tv.safetensors").origin.base == fingerprint(start)
 
 
 def test_another_fit_that_resumes_a_checkpoint_of_no_base_is_an_error():
-    fit(Path("other"), L.Callback(), epochs=1)
+    fit(L.Callback(), epochs=1, folder="other")
     callback = TaskVectorCallback()
-    _, model = fit(Path("first"), callback, epochs=1)
+    _, model = fit(callback, epochs=1, folder="first")
     with pytest.raises(ValueError, match="resumes at step 4 from a checkpoint that names no base"):
-        fit(Path("second"), callback, model=model, ckpt_path=Path("other/epoch=0-step=4.ckpt"))
+        fit(callback, model=model, ckpt_path=Path("other/epoch=0-step=4.ckpt"), folder="second")
 
 
 # --- Trainers
@@ -279,27 +277,27 @@ class Asking(L.Callback):
         self.saved = self.callback.save_vector(trainer, self.path / "by_hand.tv.safetensors")
 
 
-def test_a_fast_dev_run_saves_what_lightning_saves_and_no_vector(tmp_path):
+def test_a_fast_dev_run_saves_what_lightning_saves_and_no_vector():
     callback = TaskVectorCallback(every_n_steps=1, against="previous", at_train_end=True)
-    asking = Asking(callback, tmp_path)
-    fit(tmp_path, callback, callbacks=[asking], checkpoint=ModelCheckpoint(tmp_path, save_last=True), fast_dev_run=True)
+    asking = Asking(callback, Path())
+    fit(callback, callbacks=[asking], checkpoint=ModelCheckpoint(Path(), save_last=True), fast_dev_run=True)
     assert asking.saved is None
-    assert names(tmp_path, "*") == ["by_hand.ckpt", "last.ckpt"]
+    assert names("*") == ["by_hand.ckpt", "last.ckpt"]
 
 
-def test_a_checkpoint_that_is_saved_before_there_is_a_base_has_no_vector(tmp_path):
+def test_a_checkpoint_that_is_saved_before_there_is_a_base_has_no_vector():
     class Early(L.Callback):
         def on_fit_start(self, trainer, pl_module):
             trainer.save_checkpoint(Path("early.ckpt"))
 
-    callbacks = [Early(), TaskVectorCallback(), ModelCheckpoint(tmp_path)]  # the first before the callback is asked
+    callbacks = [Early(), TaskVectorCallback(), ModelCheckpoint(Path())]  # the first before the callback is asked
     L.Trainer(accelerator="cpu", max_epochs=1, logger=False, callbacks=callbacks).fit(MixedNet())
-    assert names(tmp_path, "early*") == ["early.ckpt"]
+    assert names("early*") == ["early.ckpt"]
 
 
-def test_a_vector_can_be_asked_for_after_fit(tmp_path):
+def test_a_vector_can_be_asked_for_after_fit():
     callback = TaskVectorCallback()
-    trainer, model = fit(tmp_path, callback)
+    trainer, model = fit(callback)
     saved = callback.save_vector(trainer, Path("after.tv.safetensors"))
     assert saved.finetuned == fingerprint(model.state_dict()).digest
     other = L.Trainer(accelerator="cpu", logger=False, enable_checkpointing=False)
@@ -308,13 +306,11 @@ def test_a_vector_can_be_asked_for_after_fit(tmp_path):
 
 
 @pytest.mark.parametrize("callback", [TaskVectorCallback(), MergeStatistics(), ControlEvaluation({"a": None})])
-def test_a_trainer_of_the_older_package_is_named(tmp_path, callback):
+def test_a_trainer_of_the_older_package_is_named(callback):
     older = pytest.importorskip("pytorch_lightning")
     from pytorch_lightning.demos.boring_classes import BoringModel
 
-    trainer = older.Trainer(
-        accelerator="cpu", max_steps=1, logger=False, callbacks=[callback], default_root_dir=tmp_path
-    )
+    trainer = older.Trainer(accelerator="cpu", max_steps=1, logger=False, callbacks=[callback], default_root_dir=Path())
     with pytest.raises(
         ValueError, match=f"{type(callback).__name__} needs a Trainer of the package lightning.*import lightning as L"
     ):
@@ -323,23 +319,23 @@ def test_a_trainer_of_the_older_package_is_named(tmp_path, callback):
 
 @pytest.mark.parametrize("norm", [True, False])
 @pytest.mark.filterwarnings("ignore:.*SWALR", "ignore:Swapping")
-def test_weights_of_the_older_averaging_are_recorded_as_averaged(tmp_path, norm):
+def test_weights_of_the_older_averaging_are_recorded_as_averaged(norm):
     model = MixedNet()
     if not norm:
         model.body[1] = nn.ReLU()
     swa = StochasticWeightAveraging(swa_lrs=0.01, swa_epoch_start=1)
-    checkpoint = ModelCheckpoint(tmp_path, filename="{epoch}", save_top_k=-1)
+    checkpoint = ModelCheckpoint(Path(), filename="{epoch}", save_top_k=-1)
     callbacks = [swa, TaskVectorCallback(at_train_end=True), checkpoint]
     options = {"logger": False, "enable_progress_bar": False}
     L.Trainer(accelerator="cpu", max_epochs=3, callbacks=callbacks, **options).fit(model)
-    averaged = {file.stem: TaskVector.load(file).origin.averaged for file in tmp_path.glob("*.tv.safetensors")}
+    averaged = {file.stem: TaskVector.load(file).origin.averaged for file in Path().glob("*.tv.safetensors")}
     assert averaged["final.tv"]
     assert not averaged["epoch=0.tv"]
     assert not averaged["epoch=2.tv"]
     assert averaged.get("epoch=3.tv", True) is True  # the epoch that estimates the statistics of BatchNorm
 
 
-def test_steps_that_the_trainer_does_not_count_are_said_at_the_end(tmp_path):
+def test_steps_that_the_trainer_does_not_count_are_said_at_the_end():
     class Raw(MixedNet):
         def __init__(self):
             super().__init__()
@@ -352,7 +348,7 @@ def test_steps_that_the_trainer_does_not_count_are_said_at_the_end(tmp_path):
             optimizer.step()
 
     with pytest.warns(UserWarning, match="every_n_steps counts the Trainer's steps, and it has counted none"):
-        fit(tmp_path, TaskVectorCallback(every_n_steps=2), model=Raw(), epochs=1)
+        fit(TaskVectorCallback(every_n_steps=2), model=Raw(), epochs=1)
 
 
 def test_metrics_that_share_their_last_part_keep_their_names():
@@ -367,7 +363,7 @@ def test_metrics_that_share_their_last_part_keep_their_names():
 # --- what a killed process leaves
 
 
-def test_snapshots_of_processes_that_died_are_removed_by_the_next_run(tmp_path):
+def test_snapshots_of_processes_that_died_are_removed_by_the_next_run():
     dead = subprocess.Popen([sys.executable, "-c", ""])
     dead.wait()
     here, folder = socket.gethostname(), Path("trajectory")
@@ -378,7 +374,7 @@ def test_snapshots_of_processes_that_died_are_removed_by_the_next_run(tmp_path):
     kept.append(folder / f".previous-abc-4-{dead.pid}@{here}x.safetensors")  # another machine's
     for file in (*gone, *kept):
         file.write_bytes(b"x")
-    fit(tmp_path, TaskVectorCallback(every_n_steps=2, against="previous"))
+    fit(TaskVectorCallback(every_n_steps=2, against="previous"))
     assert not any(file.exists() for file in gone)
     assert sorted(folder.glob(".*")) == sorted(kept)
 
@@ -395,9 +391,9 @@ class Still(MixedNet):
 
 
 @pytest.mark.parametrize("logger", [True, False])
-def test_a_vector_of_a_model_that_has_not_moved_opens_and_lists_all_names(tmp_path, logger):
+def test_a_vector_of_a_model_that_has_not_moved_opens_and_lists_all_names(logger):
     logger = CSVLogger(Path("log")) if logger else False
-    fit(tmp_path, TaskVectorCallback(every_n_steps=2, against="previous"), model=Still(), logger=logger)
+    fit(TaskVectorCallback(every_n_steps=2, against="previous"), model=Still(), logger=logger)
     vectors = [Path(f"{LAST}.tv.safetensors"), *Path("trajectory").glob("step=*")]
     assert len(vectors) == 5
     for file in vectors:
@@ -408,13 +404,13 @@ def test_a_vector_of_a_model_that_has_not_moved_opens_and_lists_all_names(tmp_pa
         assert file.stat().st_size < 100_000
 
 
-def test_a_checkpoint_of_the_initial_weights_and_a_vector_without_any_tensor(tmp_path):
+def test_a_checkpoint_of_the_initial_weights_and_a_vector_without_any_tensor():
     class Initial(L.Callback):
         def on_train_start(self, trainer, pl_module):
             trainer.save_checkpoint(Path("initial.ckpt"))
 
     callback = TaskVectorCallback(exclude=[".*"])
-    trainer, _ = fit(tmp_path, callback, callbacks=[Initial()], logger=CSVLogger(Path("log")))
+    trainer, _ = fit(callback, callbacks=[Initial()], logger=CSVLogger(Path("log")))
     assert trainer.global_step == 8
-    assert_vector_is_checkpoint_minus_base(tmp_path, "initial")
+    assert_vector_is_checkpoint_minus_base("initial")
     assert not TaskVector.load(f"{LAST}.tv.safetensors").deltas.keys() & {"body.0.weight", "body.2.weight"}

@@ -55,7 +55,16 @@ def fit_sharded(folder, kind, ckpt_path=None, epochs=2, callback=None, **options
         model = MixedNet(width=5)
     if kind.endswith("sharded"):  # torch saves the running statistics of any rank, unless they are the same
         model.body[1].momentum = 0.0
-    fit(folder, callback, model=model, strategy=strategy, devices=2, ckpt_path=ckpt_path, epochs=epochs, **options)
+    fit(
+        callback,
+        model=model,
+        strategy=strategy,
+        devices=2,
+        ckpt_path=ckpt_path,
+        epochs=epochs,
+        **options,
+        folder=folder,
+    )
 
 
 KINDS = ["fsdp2 full", "fsdp2 sharded", "fsdp1 full", "fsdp1 sharded"]
@@ -65,20 +74,20 @@ KINDS = ["fsdp2 full", "fsdp2 sharded", "fsdp1 full", "fsdp1 sharded"]
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_vector_is_that_of_the_gathered_checkpoints_fresh_and_resumed(kind):
     run_ranks(fit_sharded, Path("first"), kind)
-    assert names(Path("first"), "*.tv.safetensors") == [
+    assert names("*.tv.safetensors", folder="first") == [
         "epoch=0-step=2.tv.safetensors",
         "epoch=1-step=4.tv.safetensors",
     ]
     start = (ShardedNet() if "fsdp2" in kind else MixedNet(width=5)).state_dict()
     base = open_weights(next(Path("first").glob("base-*")))
     assert fingerprint(base) == fingerprint(start)
-    half = assert_vector_is_checkpoint_minus_base(Path("first"), "epoch=0-step=2")
-    whole = assert_vector_is_checkpoint_minus_base(Path("first"), "epoch=1-step=4")
+    half = assert_vector_is_checkpoint_minus_base("epoch=0-step=2", folder="first")
+    whole = assert_vector_is_checkpoint_minus_base("epoch=1-step=4", folder="first")
     assert half.deltas["body.0.weight"].any()
     assert half.untouched["frozen.weight"] == "frozen"
     assert set(half.buffers) == ({"body.1.running_mean", "body.1.running_var"} if kind.endswith("full") else set())
     run_ranks(fit_sharded, Path("second"), kind, Path("first/epoch=0-step=2.ckpt"))
-    assert names(Path("second"), "base-*") == []  # that of the first run
+    assert names("base-*", folder="second") == []  # that of the first run
     resumed = TaskVector.load("second/epoch=1-step=4.tv.safetensors")
     assert resumed.origin.base == fingerprint(start)
     assert resumed.origin.run == whole.origin.run
@@ -115,7 +124,7 @@ class _Gloo(Gloo, ModelParallelStrategy):
 
 
 @pytest.mark.parametrize("kind", ["rows", "columns of a two-dimensional mesh"])
-def test_odd_tensors_arrive_whole_in_the_order_that_rank_zero_wants(tmp_path, kind):
+def test_odd_tensors_arrive_whole_in_the_order_that_rank_zero_wants(kind):
     tensors = {
         "even": torch.randn(4, 3),
         "uneven": torch.randn(5, 3),
@@ -124,8 +133,8 @@ def test_odd_tensors_arrive_whole_in_the_order_that_rank_zero_wants(tmp_path, ki
         "half": torch.randn(3, 2).bfloat16(),
         "counts": torch.arange(6).reshape(3, 2),
     }
-    run_ranks(_shards_of, tmp_path, tensors, kind)
-    assert names(tmp_path) == ["done-0", "done-1"]
+    run_ranks(_shards_of, Path(), tensors, kind)
+    assert names() == ["done-0", "done-1"]
 
 
 def _other_names(folder):
@@ -139,9 +148,9 @@ def _other_names(folder):
     dist.destroy_process_group()
 
 
-def test_ranks_with_other_names_are_an_error_on_all_of_them(tmp_path):
-    run_ranks(_other_names, tmp_path)
-    assert names(tmp_path) == ["done-0", "done-1"]
+def test_ranks_with_other_names_are_an_error_on_all_of_them():
+    run_ranks(_other_names, Path())
+    assert names() == ["done-0", "done-1"]
 
 
 def _fail_while_streaming(folder, kind):
@@ -162,10 +171,10 @@ def _fail_while_streaming(folder, kind):
 
 
 @pytest.mark.parametrize("kind", ["fsdp2 sharded", pytest.param("fsdp1 sharded", marks=pytest.mark.slow)])
-def test_a_failure_of_rank_zero_while_others_send_reaches_all(tmp_path, kind):
-    run_ranks(_fail_while_streaming, tmp_path, kind)
-    assert names(tmp_path, "failed-*") == ["failed-0", "failed-1"]
-    assert names(tmp_path, "*.tv.safetensors") == []
+def test_a_failure_of_rank_zero_while_others_send_reaches_all(kind):
+    run_ranks(_fail_while_streaming, Path(), kind)
+    assert names("failed-*") == ["failed-0", "failed-1"]
+    assert names("*.tv.safetensors") == []
 
 
 def _diverge(folder, kind):
@@ -183,10 +192,10 @@ def _diverge(folder, kind):
 
 
 @pytest.mark.parametrize("kind", ["fsdp2 sharded", pytest.param("fsdp1 full", marks=pytest.mark.slow)])
-def test_weights_that_become_nan_do_not_stop_training_on_any_rank(tmp_path, kind):
-    run_ranks(_diverge, tmp_path, kind)
-    assert names(tmp_path, "done-*") == ["done-0", "done-1"]
-    assert names(tmp_path, "*.tv.safetensors") == ["epoch=0-step=2.tv.safetensors"]
+def test_weights_that_become_nan_do_not_stop_training_on_any_rank(kind):
+    run_ranks(_diverge, Path(), kind)
+    assert names("done-*") == ["done-0", "done-1"]
+    assert names("*.tv.safetensors") == ["epoch=0-step=2.tv.safetensors"]
 
 
 def _full_disk(folder, kind):
@@ -208,12 +217,12 @@ def _full_disk(folder, kind):
 
 
 @pytest.mark.parametrize("kind", ["fsdp2 sharded", pytest.param("fsdp1 full", marks=pytest.mark.slow)])
-def test_a_full_disk_does_not_stop_training_on_any_rank(tmp_path, kind):
-    run_ranks(_full_disk, tmp_path, kind)
-    assert names(tmp_path, "*.ckpt") == ["epoch=0-step=2.ckpt", "epoch=1-step=4.ckpt"]
-    assert names(tmp_path, "*.tv.safetensors") == ["epoch=0-step=2.tv.safetensors"]
-    assert names(tmp_path, ".*") == []
-    assert names(tmp_path, "done-*") == ["done-0", "done-1"]
+def test_a_full_disk_does_not_stop_training_on_any_rank(kind):
+    run_ranks(_full_disk, Path(), kind)
+    assert names("*.ckpt") == ["epoch=0-step=2.ckpt", "epoch=1-step=4.ckpt"]
+    assert names("*.tv.safetensors") == ["epoch=0-step=2.tv.safetensors"]
+    assert names(".*") == []
+    assert names("done-*") == ["done-0", "done-1"]
 
 
 def _die(folder):
@@ -227,8 +236,8 @@ def _die(folder):
     os._exit(4)
 
 
-def test_when_a_rank_dies_the_others_end_soon(tmp_path):
-    ranks = run_ranks(_die, tmp_path, join=False).processes
+def test_when_a_rank_dies_the_others_end_soon():
+    ranks = run_ranks(_die, Path(), join=False).processes
     for rank in ranks:
         rank.join(600)  # gloo itself waits for half an hour
     assert [rank.exitcode for rank in ranks] == [4, 3]
@@ -240,12 +249,12 @@ def _along_the_way(folder, kind):
 
 
 @pytest.mark.parametrize("kind", ["fsdp2 sharded", pytest.param("fsdp1 sharded", marks=pytest.mark.slow)])
-def test_vectors_along_the_way_add_up_under_sharding(tmp_path, kind):
-    run_ranks(_along_the_way, tmp_path, kind)
+def test_vectors_along_the_way_add_up_under_sharding(kind):
+    run_ranks(_along_the_way, Path(), kind)
     steps = [TaskVector.load(file) for file in sorted(Path("trajectory").glob("step=*"))]
     final = TaskVector.load("final.tv.safetensors")
     assert len(steps) == 4
-    assert names(Path("trajectory"), ".*") == []
+    assert names(".*", folder="trajectory") == []
     for name, delta in final.deltas.items():
         total = sum(step.deltas[name] for step in steps)
         assert torch.allclose(total, delta, atol=1e-6), name
@@ -253,8 +262,8 @@ def test_vectors_along_the_way_add_up_under_sharding(tmp_path, kind):
     assert final.origin.finetuned == steps[-1].origin.finetuned == fingerprint(tuned).digest
 
 
-def test_no_rank_holds_more_than_one_tensor_above_its_shards(tmp_path):
-    run_ranks(_measure_memory, tmp_path)
+def test_no_rank_holds_more_than_one_tensor_above_its_shards():
+    run_ranks(_measure_memory, Path())
     for rank in (0, 1):
         above, largest = map(int, Path(f"memory-{rank}").read_text().split())
         # 24.4 MB: the base's tensor, mapped from its file, and chunks; 32.8 if one were received whole, 41.2 if two
@@ -327,13 +336,13 @@ def _lora(folder):
     model = MixedNet()
     inject_adapter_in_model(LoraConfig(r=2, target_modules=["0"]), model.body)
     with pytest.raises(ValueError, match="LoRA modules cannot be read under OnCpu. Use DDP"):
-        fit(folder, model=model, strategy=fsdp1(use_orig_params=True), devices=2)
+        fit(model=model, strategy=fsdp1(use_orig_params=True), devices=2, folder=folder)
     (folder / f"done-{os.environ['LOCAL_RANK']}").touch()
 
 
-def test_lora_under_a_strategy_that_shards_is_refused_on_all_ranks(tmp_path):
-    run_ranks(_lora, tmp_path)
-    assert names(tmp_path) == ["done-0", "done-1"]
+def test_lora_under_a_strategy_that_shards_is_refused_on_all_ranks():
+    run_ranks(_lora, Path())
+    assert names() == ["done-0", "done-1"]
 
 
 @pytest.mark.parametrize("kind", [XLAStrategy, SingleDeviceXLAStrategy])

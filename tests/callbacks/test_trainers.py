@@ -30,18 +30,18 @@ class Late(MixedNet):
             self.body = nn.Sequential(nn.Linear(3, 5), nn.ReLU(), nn.Linear(5, 1))
 
 
-def test_layers_that_configure_model_makes(tmp_path):
-    fit(tmp_path, model=Late())
+def test_layers_that_configure_model_makes():
+    fit(model=Late())
     model = Late()
     model.configure_model()
-    vector = assert_vector_is_checkpoint_minus_base(tmp_path, LAST)
+    vector = assert_vector_is_checkpoint_minus_base(LAST)
     assert vector.origin.base == fingerprint(model.state_dict())
     assert vector.deltas["body.0.weight"].any()
 
 
 def _late_under_fsdp(folder):
     strategy = fsdp1(state_dict_type="sharded", use_orig_params=True, auto_wrap_policy={nn.Linear})
-    fit(folder, model=Late(), strategy=strategy, devices=2)
+    fit(model=Late(), strategy=strategy, devices=2, folder=folder)
 
 
 @pytest.mark.filterwarnings(
@@ -51,11 +51,11 @@ def _late_under_fsdp(folder):
     "ignore:.*`_get_pg_default_device` will be deprecated",
     "ignore:Multiple backends are registered",
 )
-def test_layers_that_configure_model_makes_under_fsdp(tmp_path):
-    run_ranks(_late_under_fsdp, tmp_path)
+def test_layers_that_configure_model_makes_under_fsdp():
+    run_ranks(_late_under_fsdp, Path())
     model = Late()
     model.configure_model()
-    vector = assert_vector_is_checkpoint_minus_base(tmp_path, "epoch=1-step=4")
+    vector = assert_vector_is_checkpoint_minus_base("epoch=1-step=4")
     assert vector.origin.base == fingerprint(model.state_dict())
     assert vector.deltas["body.0.weight"].any()
 
@@ -77,15 +77,15 @@ class TwoOptimizers(MixedNet):
         return [torch.optim.AdamW(self.body[part].parameters(), lr=0.05) for part in (0, 2)]
 
 
-def test_manual_optimization_with_several_optimizers_counts_the_steps_of_all(tmp_path):
-    fit(tmp_path, TaskVectorCallback(every_n_steps=3, at_train_end=True), model=TwoOptimizers())
-    assert names(tmp_path, "*.ckpt") == ["epoch=0-step=8.ckpt", "epoch=1-step=16.ckpt"]
-    vector = assert_vector_is_checkpoint_minus_base(tmp_path, "epoch=1-step=16")
+def test_manual_optimization_with_several_optimizers_counts_the_steps_of_all():
+    fit(TaskVectorCallback(every_n_steps=3, at_train_end=True), model=TwoOptimizers())
+    assert names("*.ckpt") == ["epoch=0-step=8.ckpt", "epoch=1-step=16.ckpt"]
+    vector = assert_vector_is_checkpoint_minus_base("epoch=1-step=16")
     assert vector.deltas["body.0.weight"].any()
     assert vector.deltas["body.2.weight"].any()
     assert vector.untouched["body.1.weight"] == "frozen"  # no optimizer has it
     # two steps per batch: the first batch at or after each multiple of three
-    assert [int(name[5:13]) for name in names(Path("trajectory"))] == [4, 6, 10, 12, 16]
+    assert [int(name[5:13]) for name in names(folder="trajectory")] == [4, 6, 10, 12, 16]
 
 
 def trainer_without_checkpoints(callback, **options):
@@ -94,12 +94,12 @@ def trainer_without_checkpoints(callback, **options):
 
 @pytest.mark.parametrize("options", [{"barebones": True}, {"enable_checkpointing": False, "logger": False}])
 @pytest.mark.filterwarnings("ignore:.*self.log.*barebones", "ignore:.*Trainer\\(barebones=True\\)")
-def test_a_trainer_that_keeps_no_checkpoints(tmp_path, options):
+def test_a_trainer_that_keeps_no_checkpoints(options):
     trainer_without_checkpoints(TaskVectorCallback(at_train_end=True), **options).fit(MixedNet())
     assert TaskVector.load("final.tv.safetensors").origin.step == 4
     with pytest.warns(UserWarning, match="keeps no checkpoints.*every_n_steps or at_train_end=True"):
         trainer_without_checkpoints(TaskVectorCallback(), **options).fit(MixedNet())
-    assert names(tmp_path, "*.tv.safetensors") == ["final.tv.safetensors"]
+    assert names("*.tv.safetensors") == ["final.tv.safetensors"]
     trainer_without_checkpoints(TaskVectorCallback(with_checkpoints=False), **options).fit(MixedNet())
 
 
@@ -110,14 +110,14 @@ class Lazy(MixedNet):
 
 
 @pytest.mark.filterwarnings("ignore:Lazy modules are a new feature")
-def test_lazy_parameters_need_a_batch_before_fit(tmp_path):
+def test_lazy_parameters_need_a_batch_before_fit():
     with pytest.raises(ValueError, match="'body.0.weight', 'body.0.bias' get their values from the first batch"):
-        fit(tmp_path, model=Lazy())
+        fit(model=Lazy())
     model = Lazy()
     model.body(torch.zeros(1, 3))
     start = fingerprint(model.state_dict())
-    fit(Path("second"), model=model)
-    assert assert_vector_is_checkpoint_minus_base(Path("second"), LAST).origin.base == start
+    fit(model=model, folder="second")
+    assert assert_vector_is_checkpoint_minus_base(LAST, folder="second").origin.base == start
 
 
 def trainer(folder, callback, epochs=2):
@@ -131,20 +131,20 @@ class Validated(MixedNet):
     val_dataloader = MixedNet.train_dataloader
 
 
-def test_validate_before_fit_and_a_second_fit_of_the_same_trainer(tmp_path):
+def test_validate_before_fit_and_a_second_fit_of_the_same_trainer():
     callback, model = TaskVectorCallback(at_train_end=True), Validated()
     start = fingerprint(model.state_dict())
-    run = trainer(tmp_path, callback)
+    run = trainer(Path(), callback)
     run.validate(model, verbose=False)
-    assert names(tmp_path) == []
+    assert names() == []
     run.fit(model)
-    assert assert_vector_is_checkpoint_minus_base(tmp_path, LAST).origin.base == start
+    assert assert_vector_is_checkpoint_minus_base(LAST).origin.base == start
     run.validate(model, verbose=False)
     run.fit_loop.max_epochs = 4
     run.fit(model)
-    again = assert_vector_is_checkpoint_minus_base(tmp_path, "epoch=3-step=16")
+    again = assert_vector_is_checkpoint_minus_base("epoch=3-step=16")
     assert again.origin.base == start
-    assert names(tmp_path, "final*") == ["final-v1.tv.safetensors", "final.tv.safetensors"]
+    assert names("final*") == ["final-v1.tv.safetensors", "final.tv.safetensors"]
 
 
 def test_a_callback_used_again_for_another_model_has_that_models_base(tmp_path):
@@ -160,9 +160,9 @@ def test_a_callback_used_again_for_another_model_has_that_models_base(tmp_path):
         assert fingerprint(base) == start
 
 
-def test_a_callback_that_has_been_used_can_be_copied(tmp_path):
+def test_a_callback_that_has_been_used_can_be_copied():
     callback = TaskVectorCallback()
-    fit(tmp_path, callback, epochs=1)
+    fit(callback, epochs=1)
     assert copy.copy(callback).every_n_steps is None
     assert TaskVectorCallback.__getstate__(callback)["_model"] is None
     assert pickle.loads(pickle.dumps(TaskVectorCallback(every_n_steps=3))).every_n_steps == 3

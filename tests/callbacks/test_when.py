@@ -35,29 +35,29 @@ def load(file):
 # --- along the way
 
 
-def test_a_vector_every_n_steps_and_at_the_end(tmp_path):
-    fit(tmp_path, TaskVectorCallback(every_n_steps=3, at_train_end=True))
-    assert names(Path("trajectory")) == ["step=00000003.tv.safetensors", "step=00000006.tv.safetensors"]
+def test_a_vector_every_n_steps_and_at_the_end():
+    fit(TaskVectorCallback(every_n_steps=3, at_train_end=True))
+    assert names(folder="trajectory") == ["step=00000003.tv.safetensors", "step=00000006.tv.safetensors"]
     assert load("trajectory/step=00000006.tv.safetensors").origin.step == 6
     final, last = load("final.tv.safetensors"), load(f"{LAST}.tv.safetensors")
     assert final.origin.finetuned == last.origin.finetuned
 
 
-def test_accumulated_gradients_count_optimizer_steps(tmp_path):
-    fit(tmp_path, TaskVectorCallback(every_n_steps=1), accumulate_grad_batches=2)
-    assert [name[:13] for name in names(Path("trajectory"))] == [f"step=0000000{n}" for n in (1, 2, 3, 4)]
+def test_accumulated_gradients_count_optimizer_steps():
+    fit(TaskVectorCallback(every_n_steps=1), accumulate_grad_batches=2)
+    assert [name[:13] for name in names(folder="trajectory")] == [f"step=0000000{n}" for n in (1, 2, 3, 4)]
 
 
-def test_without_checkpoints(tmp_path):
-    fit(tmp_path, TaskVectorCallback(every_n_steps=4, with_checkpoints=False))
-    assert names(tmp_path, "*.tv.safetensors") == []
-    assert len(names(Path("trajectory"))) == 2
+def test_without_checkpoints():
+    fit(TaskVectorCallback(every_n_steps=4, with_checkpoints=False))
+    assert names("*.tv.safetensors") == []
+    assert len(names(folder="trajectory")) == 2
 
 
-def test_steps_against_the_previous_vector_chain_to_the_whole(tmp_path):
-    fit(tmp_path, TaskVectorCallback(every_n_steps=2, against="previous", at_train_end=True))
-    steps = [load(f"trajectory/{name}") for name in names(Path("trajectory"))]
-    assert names(Path("trajectory"), ".*") == []  # the weights at the last step are not kept
+def test_steps_against_the_previous_vector_chain_to_the_whole():
+    fit(TaskVectorCallback(every_n_steps=2, against="previous", at_train_end=True))
+    steps = [load(f"trajectory/{name}") for name in names(folder="trajectory")]
+    assert names(".*", folder="trajectory") == []  # the weights at the last step are not kept
     assert [step.origin.since_step for step in steps] == [0, 2, 4, 6]
     assert steps[0].origin.base == fingerprint(MixedNet().state_dict())
     for before, after in itertools.pairwise(steps):
@@ -68,7 +68,7 @@ def test_steps_against_the_previous_vector_chain_to_the_whole(tmp_path):
         assert torch.allclose(sum(step.deltas[name] for step in steps), delta, atol=1e-6), name
 
 
-def test_resuming_goes_on_along_the_way(tmp_path):
+def test_resuming_goes_on_along_the_way():
     options = {"every_n_steps": 3, "against": "previous"}
 
     class Stop(L.Callback):
@@ -77,31 +77,31 @@ def test_resuming_goes_on_along_the_way(tmp_path):
                 raise RuntimeError("power failure")
 
     with pytest.raises(RuntimeError, match="power failure"):
-        fit(tmp_path, TaskVectorCallback(**options), callbacks=[Stop()])
-    assert len(names(Path("trajectory"), ".previous-*")) == 1
-    fit(tmp_path, TaskVectorCallback(**options), ckpt_path=Path("epoch=0-step=4.ckpt"))
-    assert names(Path("trajectory")) == ["step=00000003.tv.safetensors", "step=00000006.tv.safetensors"]
+        fit(TaskVectorCallback(**options), callbacks=[Stop()])
+    assert len(names(".previous-*", folder="trajectory")) == 1
+    fit(TaskVectorCallback(**options), ckpt_path=Path("epoch=0-step=4.ckpt"))
+    assert names(folder="trajectory") == ["step=00000003.tv.safetensors", "step=00000006.tv.safetensors"]
     third, sixth = (load(f"trajectory/step=0000000{n}.tv.safetensors") for n in (3, 6))
     assert sixth.origin.since_step == 3
     assert sixth.origin.base.digest == third.origin.finetuned
     assert sixth.origin.run == third.origin.run
-    fit(Path("moved"), TaskVectorCallback(**options), ckpt_path=Path("epoch=0-step=4.ckpt"))
+    fit(TaskVectorCallback(**options), ckpt_path=Path("epoch=0-step=4.ckpt"), folder="moved")
     chained = load("moved/trajectory/step=00000006.tv.safetensors")
     assert chained.origin.since_step == 4  # the weights of step 3 are gone: those resumed from take their place
     assert chained.origin.base == fingerprint(open_weights("epoch=0-step=4.ckpt"))
 
 
-def test_two_runs_into_one_folder_do_not_mix(tmp_path):
+def test_two_runs_into_one_folder_do_not_mix():
     options = {"every_n_steps": 8, "at_train_end": True}
-    fit(tmp_path, TaskVectorCallback(**options))
-    before = {file: file.read_bytes() for file in tmp_path.rglob("*.safetensors")}
+    fit(TaskVectorCallback(**options))
+    before = {file: file.read_bytes() for file in Path().rglob("*.safetensors")}
     torch.manual_seed(7)
     model = MixedNet()
     torch.nn.init.ones_(model.body[0].weight)
-    fit(tmp_path, TaskVectorCallback(**options), model=model)
+    fit(TaskVectorCallback(**options), model=model)
     assert all(file.read_bytes() == content for file, content in before.items())
-    assert names(tmp_path, "final*") == ["final-v1.tv.safetensors", "final.tv.safetensors"]
-    assert len(names(tmp_path, "base-*")) == 2
+    assert names("final*") == ["final-v1.tv.safetensors", "final.tv.safetensors"]
+    assert len(names("base-*")) == 2
     pairs = {"final", f"{LAST}", "trajectory/step=00000008"}
     for name in pairs:
         old, new = load(f"{name}.tv.safetensors"), load(f"{name}-v1.tv.safetensors")
@@ -111,10 +111,10 @@ def test_two_runs_into_one_folder_do_not_mix(tmp_path):
             old + new
 
 
-def test_a_second_fit_of_one_callback_is_another_run(tmp_path):
+def test_a_second_fit_of_one_callback_is_another_run():
     callback = TaskVectorCallback(at_train_end=True)
-    _, model = fit(tmp_path, callback)
-    fit(tmp_path, callback, model=model)
+    _, model = fit(callback)
+    fit(callback, model=model)
     first, second = load("final.tv.safetensors"), load("final-v1.tv.safetensors")
     assert first.origin.run != second.origin.run
     assert first.origin.base == second.origin.base
@@ -131,7 +131,7 @@ class Listener(L.Callback):
         self.heard.append((saved, os.path.exists(saved.path)))
 
 
-def test_on_request_and_the_hook(tmp_path):
+def test_on_request_and_the_hook():
     callback, listener = TaskVectorCallback(with_checkpoints=False), Listener()
 
     class Ask(L.Callback):
@@ -140,7 +140,7 @@ def test_on_request_and_the_hook(tmp_path):
                 self.saved = callback.save_vector(trainer, Path("asked.tv.safetensors"))
 
     ask = Ask()
-    fit(tmp_path, callback, callbacks=[ask, listener])
+    fit(callback, callbacks=[ask, listener])
     vector = load("asked.tv.safetensors")
     assert listener.heard == [(ask.saved, True)]
     assert ask.saved.step == vector.origin.step == 3
@@ -151,10 +151,10 @@ def test_on_request_and_the_hook(tmp_path):
         TaskVectorCallback().save_vector(trainer, Path("early.tv.safetensors"))
 
 
-def test_norm_and_cosine_are_logged(tmp_path):
-    logger = CSVLogger(tmp_path, name="logs", version=0)
-    checkpoint = ModelCheckpoint(dirpath=tmp_path, save_top_k=1, save_last=True)  # removes what is compared with
-    fit(tmp_path, TaskVectorCallback(every_n_steps=2), logger=logger, checkpoint=checkpoint, log_every_n_steps=1)
+def test_norm_and_cosine_are_logged():
+    logger = CSVLogger(Path(), name="logs", version=0)
+    checkpoint = ModelCheckpoint(dirpath=".", save_top_k=1, save_last=True)  # removes what is compared with
+    fit(TaskVectorCallback(every_n_steps=2), logger=logger, checkpoint=checkpoint, log_every_n_steps=1)
     rows = Path("logs/version_0/metrics.csv").read_text().splitlines()
     table = [dict(zip(rows[0].split(","), row.split(","), strict=True)) for row in rows[1:]]
     cosines = {row["step"]: row["task_vector/cosine_to_previous"] for row in table if row["task_vector/norm"]}
@@ -168,19 +168,19 @@ def test_norm_and_cosine_are_logged(tmp_path):
 # --- where: links, remote file systems, asynchronous checkpoints
 
 
-def test_a_linked_last_checkpoint_has_a_linked_vector(tmp_path):
-    checkpoint = ModelCheckpoint(dirpath=tmp_path, save_top_k=1, save_last="link")
-    fit(tmp_path, checkpoint=checkpoint)
+def test_a_linked_last_checkpoint_has_a_linked_vector():
+    checkpoint = ModelCheckpoint(dirpath=".", save_top_k=1, save_last="link")
+    fit(checkpoint=checkpoint)
     assert os.readlink(Path("last.ckpt")) == f"{LAST}.ckpt"
     assert os.readlink(Path("last.tv.safetensors")) == f"{LAST}.tv.safetensors"
-    assert_vector_is_checkpoint_minus_base(tmp_path, "last")
-    assert names(tmp_path, "*.tv.safetensors") == [f"{LAST}.tv.safetensors", "last.tv.safetensors"]
+    assert_vector_is_checkpoint_minus_base("last")
+    assert names("*.tv.safetensors") == [f"{LAST}.tv.safetensors", "last.tv.safetensors"]
 
 
-def test_checkpoints_that_are_written_behind_training(tmp_path):
-    fit(tmp_path, plugins=[AsyncCheckpointIO()])
-    assert_vector_is_checkpoint_minus_base(tmp_path, "epoch=0-step=4")
-    assert_vector_is_checkpoint_minus_base(tmp_path, LAST)
+def test_checkpoints_that_are_written_behind_training():
+    fit(plugins=[AsyncCheckpointIO()])
+    assert_vector_is_checkpoint_minus_base("epoch=0-step=4")
+    assert_vector_is_checkpoint_minus_base(LAST)
 
 
 @pytest.fixture
@@ -196,9 +196,9 @@ def fetch(system, path, folder):
     return folder / os.path.basename(path)
 
 
-def test_a_remote_folder(tmp_path, memory):
+def test_a_remote_folder(memory):
     checkpoint = ModelCheckpoint(dirpath="memory://run", save_top_k=1, save_last=True)
-    fit(tmp_path, TaskVectorCallback(every_n_steps=4, at_train_end=True), checkpoint=checkpoint)
+    fit(TaskVectorCallback(every_n_steps=4, at_train_end=True), checkpoint=checkpoint)
     files = sorted(os.path.relpath(file, "/run") for file in memory.find("/run"))
     digest = fingerprint(MixedNet().state_dict()).digest
     assert files == [
@@ -211,26 +211,26 @@ def test_a_remote_folder(tmp_path, memory):
         "trajectory/step=00000004.tv.safetensors",
         "trajectory/step=00000008.tv.safetensors",
     ]
-    assert names(tmp_path, "*.safetensors") == []
-    vector = load(fetch(memory, "/run/last.tv.safetensors", tmp_path))
-    assert vector.origin.finetuned == fingerprint(open_weights(fetch(memory, "/run/last.ckpt", tmp_path))).digest
+    assert names("*.safetensors") == []
+    vector = load(fetch(memory, "/run/last.tv.safetensors", Path()))
+    assert vector.origin.finetuned == fingerprint(open_weights(fetch(memory, "/run/last.ckpt", Path()))).digest
     again = ModelCheckpoint(dirpath="memory://run", save_last=True)
-    fit(tmp_path, TaskVectorCallback(), checkpoint=again, ckpt_path="memory://run/last.ckpt", epochs=3)
-    resumed = load(fetch(memory, "/run/epoch=2-step=12.tv.safetensors", tmp_path))
+    fit(TaskVectorCallback(), checkpoint=again, ckpt_path="memory://run/last.ckpt", epochs=3)
+    resumed = load(fetch(memory, "/run/epoch=2-step=12.tv.safetensors", Path()))
     assert resumed.origin.base == vector.origin.base
     assert len(memory.glob("/run/base-*")) == 1
 
 
-def test_a_remote_base_that_is_gone(tmp_path, memory):
-    fit(tmp_path, TaskVectorCallback(dirpath="memory://bases"))
+def test_a_remote_base_that_is_gone(memory):
+    fit(TaskVectorCallback(dirpath="memory://bases"))
     memory.rm("/bases", recursive=True)
     with pytest.raises(FileNotFoundError, match=r"expected at memory://bases/base-\w+.safetensors.*base=PATH"):
-        fit(Path("second"), ckpt_path=Path(f"{LAST}.ckpt"), epochs=3)
+        fit(ckpt_path=Path(f"{LAST}.ckpt"), epochs=3, folder="second")
 
 
 def test_a_path_with_the_local_protocol(tmp_path):
-    fit(tmp_path, TaskVectorCallback(dirpath=f"file://{tmp_path}/bases"))
-    assert len(names(Path("bases"), "base-*")) == 1
+    fit(TaskVectorCallback(dirpath=f"file://{tmp_path}/bases"))
+    assert len(names("base-*", folder="bases")) == 1
 
 
 # --- the hub
@@ -262,24 +262,24 @@ def hub(monkeypatch):
 
 def test_the_base_and_the_vectors_that_are_left_are_pushed_at_the_end(hub):
     checkpoint = ModelCheckpoint(dirpath=Path("run"), save_top_k=1)
-    fit(Path("run"), TaskVectorCallback(push_to="me/vectors"), checkpoint=checkpoint)
+    fit(TaskVectorCallback(push_to="me/vectors"), checkpoint=checkpoint, folder="run")
     digest = fingerprint(MixedNet().state_dict()).digest
-    assert names(Path("hub/me/vectors")) == [f"base-{digest}.safetensors", f"{LAST}.tv.safetensors"]
+    assert names(folder="hub/me/vectors") == [f"base-{digest}.safetensors", f"{LAST}.tv.safetensors"]
     pushed = load(f"hub/me/vectors/{LAST}.tv.safetensors")
     assert pushed.origin == load(f"run/{LAST}.tv.safetensors").origin
 
 
-def test_a_hub_that_cannot_be_reached_does_not_lose_the_run(tmp_path, hub, monkeypatch):
+def test_a_hub_that_cannot_be_reached_does_not_lose_the_run(hub, monkeypatch):
     monkeypatch.setattr(hub, "broken", True)
     with pytest.warns(UserWarning, match="3 operations failed.*was not pushed to me/vectors: no network"):
-        fit(tmp_path, TaskVectorCallback(push_to="me/vectors"))
-    assert len(names(tmp_path, "*.tv.safetensors")) == 2
+        fit(TaskVectorCallback(push_to="me/vectors"))
+    assert len(names("*.tv.safetensors")) == 2
 
 
 # --- mistakes and misfortunes
 
 
-def test_a_full_disk_is_loud_and_leaves_nothing_half_written(tmp_path, monkeypatch):
+def test_a_full_disk_is_loud_and_leaves_nothing_half_written(monkeypatch):
     store, stored = LateHeaderFile._store, []
 
     def full(self, data, offset):
@@ -294,14 +294,14 @@ def test_a_full_disk_is_loud_and_leaves_nothing_half_written(tmp_path, monkeypat
 
     said = "not written, and no partial file is left; training continues.*No space"
     with pytest.warns(UserWarning, match=f"{said}|2 operations failed") as all_:
-        fit(tmp_path, callbacks=[Fill()])
+        fit(callbacks=[Fill()])
     assert sum(re.search(said, str(warning.message)) is not None for warning in all_) >= 2
     assert any("2 operations failed during fit" in str(warning.message) for warning in all_)
-    assert names(tmp_path, "*.ckpt") == ["epoch=0-step=4.ckpt", f"{LAST}.ckpt"]
-    assert [name for name in names(tmp_path) if not name.endswith(".ckpt")] == names(tmp_path, "base-*.safetensors")
+    assert names("*.ckpt") == ["epoch=0-step=4.ckpt", f"{LAST}.ckpt"]
+    assert [name for name in names() if not name.endswith(".ckpt")] == names("base-*.safetensors")
 
 
-def test_a_full_disk_is_an_error_for_who_asked_and_at_the_start(tmp_path, monkeypatch):
+def test_a_full_disk_is_an_error_for_who_asked_and_at_the_start(monkeypatch):
     def full(self, data, offset):
         raise OSError(28, "No space left on device")
 
@@ -314,14 +314,14 @@ def test_a_full_disk_is_an_error_for_who_asked_and_at_the_start(tmp_path, monkey
             callback.save_vector(trainer, Path("asked.tv.safetensors"))
 
     with pytest.raises(OSError, match="No space left"):
-        fit(tmp_path, callback, callbacks=[Ask()])
+        fit(callback, callbacks=[Ask()])
     with pytest.raises(OSError, match="No space left"):  # no base, no run: nothing is lost yet
-        fit(Path("second"))
-    assert names(Path("second")) == []
+        fit(folder="second")
+    assert names(folder="second") == []
 
 
 @pytest.mark.parametrize("change", ["grown", "shrunk", "reshaped"])
-def test_a_model_whose_keys_changed_since_the_base_was_captured(tmp_path, change):
+def test_a_model_whose_keys_changed_since_the_base_was_captured(change):
     class Change(L.Callback):
         def on_train_start(self, trainer, pl_module):
             if change == "grown":
@@ -337,7 +337,7 @@ def test_a_model_whose_keys_changed_since_the_base_was_captured(tmp_path, change
         "reshaped": r"'frozen.weight' is \[2, 3\] now and \[2, 2\] in the base",
     }
     with pytest.raises(MismatchError, match=f"keys changed since the base .* was captured: {messages[change]}"):
-        fit(tmp_path, callbacks=[Change()])
+        fit(callbacks=[Change()])
 
 
 @pytest.mark.parametrize(
@@ -365,7 +365,7 @@ def test_docstrings_run(module):
 # --- side by side
 
 
-def test_a_name_that_another_process_is_about_to_write_is_left_to_it(tmp_path):
+def test_a_name_that_another_process_is_about_to_write_is_left_to_it():
     """Two fits of one folder choose their names one after the other, and the second takes another."""
     Path("trajectory").mkdir()
     name = "step=00000004.tv.safetensors"
@@ -375,14 +375,14 @@ def test_a_name_that_another_process_is_about_to_write_is_left_to_it(tmp_path):
     base.mkdir()
     theirs.touch()
     gone.touch()
-    fit(tmp_path, TaskVectorCallback(every_n_steps=4, with_checkpoints=False))
+    fit(TaskVectorCallback(every_n_steps=4, with_checkpoints=False))
     found = set(os.listdir("trajectory"))
     assert found == {theirs.name, "step=00000004-v1.tv.safetensors", "step=00000008.tv.safetensors"}
     assert not base.exists()
 
 
 def test_a_name_that_another_process_writes_while_one_is_chosen_is_left_to_it(tmp_path, monkeypatch):
-    fit(Path("other"), TaskVectorCallback(every_n_steps=4, with_checkpoints=False))
+    fit(TaskVectorCallback(every_n_steps=4, with_checkpoints=False), folder="other")
     theirs = tmp_path / "trajectory/step=00000004.tv.safetensors"
 
     def written_meanwhile(path):
@@ -391,7 +391,7 @@ def test_a_name_that_another_process_writes_while_one_is_chosen_is_left_to_it(tm
         return False
 
     monkeypatch.setattr("tva.callbacks.writer.is_claimed", written_meanwhile)
-    fit(tmp_path, TaskVectorCallback(every_n_steps=4, with_checkpoints=False))
+    fit(TaskVectorCallback(every_n_steps=4, with_checkpoints=False))
     assert theirs.read_bytes() == Path(f"other/trajectory/{theirs.name}").read_bytes()
     assert Path("trajectory/step=00000004-v1.tv.safetensors").exists()
 
@@ -399,7 +399,7 @@ def test_a_name_that_another_process_writes_while_one_is_chosen_is_left_to_it(tm
 def _fit_too(folder, seed, begin):
     begin.wait(300)
     L.seed_everything(seed)
-    fit(folder, TaskVectorCallback(every_n_steps=1, with_checkpoints=False, task=f"fit{seed}"))
+    fit(TaskVectorCallback(every_n_steps=1, with_checkpoints=False, task=f"fit{seed}"), folder=folder)
 
 
 @pytest.mark.slow

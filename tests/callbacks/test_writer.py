@@ -63,7 +63,7 @@ def test_the_file_is_what_the_library_computes(dtype):
     assert fingerprint(open_weights("copy.safetensors")) == fingerprint(tuned)
 
 
-def test_what_does_not_fit_or_is_not_finite_is_refused_and_leaves_nothing(tmp_path):
+def test_what_does_not_fit_or_is_not_finite_is_refused_and_leaves_nothing():
     save_weights({"w": torch.zeros(3)}, "base.safetensors")
     weights = open_weights("base.safetensors")
     for value, dtype, message in ((1e6, torch.float16, "do not fit"), (float("inf"), None, "NaN or infinity")):
@@ -74,7 +74,7 @@ def test_what_does_not_fit_or_is_not_finite_is_refused_and_leaves_nothing(tmp_pa
         weights, fingerprint(weights), {"w": TensorSource.of(torch.full((3,), 1e30))}
     )  # its square overflows
     assert emit(large, Path("v.tv.safetensors"), Origin()).norm == pytest.approx(3**0.5 * 1e30)
-    assert names(tmp_path) == ["base.safetensors", "v.tv.safetensors"]
+    assert names() == ["base.safetensors", "v.tv.safetensors"]
 
 
 # --- averaged or raw
@@ -82,8 +82,8 @@ def test_what_does_not_fit_or_is_not_finite_is_refused_and_leaves_nothing(tmp_pa
 
 @pytest.mark.parametrize("weights_only", [False, True])
 @pytest.mark.parametrize("weights", ["raw", "averaged", "checkpoint"])
-def test_averaged_or_raw_weights_as_asked_for_and_recorded(tmp_path, weights, weights_only):
-    checkpoint = ModelCheckpoint(dirpath=tmp_path, save_weights_only=weights_only)
+def test_averaged_or_raw_weights_as_asked_for_and_recorded(weights, weights_only):
+    checkpoint = ModelCheckpoint(dirpath=".", save_weights_only=weights_only)
     seen = {}
 
     class Look(L.Callback):
@@ -93,7 +93,7 @@ def test_averaged_or_raw_weights_as_asked_for_and_recorded(tmp_path, weights, we
                 seen[name] = fingerprint({k: v.clone() for k, v in module.state_dict().items()}).digest
 
     callback = TaskVectorCallback(weights=weights)
-    fit(tmp_path, EMAWeightAveraging(decay=0.5), callbacks=[callback, Look()], checkpoint=checkpoint)
+    fit(EMAWeightAveraging(decay=0.5), callbacks=[callback, Look()], checkpoint=checkpoint)
     vector = TaskVector.load(f"{LAST}.tv.safetensors")
     assert seen["raw"] != seen["averaged"]
     # Lightning stores the raw weights when it stores weights only: its averaging hook is skipped then.
@@ -103,20 +103,20 @@ def test_averaged_or_raw_weights_as_asked_for_and_recorded(tmp_path, weights, we
     assert vector.origin.weights == weights
 
 
-def test_averaging_and_the_order_of_callbacks(tmp_path):
+def test_averaging_and_the_order_of_callbacks():
     with pytest.raises(ValueError, match="weights='averaged' needs a WeightAveraging callback"):
-        fit(tmp_path, TaskVectorCallback(weights="averaged"))
+        fit(TaskVectorCallback(weights="averaged"))
     with pytest.raises(ValueError, match="put TaskVectorCallback after it"):
-        fit(tmp_path, TaskVectorCallback(at_train_end=True), callbacks=[EMAWeightAveraging()])
+        fit(TaskVectorCallback(at_train_end=True), callbacks=[EMAWeightAveraging()])
     with pytest.raises(ValueError, match="overwrites the raw weights.*put TaskVectorCallback before it"):
-        fit(tmp_path, EMAWeightAveraging(), callbacks=[TaskVectorCallback(weights="raw", at_train_end=True)])
-    fit(tmp_path, EMAWeightAveraging(decay=0.5), callbacks=[TaskVectorCallback(every_n_steps=8, at_train_end=True)])
+        fit(EMAWeightAveraging(), callbacks=[TaskVectorCallback(weights="raw", at_train_end=True)])
+    fit(EMAWeightAveraging(decay=0.5), callbacks=[TaskVectorCallback(every_n_steps=8, at_train_end=True)])
     step, final, beside = (
         TaskVector.load(f"{name}.tv.safetensors") for name in ("trajectory/step=00000008", "final", LAST)
     )
     assert step.origin.finetuned == final.origin.finetuned == beside.origin.finetuned
     assert step.origin.averaged
-    fit(Path("raw"), TaskVectorCallback(weights="raw", at_train_end=True), callbacks=[EMAWeightAveraging()])
+    fit(TaskVectorCallback(weights="raw", at_train_end=True), callbacks=[EMAWeightAveraging()], folder="raw")
     assert TaskVector.load("raw/final.tv.safetensors").origin.averaged is False
 
 
@@ -130,27 +130,27 @@ class Tied(MixedNet):
         self.embedding.weight = self.body[0].weight
 
 
-def test_tied_weights_have_their_delta_under_each_name(tmp_path):
-    fit(tmp_path, model=Tied())
-    vector = assert_vector_is_checkpoint_minus_base(tmp_path, LAST)
+def test_tied_weights_have_their_delta_under_each_name():
+    fit(model=Tied())
+    vector = assert_vector_is_checkpoint_minus_base(LAST)
     assert torch.equal(vector.deltas["embedding.weight"], vector.deltas["body.0.weight"])
-    base = open_weights(next(tmp_path.glob("base-*")))
+    base = open_weights(next(Path().glob("base-*")))
     model = Tied()
     model.load_state_dict(vector.apply_to(base, 1.0))
     assert model.embedding.weight is model.body[0].weight
     assert torch.equal(model.embedding.weight, vector.apply_to(base, 1.0)["body.0.weight"])
 
 
-def test_a_compiled_submodule_has_the_names_of_a_plain_one(tmp_path):
+def test_a_compiled_submodule_has_the_names_of_a_plain_one():
     model = MixedNet()
     model.body = torch.compile(model.body, backend="eager")
-    fit(tmp_path, model=model)
+    fit(model=model)
     assert any("_orig_mod" in name for name in model.state_dict())
-    assert assert_vector_is_checkpoint_minus_base(tmp_path, LAST).names == set(MixedNet().state_dict())
+    assert assert_vector_is_checkpoint_minus_base(LAST).names == set(MixedNet().state_dict())
 
 
-def test_statistics_are_kept_apart_and_integers_never_move(tmp_path):
-    fit(tmp_path, TaskVectorCallback(include=[r".*\.weight"]))
+def test_statistics_are_kept_apart_and_integers_never_move():
+    fit(TaskVectorCallback(include=[r".*\.weight"]))
     vector = TaskVector.load(f"{LAST}.tv.safetensors")
     assert set(vector.buffers) == {"body.1.running_mean", "body.1.running_var"}  # include is for parameters
     assert vector.untouched["body.1.num_batches_tracked"] == "integer"
@@ -191,10 +191,10 @@ def merged(model):
     return net.state_dict()
 
 
-def test_lora_merged_is_the_dense_delta_under_the_names_of_the_base_model(tmp_path):
+def test_lora_merged_is_the_dense_delta_under_the_names_of_the_base_model():
     model = LoraNet()
-    fit(tmp_path, TaskVectorCallback(at_train_end=True), model=model)
-    base = open_weights(next(tmp_path.glob("base-*")))
+    fit(TaskVectorCallback(at_train_end=True), model=model)
+    base = open_weights(next(Path().glob("base-*")))
     assert fingerprint(base) == fingerprint(model.plain)
     vector = TaskVector.load("final.tv.safetensors")
     layer = model.net.base_model.model[0]
@@ -203,13 +203,13 @@ def test_lora_merged_is_the_dense_delta_under_the_names_of_the_base_model(tmp_pa
     for name, value in merged(model).items():
         assert torch.allclose(vector.apply_to(base)[name], value, atol=1e-6), name
     assert vector.deltas["2.weight"].any()  # modules_to_save
-    beside = sorted(tmp_path.glob("epoch=1*.tv.safetensors"))
+    beside = sorted(Path().glob("epoch=1*.tv.safetensors"))
     assert TaskVector.load(beside[0]).origin.finetuned == vector.origin.finetuned
 
 
-def test_lora_along_the_way_against_the_previous(tmp_path):
+def test_lora_along_the_way_against_the_previous():
     model = LoraNet()
-    fit(tmp_path, TaskVectorCallback(every_n_steps=3, against="previous", at_train_end=True), model=model)
+    fit(TaskVectorCallback(every_n_steps=3, against="previous", at_train_end=True), model=model)
     steps = [TaskVector.load(file) for file in sorted(Path("trajectory").glob("step=*"))]
     final = TaskVector.load("final.tv.safetensors")
     total = sum(step.deltas["0.weight"] for step in steps)
@@ -217,13 +217,13 @@ def test_lora_along_the_way_against_the_previous(tmp_path):
     assert torch.allclose(total, final.deltas["0.weight"], atol=1e-6)
 
 
-def test_an_adapter_kept_as_it_is_opens_as_a_fine_tuned_checkpoint(tmp_path):
+def test_an_adapter_kept_as_it_is_opens_as_a_fine_tuned_checkpoint():
     model = LoraNet()
-    checkpoint = ModelCheckpoint(dirpath=tmp_path, save_top_k=1, save_last=True)
-    fit(tmp_path, TaskVectorCallback(lora="adapter", task="t"), model=model, checkpoint=checkpoint)
-    assert names(tmp_path, "*.tv.safetensors") == []
-    assert names(tmp_path, "*.adapter") == [f"{LAST.replace('8', '6')}.adapter", "last.adapter"]
-    base = open_weights(next(tmp_path.glob("base-*")))
+    checkpoint = ModelCheckpoint(dirpath=".", save_top_k=1, save_last=True)
+    fit(TaskVectorCallback(lora="adapter", task="t"), model=model, checkpoint=checkpoint)
+    assert names("*.tv.safetensors") == []
+    assert names("*.adapter") == [f"{LAST.replace('8', '6')}.adapter", "last.adapter"]
+    base = open_weights(next(Path().glob("base-*")))
     tuned = open_finetuned("last.adapter", base)
     for name, value in merged(model).items():
         assert torch.allclose(tuned[name], value, atol=1e-6), name
@@ -239,10 +239,10 @@ def read_header(path):
         return file.metadata()
 
 
-def test_lora_variants_are_refused_by_name_before_training(tmp_path):
+def test_lora_variants_are_refused_by_name_before_training():
     with pytest.raises(ValueError, match=r"reads only plain LoRA, and not 'net.base_model.model.0 \(.*DoRA\)'"):
-        fit(tmp_path, model=LoraNet(use_dora=True))
-    assert names(tmp_path, "*.ckpt") == []
+        fit(model=LoraNet(use_dora=True))
+    assert names("*.ckpt") == []
 
 
 def test_an_adapter_needs_one_peft_model():
@@ -256,9 +256,9 @@ def test_an_adapter_needs_one_peft_model():
         train_dataloader = LoraNet.train_dataloader
         val_dataloader = LoraNet.val_dataloader
 
-    fit(Path("merge"), model=Injected())
+    fit(model=Injected(), folder="merge")
     vector = TaskVector.load(next(Path("merge").glob("epoch=1*.tv.safetensors")))
     assert set(vector.names) == set(LinearNet().net.state_dict())
     with pytest.raises(ValueError, match="keeps one adapter of one peft model; found none. Use lora='merge'"):
-        fit(Path("adapter"), TaskVectorCallback(lora="adapter"), model=Injected())
+        fit(TaskVectorCallback(lora="adapter"), model=Injected(), folder="adapter")
     assert read_metadata(next(Path("merge").glob("epoch=1*.tv.safetensors")))["tva.weights"] == "checkpoint"

@@ -21,7 +21,7 @@ from tva.checkpoints.lazy import MAPPED_BYTES, OpenFile
 STATE = {"a.w": torch.arange(6.0).reshape(2, 3), "a.b": torch.ones(3, dtype=torch.bfloat16), "n": torch.tensor(3)}
 
 
-def write(folder, kind):
+def write(kind, folder=Path()):
     if kind == "safetensors":
         save_weights(STATE, folder / "m.safetensors")
         return folder / "m.safetensors"
@@ -68,8 +68,8 @@ ODD = {
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_every_format_gives_the_same_mapping(tmp_path, kind):
-    weights = open_weights(write(tmp_path, kind))
+def test_every_format_gives_the_same_mapping(kind):
+    weights = open_weights(write(kind))
     assert set(weights) == set(STATE)
     assert fingerprint(weights) == fingerprint(STATE)
     assert "a.w" in weights
@@ -140,16 +140,16 @@ def test_large_tensors_are_mapped_so_that_asking_for_one_reads_nothing(monkeypat
             weights["large"]
 
 
-def test_a_file_that_is_replaced_is_still_read_as_it_was_opened(tmp_path):
-    path = write(tmp_path, "safetensors")
+def test_a_file_that_is_replaced_is_still_read_as_it_was_opened():
+    path = write("safetensors")
     weights = open_weights(path)
     save_weights({name: torch.zeros_like(tensor) for name, tensor in weights.items()}, path)
     assert fingerprint(weights) == fingerprint(STATE)
 
 
-def test_what_is_cut_off_is_never_read_as_something_else(tmp_path):
+def test_what_is_cut_off_is_never_read_as_something_else():
     for kind in ("safetensors", "pt"):
-        path = write(tmp_path, kind)
+        path = write(kind)
         whole = path.read_bytes()
         weights = open_weights(path)
         os.truncate(path, 10)
@@ -185,10 +185,10 @@ def averaged(folder, callback):
     return folder / "m.ckpt"
 
 
-def test_raw_and_averaged_weights_are_distinguished(tmp_path):
+def test_raw_and_averaged_weights_are_distinguished():
     from lightning.pytorch.callbacks import EMAWeightAveraging
 
-    path = averaged(tmp_path, EMAWeightAveraging(decay=0.5))
+    path = averaged(Path(), EMAWeightAveraging(decay=0.5))
     stored = torch.load(path, weights_only=True)
     default, mean, raw = (open_weights(path, which=which) for which in ("checkpoint", "averaged", "raw"))
     assert default.info.format == "Lightning checkpoint"
@@ -198,12 +198,12 @@ def test_raw_and_averaged_weights_are_distinguished(tmp_path):
     assert not torch.equal(raw["net.bias"], mean["net.bias"])
 
 
-def test_asking_for_averaged_weights_that_are_not_there_says_what_is(tmp_path):
+def test_asking_for_averaged_weights_that_are_not_there_says_what_is():
     torch.save({"state_dict": STATE, "epoch": 1}, "m.ckpt")
     with pytest.raises(ValueError, match="does not hold both raw and averaged.*it holds 'state_dict', 'epoch'"):
         open_weights("m.ckpt", which="averaged")
     with pytest.raises(ValueError, match="is a safetensors file, which holds one set of weights"):
-        open_weights(write(tmp_path, "safetensors"), which="raw")
+        open_weights(write("safetensors"), which="raw")
 
 
 def test_the_one_state_dict_in_a_file_is_found_and_several_are_refused():
@@ -239,15 +239,15 @@ def test_torchscript_is_refused_with_the_way_to_convert_it():
         open_weights(name)
 
 
-def test_info_says_what_was_done_to_names(tmp_path):
-    weights = open_weights(write(tmp_path, "ddp"), prefix="a.", key_map={"^w$": "weight"})
+def test_info_says_what_was_done_to_names():
+    weights = open_weights(write("ddp"), prefix="a.", key_map={"^w$": "weight"})
     assert set(weights) == {"weight", "b"}
     assert "dropped what wrappers add ('module.', '_orig_mod') from 3 of 3 names" in str(weights.info)
     assert "kept 2 of 3 names, those under 'a.', without it; key_map renamed 1 of 2 names" in str(weights.info)
 
 
-def test_prefix_keeps_and_strips(tmp_path):
-    path = write(tmp_path, "safetensors")
+def test_prefix_keeps_and_strips():
+    path = write("safetensors")
     assert set(open_weights(path, prefix="a.")) == {"w", "b"}
     with pytest.raises(ValueError, match=r"no weights under 'model\.'; its prefixes are 'a\.'"):
         open_weights(path, prefix="model.")
@@ -259,8 +259,8 @@ def test_names_that_would_fall_together_are_refused():
     assert canonical_names(["module.a", "b"]) == {"module.a": "module.a", "b": "b"}  # no wrapper: one name differs
 
 
-def test_a_missing_file_names_its_neighbors(tmp_path):
-    write(tmp_path, "pt")
+def test_a_missing_file_names_its_neighbors():
+    write("pt")
     with pytest.raises(FileNotFoundError, match=r"m\.pth.*holds 'm\.pt'"):
         open_weights("m.pth")
     with pytest.raises(FileNotFoundError, match="does not exist"):
@@ -336,8 +336,8 @@ def test_a_file_without_a_state_dict_says_what_it_holds():
         open_weights("empty")
 
 
-def test_an_index_that_is_of_another_checkpoint_is_refused(tmp_path):
-    folder = write(tmp_path, "sharded")
+def test_an_index_that_is_of_another_checkpoint_is_refused():
+    folder = write("sharded")
     save_file({"n": STATE["n"], "more": torch.ones(1)}, folder / "model-2.safetensors")
     with pytest.raises(ValueError, match=r"says that 'a.b is in model-2.safetensors', but it is not there"):
         open_weights(folder)
@@ -348,12 +348,12 @@ def test_an_index_that_is_of_another_checkpoint_is_refused(tmp_path):
     assert weights.info.notes == ("left out 1 tensors that the index does not list: 'more'",)
 
 
-def test_sharded_bin_and_single_files_of_a_folder_are_found(tmp_path):
+def test_sharded_bin_and_single_files_of_a_folder_are_found():
     torch.save({"a.w": STATE["a.w"]}, "pytorch_model-1.bin")
     torch.save({"a.b": STATE["a.b"], "n": STATE["n"]}, "pytorch_model-2.bin")
     shards = {"a.w": "pytorch_model-1.bin", "a.b": "pytorch_model-2.bin", "n": "pytorch_model-2.bin"}
     Path("pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": shards}))
-    assert fingerprint(open_weights(tmp_path)) == fingerprint(STATE)
+    assert fingerprint(open_weights(".")) == fingerprint(STATE)
     Path("one").mkdir()
     torch.save(STATE, "one/anything.pt")
     assert fingerprint(open_weights("one")) == fingerprint(STATE)
@@ -362,22 +362,22 @@ def test_sharded_bin_and_single_files_of_a_folder_are_found(tmp_path):
         open_weights("one")
 
 
-def test_a_missing_shard_is_named(tmp_path):
-    write(tmp_path, "sharded")
+def test_a_missing_shard_is_named():
+    write("sharded")
     Path("model-2.safetensors").unlink()
     with pytest.raises(
         FileNotFoundError, match=r"names 2 shards, and 1 of them are not beside it: 'model-2\.safetensors'"
     ):
-        open_weights(tmp_path)
+        open_weights(".")
 
 
-def test_atomic_path_leaves_the_old_file_or_none_when_writing_fails(tmp_path):
+def test_atomic_path_leaves_the_old_file_or_none_when_writing_fails():
     Path("kept").write_text("old")
     for name in ("kept", "new"):
         with pytest.raises(RuntimeError), atomic_path(Path(name)) as temporary:
             temporary.write_text("half")
             raise RuntimeError
-    assert [file.name for file in tmp_path.iterdir()] == ["kept"]
+    assert [file.name for file in Path().iterdir()] == ["kept"]
     assert Path("kept").read_text() == "old"
 
 
@@ -400,8 +400,8 @@ def test_tied_weights_are_written_under_both_names():
 
 @pytest.mark.parametrize("kind", ["safetensors", "pt", "old zip-less pt", "ckpt"])
 @pytest.mark.parametrize("name", ["m.bin", "m.safetensors", "m.pth.tar", "m.part-1", "m"])
-def test_content_decides_the_format_whatever_the_file_is_called(tmp_path, kind, name):
-    path = write(tmp_path, kind).rename(name)
+def test_content_decides_the_format_whatever_the_file_is_called(kind, name):
+    path = write(kind).rename(name)
     assert fingerprint(open_weights(path)) == fingerprint(STATE)
 
 
@@ -476,10 +476,10 @@ def test_a_package_adds_a_format_by_an_entry_point(install):
         open_weights(path)
 
 
-def test_a_format_may_not_take_the_name_of_another(tmp_path, install):
+def test_a_format_may_not_take_the_name_of_another(install):
     install("safetensors", FORMAT)
     with pytest.raises(ValueError, match="The checkpoint format 'safetensors' of .* has the name of another"):
-        open_weights(write(tmp_path, "safetensors"))
+        open_weights(write("safetensors"))
 
 
 def test_a_safetensors_header_may_begin_with_any_byte():

@@ -41,16 +41,16 @@ def gpt2(num_labels):
     return transformers.GPT2ForSequenceClassification(config).double()
 
 
-def adapt(folder, model, **settings):
+def adapt(model, **settings):
     """Save base and adapter as transformers and peft do, and return what peft's merge makes of them, by name."""
-    model.save_pretrained(folder / "base")
+    model.save_pretrained("base")
     names = {name for name, _ in model.named_parameters(remove_duplicate=False)}
     adapter = peft.get_peft_model(model, peft.LoraConfig(r=3, lora_alpha=5, **settings))
     generator = torch.Generator().manual_seed(1)
     for name, parameter in adapter.named_parameters():
         if "lora_" in name or "modules_to_save" in name:
             parameter.data = parameter.data.double().normal_(generator=generator)
-    adapter.save_pretrained(folder / "adapter")
+    adapter.save_pretrained("adapter")
     merged = adapter.merge_and_unload().state_dict()
     return {name: tensor for name, tensor in merged.items() if name in names}
 
@@ -69,8 +69,8 @@ def check(weights, expected):
         (True, ["embed_tokens", "q_proj"]),
     ],
 )
-def test_embeddings_and_heads_saved_with_their_base_weights_are_those_of_peft(tmp_path, tied, targets):
-    expected = adapt(tmp_path, llama(tied), target_modules=targets)
+def test_embeddings_and_heads_saved_with_their_base_weights_are_those_of_peft(tied, targets):
+    expected = adapt(llama(tied), target_modules=targets)
     saved = load_file("adapter/adapter_model.safetensors")
     assert any("base_layer" in name for name in saved)  # as peft does by default
     base = open_weights("base")
@@ -95,9 +95,9 @@ def tied_base(folder, kind):
 
 
 @pytest.mark.parametrize("kind", ["bin", "alias", "copies", "memory"])
-def test_an_adapter_of_a_tied_embedding_moves_every_name(tmp_path, kind):
-    expected = adapt(tmp_path, llama(True), target_modules=["embed_tokens", "q_proj"])
-    base = tied_base(tmp_path, kind)
+def test_an_adapter_of_a_tied_embedding_moves_every_name(kind):
+    expected = adapt(llama(True), target_modules=["embed_tokens", "q_proj"])
+    base = tied_base(Path(), kind)
     weights = open_adapter(Path("adapter"), base)
     assert "lm_head.weight" in weights
     check(weights, expected)
@@ -116,16 +116,16 @@ def test_an_adapter_of_a_tied_embedding_moves_every_name(tmp_path, kind):
     ],
     ids=["low rank", "both", "saved"],
 )
-def test_an_adapter_of_a_tied_head_is_refused(tmp_path, kind, settings):
-    adapt(tmp_path, llama(True), **settings)
-    base = open_weights("base") if kind == "one name" else tied_base(tmp_path, kind)
+def test_an_adapter_of_a_tied_head_is_refused(kind, settings):
+    adapt(llama(True), **settings)
+    base = open_weights("base") if kind == "one name" else tied_base(Path(), kind)
     with pytest.raises(MismatchError, match="tied.* Untie the base: set tie_word.*'lm_head.weight'"):
         open_adapter(Path("adapter"), base)
 
 
-def test_copies_of_a_model_that_is_said_not_to_be_tied_are_moved_apart(tmp_path):
-    adapt(tmp_path, llama(True), target_modules=["q_proj", "lm_head"])
-    base = tied_base(tmp_path, "copies")
+def test_copies_of_a_model_that_is_said_not_to_be_tied_are_moved_apart():
+    adapt(llama(True), target_modules=["q_proj", "lm_head"])
+    base = tied_base(Path(), "copies")
     config = json.loads(Path("base/config.json").read_text())
     Path("both/config.json").write_text(json.dumps({**config, "tie_word_embeddings": False}))
     weights = open_adapter(Path("adapter"), base)
@@ -133,9 +133,9 @@ def test_copies_of_a_model_that_is_said_not_to_be_tied_are_moved_apart(tmp_path)
     assert not torch.equal(weights["lm_head.weight"], base["lm_head.weight"])
 
 
-def test_equal_copies_on_one_side_are_as_if_stored_once(tmp_path):
+def test_equal_copies_on_one_side_are_as_if_stored_once():
     llama(True).save_pretrained("base")
-    both = tied_base(tmp_path, "copies")
+    both = tied_base(Path(), "copies")
     one = open_weights("base")
     assert "lm_head.weight" not in one
     assert set(open_finetuned("both", one)) == set(one)
@@ -145,8 +145,8 @@ def test_equal_copies_on_one_side_are_as_if_stored_once(tmp_path):
 @pytest.mark.parametrize("with_config", [True, False])
 @pytest.mark.parametrize("num_labels", [3, 16], ids=["wide", "square"])
 @pytest.mark.parametrize("targets", [["attn.c_proj", "score"], ["c_attn", "score"], ["c_attn", "attn.c_proj", "c_fc"]])
-def test_transposed_and_plain_layers_in_one_adapter_are_those_of_peft(tmp_path, targets, num_labels, with_config):
-    expected = adapt(tmp_path, gpt2(num_labels), target_modules=targets)
+def test_transposed_and_plain_layers_in_one_adapter_are_those_of_peft(targets, num_labels, with_config):
+    expected = adapt(gpt2(num_labels), target_modules=targets)
     if not with_config:
         Path("base/config.json").unlink()
         if num_labels == 16 and "score" in targets and "c_attn" in targets:
@@ -161,31 +161,31 @@ def test_transposed_and_plain_layers_in_one_adapter_are_those_of_peft(tmp_path, 
         check(open_adapter(Path("adapter"), open_weights("base")), expected)
 
 
-def test_a_head_that_the_base_lacks_is_named_with_what_to_do(tmp_path):
-    adapt(tmp_path, gpt2(3), target_modules=["c_attn"], task_type="SEQ_CLS")
+def test_a_head_that_the_base_lacks_is_named_with_what_to_do():
+    adapt(gpt2(3), target_modules=["c_attn"], task_type="SEQ_CLS")
     transformers.GPT2Model(gpt2(3).config).double().save_pretrained("headless")
     with pytest.raises(MismatchError, match="'score.weight'.*trained on a model with another head"):
         open_adapter(Path("adapter"), open_weights("headless"))
 
 
-def test_a_vocabulary_that_was_grown_is_named(tmp_path):
-    adapt(tmp_path, llama(False), target_modules=["q_proj", "embed_tokens"])
+def test_a_vocabulary_that_was_grown_is_named():
+    adapt(llama(False), target_modules=["q_proj", "embed_tokens"])
     base = dict(open_weights("base"))
     base["model.embed_tokens.weight"] = base["model.embed_tokens.weight"][:20]
     with pytest.raises(MismatchError, match="vocabularies have 24 and 20 entries: resize the base's"):
         open_adapter(Path("adapter"), base)
 
 
-def test_no_tensor_of_an_adapter_is_left_unused(tmp_path):
+def test_no_tensor_of_an_adapter_is_left_unused():
     pair = Factors(None, None, False, ("a.lora_A.weight", "a.lora_B.weight"))
     tensors = AdapterTensors({"a": pair}, {"b.weight": None}, {"b.weight": ("base_model.model.b.weight",)}, {})
-    tensors.check_used(tmp_path, {"a.weight", "b.weight"})
+    tensors.check_used(Path(), {"a.weight", "b.weight"})
     with pytest.raises(ValueError, match="holds 3 tensors, and 2 of them would not be used: 'a.lora_A.weight'"):
-        tensors.check_used(tmp_path, {"b.weight"})
+        tensors.check_used(Path(), {"b.weight"})
 
 
-def test_an_adapter_may_be_given_by_its_file_and_with_names_of_its_adapter(tmp_path):
-    expected = adapt(tmp_path, llama(False), target_modules=["q_proj", "embed_tokens"])
+def test_an_adapter_may_be_given_by_its_file_and_with_names_of_its_adapter():
+    expected = adapt(llama(False), target_modules=["q_proj", "embed_tokens"])
     file = Path("adapter/adapter_model.safetensors")
     save_file({re.sub(r"(lora_\w*[AB])\b", r"\1.default", n): t for n, t in load_file(file).items()}, file)
     base = open_weights("base")
@@ -203,8 +203,8 @@ def test_a_checkpoint_with_unmerged_factors_is_refused():
         open_finetuned("last.ckpt", base)
 
 
-def test_a_merged_model_beside_an_adapter_is_mentioned(tmp_path):
-    adapt(tmp_path, llama(False), target_modules=["q_proj"])
+def test_a_merged_model_beside_an_adapter_is_mentioned():
+    adapt(llama(False), target_modules=["q_proj"])
     base = open_weights("base")
     save_weights(dict(base), "adapter/model.safetensors")
     said = "model.safetensors beside the adapter was not read"
@@ -226,8 +226,8 @@ def test_a_merged_model_beside_an_adapter_is_mentioned(tmp_path):
         ({"peft_type": ["LORA"]}, "'peft_type' must be text or null; it is a list"),
     ],
 )
-def test_settings_of_another_form_are_refused_with_their_names(tmp_path, settings, message):
-    adapt(tmp_path, llama(False), target_modules=["q_proj"])
+def test_settings_of_another_form_are_refused_with_their_names(settings, message):
+    adapt(llama(False), target_modules=["q_proj"])
     file = Path("adapter/adapter_config.json")
     file.write_text(json.dumps({**json.loads(file.read_text()), **settings}))
     with pytest.raises(ValueError, match=f"adapter_config.json.*{message}"):

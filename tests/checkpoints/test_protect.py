@@ -74,50 +74,50 @@ def contents(folder):
 @pytest.mark.parametrize("role", ["base", "vector"])
 @pytest.mark.parametrize("command", ["compose", "extract"])
 @pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
-def test_outputs_are_never_inputs(tmp_path, capsys, command, role, kind, way):
+def test_outputs_are_never_inputs(capsys, command, role, kind, way):
     if (kind, role) == ("adapter", "base") or (kind, way) == ("file", "inside"):
         return
     base, vector = make("file", Path("base"), state(0)), make("file", Path("tuned"), state(1))
     given = make(kind, Path("given"), state(2))
     base, vector = (given, vector) if role == "base" else (base, given)
-    output = place(way, *given, tmp_path)
-    before = contents(tmp_path)
+    output = place(way, *given, Path())
+    before = contents(Path())
     if command == "compose":
         words = ["--base", base[0], "--vectors.v", vector[0], "--recipe", "v", "--output", output]
     else:
         words = ["--base", base[0], "--finetuned", vector[0], "--output", output]
     assert run(command, *words) == 2
     assert re.search("output|file's name must end in", capsys.readouterr().err)
-    assert contents(tmp_path) == before
+    assert contents(Path()) == before
 
 
 @pytest.mark.parametrize("way", ["same", "hard link", "link"])
-def test_compress_and_revert_never_replace_what_they_read(tmp_path, way):
+def test_compress_and_revert_never_replace_what_they_read(way):
     save_weights(state(0), "base.safetensors")
     TaskVector.between(state(0), state(1)).save("v.tv.safetensors")
     compose("base.safetensors", {"v": "v.tv.safetensors"}, "v", "edited.safetensors", keep_undo="with_vectors")
     for name in ("v.tv", "edited", "edited.undo"):
         file = Path(f"{name}.safetensors")
-        output = place(way, file, file, None, tmp_path)
-        before = contents(tmp_path)
+        output = place(way, file, file, None, Path())
+        before = contents(Path())
         if name == "v.tv":
             assert run("compress", file, "--output", output, "--encoding", "int8") == 2
         assert run("revert", "edited.safetensors", "--output", output) == 2
-        assert contents(tmp_path) == before
+        assert contents(Path()) == before
         Path("output.safetensors").unlink(missing_ok=True)
 
 
-def test_an_undo_file_never_takes_the_place_of_an_input(tmp_path, capsys):
+def test_an_undo_file_never_takes_the_place_of_an_input(capsys):
     save_weights(state(0), "base.safetensors")
     TaskVector.between(state(0), state(1)).save("w.undo.safetensors")
-    before = contents(tmp_path)
+    before = contents(Path())
     words = ["--vectors.v", "w.undo.safetensors", "--recipe", "v", "--output", "w.safetensors", "--keep_undo"]
     assert run("compose", "--base", "base.safetensors", *words) == 2
     assert "output w.undo.safetensors is what is given as vectors.v" in capsys.readouterr().err
-    assert contents(tmp_path) == before
+    assert contents(Path()) == before
 
 
-def test_an_edited_model_is_a_base_like_any_other(tmp_path):
+def test_an_edited_model_is_a_base_like_any_other():
     """It was written by tva, and so are edits that are made once more; but it is an input here."""
     save_weights(state(0), "base.safetensors")
     save_weights(state(1), "tuned.safetensors")
@@ -156,7 +156,7 @@ OTHERS = {
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("name", OTHERS)
 @pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
-def test_no_other_command_writes_over_a_file_that_it_did_not_make(tmp_path, capsys, name, kind, way):
+def test_no_other_command_writes_over_a_file_that_it_did_not_make(capsys, name, kind, way):
     save_weights(state(0), "base.safetensors")
     save_weights(state(1), "tuned.safetensors")
     path, file, inside = make(kind, Path("given"), state(2))
@@ -165,11 +165,11 @@ def test_no_other_command_writes_over_a_file_that_it_did_not_make(tmp_path, caps
     inside = inside if inside is None or inside.exists() else file
     if way == "inside" and inside is None:
         return
-    output = place(way, path, file, inside, tmp_path)
-    before = contents(tmp_path)
+    output = place(way, path, file, inside, Path())
+    before = contents(Path())
     assert run(*OTHERS[name], "--output", output) == 2
     assert "tva: error: " in capsys.readouterr().err
-    assert contents(tmp_path) == before
+    assert contents(Path()) == before
 
 
 @pytest.fixture

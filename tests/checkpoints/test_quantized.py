@@ -103,7 +103,7 @@ def test_codes_of_a_format_without_known_names_are_found_by_the_configuration():
         open_finetuned("b", base)
 
 
-def test_weights_that_only_resemble_quantized_ones_are_edited(tmp_path):
+def test_weights_that_only_resemble_quantized_ones_are_edited():
     base = {
         "l.weight": FP8,  # a plain cast
         "m.weight": torch.ones(2, 2),

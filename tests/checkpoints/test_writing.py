@@ -38,7 +38,7 @@ def dead_process():
     return process.pid
 
 
-def test_temporary_files_of_dead_processes_are_removed_by_the_next_run(tmp_path):
+def test_temporary_files_of_dead_processes_are_removed_by_the_next_run():
     left = Path(f".a.txt.{socket.gethostname()}.{dead_process()}.tmp")
     alive = Path(f".a.txt.{socket.gethostname()}.{os.getppid()}.tmp")
     other = Path(f".a.txt.elsewhere.{dead_process()}.tmp")
@@ -46,7 +46,7 @@ def test_temporary_files_of_dead_processes_are_removed_by_the_next_run(tmp_path)
         file.write_text("half")
     with atomic_path(Path("a.txt")) as temporary:
         temporary.write_text("whole")
-    assert sorted(file.name for file in tmp_path.iterdir()) == sorted(["a.txt", alive.name, other.name])
+    assert sorted(file.name for file in Path().iterdir()) == sorted(["a.txt", alive.name, other.name])
 
 
 def test_a_link_in_the_place_of_a_hidden_file_is_not_followed(files):

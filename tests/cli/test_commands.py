@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 from importlib.metadata import EntryPoint
+from pathlib import Path
 
 import pytest
 
@@ -50,7 +51,7 @@ def finish(result, most: int = 100) -> bool:
 @pytest.fixture
 def outside(tmp_path, monkeypatch):
     """A command ``double`` that another installed package defines."""
-    (tmp_path / "outside_command.py").write_text(OUTSIDE)
+    Path("outside_command.py").write_text(OUTSIDE)
     monkeypatch.syspath_prepend(tmp_path)
     points = {"double": EntryPoint("double", "outside_command", "tva.commands")}
     monkeypatch.setattr(
@@ -110,8 +111,8 @@ def test_a_command_that_tva_has_is_not_replaced(outside, capsys):
     assert "outside_command defines the command 'edit', which is tva's own" in capsys.readouterr().err
 
 
-def test_a_file_that_is_not_a_command_is_named(outside, tmp_path, capsys):
-    (tmp_path / "outside_command.py").write_text("HELP = 'nothing yet'")
+def test_a_file_that_is_not_a_command_is_named(outside, capsys):
+    Path("outside_command.py").write_text("HELP = 'nothing yet'")
     with pytest.raises(SystemExit, match="2"):
         main(["double"])
     assert "outside_command, the module of the command 'double', must define run, show" in capsys.readouterr().err

@@ -28,8 +28,8 @@ LAUGHS = "a: &a [x,x,x,x,x,x,x,x,x]\n" + "".join(
     ],
 )
 @pytest.mark.parametrize("command", ["compose", "edit"])
-def test_a_configuration_that_takes_all_time_or_memory_is_refused_by_its_name(tmp_path, capsys, command, text, message):
-    path = tmp_path / "given.yaml"
+def test_a_configuration_that_takes_all_time_or_memory_is_refused_by_its_name(capsys, command, text, message):
+    path = Path("given.yaml")
     path.write_bytes(text if isinstance(text, bytes) else text.encode())
     with pytest.raises(SystemExit, match="2"):
         main([command, "--config", str(path)])
@@ -39,33 +39,32 @@ def test_a_configuration_that_takes_all_time_or_memory_is_refused_by_its_name(tm
 
 
 @pytest.mark.parametrize("form", ["--config={}", "--config {}"])
-def test_a_configuration_must_be_a_regular_file(tmp_path, capsys, form):
-    os.mkfifo(tmp_path / "given.yaml")
+def test_a_configuration_must_be_a_regular_file(capsys, form):
+    os.mkfifo("given.yaml")
     with pytest.raises(SystemExit, match="2"):
-        main(["compose", *form.format(tmp_path / "given.yaml").split()])
+        main(["compose", *form.format(Path("given.yaml")).split()])
     assert "given.yaml must be a regular file, and is a pipe" in capsys.readouterr().err
 
 
-def test_aliases_within_the_limits_are_read(tmp_path, capsys):
-    path = tmp_path / "given.yaml"
+def test_aliases_within_the_limits_are_read(capsys):
+    path = Path("given.yaml")
     path.write_text("base: &there nowhere.safetensors\noutput: o.safetensors\nvectors: {a: *there}\nrecipe: a\n")
     with pytest.raises(SystemExit, match="2"):
         main(["compose", "--config", str(path)])
     assert "A checkpoint was expected at nowhere.safetensors" in capsys.readouterr().err
 
 
-def test_a_fit_never_replaces_a_configuration_of_ones_own(tmp_path, monkeypatch, capsys):
+def test_a_fit_never_replaces_a_configuration_of_ones_own(capsys):
     """Without a logger a fit's configuration is saved as config.yaml in the Trainer's folder, which may be this one."""
-    monkeypatch.chdir(tmp_path)
     config = {**fit_config(".", max_epochs=1), "seed_everything": 1}
-    text = "# mine\n" + Path(write_yaml(tmp_path / "config.yaml", config)).read_text()
-    (tmp_path / "config.yaml").write_text(text)
+    text = "# mine\n" + Path(write_yaml(Path("config.yaml"), config)).read_text()
+    Path("config.yaml").write_text(text)
     with pytest.raises(SystemExit, match="2"):
         main(["fit", "--config", "config.yaml"])
     assert "where a file is that tva did not write" in " ".join(capsys.readouterr().err.split())
-    assert (tmp_path / "config.yaml").read_text() == text
-    assert os.listdir(tmp_path) == ["config.yaml"]
-    (tmp_path / "config.yaml").rename(tmp_path / "fit.yaml")
+    assert Path("config.yaml").read_text() == text
+    assert os.listdir(".") == ["config.yaml"]
+    Path("config.yaml").rename("fit.yaml")
     for _ in range(2):
         main(["fit", "--config", "fit.yaml"])
-        assert (tmp_path / "config.yaml").read_text().startswith("# lightning.pytorch==")
+        assert Path("config.yaml").read_text().startswith("# lightning.pytorch==")

@@ -2,6 +2,7 @@
 
 import json
 import struct
+from pathlib import Path
 
 import pytest
 import small_cli
@@ -38,8 +39,8 @@ def test_a_bug_is_called_one_with_a_status_of_its_own(capfd, monkeypatch):
         main(["data"])
 
 
-def test_what_tva_raises_on_purpose_is_its_message_and_nothing_more(capfd, tmp_path):
-    status, _, err = run(capfd, "inspect", tmp_path / "nothing")
+def test_what_tva_raises_on_purpose_is_its_message_and_nothing_more(capfd):
+    status, _, err = run(capfd, "inspect", Path("nothing"))
     assert (status, err.count("\n")) == (2, 1)
     assert "TVA_DEBUG" not in err  # it would show nothing that helps
 
@@ -64,9 +65,8 @@ HOSTILE = "\x1b]0;owned\x07[/b][red]x\r\x1b[2J"
 
 
 @pytest.fixture
-def hostile(tmp_path, monkeypatch):
+def hostile(tmp_path):
     """Files whose names of tensors, and values, hold control characters and markup."""
-    monkeypatch.chdir(tmp_path)
     base = {f"{HOSTILE}.{part}": torch.ones(4) for part in ("w", "b\nforged  1  1")}
     tuned = {name: value + 1 for name, value in base.items()}
     save_file(base, "base.safetensors")
@@ -108,18 +108,17 @@ def test_json_says_them_as_they_are(hostile, capfd):
     assert "\x1b" not in out
 
 
-def test_a_long_value_from_a_file_is_cut(tmp_path, capfd, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+def test_a_long_value_from_a_file_is_cut(capfd):
     save_weights({"w": torch.ones(2)}, "base.safetensors")
     TaskVector.between({"w": torch.ones(2)}, {"w": torch.zeros(2)}).save("a.tv.safetensors", encoding="int8")
-    data = (tmp_path / "a.tv.safetensors").read_bytes()
+    data = Path("a.tv.safetensors").read_bytes()
     (size,) = struct.unpack("<Q", data[:8])
     header = json.loads(data[8 : 8 + size])
     header["__metadata__"]["tva.encoding"] = "x" * 100_000
     for seal in ("tva.content_fingerprint", "tva.header_fingerprint"):  # which would be in the way
         del header["__metadata__"][seal]
     text = json.dumps(header).encode()
-    (tmp_path / "a.tv.safetensors").write_bytes(struct.pack("<Q", len(text)) + text + data[8 + size :])
+    Path("a.tv.safetensors").write_bytes(struct.pack("<Q", len(text)) + text + data[8 + size :])
     for words in (("inspect", "a.tv.safetensors"), (*COMPOSE, "--output", "out.safetensors")):
         _, out, err = run(capfd, *words)
         assert len(out + err) < 3000

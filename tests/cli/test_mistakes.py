@@ -5,6 +5,7 @@ import json
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import small_cli
@@ -38,11 +39,10 @@ def made(tmp_path_factory):
 
 
 @pytest.fixture
-def place(made, tmp_path, monkeypatch):
+def place(made, tmp_path):
     """A folder of one's own with those files."""
     for file in made.iterdir():
-        (tmp_path / file.name).write_bytes(file.read_bytes())
-    monkeypatch.chdir(tmp_path)
+        Path(file.name).write_bytes(file.read_bytes())
     return tmp_path
 
 
@@ -107,15 +107,15 @@ def test_mistakes_say_what_is_wrong_and_what_to_do(place, capsys, words, message
 
 @pytest.mark.parametrize("output", ["base.safetensors", "digits.tv.safetensors", "./base.safetensors"])
 def test_an_input_is_never_overwritten(place, capsys, output):
-    before = (place / output).read_bytes()
+    before = Path(output).read_bytes()
     status, text = run(capsys, *COMPOSE, "--recipe", "digits", "--output", output)
     assert (status, "would replace it. Give another output" in text) == (2, True)
-    assert (place / output).read_bytes() == before
+    assert Path(output).read_bytes() == before
 
 
 def test_a_folder_may_be_base_and_hold_the_edit_but_keeps_its_weights(place):
-    (place / "model").mkdir()
-    (place / "base.safetensors").rename(place / "model/model.safetensors")
+    Path("model").mkdir()
+    Path("base.safetensors").rename("model/model.safetensors")
     vectors = {"digits": "digits.tv.safetensors"}
     for _ in range(2):  # once more over the first
         compose("model", vectors, "digits", "model/edited.safetensors")
@@ -210,8 +210,8 @@ def test_a_parsers_words_that_are_not_known_stay():
     assert explain('Parser key "x": something else', "compose", []) == 'Parser key "x": something else'
 
 
-def test_a_disk_that_is_full_is_not_called_a_wrong_folder(tmp_path):
-    with pytest.raises(OSError, match="no room"), atomic_path(tmp_path / "x"):
+def test_a_disk_that_is_full_is_not_called_a_wrong_folder():
+    with pytest.raises(OSError, match="no room"), atomic_path(Path("x")):
         raise OSError(28, "no room")
 
 

@@ -36,13 +36,12 @@ for words in json.loads(sys.argv[1]):
 
 
 @pytest.fixture
-def watched(tmp_path, monkeypatch):
+def watched(monkeypatch):
     """A folder for Python's path in which every socket that goes somewhere is written down, and the list."""
-    monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)  # so that the hub might be asked
-    (tmp_path / "watch").mkdir()
-    (tmp_path / "watch/sitecustomize.py").write_text(WATCH.replace("SEEN", repr(str(tmp_path / "seen"))))
-    return tmp_path / "watch", tmp_path / "seen"
+    Path("watch").mkdir()
+    Path("watch/sitecustomize.py").write_text(WATCH.replace("SEEN", repr("seen")))
+    return Path("watch"), Path("seen")
 
 
 def run(watch, *commands):
@@ -52,16 +51,16 @@ def run(watch, *commands):
     assert done.returncode == 0, done.stderr[-2000:]
 
 
-def test_fit_edit_push_and_play_reach_nothing_but_this_machine(watched, tmp_path):
+def test_fit_edit_push_and_play_reach_nothing_but_this_machine(watched):
     pytest.importorskip("nicegui")
     watch, seen = watched
-    fits = [write_yaml(tmp_path / f"fit{n}.yaml", fit_config(tmp_path / f"blobs{n}", n, max_epochs=1)) for n in (1, 2)]
-    config = edit_config(tmp_path, tmp_path / "out", search={"class_path": "tva.search.Grid", "init_args": {"num": 2}})
-    edit = ["edit", "--config", write_yaml(tmp_path / "edit.yaml", config)]
-    push = ["push", str(tmp_path / "out"), "me/x", "--dry_run"]
+    fits = [write_yaml(Path(f"fit{n}.yaml"), fit_config(Path(f"blobs{n}"), n, max_epochs=1)) for n in (1, 2)]
+    config = edit_config(Path(), Path("out"), search={"class_path": "tva.search.Grid", "init_args": {"num": 2}})
+    edit = ["edit", "--config", write_yaml(Path("edit.yaml"), config)]
+    push = ["push", "out", "me/x", "--dry_run"]
     run(watch, *(["fit", "--config", fit] for fit in fits), edit, push)
     assert not seen.exists(), seen.read_text()
-    with served(tmp_path / "out", watch) as port:
+    with served(Path("out"), watch) as port:
         assert answer(port)[0] == 200
     assert set(seen.read_text().splitlines()) <= {
         f"{event} {place}" for event in ("socket.bind", "socket.connect", "socket.getaddrinfo")
@@ -70,14 +69,14 @@ def test_fit_edit_push_and_play_reach_nothing_but_this_machine(watched, tmp_path
     assert "socket.bind 127.0.0.1" in seen.read_text()
 
 
-def test_forget_reaches_nothing(watched, tmp_path):
+def test_forget_reaches_nothing(watched):
     pytest.importorskip("peft")
     watch, seen = watched
-    write_model(tmp_path / "model", "causal")
+    write_model(Path("model"), "causal")
     for name, verb in (("texts", "was"), ("keep", "is")):
         lines = [f"the {a} {b} {verb} a {c}" for a in ("good", "bad") for b in "xyz" for c in ("joy", "pity", "loss")]
-        (tmp_path / f"{name}.txt").write_text("\n".join(lines))
+        Path(f"{name}.txt").write_text("\n".join(lines))
     options = ["--rank", "4", "--max_steps", "2", "--block_length", "8", "--keep", "keep.txt", "--confidence", "0.5"]
     run(watch, ["forget", "model", "--data", "texts.txt", "--output", "out", *options])
-    assert (tmp_path / "out/edit.json").exists()
+    assert Path("out/edit.json").exists()
     assert not seen.exists(), seen.read_text()

@@ -5,6 +5,7 @@ import os
 import runpy
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import yaml
@@ -61,9 +62,8 @@ QUICK += ["--trainer.logger=false", "--trainer.enable_checkpointing=false"]
 @pytest.fixture
 def own(tmp_path, monkeypatch):
     """A folder with a module, which is on no path."""
-    (tmp_path / "own_project.py").write_text(MODULE)
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "path", [entry for entry in sys.path if entry not in ("", str(tmp_path))])
+    Path("own_project.py").write_text(MODULE)
+    monkeypatch.setattr(sys, "path", [entry for entry in sys.path if entry not in ("", ".")])
     yield tmp_path
     sys.modules.pop("own_project", None)
 
@@ -125,12 +125,12 @@ def test_classes_in_the_current_folder_can_be_named_from_the_console_script(own)
     ],
 )  # fmt: skip
 def test_mistakes_keep_their_cause_and_name_the_nearest(own, capsys, words, message):
-    (own / "broken.py").write_text("import nothing_there")
-    (own / "empty.yaml").touch()
-    (own / "typo.yaml").write_text("model: {class_path: own_project.Net, init_arg: {width: 3}}")
-    (own / "unknown.yaml").write_text("modle: own_project.Net")
+    Path("broken.py").write_text("import nothing_there")
+    Path("empty.yaml").touch()
+    Path("typo.yaml").write_text("model: {class_path: own_project.Net, init_arg: {width: 3}}")
+    Path("unknown.yaml").write_text("modle: own_project.Net")
     callback = "{class_path: tva.callbacks.TaskVectorCallback, init_args: {every_n_step: 3}}"
-    (own / "callback.yaml").write_text(f"model: own_project.Net\ntrainer: {{callbacks: [{callback}]}}")
+    Path("callback.yaml").write_text(f"model: own_project.Net\ntrainer: {{callbacks: [{callback}]}}")
     model = [] if "--model" in words or "--config" in words or not words else ["--model", "own_project.Net"]
     status, text = fails(capsys, "fit", *model, *words.split())
     assert status == 2
@@ -141,7 +141,7 @@ def test_options_of_an_edit_keep_their_causes(own, capsys):
     words = ["edit", "--model", "own_project.Net", "--recipe", "a", "--vectors.a", "b", "--output", "out"]
     status, text = fails(capsys, *words, "--search=Girde")
     assert (status, "--search: no class is called 'Girde'. Did you mean 'Grid'?" in text) == (2, True)
-    (own / "edit.yaml").write_text("targets: {t: {class_path: own_project.Untyped, init_args: {seed: 3}}}")
+    Path("edit.yaml").write_text("targets: {t: {class_path: own_project.Untyped, init_args: {seed: 3}}}")
     status, text = fails(capsys, *words, "--config=edit.yaml")
     assert (status, "the parameter 'seed' of own_project.Untyped has no type" in text) == (2, True)
     status, text = fails(capsys, *words, "--subject_to=a/accuracy>=3")
@@ -173,7 +173,7 @@ def test_what_ones_own_code_raises_is_shown_with_its_place(own, capsys):
 
 def test_what_lightning_and_torch_raise_about_settings_is_a_message(own, capsys):
     words = ["fit", "--model", "own_project.Net", "--data", "small_models.Blobs", "--data.seed=1"]
-    (own / "place.yaml").write_text("trainer:\n  devices: two\n")
+    Path("place.yaml").write_text("trainer:\n  devices: two\n")
     many = "--trainer.devices must be auto, a whole number of at least 1, or a list of the indices of GPUs; found "
     for option, message in (
         ("--trainer.devices=2.5", f"tva: error: {many}"),  # the command line's, not that of the file
@@ -183,7 +183,7 @@ def test_what_lightning_and_torch_raise_about_settings_is_a_message(own, capsys)
         status, text = fails(capsys, *words, "--config=place.yaml", *QUICK, option)
         assert (status, message in text, "TVA_DEBUG" in text) == (2, True, False), text
     main([*words, *QUICK, "--trainer.enable_checkpointing=true"])
-    (checkpoint,) = (own / "checkpoints").iterdir()
+    (checkpoint,) = Path("checkpoints").iterdir()
     status, text = fails(capsys, *words, *QUICK, "--model.width=5", "--ckpt_path", checkpoint)
     assert (status, "size mismatch" in text) == (2, True)
 
@@ -191,7 +191,7 @@ def test_what_lightning_and_torch_raise_about_settings_is_a_message(own, capsys)
 def test_a_logger_without_a_folder_leaves_the_config_in_the_run(own):
     logger = ["--trainer.logger=own_project.Remote", "--trainer.default_root_dir=run"]
     main(["fit", "--model", "own_project.Net", "--data", "small_models.Blobs", "--data.seed=1", *QUICK, *logger])
-    assert yaml.safe_load((own / "run/config.yaml").read_text())["model"]["class_path"] == "own_project.Net"
+    assert yaml.safe_load(Path("run/config.yaml").read_text())["model"]["class_path"] == "own_project.Net"
 
 
 def run_script(path, monkeypatch, *words):
@@ -222,7 +222,7 @@ class OwnCLI(EditMixin, LightningCLI):
 )
 def test_edit_stands_beside_fit_in_a_lightning_cli_of_ones_own(own, monkeypatch, base, define, call):
     monkeypatch.syspath_prepend(own)
-    script = own / "script.py"
+    script = Path("script.py")
     script.write_text(SCRIPT.format(base=base, define=define, call=call))
     vector = "--trainer.callbacks+=tva.callbacks.TaskVectorCallback"
     quick = ["--trainer.accelerator=cpu", "--trainer.max_epochs=2", "--trainer.default_root_dir=run", "--data.seed=1"]
@@ -246,9 +246,9 @@ def test_edit_stands_beside_fit_in_a_lightning_cli_of_ones_own(own, monkeypatch,
         },
         "subject_to": ["a/accuracy >= 0"],
     }
-    (own / "edit.yaml").write_text(yaml.safe_dump(config))
+    Path("edit.yaml").write_text(yaml.safe_dump(config))
     assert run_script(script, monkeypatch, "edit", "--config", "edit.yaml") == 0
-    report = json.loads((own / "out/edit.json").read_text())
+    report = json.loads(Path("out/edit.json").read_text())
     assert report["command"] == f"python {script} edit --config edit.yaml"
     # each task is its own, and not the data module under `data`
     from own_project import Net
@@ -262,7 +262,7 @@ def test_edit_stands_beside_fit_in_a_lightning_cli_of_ones_own(own, monkeypatch,
         inputs, labels = data.test_dataloader().dataset.tensors
         accuracy = float((model(inputs).argmax(-1) == labels).float().mean())
         assert report["tasks"][name]["edited"]["value"] == pytest.approx(accuracy)
-    assert (own / "out/config.yaml").exists()
+    assert Path("out/config.yaml").exists()
     assert run_script(script, monkeypatch, "edit", "--config", "edit.yaml", "--subject_to+=a/accuracy >= 2") == 1
 
 

@@ -3,6 +3,7 @@
 import re
 import sys
 import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -25,8 +26,8 @@ def hurried(monkeypatch):
 @pytest.fixture
 def checkpoints(tmp_path):
     for name, value in (("base", 1.0), ("a", 2.0)):
-        save_weights({"w": torch.full((4,), value), "v": torch.full((4,), value)}, tmp_path / f"{name}.safetensors")
-    return tmp_path / "base.safetensors", tmp_path / "a.safetensors", tmp_path
+        save_weights({"w": torch.full((4,), value), "v": torch.full((4,), value)}, f"{name}.safetensors")
+    return Path("base.safetensors"), Path("a.safetensors"), tmp_path
 
 
 def test_work_on_files_names_its_tensor(checkpoints, hurried, capsys):
@@ -45,9 +46,9 @@ def test_nothing_is_said_before_30_seconds(checkpoints, capsys):
     assert capsys.readouterr().err == ""
 
 
-def test_an_edit_in_a_pipe_names_what_it_evaluates(runs, tmp_path, hurried, capsys):
+def test_an_edit_in_a_pipe_names_what_it_evaluates(runs, hurried, capsys):
     search = {"class_path": "tva.search.Learned", "init_args": {"num_steps": 3}}
-    config = write_yaml(tmp_path / "edit.yaml", edit_config(runs, tmp_path / "out", search=search))
+    config = write_yaml(Path("edit.yaml"), edit_config(runs, Path("out"), search=search))
     main(["edit", "--config", config])
     found = capsys.readouterr().err
     assert found.startswith("tva edit: loading …\n")
@@ -56,16 +57,14 @@ def test_an_edit_in_a_pipe_names_what_it_evaluates(runs, tmp_path, hurried, caps
     assert re.search(r"^\d\d:\d\d:\d\d learning coefficients: step 2 of 3$", found, re.M)
 
 
-def test_a_fit_in_a_pipe_names_its_step_and_its_loss(tmp_path, hurried, capsys):
-    main(
-        ["fit", "--config", write_yaml(tmp_path / "fit.yaml", fit_config(tmp_path / "fit", max_steps=7, max_epochs=-1))]
-    )
+def test_a_fit_in_a_pipe_names_its_step_and_its_loss(hurried, capsys):
+    main(["fit", "--config", write_yaml(Path("fit.yaml"), fit_config(Path("fit"), max_steps=7, max_epochs=-1))])
     found = capsys.readouterr().err
     assert re.search(r"^\d\d:\d\d:\d\d step 7 of 7(, \S*loss \S+)?$", found, re.M)
     assert "epoch" not in found
 
 
-def test_the_bar_of_a_fit_counts_the_steps_of_max_steps(tmp_path, monkeypatch):
+def test_the_bar_of_a_fit_counts_the_steps_of_max_steps(monkeypatch):
     """Lightning 2.6 shows "Epoch 5/-2" and begins anew in every epoch."""
     shown = []
 
@@ -73,23 +72,23 @@ def test_the_bar_of_a_fit_counts_the_steps_of_max_steps(tmp_path, monkeypatch):
         shown.append((self._get_train_description(0).strip(), done, self.total_train_batches))
 
     monkeypatch.setattr(StepBar, "_update", update)
-    config = fit_config(tmp_path / "fit", max_steps=7, max_epochs=-1, enable_progress_bar=True, num_sanity_val_steps=0)
+    config = fit_config(Path("fit"), max_steps=7, max_epochs=-1, enable_progress_bar=True, num_sanity_val_steps=0)
     config["trainer"]["limit_val_batches"] = 0
-    main(["fit", "--config", write_yaml(tmp_path / "fit.yaml", config)])
+    main(["fit", "--config", write_yaml(Path("fit.yaml"), config)])
     assert shown == [("Step", done, 7) for done in range(1, 8)]
 
 
-def test_the_bar_of_a_fit_counts_batches_where_epochs_end_it(tmp_path, monkeypatch):
+def test_the_bar_of_a_fit_counts_batches_where_epochs_end_it(monkeypatch):
     shown = []
     monkeypatch.setattr(StepBar, "_update", lambda self, bar, done, visible=True: shown.append(done))
-    config = fit_config(tmp_path / "fit", max_epochs=2, limit_train_batches=2, enable_progress_bar=True)
+    config = fit_config(Path("fit"), max_epochs=2, limit_train_batches=2, enable_progress_bar=True)
     config["trainer"] |= {"limit_val_batches": 0}
-    main(["fit", "--config", write_yaml(tmp_path / "fit.yaml", config)])
+    main(["fit", "--config", write_yaml(Path("fit.yaml"), config)])
     assert shown == [1, 2, 1, 2]
 
 
-def test_fit_many_names_the_steps_of_the_fits_that_run(tmp_path):
-    fits = make_fits(["a", "b", "c"], {}, str(tmp_path), [0])
+def test_fit_many_names_the_steps_of_the_fits_that_run():
+    fits = make_fits(["a", "b", "c"], {}, ".", [0])
     for fit in fits[:2]:
         fit.folder.mkdir(parents=True)
     (fits[0].folder / "fit.log").write_text("12:00:00 step 10 of 3,000\n12:00:30 step 1,200 of 3,000, loss 0.1\n")

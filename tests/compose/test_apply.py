@@ -13,6 +13,7 @@ import pytest
 import torch
 from safetensors import safe_open
 from small_memory import assert_within
+from small_states import plain_state
 
 import tva.compose.engine
 from tva import MismatchError, NoEffectError, TaskVector, fingerprint, open_weights, save_weights
@@ -40,11 +41,7 @@ RECIPES = [
 
 
 def state(seed, dtype=torch.float32):
-    generator = torch.Generator().manual_seed(seed)
-    shapes = {"l.0.w": (40, 30), "l.1.w": (25, 40), "scalar": (), "empty": (0, 3), "bias": (25,), "still": (4,)}
-    tensors = {name: torch.randn(shape, generator=generator).to(dtype) for name, shape in shapes.items()}
-    tensors["still"] = torch.ones(4, dtype=dtype)
-    return {**tensors, "bn.running_mean": torch.randn(3, generator=generator), "steps": torch.tensor(seed)}
+    return {**plain_state(seed, dtype), "still": torch.ones(4, dtype=dtype)}
 
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -157,7 +154,7 @@ def test_the_account_counts_what_rounding_swallowed():
 
 
 @pytest.mark.parametrize("damage", ["nan", "missing", "shape", "base"])
-def test_what_does_not_fit_is_refused_and_leaves_no_file(files, tmp_path, damage):
+def test_what_does_not_fit_is_refused_and_leaves_no_file(files, damage):
     base, vectors = files
     other = dict(open_weights(vectors["b"]))
     if damage == "nan":
@@ -178,10 +175,10 @@ def test_what_does_not_fit_is_refused_and_leaves_no_file(files, tmp_path, damage
     else:
         with pytest.raises(error, match=message):
             compose(base, {"b": "other.safetensors"}, "b", "out.safetensors")
-    assert not [file.name for file in tmp_path.iterdir() if file.name.startswith((".", "out"))]
+    assert not [file.name for file in Path().iterdir() if file.name.startswith((".", "out"))]
 
 
-def test_a_full_disk_is_one_error_and_the_run_can_go_on(files, tmp_path, monkeypatch):
+def test_a_full_disk_is_one_error_and_the_run_can_go_on(files, monkeypatch):
     base, vectors = files
     arguments = (base, vectors, "ties(a, b, c)", "out.safetensors")
     whole = compose(*arguments[:3], "whole.safetensors")
@@ -204,11 +201,11 @@ def test_a_full_disk_is_one_error_and_the_run_can_go_on(files, tmp_path, monkeyp
     assert report.resumed > 0
     assert (report.base, report.edited, report.effects) == (whole.base, whole.edited, whole.effects)
     assert fingerprint(open_weights("out.safetensors")) == whole.edited
-    assert not [file.name for file in tmp_path.iterdir() if file.name.startswith(".")]
+    assert not [file.name for file in Path().iterdir() if file.name.startswith(".")]
     monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=100))
     with pytest.raises(OSError, match="are free on its disk. Make room"):
         compose(*arguments)
-    assert not [file.name for file in tmp_path.iterdir() if file.name.startswith(".")]
+    assert not [file.name for file in Path().iterdir() if file.name.startswith(".")]
 
 
 def test_sizes_are_read_and_too_little_memory_is_refused(files):
@@ -257,7 +254,7 @@ def test_groups_that_do_not_fit_are_refused(files, groups, message):
         compose(base, vectors, "ties(a, density=s)", "out.safetensors", coefs={"s": {".*": 0.5}})
 
 
-def test_a_plan_is_made_from_headers_and_writes_nothing(tmp_path):
+def test_a_plan_is_made_from_headers_and_writes_nothing():
     """Files of holes: a terabyte that takes no room, and that nobody could read in a test."""
     layers, width = 80, 25_000
     names = ["embed.w", *(f"h.{i}.mlp.w" for i in range(layers)), "head.running_mean"]
@@ -297,7 +294,7 @@ def test_a_plan_is_made_from_headers_and_writes_nothing(tmp_path):
     assert whole.memory_bytes > 4 * width * width * 8
     with pytest.raises(ValueError, match=r"max_memory must be \d+MiB or more for this recipe"):
         compose(*arguments[:2], "tsv(a)", arguments[3])
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "base"]
+    assert sorted(path.name for path in Path().iterdir()) == ["a", "base"]
 
 
 def test_a_folder_gets_shards_an_index_and_the_files_beside_the_base(files):
@@ -445,7 +442,7 @@ def test_raw_or_averaged_weights_are_taken_as_asked_and_recorded():
 
 
 @pytest.mark.slow
-def test_the_memory_measured_stays_within_the_memory_stated(tmp_path):
+def test_the_memory_measured_stays_within_the_memory_stated():
     generator = torch.Generator().manual_seed(0)
     base = {f"h.{i}.w": torch.randn(3000, 5000, generator=generator) for i in range(3)}
     save_weights(base, "base.safetensors")
@@ -455,6 +452,6 @@ def test_the_memory_measured_stays_within_the_memory_stated(tmp_path):
     vectors = {name: f"{name}.safetensors" for name in "ab"}
     recipes = ("a - b", 'ties(a, b, trim="tensor")', "ties(a, b)")
     call = f"compose('base.safetensors', {vectors}, %r, 'out.safetensors', max_memory=memory)"
-    assert_within(tmp_path, 40, *(call % recipe for recipe in recipes))
+    assert_within(Path(), 40, *(call % recipe for recipe in recipes))
     many = f"ties({', '.join('ab' * 6)}, density=0.5)"  # whose counts take more than all else
-    assert_within(tmp_path, 50, call % many)
+    assert_within(Path(), 50, call % many)

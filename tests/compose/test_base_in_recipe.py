@@ -1,7 +1,5 @@
 """Recipes with the base's own weights, and options that differ from tensor to tensor."""
 
-from pathlib import Path
-
 import pytest
 import torch
 
@@ -18,20 +16,20 @@ def state(seed, dtype=torch.float32):
 
 
 @pytest.fixture
-def files(tmp_path):
+def files():
     def write(dtype=torch.float32):
         for seed, name in enumerate(("base", "a", "b")):
             save_weights(state(seed, dtype), f"{name}.safetensors")
-        return Path("base.safetensors"), {name: tmp_path / f"{name}.safetensors" for name in "ab"}
+        return "base.safetensors", {name: f"{name}.safetensors" for name in "ab"}
 
     return write
 
 
-def run(files, tmp_path, recipe, **options):
+def run(files, recipe, **options):
     base, vectors = files
-    compose(base, vectors, recipe, tmp_path / "out.safetensors", **options)
-    assert verify(tmp_path / "out.safetensors").holds
-    return {name: value.double() for name, value in open_weights(tmp_path / "out.safetensors").items()}
+    compose(base, vectors, recipe, "out.safetensors", **options)
+    assert verify("out.safetensors").holds
+    return {name: value.double() for name, value in open_weights("out.safetensors").items()}
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -39,17 +37,17 @@ def run(files, tmp_path, recipe, **options):
     ("recipe", "weights"),
     [("0.25 * base + 0.75 * (base + a) - base", (0.25, 0.75)), ("-0.1 * base", (0.9, 0)), ("2 * a + base", (0, 2))],
 )
-def test_weights_from_zero_are_rounded_once(files, tmp_path, dtype, recipe, weights):
-    found = run(files(dtype), tmp_path, recipe)
+def test_weights_from_zero_are_rounded_once(files, dtype, recipe, weights):
+    found = run(files(dtype), recipe)
     base, a = state(0, dtype), state(1, dtype)
     for name in base:
         expected = weights[0] * base[name].double() + weights[1] * a[name].double()
         assert torch.equal(found[name], expected.to(dtype).double()), name
 
 
-def test_a_vector_may_still_be_called_base(files, tmp_path):
+def test_a_vector_may_still_be_called_base(files):
     base, vectors = files()
-    found = run((base, {"base": vectors["a"]}), tmp_path, "base")
+    found = run((base, {"base": vectors["a"]}), "base")
     torch.testing.assert_close(found, {name: value.double() for name, value in state(1).items()})
 
 
@@ -61,8 +59,8 @@ def test_in_memory_the_base_is_not_known():
         Recipe("a + base", vectors, with_base=True).evaluate(vectors)
 
 
-def test_without_vectors_a_recipe_of_the_base_moves_all(files, tmp_path):
-    found = run((files()[0], {}), tmp_path, "base", scaling_coef=-0.5)
+def test_without_vectors_a_recipe_of_the_base_moves_all(files):
+    found = run((files()[0], {}), "base", scaling_coef=-0.5)
     torch.testing.assert_close(found, {name: value.double() / 2 for name, value in state(0).items()})
 
 
@@ -74,10 +72,10 @@ DENSITIES = {"layer": [0.25, 0.75], ".*": 1}
     ["magnitude(a, density={})", "ties(a, b, density={}, trim='tensor')", "ties(a, b, weights=({}, 1), density=1)",
      "della(a, density={}, epsilon=0.01) + b", "0.5 * rescale(magnitude(a, density={}), a)"],
 )  # fmt: skip
-def test_an_option_by_group_is_that_option_in_each_tensor(files, tmp_path, text):
+def test_an_option_by_group_is_that_option_in_each_tensor(files, text):
     inputs = files()
     text = text.replace("density=1)", 'density=1, trim="tensor")')
-    found = run(inputs, tmp_path, text.format("d"), coefs={"d": DENSITIES})
+    found = run(inputs, text.format("d"), coefs={"d": DENSITIES})
     values = {"embed": 1, "one": 1, "layers.0.w": 0.25, "layers.1.w": 0.5, "layers.2.w": 0.75}
     for name, value in values.items():
         compose(inputs[0], inputs[1], text.format(value), "one.safetensors")
@@ -92,7 +90,7 @@ def test_an_option_by_group_is_that_option_in_each_tensor(files, tmp_path, text)
         ("dare(a, drop=d)", "In 'embed': drop must be in .* found 1.0"),
     ],
 )
-def test_options_that_cannot_differ_are_refused(files, tmp_path, text, message):
+def test_options_that_cannot_differ_are_refused(files, text, message):
     groups = {".*": 1} if "seed" in text else DENSITIES
     with pytest.raises(ValueError, match=message):
-        run(files(), tmp_path, text, coefs={"d": groups})
+        run(files(), text, coefs={"d": groups})

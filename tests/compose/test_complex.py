@@ -48,7 +48,7 @@ def state(seed, start=None):
 
 
 @pytest.fixture
-def files(tmp_path):
+def files():
     """A base and two models fine-tuned from it, in the folder to work in."""
     base = state(0)
     save_weights(base, "base.safetensors")
@@ -184,10 +184,10 @@ class Signals(L.LightningDataModule):
         return DataLoader(TensorDataset(signals, (signals.sum(1).abs() > 1.5).long()), batch_size=10)
 
 
-def test_the_callback_and_an_edit_move_complex_parameters(tmp_path):
+def test_the_callback_and_an_edit_move_complex_parameters():
     quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "accelerator": "cpu"}
     model, start = Spectral(), Spectral().spectrum.detach().clone()
-    callback = TaskVectorCallback(at_train_end=True, dirpath=str(tmp_path), every_n_steps=4, against="previous")
+    callback = TaskVectorCallback(at_train_end=True, dirpath=".", every_n_steps=4, against="previous")
     L.Trainer(max_epochs=2, callbacks=[callback], enable_checkpointing=False, **quiet).fit(model, Signals())
     vector = TaskVector.load("final.tv.safetensors")
     assert torch.equal(vector.deltas["spectrum"], model.spectrum.detach() - start)

@@ -31,14 +31,14 @@ def models():
             for name in SEEDS}  # fmt: skip
 
 
-def run(tmp_path, content, verified=True, **options):
+def run(content, verified=True, **options):
     """Run a configuration; what it becomes, and the output in float64."""
-    file = tmp_path / "merge.yml"
+    file = Path("merge.yml")
     file.write_text(content if isinstance(content, str) else yaml.safe_dump(content, sort_keys=False))
     recipe = read_mergekit(file)
-    compose(**{**recipe.options, "output": tmp_path / "out", **options})
-    assert not verified or verify(tmp_path / "out").holds
-    return recipe, {name: value.double() for name, value in open_weights(tmp_path / "out").items()}
+    compose(**{**recipe.options, "output": "out", **options})
+    assert not verified or verify("out").holds
+    return recipe, {name: value.double() for name, value in open_weights("out").items()}
 
 
 def config(method, models=(), base="base", **parameters):
@@ -139,10 +139,10 @@ WEIGHTS = {"a": 0.7, "b": 0.4, "c": -0.3}
         ("della_linear", {"density": 0.6, "epsilon": 0.2}, None, None), ("della", {"density": 0.6}, None, False),
     ],
 )  # fmt: skip
-def test_arithmetic_is_that_of_mergekit(models, tmp_path, method, given, normalize, rescale):
+def test_arithmetic_is_that_of_mergekit(models, method, given, normalize, rescale):
     consensus = method.endswith("ties") or method == "della"
     for weights in (WEIGHTS, {"a": 1.0, "b": 0.0, "c": 0.5})[: 1 + consensus]:
-        check_arithmetic(models, tmp_path, method, given, normalize, rescale, weights)
+        check_arithmetic(models, Path(), method, given, normalize, rescale, weights)
 
 
 def check_arithmetic(models, tmp_path, method, given, normalize, rescale, weights):
@@ -169,14 +169,14 @@ def check_arithmetic(models, tmp_path, method, given, normalize, rescale, weight
     expected = arithmetic(models, sparsify, weights, consensus, normalize, 0.8)
     out = tmp_path / f"{weights['b']}"
     out.mkdir()
-    check(run(out, content, verified=method in ("ties", "dare_linear") and weights is WEIGHTS)[1], expected)
+    check(run(content, verified=method in ("ties", "dare_linear") and weights is WEIGHTS, folder=out)[1], expected)
 
 
 @pytest.mark.parametrize("normalize", [True, False])
-def test_linear(models, tmp_path, normalize):
+def test_linear(models, normalize):
     weights = {"a": 0.5, "base": 2, "b": -0.25}
     own = [(name, {"weight": weight}) for name, weight in weights.items()]
-    found = run(tmp_path, config("linear", own, None, normalize=normalize))[1]
+    found = run(config("linear", own, None, normalize=normalize))[1]
     total = sum(weights.values()) if normalize else 1
     check(found, {t: sum(w * models[n][t] for n, w in weights.items()) / total for t in NAMES})
 
@@ -206,7 +206,7 @@ def t_of(name):
 
 
 @pytest.mark.parametrize("noise", [0.1, 0.001], ids=["arcs", "lines"])
-def test_slerp_turns_whole_weights_with_filters_and_gradients(models, tmp_path, noise):
+def test_slerp_turns_whole_weights_with_filters_and_gradients(models, noise):
     save_llama(Path("d"), 4, noise=noise)
     other = {name: value.double() for name, value in llama_weights(4, noise=noise).items()}
     sources = [{"model": name, "layer_range": [0, 4]} for name in ("d", "base")]
@@ -216,7 +216,7 @@ def test_slerp_turns_whole_weights_with_filters_and_gradients(models, tmp_path, 
         "slices": [{"sources": sources}],
         "parameters": {"t": GRADIENT},
     }
-    recipe, found = run(tmp_path, content)
+    recipe, found = run(content)
     check(found, {n: arc(t_of(n), models["base"][n], other[n], 0.9995) for n in NAMES})
     assert recipe.options["coefs"]["t"] == {"self_attn": [0, 0.5, 1], "mlp": [1, 0.25], ".*": 0.4}
     assert "slices" not in recipe.options
@@ -225,9 +225,9 @@ def test_slerp_turns_whole_weights_with_filters_and_gradients(models, tmp_path, 
 @pytest.mark.parametrize("with_base", [True, False])
 @pytest.mark.parametrize(("flags", "dim"), [({}, None), ({"nuslerp_flatten": False}, -1),
                                             ({"nuslerp_flatten": False, "nuslerp_row_wise": True}, 0)])  # fmt: skip
-def test_nuslerp(models, tmp_path, with_base, flags, dim):
+def test_nuslerp(models, with_base, flags, dim):
     own = [("a", {"weight": 1}), ("b", {"weight": 3})]
-    found = run(tmp_path, config("nuslerp", own, "base" if with_base else None, **flags))[1]
+    found = run(config("nuslerp", own, "base" if with_base else None, **flags))[1]
     expected = {}
     for name in NAMES:
         start = models["base"][name] if with_base else 0
@@ -236,12 +236,12 @@ def test_nuslerp(models, tmp_path, with_base, flags, dim):
 
 
 @pytest.mark.parametrize("by_row", [False, True])
-def test_model_stock(models, tmp_path, by_row):
+def test_model_stock(models, by_row):
     models["a"]["model.norm.weight"] = models["base"]["model.norm.weight"] + 1e-4  # below mergekit's bound on norms
     weights = {name: value.float() for name, value in models["a"].items()}
     save_weights(weights, "a/model.safetensors")
     models["a"] = {name: value.double() for name, value in weights.items()}
-    found = run(tmp_path, config("model_stock", [("a", {}), ("b", {}), ("c", {})], filter_wise=by_row))[1]
+    found = run(config("model_stock", [("a", {}), ("b", {}), ("c", {})], filter_wise=by_row))[1]
     expected = {}
     for name in NAMES:
         base = models["base"][name]
@@ -257,11 +257,11 @@ def test_model_stock(models, tmp_path, by_row):
 
 @pytest.mark.parametrize("noise", [0.1, 1e-4], ids=["large", "small"])
 @pytest.mark.parametrize("topk", [1.0, 0.3])
-def test_sce(models, tmp_path, topk, noise):
+def test_sce(models, topk, noise):
     for name, seed in (("d", 4), ("e", 5)):
         save_llama(Path(name), seed, noise=noise)
         models[name] = {key: value.double() for key, value in llama_weights(seed, noise=noise).items()}
-    found = run(tmp_path, config("sce", [("d", {}), ("e", {})], select_topk=topk))[1]
+    found = run(config("sce", [("d", {}), ("e", {})], select_topk=topk))[1]
     expected = {}
     for name in NAMES:
         base = models["base"][name]
@@ -279,7 +279,7 @@ def test_sce(models, tmp_path, topk, noise):
     check(found, expected)
 
 
-def test_passthrough_stacks_and_scales_layers(models, tmp_path):
+def test_passthrough_stacks_and_scales_layers(models):
     content = """
     merge_method: passthrough
     slices:
@@ -290,7 +290,7 @@ def test_passthrough_stacks_and_scales_layers(models, tmp_path):
           parameters: {scale: [{filter: o_proj, value: 0}, {filter: down_proj, value: 0.5}, {value: 1}]}
     dtype: bfloat16
     """
-    recipe, found = run(tmp_path, content)
+    recipe, found = run(content)
     layers = [("base", 0), ("base", 1), ("base", 2), ("a", 1), ("a", 2), ("a", 3)]
     for new, (model, old) in enumerate(layers):
         for name, value in found.items():
@@ -304,7 +304,7 @@ def test_passthrough_stacks_and_scales_layers(models, tmp_path):
     assert recipe.options["slices"] == {"base": ["base[0:3]", "a[1:4]"]}
 
 
-def test_slices_may_have_sources_of_their_own(models, tmp_path):
+def test_slices_may_have_sources_of_their_own(models):
     content = """
     merge_method: linear
     slices:
@@ -313,7 +313,7 @@ def test_slices_may_have_sources_of_their_own(models, tmp_path):
         - {model: a, layer_range: [1, 4], parameters: {weight: [0, 1]}}
         - {model: b, layer_range: [0, 3], parameters: {weight: 1}}
     """
-    found = run(tmp_path, content)[1]
+    found = run(content)[1]
     name = "model.layers.{}.mlp.up_proj.weight".format
     torch.testing.assert_close(found[name(1)], models["base"][name(1)])
     for at, weight in ((0, 0), (1, 0.5), (2, 1)):
@@ -321,9 +321,9 @@ def test_slices_may_have_sources_of_their_own(models, tmp_path):
         torch.testing.assert_close(found[name(2 + at)], expected, rtol=1e-6, atol=1e-6)
 
 
-def test_an_adapter_on_top_of_a_model(models, tmp_path):
+def test_an_adapter_on_top_of_a_model(models):
     added = save_lora(Path("lora"), 0)
-    found = run(tmp_path, config("task_arithmetic", [("a+lora", {"weight": 0.5})]))[1]
+    found = run(config("task_arithmetic", [("a+lora", {"weight": 0.5})]))[1]
     expected = {}
     for name in NAMES:
         expected[name] = models["base"][name] + 0.5 * (models["a"][name] + added.get(name, 0) - models["base"][name])
@@ -334,14 +334,14 @@ def test_an_adapter_on_top_of_a_model(models, tmp_path):
     ("source", "rows", "options"),
     [("base", 12, {"new_rows": "drop"}), ("d", 15, {"tokenizer": "d", "new_rows": "keep"}), (None, None, None)],
 )
-def test_tokenizer_source(models, tmp_path, source, rows, options):
+def test_tokenizer_source(models, source, rows, options):
     save_llama(Path("d"), 4, vocab=15, noise=0.1)
     content = config("linear", [("base", {"weight": 1}), ("d", {"weight": 1})])
     if source is None:
         with pytest.raises(ValueError, match="12 and 15.*--new_rows"):
-            run(tmp_path, content)
+            run(content)
         return
-    recipe, found = run(tmp_path, {**content, "tokenizer_source": source})
+    recipe, found = run({**content, "tokenizer_source": source})
     assert found["lm_head.weight"].shape[0] == rows
     assert options.items() <= recipe.options.items()
     donor = Path(f"{source}/tokenizer.json")
@@ -376,9 +376,9 @@ def test_tokenizer_source(models, tmp_path, source, rows, options):
         ("merge_method: linear\nmerge_method: ties\n", ["line 2: merge_method: is given twice"]),
     ],
 )  # fmt: skip
-def test_what_cannot_be_done_is_named_with_its_line(models, tmp_path, text, lines):
+def test_what_cannot_be_done_is_named_with_its_line(models, text, lines):
     with pytest.raises(ValueError, match="cannot be run as mergekit runs it; nothing was written") as error:
-        run(tmp_path, text)
+        run(text)
     for line in lines:
         assert re.search(line, str(error.value)), str(error.value)
 
@@ -444,8 +444,8 @@ def test_the_command_says_what_to_do(models, capsys, words, message):
 
 
 @pytest.mark.slow
-def test_transformers_computes_with_the_merged_model_what_the_formula_gives(models, tmp_path):
-    found = run(tmp_path, config("task_arithmetic", [("a", {"weight": 0.5}), ("b", {"weight": 0.3})]))[1]
+def test_transformers_computes_with_the_merged_model_what_the_formula_gives(models):
+    found = run(config("task_arithmetic", [("a", {"weight": 0.5}), ("b", {"weight": 0.3})]))[1]
     by_hand = save_llama(Path("by hand"), 0)
     expected = {}
     for name in found:

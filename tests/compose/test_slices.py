@@ -42,8 +42,8 @@ def expected(parts):
 PARTS = [("base", 0), ("base", 1), ("base", 2), ("a", 1), ("a", 2), ("a", 3)]
 
 
-def test_layers_stand_one_after_the_other(models, tmp_path):
-    out = stack(models, tmp_path, {"base": ["base[0:3]", "a[1:4]"]})
+def test_layers_stand_one_after_the_other(models):
+    out = stack(models, Path(), {"base": ["base[0:3]", "a[1:4]"]})
     assert {name: value.tolist() for name, value in out.items()} == {k: v.tolist() for k, v in expected(PARTS).items()}
     config = json.loads(Path("out/config.json").read_text())
     assert config["num_hidden_layers"] == 6
@@ -52,17 +52,17 @@ def test_layers_stand_one_after_the_other(models, tmp_path):
 
 
 @pytest.mark.slow
-def test_transformers_loads_the_deeper_model(models, tmp_path):
+def test_transformers_loads_the_deeper_model(models):
     models["base"] = save_llama(Path("plain"), 0)
-    stack(models, tmp_path, {"base": ["base[0:3]", "base[1:4]"]})
+    stack(models, Path(), {"base": ["base[0:3]", "base[1:4]"]})
     deeper = save_llama(Path("by hand"), 0, layers=6)
     save_weights(expected([("base", at) for at in (0, 1, 2, 1, 2, 3)]), deeper / "model.safetensors")
     torch.testing.assert_close(logits(Path("out")), logits(deeper))
 
 
-def test_a_layer_that_is_there_twice_is_written_twice_and_may_be_edited_apart(models, tmp_path):
+def test_a_layer_that_is_there_twice_is_written_twice_and_may_be_edited_apart(models):
     slices = {"base": ["base[0:2]", "base[1:2]"], "b": ["a[0:2]", "base[1:2]"]}
-    out = stack(models, tmp_path, slices, "b", 1.0)
+    out = stack(models, Path(), slices, "b", 1.0)
     name, base, a = "model.layers.{}.mlp.up_proj.weight", llama_weights(0), llama_weights(1, noise=0.1)
     assert torch.equal(out[name.format(2)], base[name.format(1)])
     torch.testing.assert_close(out[name.format(1)], a[name.format(1)], rtol=0, atol=1e-6)
@@ -78,22 +78,22 @@ def test_a_layer_that_is_there_twice_is_written_twice_and_may_be_edited_apart(mo
         ({"base": ["base"]}, r"such as 'base\[0:16\]'.*found 'base'"),
     ],
 )
-def test_slices_that_are_not_there_are_refused(models, tmp_path, slices, message):
+def test_slices_that_are_not_there_are_refused(models, slices, message):
     with pytest.raises(ValueError, match=message):
-        stack(models, tmp_path, slices)
+        stack(models, Path(), slices)
     assert not Path("out").exists()
 
 
-def test_layers_of_another_width_are_refused(models, tmp_path):
+def test_layers_of_another_width_are_refused(models):
     weights = {name: torch.ones(3, 3) for name in llama_weights(0)}
     save_weights(weights, models["a"] / "model.safetensors")
     with pytest.raises(ValueError, match="whose names or shapes differ: '.input_layernorm.weight'"):
-        stack(models, tmp_path, {"base": ["base[0:3]", "a[1:4]"]})
+        stack(models, Path(), {"base": ["base[0:3]", "a[1:4]"]})
 
 
-def test_slices_have_no_undo_file(models, tmp_path):
+def test_slices_have_no_undo_file(models):
     with pytest.raises(ValueError, match="which slices change"):
-        stack(models, tmp_path, {"base": ["base[0:2]"]}, keep_undo=True)
+        stack(models, Path(), {"base": ["base[0:2]"]}, keep_undo=True)
 
 
 def test_an_adapter_may_be_on_top_of_any_model(models, tmp_path):

@@ -49,7 +49,7 @@ def contents(folder):
 
 
 @pytest.mark.parametrize("recipe", RECIPES.values(), ids=RECIPES)
-def test_workers_write_the_bytes_of_one_process(inputs, recipe, tmp_path, monkeypatch):
+def test_workers_write_the_bytes_of_one_process(inputs, recipe, monkeypatch):
     executor = Inline()
     on(executor, monkeypatch)
     options = {"recipe": recipe, "max_shard_size": "20KB"}
@@ -61,7 +61,7 @@ def test_workers_write_the_bytes_of_one_process(inputs, recipe, tmp_path, monkey
     assert (report.edited, report.effects, report.notes) == (alone.edited, alone.effects, alone.notes)
 
 
-def test_a_vector_file_is_not_read_again_to_check_it(inputs, tmp_path, monkeypatch):
+def test_a_vector_file_is_not_read_again_to_check_it(inputs, monkeypatch):
     on(Inline(), monkeypatch)
     damaged = Path("a.tv.safetensors")
     data = bytearray(damaged.read_bytes())
@@ -69,17 +69,17 @@ def test_a_vector_file_is_not_read_again_to_check_it(inputs, tmp_path, monkeypat
     damaged.write_bytes(data)
     with pytest.raises(ValueError, match="is damaged: its tensors have the fingerprint"):
         compose(**inputs, recipe="a", output="out", max_shard_size="20KB", engine="ray")
-    assert not list(tmp_path.glob("*out*"))
+    assert not list(Path().glob("*out*"))
 
 
-def test_an_error_in_a_worker_is_the_commands(inputs, tmp_path, monkeypatch):
+def test_an_error_in_a_worker_is_the_commands(inputs, monkeypatch):
     on(Inline(), monkeypatch)
     tensors = {f"layers.{layer}.w": torch.ones(40, 50) for layer in range(5)} | {"steps": torch.tensor(3)}
     save_file({**tensors, "embed": torch.ones(30, 20), "norm": torch.ones(7)}, "other.safetensors")
     inputs["base"] = "other.safetensors"
     with pytest.raises(MismatchError, match="The task vector a was taken from the base"):
         compose(**inputs, recipe="a", output="out", max_shard_size="20KB", engine="ray")
-    assert not list(tmp_path.glob("*out*"))
+    assert not list(Path().glob("*out*"))
 
 
 def test_an_interrupted_run_leaves_no_name_and_goes_on_from_whole_shards(inputs, monkeypatch):
@@ -107,12 +107,12 @@ def test_an_interrupted_run_leaves_no_name_and_goes_on_from_whole_shards(inputs,
         ("out", {"engine": "ray:127.0.0.1:9"}, "No Ray cluster answers at '127.0.0.1:9'.*ray start --head"),
     ],
 )
-def test_what_an_engine_cannot_do_is_said_first(inputs, output, options, message, tmp_path):
+def test_what_an_engine_cannot_do_is_said_first(inputs, output, options, message):
     if "127" in options.get("engine", ""):
         pytest.importorskip("ray")
     with pytest.raises(ValueError, match=message):
         compose(**inputs, recipe="a", output=output, **{"engine": "local:2", **options})
-    assert not list(tmp_path.glob("*out*"))
+    assert not list(Path().glob("*out*"))
 
 
 @pytest.mark.slow

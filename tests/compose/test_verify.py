@@ -8,6 +8,7 @@ import pytest
 import torch
 from small_cli import run
 from small_models import Blobs, LinearNet, quiet_trainer
+from small_states import plain_state as state
 
 from tva import TaskVector, open_weights, save_weights
 from tva.checkpoints import HashedWeights, fingerprint, read_metadata
@@ -18,13 +19,6 @@ from tva.compose.revert import revert
 from tva.compose.verify import verify
 from tva.edit.options import EditOptions
 from tva.edit.run import run_edit
-
-
-def state(seed, dtype=torch.float32):
-    generator = torch.Generator().manual_seed(seed)
-    shapes = {"l.0.w": (40, 30), "l.1.w": (25, 40), "scalar": (), "empty": (0, 3), "bias": (25,)}
-    tensors = {name: torch.randn(shape, generator=generator).to(dtype) for name, shape in shapes.items()}
-    return {**tensors, "bn.running_mean": torch.randn(3, generator=generator), "steps": torch.tensor(seed)}
 
 
 @pytest.fixture(params=[torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
@@ -229,7 +223,7 @@ def test_shards_of_different_edits_hold_no_common_record(folder):
         verify("out")
 
 
-def test_raw_and_averaged_weights_are_distinguished(tmp_path):
+def test_raw_and_averaged_weights_are_distinguished():
     save_weights({"w": torch.zeros(4)}, "base.safetensors")
     averaged, raw = {"w": torch.ones(4)}, {"w": torch.full((4,), 2.0)}
     state = {"averaging_state": {"n_averaged": torch.tensor(3)}, "current_model_state": raw}
@@ -265,7 +259,7 @@ def edit(**options):
 
 
 @pytest.fixture
-def trained(tmp_path):
+def trained():
     base = NormNet().state_dict()
     save_weights(base, "base.safetensors")
     moved = {name: tensor + 0.1 * torch.randn(tensor.shape).abs() for name, tensor in base.items() if tensor.ndim}

@@ -18,7 +18,6 @@ from tva.evaluation.evaluate import evaluate
 from tva.models import CausalLM, Seq2SeqLM, TextClassifier
 from tva.models.generation import Draw, write_texts
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*does not have many workers.*")
 PROMPTS = ["the film is", "it was", "the food", "a great film is a", "and", "the food was bad and it", "it is fine"]
 
 
@@ -42,7 +41,7 @@ def bad_words(texts):
 
 def found(model, folder, split="test", **options):
     options = {"prompts": PROMPTS, "scorer": f"{__name__}.bad_words", "max_new_tokens": 6, "threshold": 0} | options
-    return evaluate(make_trainer(folder), model, GenerationTask(**options), split)
+    return evaluate(make_trainer(), model, GenerationTask(**options), split)
 
 
 def ids(model, texts):
@@ -204,17 +203,17 @@ def test_mistakes_say_what_is_required(options, message):
         GenerationTask(**{"prompts": ["a"]} | options)
 
 
-def test_a_model_that_writes_nothing_is_refused(folder, tmp_path):
+def test_a_model_that_writes_nothing_is_refused(folder):
     write_model(folder / "bert")
     with pytest.raises(TypeError, match="needs a language model"):
-        found(TextClassifier(str(folder / "bert")), tmp_path)
+        found(TextClassifier(str(folder / "bert")), Path())
 
 
 PAGE = Path(__file__).parents[2] / "docs/howto/score-texts.md"
 
 
 @pytest.mark.slow
-def test_the_edit_of_the_page_is_chosen_by_what_the_model_writes(folder, tmp_path):
+def test_the_edit_of_the_page_is_chosen_by_what_the_model_writes(folder):
     base = open_weights(folder / "causal")
     random = torch.Generator().manual_seed(0)
     moved = {name: base[name] + 0.3 * torch.randn(base[name].shape, generator=random) for name in base}

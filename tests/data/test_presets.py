@@ -50,14 +50,14 @@ def test_every_preset_has_prompts_with_a_place_for_the_class_and_one_name_a_clas
         assert len(preset.name_classes([], name)) == preset.num_classes
 
 
-def test_the_hub_is_asked_for_a_presets_repository_and_configuration(monkeypatch, tmp_path):
+def test_the_hub_is_asked_for_a_presets_repository_and_configuration(monkeypatch):
     asked = []
-    files = write(tmp_path, [str(number) for number in range(10)], list(range(10)))
+    files = write(Path(), [str(number) for number in range(10)], list(range(10)))
 
     def load(path, name=None, revision=None, **options):
         asked.append((path, name))
         return {
-            split: datasets.Dataset.from_parquet(files.format(split=split), cache_dir=str(tmp_path))
+            split: datasets.Dataset.from_parquet(files.format(split=split), cache_dir=".")
             for split in ("train", "test")
         }
 
@@ -67,11 +67,11 @@ def test_the_hub_is_asked_for_a_presets_repository_and_configuration(monkeypatch
     assert (task.name, task.class_names[3], task.templates) == ("svhn", "3", ['a photo of the number: "{}".'])
 
 
-def test_the_commit_that_was_read_is_known(monkeypatch, tmp_path):
-    commit, files = "0123456789" * 4, write(tmp_path, [str(number) for number in range(10)], list(range(10)))
+def test_the_commit_that_was_read_is_known(monkeypatch):
+    commit, files = "0123456789" * 4, write(Path(), [str(number) for number in range(10)], list(range(10)))
 
     def load(path, **options):
-        table = datasets.Dataset.from_parquet(files.format(split="train"), cache_dir=str(tmp_path))
+        table = datasets.Dataset.from_parquet(files.format(split="train"), cache_dir=".")
         table.info.download_checksums = {f"hf://datasets/{path}@{commit}/train.parquet": {"num_bytes": 1}}
         return {"train": table, "test": table}
 
@@ -86,9 +86,9 @@ def test_the_commit_that_was_read_is_known(monkeypatch, tmp_path):
     assert resolved_revision({"train": datasets.Dataset.from_dict({"a": [1]})}) is None
 
 
-def test_columns_and_the_split_to_report_on_are_called_as_everywhere(tmp_path):
+def test_columns_and_the_split_to_report_on_are_called_as_everywhere():
     names = sorted(f"thing_{number}" for number in range(100))
-    copy = write(tmp_path, names, list(range(100)), image="img", label="fine_label")
+    copy = write(Path(), names, list(range(100)), image="img", label="fine_label")
     task = ready("preset:cifar100", local=copy)
     assert task.class_names[7] == "thing 15"
     food = Path("food")
@@ -97,26 +97,26 @@ def test_columns_and_the_split_to_report_on_are_called_as_everywhere(tmp_path):
     assert len(everything(ready("preset:food101", local=copy).test_dataloader())[1]) == 101
 
 
-def test_class_names_follow_the_datas_own_whatever_their_order(tmp_path):
+def test_class_names_follow_the_datas_own_whatever_their_order():
     archive = list(find_preset("eurosat").classes)
-    task = ready("preset:eurosat", local=write(tmp_path, archive[::-1], list(range(10))))
+    task = ready("preset:eurosat", local=write(Path(), archive[::-1], list(range(10))))
     assert task.class_names[:2] == ["lake or sea", "river"]
     prompts = list(find_preset("eurosat").classes.values())
-    task = ready("preset:eurosat", local=write(tmp_path, prompts, list(range(10))))
+    task = ready("preset:eurosat", local=write(Path(), prompts, list(range(10))))
     assert task.class_names == prompts
 
 
-def test_labels_that_everybody_numbers_alike_may_have_any_names(tmp_path):
+def test_labels_that_everybody_numbers_alike_may_have_any_names():
     words = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
-    task = ready("preset:mnist", local=write(tmp_path, words, list(range(10))))
+    task = ready("preset:mnist", local=write(Path(), words, list(range(10))))
     assert task.class_names == list("0123456789")
-    assert ready("preset:mnist", local=write(tmp_path, list("9876543210"), list(range(10)))).class_names[0] == "9"
+    assert ready("preset:mnist", local=write(Path(), list("9876543210"), list(range(10)))).class_names[0] == "9"
     with pytest.raises(ValueError, match=r"mnist: the data's classes '1' are not this set's"):
-        ready("preset:mnist", local=write(tmp_path, ["1", *words[1:]], list(range(10))))
+        ready("preset:mnist", local=write(Path(), ["1", *words[1:]], list(range(10))))
 
 
-def test_labels_that_are_true_or_false_become_indices(tmp_path):
-    task = ready("preset:pcam", local=write(tmp_path, "bool", [True, False] * 4))
+def test_labels_that_are_true_or_false_become_indices():
+    task = ready("preset:pcam", local=write(Path(), "bool", [True, False] * 4))
     assert everything(task.test_dataloader())[1].tolist() == [1, 0] * 4
     assert task.class_names[1] == "lymph node containing metastatic tumor tissue"
 
@@ -129,21 +129,21 @@ def test_imagenets_own_names_stand_in_the_order_of_clips():
     assert (len(names), names[0], names[999], len(find_preset("imagenet").templates)) == (1000, "tench", names[-1], 80)
 
 
-def test_a_class_list_can_be_taken_by_name(tmp_path):
-    task = ready(write(tmp_path, [f"sign {n}" for n in range(43)], list(range(43))), class_names="gtsrb")
+def test_a_class_list_can_be_taken_by_name():
+    task = ready(write(Path(), [f"sign {n}" for n in range(43)], list(range(43))), class_names="gtsrb")
     assert task.class_names[14] == "stop"
     assert ImageTask("x.parquet", templates="gtsrb").templates[0] == 'a zoomed in photo of a "{}" traffic sign.'
 
 
-def test_mistakes_with_presets_name_what_is_there(tmp_path):
+def test_mistakes_with_presets_name_what_is_there():
     with pytest.raises(ValueError, match="no preset is named 'minst'.*Did you mean 'mnist'"):
         ImageTask("preset:minst")
     with pytest.raises(ValueError, match="local= is the copy of a preset, and 'mnist' is not a preset"):
         ImageTask("mnist", local="here")
     with pytest.raises(ValueError, match="gtsrb should have 43 classes, but the data names 2: 'a', 'b'"):
-        ready("preset:gtsrb", local=write(tmp_path, ["a", "b"], [0, 1]))
+        ready("preset:gtsrb", local=write(Path(), ["a", "b"], [0, 1]))
     with pytest.raises(ValueError, match="eurosat: the data's classes 'x0', 'x1'.*Pass class_names"):
-        ready("preset:eurosat", local=write(tmp_path, [f"x{n}" for n in range(10)], list(range(10))))
+        ready("preset:eurosat", local=write(Path(), [f"x{n}" for n in range(10)], list(range(10))))
     with pytest.raises(ValueError, match="cars takes its 196 class names from the data, which names none"):
         ImageTask("x.parquet", class_names="cars")
 
@@ -181,8 +181,8 @@ def rows_of(loader):
 
 
 @pytest.mark.parametrize("seed", [0, 3])
-def test_a_preset_holds_out_what_the_papers_code_does(tmp_path, seed):
-    task = ready("preset:mnist", local=numbered(tmp_path, 300), seed=seed)
+def test_a_preset_holds_out_what_the_papers_code_does(seed):
+    task = ready("preset:mnist", local=numbered(Path(), 300), seed=seed)
     kept, held = torch.utils.data.random_split(range(300), [270, 30], torch.Generator().manual_seed(seed))
     assert rows_of(task.val_dataloader()) == sorted(held.indices)
     assert rows_of(task.prototype_dataloader()) == sorted(kept.indices)
@@ -202,7 +202,7 @@ def test_an_installed_package_adds_presets_and_data_modules(tmp_path, monkeypatc
     monkeypatch.setattr(plugins, "entry_points", lambda group: points[:2] if group == "tva.data_sets" else [])
     plugins.installed.cache_clear()
     try:
-        files = write(tmp_path, ["0", "1"], [0, 1] * 10)
+        files = write(Path(), ["0", "1"], [0, 1] * 10)
         task = ready("preset:twos", local=files)
         assert (task.name, task.class_names, task.templates) == ("twos", ["nil", "one"], ["the number {}"])
         assert find_preset("twos").revision == "abc"
@@ -250,12 +250,12 @@ class TheirData(L.LightningDataModule):
 
 
 @pytest.mark.parametrize(("name", "known"), [("00003_{:05}.ppm", True), ("{:05}.png", False)])
-def test_signs_of_one_track_are_no_independent_examples_where_file_names_tell_them(tmp_path, name, known):
+def test_signs_of_one_track_are_no_independent_examples_where_file_names_tell_them(name, known):
     pixels = b"\x89PNG"  # nothing is decoded
     images = [{"bytes": pixels, "path": name.format(row)} for row in range(6)]
     features = datasets.Features({"image": datasets.Image(), "label": datasets.Value("int64")})
     table = datasets.Dataset.from_dict({"image": images, "label": [0, 0, 0, 0, 1, 1]}, features=features)
-    task = ImageTask("preset:gtsrb", local=str(tmp_path))
+    task = ImageTask("preset:gtsrb", local=".")
     task.class_names = [str(label) for label in range(43)]
     labels = task._group_labels(table.select([5, 0, 1, 4]))
     assert labels == (

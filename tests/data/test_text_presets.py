@@ -32,18 +32,18 @@ def write(folder, names=("1", "2"), sizes=SIZES, column="sentence"):
 
 
 @pytest.fixture
-def small(monkeypatch, tmp_path):
+def small(monkeypatch):
     """The hub's SST-2, small and with classes that are only numbered."""
     preset = replace(TEXT_PRESETS["sst2"], examples=SIZES)
     monkeypatch.setitem(TEXT_PRESETS, "sst2", preset)
-    path, asked, original = write(tmp_path), [], datasets.load_dataset
+    path, asked, original = write(Path()), [], datasets.load_dataset
 
     def load(hub, name=None, revision=None, **options):
         if "/" not in hub:
             return original(hub, name=name, revision=revision, **options)
         asked.append((hub, name, revision))
         files = {split: path.format(split=split) for split in SIZES}
-        return {s: datasets.Dataset.from_parquet(f, cache_dir=str(tmp_path)) for s, f in files.items()}
+        return {s: datasets.Dataset.from_parquet(f, cache_dir=".") for s, f in files.items()}
 
     monkeypatch.setattr(datasets, "load_dataset", load)
     return path, asked

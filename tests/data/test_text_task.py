@@ -31,8 +31,8 @@ def rows(loader):
 
 
 @pytest.fixture
-def parquet(tmp_path):
-    return write_reviews(tmp_path)
+def parquet():
+    return write_reviews()
 
 
 def test_tokens_are_the_tokenizers_and_padding_is_minus_one(parquet):
@@ -130,8 +130,8 @@ def test_another_models_tokenizer_makes_other_tokens(parquet):
 # --- language
 
 
-def test_running_text_is_cut_into_blocks_that_hold_all_of_it(tmp_path):
-    path = write_running_text(tmp_path)
+def test_running_text_is_cut_into_blocks_that_hold_all_of_it():
+    path = write_running_text()
     task = ready(LanguageTask(path, block_length=16), "causal")
     text = Path("prose-test.txt").read_text()
     tokens = [*make_tokenizer(kind="causal")(text)["input_ids"], 6]  # 6 is </s>
@@ -142,8 +142,8 @@ def test_running_text_is_cut_into_blocks_that_hold_all_of_it(tmp_path):
     assert val == (train + val) // 10
 
 
-def test_compressed_text_and_rows_of_text_are_running_text_too(tmp_path):
-    path = write_running_text(tmp_path)
+def test_compressed_text_and_rows_of_text_are_running_text_too():
+    path = write_running_text()
     for split in ("train", "test"):
         text = Path(f"prose-{split}.txt").read_text()
         with gzip.open(f"packed-{split}.txt.gz", "wt") as file:
@@ -187,11 +187,11 @@ def _words():
     return WORDS
 
 
-def test_sequence_to_sequence_models_get_prompt_and_answer_apart(parquet, tmp_path):
+def test_sequence_to_sequence_models_get_prompt_and_answer_apart(parquet):
     task = ready(LanguageTask(parquet, prompt_column="text", target_column="text", block_length=32), "seq2seq")
     tokens, targets = task._examples["test"][3]
     assert tokens.tolist() == targets.tolist() == make_tokenizer(kind="seq2seq")(reviews(24, 1)["text"][3])["input_ids"]
-    halves = ready(LanguageTask(write_running_text(tmp_path), block_length=16), "seq2seq")
+    halves = ready(LanguageTask(write_running_text(), block_length=16), "seq2seq")
     first, second = halves._examples["test"][0]
     assert (len(first), len(second)) == (8, 8)
 
@@ -278,7 +278,7 @@ def test_ranks_and_workers_stream_together_what_one_process_streams(shards, make
 # --- mistakes
 
 
-def test_mistakes_with_streams_of_text(shards, tmp_path):
+def test_mistakes_with_streams_of_text(shards):
     classes = {"class_names": ["negative", "positive"], "streaming": True}
     with pytest.raises(ValueError, match="no tenth can be held out. Set val_split, or val_size"):
         ready(TextTask(shards, **classes))
@@ -297,7 +297,7 @@ def test_mistakes_with_streams_of_text(shards, tmp_path):
     with pytest.raises(ValueError, match="999 examples are to be held out, and the training split has"):
         ready(LanguageTask(shards, block_length=16, streaming=True, val_size=999), "causal")
     with pytest.raises(ValueError, match="Files to stream must be there and of one format"):
-        ready(LanguageTask(write_running_text(tmp_path), streaming=True, val_size=5), "causal")
+        ready(LanguageTask(write_running_text(), streaming=True, val_size=5), "causal")
 
 
 @pytest.mark.parametrize(
@@ -318,8 +318,8 @@ def test_mistakes_name_what_is_there(parquet, options, message):
         ready(TextTask(parquet, **options))
 
 
-def test_a_column_must_hold_texts_and_the_model_must_have_a_tokenizer(tmp_path):
-    path = write_reviews(tmp_path, stars=[1, 2, 3])
+def test_a_column_must_hold_texts_and_the_model_must_have_a_tokenizer():
+    path = write_reviews(Path(), stars=[1, 2, 3])
     with pytest.raises(ValueError, match=r"column 'stars' must hold texts; row 0 holds 1 \(\d+ such rows\)"):
         ready(TextTask(path, text_column="stars"))
     task = TextTask(path)
@@ -328,7 +328,7 @@ def test_a_column_must_hold_texts_and_the_model_must_have_a_tokenizer(tmp_path):
         task.setup("fit")
 
 
-def test_language_mistakes(parquet, tmp_path):
+def test_language_mistakes(parquet):
     with pytest.raises(ValueError, match="prompt_column and target_column go together"):
         LanguageTask(parquet, prompt_column="text")
     with pytest.raises(ValueError, match="prompt must hold {}"):
@@ -336,8 +336,8 @@ def test_language_mistakes(parquet, tmp_path):
     with pytest.raises(ValueError, match=r"no column 'reply'.*Set target_column"):
         ready(LanguageTask(parquet, prompt_column="text", target_column="reply"), "causal")
     with pytest.raises(ValueError, match=r"has \d+ tokens, fewer than one block of 60"):
-        ready(LanguageTask(write_running_text(tmp_path, 8), block_length=60), "causal")
-    empty = write_reviews(tmp_path, reply=["", "good"])
+        ready(LanguageTask(write_running_text(Path(), 8), block_length=60), "causal")
+    empty = write_reviews(Path(), reply=["", "good"])
     with pytest.raises(ValueError, match=r"a target must hold text; \d+ of \d+ are empty"):
         ready(LanguageTask(empty, prompt_column="text", target_column="reply"), "causal")
     Path("pictures").mkdir()

@@ -3,6 +3,7 @@
 import copy
 import functools
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -77,15 +78,15 @@ METRICS = {
 
 
 @pytest.mark.parametrize("name", METRICS)
-def test_a_network_is_measured_by_a_metric_of_predictions_and_targets(base, vector, tmp_path, name):
+def test_a_network_is_measured_by_a_metric_of_predictions_and_targets(base, vector, name):
     metric, expected = METRICS[name]
     before = copy.deepcopy(base)
-    report = edit(base, {"a": vector}, tmp_path, (*loaders(), {name: metric}))
+    report = edit(base, {"a": vector}, Path(), (*loaders(), {name: metric}))
     found = report.tasks["a"]
     assert (found.metric, found.num_examples) == (name, 60)
     for label, coef in (("base", 0.0), ("edited", 0.5), ("finetuned", 1.0)):
         assert found.scores[label].value == pytest.approx(expected(*moved(before, vector, coef)), abs=1e-6)
-    written = open_weights(tmp_path / "out/edited.safetensors")  # under the network's own names
+    written = open_weights("out/edited.safetensors")  # under the network's own names
     assert {n: tuple(written[n].shape) for n in written} == {n: tuple(t.shape) for n, t in before.state_dict().items()}
     for key, tensor in before.state_dict().items():
         torch.testing.assert_close(written[key], tensor + 0.5 * vector.deltas[key])
@@ -95,9 +96,9 @@ def test_a_network_is_measured_by_a_metric_of_predictions_and_targets(base, vect
     assert any("a/share_of_ones has no interval" in note for note in report.notes) == unknown
 
 
-def test_a_mean_over_examples_has_an_interval_and_is_raced(base, vector, tmp_path):
+def test_a_mean_over_examples_has_an_interval_and_is_raced(base, vector):
     options = {"maximize": "a/right", "scaling_coef": None, "search": Race(num=5, first=10)}
-    report = edit(base, {"a": vector}, tmp_path, (*loaders(), right), **options)
+    report = edit(base, {"a": vector}, Path(), (*loaders(), right), **options)
     score = report.tasks["a"].scores["base"]
     assert score.low < score.value < score.high
 
@@ -111,56 +112,56 @@ def evaluate_blobs(model, split, by_example=True):
 
 
 @pytest.mark.parametrize("kind", [torch.Tensor, list, np.ndarray])
-def test_a_function_returns_one_score_an_example(base, vector, tmp_path, kind):
+def test_a_function_returns_one_score_an_example(base, vector, kind):
     def evaluate(model, split):
         found = evaluate_blobs(model, split)
         return {list: found.tolist(), np.ndarray: found.numpy()}.get(kind, found)
 
     expected = float(right(*moved(base, vector, 0.5)).double().mean())
-    report = edit(base, {"a": vector}, tmp_path, evaluate, subject_to=["a/score >= 0.5 * base"], confidence=0.9)
+    report = edit(base, {"a": vector}, Path(), evaluate, subject_to=["a/score >= 0.5 * base"], confidence=0.9)
     score = report.tasks["a"].scores["edited"]
     assert (score.value, report.tasks["a"].num_examples) == (pytest.approx(expected), 60)
     assert score.low < score.value <= score.high
 
 
-def test_one_number_has_no_interval_and_the_report_says_so(base, trained, vector, tmp_path, capsys):
+def test_one_number_has_no_interval_and_the_report_says_so(base, trained, vector, capsys):
     evaluate = functools.partial(evaluate_blobs, by_example=False)
-    report = edit(base, {"a": vector}, tmp_path, evaluate, subject_to=["a/score >= 0.5 * base"])
+    report = edit(base, {"a": vector}, Path(), evaluate, subject_to=["a/score >= 0.5 * base"])
     score = report.tasks["a"].scores["edited"]
     assert (score.low, score.high, report.tasks["a"].num_examples) == (None, None, 0)
     assert report.verdict.endswith("'a': one number, for which no interval is claimed")
     report.show()
     assert "no interval is claimed" in " ".join(capsys.readouterr().out.split())
     with pytest.raises(ValueError, match="a function that evaluates must return one number per example"):
-        edit(copy.deepcopy(trained[0]), {"a": vector}, tmp_path, evaluate, subject_to=["a/score >= 0"], confidence=0.9)
+        edit(copy.deepcopy(trained[0]), {"a": vector}, Path(), evaluate, subject_to=["a/score >= 0"], confidence=0.9)
 
 
-def test_a_function_may_return_several_metrics_by_name(base, vector, tmp_path):
+def test_a_function_may_return_several_metrics_by_name(base, vector):
     def evaluate(model, split):
         inputs, labels = loaders()[split == "test"].dataset.tensors
         return {"loss": nn.functional.cross_entropy(model(inputs), labels, reduction="none"), "size": 60.0}
 
     options = {"minimize": "a/loss", "scaling_coef": None, "search": Grid(num=3)}
     before = copy.deepcopy(base)
-    report = edit(base, {"a": vector}, tmp_path, evaluate, **options)
+    report = edit(base, {"a": vector}, Path(), evaluate, **options)
     found, coef = report.tasks["a"], report.coefficients["scaling_coef"]
     assert not found.higher_is_better
     expected = nn.functional.cross_entropy(*moved(before, vector, coef))
     assert found.scores["edited"].value == pytest.approx(float(expected), abs=1e-6)
 
 
-def test_a_function_that_draws_at_random_is_found_out(base, vector, tmp_path):
+def test_a_function_that_draws_at_random_is_found_out(base, vector):
     with pytest.raises(ValueError, match="coefficient 0 must score exactly as the base.*the function that evaluates"):
-        edit(base, {"a": vector}, tmp_path, lambda model, split: float(torch.rand(())))
-    assert not (tmp_path / "out").exists()
+        edit(base, {"a": vector}, Path(), lambda model, split: float(torch.rand(())))
+    assert not Path("out").exists()
 
 
-def test_a_lightning_module_is_measured_by_its_steps_or_by_a_metric_of_its_forward(tmp_path):
+def test_a_lightning_module_is_measured_by_its_steps_or_by_a_metric_of_its_forward():
     model, own = Net(), Net()
     delta = {name: torch.full_like(tensor, 0.1) for name, tensor in model.state_dict().items()}
     vector, data = TaskVector(delta), Blobs(1)
-    steps = edit(model, {"a": vector}, tmp_path, loaders())
-    forward = edit(own, {"a": vector}, tmp_path, (data, right), controls={"plain": Blobs(2)})
+    steps = edit(model, {"a": vector}, Path(), loaders())
+    forward = edit(own, {"a": vector}, Path(), (data, right), controls={"plain": Blobs(2)})
     one, other = steps.tasks["a"], forward.tasks["a"]
     assert (one.metric, other.metric) == ("accuracy", "right")
     for label in ("base", "edited"):
@@ -169,13 +170,13 @@ def test_a_lightning_module_is_measured_by_its_steps_or_by_a_metric_of_its_forwa
     assert not hasattr(data, "tva_metrics")
 
 
-def test_vectors_are_in_memory_or_on_disk_and_get_names_from_their_paths(base, trained, vector, tmp_path):
-    torch.save(trained[1][2].state_dict(), tmp_path / "blobs-2.pt")
+def test_vectors_are_in_memory_or_on_disk_and_get_names_from_their_paths(base, trained, vector):
+    torch.save(trained[1][2].state_dict(), "blobs-2.pt")
     expected = {
         name: tensor + 0.5 * (vector.deltas[name] + trained[1][2].state_dict()[name] - tensor)
         for name, tensor in base.state_dict().items()
     }
-    report = edit(base, [vector, tmp_path / "blobs-2.pt"], tmp_path, (*loaders(), right))
+    report = edit(base, [vector, Path("blobs-2.pt")], Path(), (*loaders(), right))
     assert (report.recipe, report.vectors["vector1"]["path"]) == ("vector1 + blobs_2", "in memory")
     for name, tensor in base.state_dict().items():
         torch.testing.assert_close(tensor, expected[name])
@@ -197,26 +198,26 @@ class Named(nn.Module):
         return {"logits": self.net(inputs)}
 
 
-def test_batches_may_be_mappings_as_networks_of_transformers_take_them(base, vector, tmp_path):
+def test_batches_may_be_mappings_as_networks_of_transformers_take_them(base, vector):
     named = TaskVector({f"net.{name}": delta for name, delta in vector.deltas.items()})
     val, test = (DataLoader(loader.dataset, 20, collate_fn=mapping_batch) for loader in loaders())
     expected = float(right(*moved(base, vector, 0.5)).double().mean())
-    report = edit(Named(base), {"a": named}, tmp_path, (val, test, right))
+    report = edit(Named(base), {"a": named}, Path(), (val, test, right))
     assert report.tasks["a"].scores["edited"].value == pytest.approx(expected)
 
 
-def test_texts_without_labels_can_constrain_an_edit_by_kl(base, vector, tmp_path):
+def test_texts_without_labels_can_constrain_an_edit_by_kl(base, vector):
     unlabeled = [DataLoader([{"inputs": row[0]} for row in loader.dataset], 20) for loader in loaders(2)]
     named = TaskVector({f"net.{name}": delta for name, delta in vector.deltas.items()})
     before = copy.deepcopy(base)
     labeled = [DataLoader(loader.dataset, 20, collate_fn=mapping_batch) for loader in loaders()]
     options = {"controls": {"b": tuple(unlabeled)}, "subject_to": ["b/kl <= 100"]}
-    report = edit(Named(base), {"a": named}, tmp_path, (*labeled, right), **options)
+    report = edit(Named(base), {"a": named}, Path(), (*labeled, right), **options)
     (old, _), (new, _) = (moved(before, vector, coef, seed=2) for coef in (0.0, 0.5))
     expected = nn.functional.kl_div(new.log_softmax(-1), old.log_softmax(-1), log_target=True, reduction="batchmean")
     assert report.tasks["b"].scores["edited"].value == pytest.approx(float(expected), rel=1e-4)
     with pytest.raises(ValueError, match="must have its targets under one of 'labels'.*its keys are 'inputs'"):
-        edit(Named(copy.deepcopy(before)), {"a": named}, tmp_path, (*unlabeled, right))
+        edit(Named(copy.deepcopy(before)), {"a": named}, Path(), (*unlabeled, right))
 
 
 WRONG = {
@@ -239,23 +240,23 @@ WRONG = {
 
 
 @pytest.mark.parametrize("name", WRONG)
-def test_what_is_none_of_these_is_refused_with_what_would_do(base, vector, tmp_path, name):
+def test_what_is_none_of_these_is_refused_with_what_would_do(base, vector, name):
     make, message = WRONG[name]
     given = {"model": base, "vectors": {"a": vector}, "measure": (*loaders(), right), **make()}
     if "maximize" in given:
         given |= {"scaling_coef": None, "search": Grid(num=2)}
     with pytest.raises((TypeError, ValueError), match=message):
-        edit(given.pop("model"), given.pop("vectors"), tmp_path, given.pop("measure"), **given)
-    assert not (tmp_path / "out").exists()
+        edit(given.pop("model"), given.pop("vectors"), Path(), given.pop("measure"), **given)
+    assert not Path("out").exists()
 
 
 @pytest.mark.parametrize("loss", ["entropy", "expert", "cross_entropy"])
-def test_coefficients_are_learned_of_any_network(trained, base, tmp_path, loss):
+def test_coefficients_are_learned_of_any_network(trained, base, loss):
     vectors = {f"blobs{s}": TaskVector.between(base.state_dict(), trained[1][s].state_dict()) for s in (1, 2)}
     targets = {f"blobs{s}": (*loaders(s), right) for s in (1, 2)}
     search = Learned(loss=loss, num_steps=20, learning_rate=0.05, start=0.1)
-    edit_model(base, vectors=vectors, output=tmp_path / "e", targets=targets, search=search, maximize="mean(right)")
-    content = json.loads((tmp_path / "e" / "edit.json").read_text())
+    edit_model(base, vectors=vectors, output=Path("e"), targets=targets, search=search, maximize="mean(right)")
+    content = json.loads(Path("e/edit.json").read_text())
     losses = content["search"]["loss"]
     assert losses[-1] < losses[0]
     assert not torch.equal(base.state_dict()["0.weight"], trained[0].state_dict()["0.weight"])

@@ -29,7 +29,7 @@ def forgotten(vectors):
 
 def forget(vectors, folder, **changes):
     options = {"recipe": "-a", "targets": {"a": Task(1)}, "maximize": None, "search": None, "scaling_coef": 1.0}
-    return edit(vectors, folder, **options | changes)
+    return edit(vectors, folder=folder, **options | changes)
 
 
 def test_rounding_is_symmetric_with_a_scale_for_each_output():

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -24,7 +25,7 @@ def sum_of_two(vectors, tmp_path_factory):
     """An edit with two targets, of which both have a fine-tuned model, and one control."""
     folder = tmp_path_factory.mktemp("sum")
     options = {"search": Grid(num=3), "subject_to": ["a/accuracy >= 0.7 * base"], "confidence": 0.8}
-    return folder, edit(vectors, folder, **options), options
+    return folder, edit(vectors, **options, folder=folder), options
 
 
 def scores_of(folder, label):
@@ -85,7 +86,7 @@ def test_losing_more_than_what_is_allowed_is_not_shown_to_hold():
     assert grouped is None or grouped <= allowed + 0.005
 
 
-def test_the_notes_say_what_the_examples_suffice_for_and_that_the_end_was_chosen(sum_of_two, vectors, tmp_path):
+def test_the_notes_say_what_the_examples_suffice_for_and_that_the_end_was_chosen(sum_of_two, vectors):
     _, report, _ = sum_of_two
     (constraint,) = report.constraints
     assert constraint.needed > 1
@@ -100,16 +101,16 @@ def test_the_notes_say_what_the_examples_suffice_for_and_that_the_end_was_chosen
     assert not shown  # of a point estimate nothing is said
     end = "scaling_coef = 0.25 is an end of what was searched, 0 to 0.25: another may be better beyond it."
     keep = {"rule": "largest", "subject_to": ["a/accuracy >= 0.5 * base"]}
-    found = edit(vectors, tmp_path, search=Bisect(stop=0.25, num=3), **keep)
+    found = edit(vectors, search=Bisect(stop=0.25, num=3), **keep)
     assert found.coefficients["scaling_coef"] == 0.25
     assert any(note.startswith(end) for note in found.notes)
     assert end in model_card(found.to_json())
 
 
-def test_a_command_says_before_the_search_what_the_test_data_suffice_for(vectors, tmp_path, capsys, monkeypatch):
+def test_a_command_says_before_the_search_what_the_test_data_suffice_for(vectors, capsys, monkeypatch):
     asked = EditOptions(
         vectors=vectors,
-        output=str(tmp_path / "out"),
+        output="out",
         recipe="a",
         targets={"a": Task(1)},
         subject_to=["a/accuracy >= 0.7 * base"],
@@ -123,30 +124,29 @@ def test_a_command_says_before_the_search_what_the_test_data_suffice_for(vectors
         run.run_edit(trainer, Net(), asked)
 
 
-def test_a_test_part_counts_the_different_edits_that_it_has_decided(sum_of_two, vectors, tmp_path):
+def test_a_test_part_counts_the_different_edits_that_it_has_decided(sum_of_two, vectors):
     folder, report, options = sum_of_two
-    shutil.copy(folder / "log.jsonl", tmp_path / "log.jsonl")
+    shutil.copy(folder / "log.jsonl", "log.jsonl")
     assert "decided" not in report.sizes["a"]
-    again = edit(vectors, tmp_path, **options)
+    again = edit(vectors, **options)
     assert "decided" not in again.sizes["a"]  # the same edit decides nothing new
-    (tmp_path / "log.jsonl").rename(tmp_path / "other.jsonl")  # a run beside this one
-    second = edit(vectors, tmp_path, recipe="a - b", maximize="a/accuracy", **options)
+    Path("log.jsonl").rename("other.jsonl")  # a run beside this one
+    second = edit(vectors, recipe="a - b", maximize="a/accuracy", **options)
     assert second.sizes["a"]["decided"] == 2
-    third = edit(vectors, tmp_path, recipe="a", maximize="a/accuracy", **options)
+    third = edit(vectors, recipe="a", maximize="a/accuracy", **options)
     assert third.sizes["a"]["decided"] == 3
     assert "decided" not in third.sizes["b"]  # no constraint is on it
     assert any(note.startswith("The test part of a has decided 3 different edits by now") for note in third.notes)
-    assert "has decided 3 different edits" in (tmp_path / "out/report.html").read_text()
+    assert "has decided 3 different edits" in Path("out/report.html").read_text()
 
 
-def test_an_analogy_has_its_parts_and_any_edit_five_random_vectors_and_another_task_beside_it(vectors, tmp_path):
+def test_an_analogy_has_its_parts_and_any_edit_five_random_vectors_and_another_task_beside_it(vectors):
     paths = dict(vectors)
     for name, source, factor in (("c", "a", 0.5), ("d", "b", -2.0)):
-        paths[name] = str(tmp_path / f"{name}.tv.safetensors")
+        paths[name] = f"{name}.tv.safetensors"
         (factor * TaskVector.load(vectors[source])).save(paths[name])
     found = edit(
         paths,
-        tmp_path,
         recipe="analogy(a, b, c)",
         targets={"a": Task(1)},
         maximize="a/accuracy",
@@ -167,8 +167,8 @@ def test_an_analogy_has_its_parts_and_any_edit_five_random_vectors_and_another_t
     assert "that of the edit" in others["reason"]
 
 
-def test_baselines_that_an_edit_cannot_have_are_refused(vectors, tmp_path):
+def test_baselines_that_an_edit_cannot_have_are_refused(vectors):
     with pytest.raises(ValueError, match=r"the recipe must be analogy\(a, b, c\), .*; found 'a \+ b'"):
-        edit(vectors, tmp_path, baselines=["parts"])
+        edit(vectors, baselines=["parts"])
     with pytest.raises(ValueError, match=r"needs a vector that the recipe does not use; 'a \+ b' uses 'a', 'b'"):
-        edit(vectors, tmp_path, baselines=["other_task"])
+        edit(vectors, baselines=["other_task"])

@@ -45,25 +45,25 @@ def make(folder):
     (folder / "to notes").symlink_to("notes")
 
 
-def test_an_edit_replaces_an_earlier_one_and_leaves_other_files(tmp_path):
-    make(tmp_path / "out")
-    before = (tmp_path / "out/notes/mine.txt").stat().st_ino
-    write(tmp_path / "out", 2)
-    assert numbers(tmp_path / "out") == {"2"}
-    assert (tmp_path / "out/notes/mine.txt").stat().st_ino == before
-    assert (tmp_path / "out/to notes/mine.txt").read_text() == "mine"
-    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+def test_an_edit_replaces_an_earlier_one_and_leaves_other_files():
+    make(Path("out"))
+    before = Path("out/notes/mine.txt").stat().st_ino
+    write(Path("out"), 2)
+    assert numbers(Path("out")) == {"2"}
+    assert Path("out/notes/mine.txt").stat().st_ino == before
+    assert Path("out/to notes/mine.txt").read_text() == "mine"
+    assert [path.name for path in Path().iterdir()] == ["out"]
 
 
 @pytest.mark.parametrize("exchange", [True, False], ids=["one step", "two steps"])
-def test_a_kill_at_any_file_operation_leaves_all_of_one_edit(tmp_path, monkeypatch, exchange):
+def test_a_kill_at_any_file_operation_leaves_all_of_one_edit(monkeypatch, exchange):
     if not exchange:
         monkeypatch.setattr(module.ctypes, "CDLL", lambda *args, **options: object())
     # so that nothing here is cleaned up
     monkeypatch.setattr("tva.checkpoints.atomic.socket.gethostname", lambda: "another")
     kept = set()
     for stop in range(100):
-        folder = tmp_path / str(stop) / "out"
+        folder = Path(f"{stop}/out")
         make(folder)
         count = [0]
 
@@ -107,21 +107,21 @@ def _write_forever(folder, ready):
         write(folder, number)
 
 
-def test_processes_that_are_killed_leave_all_of_one_edit_and_the_next_removes_what_they_left(tmp_path):
-    make(tmp_path / "out")
+def test_processes_that_are_killed_leave_all_of_one_edit_and_the_next_removes_what_they_left():
+    make(Path("out"))
     context = multiprocessing.get_context("fork")
     for step in range(20):
         ready = context.Event()
-        process = context.Process(target=_write_forever, args=(tmp_path / "out", ready))
+        process = context.Process(target=_write_forever, args=(Path("out"), ready))
         process.start()
         assert ready.wait(300)
         time.sleep(0.002 * step)
         os.kill(process.pid, signal.SIGKILL)
         process.join()
-        assert len(numbers(tmp_path / "out")) == 1
-        assert (tmp_path / "out/notes/mine.txt").read_text() == "mine"
-    write(tmp_path / "out", 1)
-    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+        assert len(numbers(Path("out"))) == 1
+        assert Path("out/notes/mine.txt").read_text() == "mine"
+    write(Path("out"), 1)
+    assert [path.name for path in Path().iterdir()] == ["out"]
 
 
 def test_the_working_directory_gets_the_new_files(tmp_path, monkeypatch):
@@ -134,62 +134,62 @@ def test_the_working_directory_gets_the_new_files(tmp_path, monkeypatch):
     assert {Path(name).read_text() for name in FILES[:-1]} == {"2"}
 
 
-def test_a_file_system_without_links_gets_copies(tmp_path, monkeypatch):
-    make(tmp_path / "out")
+def test_a_file_system_without_links_gets_copies(monkeypatch):
+    make(Path("out"))
 
     def refused(*args):
         raise OSError(errno.EPERM, "no links here")
 
     monkeypatch.setattr(os, "link", refused)
-    write(tmp_path / "out", 2)
-    assert (tmp_path / "out/notes/mine.txt").read_text() == "mine"
+    write(Path("out"), 2)
+    assert Path("out/notes/mine.txt").read_text() == "mine"
 
 
 # --- whole edits
 
 
-def test_a_page_that_cannot_be_drawn_loses_nothing_else(vectors, tmp_path, monkeypatch, capsys):
+def test_a_page_that_cannot_be_drawn_loses_nothing_else(vectors, monkeypatch, capsys):
     def broken(content):
         raise RuntimeError("the renderer is gone")
 
     monkeypatch.setattr("tva.edit.write.edit_page", broken)
-    report = edit(vectors, tmp_path, scaling_coef=0.5)
+    report = edit(vectors, scaling_coef=0.5)
     assert "its page cannot be drawn: the renderer is gone. `tva report" in capsys.readouterr().err
-    names = {path.name for path in (tmp_path / "out").iterdir()}
+    names = {path.name for path in Path("out").iterdir()}
     assert names == {"edit.json", "edited.safetensors", "README.md"}
-    assert json.loads((tmp_path / "out/edit.json").read_text())["created"] == report.created
+    assert json.loads(Path("out/edit.json").read_text())["created"] == report.created
 
 
-def test_a_refused_edit_keeps_the_accepted_one_that_was_in_its_folder(vectors, tmp_path, capsys):
-    edit(vectors, tmp_path, scaling_coef=0.5, keep_undo=True)
-    weights = (tmp_path / "out/edited.safetensors").read_bytes()
+def test_a_refused_edit_keeps_the_accepted_one_that_was_in_its_folder(vectors, capsys):
+    edit(vectors, scaling_coef=0.5, keep_undo=True)
+    weights = Path("out/edited.safetensors").read_bytes()
     for _ in range(2):
-        refused = edit(vectors, tmp_path, scaling_coef=0.5, subject_to=["other/accuracy >= 2"])
+        refused = edit(vectors, scaling_coef=0.5, subject_to=["other/accuracy >= 2"])
         assert not refused.holds
-        assert not (tmp_path / "out/edited.safetensors").exists()
-        (kept,) = (tmp_path / "out").glob("accepted-*")
+        assert not Path("out/edited.safetensors").exists()
+        (kept,) = Path("out").glob("accepted-*")
         assert (kept / "edited.safetensors").read_bytes() == weights
     assert capsys.readouterr().err.count(f"is now in {kept}") == 1
-    revert(kept / "edited.safetensors", output=tmp_path / "base.safetensors")
+    revert(kept / "edited.safetensors", output="base.safetensors")
     before = Net().state_dict()
-    assert all((tensor == before[name]).all() for name, tensor in open_weights(tmp_path / "base.safetensors").items())
-    edit(vectors, tmp_path, scaling_coef=0.5)
-    assert not list((tmp_path / "out").glob("accepted-*"))  # replaced by the new accepted edit, as it would have been
+    assert all((tensor == before[name]).all() for name, tensor in open_weights("base.safetensors").items())
+    edit(vectors, scaling_coef=0.5)
+    assert not list(Path("out").glob("accepted-*"))  # replaced by the new accepted edit, as it would have been
 
 
-def test_a_folder_that_only_looks_kept_stays(vectors, tmp_path):
-    edit(vectors, tmp_path, scaling_coef=0.5)
-    mine = tmp_path / "out/accepted-mine"
+def test_a_folder_that_only_looks_kept_stays(vectors):
+    edit(vectors, scaling_coef=0.5)
+    mine = Path("out/accepted-mine")
     mine.mkdir()
     for name in ("edited.safetensors", "notes.txt"):
         (mine / name).write_text("mine")
-    edit(vectors, tmp_path, scaling_coef=0.5)
+    edit(vectors, scaling_coef=0.5)
     assert (mine / "notes.txt").read_text() == "mine"
 
 
 @pytest.mark.parametrize("name", ["config.yaml", "report.html", "README.md", "edit.json", "edited.safetensors"])
-def test_a_file_that_tva_did_not_write_is_not_replaced(vectors, tmp_path, name):
-    file = tmp_path / "out" / name
+def test_a_file_that_tva_did_not_write_is_not_replaced(vectors, name):
+    file = Path(f"out/{name}")
     file.parent.mkdir()
     if name == "edited.safetensors":
         save_weights({"w": Task(1).train_dataloader().dataset.tensors[0]}, file)
@@ -197,26 +197,26 @@ def test_a_file_that_tva_did_not_write_is_not_replaced(vectors, tmp_path, name):
         file.write_text("mine: 1")
     before = file.read_bytes()
     with pytest.raises(ValueError, match=rf"out/{name}, .*tva did not write. Move it, or choose"):
-        edit(vectors, tmp_path, scaling_coef=0.5)
+        edit(vectors, scaling_coef=0.5)
     assert file.read_bytes() == before
 
 
-def test_an_input_is_not_replaced(vectors, tmp_path):
-    edit(vectors, tmp_path, scaling_coef=0.5)
-    first = tmp_path / "out/edited.safetensors"
+def test_an_input_is_not_replaced(vectors):
+    edit(vectors, scaling_coef=0.5)
+    first = Path("out/edited.safetensors")
     with pytest.raises(ValueError, match="edited.safetensors is an input of the edit, which would replace it. Choose"):
-        edit(vectors, tmp_path, scaling_coef=0.5, base=str(first), allow_other_base=True)
+        edit(vectors, scaling_coef=0.5, base=str(first), allow_other_base=True)
 
 
-def test_a_configuration_that_an_edit_wrote_is_its_own(vectors, tmp_path):
-    edit(vectors, tmp_path, scaling_coef=0.5)
-    (tmp_path / "out/config.yaml").write_text(f"{MADE_BY}\nrecipe: a")
-    edit(vectors, tmp_path, scaling_coef=0.5)
-    assert not (tmp_path / "out/config.yaml").exists()  # it was of the edit before
+def test_a_configuration_that_an_edit_wrote_is_its_own(vectors):
+    edit(vectors, scaling_coef=0.5)
+    Path("out/config.yaml").write_text(f"{MADE_BY}\nrecipe: a")
+    edit(vectors, scaling_coef=0.5)
+    assert not Path("out/config.yaml").exists()  # it was of the edit before
 
 
-def test_nothing_that_is_written_or_pushed_names_the_home_folder_or_a_secret(vectors, tmp_path, monkeypatch):
-    home = tmp_path / "home"
+def test_nothing_that_is_written_or_pushed_names_the_home_folder_or_a_secret(vectors, monkeypatch):
+    home = Path("home")
     monkeypatch.setenv("HOME", str(home))
     (home / "vectors").mkdir(parents=True)
     for path in vectors.values():

@@ -54,8 +54,7 @@ def edited(network, tuned, output, **options):
 
 
 @pytest.fixture
-def folders(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+def folders(tmp_path):
     write_classifier(Path("base"))
     write_classifier(Path("tuned"), moved=0.1)
     return tmp_path
@@ -68,22 +67,22 @@ def load(folder, auto="AutoModelForSequenceClassification", **options):
 def test_a_transformers_folder_comes_out_as_one_and_is_verified_reverted_and_replaced(folders):
     content = edited(load("base"), "tuned", "out", keep_undo=True)
     assert content["edited"]["format"] == "transformers"
-    written = {path.name for path in (folders / "out").iterdir()}
+    written = {path.name for path in Path("out").iterdir()}
     assert written == {*content["edited"]["files"], "edit.json", "report.html", "README.md"}
     assert {"config.json", "tokenizer.json", "model.safetensors", "undo.safetensors"} <= written
     expected = predict(between(load("base"), load("tuned")))
     torch.testing.assert_close(predict(load("out")), expected, rtol=0, atol=1e-6)
-    assert "AutoModel.from_pretrained" in (folders / "out/README.md").read_text()
-    assert "library_name: transformers" in (folders / "out/README.md").read_text()
+    assert "AutoModel.from_pretrained" in Path("out/README.md").read_text()
+    assert "library_name: transformers" in Path("out/README.md").read_text()
     assert verify("out").holds
     revert("out", output="back")
     assert fingerprint(open_weights("back")) == fingerprint(open_weights("base"))
     assert {path.name for path in Path("back").iterdir()} == {path.name for path in Path("base").iterdir()}
-    (folders / "out/notes.txt").write_text("mine")
+    Path("out/notes.txt").write_text("mine")
     edited(load("base"), "tuned", "out", subject_to=["t/score >= base + 100"])  # which is refused
-    (kept,) = (folders / "out").glob("accepted-*")
-    assert (folders / "out/notes.txt").exists()
-    assert not (folders / "out/model.safetensors").exists()
+    (kept,) = Path("out").glob("accepted-*")
+    assert Path("out/notes.txt").exists()
+    assert not Path("out/model.safetensors").exists()
     torch.testing.assert_close(predict(load(kept)), expected, rtol=0, atol=1e-6)
     with pytest.raises(ValueError, match="base is an input of the edit, which would replace it"):
         edited(load("base"), "tuned", "base")
@@ -131,7 +130,7 @@ def test_the_form_can_be_chosen(folders):
     torch.testing.assert_close(predict(load("made")), predict(network), rtol=0, atol=1e-6)
     with pytest.raises(ValueError, match="format='timm' needs a network of timm.*found BertForSequenceClassification"):
         edited(load("base"), "tuned", "never", format="timm")
-    assert not (folders / "never").exists()
+    assert not Path("never").exists()
 
 
 MODELS = {
@@ -144,8 +143,7 @@ MODELS = {
 
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize("form", ["float32", "sharded bfloat16"])
-def test_models_that_tie_shard_or_convert_their_weights(tmp_path, monkeypatch, name, form):
-    monkeypatch.chdir(tmp_path)
+def test_models_that_tie_shard_or_convert_their_weights(name, form):
     kind, options = MODELS[name]
     torch.manual_seed(0)
     made = getattr(transformers, kind)
@@ -182,9 +180,8 @@ def check_plain(made):
     assert verify("plain", base="base.safetensors").holds
 
 
-def test_a_vector_that_unties_what_the_model_ties_is_refused(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    write_model(tmp_path / "base", "causal")
+def test_a_vector_that_unties_what_the_model_ties_is_refused():
+    write_model(Path("base"), "causal")
     network = load("base", "AutoModelForCausalLM")
     state = {name: tensor.clone() for name, tensor in network.state_dict().items()}
     state["lm_head.weight"] += 1
@@ -290,8 +287,7 @@ CASES = {
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
-def test_every_library_loads_what_an_edit_wrote_in_a_fresh_process(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+def test_every_library_loads_what_an_edit_wrote_in_a_fresh_process():
     expected = {}
     for name, case in CASES.items():
         try:

@@ -2,6 +2,7 @@
 
 import csv
 import json
+from pathlib import Path
 
 import pytest
 import yaml
@@ -17,17 +18,17 @@ from tva.report.edit_report import read_report
 @pytest.fixture(scope="module")
 def edited(vectors, tmp_path_factory):
     folder = tmp_path_factory.mktemp("logged")
-    edit(vectors, folder, subject_to=["other/accuracy >= 0.1 * base"])
+    edit(vectors, subject_to=["other/accuracy >= 0.1 * base"], folder=folder)
     return read_report(folder / "out"), folder / "out"
 
 
-def test_the_command_logs_one_run_with_the_curve_and_the_table(runs, tmp_path):
+def test_the_command_logs_one_run_with_the_curve_and_the_table(runs):
     search = {"class_path": "tva.search.Grid", "init_args": {"num": 5}}
-    config = edit_config(runs, tmp_path / "out", search=search)
-    logger = {"class_path": "lightning.pytorch.loggers.CSVLogger", "init_args": {"save_dir": str(tmp_path)}}
-    main(["edit", "--config", write_yaml(tmp_path / "edit.yaml", {**config, "trainer": {"logger": logger}})])
-    content = read_report(tmp_path / "out")
-    (run,) = (tmp_path / "lightning_logs").iterdir()
+    config = edit_config(runs, Path("out"), search=search)
+    logger = {"class_path": "lightning.pytorch.loggers.CSVLogger", "init_args": {"save_dir": "."}}
+    main(["edit", "--config", write_yaml(Path("edit.yaml"), {**config, "trainer": {"logger": logger}})])
+    content = read_report("out")
+    (run,) = Path("lightning_logs").iterdir()
     rows = list(csv.DictReader((run / "metrics.csv").read_text().splitlines()))
     curve = [row for row in rows if row["search/scaling_coef"]]
     assert [float(row["search/scaling_coef"]) for row in curve] == [0, 0.25, 0.5, 0.75, 1]
@@ -52,9 +53,9 @@ def test_the_command_logs_one_run_with_the_curve_and_the_table(runs, tmp_path):
     assert asked["base"] == content["base"]["fingerprint"]
 
 
-def test_a_trainer_has_its_loggers_back_after_an_edit_that_fails(tmp_path):
+def test_a_trainer_has_its_loggers_back_after_an_edit_that_fails():
     trainer = make_trainer()
-    trainer.loggers = [CSVLogger(tmp_path)]
+    trainer.loggers = [CSVLogger(Path())]
     with pytest.raises(OSError, match="gone"), without_loggers(trainer) as loggers:
         assert trainer.loggers == []
         assert len(loggers) == 1
@@ -62,10 +63,10 @@ def test_a_trainer_has_its_loggers_back_after_an_edit_that_fails(tmp_path):
     assert trainer.loggers == loggers
 
 
-def test_tensorboard_has_the_curve(edited, tmp_path):
+def test_tensorboard_has_the_curve(edited):
     events = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     content, folder = edited
-    logger = TensorBoardLogger(tmp_path)
+    logger = TensorBoardLogger(Path())
     log_edit([logger], content, folder)
     found = events.EventAccumulator(logger.log_dir)
     found.Reload()
@@ -80,7 +81,6 @@ def test_tensorboard_has_the_curve(edited, tmp_path):
 def test_mlflow_has_the_curve_and_keeps_the_page(edited, tmp_path, monkeypatch):
     monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
     pytest.importorskip("mlflow")
-    monkeypatch.chdir(tmp_path)
     content, folder = edited
     logger = MLFlowLogger("edits", tracking_uri=f"file:{tmp_path}/mlruns")
     run_id, client = logger.run_id, logger.experiment
@@ -92,12 +92,12 @@ def test_mlflow_has_the_curve_and_keeps_the_page(edited, tmp_path, monkeypatch):
     assert client.get_run(run_id).info.status == "FINISHED"
 
 
-def test_weights_and_biases_has_the_table_and_keeps_the_page(edited, tmp_path, monkeypatch):
+def test_weights_and_biases_has_the_table_and_keeps_the_page(edited, monkeypatch):
     pytest.importorskip("wandb")
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_SILENT", "true")
     content, folder = edited
-    logger = WandbLogger("edit", save_dir=tmp_path, offline=True)
+    logger = WandbLogger("edit", save_dir=Path(), offline=True)
     run = logger.experiment
     log_edit([logger], content, folder)
     summary = dict(run.summary)

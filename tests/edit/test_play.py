@@ -6,6 +6,7 @@ import socket
 import threading
 import time
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -48,7 +49,7 @@ def content(vectors, tmp_path_factory):
     """The ``edit.json`` of an edit with a coefficient of its own."""
     folder = tmp_path_factory.mktemp("edit")
     changes = {name: value for name, value in options(vectors).items() if name not in ("vectors", "output")}
-    edit(vectors, folder, **changes)
+    edit(vectors, **changes, folder=folder)
     return read_report(folder / "out")
 
 
@@ -162,7 +163,7 @@ def test_a_run_is_opened_by_what_tva_edit_left_beside_it(run):
 # --- errors
 
 
-def test_what_cannot_be_opened_is_said(run, vectors, content, tmp_path):
+def test_what_cannot_be_opened_is_said(run, vectors, content):
     with pytest.raises(ValueError, match="There is no coefficient 't' to set; there are scaling_coef, s"):
         Playground(make_trainer(), Net(), content, EditOptions(**options(vectors))).at({"t": 1.0})
     with pytest.raises(ValueError, match="The configuration is of another edit: it has the recipe 'a' "):
@@ -176,16 +177,16 @@ def test_what_cannot_be_opened_is_said(run, vectors, content, tmp_path):
     with pytest.raises(ValueError, match="At least 1 example per task is needed; found num_examples=0"):
         Playground(make_trainer(), Net(), content, EditOptions(**options(vectors)), 0)
     with pytest.raises(FileNotFoundError, match="No report at .*nothing"):
-        open_run(str(tmp_path / "nothing"))
-    (tmp_path / "edit.json").write_bytes((run / "edit.json").read_bytes())
+        open_run("nothing")
+    Path("edit.json").write_bytes((run / "edit.json").read_bytes())
     with pytest.raises(
         FileNotFoundError, match="config.yaml does not exist: .* Give them with --edit_config, or make the"
     ):
-        open_run(str(tmp_path))
+        open_run(".")
     empty = re.sub(r'"evaluations": \[.*?\n \]', '"evaluations": []', (run / "edit.json").read_text(), flags=re.DOTALL)
-    (tmp_path / "edit.json").write_text(empty)
+    Path("edit.json").write_text(empty)
     with pytest.raises(ValueError, match="holds no evaluations, so there is nothing to compare with. Make the edit"):
-        open_run(str(tmp_path))
+        open_run(".")
 
 
 def test_a_port_in_use_is_named():

@@ -1,6 +1,7 @@
 """Texts and prompts that are typed into the page of a finished edit: what base and edited model answer."""
 
 import time
+from pathlib import Path
 
 import datasets
 import pytest
@@ -30,7 +31,7 @@ def blended(folder, auto, coef):
 
 @pytest.mark.slow
 def test_the_answers_to_the_test_texts_have_the_accuracy_that_the_report_says(tmp_path):
-    run = text_run(tmp_path)
+    run = text_run(Path())
     playground, rows = (
         open_run(str(run)),
         datasets.load_dataset("parquet", data_files=f"{tmp_path}/reviews-test.parquet"),
@@ -56,13 +57,13 @@ def test_the_answers_to_the_test_texts_have_the_accuracy_that_the_report_says(tm
 
 
 @pytest.mark.slow
-def test_a_trained_head_gives_its_softmax_at_the_coefficient_of_the_slider(tmp_path):
-    playground = open_run(str(classifier_run(tmp_path)))
+def test_a_trained_head_gives_its_softmax_at_the_coefficient_of_the_slider():
+    playground = open_run(str(classifier_run(Path())))
     tokens = playground.answers.model.tokenizer([TEXT], return_tensors="pt", return_token_type_ids=False)
     for coef in (0.5, 0.8):
         (classes,) = playground.answer(TEXT, {"scaling_coef": coef}).classes.values()
         for which, at in ((1, 0.0), (2, coef)):
-            model = blended(tmp_path / "classifier", "AutoModelForSequenceClassification", at)
+            model = blended(Path("classifier"), "AutoModelForSequenceClassification", at)
             expected = model(**tokens).logits.softmax(-1)[0].tolist()
             assert [row[which] for row in classes] == pytest.approx(expected, abs=1e-6)
     assert [name for name, *_ in classes] == ["negative", "positive"]
@@ -95,8 +96,8 @@ def test_a_prompt_is_continued_by_base_and_edited_model_with_the_same_draws(prom
 
 
 @pytest.mark.slow
-def test_images_take_no_text(tmp_path):
-    playground = open_run(str(image_run(tmp_path)))
+def test_images_take_no_text():
+    playground = open_run(str(image_run(Path())))
     with pytest.raises(ValueError, match="takes no text that can be typed"):
         playground.answer(TEXT)
 

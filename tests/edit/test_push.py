@@ -87,7 +87,7 @@ def hub(monkeypatch):
 @pytest.fixture(scope="module")
 def run(vectors, tmp_path_factory):
     folder = tmp_path_factory.mktemp("run")
-    edit(vectors, folder, scaling_coef=0.5)
+    edit(vectors, scaling_coef=0.5, folder=folder)
     return folder / "out"
 
 
@@ -95,7 +95,7 @@ FILES = ["README.md", "edit.json", "edited.safetensors", "report.html", "vectors
 FILES += ["vectors/b.tv.safetensors"]
 
 
-def test_weights_vectors_and_card_go_up_in_one_commit(run, hub, tmp_path, capsys):
+def test_weights_vectors_and_card_go_up_in_one_commit(run, hub, capsys):
     with pytest.raises(SystemExit):
         main(["push", str(run), "me/edited", "--base_model", "owner/base"])
     out, err = capsys.readouterr()
@@ -109,11 +109,11 @@ def test_weights_vectors_and_card_go_up_in_one_commit(run, hub, tmp_path, capsys
     assert hub.message == "tva edit: a + b"
     assert hub.calls.count("/api/models/me/edited/commit/main") == 1
     for name, data in hub.files.items():
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        (tmp_path / name).write_bytes(data)
-    edited = fingerprint(open_weights(tmp_path / "edited.safetensors")).digest
+        Path(name).parent.mkdir(exist_ok=True)
+        Path(name).write_bytes(data)
+    edited = fingerprint(open_weights("edited.safetensors")).digest
     assert edited == json.loads(hub.files["edit.json"])["edited"]["fingerprint"]
-    assert TaskVector.load(tmp_path / "vectors/a.tv.safetensors").norm() > 0
+    assert TaskVector.load("vectors/a.tv.safetensors").norm() > 0
     assert hub.files["README.md"].decode() == hub.card  # the hub was asked whether its metadata is valid
     assert ModelCard(hub.card).data.base_model == "owner/base"
 
@@ -132,12 +132,12 @@ def test_a_dry_run_sends_nothing_and_a_new_repository_can_be_public(run, hub, ca
     assert sorted(hub.files) == FILES[:4]
 
 
-def test_an_unreachable_or_refusing_hub_is_a_plain_error(run, hub, monkeypatch, tmp_path, capsys):
+def test_an_unreachable_or_refusing_hub_is_a_plain_error(run, hub, monkeypatch, capsys):
     monkeypatch.setenv("HF_TOKEN", "wrong")
     with pytest.raises(OSError, match=r"not let this token write to me/edited \(status 401\): log in with `hf auth"):
         push(str(run), "me/edited")
     monkeypatch.delenv("HF_TOKEN")
-    monkeypatch.setattr(huggingface_hub.constants, "HF_TOKEN_PATH", str(tmp_path / "none"))
+    monkeypatch.setattr(huggingface_hub.constants, "HF_TOKEN_PATH", "none")
     with pytest.raises(SystemExit):
         main(["push", str(run), "me/edited", "--yes"])
     assert "log in with `hf auth login`, or set HF_TOKEN" in capsys.readouterr().err
@@ -152,31 +152,30 @@ def test_an_unreachable_or_refusing_hub_is_a_plain_error(run, hub, monkeypatch, 
     assert hub.files == {}
 
 
-def test_what_the_card_does_not_describe_is_not_pushed(vectors, hub, tmp_path):
-    edit(vectors, tmp_path, scaling_coef=0.5, subject_to=["other/accuracy >= 2"])
+def test_what_the_card_does_not_describe_is_not_pushed(vectors, hub):
+    edit(vectors, scaling_coef=0.5, subject_to=["other/accuracy >= 2"])
     with pytest.raises(ValueError, match="has no edited weights to push, for its constraints do not hold: FAILS"):
-        push(str(tmp_path / "out"), "me/edited")
-    edit(vectors, tmp_path, scaling_coef=0.5)
-    weights = dict(open_weights(tmp_path / "out/edited.safetensors"))
-    save_weights({name: 2 * tensor for name, tensor in weights.items()}, tmp_path / "out/edited.safetensors")
+        push("out", "me/edited")
+    edit(vectors, scaling_coef=0.5)
+    weights = dict(open_weights("out/edited.safetensors"))
+    save_weights({name: 2 * tensor for name, tensor in weights.items()}, "out/edited.safetensors")
     with pytest.raises(ValueError, match="is not what the edit wrote: its fingerprint is .* Make the edit again"):
-        push(str(tmp_path / "out"), "me/edited")
-    (tmp_path / "out/edited.safetensors").unlink()
+        push("out", "me/edited")
+    Path("out/edited.safetensors").unlink()
     with pytest.raises(FileNotFoundError, match="edited.safetensors is missing"):
-        push(str(tmp_path / "out"), "me/edited")
+        push("out", "me/edited")
     with pytest.raises(FileNotFoundError, match="No report at"):
-        push(str(tmp_path), "me/edited")
+        push(".", "me/edited")
     assert hub.calls == []
 
 
 @pytest.mark.parametrize("folder", [True, False])
-def test_what_compose_wrote_is_pushed_with_a_card_of_its_own(hub, tmp_path, monkeypatch, folder):
-    monkeypatch.chdir(tmp_path)
+def test_what_compose_wrote_is_pushed_with_a_card_of_its_own(hub, folder):
     base = {"w": torch.arange(4.0), "b": torch.ones(2)}
-    (tmp_path / "base").mkdir()
+    Path("base").mkdir()
     save_weights(base, "base/model.safetensors")
-    (tmp_path / "base/config.json").write_text('{"architectures": ["BertForSequenceClassification"]}')
-    (tmp_path / "base/README.md").write_text("---\nlicense: apache-2.0\nlanguage: en\n---\n# A base\n")
+    Path("base/config.json").write_text('{"architectures": ["BertForSequenceClassification"]}')
+    Path("base/README.md").write_text("---\nlicense: apache-2.0\nlanguage: en\n---\n# A base\n")
     TaskVector.between(base, {"w": base["w"] + 1, "b": base["b"]}).save("a.tv.safetensors")
     output = "out" if folder else "out.safetensors"
     compose("base", {"a": "a.tv.safetensors"}, "0.5 * a", output, keep_undo=True)
@@ -191,7 +190,7 @@ def test_what_compose_wrote_is_pushed_with_a_card_of_its_own(hub, tmp_path, monk
         assert (found["library_name"], found["pipeline_tag"]) == ("transformers", "text-classification")
         assert (found["license"], found["language"]) == ("apache-2.0", "en")
     changed = {name: tensor + 1 for name, tensor in open_weights(output).items()}
-    file = tmp_path / (f"{output}/model.safetensors" if folder else output)
+    file = Path(f"{output}/model.safetensors" if folder else output)
     save_weights(changed, file, open_weights(output).metadata)
     with pytest.raises(ValueError, match="is not what tva compose wrote: its fingerprint is"):
         push(output, "me/edited")
@@ -252,18 +251,18 @@ def test_a_space_of_a_text_classifier_goes_up_and_answers_as_play_does(hub, tmp_
 
 
 @pytest.mark.slow
-def test_a_space_continues_prompts_and_classifies_images(hub, tmp_path):
+def test_a_space_continues_prompts_and_classifies_images(hub):
     runs = {}
     for kind, make in (("prompts", language_run), ("images", image_run)):
-        (tmp_path / kind).mkdir()
-        runs[kind] = make(tmp_path / kind)
+        Path(kind).mkdir()
+        runs[kind] = make(Path(kind))
         main(["push", str(runs[kind]), "me/edited", "--space", "--dry_run", "--requirement=tva==1.0"])
         assert (runs[kind] / "space/requirements.txt").read_text() == "tva==1.0\n"
         assert not (runs[kind] / "space/tva").exists()
     greedy = Sampling(6, 0.0)
     texts = Demo(runs["prompts"] / "space").answer(TEXT, None, 6, 0.0)
     assert texts == open_run(str(runs["prompts"])).answer(TEXT, sampling=greedy).texts
-    demo, image = Demo(runs["images"] / "space"), Image.open(tmp_path / "images/1.png")
+    demo, image = Demo(runs["images"] / "space"), Image.open("images/1.png")
     playground = open_run(str(runs["images"]))
     for found, weights in zip(demo.answer(image), playground.weights(), strict=True):
         playground.answers.model.load_state_dict(weights)
@@ -276,27 +275,27 @@ def test_a_space_continues_prompts_and_classifies_images(hub, tmp_path):
         assert runpy.run_path(str(run / "space/app.py"))["page"].title == demo.title
 
 
-def test_a_demo_of_what_nobody_knows_how_to_ask_is_refused_by_name(run, hub, tmp_path, capsys):
+def test_a_demo_of_what_nobody_knows_how_to_ask_is_refused_by_name(run, hub, capsys):
     with pytest.raises(SystemExit):
         main(["push", str(run), "me/edited", "--space"])
     assert (
         "config.yaml does not exist: a demo opens the model by the options that `tva edit`" in capsys.readouterr().err
     )
-    config = tmp_path / "config.yaml"
+    config = Path("config.yaml")
     config.write_text("model: {class_path: mine.Net}")
     for given in (None, "image"):  # a class of one's own is not on the hub's machine
         with pytest.raises(ValueError, match="A demo can be made of tva's classifiers .*; found mine.Net. Push the"):
-            write_space(SimpleNamespace(input=given, answers=None), tmp_path, config)
-    (tmp_path / "space").mkdir()
+            write_space(SimpleNamespace(input=given, answers=None), Path(), config)
+    Path("space").mkdir()
     config.write_text("model: {class_path: tva.models.CausalLM}")
     with pytest.raises(ValueError, match="space is there, and is not a demo that tva wrote. Move it away"):
-        write_space(SimpleNamespace(input="prompt", answers=None), tmp_path, config)
-    (tmp_path / "demo.json").write_text(
+        write_space(SimpleNamespace(input="prompt", answers=None), Path(), config)
+    Path("demo.json").write_text(
         json.dumps({"input": "text", "title": "", "about": "", "tasks": {}, "model": {"class_path": "os.system"}})
     )
     with pytest.raises(ValueError, match="A demo holds a model of tva; found os.system"):
-        Demo(tmp_path)
-    assert not Path(tmp_path / "space/app.py").exists()
+        Demo(Path())
+    assert not Path(Path("space/app.py")).exists()
 
 
 def test_a_push_reaches_the_hub_that_is_configured_and_nothing_else(run, hub):
@@ -315,15 +314,15 @@ def test_a_push_reaches_the_hub_that_is_configured_and_nothing_else(run, hub):
     assert set(seen) == {("127.0.0.1", hub.server_port)}
 
 
-def test_a_link_out_of_the_folder_is_not_pushed(run, hub, tmp_path, capsys):
+def test_a_link_out_of_the_folder_is_not_pushed(run, hub, capsys):
     """A folder from somebody else may list any name in it as a file of the edit."""
-    shutil.copytree(run, tmp_path / "run")
-    (tmp_path / "secret.txt").write_text("mine")
-    (tmp_path / "run/notes.txt").symlink_to("../secret.txt")
-    content = json.loads((tmp_path / "run/edit.json").read_text())
+    shutil.copytree(run, "run")
+    Path("secret.txt").write_text("mine")
+    Path("run/notes.txt").symlink_to("../secret.txt")
+    content = json.loads(Path("run/edit.json").read_text())
     content["edited"]["files"].append("notes.txt")
-    (tmp_path / "run/edit.json").write_text(json.dumps(content))
+    Path("run/edit.json").write_text(json.dumps(content))
     with pytest.raises(SystemExit, match="2"):
-        main(["push", str(tmp_path / "run"), "me/edited", "--yes"])
+        main(["push", "run", "me/edited", "--yes"])
     assert "is a link to a file outside of" in " ".join(capsys.readouterr().err.split())
     assert hub.calls == []

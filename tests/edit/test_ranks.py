@@ -74,13 +74,13 @@ def _alone(rank, folder, vectors, changes):
     _edit(folder, vectors, 1, changes)
 
 
-def both(folder, vectors, **changes):
+def both(vectors, **changes):
     """Edit with one process, and with two; give the reports of the one and of each of the two."""
     for name in ("one", "two"):
-        (folder / name).mkdir()
-    mp.start_processes(_alone, (folder / "one", vectors, changes), nprocs=1, start_method="fork")
-    run_ranks(_edit, folder / "two", vectors, 2, changes)
-    return [json.loads((folder / name).read_text()) for name in ("one/rank0.json", "two/rank0.json", "two/rank1.json")]
+        Path(name).mkdir()
+    mp.start_processes(_alone, (Path("one"), vectors, changes), nprocs=1, start_method="fork")
+    run_ranks(_edit, Path("two"), vectors, 2, changes)
+    return [json.loads(Path(name).read_text()) for name in ("one/rank0.json", "two/rank0.json", "two/rank1.json")]
 
 
 def assert_same(one, *others):
@@ -98,30 +98,30 @@ def assert_same(one, *others):
     ],
     ids=["grid", "bisect", "optuna"],
 )
-def test_two_processes_give_what_one_gives(vectors, tmp_path, search, more):
-    one, *two = both(tmp_path, vectors, search=search, **more)
+def test_two_processes_give_what_one_gives(vectors, search, more):
+    one, *two = both(vectors, search=search, **more)
     assert_same(one, *two)
     assert two[0]["baselines"] == one["baselines"]
     assert two[0]["diagnostics"] == one["diagnostics"]
     assert one["sizes"]["a"]["test"] == NUM["a"]
-    written = [fingerprint(open_weights(tmp_path / name / "out/edited.safetensors")) for name in ("one", "two")]
+    written = [fingerprint(open_weights(f"{name}/out/edited.safetensors")) for name in ("one", "two")]
     assert written[0] == written[1]
-    logs = [(tmp_path / name / "out.evaluations.jsonl").read_text().splitlines() for name in ("one", "two")]
+    logs = [Path(f"{name}/out.evaluations.jsonl").read_text().splitlines() for name in ("one", "two")]
     entries = [[{k: v for k, v in json.loads(line).items() if k != "time"} for line in log] for log in logs]
     assert entries[1] == entries[0]
 
 
-def test_a_log_of_one_process_is_used_by_two(vectors, tmp_path):
-    changes = {"log": str(tmp_path / "log.jsonl")}
-    one, *two = both(tmp_path, vectors, **changes)
+def test_a_log_of_one_process_is_used_by_two(vectors):
+    changes = {"log": "log.jsonl"}
+    one, *two = both(vectors, **changes)
     assert_same(one, *two)
     assert two[0]["search"]["num_reused"] == two[1]["search"]["num_reused"] > 10
-    lines = (tmp_path / "log.jsonl").read_text().splitlines()
+    lines = Path("log.jsonl").read_text().splitlines()
     assert len({json.loads(line)["key"] for line in lines}) == len(lines)
 
 
-def test_a_race_of_two_processes_takes_parts_of_one_order(vectors, tmp_path):
-    one, *two = both(tmp_path, vectors, search=Race(num=11, first=7))
+def test_a_race_of_two_processes_takes_parts_of_one_order(vectors):
+    one, *two = both(vectors, search=Race(num=11, first=7))
     assert two[0]["coefficients"] == two[1]["coefficients"]
     # batches of a few examples are cut smaller for two processes, so that a loss may differ in its last bit
     assert one["coefficients"] == two[0]["coefficients"]
@@ -129,9 +129,9 @@ def test_a_race_of_two_processes_takes_parts_of_one_order(vectors, tmp_path):
 
 
 @pytest.mark.parametrize("loss", ["entropy", "cross_entropy", "expert"])
-def test_learned_coefficients_are_those_of_one_process(vectors, tmp_path, loss):
+def test_learned_coefficients_are_those_of_one_process(vectors, loss):
     search = Learned(loss=loss, num_steps=25, learning_rate=0.02, batch_size=15)  # 8 and 7 examples
-    one, *two = both(tmp_path, vectors, search=search)
+    one, *two = both(vectors, search=search)
     tables = [report["search"]["coefficients"] for report in (one, *two)]
     assert tables[1] == tables[2]
     for name, row in tables[0].items():
@@ -162,8 +162,8 @@ def _refused(folder):
         check_strategy(make_trainer(2, strategy="ddp_fork"))
 
 
-def test_what_several_processes_cannot_do_is_said(tmp_path):
-    run_ranks(_refused, tmp_path)
+def test_what_several_processes_cannot_do_is_said():
+    run_ranks(_refused, Path())
 
 
 @pytest.mark.parametrize("num", [1, 2, 3, 5, 7, 40])
@@ -193,8 +193,8 @@ def write_config(vectors, folder):
 
 
 @pytest.mark.slow
-def test_the_command_line_edits_with_two_devices(vectors, tmp_path):
-    config = write_config(vectors, tmp_path)
+def test_the_command_line_edits_with_two_devices(vectors):
+    config = write_config(vectors, Path())
     environment = {name: value for name, value in os.environ.items() if name != "PL_GLOBAL_SEED"}
     environment |= {"PYTHONPATH": os.pathsep.join(map(str, Path(__file__).parents[:2])), "OMP_NUM_THREADS": "1"}
     environment["MASTER_PORT"] = str(free_port())
@@ -202,9 +202,9 @@ def test_the_command_line_edits_with_two_devices(vectors, tmp_path):
     done = subprocess.run(command, env=environment, timeout=600, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("base + scaling_coef") == 1  # one process tells
-    report = json.loads((tmp_path / "out/edit.json").read_text())
+    report = json.loads(Path("out/edit.json").read_text())
     assert report["sizes"] == {"a": {"val": 50, "test": 50}}
-    assert report["edited"]["fingerprint"] == fingerprint(open_weights(tmp_path / "out/edited.safetensors")).digest
+    assert report["edited"]["fingerprint"] == fingerprint(open_weights("out/edited.safetensors")).digest
 
 
 def _command(words, folder):
@@ -218,22 +218,22 @@ def _command(words, folder):
     (folder / f"{os.environ['LOCAL_RANK']}.status").write_text(str(status))
 
 
-def test_the_command_line_refuses_with_two_devices(vectors, tmp_path):
-    config = write_config(vectors, tmp_path)
-    run_ranks(_command, ["edit", "--config", config, "--subject_to", '["a/accuracy > base + 2"]'], tmp_path)
-    assert [(tmp_path / f"{rank}.status").read_text() for rank in (0, 1)] == ["1", "1"]
-    assert "coefficients tried meets" in (tmp_path / "0").read_text()
-    assert "coefficients tried meets" not in (tmp_path / "1").read_text()
-    assert not list((tmp_path / "out").glob("*.safetensors"))
+def test_the_command_line_refuses_with_two_devices(vectors):
+    config = write_config(vectors, Path())
+    run_ranks(_command, ["edit", "--config", config, "--subject_to", '["a/accuracy > base + 2"]'], Path())
+    assert [Path(f"{rank}.status").read_text() for rank in (0, 1)] == ["1", "1"]
+    assert "coefficients tried meets" in Path("0").read_text()
+    assert "coefficients tried meets" not in Path("1").read_text()
+    assert not list(Path("out").glob("*.safetensors"))
 
 
 @pytest.mark.slow
-def test_the_status_of_a_refused_edit_is_not_that_of_a_process_that_was_killed(vectors, tmp_path):
-    config = write_config(vectors, tmp_path)
+def test_the_status_of_a_refused_edit_is_not_that_of_a_process_that_was_killed(vectors):
+    config = write_config(vectors, Path())
     environment = {name: value for name, value in os.environ.items() if name != "PL_GLOBAL_SEED"}
     environment |= {"PYTHONPATH": os.pathsep.join(map(str, Path(__file__).parents[:2])), "OMP_NUM_THREADS": "1"}
     environment["MASTER_PORT"] = str(free_port())
     command = [sys.executable, "-m", "tva", "edit", "--config", config, "--subject_to", '["a/accuracy > base + 2"]']
     done = subprocess.run(command, env=environment, timeout=600, capture_output=True, text=True)
     assert done.returncode == 1, done.stderr
-    assert (tmp_path / "out/edit.json").exists()
+    assert Path("out/edit.json").exists()

@@ -1,6 +1,7 @@
 """Edits from end to end on a tiny model: one pass for many coefficients, the log, the gate, what explains an edit."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -42,31 +43,31 @@ class ForgetfulNet(Net):
         (ImageTask("builtin:digitz"), "Did you mean 'digits'"),
     ],
 )
-def test_data_that_are_missing_are_reported_before_anything_is_evaluated(vectors, tmp_path, missing, message):
+def test_data_that_are_missing_are_reported_before_anything_is_evaluated(vectors, missing, message):
     task = Task(1)
     with pytest.raises((FileNotFoundError, ValueError), match=message):
-        edit(vectors, tmp_path, targets={"a": task}, controls={"other": missing})
+        edit(vectors, targets={"a": task}, controls={"other": missing})
     assert task.reads == {"val": [], "test": []}
-    assert not list(tmp_path.iterdir())
+    assert not list(Path().iterdir())
 
 
-def test_an_output_that_cannot_be_written_is_reported_before_anything_is_evaluated(vectors, tmp_path):
-    (tmp_path / "file").touch()
+def test_an_output_that_cannot_be_written_is_reported_before_anything_is_evaluated(vectors):
+    Path("file").touch()
     task = Task(1)
     with pytest.raises(OSError, match="out cannot be written: Not a directory .*Give an output in a folder"):
-        edit(vectors, tmp_path / "file", targets={"a": task})
+        edit(vectors, targets={"a": task}, folder="file")
     assert task.reads == {"val": [], "test": []}
 
 
 # --- one pass
 
 
-def test_a_grid_reads_each_example_once_and_gives_what_separate_passes_give(vectors, tmp_path):
+def test_a_grid_reads_each_example_once_and_gives_what_separate_passes_give(vectors):
     task, other = Task(1), Task(2)
-    shared = edit(vectors, tmp_path / "x", targets={"a": task, "b": other})
+    shared = edit(vectors, targets={"a": task, "b": other}, folder="x")
     assert sorted(task.reads["val"]) == list(range(200))
     assert sorted(task.reads["test"]) == list(range(200))
-    late = edit(vectors, tmp_path / "y", LateNet())
+    late = edit(vectors, LateNet(), folder="y")
     kept = [[e for e in report.evaluations if e["metric"] != "late"] for report in (shared, late)]
     assert len(kept[0]) > 40
     for left, right in zip(*kept, strict=True):
@@ -98,9 +99,9 @@ def test_parts_of_one_order_are_nested_and_make_up_the_whole():
     assert (whole[order[60:]] == rest).all()
 
 
-def test_a_loader_that_shuffles_is_refused(vectors, tmp_path):
+def test_a_loader_that_shuffles_is_refused(vectors):
     with pytest.raises(ValueError, match="val_dataloader shuffles"):
-        edit(vectors, tmp_path, controls={}, targets={"a": Task(1, shuffle=True), "b": Task(2)})
+        edit(vectors, controls={}, targets={"a": Task(1, shuffle=True), "b": Task(2)})
 
 
 def test_scores_that_contradict_the_metric_are_refused():
@@ -115,42 +116,42 @@ def test_scores_that_contradict_the_metric_are_refused():
 # --- identity
 
 
-def test_an_edit_of_zero_must_reproduce_the_base_or_the_run_stops(vectors, tmp_path):
+def test_an_edit_of_zero_must_reproduce_the_base_or_the_run_stops(vectors):
     with pytest.raises(HarnessError, match=r"coefficient 0 must score exactly as the base, but on a \(val\)"):
-        edit(vectors, tmp_path, ForgetfulNet())
-    assert not (tmp_path / "out").exists()
+        edit(vectors, ForgetfulNet())
+    assert not Path("out").exists()
     with pytest.raises(HarnessError, match=r"\(test\)"):
-        edit(vectors, tmp_path, ForgetfulNet(), scaling_coef=0.5)
+        edit(vectors, ForgetfulNet(), scaling_coef=0.5)
 
 
 # --- the log
 
 
-def test_the_next_run_evaluates_only_the_base_and_reports_the_same(vectors, tmp_path):
-    first = edit(vectors, tmp_path)
-    again = edit(vectors, tmp_path)
+def test_the_next_run_evaluates_only_the_base_and_reports_the_same(vectors):
+    first = edit(vectors)
+    again = edit(vectors)
     assert again.search["num_reused"] > 10
     assert again.search["num_forward"] == 2 * 200 + 3 * 200  # the base, to choose and to report
     assert again.tasks == first.tasks
     assert again.coefficients == first.coefficients
-    finer = edit(vectors, tmp_path, search=Grid(num=9))  # every second coefficient is there
+    finer = edit(vectors, search=Grid(num=9))  # every second coefficient is there
     assert finer.search["num_reused"] >= 8
-    lines = (tmp_path / "log.jsonl").read_text().splitlines()
+    lines = Path("log.jsonl").read_text().splitlines()
     entry = json.loads(lines[0])
     assert {"recipe", "coefficients", "base", "vectors", "data", "split", "range", "scores"} <= entry.keys()
-    (tmp_path / "log.jsonl").write_text("\n".join(lines[:-1]) + "\n" + lines[-1][:50])  # stopped while writing
-    assert edit(vectors, tmp_path, search=Grid(num=9)).tasks == finer.tasks
+    Path("log.jsonl").write_text("\n".join(lines[:-1]) + "\n" + lines[-1][:50])  # stopped while writing
+    assert edit(vectors, search=Grid(num=9)).tasks == finer.tasks
 
 
 @pytest.mark.parametrize("change", ["data", "vector", "recipe", "base"])
-def test_what_was_evaluated_on_other_things_is_not_reused(vectors, tmp_path, change):
-    edit(vectors, tmp_path, scaling_coef=0.5)
+def test_what_was_evaluated_on_other_things_is_not_reused(vectors, change):
+    edit(vectors, scaling_coef=0.5)
     changes, model = {"scaling_coef": 0.5, "vectors": vectors}, None
     if change == "data":
         changes |= {"targets": {"a": Task(5), "b": Task(6)}, "controls": {"other": Task(7)}}
     elif change == "vector":
-        TaskVector.load(vectors["a"]).__mul__(0.5).save(tmp_path / "half.tv.safetensors")
-        changes["vectors"] = {**vectors, "a": str(tmp_path / "half.tv.safetensors")}
+        TaskVector.load(vectors["a"]).__mul__(0.5).save("half.tv.safetensors")
+        changes["vectors"] = {**vectors, "a": "half.tv.safetensors"}
     elif change == "recipe":
         changes |= {"recipe": "a - b", "maximize": "mean(accuracy)", "controls": {}}
         changes["targets"] = {"other": Task(3)}
@@ -160,19 +161,19 @@ def test_what_was_evaluated_on_other_things_is_not_reused(vectors, tmp_path, cha
             model.net[0].bias += 1
         changes |= {"allow_other_base": True}
     given = changes.pop("vectors")
-    assert edit(given, tmp_path, model, **changes).search["num_reused"] == 0
+    assert edit(given, model, **changes).search["num_reused"] == 0
 
 
 # --- statistics in the report
 
 
-def test_every_number_has_an_interval_and_the_sizes_of_both_splits_are_reported(vectors, tmp_path, capsys):
+def test_every_number_has_an_interval_and_the_sizes_of_both_splits_are_reported(vectors, capsys):
     trainer = Trainer(accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False)
     report = trainer.edit(
         Net(),
         vectors=vectors,
         recipe="a + b",
-        output=str(tmp_path / "out"),
+        output="out",
         targets={"a": Task(1), "b": Task(2, 100)},
         controls={"other": Task(3)},
         maximize="mean(normalized_accuracy)",
@@ -189,24 +190,24 @@ def test_every_number_has_an_interval_and_the_sizes_of_both_splits_are_reported(
     printed = capsys.readouterr().out
     assert "b 100 / 100" in printed
     assert "other 0 / 200" in printed
-    assert json.loads((tmp_path / "out/edit.json").read_text())["tasks"]["a"]["comparison"]["p_value"] >= 0
-    assert (tmp_path / "out.evaluations.jsonl").exists()
+    assert json.loads(Path("out/edit.json").read_text())["tasks"]["a"]["comparison"]["p_value"] >= 0
+    assert Path("out.evaluations.jsonl").exists()
 
 
-def test_a_confidence_demands_the_limit_and_not_the_point_estimate_on_test_data(vectors, tmp_path):
-    plain = edit(vectors, tmp_path, scaling_coef=0.5)
+def test_a_confidence_demands_the_limit_and_not_the_point_estimate_on_test_data(vectors):
+    plain = edit(vectors, scaling_coef=0.5)
     value, base = (plain.tasks["a"].scores[label].value for label in ("edited", "base"))
     bound = f"a/accuracy >= {(value - 0.01) / base} * base"
-    assert edit(vectors, tmp_path, scaling_coef=0.5, subject_to=[bound]).holds
-    sure = edit(vectors, tmp_path, scaling_coef=0.5, subject_to=[bound], confidence=0.95)
+    assert edit(vectors, scaling_coef=0.5, subject_to=[bound]).holds
+    sure = edit(vectors, scaling_coef=0.5, subject_to=[bound], confidence=0.95)
     assert not sure.holds
     assert sure.constraints[0].limit < sure.constraints[0].bound < sure.constraints[0].value
     assert "at the confidence limit" in sure.verdict
     with pytest.raises(ValueError, match="confidence needs a bound of the form"):
-        edit(vectors, tmp_path, subject_to=["a/accuracy >= base * base"], confidence=0.95)
+        edit(vectors, subject_to=["a/accuracy >= base * base"], confidence=0.95)
 
 
-def test_a_test_part_too_small_to_prove_anything_is_said_before_the_search(vectors, tmp_path):
+def test_a_test_part_too_small_to_prove_anything_is_said_before_the_search(vectors):
     class FewTests(Task):
         def test_dataloader(self):
             return DataLoader(torch.utils.data.Subset(super().test_dataloader().dataset, range(20)), 20)
@@ -215,14 +216,14 @@ def test_a_test_part_too_small_to_prove_anything_is_said_before_the_search(vecto
     said = "(?s)With 20 test examples at accuracy .* needed even if nothing is lost; test other on more"
     asked = {"recipe": "a", "subject_to": ["other/accuracy >= 0.9 * base"], "confidence": 0.95}
     with pytest.warns(UserWarning, match=said):
-        report = edit(vectors, tmp_path, **asked, **tasks)
+        report = edit(vectors, **asked, **tasks)
     (note,) = report.notes
     assert note.startswith("With 20 test examples")
-    assert "20 test examples at accuracy" in (tmp_path / "out/report.html").read_text()
+    assert "20 test examples at accuracy" in Path("out/report.html").read_text()
 
 
-def test_a_metric_that_the_model_does_not_log_is_computed_from_its_predictions(vectors, tmp_path):
-    report = edit(vectors, tmp_path, maximize="mean(f1_score)", subject_to=["other/loss <= base + 5"])
+def test_a_metric_that_the_model_does_not_log_is_computed_from_its_predictions(vectors):
+    report = edit(vectors, maximize="mean(f1_score)", subject_to=["other/loss <= base + 5"])
     task = report.tasks["a"]
     assert task.metric == "f1_score"
     assert task.scores["edited"].value > 0.97
@@ -231,12 +232,12 @@ def test_a_metric_that_the_model_does_not_log_is_computed_from_its_predictions(v
     assert report.tasks["other"].metric == "loss"
     assert not report.tasks["other"].higher_is_better
     with pytest.raises(ValueError, match="There is no multi-class metric 'f2'"):
-        edit(vectors, tmp_path, maximize="mean(f2)")
+        edit(vectors, maximize="mean(f2)")
 
 
-def test_the_divergence_from_the_base_is_a_constraint_that_needs_no_labels(vectors, tmp_path):
+def test_the_divergence_from_the_base_is_a_constraint_that_needs_no_labels(vectors):
     """The largest coefficient whose predictions stay near the base's; at the base the divergence is 0."""
-    report = edit(vectors, tmp_path, subject_to=["other/kl <= 0.5"], rule="largest", maximize="mean(loss)")
+    report = edit(vectors, subject_to=["other/kl <= 0.5"], rule="largest", maximize="mean(loss)")
     task = report.tasks["other"]
     assert (task.metric, task.higher_is_better, task.scores["base"].value) == ("kl", False, 0)
     assert 0.1 < task.scores["edited"].value <= 0.5
@@ -259,24 +260,24 @@ def test_a_task_that_nothing_names_is_reported_by_accuracy_or_else_by_the_metric
 # --- other coefficients
 
 
-def test_coefficients_named_in_the_recipe_are_searched_together(vectors, tmp_path):
+def test_coefficients_named_in_the_recipe_are_searched_together(vectors):
     ranges = {"s": [0, 1], "l": [0, 1]}
-    joint = edit(vectors, tmp_path, recipe="s * a + l * b", search=Grid(num=3, ranges=ranges))
+    joint = edit(vectors, recipe="s * a + l * b", search=Grid(num=3, ranges=ranges))
     tried = {tuple(e["coefficients"].get(n) for n in "sl") for e in joint.evaluations if e["model"] == "edited"}
     assert len(tried) == 9
     assert (joint.coefficients["s"], joint.coefficients["l"]) != (0, 0)
-    shared = edit(vectors, tmp_path, recipe="s * a + l * b", search=Grid(num=5, ranges=ranges, shared=True))
+    shared = edit(vectors, recipe="s * a + l * b", search=Grid(num=5, ranges=ranges, shared=True))
     assert shared.coefficients["s"] == shared.coefficients["l"]
-    alone = edit(vectors, tmp_path)
+    alone = edit(vectors)
     assert shared.coefficients["s"] == alone.coefficients["scaling_coef"]
     with pytest.raises(ValueError, match="a range for 't', which the recipe"):
-        edit(vectors, tmp_path, search=Grid(num=3, ranges={"t": [0, 1]}))
+        edit(vectors, search=Grid(num=3, ranges={"t": [0, 1]}))
     with pytest.raises(ValueError, match="'s' has a value in coefs and a range"):
-        edit(vectors, tmp_path, recipe="s * a", coefs={"s": 1.0}, search=Grid(num=3, ranges={"s": [0, 1]}))
+        edit(vectors, recipe="s * a", coefs={"s": 1.0}, search=Grid(num=3, ranges={"s": [0, 1]}))
 
 
-def test_a_race_is_run_like_any_other_search(vectors, tmp_path):
-    report = edit(vectors, tmp_path, search=Race(num=11))
+def test_a_race_is_run_like_any_other_search(vectors):
+    report = edit(vectors, search=Race(num=11))
     assert report.search["rounds"][0]["candidates"] == 10
     assert report.holds
 
@@ -284,11 +285,11 @@ def test_a_race_is_run_like_any_other_search(vectors, tmp_path):
 @pytest.mark.parametrize(
     ("loss", "per", "num"), [("entropy", "tensor", 4), ("cross_entropy", "vector", 1), ("expert", "layer", 2)]
 )
-def test_learned_coefficients_are_what_is_applied(vectors, tmp_path, loss, per, num):
+def test_learned_coefficients_are_what_is_applied(vectors, loss, per, num):
     search = Learned(loss=loss, per=per, num_steps=40, learning_rate=0.02)
     model = Net()
-    start = edit(vectors, tmp_path, scaling_coef=0.3)
-    report = edit(vectors, tmp_path, model, search=search)
+    start = edit(vectors, scaling_coef=0.3)
+    report = edit(vectors, model, search=search)
     coefs = report.search["coefficients"]
     assert {name: len(row) for name, row in coefs.items()} == {"a": num, "b": num}
     base, loaded = Net().state_dict(), {name: TaskVector.load(path) for name, path in vectors.items()}
@@ -303,10 +304,10 @@ def test_learned_coefficients_are_what_is_applied(vectors, tmp_path, loss, per, 
     assert means[1] > means[0] - 0.02
 
 
-def test_masks_of_singular_components_are_learned_straight_through(vectors, tmp_path):
+def test_masks_of_singular_components_are_learned_straight_through(vectors):
     model = Net()
     search = Learned(loss="expert", per="component", start=0.7, num_steps=30, learning_rate=0.02)
-    report = edit(vectors, tmp_path, model, search=search)
+    report = edit(vectors, model, search=search)
     kept = report.search["coefficients"]
     assert all(sorted(kept[name]) == ["net.0.weight", "net.2.weight"] for name in "ab")
     counts = [count for row in kept.values() for count in row.values()]
@@ -330,19 +331,19 @@ def test_masks_of_singular_components_are_learned_straight_through(vectors, tmp_
         assert int(weights.round().sum()) == sum(row[name] for row in kept.values())
 
 
-def test_all_components_together_are_the_sum(vectors, tmp_path):
+def test_all_components_together_are_the_sum(vectors):
     ones, plain = Net(), Net()
-    edit(vectors, tmp_path / "ones", ones, search=Learned(per="component", start=0.3, num_steps=1, learning_rate=1e-6))
-    edit(vectors, tmp_path / "sum", plain, scaling_coef=0.3)
+    edit(vectors, ones, search=Learned(per="component", start=0.3, num_steps=1, learning_rate=1e-6), folder="ones")
+    edit(vectors, plain, scaling_coef=0.3, folder="sum")
     for name, tensor in ones.state_dict().items():
         torch.testing.assert_close(tensor, plain.state_dict()[name], rtol=1e-5, atol=1e-6)
 
 
-def test_the_experts_labels_are_the_predictions_of_the_finetuned_models(vectors, tmp_path):
+def test_the_experts_labels_are_the_predictions_of_the_finetuned_models(vectors):
     """With one vector at coefficient 1 the loss is the entropy of the fine-tuned model's own predictions."""
     only = {"recipe": "a", "targets": {"a": Task(1)}, "maximize": "a/accuracy"}
     search = Learned(loss="expert", start=1.0, num_steps=1, learning_rate=1e-9, batch_size=200, per="vector")
-    report = edit({"a": vectors["a"]}, tmp_path, **only, search=search)
+    report = edit({"a": vectors["a"]}, **only, search=search)
     model = Net()
     model.load_state_dict(TaskVector.load(vectors["a"]).apply_to(model.state_dict(), allow_other_base=True))
     task = Task(1)
@@ -350,13 +351,13 @@ def test_the_experts_labels_are_the_predictions_of_the_finetuned_models(vectors,
     entropy = torch.special.entr(model(inputs).softmax(-1)).sum(-1).mean()
     assert report.search["loss"] == [pytest.approx(float(entropy.detach()), rel=1e-5)]
     with pytest.raises(ValueError, match="a vector of its name; there is none for 'c'"):
-        edit(vectors, tmp_path, targets={"a": Task(1), "c": Task(2)}, maximize="mean(accuracy)", search=search)
+        edit(vectors, targets={"a": Task(1), "c": Task(2)}, maximize="mean(accuracy)", search=search)
 
 
-def test_a_training_that_was_cut_off_goes_on_to_the_same_coefficients(vectors, tmp_path, monkeypatch):
+def test_a_training_that_was_cut_off_goes_on_to_the_same_coefficients(vectors, monkeypatch):
     monkeypatch.setattr(learned, "KEEP_EVERY", 8)
     search = Learned(num_steps=20, learning_rate=0.02, batch_size=64)
-    straight = edit(vectors, tmp_path / "x", search=search).search
+    straight = edit(vectors, search=search, folder="x").search
     step, steps = learned.CoefficientLearner.training_step, []
 
     def stopped(self, *args):
@@ -367,38 +368,38 @@ def test_a_training_that_was_cut_off_goes_on_to_the_same_coefficients(vectors, t
 
     monkeypatch.setattr(learned.CoefficientLearner, "training_step", stopped)
     with pytest.raises(RuntimeError, match="went down"):
-        edit(vectors, tmp_path / "y", search=search)
-    resumed = edit(vectors, tmp_path / "y", search=search).search
+        edit(vectors, search=search, folder="y")
+    resumed = edit(vectors, search=search, folder="y").search
     assert (straight["steps_kept"], resumed["steps_kept"], len(steps)) == (0, 8, 13 + 12)
     assert resumed["coefficients"] == straight["coefficients"]
     assert resumed["loss"] == straight["loss"]
-    again = edit(vectors, tmp_path / "y", search=search).search
+    again = edit(vectors, search=search, folder="y").search
     assert (again["steps_kept"], again["coefficients"], len(steps)) == (20, straight["coefficients"], 25)
     other = Learned(num_steps=20, learning_rate=0.03, batch_size=64)
-    assert edit(vectors, tmp_path / "y", search=other).search["steps_kept"] == 0
+    assert edit(vectors, search=other, folder="y").search["steps_kept"] == 0
 
 
-def test_learned_coefficients_forget_under_a_constraint(vectors, tmp_path):
+def test_learned_coefficients_forget_under_a_constraint(vectors):
     wanted = {"recipe": "-a", "targets": {"a": Task(1)}, "maximize": None, "minimize": "a/accuracy"}
     search = Learned(loss="cross_entropy", num_steps=30, learning_rate=0.05, start=0.1)
-    report = edit(vectors, tmp_path, **wanted, search=search, subject_to=["other/accuracy >= 0.2 * base"])
+    report = edit(vectors, **wanted, search=search, subject_to=["other/accuracy >= 0.2 * base"])
     assert report.tasks["a"].scores["edited"].value < report.tasks["a"].scores["base"].value
     by_loss = {**wanted, "minimize": None, "maximize": "a/loss"}
-    same = edit(vectors, tmp_path, **by_loss, search=search, subject_to=["other/accuracy >= 0.2 * base"])
+    same = edit(vectors, **by_loss, search=search, subject_to=["other/accuracy >= 0.2 * base"])
     assert same.search["coefficients"] == report.search["coefficients"]
     better = {**wanted, "recipe": "a", "minimize": "a/loss"}
-    learned = edit(vectors, tmp_path, **better, search=search).tasks["a"].scores
+    learned = edit(vectors, **better, search=search).tasks["a"].scores
     assert learned["edited"].value < learned["base"].value
     with pytest.raises(ValueError, match="it does not forget"):
-        edit(vectors, tmp_path, **wanted, search=Learned())
+        edit(vectors, **wanted, search=Learned())
 
 
 # --- baselines and diagnostics
 
 
-def test_what_explains_an_edit(vectors, tmp_path):
+def test_what_explains_an_edit(vectors):
     everything = ["cosine", "signs", "norms", "linearity", "disentanglement", "blame"]
-    report = edit(vectors, tmp_path, scaling_coef=0.5, diagnostics=everything, baselines=["average", "endpoints"])
+    report = edit(vectors, scaling_coef=0.5, diagnostics=everything, baselines=["average", "endpoints"])
     found = {name: part["rows"] for name, part in report.diagnostics.items()}
     a, b = (TaskVector.load(vectors[name]) for name in "ab")
     assert found["cosine"]["a"]["b"] == pytest.approx(a.cosine(b))
@@ -426,14 +427,13 @@ def test_what_explains_an_edit(vectors, tmp_path):
     average = report.baselines["average"]["rows"]["average of 2"]
     assert average["a"] == pytest.approx(accuracy(task, (a, 0.5), (b, 0.5)))
     with pytest.raises(ValueError, match="needs an edit that is a sum"):
-        edit(vectors, tmp_path, recipe="ties(a, b, density=0.2)", scaling_coef=0.5, diagnostics=["linearity"])
+        edit(vectors, recipe="ties(a, b, density=0.2)", scaling_coef=0.5, diagnostics=["linearity"])
 
 
-def test_gradient_ascent_stops_where_the_control_would_fail(vectors, tmp_path):
+def test_gradient_ascent_stops_where_the_control_would_fail(vectors):
     model = Net()
     report = edit(
         vectors,
-        tmp_path,
         model,
         recipe="-a",
         targets={"a": Task(1)},
@@ -453,11 +453,11 @@ def test_gradient_ascent_stops_where_the_control_would_fail(vectors, tmp_path):
     assert all(torch.equal(tensor, expected[name]) for name, tensor in model.state_dict().items())
 
 
-def test_joint_fine_tuning_needs_its_checkpoint(vectors, tmp_path):
+def test_joint_fine_tuning_needs_its_checkpoint(vectors):
     with pytest.raises(ValueError, match="'joint' and the checkpoint joint= go together"):
-        edit(vectors, tmp_path, baselines=["joint"])
-    torch.save({"state_dict": Net().state_dict()}, tmp_path / "joint.ckpt")
-    report = edit(vectors, tmp_path, scaling_coef=0.5, baselines=["joint"], joint=str(tmp_path / "joint.ckpt"))
+        edit(vectors, baselines=["joint"])
+    torch.save({"state_dict": Net().state_dict()}, "joint.ckpt")
+    report = edit(vectors, scaling_coef=0.5, baselines=["joint"], joint="joint.ckpt")
     assert report.baselines["joint"]["rows"]["joint fine-tuning"]["a"] == report.tasks["a"].scores["base"].value
 
 
@@ -468,22 +468,17 @@ class Grouped(Task):
         return np.arange(200) // 10
 
 
-def test_an_edit_takes_the_groups_of_its_tasks_as_the_unit(vectors, tmp_path):
-    alone = edit(vectors, tmp_path / "alone", subject_to=["a/accuracy >= 0.5 * base"], confidence=0.8)
+def test_an_edit_takes_the_groups_of_its_tasks_as_the_unit(vectors):
+    alone = edit(vectors, subject_to=["a/accuracy >= 0.5 * base"], confidence=0.8, folder="alone")
     tasks = {"a": Grouped(1), "b": Task(2)}
     report = edit(
-        vectors,
-        tmp_path,
-        targets=tasks,
-        controls={"other": Grouped(3)},
-        subject_to=["a/accuracy >= 0.5 * base"],
-        confidence=0.8,
+        vectors, targets=tasks, controls={"other": Grouped(3)}, subject_to=["a/accuracy >= 0.5 * base"], confidence=0.8
     )
     assert (report.tasks["a"].num_groups, report.tasks["b"].num_groups) == (20, None)
     assert report.tasks["a"].scores["edited"].value == alone.tasks["a"].scores["edited"].value
     assert report.constraints[0].limit < alone.constraints[0].limit
-    content = json.loads((tmp_path / "out/edit.json").read_text())
+    content = json.loads(Path("out/edit.json").read_text())
     assert content["tasks"]["a"]["num_groups"] == 20
     assert "num_groups" not in content["tasks"]["b"]
-    assert "200 in 20 groups" in (tmp_path / "out/report.html").read_text()
-    assert type(report).load(tmp_path / "out").tasks["a"].num_groups == 20
+    assert "200 in 20 groups" in Path("out/report.html").read_text()
+    assert type(report).load("out").tasks["a"].num_groups == 20

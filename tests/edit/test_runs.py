@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from small_edit import Net, edit
@@ -16,28 +17,28 @@ from tva.report.edit_report import read_report
 
 
 @pytest.fixture
-def run(vectors, tmp_path):
+def run(vectors):
     """An edit with inputs of its own."""
-    own = {name: str(shutil.copy2(path, tmp_path / f"{name}.tv.safetensors")) for name, path in vectors.items()}
+    own = {name: str(shutil.copy2(path, f"{name}.tv.safetensors")) for name, path in vectors.items()}
     base = {name.removeprefix("net."): value for name, value in Net().state_dict().items()}
     for path in own.values():  # with the network's own names, which the model's begin with "net."
         moved = {name.removeprefix("net."): delta for name, delta in TaskVector.load(path).deltas.items()}
         TaskVector.between(base, {name: value + moved[name] for name, value in base.items()}).save(path)
-    edit(own, tmp_path, scaling_coef=0.5)
-    return tmp_path / "out"
+    edit(own, scaling_coef=0.5)
+    return Path("out")
 
 
-def test_a_rebuilt_page_is_the_one_that_the_edit_wrote(run, tmp_path):
+def test_a_rebuilt_page_is_the_one_that_the_edit_wrote(run):
     before = (run / "report.html").read_bytes()
     (run / "report.html").unlink()
     for given in (run, run / "edit.json"):
         assert revisit([str(given)]).pages == [run / "report.html"]
         assert (run / "report.html").read_bytes() == before
-    assert revisit([str(run)], str(tmp_path / "elsewhere.html")).pages == [tmp_path / "elsewhere.html"]
+    assert revisit([str(run)], "elsewhere.html").pages == [Path("elsewhere.html")]
 
 
-def test_inputs_that_changed_since_are_said_at_the_top(run, tmp_path):
-    path = tmp_path / "a.tv.safetensors"
+def test_inputs_that_changed_since_are_said_at_the_top(run):
+    path = Path("a.tv.safetensors")
     vector, content = TaskVector.load(path), read_report(run)
     os.utime(path, (1, 1))
     assert changed_inputs(content) == []  # another time, but the same contents
@@ -52,34 +53,34 @@ def test_inputs_that_changed_since_are_said_at_the_top(run, tmp_path):
     assert changed_inputs(content) == []  # it is not here, so nothing is known
 
 
-def test_several_runs_lie_side_by_side(run, tmp_path, capsys):
-    other = shutil.copytree(run, tmp_path / "other")
+def test_several_runs_lie_side_by_side(run, capsys):
+    other = shutil.copytree(run, Path("other"))
     content = read_report(other)
     content["base"]["fingerprint"] = "f" * 32
     (other / "edit.json").write_text(json.dumps(content))
-    main(["report", str(run), str(other), "--output", str(tmp_path / "both.html")])
+    main(["report", str(run), str(other), "--output", "both.html"])
     said = capsys.readouterr().out
     assert "note: These edits start from different bases (out: " in said
-    assert f"wrote {tmp_path / 'both.html'}" in said
-    assert "start from different bases" in (tmp_path / "both.html").read_text()
-    main(["report", str(run), str(other), "--output", str(tmp_path / "both.html"), "--json"])
+    assert "wrote both.html" in said
+    assert "start from different bases" in Path("both.html").read_text()
+    main(["report", str(run), str(other), "--output", "both.html", "--json"])
     found = json.loads(capsys.readouterr().out)
     assert found["runs"]["other"] == content
-    assert found["pages"][-1] == str(tmp_path / "both.html")
+    assert found["pages"][-1] == "both.html"
 
 
-def test_mistakes_are_reported(run, tmp_path, capsys):
+def test_mistakes_are_reported(run, capsys):
     with pytest.raises(FileNotFoundError, match="No report at .*nowhere: a run's folder, or its edit.json"):
-        revisit([str(tmp_path / "nowhere")])
+        revisit(["nowhere"])
     with pytest.raises(FileNotFoundError, match="No report at .*The runs below it are .*out"):
-        revisit([str(tmp_path)])
-    (tmp_path / "begun").mkdir()
-    (tmp_path / "begun.evaluations.jsonl").touch()
+        revisit(["."])
+    Path("begun").mkdir()
+    Path("begun.evaluations.jsonl").touch()
     with pytest.raises(FileNotFoundError, match="Its edit did not finish; the same command resumes from"):
-        revisit([str(tmp_path / "begun")])
+        revisit(["begun"])
     with pytest.raises(ValueError, match="A run is given twice"):
         revisit([str(run), str(run)])
-    odd = tmp_path / "odd.json"
+    odd = Path("odd.json")
     odd.write_text("no")
     with pytest.raises(ValueError, match="is not an edit report: .*is not valid JSON"):
         revisit([str(odd)])
@@ -94,7 +95,7 @@ def test_mistakes_are_reported(run, tmp_path, capsys):
     with pytest.raises(ValueError, match="odd.json holds no evaluations, so there is nothing to draw"):
         revisit([str(odd)])
     with pytest.raises(SystemExit):
-        main(["report", str(tmp_path / "nowhere")])
+        main(["report", "nowhere"])
     assert "tva: error: No report at" in capsys.readouterr().err
 
 

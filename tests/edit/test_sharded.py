@@ -125,13 +125,13 @@ def _alone(rank, *args):
     _edit(*args)
 
 
-def both(folder, vectors, kind, **changes):
+def both(vectors, kind, **changes):
     """Edit with one process, and sharded over two; return the reports of the one and of each of the two."""
     for name in ("one", "two"):
-        (folder / name).mkdir()
-    mp.start_processes(_alone, (folder / "one", vectors, "one", changes), nprocs=1, start_method="fork")
-    run_ranks(_edit, folder / "two", vectors, kind, changes)
-    return [json.loads((folder / name).read_text()) for name in ("one/rank0.json", "two/rank0.json", "two/rank1.json")]
+        Path(name).mkdir()
+    mp.start_processes(_alone, (Path("one"), vectors, "one", changes), nprocs=1, start_method="fork")
+    run_ranks(_edit, Path("two"), vectors, kind, changes)
+    return [json.loads(Path(name).read_text()) for name in ("one/rank0.json", "two/rank0.json", "two/rank1.json")]
 
 
 def assert_same(one, *others):
@@ -144,10 +144,10 @@ def assert_same(one, *others):
 
 
 @pytest.mark.parametrize("kind", ["fsdp2", "fsdp1"])
-def test_a_sharded_edit_is_that_of_one_process(vectors, tmp_path, kind):
-    one, *two = both(tmp_path, vectors, kind, statistics="delta")
+def test_a_sharded_edit_is_that_of_one_process(vectors, kind):
+    one, *two = both(vectors, kind, statistics="delta")
     assert_same(one, *two)
-    written = [fingerprint(open_weights(tmp_path / name / "out/edited.safetensors")) for name in ("one", "two")]
+    written = [fingerprint(open_weights(f"{name}/out/edited.safetensors")) for name in ("one", "two")]
     assert written[0] == written[1]
     assert written[0].digest == one["edited"]["fingerprint"]
 
@@ -162,20 +162,20 @@ def test_a_sharded_edit_is_that_of_one_process(vectors, tmp_path, kind):
     ],
     ids=["bisect", "optuna", "refused"],
 )
-def test_searches_work_on_a_sharded_model(vectors, tmp_path, search, more):
-    one, *two = both(tmp_path, vectors, "fsdp2", search=search, **more)
+def test_searches_work_on_a_sharded_model(vectors, search, more):
+    one, *two = both(vectors, "fsdp2", search=search, **more)
     assert_same(one, *two)
-    assert (tmp_path / "two/out/edited.safetensors").exists() is one["holds"]
+    assert Path("two/out/edited.safetensors").exists() is one["holds"]
 
 
 @pytest.mark.slow
-def test_a_race_and_a_base_that_is_a_file(vectors, tmp_path):
+def test_a_race_and_a_base_that_is_a_file(vectors):
     base = str(Path(vectors["a"]).with_name("base.safetensors"))
-    one, *two = both(tmp_path, vectors, "fsdp2", search=Race(num=11, first=7), base=base)
+    one, *two = both(vectors, "fsdp2", search=Race(num=11, first=7), base=base)
     assert two[0]["coefficients"] == two[1]["coefficients"] == one["coefficients"]
-    written = [fingerprint(open_weights(tmp_path / name / "out/edited.safetensors")) for name in ("one", "two")]
+    written = [fingerprint(open_weights(f"{name}/out/edited.safetensors")) for name in ("one", "two")]
     assert written[0] == written[1]
-    report = verify(str(tmp_path / "two/out/edited.safetensors"))
+    report = verify("two/out/edited.safetensors")
     assert report.holds, report
 
 
@@ -198,10 +198,10 @@ def _refused(folder, vectors):
 
 
 @pytest.mark.slow
-def test_what_a_sharded_edit_cannot_do_is_said_before_any_work(vectors, tmp_path):
-    run_ranks(_refused, tmp_path, vectors)
-    assert len(list(tmp_path.glob("done-*"))) == 2
-    assert not (tmp_path / "out").exists()
+def test_what_a_sharded_edit_cannot_do_is_said_before_any_work(vectors):
+    run_ranks(_refused, Path(), vectors)
+    assert len(list(Path().glob("done-*"))) == 2
+    assert not Path("out").exists()
 
 
 class Live(TorchDispatchMode):
@@ -244,24 +244,24 @@ def _measure(folder, vectors, base):
 
 
 @pytest.mark.slow
-def test_a_process_holds_its_part_of_base_and_vectors_and_one_unit(tmp_path):
+def test_a_process_holds_its_part_of_base_and_vectors_and_one_unit():
     generator, sizes = torch.Generator().manual_seed(0), [4, *[256] * 13, 2]
     base = {}
     for layer, (before, after) in enumerate(itertools.pairwise(sizes)):
         base[f"net.{layer}.weight"] = torch.randn(after, before, generator=generator) / before**0.5
         base[f"net.{layer}.bias"] = torch.zeros(after)
-    save_weights(base, tmp_path / "base.safetensors")
+    save_weights(base, "base.safetensors")
     for number, name in enumerate("abc"):
         tuned = {key: value + 0.01 * (number + 1) for key, value in base.items()}
-        TaskVector.between(base, tuned).save(tmp_path / f"{name}.tv.safetensors")
-    paths = {name: str(tmp_path / f"{name}.tv.safetensors") for name in "abc"}
-    run_ranks(_measure, tmp_path, paths, str(tmp_path / "base.safetensors"))
+        TaskVector.between(base, tuned).save(f"{name}.tv.safetensors")
+    paths = {name: f"{name}.tv.safetensors" for name in "abc"}
+    run_ranks(_measure, Path(), paths, "base.safetensors")
     size, unit = sum(tensor.nbytes for tensor in base.values()), base["net.3.weight"].nbytes
     for rank in (0, 1):
-        peak = int((tmp_path / f"peak-{rank}").read_text())
+        peak = int(Path(f"peak-{rank}").read_text())
         # measured: 0.91 of it: model, base, vectors, their sum and the random vector by halves, and a few units
         assert peak <= 2 * ((1 + len(paths)) * size / 2 + unit), (peak, size, unit)
-    assert (tmp_path / "out/edited.safetensors").stat().st_size > size
+    assert Path("out/edited.safetensors").stat().st_size > size
 
 
 def _page(folder, number):
@@ -278,17 +278,15 @@ def test_the_page_on_several_devices(tmp_path):
     sizes = [(32, 4), (32, 32), (2, 32)]
     base = {f"blocks.{n}.weight": torch.randn(size, generator=generator) / 3 for n, size in enumerate(sizes)}
     base |= {f"blocks.{n}.bias": torch.zeros(size[0]) for n, size in enumerate(sizes)}
-    save_weights(base, tmp_path / "base.safetensors")
-    save_weights({name: tensor + 0.1 for name, tensor in base.items()}, tmp_path / "finetuned.safetensors")
+    save_weights(base, "base.safetensors")
+    save_weights({name: tensor + 0.1 for name, tensor in base.items()}, "finetuned.safetensors")
     for text in shown("several-devices.md", "python", "yaml"):
-        (tmp_path / re.match(r"# (\S+)\n", text)[1]).write_text(
-            text.replace("devices: 2", "devices: 2\n  accelerator: cpu")
-        )
-    run_ranks(_page, tmp_path, 0)
-    report = json.loads((tmp_path / "edited/edit.json").read_text())
-    assert report["edited"]["fingerprint"] == fingerprint(open_weights(tmp_path / "edited/edited")).digest
+        Path(re.match(r"# (\S+)\n", text)[1]).write_text(text.replace("devices: 2", "devices: 2\n  accelerator: cpu"))
+    run_ranks(_page, Path(), 0)
+    report = json.loads(Path("edited/edit.json").read_text())
+    assert report["edited"]["fingerprint"] == fingerprint(open_weights("edited/edited")).digest
     mp.start_processes(_one_page, (tmp_path, 1), nprocs=1, start_method="fork")
-    composed = open_weights(tmp_path / "composed")
+    composed = open_weights("composed")
     assert torch.allclose(composed["blocks.1.weight"], base["blocks.1.weight"] + 0.05)
 
 
@@ -318,12 +316,12 @@ def _die(folder, vectors, form):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("form", [None, "dcp"])
-def test_when_a_rank_dies_while_the_edit_is_written_the_other_ends_and_nothing_is_left(vectors, tmp_path, form):
-    ranks = run_ranks(_die, tmp_path, vectors, form, join=False).processes
+def test_when_a_rank_dies_while_the_edit_is_written_the_other_ends_and_nothing_is_left(vectors, form):
+    ranks = run_ranks(_die, Path(), vectors, form, join=False).processes
     for rank in ranks:
         rank.join(120)  # gloo itself waits for half an hour
     assert [rank.exitcode for rank in ranks] == [4, 3]
-    left = {path.name for path in tmp_path.rglob("*")}
+    left = {path.name for path in Path().rglob("*")}
     assert left <= {"writing", "ended", "out.evaluations.jsonl"}, left
 
 
@@ -343,11 +341,11 @@ def _classifier_alone(rank, *args):
 
 
 @pytest.mark.slow
-def test_a_model_of_tva_is_edited_as_it_shards_itself(tmp_path):
+def test_a_model_of_tva_is_edited_as_it_shards_itself():
     tuned = {name: value + 0.01 for name, value in ClipClassifier().state_dict().items()}
-    torch.save({"state_dict": tuned}, tmp_path / "tuned.ckpt")
+    torch.save({"state_dict": tuned}, "tuned.ckpt")
     for name in ("one", "two"):
-        (tmp_path / name).mkdir()
-    mp.start_processes(_classifier_alone, (tmp_path / "one", "one"), nprocs=1, start_method="fork")
-    run_ranks(_classifier, tmp_path / "two", "fsdp2")
-    assert_same(*(json.loads((tmp_path / name).read_text()) for name in ("one/rank0.json", "two/rank0.json")))
+        Path(name).mkdir()
+    mp.start_processes(_classifier_alone, (Path("one"), "one"), nprocs=1, start_method="fork")
+    run_ranks(_classifier, Path("two"), "fsdp2")
+    assert_same(*(json.loads(Path(name).read_text()) for name in ("one/rank0.json", "two/rank0.json")))

@@ -6,6 +6,7 @@ import json
 import multiprocessing
 import os
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -41,22 +42,22 @@ def _edit(number, folder, rounds):
                 (staging / name).write_text(f"{number} {turn}")
 
 
-def test_two_edits_that_make_one_folder_take_turns(tmp_path, monkeypatch):
+def test_two_edits_that_make_one_folder_take_turns(monkeypatch):
     replace = os.replace
     monkeypatch.setattr(os, "replace", lambda *paths: (time.sleep(0.2), replace(*paths)))  # the other looks meanwhile
-    together(2, _edit, tmp_path / "new", 1)
-    assert len({(tmp_path / "new" / name).read_text() for name in FILES}) == 1
-    assert os.listdir(tmp_path) == ["new"]
+    together(2, _edit, Path("new"), 1)
+    assert len({Path(f"new/{name}").read_text() for name in FILES}) == 1
+    assert os.listdir(".") == ["new"]
 
 
-def test_edits_of_one_folder_take_turns_and_keep_what_is_not_theirs(tmp_path):
-    out = tmp_path / "out"
+def test_edits_of_one_folder_take_turns_and_keep_what_is_not_theirs():
+    out = Path("out")
     out.mkdir()
     (out / "notes.txt").write_text("mine")
     together(3, _edit, out, 15)
     assert len({(out / name).read_text() for name in FILES}) == 1
     assert (out / "notes.txt").read_text() == "mine"
-    assert os.listdir(tmp_path) == ["out"]
+    assert os.listdir(".") == ["out"]
 
 
 def _evaluate(number, path, rounds):
@@ -75,10 +76,10 @@ class Short(io.FileIO):
 
 
 @pytest.mark.parametrize("in_parts", [False, True])
-def test_searches_on_one_log_lose_no_evaluation(tmp_path, monkeypatch, in_parts):
+def test_searches_on_one_log_lose_no_evaluation(monkeypatch, in_parts):
     if in_parts:
         monkeypatch.setattr(log_module, "open", lambda path, mode, buffering: Short(path, "a+"), raising=False)
-    path = tmp_path / "evaluations.jsonl"
+    path = Path("evaluations.jsonl")
     together(3, _evaluate, path, 40)
     entries = [json.loads(line) for line in path.read_text().splitlines()]
     assert {(entry["process"], entry["turn"]) for entry in entries} == {(p, t) for p in range(3) for t in range(40)}

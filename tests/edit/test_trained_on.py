@@ -1,6 +1,7 @@
 """An edit notices examples that its vectors were trained on, another held-out part, and another head."""
 
 import json
+from pathlib import Path
 from types import SimpleNamespace
 
 import lightning as L
@@ -57,32 +58,32 @@ def test_a_vector_says_what_it_was_trained_on(folder):
     assert TaskVector.load(folder / "small.tv.safetensors").origin.training_data == data
 
 
-def test_honest_data_has_no_notes(folder, tmp_path):
-    report = edit(folder, tmp_path / "out", pets(folder))
+def test_honest_data_has_no_notes(folder):
+    report = edit(folder, Path("out"), pets(folder))
     assert report.notes == []
     assert report.sizes == {"pets": {"test": 20}}
 
 
-def test_test_examples_that_were_trained_on_are_counted_and_shown(folder, tmp_path, capsys):
-    report = edit(folder, tmp_path / "out", pets(folder, test="train"))
+def test_test_examples_that_were_trained_on_are_counted_and_shown(folder, capsys):
+    report = edit(folder, Path("out"), pets(folder, test="train"))
     assert report.sizes["pets"] == {"test": 60, "trained_test": 54}
     (note,) = report.notes
     assert note.startswith("54 of the 60 test examples of pets are among those that the vector pets was trained on")
     for file in ("report.html", "README.md"):
-        assert "54 of the 60 test examples of pets" in (tmp_path / "out" / file).read_text()
-    assert json.loads((tmp_path / "out/edit.json").read_text())["notes"] == [note]
+        assert "54 of the 60 test examples of pets" in Path(f"out/{file}").read_text()
+    assert json.loads(Path("out/edit.json").read_text())["notes"] == [note]
     report.show()
     assert "note: 54 of the 60 test examples" in capsys.readouterr().out
 
 
-def test_another_held_out_part_than_the_fits_is_noticed(folder, tmp_path):
+def test_another_held_out_part_than_the_fits_is_noticed(folder):
     search = {"scaling_coef": None, "maximize": "pets/accuracy"}
-    report = edit(folder, tmp_path / "out", pets(folder, val_size=20, seed=3), **search)
+    report = edit(folder, Path("out"), pets(folder, val_size=20, seed=3), **search)
     assert report.sizes["pets"]["val"] == 20
     assert report.sizes["pets"]["trained_val"] == 20 - len(held_out_of_both(folder))
     assert "validation examples of pets are among those" in report.notes[0]
     assert "which had val_size None, seed 0, and here it has val_size 20, seed 3: give it those" in report.notes[1]
-    assert edit(folder, tmp_path / "same", pets(folder), **search).notes == []
+    assert edit(folder, Path("same"), pets(folder), **search).notes == []
 
 
 def test_another_commit_of_the_data_is_noticed():
@@ -106,15 +107,15 @@ def held_out_of_both(folder):
     return parts[0] & parts[1]
 
 
-def test_another_head_than_the_fits_is_noticed(folder, tmp_path):
-    report = edit(folder, tmp_path / "out", pets(folder, templates=["a bad photo of a {}."]))
+def test_another_head_than_the_fits_is_noticed(folder):
+    report = edit(folder, Path("out"), pets(folder, templates=["a bad photo of a {}."]))
     (note,) = report.notes
     assert note.startswith("pets is evaluated under another head than its vector was trained under")
 
 
-def test_a_damaged_note_of_the_training_data_is_an_error(folder, tmp_path):
+def test_a_damaged_note_of_the_training_data_is_an_error(folder):
     weights = open_weights(folder / "final.tv.safetensors")
     header = {key: text for key, text in weights.metadata.items() if "_fingerprint" not in key or "base" in key}
-    save_weights(dict(weights), tmp_path / "v.safetensors", {**header, "tva.training_data": '{"rows": "xyz"}'})
+    save_weights(dict(weights), "v.safetensors", {**header, "tva.training_data": '{"rows": "xyz"}'})
     with pytest.raises(ValueError, match=r"v.safetensors is damaged: its tva.training_data must hold"):
-        TaskVector.load(tmp_path / "v.safetensors")
+        TaskVector.load("v.safetensors")

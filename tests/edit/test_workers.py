@@ -1,6 +1,7 @@
 """tva edit on several workers: the numbers of one process, whichever way candidates or batches are shared out."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -48,20 +49,20 @@ def margin(model, split):
 margin.higher_is_better = True
 
 
-def both(vectors, folder, executor, monkeypatch, model=Net, **options):  # noqa: F811
+def both(vectors, executor, monkeypatch, model=Net, **options):  # noqa: F811
     """Make an edit in one process and on workers, and return what both measured."""
     monkeypatch.setattr(workers, "make_executor", lambda *_, **__: executor)
     found = []
     for engine in ("local", "ray"):
-        (folder / engine).mkdir()
-        edit(vectors, folder / engine, model(), engine=engine, random_seed=None, **options)
-        report = json.loads((folder / engine / "out/edit.json").read_text())
-        assert str(folder / engine) in report["search"].pop("log")
+        Path(engine).mkdir()
+        edit(vectors, model(), engine=engine, random_seed=None, **options, folder=engine)
+        report = json.loads(Path(f"{engine}/out/edit.json").read_text())
+        assert engine in report["search"].pop("log")
         report["search"].pop("num_forward")  # workers evaluate coefficient 0 too
-        lines = [json.loads(line) for line in (folder / engine / "log.jsonl").read_text().splitlines()]
+        lines = [json.loads(line) for line in Path(f"{engine}/log.jsonl").read_text().splitlines()]
         report["lines"] = [{key: value for key, value in line.items() if key != "time"} for line in lines]
         found.append({key: value for key, value in report.items() if key not in ("seconds", "created")})
-        assert not list((folder / engine).glob("*.workers"))
+        assert not list(Path(engine).glob("*.workers"))
     return found
 
 
@@ -69,11 +70,11 @@ def both(vectors, folder, executor, monkeypatch, model=Net, **options):  # noqa:
     "options",
     [pytest.param(found, id=name, marks=[] if name in QUICK else pytest.mark.slow) for name, found in SEARCHES.items()],
 )
-def test_workers_find_what_one_process_finds(vectors, options, tmp_path, monkeypatch):  # noqa: F811
+def test_workers_find_what_one_process_finds(vectors, options, monkeypatch):  # noqa: F811
     if isinstance(options.get("search"), Optuna):
         pytest.importorskip("optuna")
     executor = Inline(3)
-    alone, spread = both(vectors, tmp_path, executor, monkeypatch, **options)
+    alone, spread = both(vectors, executor, monkeypatch, **options)
     assert spread == alone
     assert executor.calls >= 3
     assert executor.closed == 1
@@ -87,14 +88,14 @@ def test_workers_find_what_one_process_finds(vectors, options, tmp_path, monkeyp
         pytest.param(Net, {"controls": {"other": margin}}, id="a function", marks=pytest.mark.slow),
     ],
 )
-def test_states_are_shared_out_where_batches_cannot_be(vectors, model, options, tmp_path, monkeypatch):  # noqa: F811
+def test_states_are_shared_out_where_batches_cannot_be(vectors, model, options, monkeypatch):  # noqa: F811
     executor = Inline(3)
-    alone, spread = both(vectors, tmp_path, executor, monkeypatch, model, search=Grid(num=4), **options)
+    alone, spread = both(vectors, executor, monkeypatch, model, search=Grid(num=4), **options)
     assert spread == alone
     assert executor.calls >= 3
 
 
-def test_a_worker_that_scores_otherwise_is_noticed(vectors, tmp_path, monkeypatch):  # noqa: F811
+def test_a_worker_that_scores_otherwise_is_noticed(vectors, monkeypatch):  # noqa: F811
     """As one with another processor may: coefficient 0 must score there as the base did here."""
     monkeypatch.setattr(workers, "make_executor", lambda *_, **__: Inline(2))
     opened = workers._open
@@ -108,10 +109,10 @@ def test_a_worker_that_scores_otherwise_is_noticed(vectors, tmp_path, monkeypatc
 
     monkeypatch.setattr(workers, "_open", nudged)
     with pytest.raises(HarnessError, match="must score exactly as the base.*all workers the processor of this process"):
-        edit(vectors, tmp_path, engine="ray")
+        edit(vectors, engine="ray")
 
 
-def test_a_worker_that_reads_other_files_is_refused(vectors, tmp_path, monkeypatch):  # noqa: F811
+def test_a_worker_that_reads_other_files_is_refused(vectors, monkeypatch):  # noqa: F811
     monkeypatch.setattr(workers, "make_executor", lambda *_, **__: Inline(2))
     opened = workers._open
 
@@ -122,20 +123,20 @@ def test_a_worker_that_reads_other_files_is_refused(vectors, tmp_path, monkeypat
 
     monkeypatch.setattr(workers, "_open", other)
     with pytest.raises(ValueError, match=r"inline opens another edit than the command: base 0{32} here, \w+ there"):
-        edit(vectors, tmp_path, engine="ray")
+        edit(vectors, engine="ray")
 
 
-def test_what_cannot_be_sent_or_spread_is_said_first(vectors, tmp_path, monkeypatch):  # noqa: F811
+def test_what_cannot_be_sent_or_spread_is_said_first(vectors, monkeypatch):  # noqa: F811
     monkeypatch.setattr(workers, "make_executor", lambda *_, **__: Inline(2))
     with pytest.raises(ValueError, match="search Learned trains by the Trainer. Leave engine out, or take another"):
-        edit(vectors, tmp_path, engine="ray", search=Learned())
+        edit(vectors, engine="ray", search=Learned())
 
     class Inside(Task):
         pass
 
     with pytest.raises(ValueError, match="sends model, data and Trainer to other processes.*at the top of a module"):
-        edit(vectors, tmp_path, engine="ray", controls={"other": Inside(3)})
+        edit(vectors, engine="ray", controls={"other": Inside(3)})
     with pytest.raises(ValueError, match="engine must be 'local', 'local:N', 'ray' or 'ray:ADDRESS'; found 'slurm'"):
         monkeypatch.undo()
-        edit(vectors, tmp_path, engine="slurm")
-    assert not (tmp_path / "out").exists()
+        edit(vectors, engine="slurm")
+    assert not Path("out").exists()

@@ -1,5 +1,7 @@
 """Methods on matrices and on statistics files against float64 references written from the papers' formulas."""
 
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -231,13 +233,11 @@ def test_wudi_of_one_vector_is_that_vector_in_its_matrices(solve):
 
 
 @pytest.mark.parametrize("text", ["wudi({}, steps=20, lr=1e-3", "iso_cts({}", "regmean({}, files={files}"])
-def test_weights_stored_inputs_first_are_turned_before_and_after(text, tmp_path):
+def test_weights_stored_inputs_first_are_turned_before_and_after(text):
     """GPT-2's Conv1D multiplies from the right: its weights are the transposes of those of Linear."""
     given, key = vectors(2), "wide"
     turned = {name: TaskVector({"w": v.deltas[key].T.contiguous()}) for name, v in given.items()}
-    files = statistics(
-        tmp_path, given, lambda k, delta: grams("w", torch.zeros(1, 10)) if k == key else None, {key: "w"}
-    )
+    files = statistics(Path(), given, lambda k, delta: grams("w", torch.zeros(1, 10)) if k == key else None, {key: "w"})
     merged = evaluate(text.format("a, b", files=files) + ', inputs_first="^w$")', turned)["w"]
     reference = {
         "w": lambda d: wudi_reference(d, 20, 1e-3),
@@ -277,9 +277,9 @@ def read(paths):
     return [{key: tensor.double() for key, tensor in open_weights(path).items()} for path in paths]
 
 
-def test_fisher_is_the_average_weighted_by_information(tmp_path):
+def test_fisher_is_the_average_weighted_by_information():
     given = vectors(3)
-    paths = statistics(tmp_path, given, lambda key, delta: torch.rand(delta.shape) * 1e-3)
+    paths = statistics(Path(), given, lambda key, delta: torch.rand(delta.shape) * 1e-3)
     merged = evaluate(f"fisher(a, b, c, files={paths}, weights=(1, 2, 3), floor=1e-4)", given)
     for key in SHAPES:
         weights = [w * f[key].clamp(min=1e-4) for w, f in zip((1, 2, 3), read(paths), strict=True)]
@@ -290,10 +290,10 @@ def test_fisher_is_the_average_weighted_by_information(tmp_path):
         torch.testing.assert_close(one[key], given["a"].deltas[key])
 
 
-def test_fisher_normalized_weighs_every_model_the_same(tmp_path):
+def test_fisher_normalized_weighs_every_model_the_same():
     given = vectors(2)
     scales = iter([1.0] * len(SHAPES) + [1e4] * len(SHAPES))  # the second task's gradients are a hundred times larger
-    paths = statistics(tmp_path, given, lambda key, delta: torch.rand(delta.shape) * next(scales))
+    paths = statistics(Path(), given, lambda key, delta: torch.rand(delta.shape) * next(scales))
     merged = evaluate(f"fisher(a, b, files={paths}, floor=1e-2, weights=(1, 2), normalize=True)", given)
     files = read(paths)
     norms = [sum(float(tensor.square().sum()) for tensor in file.values()) ** 0.5 for file in files]
@@ -316,9 +316,9 @@ def regmean_reference(models, grams, off_diagonal):
 
 
 @pytest.mark.parametrize("off_diagonal", [1.0, 0.9])
-def test_regmean_is_the_least_squares_fit_of_the_models(tmp_path, off_diagonal):
+def test_regmean_is_the_least_squares_fit_of_the_models(off_diagonal):
     given = vectors(3)
-    paths = statistics(tmp_path, given, grams)
+    paths = statistics(Path(), given, grams)
     merged = evaluate(f"regmean(a, b, c, files={paths}, off_diagonal={off_diagonal})", given)
     for key in MATRICES:
         base = torch.randn(SHAPES[key], dtype=torch.float64)
@@ -330,16 +330,16 @@ def test_regmean_is_the_least_squares_fit_of_the_models(tmp_path, off_diagonal):
     assert all(torch.equal(one[key], given["a"].deltas[key]) for key in SHAPES)
 
 
-def test_regmean_without_inputs_is_the_mean(tmp_path):
+def test_regmean_without_inputs_is_the_mean():
     given = {name: TaskVector({"w": torch.randn(4, 3)}) for name in "ab"}
-    paths = statistics(tmp_path, given, lambda key, delta: torch.diag(torch.tensor([1.0, 0.0, 2.0])))
+    paths = statistics(Path(), given, lambda key, delta: torch.diag(torch.tensor([1.0, 0.0, 2.0])))
     merged = evaluate(f"regmean(a, b, files={paths})", given)["w"]
     torch.testing.assert_close(merged, (given["a"].deltas["w"] + given["b"].deltas["w"]) / 2)
 
 
-def test_statistics_that_do_not_fit_are_refused(tmp_path):
+def test_statistics_that_do_not_fit_are_refused():
     given = vectors(2)
-    paths = statistics(tmp_path, given, lambda key, delta: None if key == "bias" else torch.ones(3, 3))
+    paths = statistics(Path(), given, lambda key, delta: None if key == "bias" else torch.ones(3, 3))
     for text, message in (
         (f"fisher(a, b, files={paths[:1]})", "1 files for 2 vectors"),
         (f"fisher(a, b, files={paths})", "no statistics of 'bias'.* Measure them on the model"),

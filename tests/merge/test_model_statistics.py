@@ -135,7 +135,6 @@ def fitted(folder, seed):
     return model, TaskVector.between(base, model.state_dict())
 
 
-@pytest.mark.filterwarnings("ignore:.*does not have many workers.*", "ignore:.*number of training batches.*")
 def test_files_from_training_make_regmean_fit_the_outputs_better_than_the_mean():
     tasks = {name: fitted(Path(name), seed) for name, seed in (("a", 0), ("b", 5))}
     vectors = {name: vector for name, (_, vector) in tasks.items()}
@@ -160,7 +159,6 @@ def test_files_from_training_make_regmean_fit_the_outputs_better_than_the_mean()
     torch.testing.assert_close(fisher.deltas[key].double(), expected, rtol=1e-4, atol=1e-7)
 
 
-@pytest.mark.filterwarnings("ignore:.*does not have many workers.*", "ignore:.*number of training batches.*")
 def test_a_model_that_is_fine_tuned_already_is_measured_by_fitting_for_no_epochs():
     model, _ = fitted(Path("fit"), 0)
     before = {name: value.clone() for name, value in model.state_dict().items()}
@@ -172,7 +170,6 @@ def test_a_model_that_is_fine_tuned_already_is_measured_by_fitting_for_no_epochs
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
-@pytest.mark.filterwarnings("ignore:.*does not have many workers.*", "ignore:.*number of training batches.*")
 def test_modules_that_log_and_have_batch_norm_and_streams_of_data_are_measured():
     class Stream(IterableDataset):
         def __iter__(self):
@@ -184,7 +181,7 @@ def test_modules_that_log_and_have_batch_norm_and_streams_of_data_are_measured()
 
     for number, model in enumerate((MixedNet(), Streamed())):
         folder = Path(str(number))
-        fit(folder, model=model, epochs=1, callbacks=[MergeStatistics(kinds=["fisher"], num_examples=100)])
+        fit(model=model, epochs=1, callbacks=[MergeStatistics(kinds=["fisher"], num_examples=100)], folder=folder)
         found = open_weights(folder / "fisher.safetensors")
         assert found.metadata["tva.num_examples"] == ("16", "12")[number]
         assert set(found) == {
@@ -213,14 +210,9 @@ class Branches(MixedNet):
 
 def _measure(folder, number, **options):
     callback = MergeStatistics(num_examples=number, conv=True, dirpath=folder)
-    fit(folder, model=Branches(), epochs=0, callbacks=[callback], **options)
+    fit(model=Branches(), epochs=0, callbacks=[callback], **options, folder=folder)
 
 
-@pytest.mark.filterwarnings(
-    "ignore:.*does not have many workers.*",
-    "ignore:.*number of training batches.*",
-    "ignore:This process .* is multi-threaded:DeprecationWarning",
-)
 @pytest.mark.parametrize("number", [1, 15])
 def test_ranks_see_shares_of_the_examples_of_one_device_and_their_sums_are_the_same(number):
     _measure(Path("one"), number)
@@ -245,15 +237,14 @@ def test_a_strategy_that_shards_is_refused_at_setup_with_what_to_do():
         MergeStatistics().setup(run, None, "fit")
 
 
-def test_options_that_cannot_be_understood_are_refused(tmp_path):
+def test_options_that_cannot_be_understood_are_refused():
     with pytest.raises(ValueError, match="one or more of fisher, gram, curvature"):
         MergeStatistics(kinds=["hessian"])
     with pytest.raises(ValueError, match="num_examples must be at least 1"):
         MergeStatistics(num_examples=0)
 
 
-@pytest.mark.filterwarnings("ignore:.*does not have many workers.*", "ignore:.*number of training batches.*")
-def test_training_that_cannot_be_measured_says_why(tmp_path):
+def test_training_that_cannot_be_measured_says_why():
     class Silent(MixedNet):
         def training_step(self, batch, batch_idx):
             super().training_step(batch, batch_idx)
@@ -267,15 +258,14 @@ def test_training_that_cannot_be_measured_says_why(tmp_path):
             return super().training_step(batch[0], batch_idx)
 
     with pytest.raises(ValueError, match="needs a training_step that returns its loss.* found NoneType"):
-        trainer(tmp_path, MergeStatistics(), epochs=0).fit(Silent())
+        trainer(Path(), MergeStatistics(), epochs=0).fit(Silent())
     with pytest.raises(ValueError, match="one DataLoader of training data; found list"):
-        trainer(tmp_path, MergeStatistics(), epochs=0).fit(Pairs())
+        trainer(Path(), MergeStatistics(), epochs=0).fit(Pairs())
 
 
-@pytest.mark.filterwarnings("ignore:.*does not have many workers.*", "ignore:.*number of training batches.*")
-def test_the_documentation_makes_both_files(tmp_path):
+def test_the_documentation_makes_both_files():
     page = (Path(__file__).parents[2] / "docs" / "howto" / "merge-statistics.md").read_text()
     (block,) = re.findall(r"```python\n([^`]*MergeStatistics.*?)```", page, re.S)
     scope = {"model": LinearNet(), "data": Blobs()}
     exec(block, scope)
-    assert {file.name for file in tmp_path.rglob("*.safetensors")} >= {"fisher.safetensors", "gram.safetensors"}
+    assert {file.name for file in Path().rglob("*.safetensors")} >= {"fisher.safetensors", "gram.safetensors"}

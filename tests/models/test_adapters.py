@@ -106,9 +106,9 @@ def test_all_else_is_frozen_and_nothing_beside_the_encoder_is():
 
 
 @pytest.mark.parametrize("tangent", [False, True])
-def test_a_fit_moves_only_the_selection_and_lists_the_rest_as_frozen(tmp_path, tangent):
+def test_a_fit_moves_only_the_selection_and_lists_the_rest_as_frozen(tangent):
     model = ClipClassifier(train_only="attention", tangent=tangent, learning_rate=1e-3, warmup_steps=0)
-    vector = fit(tmp_path, model)
+    vector = fit(Path(), model)
     assert set(vector.deltas) == select(model.encoder, "attention")  # the network's own names
     assert set(vector.untouched.values()) == {"frozen"}
     assert vector.names == set(ClipClassifier().encoder.state_dict())
@@ -175,13 +175,13 @@ def test_attention_that_calls_its_projection_is_torchs(batch_first, masked):
         calling(one, one, one)
 
 
-def test_lora_in_clip_is_a_dense_delta_that_the_vector_holds(tmp_path):
+def test_lora_in_clip_is_a_dense_delta_that_the_vector_holds():
     model = ClipClassifier(lora={"r": 4, "alpha": 8}, learning_rate=1e-3, warmup_steps=0)
     trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
     assert trained
     assert all("lora_" in name for name in trained)
     filled(model)
-    vector = fit(tmp_path, model)
+    vector = fit(Path(), model)
     layers = [f"transformer.resblocks.{i}" for i in range(4)]
     parts = ("attn.in_proj_weight", "attn.out_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
     assert set(vector.deltas) == {f"{layer}.{part}" for layer in layers for part in parts}
@@ -190,7 +190,7 @@ def test_lora_in_clip_is_a_dense_delta_that_the_vector_holds(tmp_path):
     assert vector.origin.hyperparameters["lora"] == {"r": 4, "alpha": 8}
     # the base with the vector is the model with LoRA; the base itself did not move
     plain = ClipClassifier()
-    base = open_weights(next(tmp_path.glob("base-*")))
+    base = open_weights(next(Path().glob("base-*")))
     assert all(torch.equal(base[name], tensor) for name, tensor in plain.encoder.state_dict().items())
     plain.load_state_dict(vector.apply_to(plain.state_dict()))
     images = torch.randn(2, 3, 32, 32)
@@ -232,7 +232,7 @@ def test_lora_in_a_transformers_encoder_merged_and_kept_as_it_is():
     assert not torch.equal(merged[query], base[f"encoder.{query}"])
 
 
-def test_lora_in_convolutions(tmp_path):
+def test_lora_in_convolutions():
     encoder = timm.create_model("test_efficientnet", num_classes=0)
     with pytest.raises(ValueError, match=r"lora needs target_modules: EfficientNet has no linear layer.*'conv_stem'"):
         add_lora(copy.deepcopy(encoder), {})
@@ -277,13 +277,13 @@ def test_lora_that_finds_nothing_or_contradicts_is_refused(monkeypatch):
         ClipClassifier(lora={})
 
 
-def test_an_adapter_of_torchs_attention_cannot_be_kept_as_it_is(tmp_path):
+def test_an_adapter_of_torchs_attention_cannot_be_kept_as_it_is():
     with pytest.raises(ValueError, match=r"'in_proj_weight' has one too.*Use lora='merge'"):
-        fit(tmp_path, ClipClassifier(lora={}), lora="adapter")
+        fit(Path(), ClipClassifier(lora={}), lora="adapter")
 
 
-def test_an_edit_takes_the_plain_model(tmp_path):
-    options = {"vectors": {"a": "none"}, "recipe": "a", "output": str(tmp_path), "scaling_coef": 1.0}
+def test_an_edit_takes_the_plain_model():
+    options = {"vectors": {"a": "none"}, "recipe": "a", "output": ".", "scaling_coef": 1.0}
     trainer = quiet_trainer()
     with pytest.raises(ValueError, match="takes the plain model, and this one holds LoRA. Leave lora out"):
         run_edit(trainer, ClipClassifier(lora={}), EditOptions(targets={"a": ImageTask("builtin:digits")}, **options))

@@ -23,8 +23,6 @@ from tva.models import ClipClassifier, VisionClassifier
 from tva.models.heads import fit_probe
 from tva.models.optim import layer_depths
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*does not have many workers.*")
-
 
 @pytest.fixture(autouse=True)
 def own_heads(monkeypatch):
@@ -32,20 +30,20 @@ def own_heads(monkeypatch):
 
 
 @pytest.fixture
-def task(tmp_path):
-    path = write_images(tmp_path, [0, 1, 2] * 10)
+def task():
+    path = write_images(Path(), [0, 1, 2] * 10)
     return lambda **options: ImageTask(path, class_names=["red", "green", "blue"], batch_size=8, **options)
 
 
-def make_vision(tmp_path, name="test_efficientnet", **options):
-    path = tmp_path / f"{name}.safetensors"
-    path = str(path) if path.exists() else write_network(tmp_path, name)
+def make_vision(name="test_efficientnet", **options):
+    path = Path(f"{name}.safetensors")
+    path = str(path) if path.exists() else write_network(Path(), name)
     options = {"learning_rate": 1e-2, "warmup_steps": 0} | options
     return VisionClassifier(name, path, **({"image_size": SIZE} if name != "test_vit" else {}), **options)
 
 
-def make_trainer(tmp_path, *callbacks, **options):
-    return quiet_trainer(*callbacks, default_root_dir=tmp_path, num_sanity_val_steps=0, **options)
+def make_trainer(*callbacks, **options):
+    return quiet_trainer(*callbacks, num_sanity_val_steps=0, **options)
 
 
 def last(folder, **options):
@@ -78,14 +76,14 @@ def test_a_probe_is_the_optimum_of_regularized_logistic_regression(task):
 
 
 @pytest.mark.parametrize("head", ["probe", "means"])
-def test_probe_and_means_belong_to_the_base_for_every_image_model(tmp_path, task, head):
-    for make in (lambda **o: make_vision(tmp_path, **o), ClipClassifier):
+def test_probe_and_means_belong_to_the_base_for_every_image_model(task, head):
+    for make in (lambda **o: make_vision(**o), ClipClassifier):
         fresh, edited = make(head=head), make(head=head)
         with torch.no_grad():
             for parameter in edited.parameters():
                 parameter.mul_(-3)
-        found = evaluate(make_trainer(tmp_path), fresh, task(), "val")
-        evaluate(make_trainer(tmp_path), edited, task(), "val")
+        found = evaluate(make_trainer(), fresh, task(), "val")
+        evaluate(make_trainer(), edited, task(), "val")
         assert torch.equal(fresh.head, edited.head)
         assert not fresh.head.requires_grad
         assert not any(name.startswith("head") for name in fresh.state_dict())
@@ -95,12 +93,12 @@ def test_probe_and_means_belong_to_the_base_for_every_image_model(tmp_path, task
 # --- learned heads
 
 
-def test_a_learned_head_is_trained_and_stays_out_of_the_vector(tmp_path, task):
-    model = make_vision(tmp_path, head="learned")
-    trainer = make_trainer(tmp_path, TaskVectorCallback(), last(Path("run")), max_epochs=2)
+def test_a_learned_head_is_trained_and_stays_out_of_the_vector(task):
+    model = make_vision(head="learned")
+    trainer = make_trainer(TaskVectorCallback(), last(Path("run")), max_epochs=2)
     trainer.fit(model, task())
-    start = make_vision(tmp_path)
-    evaluate(make_trainer(tmp_path), start, task(), "val")
+    start = make_vision()
+    evaluate(make_trainer(), start, task(), "val")
     saved = torch.load("run/last.ckpt", weights_only=True)
     assert saved["head"]["weight"].shape == start.head.shape
     assert not torch.equal(saved["head"]["weight"], start.head)  # it began as class means
@@ -109,22 +107,22 @@ def test_a_learned_head_is_trained_and_stays_out_of_the_vector(tmp_path, task):
     assert vector.names == set(start.encoder.state_dict())  # the network's own names
     after = evaluate(trainer, model, task(), "test")
     assert torch.equal(model.head, saved["head"]["weight"])
-    elsewhere = make_vision(tmp_path, head="learned", heads={"colors": "run/last.ckpt"})
+    elsewhere = make_vision(head="learned", heads={"colors": "run/last.ckpt"})
     elsewhere.load_state_dict(saved["state_dict"])
-    assert evaluate(make_trainer(tmp_path), elsewhere, task(), "test").same_as(after)
+    assert evaluate(make_trainer(), elsewhere, task(), "test").same_as(after)
 
 
 @pytest.mark.slow
-def test_an_edit_compares_all_models_under_the_learned_head(tmp_path, task):
+def test_an_edit_compares_all_models_under_the_learned_head(task):
     L.seed_everything(0)
-    model = make_vision(tmp_path, head="learned")
-    make_trainer(tmp_path, TaskVectorCallback(), last(Path("run")), max_epochs=6).fit(model, task())
+    model = make_vision(head="learned")
+    make_trainer(TaskVectorCallback(), last(Path("run")), max_epochs=6).fit(model, task())
     vector = Path("run/last.tv.safetensors")
     assert TaskVector.load(vector).untouched.keys() < set(model.encoder.state_dict())
     heads = {"colors": "run/last.ckpt"}
     report = edit_model(
-        make_vision(tmp_path, head="learned", heads=heads),
-        trainer=make_trainer(tmp_path, max_steps=1),
+        make_vision(head="learned", heads=heads),
+        trainer=make_trainer(max_steps=1),
         vectors={"colors": str(vector)},
         recipe="colors",
         scaling_coef=1.0,
@@ -138,53 +136,51 @@ def test_an_edit_compares_all_models_under_the_learned_head(tmp_path, task):
     assert scores["finetuned"].value > 0.5
 
 
-def test_a_fit_with_a_learned_head_that_is_resumed_ends_where_one_fit_ends(tmp_path, task):
+def test_a_fit_with_a_learned_head_that_is_resumed_ends_where_one_fit_ends(task):
     ends = []
     for parts in ((4,), (2, 4)):
         folder = Path(str(len(parts)))
         for position, epochs in enumerate(parts):
             L.seed_everything(0)
-            model = make_vision(tmp_path, head="learned")
+            model = make_vision(head="learned")
             rate = torch.optim.SGD  # the schedule depends on the number of epochs, so a fixed rate is used
             model.configure_optimizers = lambda m=model, o=rate: o(m.parameters(), lr=0.1, momentum=0.9)
             data = task()
             data._loader = lambda part, shuffle=False, load=data._loader: load(part)  # in order
-            trainer = make_trainer(tmp_path, last(folder, save_top_k=1), max_epochs=epochs)
+            trainer = make_trainer(last(folder, save_top_k=1), max_epochs=epochs)
             trainer.fit(model, data, ckpt_path=str(folder / "last.ckpt") if position else None)
         ends.append(torch.load(folder / "last.ckpt", weights_only=True))
     assert torch.equal(ends[0]["head"]["weight"], ends[1]["head"]["weight"])
     assert all(torch.equal(ends[1]["state_dict"][name], value) for name, value in ends[0]["state_dict"].items())
 
 
-def test_learned_heads_that_are_not_there_or_of_other_classes_are_refused(tmp_path, task):
+def test_learned_heads_that_are_not_there_or_of_other_classes_are_refused(task):
     with pytest.raises(ValueError, match=r"colors: with head='learned' .*heads: {colors: CHECKPOINT}"):
-        evaluate(make_trainer(tmp_path), make_vision(tmp_path, head="learned"), task(), "val")
-    begun = make_vision(tmp_path, head="learned", heads={"colors": "start"})
-    means = make_vision(tmp_path)
-    assert evaluate(make_trainer(tmp_path), begun, task(), "val").same_as(
-        evaluate(make_trainer(tmp_path), means, task(), "val")
-    )
+        evaluate(make_trainer(), make_vision(head="learned"), task(), "val")
+    begun = make_vision(head="learned", heads={"colors": "start"})
+    means = make_vision()
+    assert evaluate(make_trainer(), begun, task(), "val").same_as(evaluate(make_trainer(), means, task(), "val"))
     with pytest.raises(FileNotFoundError, match=r"head of colors was expected in .*no\.ckpt"):
-        model = make_vision(tmp_path, head="learned", heads={"colors": "no.ckpt"})
-        evaluate(make_trainer(tmp_path), model, task(), "val")
+        model = make_vision(head="learned", heads={"colors": "no.ckpt"})
+        evaluate(make_trainer(), model, task(), "val")
     for content, found in (({}, "it holds none"), ({"class_names": ["x"], "weight": torch.zeros(1, 2)}, "one of 'x'")):
         torch.save({"head": content or None}, "odd.ckpt")
         with pytest.raises(ValueError, match=found):
-            model = make_vision(tmp_path, head="learned", heads={"colors": "odd.ckpt"})
-            evaluate(make_trainer(tmp_path), model, task(), "val")
+            model = make_vision(head="learned", heads={"colors": "odd.ckpt"})
+            evaluate(make_trainer(), model, task(), "val")
     with pytest.raises(ValueError, match=r"heads are those of fits with head='learned', but head is 'means'"):
-        make_vision(tmp_path, heads={"colors": "start"})
+        make_vision(heads={"colors": "start"})
     with pytest.raises(ValueError, match=r"head must be one of 'means', 'probe', 'learned'; found 'zero_shot'"):
-        make_vision(tmp_path, head="zero_shot")
+        make_vision(head="zero_shot")
 
 
-def test_averaging_with_a_learned_head_is_refused_and_with_a_probe_is_not(tmp_path, task):
+def test_averaging_with_a_learned_head_is_refused_and_with_a_probe_is_not(task):
     average = EMAWeightAveraging(decay=0.5)
     with pytest.raises(ValueError, match=r"EMAWeightAveraging averages only the encoder.*head='probe'"):
-        make_trainer(tmp_path, average, max_steps=1).fit(make_vision(tmp_path, head="learned"), task())
-    model = make_vision(tmp_path, head="probe")
+        make_trainer(average, max_steps=1).fit(make_vision(head="learned"), task())
+    model = make_vision(head="probe")
     callbacks = EMAWeightAveraging(decay=0.5), TaskVectorCallback(), last(Path("run"))
-    make_trainer(tmp_path, *callbacks, max_epochs=1).fit(model, task())
+    make_trainer(*callbacks, max_epochs=1).fit(model, task())
     vector = TaskVector.load("run/last.tv.safetensors")
     averaged = torch.load("run/last.ckpt", weights_only=True)["state_dict"]
     base = open_weights(next(Path("run").glob("base-*")))
@@ -194,8 +190,8 @@ def test_averaging_with_a_learned_head_is_refused_and_with_a_probe_is_not(tmp_pa
 # --- layer-wise decay
 
 
-def test_depths_follow_the_layers_of_each_family(tmp_path):
-    vit = layer_depths(name for name, _ in make_vision(tmp_path, "test_vit").named_parameters())
+def test_depths_follow_the_layers_of_each_family():
+    vit = layer_depths(name for name, _ in make_vision("test_vit").named_parameters())
     blocks = max(int(name.split(".")[2]) for name in vit if name.startswith("encoder.blocks.")) + 1
     assert {vit["encoder.cls_token"], vit["encoder.patch_embed.proj.weight"]} == {0}
     assert vit["encoder.blocks.0.norm1.weight"] == 1
@@ -205,9 +201,9 @@ def test_depths_follow_the_layers_of_each_family(tmp_path):
     assert clip["encoder.proj"] == clip["encoder.ln_post.weight"] == max(clip.values())
 
 
-def test_each_layer_learns_slower_than_that_above_it(tmp_path, task):
-    model = make_vision(tmp_path, layer_decay=0.5, learning_rate=1e-3)
-    trainer = make_trainer(tmp_path, max_steps=1)
+def test_each_layer_learns_slower_than_that_above_it(task):
+    model = make_vision(layer_decay=0.5, learning_rate=1e-3)
+    trainer = make_trainer(max_steps=1)
     trainer.fit(model, task())
     (optimizer,) = trainer.optimizers
     names = {parameter: name for name, parameter in model.named_parameters() if parameter.requires_grad}
@@ -221,18 +217,18 @@ def test_each_layer_learns_slower_than_that_above_it(tmp_path, task):
     assert sorted(seen) == sorted(names.values())
     for wrong in (0, 1.5):
         with pytest.raises(ValueError, match=r"layer_decay must be in \(0, 1\]"):
-            make_vision(tmp_path, layer_decay=wrong)
+            make_vision(layer_decay=wrong)
 
 
 # --- memory and speed
 
 
 @pytest.mark.parametrize("family", ["clip", "test_vit", "test_efficientnet"])
-def test_gradient_checkpointing_and_layout_change_no_gradient(tmp_path, family):
+def test_gradient_checkpointing_and_layout_change_no_gradient(family):
     gradients = []
     for options in ({}, {"gradient_checkpointing": True, "channels_last": True}):
         torch.manual_seed(0)
-        model = ClipClassifier(**options) if family == "clip" else make_vision(tmp_path, family, **options)
+        model = ClipClassifier(**options) if family == "clip" else make_vision(family, **options)
         size = {"clip": 32, "test_vit": 160}.get(family, SIZE)
         images = torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(1))
         model.encoder(images).pow(2).sum().backward()
@@ -243,7 +239,7 @@ def test_gradient_checkpointing_and_layout_change_no_gradient(tmp_path, family):
         torch.testing.assert_close(gradients[1][name], gradient, rtol=1e-3, atol=1e-3 * float(gradient.abs().max()))
 
 
-def test_checkpointing_that_a_network_does_not_know_is_an_error(tmp_path):
+def test_checkpointing_that_a_network_does_not_know_is_an_error():
     from tva.models.optim import prepare
 
     with pytest.raises(ValueError, match=r"Linear knows no gradient checkpointing"):
@@ -251,31 +247,31 @@ def test_checkpointing_that_a_network_does_not_know_is_an_error(tmp_path):
 
 
 @pytest.mark.slow
-def test_compiling_leaves_the_names_of_weights(tmp_path):
-    plain, compiled = make_vision(tmp_path), make_vision(tmp_path, compile=True)
+def test_compiling_leaves_the_names_of_weights():
+    plain, compiled = make_vision(), make_vision(compile=True)
     assert list(plain.state_dict()) == list(compiled.state_dict())
     assert compiled.encoder._compiled_call_impl is not None
 
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
-def test_a_compiled_network_gives_the_same_features(tmp_path, task):
-    plain, compiled = make_vision(tmp_path), make_vision(tmp_path, compile=True)
-    found = [evaluate(make_trainer(tmp_path), model, task(), "val", extra=["f1_score"]) for model in (plain, compiled)]
+def test_a_compiled_network_gives_the_same_features(task):
+    plain, compiled = make_vision(), make_vision(compile=True)
+    found = [evaluate(make_trainer(), model, task(), "val", extra=["f1_score"]) for model in (plain, compiled)]
     torch.testing.assert_close(found[1].preds, found[0].preds, rtol=1e-3, atol=1e-3)
 
 
-def test_bfloat16_mixed_trains_float32_weights(tmp_path, task):
+def test_bfloat16_mixed_trains_float32_weights(task):
     model = ClipClassifier(channels_last=True, gradient_checkpointing=True)
-    make_trainer(tmp_path, max_steps=2, precision="bf16-mixed").fit(model, task())
+    make_trainer(max_steps=2, precision="bf16-mixed").fit(model, task())
     assert {tensor.dtype for tensor in model.state_dict().values()} == {torch.float32}
 
 
-def test_the_fused_kernel_trains_to_the_same_weights(tmp_path, task):
+def test_the_fused_kernel_trains_to_the_same_weights(task):
     ends, base = [], ClipClassifier().state_dict()
     for fused in (False, True):
         model = ClipClassifier(learning_rate=1e-3, warmup_steps=0, fused=fused)
-        trainer = make_trainer(tmp_path, max_steps=3, gradient_clip_val=1.0)
+        trainer = make_trainer(max_steps=3, gradient_clip_val=1.0)
         L.seed_everything(0)
         trainer.fit(model, task())
         assert bool(trainer.optimizers[0].param_groups[0]["fused"]) == fused

@@ -18,7 +18,6 @@ from tva.models import CausalLM, ClipClassifier
 from tva.models.sharding import repeated_blocks
 
 pytestmark = [
-    pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning"),
     pytest.mark.filterwarnings("ignore:.*`_get_pg_default_device` will be deprecated"),
     pytest.mark.filterwarnings("ignore:Using `DistributedSampler`"),
     pytest.mark.filterwarnings("ignore:Multiple backends are registered"),
@@ -51,10 +50,10 @@ def fit(folder, strategy, make, *args, **options):
 def test_fsdp2_trains_a_model_as_ddp_does(tmp_path, make):
     if make is causal:
         write_model(Path("model"), "causal")  # its embedding and its output are tied
-        write_running_text(tmp_path)
+        write_running_text()
     for strategy in ("ddp", "fsdp2"):
         run_ranks(fit, Path(strategy), strategy, make, *([tmp_path] if make is causal else []))
-        assert names(Path(strategy), "last*") == ["last.ckpt", "last.tv.safetensors"]
+        assert names("last*", folder=Path(strategy)) == ["last.ckpt", "last.tv.safetensors"]
     ddp, fsdp2 = (open_weights(f"{strategy}/last.ckpt") for strategy in ("ddp", "fsdp2"))
     assert set(ddp) == set(fsdp2)
     moved = TaskVector.load("ddp/last.tv.safetensors")
@@ -72,8 +71,8 @@ def _refused(folder, options, message):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("options", "message"), [({"tangent": True}, "tangent"), ({"head": "learned"}, "learned")])
-def test_what_cannot_be_sharded_is_refused_by_name(tmp_path, options, message):
-    run_ranks(_refused, tmp_path, options, f"with .*{message}.* cannot be sharded. Use strategy: ddp")
+def test_what_cannot_be_sharded_is_refused_by_name(options, message):
+    run_ranks(_refused, Path(), options, f"with .*{message}.* cannot be sharded. Use strategy: ddp")
 
 
 def test_blocks_are_those_that_repeat():

@@ -304,10 +304,10 @@ def accuracy_by_hand(vector, scaling_coef):
     return float(torch.cat(right).mean())
 
 
-def test_an_edit_of_a_linearized_model_is_evaluated_in_it(fitted, tmp_path):
+def test_an_edit_of_a_linearized_model_is_evaluated_in_it(fitted):
     vector = TaskVector.load(fitted / "tangent/last.tv.safetensors")
     for coef in (0.3, -0.5):
-        main([*edit_config(fitted, "tangent/last.tv.safetensors", tmp_path, scaling_coef=coef)])
+        main([*edit_config(fitted, "tangent/last.tv.safetensors", Path(), scaling_coef=coef)])
         report = json.loads(Path("out/edit.json").read_text())
         assert report["tasks"]["a"]["edited"]["value"] == pytest.approx(accuracy_by_hand(vector, coef), abs=1e-6)
     assert report["kind"] == "tangent"
@@ -320,8 +320,8 @@ def test_an_edit_of_a_linearized_model_is_evaluated_in_it(fitted, tmp_path):
 @pytest.mark.parametrize(
     ("kind", "tangent", "ending"), [("tangent", False, "tv.safetensors"), ("ordinary", True, "ckpt")]
 )
-def test_an_edit_refuses_the_other_kind_of_model_unless_allowed(fitted, tmp_path, capsys, kind, tangent, ending):
-    config = edit_config(fitted, f"{kind}/last.{ending}", tmp_path, tangent)
+def test_an_edit_refuses_the_other_kind_of_model_unless_allowed(fitted, capsys, kind, tangent, ending):
+    config = edit_config(fitted, f"{kind}/last.{ending}", Path(), tangent)
     with pytest.raises(SystemExit):
         main(config)
     said = " ".join(capsys.readouterr().err.split())
@@ -331,9 +331,9 @@ def test_an_edit_refuses_the_other_kind_of_model_unless_allowed(fitted, tmp_path
     main([*config, "--allow_other_kind", "true"])
 
 
-def test_an_edit_of_a_linearized_model_starts_where_it_is_linear(fitted, tmp_path, capsys):
+def test_an_edit_of_a_linearized_model_starts_where_it_is_linear(fitted, capsys):
     with pytest.raises(SystemExit):
-        main(edit_config(fitted, "tangent/last.tv.safetensors", tmp_path, model={"shift": 0.5}))
+        main(edit_config(fitted, "tangent/last.tv.safetensors", Path(), model={"shift": 0.5}))
     assert "its base differs from them in '0.bias'" in " ".join(capsys.readouterr().err.split())
 
 

@@ -16,8 +16,6 @@ from tva.evaluation.evaluate import evaluate
 from tva.models import CausalLM, Seq2SeqLM, TimmModel, TransformersModel
 from tva.models.network import as_module
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*does not have many workers.*")
-
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
@@ -43,12 +41,12 @@ def table(folder, **options):
     return TableTask(str(folder / "reviews.parquet"), **split, **options)
 
 
-def test_a_classifier_keeps_its_own_head_and_gives_the_logits_of_transformers(folder, tmp_path):
+def test_a_classifier_keeps_its_own_head_and_gives_the_logits_of_transformers(folder):
     from transformers import AutoModelForSequenceClassification
 
     data = table(folder, label_column="sentiment", metric="f1_score")
     model = TransformersModel(str(folder / "bert"))
-    found = evaluate(make_trainer(tmp_path), model, data, "test")
+    found = evaluate(make_trainer(), model, data, "test")
     own, tokenizer = AutoModelForSequenceClassification.from_pretrained(folder / "bert").double(), make_tokenizer()
     rows = data._select_parts(False)["test"]
     with torch.no_grad():
@@ -61,10 +59,10 @@ def test_a_classifier_keeps_its_own_head_and_gives_the_logits_of_transformers(fo
     assert {f"network.{name}" for name in own.state_dict()} == set(model.state_dict())
 
 
-def test_tokens_are_labeled_by_the_words_they_begin(folder, tmp_path):
+def test_tokens_are_labeled_by_the_words_they_begin(folder):
     write_classifier(Path("tagger"), "token", labels=("B", "O"))
     data = table(folder, text_column="words", label_column="tags", metric="f1_score")
-    found = evaluate(make_trainer(tmp_path), TransformersModel("tagger"), data, "test")
+    found = evaluate(make_trainer(), TransformersModel("tagger"), data, "test")
     rows = data._select_parts(False)["test"]
     wanted = torch.tensor([["B", "O"].index(tag) for tags in rows["tags"] for tag in tags])
     assert found.labels.tolist() == wanted.tolist()
@@ -74,16 +72,16 @@ def test_tokens_are_labeled_by_the_words_they_begin(folder, tmp_path):
 
 
 @pytest.mark.parametrize(("kind", "family"), [("causal", CausalLM), ("seq2seq", Seq2SeqLM)])
-def test_language_models_answer_prompts_of_a_table(folder, tmp_path, kind, family):
+def test_language_models_answer_prompts_of_a_table(folder, kind, family):
     model = TransformersModel(str(folder / kind), max_new_tokens=3)
     assert isinstance(model, family)
     assert isinstance(copy.deepcopy(model), TransformersModel)
     data = table(folder, target_column="answer", metric=["exact_match", f"{__name__}.length"])
-    found = evaluate(make_trainer(tmp_path), model, data, "test")
+    found = evaluate(make_trainer(), model, data, "test")
     assert {"loss", "perplexity", "exact_match", "length"} <= set(found.metrics)
     assert len(found.scores["length"]) == found.num_examples
     reference = family(str(folder / kind))
-    assert evaluate(make_trainer(tmp_path), reference, data, "test").metrics["loss"] == found.metrics["loss"]
+    assert evaluate(make_trainer(), reference, data, "test").metrics["loss"] == found.metrics["loss"]
 
 
 def length(preds, target):
@@ -104,10 +102,10 @@ def test_the_head_is_edited_unless_it_is_left_alone(folder, tmp_path):
             torch.testing.assert_close(tensor, base[name] + 0.5 * moved * (tuned[name] - base[name]), msg=name)
 
 
-def test_a_frozen_head_is_not_trained(folder, tmp_path):
+def test_a_frozen_head_is_not_trained(folder):
     model = TransformersModel(str(folder / "bert"), edit_head=False, learning_rate=1e-2, warmup_steps=0)
     before = copy.deepcopy(model.state_dict())
-    make_trainer(tmp_path, max_epochs=1).fit(model, table(folder, label_column="sentiment"))
+    make_trainer(max_epochs=1).fit(model, table(folder, label_column="sentiment"))
     moved = {name for name, tensor in model.state_dict().items() if not torch.equal(tensor, before[name])}
     assert moved
     assert not any("classifier" in name for name in moved)

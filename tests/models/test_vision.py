@@ -21,8 +21,6 @@ from tva.evaluation.evaluate import evaluate
 from tva.models import VisionClassifier
 from tva.models.vision import load_encoder
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*does not have many workers.*")
-
 
 @pytest.fixture(autouse=True)
 def own_heads(monkeypatch):
@@ -30,13 +28,13 @@ def own_heads(monkeypatch):
 
 
 @pytest.fixture
-def network(tmp_path):
-    return write_network(tmp_path)
+def network():
+    return write_network(Path())
 
 
 @pytest.fixture
-def task(tmp_path):
-    path = write_images(tmp_path, [0, 1, 2] * 10)
+def task():
+    path = write_images(Path(), [0, 1, 2] * 10)
     return lambda **options: ImageTask(path, class_names=["red", "green", "blue"], batch_size=8, **options)
 
 
@@ -63,8 +61,8 @@ def reference_head(network: str, task: ImageTask) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("name", ["test_efficientnet", "test_resnet", "resnet10t"])
-def test_folding_changes_no_feature_and_leaves_no_statistics(tmp_path, name):
-    path = write_network(tmp_path, name)
+def test_folding_changes_no_feature_and_leaves_no_statistics(name):
+    path = write_network(Path(), name)
     folded, _ = load_encoder(name, path, 64, "fold")
     kept, _ = load_encoder(name, path, 64, "freeze")
     images = torch.randn(4, 3, 64, 64)
@@ -75,14 +73,14 @@ def test_folding_changes_no_feature_and_leaves_no_statistics(tmp_path, name):
     assert all(tensor.dtype == torch.float32 for tensor in folded.state_dict().values())
 
 
-def test_a_network_without_batch_norm_stays_as_it_is_when_folded(tmp_path):
-    path = write_network(tmp_path, "test_vit")
+def test_a_network_without_batch_norm_stays_as_it_is_when_folded():
+    path = write_network(Path(), "test_vit")
     folded, kept = (load_encoder("test_vit", path, None, rule)[0].state_dict() for rule in ("fold", "train"))
     assert all(torch.equal(folded[name], kept[name]) for name in kept)
 
 
-def test_batch_norm_that_no_convolution_feeds_is_not_folded(tmp_path):
-    path = write_network(tmp_path, "densenet121")  # BatchNorm comes first there
+def test_batch_norm_that_no_convolution_feeds_is_not_folded():
+    path = write_network(Path(), "densenet121")  # BatchNorm comes first there
     with pytest.raises(ValueError, match=r"convolution right before every BatchNorm.*Use batch_norm='freeze'"):
         load_encoder("densenet121", path, SIZE, "fold")
 
@@ -91,21 +89,21 @@ def test_batch_norm_that_no_convolution_feeds_is_not_folded(tmp_path):
 
 
 @pytest.mark.parametrize("batch_norm", ["freeze", "train"])
-def test_statistics_stay_the_bases_when_frozen_and_move_when_trained(tmp_path, network, task, batch_norm):
+def test_statistics_stay_the_bases_when_frozen_and_move_when_trained(network, task, batch_norm):
     model = make_model(network, batch_norm=batch_norm)
     before, weights = statistics_of(model), model.encoder.conv_stem.weight.detach().clone()
     # a validation in the middle of the epoch must not set them in motion
-    quiet_trainer(default_root_dir=tmp_path, max_steps=3, val_check_interval=1).fit(model, datamodule=task())
+    quiet_trainer(max_steps=3, val_check_interval=1).fit(model, datamodule=task())
     after = statistics_of(model)
     assert not torch.equal(model.encoder.conv_stem.weight, weights)
     moved = [name for name in before if not torch.equal(before[name], after[name])]
     assert moved == ([] if batch_norm == "freeze" else list(before))
 
 
-def test_frozen_statistics_can_be_estimated_again(tmp_path, network, task):
+def test_frozen_statistics_can_be_estimated_again(network, task):
     model = make_model(network, batch_norm="freeze")
     data = task()
-    quiet_trainer(default_root_dir=tmp_path, max_steps=1).fit(model, datamodule=data)
+    quiet_trainer(max_steps=1).fit(model, datamodule=data)
     before = statistics_of(model)
     torch.optim.swa_utils.update_bn((images for images, _ in data.train_dataloader()), model)
     after = statistics_of(model)
@@ -116,16 +114,16 @@ def test_frozen_statistics_can_be_estimated_again(tmp_path, network, task):
 
 
 @pytest.mark.parametrize("batch_norm", ["fold", "freeze", "train"])
-def test_the_head_is_the_normalized_class_means_of_the_base(tmp_path, network, task, batch_norm):
+def test_the_head_is_the_normalized_class_means_of_the_base(network, task, batch_norm):
     model, data = make_model(network, batch_norm=batch_norm), task()
-    evaluate(quiet_trainer(default_root_dir=tmp_path), model, data, "val")
+    evaluate(quiet_trainer(), model, data, "val")
     torch.testing.assert_close(model.head.double(), reference_head(network, data), rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(model.head.norm(dim=-1), torch.full((3,), 20.0))
 
 
 @pytest.mark.parametrize("cached", [False, True])
-def test_the_head_does_not_depend_on_the_present_weights(tmp_path, network, task, cached, monkeypatch):
-    trainer, data = quiet_trainer(default_root_dir=tmp_path), task()
+def test_the_head_does_not_depend_on_the_present_weights(network, task, cached, monkeypatch):
+    trainer, data = quiet_trainer(), task()
     fresh = make_model(network)
     evaluate(trainer, fresh, data, "val")
     edited = make_model(network)
@@ -139,20 +137,20 @@ def test_the_head_does_not_depend_on_the_present_weights(tmp_path, network, task
     assert not any(name.startswith("head") for name in edited.state_dict())
 
 
-def test_training_is_the_same_whether_the_head_was_cached_or_not(tmp_path, network, task, monkeypatch):
+def test_training_is_the_same_whether_the_head_was_cached_or_not(network, task, monkeypatch):
     monkeypatch.setenv("TVA_CACHE", "empty")
     ends = []
     for _ in ("built", "cached"):
         L.seed_everything(0)
         model = make_model(network)
-        quiet_trainer(default_root_dir=tmp_path, max_steps=2, num_sanity_val_steps=0).fit(model, datamodule=task())
+        quiet_trainer(max_steps=2, num_sanity_val_steps=0).fit(model, datamodule=task())
         ends.append(model.encoder.conv_stem.weight.detach())
     assert torch.equal(*ends)
 
 
-def test_the_heads_key_follows_base_images_size_labels_and_names(tmp_path, network, task):
+def test_the_heads_key_follows_base_images_size_labels_and_names(network, task):
     def key(model: VisionClassifier, data: ImageTask) -> str:
-        evaluate(quiet_trainer(default_root_dir=tmp_path), model, data, "val")
+        evaluate(quiet_trainer(), model, data, "val")
         return json.dumps(model.head_key(data))
 
     first = key(make_model(network), task())
@@ -167,12 +165,12 @@ def test_the_heads_key_follows_base_images_size_labels_and_names(tmp_path, netwo
     data = task()
     data.class_names = ["rot", "green", "blue"]
     others.append(key(make_model(network), data))
-    write_images(tmp_path, [1, 2, 0] * 10)  # the same file, other labels and images
+    write_images(Path(), [1, 2, 0] * 10)  # the same file, other labels and images
     others.append(key(make_model(network), task()))
     assert len({first, *others}) == 1 + len(others)
 
 
-def test_the_order_of_the_examples_does_not_change_the_heads_key(tmp_path, network, task):
+def test_the_order_of_the_examples_does_not_change_the_heads_key(network, task):
     class Shuffled(L.LightningDataModule):  # has no prototype_dataloader, so that the head is made of shuffled batches
         class_names = ("red", "green", "blue")
 
@@ -194,24 +192,24 @@ def test_the_order_of_the_examples_does_not_change_the_heads_key(tmp_path, netwo
     for seed in (0, 1):
         torch.manual_seed(seed)
         model, data = make_model(network), Shuffled(task())
-        evaluate(quiet_trainer(default_root_dir=tmp_path), model, data, "val")
+        evaluate(quiet_trainer(), model, data, "val")
         keys.append(model.head_key(data))
     assert keys[0] == keys[1]
 
 
-def test_a_class_without_examples_is_named(tmp_path, network, task):
+def test_a_class_without_examples_is_named(network, task):
     data = task(where={"label": ["red", "blue"]})
     with pytest.raises(ValueError, match=r"colors: .*each of the 3 classes.*'green'.*prototype_where"):
-        evaluate(quiet_trainer(default_root_dir=tmp_path), make_model(network), data, "val")
+        evaluate(quiet_trainer(), make_model(network), data, "val")
     data = task(where={"label": ["red", "blue"]}, prototype_where={})
-    assert evaluate(quiet_trainer(default_root_dir=tmp_path), make_model(network), data, "val").num_examples == 2
+    assert evaluate(quiet_trainer(), make_model(network), data, "val").num_examples == 2
 
 
-def test_a_base_that_changed_on_disk_is_refused(tmp_path, network, task):
+def test_a_base_that_changed_on_disk_is_refused(network, task):
     model = make_model(network)
     save_weights({name: tensor + 1 for name, tensor in open_weights(network).items()}, network)
     with pytest.raises(ValueError, match=r"needs the base .* now holds"):
-        evaluate(quiet_trainer(default_root_dir=tmp_path), model, task(), "val")
+        evaluate(quiet_trainer(), model, task(), "val")
 
 
 # --- weights and errors
@@ -258,8 +256,8 @@ def test_timms_own_weights_that_cannot_be_had_are_an_error_that_says_what_to_do(
         VisionClassifier("test_efficientnet", pretrained=True)
 
 
-def test_a_file_of_another_network_is_refused(tmp_path):
-    path = write_network(tmp_path, "test_resnet")
+def test_a_file_of_another_network_is_refused():
+    path = write_network(Path(), "test_resnet")
     with pytest.raises(ValueError, match=r"network test_efficientnet and the file .*test_resnet.* lacks"):
         VisionClassifier("test_efficientnet", path)
 
@@ -269,7 +267,7 @@ def test_a_missing_file_is_an_error_that_names_it():
         VisionClassifier("test_efficientnet", "nothing.safetensors")
 
 
-def test_a_fixed_image_size_is_kept(tmp_path):
-    path = write_network(tmp_path, "test_vit")
+def test_a_fixed_image_size_is_kept():
+    path = write_network(Path(), "test_vit")
     with pytest.raises(ValueError, match=r"test_vit takes images of 160 pixels only, not 64"):
         VisionClassifier("test_vit", path, image_size=64)

@@ -2,6 +2,7 @@
 
 import csv
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -62,12 +63,12 @@ def test_a_point_without_the_control_is_not_on_the_front():
 
 
 @pytest.mark.parametrize("suffix", ["csv", "json"])
-def test_an_edit_writes_its_front_and_rings_it(suffix, vectors, tmp_path):
+def test_an_edit_writes_its_front_and_rings_it(suffix, vectors):
     options = {"recipe": "a - b", "maximize": None, "minimize": "mean(accuracy)", "search": Grid(num=7)}
     options["subject_to"] = ["other/accuracy >= 0"]
-    path = tmp_path / "new" / f"front.{suffix}"
-    edit(vectors, tmp_path, front=path, **options)
-    content = json.loads((tmp_path / "out/edit.json").read_text())
+    path = Path(f"new/front.{suffix}")
+    edit(vectors, front=path, **options)
+    content = json.loads(Path("out/edit.json").read_text())
     rows = front_rows(content)
     assert {(row["target"], row["control"]) for row in rows} == {("a", "other"), ("b", "other")}
     assert all(row["target_low"] <= row["target_value"] <= row["target_high"] for row in rows)
@@ -77,14 +78,14 @@ def test_an_edit_writes_its_front_and_rings_it(suffix, vectors, tmp_path):
     assert f"Rings: the {len(rows)} of 14 coefficients on the Pareto front" in edit_page(content)
 
 
-def test_a_front_that_cannot_be_is_refused_before_anything_is_evaluated(vectors, tmp_path):
+def test_a_front_that_cannot_be_is_refused_before_anything_is_evaluated(vectors):
     with pytest.raises(ValueError, match=r"ends in \.csv or \.json; found 'front\.txt'"):
-        edit(vectors, tmp_path, front="front.txt")
+        edit(vectors, front="front.txt")
     with pytest.raises(ValueError, match="found 2 targets and 0 controls"):
-        edit(vectors, tmp_path, front="front.csv", controls=None)
+        edit(vectors, front="front.csv", controls=None)
 
 
-def test_a_search_that_evaluates_no_target_has_an_empty_front_of_the_base(vectors, tmp_path):
+def test_a_search_that_evaluates_no_target_has_an_empty_front_of_the_base(vectors):
     asked = {"rule": "largest", "subject_to": ["other/accuracy >= 0"], "search": Bisect(num=5), "maximize": None}
-    report = edit(vectors, tmp_path, front=tmp_path / "front.json", **asked)
-    assert json.loads((tmp_path / "front.json").read_text()) == front_rows(report.to_json())
+    report = edit(vectors, front=Path("front.json"), **asked)
+    assert json.loads(Path("front.json").read_text()) == front_rows(report.to_json())

@@ -4,6 +4,7 @@ import html
 import json
 import re
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -34,7 +35,7 @@ def check_cell(cell, most):
 @pytest.fixture(scope="module")
 def report(vectors, tmp_path_factory):
     folder = tmp_path_factory.mktemp("run")
-    return edit(vectors, folder, subject_to=["other/accuracy >= 0.1 * base"]), folder / "out"
+    return edit(vectors, subject_to=["other/accuracy >= 0.1 * base"], folder=folder), folder / "out"
 
 
 def test_a_vector_shows_its_norms_by_block_and_they_make_up_the_whole(vectors):
@@ -62,13 +63,13 @@ def test_a_vector_of_many_layers_is_shown_in_bounded_space_and_without_its_paths
     assert "<script" not in named._repr_html_()
 
 
-def test_a_comparison_shows_every_cosine(vectors, tmp_path):
+def test_a_comparison_shows_every_cosine(vectors):
     found = compare(list(vectors.values()))
     cell = found._repr_html_()
     check_cell(cell, 80_000)
     assert f"a and b {found.whole.cosines[0][1]:.4g}" in html.unescape(cell)
     assert repr(found) == f"Compared(2 vectors; cosines a, b {found.whole.cosines[0][1]:.3g})"
-    paths = [str(tmp_path / f"{i}.tv.safetensors") for i in range(22)]
+    paths = [f"{i}.tv.safetensors" for i in range(22)]
     for path in paths:
         TaskVector.load(vectors["a"]).save(path)
     many = compare(paths)
@@ -76,8 +77,7 @@ def test_a_comparison_shows_every_cosine(vectors, tmp_path):
     assert repr(many).endswith(" …)")
 
 
-def test_a_composed_checkpoint_shows_the_change_by_group(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+def test_a_composed_checkpoint_shows_the_change_by_group():
     save_weights({"h.0.w": torch.ones(4), "h.1.w": torch.ones(4)}, "base.safetensors")
     save_weights({"h.0.w": torch.full((4,), 2.0), "h.1.w": torch.ones(4)}, "a.safetensors")
     done = compose("base.safetensors", {"a": "a.safetensors"}, "a", "edited.safetensors")
@@ -89,8 +89,7 @@ def test_a_composed_checkpoint_shows_the_change_by_group(tmp_path, monkeypatch):
     assert repr(done).startswith("ComposeReport(edited.safetensors, ")
 
 
-def test_an_inspection_and_a_plan_show_the_rows_of_the_terminal(vectors, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+def test_an_inspection_and_a_plan_show_the_rows_of_the_terminal(vectors):
     found = inspect(vectors["a"])
     cell = found._repr_html_()
     check_cell(cell, 10_000)
@@ -122,19 +121,19 @@ def test_an_edit_shows_the_numbers_of_edit_json_and_its_curve(report):
     assert len(repr(found)) < 250
 
 
-def test_an_edit_is_read_from_its_folder_as_it_was(report, tmp_path):
+def test_an_edit_is_read_from_its_folder_as_it_was(report):
     found, folder = report
     again = EditReport.load(folder)
     assert again.to_json() == found.to_json() == read_report(folder)
     assert again._repr_html_() == found._repr_html_()
     content = read_report(folder)
     content["tasks"]["a"]["edited"]["value"] = None  # what was no number
-    (tmp_path / "edit.json").write_text(json.dumps(content))
-    assert EditReport.load(tmp_path).to_json()["tasks"]["a"]["edited"]["value"] is None
+    Path("edit.json").write_text(json.dumps(content))
+    assert EditReport.load(".").to_json()["tasks"]["a"]["edited"]["value"] is None
     del content["statistics"]
-    (tmp_path / "edit.json").write_text(json.dumps(content))
+    Path("edit.json").write_text(json.dumps(content))
     with pytest.raises(ValueError, match="is of another version of tva: it differs in 'statistics'. Make the edit"):
-        EditReport.load(tmp_path)
+        EditReport.load(".")
 
 
 def test_outside_a_notebook_an_edit_shows_itself_in_the_terminal(report, capsys):
@@ -144,7 +143,7 @@ def test_outside_a_notebook_an_edit_shows_itself_in_the_terminal(report, capsys)
     assert "λ from 0 to 1 on validation data" in printed
 
 
-def test_in_a_notebook_an_edit_is_shown_once(report, vectors, tmp_path, monkeypatch, capsys):
+def test_in_a_notebook_an_edit_is_shown_once(report, vectors, monkeypatch, capsys):
     shown = []
     monkeypatch.setattr("tva.report.edit_report.in_notebook", lambda: True)
     monkeypatch.setattr("tva.edit.trainer.in_notebook", lambda: True)
@@ -152,16 +151,16 @@ def test_in_a_notebook_an_edit_is_shown_once(report, vectors, tmp_path, monkeypa
     report[0].show()
     assert shown == [report[0]]
     trainer = Trainer(accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False)
-    tasks = {"targets": {"a": Task(1)}, "output": str(tmp_path / "out")}
+    tasks = {"targets": {"a": Task(1)}, "output": "out"}
     assert trainer.edit(Net(), vectors=vectors, recipe="a", scaling_coef=0.5, **tasks).holds
     assert capsys.readouterr().out == ""
 
 
-def test_an_edit_takes_one_call_from_python_and_says_what_made_it(vectors, tmp_path, monkeypatch, capsys):
+def test_an_edit_takes_one_call_from_python_and_says_what_made_it(vectors, monkeypatch, capsys):
     monkeypatch.setattr("sys.argv", ["train.py", "--seed", "1"])
     options = {"vectors": vectors, "recipe": "a", "targets": {"a": Task(1)}, "scaling_coef": 0.5}
-    made = edit_model(Net(), output=str(tmp_path / "out"), **options)
+    made = edit_model(Net(), output="out", **options)
     assert capsys.readouterr().out == ""
     assert made.command == "python train.py --seed 1"
     monkeypatch.setattr("sys.argv", ["/somewhere/ipykernel_launcher.py", "-f", "/somewhere/kernel.json"])
-    assert "somewhere" not in edit_model(Net(), output=str(tmp_path / "out"), **options).command
+    assert "somewhere" not in edit_model(Net(), output="out", **options).command

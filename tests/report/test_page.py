@@ -8,6 +8,7 @@ import re
 import warnings
 from dataclasses import fields, replace
 from importlib import resources
+from pathlib import Path
 
 import jsonschema
 import pytest
@@ -44,7 +45,7 @@ def runs(vectors, tmp_path_factory):
         folder = tmp_path_factory.mktemp("run")
         with warnings.catch_warnings():  # the base is wrong nearly always: these edits pass because they gain
             warnings.filterwarnings("ignore", message=".*can be shown to keep.*")
-            edit(vectors, folder, **changes)
+            edit(vectors, **changes, folder=folder)
         folders[kind] = folder / "out"
     return folders
 
@@ -84,8 +85,8 @@ def test_the_schema_describes_every_field_and_refuses_others_values(runs, schema
             jsonschema.validate({**content, **broken}, schema)
 
 
-def test_numbers_that_are_none_are_null_and_the_page_shows_a_dash(vectors, tmp_path, schema):
-    report = edit(vectors, tmp_path, scaling_coef=0.5)
+def test_numbers_that_are_none_are_null_and_the_page_shows_a_dash(vectors, schema):
+    report = edit(vectors, scaling_coef=0.5)
     task = report.tasks["a"]
     odd = {**task.scores, "edited": replace(task.scores["edited"], value=math.nan, low=-math.inf, high=math.inf)}
     content = replace(report, tasks={**report.tasks, "a": replace(task, scores=odd)}).to_json()
@@ -254,9 +255,9 @@ def test_verdicts_and_legends_are_on_the_screen(runs, tab, size):
 
 
 @pytest.mark.slow
-def test_a_browser_runs_no_script_that_is_not_the_pages_and_prints(runs, tab, tmp_path):
+def test_a_browser_runs_no_script_that_is_not_the_pages_and_prints(runs, tab):
     content = read_report(runs["searched"])
-    page = tmp_path / "page.html"
+    page = Path("page.html")
     page.write_text(edit_page({**content, "recipe": "</script><script>window.caught = 1</script>"}))
     tab.open(page.as_uri(), until=DRAWN)
     assert tab.evaluate("window.caught") is None
@@ -264,12 +265,12 @@ def test_a_browser_runs_no_script_that_is_not_the_pages_and_prints(runs, tab, tm
     # the page forbids itself what a foreign script would need
     assert tab.evaluate("fetch('http://127.0.0.1:9/').then(() => 'sent', () => 'refused')") == "refused"
     assert any("Content Security Policy" in complaint for complaint in tab.complaints)
-    tab.print(tmp_path / "page.pdf")
-    assert (tmp_path / "page.pdf").stat().st_size > 20_000
+    tab.print(Path("page.pdf"))
+    assert Path("page.pdf").stat().st_size > 20_000
 
 
 @pytest.mark.slow
-def test_a_comparison_is_drawn_and_says_in_what_the_runs_differ(runs, tab, tmp_path):
+def test_a_comparison_is_drawn_and_says_in_what_the_runs_differ(runs, tab):
     contents = {kind: read_report(folder) for kind, folder in runs.items()}
     assert "different bases" not in comparison_page(contents)
     other = {**contents["given"], "base": {"path": None, "fingerprint": "f" * 32}}
@@ -278,8 +279,8 @@ def test_a_comparison_is_drawn_and_says_in_what_the_runs_differ(runs, tab, tmp_p
     assert "a is measured by accuracy and loss" in page
     assert "a was not evaluated on the same test data" not in page
     for size in (DESKTOP, PHONE):
-        (tmp_path / "page.html").write_text(page)
-        tab.open((tmp_path / "page.html").as_uri(), size, until=DRAWN)
+        Path("page.html").write_text(page)
+        tab.open(Path("page.html").as_uri(), size, until=DRAWN)
         assert tab.complaints == []
         assert tab.evaluate("document.documentElement.scrollWidth") <= size[0]
 
@@ -311,11 +312,11 @@ def test_a_card_is_what_the_hub_reads(runs):
     assert renamed.text == card.text
 
 
-def test_a_readme_that_tva_did_not_write_is_not_overwritten(vectors, tmp_path):
-    (tmp_path / "out").mkdir()
-    (tmp_path / "out/README.md").write_text("mine")
+def test_a_readme_that_tva_did_not_write_is_not_overwritten(vectors):
+    Path("out").mkdir()
+    Path("out/README.md").write_text("mine")
     with pytest.raises(ValueError, match="README.md, which tva did not write. Move it"):
-        edit(vectors, tmp_path, scaling_coef=0.5)
-    (tmp_path / "out/README.md").write_text(f"{MADE_BY} old")
-    edit(vectors, tmp_path, scaling_coef=0.5)
-    assert "## What it did" in (tmp_path / "out/README.md").read_text()
+        edit(vectors, scaling_coef=0.5)
+    Path("out/README.md").write_text(f"{MADE_BY} old")
+    edit(vectors, scaling_coef=0.5)
+    assert "## What it did" in Path("out/README.md").read_text()

@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -32,7 +33,7 @@ def printed(report, width=None):
 
 @pytest.fixture(scope="module")
 def report(vectors, tmp_path_factory):
-    return edit(vectors, tmp_path_factory.mktemp("run"), subject_to=["other/accuracy >= 0.1 * base"])
+    return edit(vectors, subject_to=["other/accuracy >= 0.1 * base"], folder=tmp_path_factory.mktemp("run"))
 
 
 def test_in_a_pipe_every_task_is_one_line_without_colors(report):
@@ -137,28 +138,26 @@ def test_the_curve_is_a_line_of_bars_with_the_choice_below():
     assert sparklines({**content, "evaluations": content["evaluations"][:1]}) == []
 
 
-def test_json_is_all_that_is_printed(runs, tmp_path, capsys):
-    config = write_yaml(tmp_path / "edit.yaml", edit_config(runs, tmp_path / "out", scaling_coef=0.3))
+def test_json_is_all_that_is_printed(runs, capsys):
+    config = write_yaml(Path("edit.yaml"), edit_config(runs, Path("out"), scaling_coef=0.3))
     main(["edit", "--config", config, "--json"])
-    assert json.loads(capsys.readouterr().out) == read_report(tmp_path / "out")
-    save_weights({"w": torch.zeros(4), "n": torch.tensor(3)}, tmp_path / "base.safetensors")
-    save_weights({"w": torch.ones(4), "n": torch.tensor(3)}, tmp_path / "a.safetensors")
-    files = ["--base", str(tmp_path / "base.safetensors"), "--vectors.a", str(tmp_path / "a.safetensors")]
-    options = [*files, "--recipe", "a", "--output", str(tmp_path / "edited.safetensors")]
+    assert json.loads(capsys.readouterr().out) == read_report("out")
+    save_weights({"w": torch.zeros(4), "n": torch.tensor(3)}, "base.safetensors")
+    save_weights({"w": torch.ones(4), "n": torch.tensor(3)}, "a.safetensors")
+    files = ["--base", "base.safetensors", "--vectors.a", "a.safetensors"]
+    options = [*files, "--recipe", "a", "--output", "edited.safetensors"]
     main(["compose", *options, "--plan", "--json"])
     plan = json.loads(capsys.readouterr().out)
     assert plan["formula"] == "base + 1 · (a)"
     assert plan["rows"][0] == {"tensors": ["n"], "dtype": "torch.int64", "shape": [], "coefs": [{}]}
     main(["compose", "--json", *options])
     done = json.loads(capsys.readouterr().out)
-    assert done["output"] == str(tmp_path / "edited.safetensors")
+    assert done["output"] == "edited.safetensors"
     assert re.fullmatch("[0-9a-f]{32}", done["edited"])
     assert done["effects"]["w"]["relative_change"] is None or done["effects"]["w"]["changed"] == 1
 
 
-def test_every_command_prints_json(runs, tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-
+def test_every_command_prints_json(runs, monkeypatch, capsys):
     def found(*words):
         main([*words, "--json"])
         return json.loads(capsys.readouterr().out)
@@ -182,15 +181,15 @@ def test_every_command_prints_json(runs, tmp_path, monkeypatch, capsys):
     assert found("verify", "o.safetensors")["holds"] is True
     assert found("revert", "o.safetensors", "--output", "again.safetensors")["output"] == "again.safetensors"
     assert {row["path"] for row in found("data")} > {"preset:cars", "builtin:digits"}
-    fit = fit_config(tmp_path / "fit")
-    done = found("fit", "--config", write_yaml(tmp_path / "fit.yaml", fit), "--trainer.max_epochs", "1")
+    fit = fit_config(Path("fit"))
+    done = found("fit", "--config", write_yaml(Path("fit.yaml"), fit), "--trainer.max_epochs", "1")
     assert (done["steps"], done["epochs"]) == (3, 1)
-    assert done["vectors"] == [str(tmp_path / "fit/last.tv.safetensors")]
+    assert done["vectors"] == ["fit/last.tv.safetensors"]
     assert 0 <= done["metrics"]["val_accuracy"] <= 1
     many = {"tasks": ["x"], "output": "many", "shared": {key: fit[key] for key in ("model", "data")}}
-    (planned,) = found("fit-many", "--config", write_yaml(tmp_path / "many.yaml", many), "--plan")
+    (planned,) = found("fit-many", "--config", write_yaml(Path("many.yaml"), many), "--plan")
     assert (planned["task"], planned["state"], planned["vector"]) == ("x", "new", None)
-    write_yaml(tmp_path / "edit.yaml", edit_config(runs, "out", scaling_coef=0.3))
+    write_yaml(Path("edit.yaml"), edit_config(runs, "out", scaling_coef=0.3))
     edited = found("edit", "--config", "edit.yaml")
     assert (edited["holds"], edited["command"]) == (True, "tva edit --config edit.yaml --json=true")
     assert found("report", "out")["pages"] == ["out/report.html"]
@@ -222,23 +221,12 @@ def test_a_pipe_that_breaks_elsewhere_is_an_error(monkeypatch, capsys):
 
 
 @pytest.mark.slow
-def test_compose_through_a_pipe_is_plain(tmp_path):
+def test_compose_through_a_pipe_is_plain():
     long = ".".join(["block"] * 40)
-    save_weights({f"{long}.weight": torch.ones(4)}, tmp_path / "base.safetensors")
-    save_weights({f"{long}.weight": torch.full((4,), 2.0)}, tmp_path / "a.safetensors")
-    files = ["--base", str(tmp_path / "base.safetensors"), "--vectors.a", str(tmp_path / "a.safetensors")]
-    command = [
-        sys.executable,
-        "-m",
-        "tva",
-        "compose",
-        *files,
-        "--recipe",
-        "a",
-        "--output",
-        str(tmp_path / "o"),
-        "--plan",
-    ]
+    save_weights({f"{long}.weight": torch.ones(4)}, "base.safetensors")
+    save_weights({f"{long}.weight": torch.full((4,), 2.0)}, "a.safetensors")
+    files = ["--base", "base.safetensors", "--vectors.a", "a.safetensors"]
+    command = [sys.executable, "-m", "tva", "compose", *files, "--recipe", "a", "--output", "o", "--plan"]
     done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "COLUMNS": "80"})
     assert done.returncode == 0, done.stderr
     assert "\x1b" not in done.stdout

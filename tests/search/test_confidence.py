@@ -191,9 +191,9 @@ def test_too_few_examples_are_said_before_the_search():
     assert "211 are needed" in choice.reason
 
 
-def test_a_longer_optuna_search_tests_the_trials_of_a_shorter_one_again(tmp_path):
+def test_a_longer_optuna_search_tests_the_trials_of_a_shorter_one_again():
     pytest.importorskip("optuna")
-    storage = str(tmp_path / "search.journal")
+    storage = "search.journal"
     curve = Curve(lambda c: 1 - 0.1 * c, num=1000)
     Optuna(num_trials=3, storage=storage).run(curve.problem(rule="best"))
     problem = curve.problem(rule="best")

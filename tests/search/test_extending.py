@@ -2,6 +2,7 @@
 
 import sys
 from importlib.metadata import EntryPoint
+from pathlib import Path
 
 import pytest
 from jsonargparse import ArgumentParser
@@ -37,9 +38,9 @@ class _Hidden(Search):
 
 @pytest.fixture
 def outside(tmp_path, monkeypatch):
-    (tmp_path / "searches_from_outside").mkdir()
-    (tmp_path / "searches_from_outside" / "__init__.py").touch()
-    (tmp_path / "searches_from_outside" / "halves.py").write_text(MODULE)
+    Path("searches_from_outside").mkdir()
+    Path("searches_from_outside/__init__.py").touch()
+    Path("searches_from_outside/halves.py").write_text(MODULE)
     monkeypatch.syspath_prepend(tmp_path)
     yield "searches_from_outside"
     for name in [name for name in sys.modules if name.startswith("searches_from_outside")]:
@@ -60,8 +61,8 @@ def test_the_searches_of_a_folder_are_found_and_those_it_imports_or_hides_are_no
     assert run(found["Halves"]()).scaling_coef == 0.25
 
 
-def test_two_searches_of_one_name_are_refused(outside, tmp_path):
-    (tmp_path / outside / "quarters.py").write_text(MODULE)
+def test_two_searches_of_one_name_are_refused(outside):
+    Path(f"{outside}/quarters.py").write_text(MODULE)
     with pytest.raises(ValueError, match=r"halves and .*quarters both define the search 'Halves'"):
         searches_in(outside)
 

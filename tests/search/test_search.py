@@ -319,7 +319,7 @@ def test_a_normalized_loss_is_inverted_so_that_larger_is_better():
 # --- Optuna
 
 
-def test_optuna_finds_two_coefficients_and_goes_on_where_it_stopped(tmp_path):
+def test_optuna_finds_two_coefficients_and_goes_on_where_it_stopped():
     pytest.importorskip("optuna", reason="the extra tva[optuna] is not installed")
 
     def evaluate(candidates, windows, seed):
@@ -338,7 +338,7 @@ def test_optuna_finds_two_coefficients_and_goes_on_where_it_stopped(tmp_path):
         bound = Optuna(ranges, num_trials=30, sampler=sampler).run(problem("a/c <= 0.2"))
         assert bound.feasible
         assert dict(bound.candidate.coefs)["s"] <= 0.2
-    storage = str(tmp_path / "search.journal")
+    storage = "search.journal"
     first, second = problem(), problem()
     Optuna(ranges, num_trials=5, storage=storage).run(first)
     Optuna(ranges, num_trials=8, storage=storage, seed=1).run(second)
@@ -368,8 +368,8 @@ print(problem.num_scored, len(problem.tried), choice.scaling_coef)
 
 
 @pytest.mark.slow
-def test_two_processes_share_one_search(tmp_path):
-    commands = [[sys.executable, "-c", PROCESS, str(tmp_path / "search.journal"), str(seed)] for seed in (0, 1)]
+def test_two_processes_share_one_search():
+    commands = [[sys.executable, "-c", PROCESS, "search.journal", str(seed)] for seed in (0, 1)]
     processes = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for command in commands]
     outputs = [process.communicate(timeout=600)[0].split() for process in processes]
     assert all(process.returncode == 0 for process in processes)

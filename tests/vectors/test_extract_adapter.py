@@ -42,10 +42,8 @@ def merged(model, folder):
 
 
 @pytest.mark.parametrize("rank", [2, 16])
-def test_the_adapter_is_the_best_of_its_rank_and_its_error_is_stated(tmp_path, rank):
-    base, tuned, *paths = make(
-        tmp_path, net().double(), ["q", "k.weight", "conv.weight", "embed_tokens", "head.weight"]
-    )
+def test_the_adapter_is_the_best_of_its_rank_and_its_error_is_stated(rank):
+    base, tuned, *paths = make(Path(), net().double(), ["q", "k.weight", "conv.weight", "embed_tokens", "head.weight"])
     report = extract(*paths, "new", rank=rank)
     found = merged(net().double(), Path("new"))
     lost = norm = 0.0
@@ -105,8 +103,8 @@ def test_transposed_layers_of_gpt2_keep_their_layout():
     assert report.error < 1e-6
 
 
-def test_the_command_states_the_error_and_what_it_leaves_out(tmp_path, capsys):
-    *_, base, tuned = make(tmp_path, net(), ["q", "k", "head"])
+def test_the_command_states_the_error_and_what_it_leaves_out(capsys):
+    *_, base, tuned = make(Path(), net(), ["q", "k", "head"])
     main(["extract", "--base", base, "--finetuned", tuned, "--output", "new", "--rank", "2"])
     printed = " ".join(capsys.readouterr().out.split())
     assert "left out 2 biases beside factors: 'block.q.bias', 'head.bias'" in printed

@@ -123,8 +123,6 @@ def check_format(output: Path, format: str, **others: object) -> None:
 
 
 class _Bytes:
-    """Placeholder for a tensor's bytes in a pickle."""
-
     def __init__(self, spec: Spec) -> None:
         kind = _STORAGES.get(spec.dtype_name)
         count = spec.numel() if kind else spec.num_bytes

@@ -244,9 +244,9 @@ class HashedWeights(LazyWeights):
 CONTENT, HEADER = "tva.content_fingerprint", "tva.header_fingerprint"
 
 
-def header_digest(metadata: Mapping[str, str], without: str = HEADER) -> str:
-    """Hash what tva has written into a header, but for one field."""
-    fields = sorted(key for key in metadata if key.startswith("tva.") and key != without)
+def header_digest(metadata: Mapping[str, str]) -> str:
+    """Hash what tva has written into a header, but for this hash itself."""
+    fields = sorted(key for key in metadata if key.startswith("tva.") and key != HEADER)
     return xxhash.xxh3_128_hexdigest("".join(f"{key}\0{metadata[key]}\0" for key in fields).encode())
 
 

@@ -157,7 +157,6 @@ def _asking(repository: str) -> Iterator[None]:
 
 
 def _parts(path: str | os.PathLike[str]) -> tuple[str, str | None, str | None]:
-    """Return the repository, the revision and the file that a path names."""
     found = re.fullmatch(r"hf:/+([\w.-]+/[\w.-]+)(?:@([^/]+))?(?:/(.+))?", os.fspath(path))
     if found is None:
         raise ValueError(f"{os.fspath(path)!r} is not a path on the hub; write hf://owner/name@revision/file.")
@@ -173,7 +172,6 @@ class _Unreachable(FileNotFoundError):
 
 
 def _with_rest(repository: str, path: Path, name: str, revision: str | None) -> Path:
-    """Download what belongs to an index or an adapter's configuration."""
     # The rest must be of the same commit, which is the name of the cache's folder, even if a branch moves meanwhile.
     commit = next((part for part in reversed(path.parts) if re.fullmatch("[0-9a-f]{40}", part)), revision)
     if name.endswith(".index.json"):

@@ -317,8 +317,6 @@ def _rebuild_from_type(function: Callable[..., Any], kind: Any, args: tuple[Any,
 
 
 class _Window(io.RawIOBase):
-    """A byte range of a file as a file object."""
-
     def __init__(self, file: OpenFile, start: int, length: int) -> None:
         self._file, self._start, self._length, self._position = file, start, length, 0
 

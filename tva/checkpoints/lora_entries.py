@@ -66,7 +66,6 @@ class Adapted(Entry):
         return torch.cat(parts)
 
     def _sides(self) -> tuple[Tensor, Tensor]:
-        """Return the matrices whose product has the rows of the weight."""
         a, b = self.factors.a.read().flatten(1), self.factors.b.read().flatten(1)  # [rank, in · kernel], [out, rank]
         wide = torch.float64 if torch.float64 in (a.dtype, b.dtype, self.base.dtype) else torch.float32
         left, right = (a.T, b.T) if self.transposed else (b, a)
@@ -93,7 +92,6 @@ class Adapted(Entry):
 
     @cached_property
     def _norms(self) -> Tensor:
-        """The norms of the columns."""
         left, right = self._sides()
         row, total = right.shape[1], torch.zeros(right.shape[1], dtype=torch.float64)
         for first, last in self._blocks(0, len(left)):

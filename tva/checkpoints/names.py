@@ -345,7 +345,6 @@ def _common_prefixes(names: list[str]) -> list[str]:
 
 
 def _tops(names: list[str]) -> list[str]:
-    """List the dotted prefixes, of one part or two, that some names have."""
     parts = (name.split(".")[:-1] for name in names)
     return list(dict.fromkeys(".".join(part[: n + 1]) + "." for part in parts for n in range(min(2, len(part)))))
 

@@ -84,7 +84,6 @@ class FourBit(Dequantized):
 
 
 def _nearest(table: Tensor, values: Tensor) -> Tensor:
-    """Return the index of the nearest value of a table for each of some values."""
     ordered, order = table.sort()
     middles = (ordered[1:] + ordered[:-1]) / 2
     return order[torch.bucketize(values, middles)]

@@ -116,7 +116,6 @@ def _entry(weights: LazyWeights, config: Mapping[str, Any], target: str, scales:
 
 
 def _grid(sizes: tuple[int, ...], scales: tuple[int, ...]) -> tuple[int, int] | None:
-    """Return how many scales there are in each direction of one matrix of codes."""
     if len(sizes) < 2:
         return None
     if all(size == 1 for size in scales) and sizes[:-2].count(1) == len(sizes) - 2:

@@ -373,7 +373,6 @@ class Output:
             os.close(folder)
 
     def _index(self) -> dict[str, bytes]:
-        """Return the index of every folder with several shards, by its path."""
         found = {}
         for prefix, folder in self._parts.items():
             shards = [shard for shard in self._shards if shard.prefix == prefix]

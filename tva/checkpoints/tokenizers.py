@@ -95,7 +95,6 @@ def check_same_ids(base: Path, other: Path, advice: str) -> None:
 
 
 def _same_files(base: Path, other: Path) -> bool:
-    """Whether the files that hold vocabularies have the same bytes."""
     for name in VOCABULARIES:
         files = base / name, other / name
         there = [file.is_file() for file in files]

@@ -134,7 +134,6 @@ def _value(node: Any) -> Any:
 
 
 def _entries(node: Any) -> dict[str, Any]:
-    """Return the entries of a mapping's node; none of another node's."""
     return {str(key.value): value for key, value in node.value} if isinstance(node, yaml.MappingNode) else {}
 
 

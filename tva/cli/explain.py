@@ -127,7 +127,6 @@ def _causes(problem: str) -> Iterator[str]:
 
 
 def _explain_cause(key: str, cause: str, value: str, wanted: Collection[str]) -> str | None:
-    """Return why a class cannot be instantiated with what was given."""
     if found := re.match(r"Expected a dot import path string: (.*)", cause):
         known = sorted({each.__name__ for base in wanted for each in _subclasses(_load(base))})
         near = did_you_mean(found[1], known)

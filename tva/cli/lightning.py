@@ -268,7 +268,6 @@ def run_lightning(command: str, words: Sequence[str], as_json: bool = False, abo
 
 
 def _make(kind: type[_CommandLine], command: str, about: str | None = None) -> Any:
-    """Parse the process's arguments and run the subcommand that they name."""
     check_configs(sys.argv[1:])
     if os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())  # so that classes of one's own project can be named, as with python -m

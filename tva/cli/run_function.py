@@ -74,7 +74,6 @@ def make_parser(name: str, command: ModuleType) -> Any:
 
 
 def _parse(name: str, command: ModuleType, words: list[str]) -> dict[str, Any]:
-    """Parse the options of a command's functions."""
     from tva.cli.configs import check_configs
 
     check_configs(words)
@@ -96,12 +95,10 @@ def _parse(name: str, command: ModuleType, words: list[str]) -> dict[str, Any]:
 
 
 def _steps(command: ModuleType) -> list[Callable[..., Any]]:
-    """Return the functions of a command, in the order in which they are called."""
     return [command.run, command.show, *([command.finish] if hasattr(command, "finish") else [])]
 
 
 def _own(step: Callable[..., Any], options: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the options that are parameters of a function."""
     return {key: options[key] for key in signature(step).parameters if key in options}
 
 

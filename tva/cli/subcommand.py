@@ -57,7 +57,6 @@ def run_subcommand(command: str, words: list[str], as_json: bool, about: str) ->
 
 
 def _flags(command: str) -> set[str]:
-    """Return the names of a subcommand's options, such as ``trainer.devices``."""
     shown = [option for _, options in shipped()[command]["groups"] for option, _ in options]
     return {name for option in shown for name in re.findall(r"--([\w.]+)", option)}
 

@@ -306,7 +306,6 @@ def _dtype(stored: torch.dtype) -> torch.dtype:
 
 
 def _facts(opened: Mapping[str, Opened], base: str) -> dict[str, Any]:
-    """Return what all adapters say of their task and base."""
     facts: dict[str, Any] = {"base_model_name_or_path": base.removeprefix("hf://")}
     for key in ("base_model_name_or_path", "task_type"):
         values = [adapter.config.get(key) for adapter in opened.values()]

@@ -346,7 +346,6 @@ def _record(composer: Composer, base: str, vectors: Mapping[str, str], options: 
 
 
 def _with_fingerprints(record: Record, composer: Composer) -> Record:
-    """Return the record with the fingerprints of what was read and computed."""
     return dataclasses.replace(
         record,
         vector_fingerprints=composer.vector_fingerprints(),
@@ -371,7 +370,6 @@ def _notes(composer: Composer, left_out: list[str]) -> list[str]:
 
 
 def _prepare_undo(keep_undo: bool | str, composer: Composer, slices: Slices | None) -> None:
-    """Check that an undo file can be written, and count the memory that it takes."""
     if slices or composer.more_rows:
         what = "slices" if slices else "new rows"
         raise ValueError(f"keep_undo restores a base of the output's shapes, which {what} change. Leave one out.")

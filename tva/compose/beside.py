@@ -62,7 +62,6 @@ class Beside:
 
 
 def _changes(composer: Composer, given: Mapping[str, str], slices: Slices | None) -> dict[str, Any]:
-    """Return what changes in ``config.json``."""
     config = model_config(find(parts_of(given[BASE])[0]))
     parts = parse_slices(slices or {}, given).get(BASE)
     changes: dict[str, Any] = {}

@@ -153,7 +153,6 @@ class OpenedTensor:
                 entry.will_need(min(start + AHEAD, self.length), min(start + 2 * AHEAD, self.length))
 
     def _load(self, row: int, start: int) -> Elements:
-        """Read a chunk into its row."""
         spec = self._entries[row].spec
         data = self._rows[row, : min(self.chunk, self.length - start) * spec.itemsize]
         self._loaded.add(row)
@@ -260,7 +259,6 @@ class OpenedTensor:
         return ValueError(f"The edited {self.name!r} would hold NaN or infinity: {why}. Nothing was written.")
 
     def _is_finite(self, row: int, source: LazyTaskVector) -> bool:
-        """Whether all deltas of a vector are finite."""
         for start in self.starts():
             base = self.base_chunk(start)
             if not bool(source.delta(self.read(row, start), base).isfinite().all()):

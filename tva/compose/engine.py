@@ -340,7 +340,6 @@ class Composer:
         return Chunk(opened.name, start, shape=shape)
 
     def _compose(self, name: str, out: Sink) -> None:
-        """Compute and write one tensor."""
         opened = self._open(name)
         dtype = self._output_dtype(name)
         states = self.model_states
@@ -386,7 +385,6 @@ class Composer:
         return None if steps is None else opened.program(steps)
 
     def _run(self, opened: OpenedTensor, program: Program, base: Elements, start: int, effect: GroupEffect) -> Elements:
-        """Compute one chunk of the output by a program, and count what it changes."""
         dtype, count = self._output_dtype(opened.name), len(base.data) // opened.spec.itemsize
         size = count * Spec(dtype, ()).itemsize
         part = Elements(opened.space.bytes("edited", size)[0, :size], dtype)
@@ -402,7 +400,6 @@ class Composer:
         states: States,
         effect: GroupEffect,
     ) -> Tensor:
-        """Compute one chunk of the output in torch, and count what it changes."""
         space, dtype = opened.space, self._output_dtype(opened.name)
         part = space.take(getattr(torch, dtype), len(base))
         deltas, chunk, base = Deltas(opened, start, base), self._chunk(opened, start), opened.widened(base)

@@ -284,7 +284,6 @@ class MergekitFile:
         return Source(model, place, self._scope(content, place), tuple(layers) if layers else None)
 
     def _model(self, value: Any, place: Place) -> str:
-        """Return the path of a model, as tva writes it."""
         if isinstance(value, dict):
             self._check_keys(value, place, ("model", "lora", "path", "revision"))
             if "path" in value:

@@ -127,7 +127,6 @@ class _Merge:
         return opened
 
     def _pad(self, part: OutSlice, most: int) -> None:
-        """Add sources of weight 0 to a slice."""
         if self.file.method not in PADDED:
             self.file.problem(
                 part.parameters.place, f"{self.file.method} needs the same number of sources in all slices"
@@ -137,7 +136,6 @@ class _Merge:
         part.sources += [Source(first.model, first.place, scope, first.layers)] * (most - len(part.sources))
 
     def _tensors(self) -> dict[str, Tensor]:
-        """Return the output's tensors, and note which slices the inputs are cut to."""
         slices = self.file.slices
         whole = self._opened[slices[0].sources[0].model]
         if slices[0].sources[0].layers is None:
@@ -309,7 +307,6 @@ class _Merge:
         return (" + ".join(terms) if text == "1" else f"{text} * ({' + '.join(terms)})"), 1
 
     def _sparse(self, slot: int, density: Values, rescale: bool) -> str:
-        """Return one vector with what its method zeroes."""
         name, method = self.names[slot], self.file.method
         if set(density.values()) == {1.0} or method == "task_arithmetic":
             return name
@@ -409,7 +406,6 @@ def _depth(index: int, count: int) -> float:
 
 
 def _times(coefficient: str, vector: str) -> str:
-    """Return a term of a sum; empty where it is 0."""
     return "" if coefficient == "0" else vector if coefficient == "1" else f"{coefficient} * {vector}"
 
 

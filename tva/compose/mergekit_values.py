@@ -156,7 +156,6 @@ class Coefficients:
         return name
 
     def _groups(self, values: Values, setting: Any) -> dict[str, Any] | None:
-        """Return groups as a setting has them, if they give these values."""
         if setting is None or not all(type(part) in (int, float) for part in walk(setting)):
             return None
         layers, left = layers_of(values), set(values)

@@ -341,7 +341,6 @@ class Recipe(Expression):
     def _one_pass(
         self, node: ast.Call, chunks: Chunks, states: States, sources: Mapping[str, str], pass_number: int
     ) -> None:
-        """Let one method observe chunks once; a state that it lacks is made."""
         for chunk, deltas in chunks():
             method = self._method(node, chunk.tensor)
             key = _state_key(node, method, chunk)

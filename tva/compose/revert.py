@@ -137,13 +137,11 @@ def revert(
 
 
 def _folder(edited: str, weights: HashedWeights) -> Path | None:
-    """Return the folder that `tva compose` wrote, if ``edited`` is one."""
     path = find(edited)
     return path if path.is_dir() and weights.path.name != EDITED else None
 
 
 def _open_undo(edited: str, weights: HashedWeights, undo: str | None) -> OpenedUndo:
-    """Open the undo file and check that it is of this edit."""
     path = Path(undo) if undo else undo_path(_folder(edited, weights) or weights.path)
     stated = weights.metadata.get("tva.edited_fingerprint")
     hidden = path.with_name(f".{path.name}.partial")  # of a run that was killed when it had named the weights
@@ -162,7 +160,6 @@ def _open_undo(edited: str, weights: HashedWeights, undo: str | None) -> OpenedU
 
 
 def _is_of(path: Path, edited: str | None) -> bool:
-    """Return whether a file is whole, and undoes the edit of this fingerprint."""
     try:
         return OpenedUndo(path).record.edited_fingerprint == edited
     except (OSError, ValueError):
@@ -170,7 +167,6 @@ def _is_of(path: Path, edited: str | None) -> bool:
 
 
 def _bytes_of(path: Path, digest: str) -> int | None:
-    """Return the size of the weights that are there, if they have a fingerprint."""
     try:
         weights = open_weights(path)
         same = fingerprint(weights).digest == digest
@@ -180,7 +176,6 @@ def _bytes_of(path: Path, digest: str) -> int | None:
 
 
 def _without_undo(edited: str, weights: HashedWeights, path: Path) -> str:
-    """Describe what can be done instead if there is no undo file."""
     record = Record.read(weights)
     text = f"An undo file was expected at {path}, and nothing is there. "
     try:

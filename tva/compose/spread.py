@@ -148,7 +148,6 @@ def spread_plan(plan: Plan, composer: Composer, max_shard_bytes: int, executor: 
 
 @functools.lru_cache(maxsize=1)
 def _opened(job: bytes) -> Composer:
-    """Open an edit, once in each process."""
     given = pickle.loads(job)
     recipe = Recipe(*given["recipe"])
     composer = Composer.open(recipe=recipe, **given["opening"])

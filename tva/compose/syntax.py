@@ -224,7 +224,6 @@ class Expression:
         return any(isinstance(self._values.get(name), Mapping) for name in names)
 
     def _check_by_group(self, method: Method, by_group: Mapping[str, ast.expr]) -> None:
-        """Check that options may differ from tensor to tensor."""
         types = {field.name: str(field.type) for field in dataclasses.fields(method)}
         for name, node in by_group.items():
             if method.over_model or types[name] not in ("float", "Sequence[float]"):

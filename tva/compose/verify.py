@@ -266,8 +266,6 @@ def _check_same_names(edited: str, weights: LazyWeights, base: str, composer: Co
 
 
 class _Comparison:
-    """Compare what is computed with what is stored."""
-
     def __init__(self, edited: HashedWeights, skipped: list[str]) -> None:
         self.edited, self.skipped = edited, set(skipped)
         self._parts = as_real(edited)

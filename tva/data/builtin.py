@@ -178,7 +178,6 @@ def _drawn(name: str, split: str, count: int) -> Dataset:
 
 
 def _dataset(name: str, pictures: list[np.ndarray], columns: dict[str, list]) -> Dataset:
-    """Put pictures and columns into a Hugging Face data set, pictures as PNG."""
     import datasets
 
     text_columns = {column: datasets.Value("string") for column in columns if column != "label"}
@@ -194,5 +193,4 @@ def _png(picture: np.ndarray) -> bytes:
 
 
 def _seed(text: str) -> int:
-    """Turn text into a seed that is the same in every process."""
     return zlib.crc32(text.encode())

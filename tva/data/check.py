@@ -103,7 +103,6 @@ def check_data(name: str, path: str) -> DataCheck:
 
 
 def _check_texts(name: str, path: str, preset: TextPreset, splits: Mapping[str, Any]) -> DataCheck:
-    """Check a set of texts, of which training and test must share no row."""
     examples = {split: len(table) for split, table in splits.items()}
     notes = [f"licence, as its page says: {preset.license}", *([preset.note] if preset.note else [])]
     found = DataCheck(name, path, examples, notes=notes, what="text")

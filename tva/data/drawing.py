@@ -104,13 +104,11 @@ def draw(mark: Mark, look: Look, rng: np.random.Generator) -> tuple[np.ndarray, 
 
 @functools.cache
 def _contrasting_colors(inks: tuple[str, ...], papers: tuple[str, ...]) -> list[tuple[str, str]]:
-    """List the pairs of an ink and a paper whose brightness differs by a quarter or more."""
     brightness = {name: sum(color) / 3 for name, color in COLORS.items()}
     return [(ink, paper) for ink in inks for paper in papers if abs(brightness[ink] - brightness[paper]) >= 0.25]
 
 
 def _resized(field: np.ndarray, size: int) -> np.ndarray:
-    """Return a field of another size, averaged where it shrinks and smooth where it grows."""
     return np.asarray(Image.fromarray(field).resize((size, size), Image.Resampling.BILINEAR))
 
 

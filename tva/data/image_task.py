@@ -307,7 +307,6 @@ def file_names(table: Any, column: str) -> list[str | None]:
 
 
 def _classes(entry: str) -> list[str]:
-    """Return a class name, or those of a preset."""
     preset = entry.removeprefix("preset:")
     return [entry] if preset == entry else list(find_preset(preset).name_classes([], preset))
 

@@ -90,7 +90,6 @@ class LabeledTask(Task):
         return self.class_names
 
     def _default_class_names(self, own: list[str], labels: Sequence[Any]) -> list[str]:
-        """Return the names where none were passed."""
         if not own:
             raise ValueError(
                 f"{self.name} does not name its classes; pass class_names, {max(labels) + 1} names in the order of the "

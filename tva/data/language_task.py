@@ -270,7 +270,6 @@ class PairMaker:
         return Pairs(tokens, targets)
 
     def _filled(self, given: str | tuple[str, ...]) -> str:
-        """Put a prompt, or its parts in their order, into the template."""
         parts = [given] if isinstance(given, str) else list(given)
         pieces = self.prompt.split("{}")
         parts = parts * (len(pieces) - 1) if len(parts) == 1 else parts

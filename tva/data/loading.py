@@ -140,7 +140,6 @@ def _is_on_the_hub(path: str) -> bool:
 
 
 def _files_by_split(path: str) -> dict[str, str]:
-    """Find the files that ``{split}`` stands for."""
     parent, pattern = Path(path).parent, Path(path).name
     before, after = pattern.split("{split}")
     found = sorted(parent.glob(pattern.replace("{split}", "*"))) if parent.is_dir() else []

@@ -99,7 +99,6 @@ class TableTask(LabeledTask):
     # --- splits
 
     def _split_tables(self) -> dict[str, Any]:
-        """Return the table of every split that there is."""
         splits = dict(self._load_splits())
         if self.split_column is None and self.split_fractions is None:
             return splits
@@ -149,7 +148,6 @@ class TableTask(LabeledTask):
             )
 
     def _columns(self, generates: bool) -> dict[str, str]:
-        """Return the columns that are read, by the option that names each."""
         found = dict.fromkeys(self.text_columns, "text_column")
         for option in ("image_column", "target_column", "label_column"):
             column = getattr(self, option)
@@ -233,7 +231,6 @@ class TableTask(LabeledTask):
         return found
 
     def _encode(self, table: Any, model: Any) -> list[Tensor]:
-        """Return each row's token ids, shape (length,), or (2, length) of a pair."""
         tokenizer = tokenizer_of(self, self.block_length)
         texts = texts_of(self, table, "prompt_column")
         if self.second_column is None:
@@ -248,7 +245,6 @@ class TableTask(LabeledTask):
         return [padded([torch.as_tensor(np.asarray(side)).long() for side in pair]) for pair in pairs]
 
     def _labeled_words(self, table: Any) -> Dataset:
-        """Return token ids with a label at the first token of every word."""
         tokenizer = tokenizer_of(self, self.block_length)
         inputs, targets = [], []
         for words, labels in zip(table[self.text_columns[0]], table[self.label_column], strict=True):

@@ -151,7 +151,6 @@ class Task(L.LightningDataModule, ABC):
             raise ValueError(f"{self.name}: a stream's length is unknown, so training needs trainer.max_steps. Set it.")
 
     def _stream_tables(self) -> dict[str, Any]:
-        """Return the rows of each part that has a split of its own, as streams."""
         splits = self._load_splits()
         tables = {part: self._split(splits, part) for part, name in self.splits.items() if name is not None}
         self._read_stream_names(tables["train"])
@@ -160,7 +159,6 @@ class Task(L.LightningDataModule, ABC):
     def _make_streams(
         self, tables: Mapping[str, Any], finish: Callable[[Any], Any], cut: Cut | None = None
     ) -> dict[str, Stream]:
-        """Return the streamed parts; the arguments are those of `make_streams`."""
         return make_streams(
             tables,
             finish,
@@ -219,7 +217,6 @@ class Task(L.LightningDataModule, ABC):
         rows["train"], rows["val"] = np.sort(rows["train"][kept]), np.sort(rows["train"][held])
 
     def _draw_held_out(self, count: int, num_val: int) -> tuple[np.ndarray, np.ndarray]:
-        """Return which of ``count`` training examples are held out, and which are kept."""
         order = np.random.default_rng(self.seed).permutation(count)
         return order[:num_val], order[num_val:]
 
@@ -238,7 +235,6 @@ class Task(L.LightningDataModule, ABC):
         return np.flatnonzero(held), np.flatnonzero(~held)
 
     def _limit(self, part: str, rows: np.ndarray, table: Any = None) -> np.ndarray:
-        """Keep the first of a seeded shuffle of a table's rows, in the data's order."""
         limit = self.limits.get(part)
         if limit is not None and limit < len(rows):
             rows = np.sort(np.random.default_rng(self.seed).permutation(rows)[:limit])
@@ -247,13 +243,11 @@ class Task(L.LightningDataModule, ABC):
         return rows
 
     def _select(self) -> dict[str, Any]:
-        """Return the rows of each part as a table."""
         tables = self._tables(self._load_splits())
         rows = self._choose_rows(tables)
         return self._grouped(self._limited(rows, tables))
 
     def _limited(self, rows: Mapping[str, np.ndarray], tables: Mapping[str, Any]) -> dict[str, Any]:
-        """Return the rows that are kept of each part as a table."""
         return {part: tables[part].select(self._limit(part, indices, tables[part])) for part, indices in rows.items()}
 
     def _grouped(self, parts: dict[str, Any]) -> dict[str, Any]:
@@ -264,7 +258,6 @@ class Task(L.LightningDataModule, ABC):
         return parts
 
     def _group_labels(self, table: Any) -> Sequence[Any] | None:
-        """Return the group of each row, where groups are known."""
         if self.group is None:
             return None
         if self.group not in table.column_names:
@@ -313,7 +306,6 @@ class Task(L.LightningDataModule, ABC):
         return np.flatnonzero(keep)
 
     def _value_names(self, table: Any, column: str) -> list[str] | None:
-        """Name the values of a column of class indices."""
         return getattr((table.features or {}).get(column), "names", None)
 
     # --- what is trained on

@@ -54,7 +54,6 @@ def card_facts(format: str, folder: Path | None, base: str | None = None) -> dic
 
 
 def _of_base(folder: Path | None) -> dict[str, Any]:
-    """Return what the card of a base says of licence and language."""
     file = None if folder is None else folder / "README.md"
     if file is None or not file.is_file():
         return {}
@@ -63,6 +62,5 @@ def _of_base(folder: Path | None) -> dict[str, Any]:
 
 
 def _named(name: Any) -> str | None:
-    """Return a name that is a repository's rather than a folder's."""
     plain = isinstance(name, str) and re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name) is not None
     return name if plain and not Path(name).exists() else None

@@ -58,7 +58,6 @@ def linearity_gap(outcome: Outcome) -> dict[str, Any]:
 
 
 def _parts(outcome: Outcome) -> dict[str, TaskVector]:
-    """Split the edit into each vector times its number."""
     numbers = recipe_numbers(outcome.state, outcome.vectors)
     return {name: vector * numbers[name] for name, vector in outcome.vectors.items()}
 

@@ -18,8 +18,6 @@ from tva.vectors.task_vector import TaskVector
 
 @dataclass(frozen=True)
 class _Subsets:
-    """The states of all subsets of an edit's vectors."""
-
     outcome: Outcome
 
     @functools.cached_property

@@ -190,7 +190,6 @@ class Editor:
         return self._vectors_on[id(vector)][1]
 
     def _set_estimated(self, vector: TaskVector, scaling_coef: float, live: Mapping[str, Tensor]) -> None:
-        """Set re-estimated statistics, estimated once for a vector and a coefficient."""
         key = id(vector), scaling_coef
         if key not in self._estimated:
             self._reestimate()
@@ -203,7 +202,7 @@ class Editor:
         for name, tensor in self._estimated[key][1].items():
             live[name].copy_(tensor)
 
-    def _reestimate(self, num_batches: int = 20) -> None:
+    def _reestimate(self) -> None:
         from torch.optim.swa_utils import update_bn
 
         def images() -> Iterator[Tensor]:
@@ -211,7 +210,7 @@ class Editor:
                 datamodule.trainer = self.trainer  # it may not have been evaluated yet, or only on another stage
                 datamodule.prepare_data()
                 datamodule.setup("fit")
-                for batch_images, _ in itertools.islice(datamodule.train_dataloader(), num_batches):
+                for batch_images, _ in itertools.islice(datamodule.train_dataloader(), 20):
                     yield batch_images
 
         device = next(iter(self.model.parameters())).device

@@ -84,7 +84,6 @@ def check_writable(folder: Path) -> None:
 
 
 def _is_own(file: Path) -> bool:
-    """Whether an edit wrote a file of this name."""
     if file.name == CONFIG:
         with file.open("rb") as opened:
             return opened.readline().strip() == MADE_BY.encode()
@@ -215,7 +214,6 @@ def _link(source: Path, target: Path, names: Iterable[str]) -> None:
 
 
 def _exchange(staging: Path, folder: Path) -> None:
-    """Let two folders change places."""
     library = ctypes.CDLL(None, use_errno=True)
     if hasattr(library, "renameat2"):
         names = os.fsencode(staging), os.fsencode(folder)

@@ -199,7 +199,6 @@ class Form:
             raise MismatchError(f"{some(other)} have other shapes in the model than in {self.template}.")
 
     def _by_library(self, live: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Return a state dict under the names with which transformers saves it."""
         prefix, network = network_of(self.model)
         if not hasattr(network, "save_pretrained"):
             raise MismatchError(f"{type(network).__name__} is not a network of transformers.")
@@ -358,7 +357,6 @@ class Form:
 def _stream(
     path: Path, weights: LazyWeights, header: Mapping[str, str], side_files: Mapping[str, bytes | Path], **options: Any
 ) -> None:
-    """Write weights one after the other, those that several processes hold in chunks."""
     specs = {name: weights.spec(name) for name in weights}
     with Output(path, specs, header, {}, SHARD, **options) as out:
         for name in weights:

@@ -68,7 +68,6 @@ def prove(session: EditSession, choice: Choice) -> Outcome:
 
 
 def _shared_examples(session: EditSession, test: Mapping[str, Evaluation]) -> dict[str, int]:
-    """Return by task how many test examples the coefficient was chosen on."""
     goal = session.goal
     if goal.is_given:
         return {}

@@ -116,7 +116,6 @@ def _decided(outcome: Outcome) -> list[str]:
 
 
 def _at_the_end(outcome: Outcome) -> list[str]:
-    """Notice coefficients that are the end of what was searched."""
     coefs, notes = dict(outcome.state.coefs), []
     for name, (low, high) in getattr(outcome.session.goal.search, "ranges", {}).items():
         if outcome.choice.feasible and low < high and coefs.get(name) in {low, high} - {0.0}:

@@ -93,7 +93,6 @@ def _kind(opened: Mapping[str, Tensor]) -> str | None:
 def _open(
     path: str, model: L.LightningModule, live: Mapping[str, Tensor], options: EditOptions
 ) -> Mapping[str, Tensor]:
-    """Open a checkpoint under the names of a model in memory."""
     only = options.only
     try:
         return open_finetuned(path, live, key_map=options.key_map or (), only=only, advice=ADVICE)

@@ -127,7 +127,6 @@ def push_space(folder: Path, repository: str, public: bool = False, dry_run: boo
 
 
 def _is_composed(path: Path) -> bool:
-    """Whether a path is what `tva compose` wrote, rather than the folder of an edit."""
     if path.name == EDIT_JSON or (path / EDIT_JSON).exists():
         return False
     try:
@@ -137,7 +136,6 @@ def _is_composed(path: Path) -> bool:
 
 
 def _edited(folder: Path, content: Mapping[str, Any], base_model: str | None) -> tuple[Files, str, dict[str, str]]:
-    """Return the files of an edit, its recipe, and its vectors."""
     if not content["holds"]:
         verdict = content["verdict"]
         raise ValueError(f"{folder} has no edited weights to push, for its constraints do not hold: {verdict}")
@@ -174,7 +172,6 @@ def _inside(folder: Path, file: Path) -> Path:
 
 
 def _composed(path: Path, base_model: str | None) -> tuple[Files, str, dict[str, str]]:
-    """Return the files of what `tva compose` wrote, its recipe, and its vectors."""
     weights = open_weights(path)
     record = Record.read(weights)
     found = fingerprint(weights).digest

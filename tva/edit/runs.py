@@ -94,12 +94,10 @@ def revisit(
 
 
 def _is_fit(path: Path) -> bool:
-    """Whether a folder holds checkpoints of a fit rather than an edit."""
     return path.is_dir() and not (path / EDIT_JSON).exists() and any(path.glob("**/*.ckpt"))
 
 
 def _read(paths: Sequence[Path]) -> dict[str, Mapping[str, Any]]:
-    """Read every run, by its short name."""
     read = {path: read_report(path) for path in paths}
     if len(read) < len(paths):
         twice = next(path for path in paths if paths.count(path) > 1)

@@ -171,7 +171,6 @@ def open_session(
 
 
 def _open_editor(trainer: L.Trainer, model: L.LightningModule, options: EditOptions) -> tuple[Editor, str | None]:
-    """Put the base into the model; return what edits it, and the model's kind."""
     if any(hasattr(part, "peft_config") for part in model.modules()):
         raise ValueError(
             "An edit takes the plain model, and this one holds LoRA. Leave lora out of its options: the vectors that "

@@ -134,14 +134,12 @@ def _read(vector: LazyTaskVector, editor: ShardedEditor) -> tuple[dict[str, Tens
 
 
 def _shared_fingerprint(weights: LazyWeights, editor: ShardedEditor) -> Fingerprint:
-    """Return the fingerprint of tensors in files, of which each process reads its share."""
     hashed, rank, ranks = HashedWeights(weights), editor.trainer.global_rank, editor.trainer.world_size
     mine = {name: hashed.digest(name) for name in list(hashed)[rank::ranks]}
     return Fingerprint.from_tensors({name: d for part in editor.sharded.everywhere(mine) for name, d in part.items()})
 
 
 def _check_content(vector: LazyTaskVector, editor: ShardedEditor) -> None:
-    """Check that a task vector file holds the tensors that were written."""
     file = open_weights(vector.path)
     if CONTENT in file.metadata:
         compare_content(file, _shared_fingerprint(as_written(file), editor).digest)

@@ -155,7 +155,6 @@ def _carry(value: str, option: str, staging: Path) -> str:
 
 
 def _card(facts: Mapping[str, Any], content: Mapping[str, Any], base_model: str | None) -> str:
-    """Return README.md, whose head tells the hub how to run the demo."""
     try:
         gradio = metadata.version("gradio")
     except metadata.PackageNotFoundError:

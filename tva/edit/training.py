@@ -16,8 +16,6 @@ from tva.evaluation.evaluate import quiet
 
 
 class _Snapshots(L.Callback):
-    """Keep the weights after some steps, while they are finite."""
-
     def __init__(self, at: Collection[int]) -> None:
         self.at = at
         self.states: list[tuple[int, dict[str, Tensor]]] = []
@@ -87,7 +85,6 @@ def train_briefly(
 
 
 def _make_trainer(like: L.Trainer, num_steps: int, snapshots: _Snapshots) -> L.Trainer:
-    """Make a Trainer of one device of the kind that another has."""
     device = like.strategy.root_device
     return L.Trainer(
         accelerator="cpu" if device.type == "cpu" else "auto",

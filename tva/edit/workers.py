@@ -102,7 +102,6 @@ class Workers:
         return [found[place % num][place // num] for place in range(len(states))]
 
     def _run(self, passes: Sequence[Pass], facts: dict[str, Any], progress_text: str) -> list[Any]:
-        """Return what each pass found, in their order."""
         function = functools.partial(
             evaluate_pass, file=self.file, digest=self.digest, facts=facts, threads=torch.get_num_threads()
         )
@@ -141,7 +140,6 @@ def evaluate_pass(one: Pass, worker: Worker, file: Path, digest: str, facts: dic
 
 @functools.lru_cache(maxsize=1)
 def _open(file: str, digest: str) -> EditSession:
-    """Open an edit, once in each process."""
     data = Path(file).read_bytes()
     if hashlib.sha256(data).hexdigest() != digest:
         raise ValueError(

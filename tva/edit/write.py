@@ -122,7 +122,6 @@ def build_report(outcome: Outcome, live: Mapping[str, Tensor]) -> EditReport:
 
 
 def _edited(outcome: Outcome, live: Mapping[str, Tensor]) -> dict[str, Any]:
-    """Return what is said of the weights that are written."""
     form, undo = outcome.session.form, outcome.session.options.keep_undo
     return {
         "path": form.path,
@@ -133,7 +132,6 @@ def _edited(outcome: Outcome, live: Mapping[str, Tensor]) -> dict[str, Any]:
 
 
 def _names(session: EditSession) -> dict[str, Any]:
-    """Return which names of tensors take part, where not all do."""
     patterns, left_out = session.options.only.options, session.left_out
     return {**patterns, "left_out": len(left_out), "of": len(session.editor.base)} if patterns else {}
 
@@ -182,7 +180,6 @@ def _task_report(outcome: Outcome, task: str) -> TaskReport:
 
 
 def _call() -> str:
-    """Describe the call of an edit that no command made."""
     if not sys.argv[0] or Path(sys.argv[0]).stem == "ipykernel_launcher":
         return "tva.edit_model(…) in an interactive Python session, with the options above"
     return shlex.join(["python", *sys.argv])

@@ -81,7 +81,6 @@ class LmEvalTask(FunctionTask):
 
     @functools.cached_property
     def _documents(self) -> dict[str, list[int]]:
-        """By split the numbers of its documents."""
         (loaded,) = self._manager.load([self.task])["tasks"].values()
         order = np.random.default_rng(self.seed).permutation(len(list(loaded.eval_docs)))
         if len(order) < 2:

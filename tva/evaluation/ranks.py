@@ -47,15 +47,15 @@ def check_strategy(trainer: L.Trainer) -> None:
         )
 
 
-def wait_for_rank_zero(trainer: L.Trainer, most_s: float = 5.0) -> None:
-    """Wait until rank 0 has finished its work; on other ranks, until it has ended, if they can see it.
+def wait_for_rank_zero(trainer: L.Trainer) -> None:
+    """Wait until rank 0 has finished its work; on other ranks, until it has ended, if they can see it, for 5 s at most.
 
     Lightning kills the first process if another one ends with a status that is not 0 before it does.
     """
     if trainer.world_size == 1:
         return
     host, process = gather(trainer, (socket.gethostname(), os.getpid()))[0]  # waits for all
-    until = time.monotonic() + most_s
+    until = time.monotonic() + 5
     while not trainer.is_global_zero and host == socket.gethostname() and time.monotonic() < until:
         try:
             os.kill(process, 0)

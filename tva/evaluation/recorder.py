@@ -154,7 +154,6 @@ class Recorder:
         return sum(batch.num_examples for batch in self.batches)
 
     def _unlogged(self) -> list[Measure]:
-        """Return the task's measures that the model's step did not log by itself."""
         logged = {_last_name(name) for name in (*self.metrics, *(name for name, *_ in self.batches[-1].logged))}
         return [measure for name, measure in self.measures.items() if name not in logged]
 
@@ -293,7 +292,6 @@ def _mean_divergence(model: Any, split: str, scores: Mapping[str, np.ndarray]) -
 
 
 def _joined(parts: Sequence[Any]) -> Any:
-    """Concatenate the parts of all batches: tensors that differ only in length, or lists."""
     if not isinstance(parts[0], Tensor):
         return [item for part in parts for item in part]
     if len({part.shape[1:] for part in parts}) == 1:

@@ -87,7 +87,6 @@ def _as_bits(context, value):
 
 @njit(**_OPTIONS)
 def _widen(kind, halves, floats, out):
-    """Turn stored values to float32, exactly."""
     if kind == FLOAT32:
         for i in range(len(out)):
             out[i] = floats[i]

@@ -25,7 +25,7 @@ class MatrixMethod(Method):
     Args:
         exclude: Regular expression; matrices in whose names it is found are averaged. By default the tables of tokens.
         conv: Kernels of convolutions are averaged (``"mean"``), or taken as matrices of one row for each output channel
-            (``"matrix"``).
+            (``"matrix"``), which the papers do not do.
     """
 
     exclude: str = TABLES
@@ -73,9 +73,10 @@ class OrientedMethod(MatrixMethod):
     and shapes are GPT-2's, it must be said.
 
     Args:
-        exclude: Regular expression; matrices in whose names it is found are averaged. By default the tables of tokens.
-        conv: Kernels of convolutions are averaged (``"mean"``), or taken as matrices (``"matrix"``).
-        inputs_first: Regular expression; matrices in whose names it is found are (inputs, outputs).
+        exclude: See `MatrixMethod`.
+        conv: See there.
+        inputs_first: Regular expression; matrices in whose names it is found are (inputs, outputs), as GPT-2's
+            ``Conv1D``.
     """
 
     inputs_first: str = ""

@@ -151,7 +151,6 @@ def _matrices(grams: list[Gram], count: int, add_up: Callable[[Tensor], Tensor])
 
 @contextmanager
 def _watching(model: nn.Module, conv: bool) -> Iterator[dict[str, Gram]]:
-    """Collect the inputs of linear layers, by the name of their weight."""
     grams: dict[str, Gram] = {}
     hooks = []
     by_module: dict[nn.Module, Gram] = {}

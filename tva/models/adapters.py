@@ -246,7 +246,6 @@ def _targets(encoder: nn.Module, wanted: Sequence[str] | None) -> tuple[list[str
 
 
 def _linear_within(name: str, named: dict[str, nn.Module]) -> set[str]:
-    """List the linear layers within a module that is none itself."""
     if isinstance(named[name], _LINEAR):
         return {name}
     return {

@@ -168,7 +168,6 @@ class FrozenHeadClassifier(FineTuned, ABC):
         return self._data_digests[datamodule]
 
     def _learned_head(self, datamodule: L.LightningDataModule) -> Tensor:
-        """Return the head that ``heads`` names, else that of a fit in this process."""
         where = self.heads.get(self.task)
         if where is None and self.task in self._learned:
             return self._learned[self.task]

@@ -60,17 +60,15 @@ def class_means(encode: Callable[[Tensor], Tensor], datamodule: L.LightningDataM
 
 @torch.inference_mode(False)  # Lightning evaluates in inference mode, where nothing can be trained
 @torch.enable_grad()
-def fit_probe(
-    encode: Callable[[Tensor], Tensor], datamodule: L.LightningDataModule, penalty: float = 1e-3, num_steps: int = 100
-) -> Tensor:
+def fit_probe(encode: Callable[[Tensor], Tensor], datamodule: L.LightningDataModule) -> Tensor:
     """Train a linear head on fixed features by logistic regression, from zero to its optimum.
+
+    The penalty is half the squared norm of the head times the features' variance, so that it means the same for
+    features that hardly differ and for those that do.
 
     Args:
         encode: From a batch of inputs to normalized features (batch, features).
         datamodule: With ``class_names``.
-        penalty: Of half the squared norm of the head times the features' variance, beside the mean cross-entropy: so
-            that it means the same for features that hardly differ and for those that do.
-        num_steps: Iterations of L-BFGS at most.
 
     Returns:
         Shape (classes, features), float64.
@@ -85,9 +83,9 @@ def fit_probe(
     batches = [(encode(inputs).cpu().double(), labels) for inputs, labels in prototype_batches(datamodule)]
     features, labels = (torch.cat(parts).clone() for parts in zip(*batches, strict=True))  # clones can be trained on
     _check_counts(datamodule, names, torch.bincount(labels, minlength=len(names)))
-    strength = penalty * float(features.var(dim=0, correction=0).sum())
+    strength = 1e-3 * float(features.var(dim=0, correction=0).sum())
     head = torch.zeros(len(names), features.shape[-1], dtype=torch.float64, requires_grad=True)
-    optimizer = torch.optim.LBFGS([head], max_iter=num_steps, tolerance_grad=1e-9, line_search_fn="strong_wolfe")
+    optimizer = torch.optim.LBFGS([head], max_iter=100, tolerance_grad=1e-9, line_search_fn="strong_wolfe")
 
     def loss() -> Tensor:
         optimizer.zero_grad()

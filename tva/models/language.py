@@ -133,7 +133,6 @@ class LanguageModel(FineTuned, ABC):
         """Return what a batch's targets should follow, shape (batch, length), padded with -1."""
 
     def _losses(self, logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        """Return each example's sum of losses, and its number of target tokens, both (batch,)."""
         losses = F.cross_entropy(
             logits.flatten(0, 1).float(), targets.flatten(), ignore_index=IGNORED, reduction="none"
         )

@@ -127,7 +127,6 @@ def own_state(model: nn.Module, path: str) -> dict[str, Tensor] | None:
 
 
 def _split(batch: Any) -> tuple[Any, Any]:
-    """Return the network's inputs, and the targets or None."""
     if isinstance(batch, Mapping):
         rest = dict(batch)
         key = next((key for key in TARGETS if key in rest), None)

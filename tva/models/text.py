@@ -95,7 +95,6 @@ class TextClassifier(FrozenHeadClassifier):
         return torch.stack(rows) * self.logit_scale  # (classes, features)
 
     def _tokens(self, datamodule: L.LightningDataModule) -> list[list[list[int]]]:
-        """Return the token ids of every text that describes each class."""
         names = list(datamodule.class_names)
         described = getattr(datamodule, "class_descriptions", None) or {}
         templates = getattr(datamodule, "templates", ["{}"])

@@ -100,7 +100,6 @@ class TrainedModel(FineTuned):
         raise NotImplementedError
 
     def _scores(self, logits: Tensor, targets: Tensor) -> Tensor:
-        """Return each example's loss, shape (batch,)."""
         if self._is_regression:
             return F.mse_loss(logits.float(), targets.to(logits.device).float(), reduction="none")
         if targets.is_floating_point():
@@ -244,14 +243,10 @@ class _TrainedLM(L.LightningModule):
 
 
 class _TrainedCausalLM(_TrainedLM, CausalLM, TransformersModel):
-    """A `CausalLM` that was made as a `TransformersModel`."""
-
     __init__ = CausalLM.__init__
 
 
 class _TrainedSeq2SeqLM(_TrainedLM, Seq2SeqLM, TransformersModel):
-    """A `Seq2SeqLM` that was made as a `TransformersModel`."""
-
     __init__ = Seq2SeqLM.__init__
 
 

@@ -25,7 +25,6 @@ def _tasks(content: Content, role: str) -> dict[str, Any]:
 
 
 def _score(role: str, label: str) -> Quantity:
-    """Return the mean over a role's tasks of the score of one model."""
     return lambda content: mean(entry[label]["value"] for entry in _tasks(content, role).values() if label in entry)
 
 
@@ -54,7 +53,6 @@ def _baseline(name: str, label: Callable[[str], bool], role: str) -> Quantity:
 
 
 def _cosine(content: Content) -> float | None:
-    """Return the mean cosine of two different vectors; from the diagnosis ``cosine``."""
     rows = content["diagnostics"].get("cosine", {}).get("rows", {})
     return mean(rows[a][b] for a, b in itertools.combinations(rows, 2))
 

@@ -269,7 +269,6 @@ def load_experiment(name: str) -> dict[str, Scale]:
 
 
 def _read_setup(name: str, where: str, folders: Sequence[Path], above: Sequence[str] = ()) -> dict[str, Any]:
-    """Read a setup, laid over the one that it is like, if it names one."""
     if name in above:
         raise ValueError(f"{where}: setups must not be like themselves; found {' -> '.join([*above, name])}.")
     files = [folder / "setups" / f"{name}.yaml" for folder in folders]

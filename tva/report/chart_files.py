@@ -35,7 +35,6 @@ def chart_files(contents: Mapping[str, Content], format: Format = "png") -> Iter
 
 
 def _drawn(chart: Chart, format: Format) -> bytes:
-    """Draw a chart in black on white, with its heading."""
     spec: dict[str, Any] = {**chart.spec, "title": {"text": chart.title, "anchor": "start", "fontWeight": "normal"}}
     spec["config"] = {**chart.spec["config"], "background": "white"}
     if format == "svg":

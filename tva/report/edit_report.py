@@ -302,7 +302,6 @@ _OPTIONAL = {"audits", "means"}  # keys that are there where there is something 
 
 
 def _task_of(entry: Mapping[str, Any], comparison: type[Comparison]) -> TaskReport:
-    """Read what an edit did to one task."""
     names = ("role", "split", "metric", "higher_is_better", "num_examples")
     labels = [label for label in entry if isinstance(entry[label], Mapping) and label not in ("comparison", "settings")]
     return TaskReport(
@@ -319,12 +318,10 @@ def _task_of(entry: Mapping[str, Any], comparison: type[Comparison]) -> TaskRepo
 
 
 def _real(entry: Mapping[str, Any], *names: str) -> dict[str, float]:
-    """Return numbers, with NaN where ``edit.json`` has null."""
     return {name: math.nan if entry[name] is None else entry[name] for name in names}
 
 
 def _plain(value: Any) -> Any:
-    """Return what JSON can hold: NaN and infinity become null."""
     if isinstance(value, Mapping):
         return {str(key): _plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):

@@ -85,7 +85,6 @@ def _yaml(data: Any) -> str:
 
 
 def _results(content: Content) -> list[Any]:
-    """Return the scores of an edit as the hub's ``model-index``."""
     from huggingface_hub import EvalResult
 
     results = []

@@ -157,7 +157,6 @@ def state_of(content: Content) -> dict[str, str]:
 
 
 def _headline(content: Content) -> Iterator[dict[str, str]]:
-    """Yield the numbers that the verdict is about: targets first."""
     for task, entry in sorted(content["tasks"].items(), key=lambda pair: pair[1]["role"] != "target"):
         metric = entry["metric"]
         before, after = entry["base"]["value"], entry["edited"]["value"]
@@ -236,7 +235,6 @@ def _score(label: str, heading: str) -> Column:
 
 
 def _chance(entry: Mapping[str, Any], label: str) -> str:
-    """Describe the score that chance would give, and whether the edited model is below it."""
     if label != "edited" or entry.get("chance") is None:
         return ""
     below = ", below it: inverted, not gone" if entry["below_chance"] else ""
@@ -264,7 +262,6 @@ def _constraint(constraint: Mapping[str, Any]) -> str:
 
 
 def _no_curve(content: Content) -> str:
-    """Return why there is no curve."""
     searched = axes(content)
     if content["rule"] == "given":
         return f"λ = {coefficient(content['coefficients']['scaling_coef'])} was given, so nothing was searched."
@@ -290,7 +287,6 @@ def _matrix_text(name: str, found: Mapping[str, Any]) -> str:
 
 
 def _table(found: Mapping[str, Any]) -> dict[str, Any]:
-    """Make a table of a baseline or diagnosis: rows of named numbers."""
     rows = found.get("rows", {})
     columns = list(dict.fromkeys(column for row in rows.values() for column in row))
     cells = {
@@ -306,7 +302,6 @@ def _shared(content: Content, task: str, split: str) -> str:
 
 
 def _lineage(content: Content) -> dict[str, Any]:
-    """Return what the edit was made from, and how."""
     base = content["base"]
     inputs = [("base", base["path"] or f"the weights of {content.get('model', 'the model')}", base["fingerprint"], "")]
     for name, vector in content["vectors"].items():

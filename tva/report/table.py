@@ -120,7 +120,6 @@ def _joined(text: str, small: str) -> str:
 
 
 def _total(shown: Sequence[_Cells], least: int = 10**9) -> int:
-    """Return the width of a table whose long cells may be broken at ``least`` characters."""
     return sum(min(found.width, least) if found.column.fold else found.width for found in shown) + 2 * (len(shown) - 1)
 
 
@@ -139,7 +138,6 @@ def _fitting(full: list[_Cells], width: int | None, folds: bool) -> list[_Cells]
 
 
 def _shrink(shown: Sequence[_Cells], width: int | None) -> None:
-    """Narrow the widest columns whose cells may be broken, until the table fits."""
     while width is not None and (over := _total(shown) - width) > 0:
         folding = [found for found in shown if found.column.fold and found.width > 8]
         if not folding:
@@ -150,7 +148,6 @@ def _shrink(shown: Sequence[_Cells], width: int | None) -> None:
 
 
 def _lines(shown: Sequence[_Cells], place: int, style: str) -> Iterator[Text]:
-    """Yield the lines of one row."""
     from rich.cells import cell_len
     from rich.text import Text
 

@@ -49,7 +49,6 @@ def print_report(report: Any, console: Console | None = None, folder: Path | Non
 
 
 def _print_tasks(console: Console, content: Mapping[str, Any]) -> None:
-    """Print the table of tasks, and below it the constraints with their numbers."""
     table = before_table(content)
     scores = {head: _number(head, place) for place, head in enumerate(table["heads"])}
     first = ["task", "metric", "role"]
@@ -85,13 +84,9 @@ def _number(heading: str, place: int) -> Column:
     )
 
 
-def sparklines(content: Mapping[str, Any], most: int = 41) -> list[str]:
-    """Draw each task's metric against the coefficient in one line of text, tasks of one metric on one scale.
-
-    Args:
-        content: An ``edit.json``.
-        most: Points that are drawn at most; evenly spaced ones of more.
-    """
+def sparklines(content: Mapping[str, Any]) -> list[str]:
+    """Draw each task's metric against the coefficient in one line of text, tasks of one metric on one scale."""
+    most = 41  # points, evenly spaced ones of more
     found = axes(content)
     if len(found) != 1:
         return []
@@ -122,7 +117,6 @@ def sparklines(content: Mapping[str, Any], most: int = 41) -> list[str]:
 
 
 def _print_extra(console: Console, title: str, found: Mapping[str, Any]) -> None:
-    """Print one baseline or diagnosis: rows of named numbers."""
     rows = found.get("rows", {})
     if not rows:
         print_line(console, f"{title}: {found.get('reason', '')}", "bold:", wrap=True)
@@ -157,7 +151,6 @@ def _verdict(row: Mapping[str, Any]) -> str:
 
 
 def _chance(task: tuple[str, Mapping[str, Any]]) -> str:
-    """Return what chance would score on a task, and whether the edited model is below it."""
     name, entry = task
     if entry.get("chance") is None:
         return ""

@@ -121,7 +121,6 @@ def _tried(content: Content, target: str, control: str, metric: str) -> Iterator
 
 
 def _bounds(content: Content, control: str, x: dict[str, Any]) -> list[dict[str, Any]]:
-    """Return a red line for every constraint on the control's metric."""
     metric, layers = content["tasks"][control]["metric"], []
     for c in content["constraints"]:
         if c["task"] == control and c.get("metric", metric) == metric:

@@ -204,7 +204,6 @@ class ComponentLearner(CoefficientLearner):
         return found
 
     def _kept(self, place: int, name: str, masks: Tensor) -> Tensor:
-        """Return what is kept of one vector's delta."""
         delta, parts = self._deltas[place][name], self._parts[place]
         if name not in self._spans[place]:
             return delta
@@ -274,8 +273,6 @@ def _cross_entropy(model: L.LightningModule, tensors: Mapping[str, Tensor], batc
 
 
 class _Call(nn.Module):
-    """A method of a model as the forward that `functional_call` calls."""
-
     def __init__(self, model: nn.Module, method: str) -> None:
         super().__init__()
         self.model, self.method = model, method

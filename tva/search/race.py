@@ -127,7 +127,6 @@ class Race(Search):
         budget: float,
         history: list[dict[str, Any]],
     ) -> Choice:
-        """Evaluate some of those left on all examples, and choose among these."""
         points, seen = sorted(left, key=lambda c: c.size), []
         rest = {task: (done[task], size) for task, size in sizes.items() if size > done[task]}
         base = {task: part_of(problem.base[task], size, self.seed) for task, size in sizes.items()}  # in the same order
@@ -183,7 +182,6 @@ class Race(Search):
         base: Mapping[str, Evaluation],
         level: float,
     ) -> list[Candidate]:
-        """Return the candidates that no test rejects."""
         possible = [c for c in scored if not any(_fails(k, scored[c], base, level) for k in problem.constraints)]
         sure = [c for c in possible if all(_holds(k, scored[c], base, level) for k in problem.constraints)]
         if problem.rule == "largest":

@@ -308,7 +308,6 @@ def _fit(weights: LazyWeights, budget: int, float32_bytes: int, text: str) -> di
 
 
 def _file_size(weights: LazyWeights, chosen: Mapping[str, Encoding], text: str) -> int:
-    """Return the bytes of a file with these encodings, which do not depend on the errors."""
     specs = _layout(weights, chosen)
     coded = {name: (chosen[name], weights.spec(name).shape, 0.0) for name in weights}
     metadata = {"format": "pt", **sealed({**weights.metadata, **encoded_header(text, coded, 0.0, 0.0)}, "0" * 32)}

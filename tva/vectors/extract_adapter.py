@@ -136,7 +136,6 @@ def _check_memory(weights: LazyWeights, moved: list[str], max_memory: str | None
 
 
 def _moved(base: LazyWeights, source: LazyTaskVector, config: Mapping[str, Any]) -> list[str]:
-    """Return the names that the fine-tuning moved, those that are tied once."""
     tied = untie(base, [source])
     names = [n for n in base if n in source.weights and n not in tied and is_edited(base.spec(n))]
     moved = [n for n in names if not torch.equal(source.weights[n], base[n])]

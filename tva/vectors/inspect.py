@@ -174,7 +174,6 @@ def inspect(path: str | os.PathLike[str], by: By = "group") -> Inspection:
 
 
 def _parsed(metadata: Mapping[str, str]) -> dict[str, Any]:
-    """Return what tva has written into a checkpoint's header."""
     found = {}
     for key, text in metadata.items():
         if key.startswith("tva.") and text:

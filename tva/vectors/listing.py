@@ -101,7 +101,6 @@ def _visible(folder: Path) -> Iterator[Path]:
 
 
 def _listed(path: Path) -> Listed | None:
-    """Read the header of one file; None if it is not a task vector."""
     weights = safetensors.open(path)
     header = weights.metadata
     if "tva.format" in header:

@@ -171,7 +171,6 @@ def match(
 
 
 def _last_places(entry: Entry) -> TensorReader:
-    """Return the unit in the last place of every element in place of the element."""
     part, eps = stored(entry), torch.finfo(entry.dtype).eps
 
     def read(start: int, stop: int) -> Tensor:
@@ -190,7 +189,6 @@ def _nearest(dots: Tensor, along: Tensor, square: float) -> tuple[list[float], f
 
 
 def _files(paths: Iterable[str]) -> list[str]:
-    """Return the task vector files in folders of them, and everything else as it is."""
     found: list[str] = []
     for path in paths:
         listed: list[str] = []

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from tva._torch import Tensor
 from tva.checkpoints import Fingerprint, match_names, tensor_digest
-from tva.checkpoints.names import ADVICE, CopyOf, KeyMap
+from tva.checkpoints.names import CopyOf, KeyMap
 from tva.vectors.header import Origin
 
 Part = Callable[[str], Tensor | None]  # a name to its delta, or to None where the vector does not move it
@@ -20,7 +20,6 @@ def match_vector(
     part: Part,
     key_map: KeyMap = (),
     copy_in_base: CopyOf | None = None,
-    advice: str = ADVICE,
 ) -> tuple[dict[str, str], str] | None:
     """Match the names of a task vector to a base's.
 
@@ -31,7 +30,6 @@ def match_vector(
         part: Returns a delta.
         key_map: Regular expressions and replacements that are applied to ``names`` first.
         copy_in_base: Finds equal tensors in the base.
-        advice: What an error advises.
 
     Returns:
         The base's names to the vector's, and what was done; None where the names are equal.
@@ -52,7 +50,7 @@ def match_vector(
     def never(name: str, others: Iterable[str]) -> str | None:
         return None
 
-    found = match_names(order, base, key_map, copies=(copy_of, copy_in_base or never), advice=advice)
+    found = match_names(order, base, key_map, copies=(copy_of, copy_in_base or never))
     return dict(found.names), found.text
 
 

@@ -210,8 +210,6 @@ class _Reader:
 
 
 class _Pass:
-    """State of one pass over all tensors."""
-
     def __init__(self, plan: VectorPlan, out: LateHeaderFile, copy: LateHeaderFile | None) -> None:
         self.plan, self.out, self.copy = plan, out, copy
         self.digests: dict[str, str] = {}
@@ -302,7 +300,6 @@ class _Pass:
                 position = stop
 
     def _delta(self, name: str, delta: Tensor, other: Tensor | None) -> bool:
-        """Write one chunk of a delta; return whether it moves anything."""
         counts = self.plan.counts(name)
         if other is not None:
             other = other.to(delta.dtype)

@@ -45,7 +45,6 @@ def part_of_names(path: Path) -> dict[str, str]:
 
 
 def _parts(path: Path) -> dict[str, Path]:
-    """Return what is before the names of each module that has weights, and its folder."""
     listed = read_json(path / MODULES, [dict])
     found: dict[str, Path] = {}
     for module in listed:

@@ -168,7 +168,6 @@ def _read_metadata(data: bytes) -> Mapping[str, Any]:
 def _stored_chunks(
     folder: Path, metadata: Mapping[str, Any]
 ) -> dict[tuple[str, tuple[int, ...]], tuple[OpenFile, Any]]:
-    """Find the files and places of all chunks, by name and offsets."""
     files: dict[str, OpenFile] = {}
     found = {}
     for index, info in metadata["storage_data"].items():

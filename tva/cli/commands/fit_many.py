@@ -223,7 +223,6 @@ def _differences(before: Any, after: Any, prefix: str = "") -> list[str]:
 
 
 def _metric(vector: Path | None) -> tuple[str, float] | None:
-    """Return the metric to show: an accuracy on validation data, else the first."""
     metrics = read_origin(open_weights(vector))[0].metrics if vector else {}
     names = sorted(metrics, key=lambda name: (not name.startswith("val"), "accuracy" not in name, name))
     return (names[0], metrics[names[0]]) if names else None
@@ -271,7 +270,6 @@ def run_fits(
 
 
 def _running(fits: Sequence[Fit], results: Collection[Path]) -> str:
-    """Return how many fits have ended, and at which steps those are that run."""
     running = [fit for fit in fits if fit.folder not in results and (fit.folder / "fit.log").exists()]
     steps = {fit.name: _last_step(fit.folder / "fit.log") for fit in running if not (fit.folder / DONE).exists()}
     shown = ", ".join(f"{name}{f' at {step}' if step else ''}" for name, step in list(steps.items())[:4])
@@ -280,7 +278,6 @@ def _running(fits: Sequence[Fit], results: Collection[Path]) -> str:
 
 
 def _last_step(log: Path) -> str:
-    """Return the step that a fit has reported last, such as ``"step 120 of 3,000"``."""
     with log.open("rb") as file:
         file.seek(max(0, log.stat().st_size - 20_000))
         found = re.findall(r"step [\d,]+ of [\d,]*\d", file.read().decode(errors="replace"))

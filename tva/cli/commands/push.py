@@ -79,7 +79,6 @@ def run(
 
 
 def _write_demo(run: str | os.PathLike[str], base_model: str | None, requirement: str | None) -> Path:
-    """Write the demo of a run; return its folder."""
     folder = Path(run) if Path(run).is_dir() else Path(run).parent
     check_edited(folder)
     if not (folder / CONFIG).is_file():

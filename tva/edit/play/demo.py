@@ -101,7 +101,6 @@ class Demo:
 
 
 def _make_model(folder: Path, given: dict[str, Any]) -> Any:
-    """Make the model of a demo; only classes of tva are made."""
     package, _, name = given["class_path"].rpartition(".")
     if package.partition(".")[0] != "tva":
         raise ValueError(f"A demo holds a model of tva; found {given['class_path']}.")

@@ -172,7 +172,6 @@ class Playground:
         self._shown = [shown for task in options.tasks for shown in self._choose_examples(task)]
 
     def _of_base(self, task: str) -> Evaluation:
-        """Return the evaluation of the base on all validation examples of a task."""
         return self._session.evaluator.base(task, "val")
 
     def _check_inputs(self) -> None:
@@ -307,7 +306,6 @@ class Playground:
         return found[0], found[1]
 
     def _setting(self, coefs: Mapping[str, float] | None) -> dict[str, float]:
-        """Return all coefficients, those that are left out as the edit has them."""
         everything = {slider.name: slider.chosen for slider in self.sliders}
         unknown = sorted((coefs or {}).keys() - everything.keys())
         if unknown:
@@ -332,7 +330,6 @@ class Playground:
 
 
 def _check(trainer: L.Trainer, content: Mapping[str, Any], options: EditOptions, num_examples: int) -> None:
-    """Check that an edit can be played with, and that the options are its own."""
     if num_examples < 1:
         raise ValueError(f"At least 1 example per task is needed; found num_examples={num_examples}.")
     if trainer.world_size > 1:

@@ -118,7 +118,6 @@ def build(ui: Any, page: Page, style: str) -> None:
 
 
 def _slider(ui: Any, slider: Slider, moved: Callable[[str, float], Any]) -> tuple[Any, Any]:
-    """Draw a slider; return it, and the label of its value."""
     name = "λ" if slider.name == SCALING else slider.name
     span = slider.high - slider.low
     with ui.element("div").classes("setting"):

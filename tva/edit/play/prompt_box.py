@@ -64,7 +64,6 @@ class PromptBox:
 
 
 def _numbers(ui: Any) -> dict[str, Any]:
-    """Draw the settings of sampling."""
     given = Sampling()
     bounds = {
         "max_new_tokens": ("at most, tokens", {"min": 1, "max": MOST_TOKENS, "step": 1}),

@@ -20,8 +20,8 @@ class Cart(MatrixMethod):
     vector.
 
     Args:
-        exclude: Regular expression; matrices in whose names it is found are averaged. By default the tables of tokens.
-        conv: Kernels of convolutions are averaged (``"mean"``), or taken as ``"matrix"``.
+        exclude: See `MatrixMethod`.
+        conv: See there.
         rank: Fraction of each matrix's full rank to keep, in (0, 1], at least one triplet.
         scale: Coefficient of the low-rank parts.
 

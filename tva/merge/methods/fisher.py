@@ -61,14 +61,12 @@ class Fisher(_Statistics, Method):
 
     @cached_property
     def _coefs(self) -> list[float]:
-        """What each file's values are multiplied by."""
         weights = self.weights or [1.0] * len(self.files)
         norms = [_norm(file) for file in self._opened] if self.normalize else [1.0] * len(self.files)
         return [weight / norm if norm else 0.0 for weight, norm in zip(weights, norms, strict=True)]
 
 
 def _norm(file: LazyWeights) -> float:
-    """Compute the Euclidean norm over all tensors of a file, the same for any chunks."""
     total = Sum()
     for name in file:
         shape = tuple(file.spec(name).shape)

@@ -19,8 +19,8 @@ class IsoC(MatrixMethod):
     decompositions would make arbitrary ones as large as the rest. One vector does not give that vector.
 
     Args:
-        exclude: Regular expression; matrices in whose names it is found are averaged. By default the tables of tokens.
-        conv: Kernels of convolutions are averaged (``"mean"``, as in the paper), or taken as ``"matrix"``.
+        exclude: See `MatrixMethod`.
+        conv: See there.
 
     Source: Marczak et al., "No task left behind: isotropic model merging with common and task-specific subspaces",
     ICML 2025.
@@ -45,8 +45,8 @@ class IsoCts(OrientedMethod):
     Other tensors are averaged. ``common=1`` is Iso-C. One vector does not give that vector.
 
     Args:
-        exclude: Regular expression; matrices in whose names it is found are averaged. By default the tables of tokens.
-        conv: Kernels of convolutions are averaged (``"mean"``, as in the paper), or taken as ``"matrix"``.
+        exclude: See `MatrixMethod`.
+        conv: See there.
         inputs_first: Regular expression; matrices in whose names it is found are (inputs, outputs), as GPT-2's
             ``Conv1D``, rather than (outputs, inputs), as `torch.nn.Linear`: the common subspace is one of outputs.
         common: Part of the rank that is common, in [0, 1]; the paper's is 0.8.

@@ -23,9 +23,8 @@ class RegMean(_Statistics, OrientedMethod):
     Args:
         exclude: Regular expression; matrices in whose names it is found are averaged. By default the tables of tokens
             and positions.
-        conv: Kernels of convolutions are averaged (``"mean"``), or taken as matrices (``"matrix"``).
-        inputs_first: Regular expression; matrices in whose names it is found are (inputs, outputs), as GPT-2's
-            ``Conv1D``, rather than (outputs, inputs), as `torch.nn.Linear`.
+        conv: See `MatrixMethod`.
+        inputs_first: See `OrientedMethod`.
         files: For each vector, in their order, a file of Gram matrices: for every matrix that moves a tensor of its
             name, shape (inputs, inputs). `tva.callbacks.MergeStatistics` writes it.
         off_diagonal: What elements beside the diagonal are multiplied by, in [0, 1]; mostly 0.9 in the paper.

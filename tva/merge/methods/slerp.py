@@ -87,7 +87,6 @@ class Slerp(Method):
         return math.sin((1 - self.t) * angle) / sine, math.sin(self.t * angle) / sine
 
     def _merge_lines(self, deltas: Sequence[Tensor], chunk: Chunk) -> Tensor:
-        """Merge each row, or column, along its own arc."""
         if not deltas[0].numel():
             return deltas[0].clone()
         axis = -1 if self.over == "row" else 0

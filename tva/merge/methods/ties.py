@@ -115,7 +115,6 @@ class Ties(Method):
         return merge_agreeing(trimmed, elected, self.combine == "mean", weights)
 
     def _merge_signed(self, trimmed: Sequence[Tensor], elected: Tensor, weights: Sequence[float]) -> Tensor:
-        """Merge where weights may be negative."""
         turned = [delta * weight for delta, weight in zip(trimmed, weights, strict=True)]
         agreeing = [(value * elected > 0).to(value) for value in turned]
         merged = add_up([value * agrees for value, agrees in zip(turned, agreeing, strict=True)])

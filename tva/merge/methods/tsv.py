@@ -20,8 +20,8 @@ class Tsv(MatrixMethod):
     :math:`U_\perp \hat S V_\perp^\top`. Other tensors are averaged. One vector gives that vector, up to rounding.
 
     Args:
-        exclude: Regular expression; matrices in whose names it is found are averaged. By default the tables of tokens.
-        conv: Kernels of convolutions are averaged (``"mean"``, as in the paper), or taken as ``"matrix"``.
+        exclude: See `MatrixMethod`.
+        conv: See there.
 
     Source: Gargiulo et al., "Task singular vectors: reducing task interference in model merging", CVPR 2025.
     """
