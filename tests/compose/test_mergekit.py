@@ -31,14 +31,14 @@ def models():
             for name in SEEDS}  # fmt: skip
 
 
-def run(content, verified=True, **options):
+def run(content, verified=True, output="out", **options):
     """Run a configuration; what it becomes, and the output in float64."""
     file = Path("merge.yml")
     file.write_text(content if isinstance(content, str) else yaml.safe_dump(content, sort_keys=False))
     recipe = read_mergekit(file)
-    compose(**{**recipe.options, "output": "out", **options})
-    assert not verified or verify("out").holds
-    return recipe, {name: value.double() for name, value in open_weights("out").items()}
+    compose(**{**recipe.options, "output": output, **options})
+    assert not verified or verify(output).holds
+    return recipe, {name: value.double() for name, value in open_weights(output).items()}
 
 
 def config(method, models=(), base="base", **parameters):
@@ -142,10 +142,10 @@ WEIGHTS = {"a": 0.7, "b": 0.4, "c": -0.3}
 def test_arithmetic_is_that_of_mergekit(models, method, given, normalize, rescale):
     consensus = method.endswith("ties") or method == "della"
     for weights in (WEIGHTS, {"a": 1.0, "b": 0.0, "c": 0.5})[: 1 + consensus]:
-        check_arithmetic(models, Path(), method, given, normalize, rescale, weights)
+        check_arithmetic(models, method, given, normalize, rescale, weights)
 
 
-def check_arithmetic(models, tmp_path, method, given, normalize, rescale, weights):
+def check_arithmetic(models, method, given, normalize, rescale, weights):
     shared = {key: value for key, value in (("normalize", normalize), ("rescale", rescale)) if value is not None}
     own = [(name, {"weight": weight, **given}) for name, weight in weights.items()]
     content = config(method, own, **shared, **{"lambda": 0.8, "int8_mask": True})
@@ -167,9 +167,8 @@ def check_arithmetic(models, tmp_path, method, given, normalize, rescale, weight
 
     consensus = method.endswith("ties") or method == "della"
     expected = arithmetic(models, sparsify, weights, consensus, normalize, 0.8)
-    out = tmp_path / f"{weights['b']}"
-    out.mkdir()
-    check(run(content, verified=method in ("ties", "dare_linear") and weights is WEIGHTS, folder=out)[1], expected)
+    verified = method in ("ties", "dare_linear") and weights is WEIGHTS
+    check(run(content, verified, output=f"out-{weights['b']}")[1], expected)
 
 
 @pytest.mark.parametrize("normalize", [True, False])
