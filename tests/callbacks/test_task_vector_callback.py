@@ -42,7 +42,7 @@ def test_the_end_of_a_fit_says_where_the_vectors_are(tmp_path, monkeypatch):
     said = []
     monkeypatch.setattr("tva.callbacks.task_vector.rank_zero_info", said.append)
     fit()
-    (base,) = Path().glob("base-*")
+    (base,) = tmp_path.glob("base-*")
     assert said == [f"Task vector: {tmp_path}/epoch=1-step=8.tv.safetensors, the last of 2, against the base {base}"]
     fit(TaskVectorCallback(with_checkpoints=False), folder="none")
     assert len(said) == 1

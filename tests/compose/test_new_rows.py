@@ -23,10 +23,10 @@ def models():
     }
 
 
-def run(models, recipe="0.5 * a", names="a", **options):
-    compose(models["base"], {name: models[name] for name in names}, recipe, "out", **options)
-    assert verify("out").holds
-    return open_weights("out")
+def run(models, recipe="0.5 * a", names="a", output="out", **options):
+    compose(models["base"], {name: models[name] for name in names}, recipe, output, **options)
+    assert verify(output).holds
+    return open_weights(output)
 
 
 def test_the_choices_are_in_the_error(models):
@@ -92,10 +92,10 @@ def test_whose_tokenizer_the_output_gets_may_be_said(models):
     run(models, new_rows="keep", tokenizer="base")
     assert Path("out/tokenizer.json").read_text() == (models["base"] / "tokenizer.json").read_text()
     with pytest.raises(ValueError, match="tokenizer must name an input, 'a', 'base'; found 'c'"):
-        run(models, Path("2"), tokenizer="c")
+        run(models, output="2", tokenizer="c")
     with pytest.raises(ValueError, match="gives ids up to 14, and the output has 12 rows"):
-        run(models, Path("3"), new_rows="drop", tokenizer="a")
-    assert not Path("3/out").exists()
+        run(models, output="3", new_rows="drop", tokenizer="a")
+    assert not Path("3").exists()
 
 
 def test_an_undo_file_does_not_go_with_new_rows(models):

@@ -1,7 +1,5 @@
 """Pairs and subsets of a sum's vectors as edits of their own, and the ensemble of outputs."""
 
-from pathlib import Path
-
 import pytest
 import torch
 from small_edit import Net, Task, edit, make_trainer, vectors  # noqa: F401 (a fixture)
@@ -21,7 +19,7 @@ def three(vectors):  # noqa: F811
     return {**vectors, "c": "c.tv.safetensors"}
 
 
-def run(three, tasks=None, **changes):
+def run(three, tasks=None, folder=".", **changes):
     options = {
         "recipe": "a + b + c",
         "targets": tasks or {name: Task(seed) for seed, name in enumerate("abc", 1)},
@@ -29,7 +27,7 @@ def run(three, tasks=None, **changes):
         "search": Grid(num=5),
         **changes,
     }
-    return run_edit(make_trainer(), Net(), EditOptions(vectors=three, output="out", **options))
+    return run_edit(make_trainer(), Net(), EditOptions(vectors=three, output=f"{folder}/out", **options))
 
 
 @pytest.mark.parametrize("pair", ["a + b", "b + c"])
@@ -39,13 +37,13 @@ def test_a_pair_is_what_an_edit_of_its_sum_is(pair, three):
     assert list(rows) == ["a + b", "a + c", "b + c"]
     first, second = pair.split(" + ")
     maximize = f"mean({first}/normalized_accuracy, {second}/normalized_accuracy)"
-    alone = run(three, Path("alone"), recipe=pair, maximize=maximize)
+    alone = run(three, folder="alone", recipe=pair, maximize=maximize)
     assert rows[pair]["λ"] == alone.coefficients["scaling_coef"]
     for task in "abc":
         assert rows[pair][task] == alone.tasks[task].scores["edited"].value
     own = [alone.tasks[task].normalized for task in (first, second)]
     assert rows[pair]["normalized"] == pytest.approx(sum(own) / 2)
-    assert report.tasks["a"].scores["edited"].value == run(three, Path("whole")).tasks["a"].scores["edited"].value
+    assert report.tasks["a"].scores["edited"].value == run(three, folder="whole").tasks["a"].scores["edited"].value
 
 
 def test_every_subset_is_reported_and_the_whole_is_the_edit_itself(three):
@@ -61,7 +59,7 @@ def test_more_subsets_read_no_example_more_often(three):
     reads = {}
     for each in ("pairs", "subsets"):
         tasks = {name: Task(seed) for seed, name in enumerate("abc", 1)}
-        run(three, Path(each), tasks, each=each, cache="0B")
+        run(three, tasks, each, each=each, cache="0B")
         reads[each] = [len(task.reads[split]) for task in tasks.values() for split in ("val", "test")]
     assert reads["subsets"] == reads["pairs"]
 
@@ -75,7 +73,7 @@ def test_a_subset_that_misses_the_constraints_has_no_numbers(three):
     harmless = Grid(stop=1e-6, num=2)
     report = run(three, each="subsets", subject_to=["a/accuracy >= 0.999 * base"], search=harmless)
     assert all(row["λ"] is not None for row in report.diagnostics["subsets"]["rows"].values())
-    report = run(three, Path("b"), each="pairs", subject_to=["a/accuracy >= base + 0.0"], search=Grid(num=3))
+    report = run(three, folder="b", each="pairs", subject_to=["a/accuracy >= base + 0.0"], search=Grid(num=3))
     pairs = report.diagnostics.get("pairs", {"rows": {}})
     for row in pairs["rows"].values():
         assert (row["λ"] is None) == (row["normalized"] is None)

@@ -169,7 +169,7 @@ def test_a_refused_edit_keeps_the_accepted_one_that_was_in_its_folder(vectors, c
         assert not Path("out/edited.safetensors").exists()
         (kept,) = Path("out").glob("accepted-*")
         assert (kept / "edited.safetensors").read_bytes() == weights
-    assert capsys.readouterr().err.count(f"is now in {kept}") == 1
+    assert capsys.readouterr().err.count(f"is now in {kept.absolute()}") == 1
     revert(kept / "edited.safetensors", output="base.safetensors")
     before = Net().state_dict()
     assert all((tensor == before[name]).all() for name, tensor in open_weights("base.safetensors").items())

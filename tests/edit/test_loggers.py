@@ -27,7 +27,7 @@ def test_the_command_logs_one_run_with_the_curve_and_the_table(runs):
     config = edit_config(runs, Path("out"), search=search)
     logger = {"class_path": "lightning.pytorch.loggers.CSVLogger", "init_args": {"save_dir": "."}}
     main(["edit", "--config", write_yaml(Path("edit.yaml"), {**config, "trainer": {"logger": logger}})])
-    content = read_report("out")
+    content = read_report(Path("out"))
     (run,) = Path("lightning_logs").iterdir()
     rows = list(csv.DictReader((run / "metrics.csv").read_text().splitlines()))
     curve = [row for row in rows if row["search/scaling_coef"]]

@@ -55,11 +55,11 @@ def test_a_field_of_another_kind_is_named(report):
     with pytest.raises(
         ValueError, match=r"edit.json is not an edit report of this version .*base/value must be number"
     ):
-        read_report(".")
+        read_report(Path())
 
 
 @pytest.mark.parametrize("name", ["base", "vectors"])
 def test_a_report_without_its_inputs_is_an_error_with_its_path(report, name):
     Path("edit.json").write_text(json.dumps({key: value for key, value in report.items() if key != name}))
     with pytest.raises(ValueError, match=f"edit.json is not an edit report of this version .*{name}"):
-        read_report(".")
+        read_report(Path())
