@@ -432,12 +432,12 @@ def test_seeds_without_all_edits_or_numbers_are_left_out_and_named(made, tmp_pat
         entry["split"] = "val"  # as where no coefficient is feasible
     report.write_text(json.dumps(content))
     assert rows() == [["4"], ["4"]]
-    assert "target: seed 3 is left out, as 'forget-one' has no such number" in capsys.readouterr().out
+    assert "seed 3 is left out, as 'forget-one' is missing or has no" in capsys.readouterr().out
     shutil.rmtree(edits / "forget-two/seed=4")
     assert rows() == []
     shutil.rmtree(edits / "forget-two/seed=3")  # as after an interruption: no seed has all
     assert rows() == []
-    assert "seed 4 has 1 of 2 edits and is left out" in capsys.readouterr().out
+    assert "seed 4 is left out, as 'forget-two' is" in capsys.readouterr().out
 
 
 def test_the_best_part_of_an_analogy_is_that_of_the_best_target():

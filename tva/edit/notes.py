@@ -93,17 +93,14 @@ def _few_groups(outcome: Outcome) -> list[str]:
 
 
 def _without_ground(outcome: Outcome) -> list[str]:
-    """Notice metrics that have no interval because nothing is known of how they vary."""
-    found = []
-    for task, metric in outcome.metrics.items():
-        extra = outcome.evaluations[task]["base"].extra
-        if metric in extra and not has_ground(extra[metric]):
-            found.append(
-                f"{task}/{metric} has no interval: that of a number of all examples together covers only where it is a "
-                f"smooth function of means, as F1 is, and a calibration error or the worst of several classes is not. "
-                f"If yours is one, set its attribute has_interval = True."
-            )
-    return found
+    extra = {task: outcome.evaluations[task]["base"].extra.get(metric) for task, metric in outcome.metrics.items()}
+    return [
+        f"{task}/{outcome.metrics[task]} has no interval: that of a number of all examples together covers only where "
+        f"it is a smooth function of means, as F1 is, and a calibration error or the worst of several classes is not. "
+        f"If yours is one, set its attribute has_interval = True."
+        for task, metric in extra.items()
+        if metric is not None and not has_ground(metric)
+    ]
 
 
 def _decided(outcome: Outcome) -> list[str]:

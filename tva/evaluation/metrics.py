@@ -114,7 +114,7 @@ class FunctionMetric(Metric):
 
     Args:
         function: Takes ``preds`` and ``target``, returns one number, or one an example. Its attribute
-            ``higher_is_better``, where it has one, is the metric's direction; for ``has_interval`` see `has_ground`.
+            ``higher_is_better``, where it has one, is the metric's direction.
     """
 
     full_state_update = False
@@ -143,16 +143,10 @@ class FunctionMetric(Metric):
 
 
 def has_ground(metric: Metric) -> bool:
-    """Return whether an interval of a metric of all examples together would cover, by leaving out a part at a time.
+    """Return whether an interval of a metric of all examples together, by leaving out a part at a time, would cover.
 
-    It does where the metric is a smooth function of means over examples, as F1 is; it does not where it is biased, or
-    the best or worst of several numbers, however small the bias looks in the examples at hand. What torchmetrics and
-    tva compute is known; a metric of one's own says it by its attribute ``has_interval``.
-
-    Example:
-        >>> from torchmetrics.classification import BinaryCalibrationError, BinaryF1Score
-        >>> has_ground(BinaryF1Score()), has_ground(BinaryCalibrationError())
-        (True, False)
+    It does where the metric is a smooth function of means, as F1 is, and not where it is biased or the worst of several
+    numbers. That is known of torchmetrics and tva; one's own metric says it by its attribute ``has_interval``.
     """
     function: Any = metric.function if isinstance(metric, FunctionMetric) else metric
     said = getattr(function, "has_interval", None)

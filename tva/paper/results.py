@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import platform
-import statistics
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -18,6 +17,7 @@ from tva.evaluation.intervals import student_interval
 from tva.paper.quantities import mean, quantity
 from tva.paper.suite import Scale
 from tva.report.edit_report import read_report
+from tva.report.series import is_feasible
 
 DONE = "done.json"  # in the folder of an edit: what it was made of, and how long it took
 
@@ -144,69 +144,49 @@ def find_made(output: Path, scale: Scale) -> list[Made]:
 
 
 def by_seed(scale: Scale, made: Sequence[Made], edits: str, value: str) -> dict[int, float]:
-    """Return a quantity's mean over the edits of a group, one per seed.
-
-    Seeds in which an edit is missing or does not have the quantity are left out; see `left_out`.
-    """
-    known = {
-        seed: {name: found for name, found in values.items() if found is not None}
-        for seed, values in _values(made, edits, value).items()
+    """Return a quantity's mean over the edits of a group, one per seed, without the seeds of `left_out`."""
+    found = {
+        seed: mean(quantity(value, each.content) for each in made if (each.group, each.seed) == (edits, seed))
+        for seed, names in _lacking(scale, made, edits).items()
+        if not names
     }
-    whole = _names(scale).get(edits, set())
-    return {seed: statistics.fmean(values.values()) for seed, values in sorted(known.items()) if set(values) == whole}
+    return {seed: value for seed, value in found.items() if value is not None}
 
 
-def _names(scale: Scale) -> dict[str, set[str]]:
-    """Return the names of the edits that each seed should have, by group."""
-    names: dict[str, set[str]] = {}
+def _names(scale: Scale) -> dict[str, list[str]]:
+    """Return the names of the edits of one seed by group."""
+    names: dict[str, list[str]] = {}
     for edit in scale.edits([0]):
-        names.setdefault(edit.group, set()).add(edit.name)
+        names.setdefault(edit.group, []).append(edit.name)
     return names
 
 
-def _values(made: Sequence[Made], edits: str, value: str) -> dict[int, dict[str, float | None]]:
-    """Return a quantity by seed and edit of a group; None where an edit does not have it."""
-    found: dict[int, dict[str, float | None]] = {}
-    for each in made:
-        if each.group == edits:
-            found.setdefault(each.seed, {})[each.name] = quantity(value, each.content)
-    return found
+def _lacking(scale: Scale, made: Sequence[Made], edits: str) -> dict[int, list[str]]:
+    """Return by seed the edits of a group that are missing or have no feasible coefficient."""
+    own = [each for each in made if each.group == edits]
+    there = {(each.seed, each.name) for each in own if is_feasible(each.content)}
+    names = _names(scale).get(edits, [])
+    return {seed: [n for n in names if (seed, n) not in there] for seed in sorted({each.seed for each in own})}
 
 
 def left_out(scale: Scale, made: Sequence[Made]) -> list[str]:
-    """Return one sentence for each seed that tables leave out, as edits of it are missing or lack a number."""
-    start, notes = f"{scale.experiment} ({scale.name})", []
-    for group, names in _names(scale).items():
-        seeds = sorted({each.seed for each in made if each.group == group})
-        there = {seed: {each.name for each in made if (each.group, each.seed) == (group, seed)} for seed in seeds}
-        notes += [
-            f"{start}, {group}: seed {seed} has {len(found)} of {len(names)} edits and is left out"
-            for seed, found in there.items()
-            if len(found) < len(names)
-        ]
-    for entry in rows_at(scale):
-        values = _values(made, entry["edits"], entry["value"])
-        if all(found is None for own in values.values() for found in own.values()):
-            continue  # a number that these edits never have
-        lacking = {seed: [name for name, found in own.items() if found is None] for seed, own in values.items()}
-        notes += [
-            f"{start}, {entry['row']}: seed {seed} is left out, as {some(names)} has no such number"
-            for seed, names in sorted(lacking.items())
-            if names
-        ]
-    return notes
-
-
-def rows_at(scale: Scale) -> list[Any]:
-    """Return the entries of an experiment's rows that a scale has."""
-    return [entry for entry in scale.content["rows"] if scale.name in entry.get("scales", [scale.name])]
+    """Return a sentence for each seed of a group that tables leave out, as not all of its edits have numbers."""
+    return [
+        f"{scale.experiment} ({scale.name}), {group}: seed {seed} is left out, as {some(names)} is missing or has no "
+        f"feasible coefficient"
+        for group in _names(scale)
+        for seed, names in _lacking(scale, made, group).items()
+        if names
+    ]
 
 
 def rows_of(scale: Scale, made: Sequence[Made]) -> Iterator[Row]:
     """Return the rows of an experiment's table that have numbers."""
     column = scale.options.get("paper")
     names = _names(scale)
-    for entry in rows_at(scale):
+    for entry in scale.content["rows"]:
+        if scale.name not in entry.get("scales", [scale.name]):
+            continue
         unit = entry.get("unit", "percent")
         factor = 100.0 if unit == "percent" else 1.0
         seeds = by_seed(scale, made, entry["edits"], entry["value"])
