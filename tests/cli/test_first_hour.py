@@ -2,6 +2,7 @@
 
 import logging
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -169,8 +170,9 @@ def test_another_tools_word_for_a_command_names_ours(word, meant, capsys):
 def complete(script, *words):
     """Return what bash would offer for the last of some words."""
     line = " ".join(f"'{word}'" for word in words)
-    code = f"source {script}; COMP_WORDS=({line}); COMP_CWORD={len(words) - 1}; _tva; echo ${{COMPREPLY[@]}}"
-    return subprocess.run(["bash", "-c", code], capture_output=True, text=True, check=True).stdout.split()
+    code = f"source {script}; COMP_WORDS=({line}); COMP_CWORD={len(words) - 1}; _tva; "
+    code += "printf '%s\\n' \"${COMPREPLY[@]@Q}\""
+    return shlex.split(subprocess.run(["bash", "-c", code], capture_output=True, text=True, check=True).stdout)
 
 
 def test_completion_in_bash_offers_commands_and_their_options(folder, monkeypatch, capsys):
@@ -184,6 +186,11 @@ def test_completion_in_bash_offers_commands_and_their_options(folder, monkeypatc
     assert complete(script, "tva", "edit", "--trainer.dev") == ["--trainer.devices", "--trainer.devices+"]
     assert set(complete(script, "tva", "vectors", "")) == {"ls", "match"}
     assert "--key_map" in complete(script, "tva", "vectors", "match", "--")
+    assert complete(script, "tva", "--in") == ["--install-completion"]
+    assert complete(script, "tva", "init", "a") == ["add", "analogy"]
+    assert complete(script, "tva", "data", "") == ["check", "ls"]
+    Path("my run").mkdir()
+    assert complete(script, "tva", "report", "m") == ["my run"]
 
 
 @pytest.mark.parametrize("shell", ["zsh", "fish"])

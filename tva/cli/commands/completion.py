@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import os
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -22,16 +23,21 @@ PLACES = {
 }
 BASH = """# tab completion of tva: options of its commands, else files
 _tva() {{
-  local word=${{COMP_WORDS[COMP_CWORD]}} command=${{COMP_WORDS[1]}} options=
+  local word=${{COMP_WORDS[COMP_CWORD]}} command=${{COMP_WORDS[1]}} options= choices= IFS=$' \t\n'
   case "$command ${{COMP_WORDS[2]}}" in
 {pairs}
   esac
   [ -n "$options" ] || case "$command" in
 {singles}
   esac
-  if [ "$COMP_CWORD" = 1 ]; then COMPREPLY=($(compgen -W "{first}" -- "$word"))
-  elif [[ $word == -* ]]; then COMPREPLY=($(compgen -W "$options" -- "$word"))
-  else COMPREPLY=($(compgen -f -- "$word")); fi
+  [ "$COMP_CWORD" = 1 ] && options="--help --version --install-completion"
+  if [[ $word == -* ]]; then COMPREPLY=($(compgen -W "$options" -- "$word"))
+  elif [ "$COMP_CWORD" = 1 ]; then COMPREPLY=($(compgen -W "{first}" -- "$word"))
+  else
+    [ "$COMP_CWORD" = 2 ] && COMPREPLY=($(compgen -W "$choices" -- "$word"))
+    IFS=$'\n'  # a file's name may hold spaces
+    [ -n "$COMPREPLY" ] || COMPREPLY=($(compgen -f -- "$word"))
+  fi
 }}
 complete -o filenames -F _tva tva
 """
@@ -78,7 +84,7 @@ def run(shell: Literal["bash", "zsh", "fish"] | None = None, install: bool = Fal
 
 
 def options_of_commands() -> dict[str, list[str]]:
-    """Return the options of every command."""
+    """Return the options of every command, and what may follow its name."""
     from tva.cli.main import list_commands
     from tva.cli.run_function import make_parser
     from tva.cli.shipped_help import shipped
@@ -91,8 +97,12 @@ def options_of_commands() -> dict[str, list[str]]:
         elif not hasattr(loaded := importlib.import_module(module), "run"):
             flags = {"--help"}
         else:
-            strings = [string for action in make_parser(name, loaded)._actions for string in action.option_strings]
+            parser = make_parser(name, loaded)
+            strings = [string for action in parser._actions for string in action.option_strings]
             flags = {string for string in strings if string.startswith("--") and not string.endswith("+")}
+            choices = re.match(rf"tva {name} ([a-z|]+) ", parser.usage)
+            flags |= set(choices[1].split("|") if choices else [])
+            flags |= {other.split()[1] for other in list_commands() if other.startswith(f"{name} ")}
         found[name] = sorted(flags)
     return found
 
@@ -104,7 +114,10 @@ def bash_script(options: dict[str, list[str]]) -> str:
         >>> "vectors ls) options=--json" in bash_script({"fit": ["--help"], "vectors ls": ["--json"]}).replace('"', "")
         True
     """
-    lines = {name: f'    "{name}") options="{" ".join(flags)}" ;;' for name, flags in options.items()}
+    lines = {}
+    for name, words in options.items():
+        flags, choices = (" ".join(word for word in words if (word[:2] == "--") is flag) for flag in (True, False))
+        lines[name] = f'    "{name}") options="{flags}" choices="{choices}" ;;'
     pairs = "\n".join(line for name, line in lines.items() if " " in name)
     singles = [line for name, line in lines.items() if " " not in name]
     groups: dict[str, list[str]] = {}
@@ -129,7 +142,8 @@ def fish_script(options: dict[str, list[str]]) -> str:
         lines.append(f"complete -c tva -n __fish_use_subcommand -a {first}")
         if name != first:
             lines.append(f"complete -c tva -n '__fish_seen_subcommand_from {first}' -a {name.split()[1]}")
-        lines += [f"complete -c tva -n '__fish_seen_subcommand_from {first}' -l {flag[2:]}" for flag in flags]
+        words = [f"-l {flag[2:]}" if flag.startswith("--") else f"-a {flag}" for flag in flags]
+        lines += [f"complete -c tva -n '__fish_seen_subcommand_from {first}' {word}" for word in words]
     return "\n".join([*dict.fromkeys(lines), ""])
 
 
@@ -138,5 +152,9 @@ def show(result: Completion) -> None:
     if result.path is None:
         print(result.script, end="")
         return
-    then = {"zsh": "; ~/.zshrc must have: fpath+=~/.zfunc; autoload -Uz compinit; compinit"}.get(result.shell, "")
-    print_line(make_console(), f"wrote {result.path}: it works in a new shell{then}")
+    then = {
+        "bash": f"; without the package bash-completion, ~/.bashrc must have: source {result.path}",
+        "zsh": "; ~/.zshrc must have: fpath+=~/.zfunc; autoload -Uz compinit; compinit",
+    }
+    said = f"wrote {result.path}: it works in a new shell{then.get(result.shell, '')}"
+    print_line(make_console(), said, wrap=True)
