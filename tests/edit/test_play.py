@@ -278,3 +278,9 @@ def test_a_slider_in_a_browser_changes_the_numbers_and_nothing_leaves_this_machi
             assert tab.complaints == []
             assert all(request.split("/")[2] == f"127.0.0.1:{port}" for request in tab.requests), tab.requests
             assert tab.evaluate("document.documentElement.scrollWidth <= innerWidth")
+            # as axe asks: a language, one main part, and buttons in the color of the text
+            assert tab.evaluate("[document.documentElement.lang, document.querySelectorAll('main').length]") == [
+                "en",
+                1,
+            ]
+            assert not tab.evaluate("document.querySelector('.q-btn.text-primary')")

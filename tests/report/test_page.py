@@ -274,7 +274,7 @@ def test_a_comparison_is_drawn_and_says_in_what_the_runs_differ(runs, tab):
     contents = {kind: read_report(folder) for kind, folder in runs.items()}
     assert "different bases" not in comparison_page(contents)
     other = {**contents["given"], "base": {"path": None, "fingerprint": "f" * 32}}
-    page = comparison_page({**contents, "given": other})
+    page = comparison_page({**contents, "given": other}, [f"{'folder/' * 12}a.tv.safetensors has changed"])
     assert "start from different bases" in page
     assert "a is measured by accuracy and loss" in page
     assert "a was not evaluated on the same test data" not in page

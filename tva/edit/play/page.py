@@ -29,7 +29,7 @@ body { font-size: 16px; } .nicegui-content { display: block; padding: 0; }
 .shown figcaption { font-size: 0.86rem; overflow-wrap: anywhere; } .shown strong { display: block; font-size: 1rem; }
 .q-slider__marker-labels { white-space: nowrap; font-size: 0.86rem; } .nicegui-content h2 { font-weight: 600; }
 @media (max-width: 600px) {
-  .playing tr { display: grid; grid-template-columns: 1fr 4rem 5.2rem 3.5rem; border-bottom: 1px solid var(--line); }
+  .playing tr { display: grid; grid-template-columns: 1fr 3.8rem 5rem 4.4rem; border-bottom: 1px solid var(--line); }
   .playing th, .playing td { border: 0; padding-right: 0; } .playing tr > :last-child { grid-column: 1 / -1; }
 }
 .buttons { display: flex; gap: 0.6rem; flex-wrap: wrap; } .q-btn { text-transform: none; }
@@ -62,6 +62,7 @@ def build(ui: Any, page: Page, style: str) -> None:
 
     playground, content = page.playground, page.playground.content
     ui.add_css(style)
+    ui.add_head_html("<script>document.documentElement.lang = 'en'</script>")
     coefs = {slider.name: slider.chosen for slider in playground.sliders}
     busy, asked = [False], [0]
 
@@ -100,15 +101,15 @@ def build(ui: Any, page: Page, style: str) -> None:
         for name, value in values_by_name.items():
             sliders[name].set_value(value)
 
-    with ui.element("main"):
+    with ui.element():  # within the <main> that NiceGUI makes
         ui.html(heading_html(page), sanitize=False)
         sliders, values = {}, {}
         for slider in playground.sliders:
             sliders[slider.name], values[slider.name] = _slider(ui, slider, moved)
         with ui.element("div").classes("buttons"):
             chosen = {slider.name: slider.chosen for slider in playground.sliders}
-            ui.button("as chosen", on_click=lambda: set_all(chosen)).props("outline no-caps")
-            ui.button("base (λ = 0)", on_click=lambda: set_all({SCALING: 0.0})).props("outline no-caps")
+            ui.button("as chosen", on_click=lambda: set_all(chosen), color=None).props("outline no-caps")
+            ui.button("base (λ = 0)", on_click=lambda: set_all({SCALING: 0.0}), color=None).props("outline no-caps")
         pace = ui.label().classes("soft")
         table = ui.html(sanitize=False)
         ui.html(proof_html(content, page.run), sanitize=False)

@@ -32,7 +32,7 @@ class PromptBox:
             self.text.classes("asked").on("keydown.ctrl.enter", self.ask)
             with ui.element("div").classes("buttons"):
                 self.numbers = _numbers(ui) if prompts else {}
-                ui.button("write" if prompts else "classify", on_click=self.ask).props("outline no-caps")
+                ui.button("write" if prompts else "classify", on_click=self.ask, color=None).props("outline no-caps")
             self.answer = ui.html(sanitize=False)
 
     async def ask(self) -> None:
