@@ -28,7 +28,8 @@ OPTIONS = {"group": "images", "scale": "real", "data_root": "", "output": "runs/
 PARTS = ("group",)
 DEPENDS = ("benchmarks/paper.py", "tva/paper", "tva/edit", "tva/evaluation", "tva/search", "tva/models", "tva/data")
 GROUPS = {
-    "images": ("forgetting-images", "adding-images", "ablations"),
+    "images": ("forgetting-images",),
+    "sums": ("adding-images", "ablations"),
     "texts": ("forgetting-texts", "adding-texts", "analogy-domains"),
     "analogies": ("analogy-subpopulations", "few-shot"),
     "language": ("forgetting-toxicity", "forgetting-style", "analogy-sentiment"),
