@@ -1,5 +1,6 @@
 """What the classifiers share: heads that are probed or learned, layer-wise decay, options of memory and speed."""
 
+import inspect
 import os
 import platform
 import subprocess
@@ -10,6 +11,7 @@ import lightning as L
 import numpy as np
 import pytest
 import torch
+from jsonargparse import ArgumentParser
 from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
 from small_models import quiet_trainer
 from small_networks import SIZE, write_images, write_network
@@ -21,7 +23,7 @@ from tva.data import ImageTask
 from tva.evaluation.evaluate import evaluate
 from tva.models import ClipClassifier, VisionClassifier
 from tva.models.heads import fit_probe
-from tva.models.optim import layer_depths
+from tva.models.optim import FineTuned, layer_depths
 
 
 @pytest.fixture(autouse=True)
@@ -308,3 +310,15 @@ def test_what_a_step_frees_is_used_by_the_next_without_new_pages():
     before, kept, after = run.stdout.split()
     assert kept == "True"
     assert int(after) < 0.1 * int(before)
+
+
+@pytest.mark.parametrize(
+    "name", ["ClipClassifier", "VisionClassifier", "TextClassifier", "CausalLM", "Seq2SeqLM", "TimmModel"]
+)
+def test_every_model_takes_every_option_of_training_on_the_command_line(name):
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_subclass_arguments(L.LightningModule, "model")
+    options = {key: each.default for key, each in inspect.signature(FineTuned).parameters.items()}
+    given = {"name": "some", **options, "weights": "edited"}
+    found = parser.parse_object({"model": {"class_path": f"tva.models.{name}", "init_args": given}})
+    assert {key: found.model.init_args[key] for key in given} == given

@@ -257,7 +257,7 @@ def test_verdicts_and_legends_are_on_the_screen(runs, tab, size):
 @pytest.mark.slow
 def test_a_browser_runs_no_script_that_is_not_the_pages_and_prints(runs, tab):
     content = read_report(runs["searched"])
-    page = Path("page.html")
+    page = Path("page.html").absolute()
     page.write_text(edit_page({**content, "recipe": "</script><script>window.caught = 1</script>"}))
     tab.open(page.as_uri(), until=DRAWN)
     assert tab.evaluate("window.caught") is None
@@ -280,7 +280,7 @@ def test_a_comparison_is_drawn_and_says_in_what_the_runs_differ(runs, tab):
     assert "a was not evaluated on the same test data" not in page
     for size in (DESKTOP, PHONE):
         Path("page.html").write_text(page)
-        tab.open(Path("page.html").as_uri(), size, until=DRAWN)
+        tab.open(Path("page.html").absolute().as_uri(), size, until=DRAWN)
         assert tab.complaints == []
         assert tab.evaluate("document.documentElement.scrollWidth") <= size[0]
 

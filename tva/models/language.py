@@ -87,7 +87,9 @@ class LanguageModel(FineTuned, ABC):
         max_new_tokens: int = 32,
         **options: Any,
     ) -> None:
-        FineTuned.__init__(self, **options)  # not the next class of a `TransformersModel` that is a language model
+        # not the next class of a `TransformersModel` that is a language model; jsonargparse takes a self without a
+        # keyword for the first option
+        FineTuned.__init__(self=self, **options)
         if options.get("tangent") and metrics:
             raise ValueError(
                 f"metrics {metrics} are of text that is generated, and a linearized network generates none. Leave "
