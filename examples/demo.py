@@ -184,3 +184,7 @@ def draw_curves(reports: Mapping[str, Sequence[Mapping[str, Any]]], path: Path) 
         "spec": panel,
     }
     write_export(path, draw(spec, path.stem).encode())
+
+
+if __name__ == "__main__":
+    main()

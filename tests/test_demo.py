@@ -1,6 +1,10 @@
 """The demo, whole: every effect that the README shows appears, and the analogy never saw its fourth part."""
 
 import json
+import re
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
@@ -41,6 +45,13 @@ def run(tmp_path_factory):
 
 def value(report, task, label):
     return report["tasks"][task][label]["value"]
+
+
+def test_make_demo_runs_it():
+    root = Path(demo.__file__).parents[1]
+    (module,) = re.findall(r"^demo: .*\n\t.*python -m (\S+)", (root / "Makefile").read_text(), re.MULTILINE)
+    ran = subprocess.run([sys.executable, "-m", module, "--help"], cwd=root, capture_output=True, text=True, check=True)
+    assert "usage: python -m examples.demo" in ran.stdout
 
 
 @pytest.mark.slow
