@@ -236,7 +236,7 @@ class Tiny(_Images):
     """The CLIP that ships with tva, all of its image encoder."""
 
     name = "tiny"
-    all_tasks = ("digits", "letters", "shapes", "textures")
+    all_tasks = ("digits", "letters", "shapes", "textures", "mnist", "gtsrb10", "rsscn7", "cifar10")
     num_val, num_test, rate = 200, 400, 6e-4
     no_gram = ', exclude="embed|attn|^proj$"'  # nn.MultiheadAttention does not call its layers
     tuned = "all weights of the image encoder (0.8 M parameters)"
@@ -254,7 +254,7 @@ class Tiny(_Images):
     def tables(self, task: str) -> Mapping[str, Any]:
         from tva.data.builtin import load_builtin
 
-        return load_builtin(task)
+        return super().tables(task) if task in Images.all_tasks else load_builtin(task)
 
 
 class Images(_Images):
