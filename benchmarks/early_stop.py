@@ -16,7 +16,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.ledger import markdown, with_interval
+from benchmarks.ledger import holm, markdown, over_seeds, with_interval
 from benchmarks.merge_models import MODELS
 from benchmarks.methods import Merges, Row, setting_of, tune
 
@@ -56,25 +56,53 @@ def measure(seed: int, models: str, num_tasks: int, data: str, output: str) -> d
 
 
 def tables(runs: Mapping[int, Any]) -> dict[str, str]:
-    """Return a table of the ways: accuracy, in points against Adam also by task, and time."""
+    """Return a table of the ways: accuracy, in points against Adam also by task, and time.
+
+    A task's difference is bold where a paired t-test over seeds shows it, with Holm's correction for all of the table.
+    """
     found = list(runs.values())
-    first, *_ = WAYS
+    first, *others = WAYS
 
     def normalized(values: Mapping[str, Any], way: str) -> Sequence[float]:
         return [count / alone for count, alone in zip(values["ways"][way]["right"], values["alone"], strict=True)]
 
-    lines = []
-    for way in WAYS:
-        accuracy = with_interval([statistics.fmean(normalized(each, way)) for each in found], form="{:.3f}".format)
-        differences = [
+    differences = {
+        way: [
             [100 * (one - adam) for one, adam in zip(normalized(each, way), normalized(each, first), strict=True)]
             for each in found
         ]
-        of_tasks = [f"{statistics.fmean(task):+.1f}" for task in zip(*differences, strict=True)]
-        points = with_interval([statistics.fmean(one) for one in differences], form="{:+.1f}".format)
+        for way in others
+    }
+    by_task = [task for way in others for task in zip(*differences[way], strict=True)]
+    shown = iter(zip(by_task, _distinguished(by_task), strict=True))
+    lines = []
+    for way in WAYS:
+        accuracy = with_interval([statistics.fmean(normalized(each, way)) for each in found], form="{:.3f}".format)
         chosen = ", ".join(f"{w['time']}·{w['scaling_coef']:.2g}".lstrip("·") for w in (e["ways"][way] for e in found))
         ratio = statistics.median(each["ways"][first]["ms"] / each["ways"][way]["ms"] for each in found)
-        against = ["", "", ""] if way == first else [points, ", ".join(of_tasks), f"{ratio:.0f} ×"]
+        against = ["", "", ""]
+        if way != first:
+            points = with_interval([statistics.fmean(one) for one in differences[way]], form="{:+.1f}".format)
+            of_tasks = [_task(*next(shown)) for _ in differences[way][0]]
+            against = [points, ", ".join(of_tasks), f"{ratio:.0f} ×"]
         lines.append([way, accuracy, chosen, *against])
     heads = ["solution", "normalized accuracy", "time·λ by seed", "points above Adam", "by task", "times faster"]
     return {"against": markdown(heads, lines)}
+
+
+def _distinguished(by_task: Sequence[Sequence[float]]) -> list[bool]:
+    """Return of which tasks the differences, one a seed, have a mean other than 0."""
+    from scipy import stats
+
+    spread = [len(task) > 2 and statistics.stdev(task) > 0 for task in by_task]
+    p_values = [
+        float(stats.ttest_1samp(task, 0.0).pvalue) if s else 1.0 for task, s in zip(by_task, spread, strict=True)
+    ]
+    return [p_value < 0.05 for p_value in holm(p_values)]
+
+
+def _task(values: Sequence[float], shown: bool) -> str:
+    """Return a task's mean difference with half of its 95 % interval."""
+    interval = over_seeds(values)
+    half = f" ± {(interval[1] - interval[0]) / 2:.1f}" if interval else ""
+    return f"**{statistics.fmean(values):+.1f}{half}**" if shown else f"{statistics.fmean(values):+.1f}{half}"

@@ -1,5 +1,6 @@
 """The ledger of results, and benchmarks in small: every line that a CPU reaches of those that need a GPU, or hours."""
 
+import copy
 import importlib
 import importlib.util
 import json
@@ -267,9 +268,15 @@ def test_the_early_stop_of_wudi_is_compared_with_adam_by_task_and_time(tmp_path,
             if len(each["right"]) == 4 and each["ms"] > 0
         },
     )
-    _, _, adam, filtered, _ = early_stop.tables(dict.fromkeys(range(2), found))["against"].splitlines()
-    assert adam.count("|") == filtered.count("|")
-    assert filtered.endswith("| 50·1, 50·1 | +0.5 [+0.5, +0.5] | +2.0, +0.0, +0.0, +0.0 | 25 × |")
+    runs = {seed: copy.deepcopy(found) for seed in range(4)}
+    for seed, of_seed in runs.items():
+        of_seed["ways"]["filtered"]["right"][1] += 2 * (seed % 2) - 1  # a spread around no difference
+        of_seed["ways"]["filtered"]["right"][2] -= 10 - seed % 2  # a difference that all seeds show
+    _, _, adam, filtered, participation = early_stop.tables(runs)["against"].splitlines()
+    assert adam.count("|") == filtered.count("|") == participation.count("|")
+    tasks = filtered.split("|")[-3].strip()
+    assert tasks == "+2.0 ± 0.0, +0.0 ± 3.7, **-19.0 ± 1.8**, +0.0 ± 0.0"
+    assert filtered.endswith("| 25 × |")
 
 
 def test_coefficients_are_learned_by_both_losses_from_the_same_inputs(tmp_path, monkeypatch):
