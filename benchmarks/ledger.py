@@ -7,7 +7,7 @@ A benchmark is a module of this folder that has
 - ``tables(runs)``, which returns Markdown by name from the values by seed (a line is put into a sentence);
 - ``DEPENDS``, the paths, from the repository's root, of the code that the values depend on;
 - ``PARTS``, if it is measured in parts: the options that name one. Each part has a file and tables of its own, named
-  ``NAME-VALUE-…``.
+  ``NAME-VALUE-…``, and ``joined(parts)`` makes the tables of all whose names fit a pattern, such as ``NAME-*-8``.
 
 In README.md and docs/results a table stands between ``<!-- ledger: NAME/TABLE -->`` and ``<!-- end -->``. In every one
 ``[a, b]`` is a 95 % interval and ``(a–b)`` the lowest and highest value.
@@ -38,7 +38,7 @@ import yaml
 ROOT = Path(__file__).resolve().parents[1]
 DATA = ROOT / "docs" / "results" / "data"
 _SEEDS = re.compile(r"--seeds(?: \d+)+")
-MARKED = re.compile(r"<!-- ledger: ([\w-]+)/([\w-]+) -->(.*?)<!-- end -->", re.S)
+MARKED = re.compile(r"<!-- ledger: ([\w*-]+)/([\w-]+) -->(.*?)<!-- end -->", re.S)
 PACKAGES = ("torch", "lightning", "timm", "transformers", "peft", "numpy", "scipy")
 NO_VALUES = [f":!tva/{path}" for path in ("edit/play", "edit/push.py", "edit/space.py", "data/check.py")]  # show, send
 DIGITS = 6  # significant digits that are kept of a value
@@ -224,9 +224,12 @@ def rendered(name: str, data: Path = DATA) -> dict[str, str]:
     """Return the tables of a benchmark by name, and as ``made`` how its values were measured."""
     if name == "ledger":
         return {"entries": _entries(data)}
-    entry = load(name, data)
-    runs = {int(seed): values for seed, values in entry["seeds"].items()}
-    return {**benchmark(name).tables(runs), "made": "; ".join(map(_made, _joined(entry["made"])))}
+    parts = sorted(file.stem for file in data.glob(f"{name}.json")) if "*" in name else [name]
+    entries = {part: load(part, data) for part in parts}
+    runs = {part: {int(seed): found for seed, found in entry["seeds"].items()} for part, entry in entries.items()}
+    made = [_made(one) for entry in entries.values() for one in _joined(entry["made"])]
+    module = benchmark(name)
+    return {**(module.joined(runs) if "*" in name else module.tables(runs[name])), "made": "; ".join(made)}
 
 
 def _joined(made: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:

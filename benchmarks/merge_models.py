@@ -58,12 +58,12 @@ class Model(ABC):
     """
 
     name: str
+    title: str  # of a column
     all_tasks: tuple[str, ...]
     num_train, num_val, num_test = 600, 80, 250
     epochs, rate, batch = 2, 1e-4, 32
     matrix = ""  # option of methods on matrices
     no_gram = ""  # option of regmean, whose other matrices are averaged
-    tuned: str  # what is fine-tuned, in words
 
     def __init__(self, data: str, output: Path, num_tasks: int) -> None:
         self.data, self.output, self.tasks = Path(data), output / self.name, self.all_tasks[:num_tasks]
@@ -235,11 +235,10 @@ class _Images(Model):
 class Tiny(_Images):
     """The CLIP that ships with tva, all of its image encoder."""
 
-    name = "tiny"
+    name, title = "tiny", "tva-tiny"
     all_tasks = ("digits", "letters", "shapes", "textures", "mnist", "gtsrb10", "rsscn7", "cifar10")
     num_val, num_test, rate = 200, 400, 6e-4
     no_gram = ', exclude="embed|attn|^proj$"'  # nn.MultiheadAttention does not call its layers
-    tuned = "all weights of the image encoder (0.8 M parameters)"
 
     def load(self) -> nn.Module:
         from tva.models import ClipClassifier
@@ -260,12 +259,11 @@ class Tiny(_Images):
 class Images(_Images):
     """EfficientNet-Lite0 with BatchNorm folded, 64 pixels; its last three stages."""
 
-    name = "images"
+    name, title = "images", "EfficientNet-Lite0"
     all_tasks = ("mnist", "gtsrb10", "rsscn7", "cifar10", "usps", "dtd10", "pacs", "gtsrb33")
     epochs, rate = 3, 2e-4
     matrix = ', conv="matrix"'  # most of its weights are convolutions of 1 × 1
     no_gram = ', exclude="conv_dw"'
-    tuned = "stages 5 to 7 and the last convolution (3.2 of 3.4 M parameters)"
 
     def load(self) -> nn.Module:
         from tva.models.vision import load_encoder
@@ -357,10 +355,9 @@ def _within(length: int, lengths: Tensor) -> Tensor:
 class Texts(_Texts):
     """MiniLM with mean pooling, its last two of six layers, under the base's embeddings of class descriptions."""
 
-    name = "texts"
+    name, title = "texts", "MiniLM"
     num_train, num_test = 400, 250
     batch, rate = 16, 2e-4
-    tuned = "the last two of six layers (3.5 of 22.7 M parameters)"
     descriptions: Mapping[str, Sequence[str]] = {
         "sentence_polarity": ("a negative movie review", "a positive movie review"),
         "ag_news": (
@@ -430,10 +427,9 @@ def _additive(length: int, lengths: Tensor) -> Tensor:
 class LM(_Texts):
     """SmolLM2-135M, its last two of thirty layers; the next token of a prompt, of the label words only."""
 
-    name = "lm"
+    name, title = "lm", "SmolLM2"
     num_train, num_val, num_test = 240, 60, 200
     epochs, batch, rate = 3, 16, 2e-4
-    tuned = "the last two of thirty layers and the last norm (7.1 of 135 M parameters)"
     prompts: Mapping[str, tuple[str, Sequence[str]]] = {
         "sentence_polarity": ("sentiment", ("negative", "positive")),
         "ag_news": ("kind of news", ("world", "sports", "business", "science")),

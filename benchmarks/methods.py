@@ -318,14 +318,77 @@ def tables(runs: Mapping[int, Any]) -> dict[str, str]:
     }
 
 
+def joined(parts: Mapping[str, Mapping[int, Any]]) -> dict[str, str]:
+    """Return tables with one column a network, best first in the mean of all.
+
+    An accuracy has a * if a seed's λ is at the end of what was tried. p is of the mean over these networks against the
+    sum, paired by seed, with the variance of seeds of each network and Holm's correction; ms and MiB are of the last.
+    """
+    order = sorted(parts, key=lambda part: list(MODELS).index(part.split("-")[1]))
+    networks = {MODELS[part.split("-")[1]].title: list(parts[part].values()) for part in order}
+    *_, last = networks.values()
+    rows = {row.name: row for row in ROWS if row.name in last[0]["rows"]}
+    tuned = [name for name, row in rows.items() if row.scale]
+    changes = {
+        name: [[_mean(each, name) - _mean(each, "sum") for each in found] for found in networks.values()]
+        for name in tuned
+        if name != "sum"
+    }
+    p_values = dict(zip(changes, holm([_stratified_p(change) for change in changes.values()]), strict=True))
+
+    def line(name: str) -> list[str]:
+        means = [[_mean(each, name) for each in found] for found in networks.values()]
+        edges = [any(each["rows"].get(name, [0, 0])[1] for each in found) for found in networks.values()]
+        cells = [
+            with_interval(mean, form="{:.3f}".format) + "*" * edge for mean, edge in zip(means, edges, strict=True)
+        ]
+        p_value = f"{p_values[name]:.2g}" if name in p_values else ""
+        return [name, f"{statistics.fmean(map(statistics.fmean, means)):.3f}", *cells, p_value, *_cost(last, name)]
+
+    def table(names: Sequence[str], *more: str) -> str:
+        heads, lines = (
+            ["method", "mean", *networks, *more],
+            sorted(map(line, names), key=lambda cells: -float(cells[1])),
+        )
+        return markdown(heads, [cells[: len(heads)] for cells in lines])
+
+    return {
+        "tuned": table(tuned, "p", "ms", "MiB"),
+        "untuned": table([*(name for name, row in rows.items() if not row.scale and row.kind == "all"), "base"]),
+        "known": table([name for name, row in rows.items() if row.kind == "task"]),
+        "tasks": "; ".join(f"{title}: {_tasks(found)}" for title, found in networks.items()),
+    }
+
+
+def _stratified_p(changes: Sequence[Sequence[float]]) -> float:
+    """Return the p-value of no change in the mean over fixed networks, of changes by network and seed.
+
+    Source: Satterthwaite, "An approximate distribution of estimates of variance components", Biometrics 1946.
+    """
+    from scipy import stats
+
+    if any(len(change) < 2 for change in changes):
+        return 1.0
+    parts = [statistics.variance(change) / len(change) for change in changes]
+    if not sum(parts):
+        return 1.0
+    freedom = sum(parts) ** 2 / sum(part**2 / (len(change) - 1) for part, change in zip(parts, changes, strict=True))
+    return float(2 * stats.t.sf(abs(sum(map(statistics.fmean, changes))) / sum(parts) ** 0.5, freedom))
+
+
 def _line(found: Sequence[Mapping[str, Any]], name: str, p_value: float | None) -> list[str]:
     """Return the cells of a row; * marks a tuned number at the end of what was tried."""
     scores = with_interval([_mean(each, name) for each in found], form="{:.3f}".format)
     worst = statistics.fmean(min(_normalized(each, name)) for each in found)
     numbers = ", ".join(f"{one[0]:.2g}{'*' * one[1]}" for each in found if (one := each["rows"].get(name)))
+    p_value_said = "" if p_value is None else f"{p_value:.2g}"
+    return [name, scores, f"{worst:.3f}", numbers, p_value_said, *_cost(found, name)]
+
+
+def _cost(found: Sequence[Mapping[str, Any]], name: str) -> list[str]:
+    """Return milliseconds and MiB of a row, the median of seeds."""
     costs = [each["cost"][name] for each in found if name in each["cost"]]
-    spent = [f"{statistics.median(one[place] for one in costs):,.0f}" if costs else "" for place in (0, 1)]
-    return [name, scores, f"{worst:.3f}", numbers, "" if p_value is None else f"{p_value:.2g}", *spent]
+    return [f"{statistics.median(one[place] for one in costs):,.0f}" if costs else "" for place in (0, 1)]
 
 
 def against(found: Sequence[Mapping[str, Any]], names: Sequence[str], reference: str) -> dict[str, float]:

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from scipy import stats
 
 from benchmarks import __main__ as commands
 from benchmarks import compose, early_stop, learned, ledger, merge_models, methods
@@ -219,7 +220,8 @@ def test_every_row_is_tuned_alike_and_an_end_is_flagged():
 class TwoLayers(merge_models.Model):
     """A random network on random classes."""
 
-    name, all_tasks, epochs, rate, num_train, num_val, num_test = "two", ("a", "b", "c", "d"), 2, 1e-2, 64, 20, 30
+    name, title, epochs, rate, num_train, num_val, num_test = "two", "Two", 2, 1e-2, 64, 20, 30
+    all_tasks = ("a", "b", "c", "d")
 
     def load(self):
         torch.manual_seed(0)
@@ -250,11 +252,38 @@ def test_every_method_is_measured_and_what_is_done_is_not_done_again(tmp_path, m
     assert found["tasks"] == dict.fromkeys("abcd", 30)
     assert sum(found["alone"]) > sum(found["base"])
     assert methods.tables({1: found})["pairs"].count("slerp of pairs") == 1
+    assert (
+        methods.joined({"methods-two-4": {1: found}})["tuned"].count("\n")
+        == len([row for row in methods.ROWS if row.scale]) + 1
+    )
     assert capsys.readouterr().out.count("two 1: ") == 4 + len(methods.ROWS)
     assert methods.measure(1, **options) == found
     assert not capsys.readouterr().out
     with pytest.raises(ValueError, match=r"two has 4 tasks; found --num_tasks 8\."):
         methods.measure(1, **options | {"num_tasks": 8})
+
+
+def test_networks_stand_side_by_side_and_their_mean_is_tested_within_each(monkeypatch):
+    monkeypatch.setitem(merge_models.MODELS, "two", TwoLayers)
+    names = ["sum", "tsv", "ties", "mean, λ = 1", "emr"]
+
+    def run(**right):
+        rows = {name: [1.0, int(name == "ties"), right.get(name, 50)] for name in names}
+        return {"rows": rows, "base": [40], "alone": [100], "tasks": {"a": 100}, "cost": {"tsv": [1200.0, 7]}}
+
+    gains = {"tiny": (10, 12, 11), "two": (1, 5, 3)}
+    parts = {f"methods-{name}-1": {s: run(tsv=50 + g) for s, g in enumerate(gains[name])} for name in ("two", "tiny")}
+    made = methods.joined(parts)
+    heads, _, tsv, *others = made["tuned"].splitlines()
+    assert heads == "| method | mean | tva-tiny | Two | p | ms | MiB |"
+    # no change in the mean of both: t = 7 / sqrt((1/3 + 4/3) / 4), and 2.94 degrees of freedom
+    freedom = (1 / 3 + 4 / 3) ** 2 / ((1 / 3) ** 2 / 2 + (4 / 3) ** 2 / 2)
+    p_value = 2 * 2 * stats.t.sf(7 / ((1 / 3 + 4 / 3) ** 0.5 / 2), freedom)  # the smaller of two, by Holm
+    assert tsv == f"| tsv | 0.570 | 0.610 [0.585, 0.635] | 0.530 [0.480, 0.580] | {p_value:.2g} | 1,200 | 7 |"
+    assert "| ties | 0.500 | 0.500 [0.500, 0.500]* | 0.500 [0.500, 0.500]* | 1 |  |  |" in others
+    assert "| base | 0.400 | 0.400 [0.400, 0.400] | 0.400 [0.400, 0.400] |" in made["untuned"].splitlines()
+    assert made["known"].count("emr") == 1
+    assert made["tasks"].startswith("tva-tiny: a 40.0% → 100.0%; Two: a")
 
 
 def test_the_early_stop_of_wudi_is_compared_with_adam_by_task_and_time(tmp_path, monkeypatch):
