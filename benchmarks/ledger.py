@@ -222,8 +222,6 @@ def load(name: str, data: Path = DATA) -> dict[str, Any]:
 
 def rendered(name: str, data: Path = DATA) -> dict[str, str]:
     """Return the tables of a benchmark by name, and as ``made`` how its values were measured."""
-    if name == "ledger":
-        return {"entries": _entries(data)}
     parts = sorted(file.stem for file in data.glob(f"{name}.json")) if "*" in name else [name]
     entries = {part: load(part, data) for part in parts}
     runs = {part: {int(seed): found for seed, found in entry["seeds"].items()} for part, entry in entries.items()}
@@ -259,17 +257,6 @@ def _made(made: Mapping[str, Any]) -> str:
         f"`{command}` (seed{'s' if len(made['seeds']) > 1 else ''} {seeds}; commit {made['commit']}, "
         f"{made['date']}, {made['machine']}{f', torch {torch}' if torch else ''}, {total:,} s)"
     )
-
-
-def _entries(data: Path) -> str:
-    rows = []
-    for file in sorted(data.glob("*.json")):
-        for made in _joined(load(file.stem, data)["made"]):
-            seeds = ", ".join(map(str, made["seeds"]))
-            command = f"`{_anywhere(made['command'])}`"
-            rows.append([f"[{file.stem}](data/{file.name})", command, seeds, made["commit"]])
-            rows[-1] += [made["date"], made["machine"]]
-    return markdown(["entry", "command", "seeds", "commit", "date", "machine"], rows)
 
 
 def rewrite(text: str, data: Path = DATA) -> str:

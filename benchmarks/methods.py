@@ -292,71 +292,60 @@ def _mean(values: Mapping[str, Any], name: str) -> float:
 
 
 def tables(runs: Mapping[int, Any]) -> dict[str, str]:
-    """Return the tables of tuned, untuned and task-known rows, each best first, and what they are of.
-
-    Each tuned row is compared with the sum, paired by seed, with Holm's correction for all of them.
-    """
-    found = list(runs.values())
-    rows = {row.name: row for row in ROWS if row.name in found[0]["rows"]}
-    tuned = [name for name, row in rows.items() if row.scale and name not in OF_PAIRS]
-    p_values = against(found, tuned, "sum")
-
-    def lines(names: Sequence[str]) -> list[list[str]]:
-        names = sorted(names, key=lambda name: -statistics.fmean(_mean(each, name) for each in found))
-        return [_line(found, name, p_values.get(name)) for name in names]
-
-    heads = ["method", "normalized accuracy", "worst task"]
-    pairs = [name for name in OF_PAIRS if name in rows]
-    known = [name for name, row in rows.items() if row.kind == "task"]
-    plain = [name for name, row in rows.items() if not row.scale and row.kind == "all"]
-    return {
-        "tuned": markdown([*heads, "λ by seed", "p", "ms", "MiB"], lines(tuned)),
-        "untuned": markdown(heads, [line[:3] for line in lines([*plain, "base"])]),
-        "known": markdown(heads, [line[:3] for line in lines(known)]),
-        **({"pairs": markdown(heads, [line[:3] for line in lines(pairs)])} if pairs else {}),
-        "tasks": _tasks(found),
-    }
+    """Return a sentence on the tasks of a network: accuracy of the base and of the fine-tuned model."""
+    found, said = list(runs.values()), []
+    for place, (task, count) in enumerate(found[0]["tasks"].items()):
+        base, alone = (statistics.fmean(each[key][place] / count for each in found) for key in ("base", "alone"))
+        said.append(f"{task} {base:.1%} → {alone:.1%}")
+    return {"tasks": ", ".join(said)}
 
 
 def joined(parts: Mapping[str, Mapping[int, Any]]) -> dict[str, str]:
-    """Return tables with one column a network, best first in the mean of all.
+    """Return the tables of tuned, untuned, task-known and pairs' rows, a column a network, best mean of all first.
 
-    An accuracy has a * if a seed's λ is at the end of what was tried. p is of the mean over these networks against the
-    sum, paired by seed, with the variance of seeds of each network and Holm's correction; ms and MiB are of the last.
+    A † marks a tuned number that some seed chose at the end of those tried. An accuracy is bold if a paired t-test
+    over seeds distinguishes it from the sum's, with Holm's correction for all tuned rows of the network; p is of the
+    mean over these networks, with the variance of seeds within each, and so corrected. Milliseconds and MiB are the
+    last network's.
     """
     order = sorted(parts, key=lambda part: list(MODELS).index(part.split("-")[1]))
     networks = {MODELS[part.split("-")[1]].title: list(parts[part].values()) for part in order}
     *_, last = networks.values()
     rows = {row.name: row for row in ROWS if row.name in last[0]["rows"]}
-    tuned = [name for name, row in rows.items() if row.scale]
+    tuned = [name for name, row in rows.items() if row.scale and name not in OF_PAIRS]
     changes = {
         name: [[_mean(each, name) - _mean(each, "sum") for each in found] for found in networks.values()]
         for name in tuned
         if name != "sum"
     }
     p_values = dict(zip(changes, holm([_stratified_p(change) for change in changes.values()]), strict=True))
+    within = [
+        dict(zip(changes, holm([_stratified_p([change[place]]) for change in changes.values()]), strict=True))
+        for place in range(len(networks))
+    ]
 
     def line(name: str) -> list[str]:
         means = [[_mean(each, name) for each in found] for found in networks.values()]
-        edges = [any(each["rows"].get(name, [0, 0])[1] for each in found) for found in networks.values()]
-        cells = [
-            with_interval(mean, form="{:.3f}".format) + "*" * edge for mean, edge in zip(means, edges, strict=True)
-        ]
+        worst = statistics.fmean(min(_normalized(each, name)) for found in networks.values() for each in found)
+        cells = [with_interval(mean, form="{:.3f}".format) for mean in means]
+        for place, found in enumerate(networks.values()):
+            cells[place] += "†" * any(each["rows"].get(name, [0, 0])[1] for each in found)
+            cells[place] = f"**{cells[place]}**" if within[place].get(name, 1.0) < 0.05 else cells[place]
         p_value = f"{p_values[name]:.2g}" if name in p_values else ""
-        return [name, f"{statistics.fmean(map(statistics.fmean, means)):.3f}", *cells, p_value, *_cost(last, name)]
+        of_all = [f"{statistics.fmean(map(statistics.fmean, means)):.3f}", f"{worst:.3f}"]
+        return [name, *of_all, *cells, p_value, *_cost(last, name)]
 
     def table(names: Sequence[str], *more: str) -> str:
-        heads, lines = (
-            ["method", "mean", *networks, *more],
-            sorted(map(line, names), key=lambda cells: -float(cells[1])),
-        )
+        heads = ["method", "mean", "worst task", *networks, *more]
+        lines = sorted(map(line, names), key=lambda cells: -float(cells[1]))
         return markdown(heads, [cells[: len(heads)] for cells in lines])
 
+    pairs = [name for name in OF_PAIRS if name in rows]
     return {
         "tuned": table(tuned, "p", "ms", "MiB"),
         "untuned": table([*(name for name, row in rows.items() if not row.scale and row.kind == "all"), "base"]),
         "known": table([name for name, row in rows.items() if row.kind == "task"]),
-        "tasks": "; ".join(f"{title}: {_tasks(found)}" for title, found in networks.items()),
+        **({"pairs": table(pairs)} if pairs else {}),
     }
 
 
@@ -367,7 +356,7 @@ def _stratified_p(changes: Sequence[Sequence[float]]) -> float:
     """
     from scipy import stats
 
-    if any(len(change) < 2 for change in changes):
+    if any(len(change) < 3 for change in changes):
         return 1.0
     parts = [statistics.variance(change) / len(change) for change in changes]
     if not sum(parts):
@@ -376,38 +365,7 @@ def _stratified_p(changes: Sequence[Sequence[float]]) -> float:
     return float(2 * stats.t.sf(abs(sum(map(statistics.fmean, changes))) / sum(parts) ** 0.5, freedom))
 
 
-def _line(found: Sequence[Mapping[str, Any]], name: str, p_value: float | None) -> list[str]:
-    """Return the cells of a row; * marks a tuned number at the end of what was tried."""
-    scores = with_interval([_mean(each, name) for each in found], form="{:.3f}".format)
-    worst = statistics.fmean(min(_normalized(each, name)) for each in found)
-    numbers = ", ".join(f"{one[0]:.2g}{'*' * one[1]}" for each in found if (one := each["rows"].get(name)))
-    p_value_said = "" if p_value is None else f"{p_value:.2g}"
-    return [name, scores, f"{worst:.3f}", numbers, p_value_said, *_cost(found, name)]
-
-
 def _cost(found: Sequence[Mapping[str, Any]], name: str) -> list[str]:
     """Return milliseconds and MiB of a row, the median of seeds."""
     costs = [each["cost"][name] for each in found if name in each["cost"]]
     return [f"{statistics.median(one[place] for one in costs):,.0f}" if costs else "" for place in (0, 1)]
-
-
-def against(found: Sequence[Mapping[str, Any]], names: Sequence[str], reference: str) -> dict[str, float]:
-    """Return the corrected p-values of rows against one of them, paired by seed; none for fewer than three seeds."""
-    from scipy import stats
-
-    differences = {}
-    for name in names:
-        change = [_mean(each, name) - _mean(each, reference) for each in found]
-        if name != reference and len(change) > 2 and statistics.stdev(change) > 0:
-            differences[name] = change
-    p_values = holm([float(stats.ttest_1samp(change, 0.0).pvalue) for change in differences.values()])
-    return dict(zip(differences, p_values, strict=True))
-
-
-def _tasks(found: Sequence[Mapping[str, Any]]) -> str:
-    """Return a sentence on the tasks: accuracy of the base and of the fine-tuned model."""
-    said = []
-    for place, (task, count) in enumerate(found[0]["tasks"].items()):
-        base, alone = (statistics.fmean(each[key][place] / count for each in found) for key in ("base", "alone"))
-        said.append(f"{task} {base:.1%} → {alone:.1%}")
-    return ", ".join(said)
