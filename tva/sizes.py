@@ -53,5 +53,5 @@ def check_memory(need: int, max_memory: str, what: str) -> None:
     if taken + need > limit:
         raise ValueError(
             f"max_memory must be {(taken + need) / 2**20 + 1:.0f}MiB or more: {what} takes {need / 2**20:.0f} MiB, and "
-            f"the process {taken / 2**20:.0f} MiB by itself; found {limit / 2**20:.0f} MiB."
+            f"the process {taken / 2**20:.0f} MiB by itself; found {max_memory}."
         )

@@ -128,12 +128,13 @@ def test_pipes_and_devices_are_refused_without_waiting(tmp_path, name, kind):
         ('{"weight_map": {"a": "../model.safetensors"}}', "names '../model.safetensors' as a shard"),
         ('{"weight_map": {"a": "m.safetensors.index.json"}}', "names 'm.safetensors.index.json' as a shard"),
         ("{", "is not valid JSON"),
+        (b"\x83", "for it is not text. Is another file meant?"),
         ("\ud800", "is not valid JSON"),
     ],
 )
 def test_an_index_of_another_form_is_refused_by_its_name(content, message):
     path = Path("m.safetensors.index.json")
-    path.write_bytes(content.encode("utf-8", "surrogatepass"))
+    path.write_bytes(content if isinstance(content, bytes) else content.encode("utf-8", "surrogatepass"))
     with pytest.raises(ValueError, match=f"m.safetensors.index.json.*{re.escape(message)}"):
         open_weights(path)
 

@@ -3,8 +3,10 @@
 import logging
 import re
 import shlex
+import shutil
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
@@ -200,14 +202,37 @@ def test_completion_for_other_shells_names_every_command(shell, capsys):
     assert all(name.split()[-1] in shown for name in list_commands())
 
 
+def test_fish_offers_commands_and_options(folder, monkeypatch):
+    if shutil.which("fish") is None:
+        pytest.skip("no fish")
+    monkeypatch.setenv("HOME", str(folder))
+    main(["completion", "fish", "--install"])
+    code = "source .config/fish/completions/tva.fish; complete -C $argv[1]"
+    for typed, offered in {
+        "tva edi": "edit",
+        "tva --ins": "--install-completion",
+        "tva init a": "add\nanalogy",
+    }.items():
+        done = subprocess.run(["fish", "-c", code, typed], capture_output=True, text=True, check=True)
+        assert done.stdout.strip() == offered
+
+
+def test_the_file_for_zsh_answers_the_tab_that_loads_it(capsys):
+    main(["completion", "zsh"])
+    assert capsys.readouterr().out.endswith("\n_bash_complete -o filenames -F _tva\n")
+
+
 def test_completion_of_an_unknown_shell_is_an_error(monkeypatch, capsys):
     monkeypatch.setenv("SHELL", "/bin/tcsh")
     assert "Completion is made for 'bash', 'zsh', 'fish'; found 'tcsh'." in message(capsys, "completion")
 
 
 def test_lightnings_advertisements_are_silent_and_its_messages_are_not(capsys):
-    with pytest.raises(SystemExit):
-        main(["fit", "--print_config", "--model", "tva.models.ClipClassifier"])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises(SystemExit):
+            main(["fit", "--print_config", "--model", "tva.models.ClipClassifier"])
+        warnings.warn("Checkpoint directory runs exists and is not empty.", UserWarning, stacklevel=1)
     logger = logging.getLogger("lightning.pytorch.utilities.rank_zero")
     shown = [
         logger.filter(logging.LogRecord("x", 20, "", 0, text, None, None))

@@ -167,7 +167,7 @@ def test_what_cannot_be_streamed_is_refused(parquet):
 
 
 @pytest.mark.parametrize("streaming", [False, True])
-def test_files_of_this_machine_are_loaded_without_the_network(monkeypatch, streaming):
+def test_files_of_this_machine_are_loaded_without_the_network_and_without_bars_in_pipes(monkeypatch, capsys, streaming):
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
     asked = []
     monkeypatch.setattr("datasets.load.get_session", lambda: asked.append("a server"), raising=False)
@@ -175,3 +175,5 @@ def test_files_of_this_machine_are_loaded_without_the_network(monkeypatch, strea
     for path in (".", {"train": "texts.csv"}):
         assert [row["text"] for row in load_splits(path, None, None, None, streaming)["train"]] == ["a"]
     assert not asked
+    assert "Generating" not in capsys.readouterr().err
+    assert not datasets.utils.are_progress_bars_disabled()

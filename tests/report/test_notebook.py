@@ -102,7 +102,10 @@ def test_an_inspection_and_a_plan_show_the_rows_of_the_terminal(vectors):
     check_cell(cell, 10_000)
     assert "Plan base + 0.5 · (a)" in words(cell)
     assert "tensors number a shape dtype h.*.w 2 0.5 [4] float32" in words(cell)
+    assert "8 parameters; would read 64 B in 1 pass, write 32 B," in plan.summary()
     assert "Nothing was written." in words(cell)
+    compose("base.safetensors", {"a": "a.safetensors"}, "a", "edited.safetensors")
+    assert all(text and "= ," not in text for text in inspect("edited.safetensors").fact_texts().values())
 
 
 def test_an_edit_shows_the_numbers_of_edit_json_and_its_curve(report):

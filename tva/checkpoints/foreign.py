@@ -86,6 +86,8 @@ def parse_json(text: str | bytes, where: str, form: Form = dict) -> Any:
         value = json.loads(text, parse_int=_integer)
     except RecursionError as error:
         raise ForeignFileError(f"{where} is nested too deeply. Is it damaged?") from error
+    except UnicodeDecodeError as error:
+        raise ForeignFileError(f"{where} is not valid JSON, for it is not text. Is another file meant?") from error
     except ValueError as error:
         raise ForeignFileError(f"{where} is not valid JSON ({error}). Write it again from its source.") from error
     level, depth = [value], 0

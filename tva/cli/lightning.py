@@ -279,6 +279,8 @@ def _make(kind: type[_CommandLine], command: str, about: str | None = None) -> A
     warnings.filterwarnings("ignore", category=DeprecationWarning, module="lightning.*")
     # a tip to install another logger
     warnings.filterwarnings("ignore", message=r".*`tensorboardX` has been removed as a dependency.*")
+    # TaskVectorCallback has written the base there already; a folder with checkpoints gets -v1, unless asked otherwise
+    warnings.filterwarnings("ignore", message="Checkpoint directory .* exists and is not empty")
     try:
         return type(kind.__name__, (kind,), {"command": command})(
             trainer_defaults={

@@ -273,7 +273,7 @@ class Composer:
                 raise ValueError(
                     f"max_memory must be {self.need() / 2**20 + 1:.0f}MiB or more for this recipe and these formats, "
                     f"of which the process takes {anonymous_memory() / 2**20:.0f} MiB by itself; found "
-                    f"{limit / 2**20:.0f} MiB."
+                    f"{max_memory or f'{limit / 2**20:.0f} MiB'}."
                 )
 
     # --- computing

@@ -9,6 +9,7 @@ from tva.arithmetic import is_edited
 from tva.checkpoints import LazyWeights, Spec
 from tva.compose.recipe import Recipe
 from tva.compose.syntax import BASE
+from tva.console import size_text
 from tva.layers import label_of
 from tva.merge import Chunk
 from tva.vectors.lazy import LazyTaskVector
@@ -92,8 +93,8 @@ class Plan:
         """Return in one sentence what composing would read, write and hold in memory."""
         whole = f", for {self.largest} as a whole" if self.largest else ""
         return (
-            f"{self.num_elements / 1e9:.3f} B parameters; would read {self.read_bytes / 1e9:.2f} GB in {self.passes} "
-            f"pass{'es' if self.passes > 1 else ''}, write {self.write_bytes / 1e9:.2f} GB, and take about "
+            f"{self.num_elements:,} parameters; would read {size_text(self.read_bytes)} in {self.passes} "
+            f"pass{'es' if self.passes > 1 else ''}, write {size_text(self.write_bytes)}, and take about "
             f"{self.memory_bytes / 2**20:.0f} MiB of memory{whole}. Nothing was written."
         )
 

@@ -7,6 +7,7 @@ import gzip
 import operator
 import os
 import re
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -67,7 +68,7 @@ def load_splits(
         if local.is_dir():
             return _read_folder(local, folder, streaming=False)
         if _is_on_the_hub(path):
-            with _in_words(path):
+            with _in_words(path), _no_bars_in_pipes():
                 return datasets.load_dataset(path.removeprefix("hf://"), name=config, revision=revision)
         if local.suffix == ".npz" and local.exists():
             return _read_npz(local)
@@ -97,10 +98,24 @@ def _load_files(kind: str, **options: Any) -> Any:
     counts = datasets.config.HF_UPDATE_DOWNLOAD_COUNTS
     datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = False
     try:
-        with _in_words(options.get("data_dir") or some(options["data_files"].values())):
+        with _in_words(options.get("data_dir") or some(options["data_files"].values())), _no_bars_in_pipes():
             return datasets.load_dataset(kind, **options)
     finally:
         datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = counts
+
+
+@contextmanager
+def _no_bars_in_pipes() -> Iterator[None]:
+    import datasets
+
+    if sys.stderr.isatty() or datasets.utils.are_progress_bars_disabled():
+        yield
+        return
+    datasets.disable_progress_bars()
+    try:
+        yield
+    finally:
+        datasets.enable_progress_bars()
 
 
 @contextmanager

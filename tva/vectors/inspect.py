@@ -107,7 +107,7 @@ class Inspection:
 
     def fact_texts(self) -> dict[str, str]:
         """Return the facts as text, with the tensors that a task vector does not move by their reason."""
-        facts = {key: _fact_text(value) for key, value in self.facts.items()}
+        facts = {key: text for key, value in self.facts.items() if (text := _fact_text(value))}
         for reason, names in self.untouched.items():
             facts[reason] = f"{counted(len(names), 'tensor')}: {some(names)}"
         return facts
@@ -115,7 +115,7 @@ class Inspection:
 
 def _fact_text(value: Any) -> str:
     if isinstance(value, Mapping):
-        return ", ".join(f"{key} = {_fact_text(part)}" for key, part in value.items())
+        return ", ".join(f"{key} = {text}" for key, part in value.items() if (text := _fact_text(part)))
     return f"{value:.6g}" if isinstance(value, float) else str(value)
 
 

@@ -21,6 +21,7 @@ PLACES = {
     "zsh": ".zfunc/_tva",
     "fish": ".config/fish/completions/tva.fish",
 }
+TOP = "--help --version --install-completion"
 BASH = """# tab completion of tva: options of its commands, else files
 _tva() {{
   local word=${{COMP_WORDS[COMP_CWORD]}} command=${{COMP_WORDS[1]}} options= choices= IFS=$' \t\n'
@@ -30,7 +31,7 @@ _tva() {{
   [ -n "$options" ] || case "$command" in
 {singles}
   esac
-  [ "$COMP_CWORD" = 1 ] && options="--help --version --install-completion"
+  [ "$COMP_CWORD" = 1 ] && options="{top}"
   if [[ $word == -* ]]; then COMPREPLY=($(compgen -W "$options" -- "$word"))
   elif [ "$COMP_CWORD" = 1 ]; then COMPREPLY=($(compgen -W "{first}" -- "$word"))
   else
@@ -74,7 +75,10 @@ def run(shell: Literal["bash", "zsh", "fish"] | None = None, install: bool = Fal
     options = options_of_commands()
     script = fish_script(options) if name == "fish" else bash_script(options)
     if name == "zsh":
-        script = f"#compdef tva\nautoload -U +X bashcompinit && bashcompinit\n{script}"
+        # zsh runs the file when Tab is first pressed; its last line answers that Tab too
+        script = (
+            f"#compdef tva\nautoload -U +X bashcompinit && bashcompinit\n{script}_bash_complete -o filenames -F _tva\n"
+        )
     path = Path.home() / PLACES[name] if install else None
     if path is not None:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -131,12 +135,13 @@ def bash_script(options: dict[str, list[str]]) -> str:
         if group not in options
     ]
     first = " ".join(dict.fromkeys(name.split()[0] for name in options))
-    return BASH.format(pairs=pairs, singles="\n".join([*singles, *seconds]), first=first)
+    return BASH.format(pairs=pairs, singles="\n".join([*singles, *seconds]), first=first, top=TOP)
 
 
 def fish_script(options: dict[str, list[str]]) -> str:
     """Return completion for fish."""
     lines = ["# tab completion of tva", "complete -c tva -n __fish_use_subcommand -f"]
+    lines += [f"complete -c tva -n __fish_use_subcommand -l {flag[2:]}" for flag in TOP.split()]
     for name, flags in options.items():
         first = name.split()[0]
         lines.append(f"complete -c tva -n __fish_use_subcommand -a {first}")

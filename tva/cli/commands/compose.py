@@ -121,13 +121,13 @@ def _print_plan(console: Console, plan: Plan) -> None:
         print_line(console, f"read {note}")
     print_line(console, plan.summary())
     if plan.nodes:
-        first = f"first one process reads {plan.first_read_bytes / 1e9:.2f} GB; then " if plan.first_read_bytes else ""
+        first = f"first one process reads {size_text(plan.first_read_bytes)}; then " if plan.first_read_bytes else ""
         most = {key: max(getattr(node, key) for node in plan.nodes) for key in vars(plan.nodes[0])}
         print_line(
             console,
             f"{first}{len(plan.nodes)} nodes compute {sum(node.shards for node in plan.nodes)} shards: each at most "
-            f"{most['shards']}, reading {most['read_bytes'] / 1e9:.2f} GB and writing {most['write_bytes'] / 1e9:.2f} "
-            f"GB.",
+            f"{most['shards']}, reading {size_text(most['read_bytes'])} and writing "
+            f"{size_text(most['write_bytes'])}.",
         )
 
 
