@@ -16,7 +16,7 @@ from small_cli import blobs, edit_config, fit_config, write_yaml
 from small_models import Blobs, ControlCallback, LinearNet, free_port
 
 from tva import TaskVector, fingerprint, open_weights, save_weights
-from tva.cli.main import main, run
+from tva.cli.main import Terminated, main, run
 
 ROOT = Path(__file__).parents[2]
 PLACES = ("configs/**/*.yaml", "tva/cli/templates/*.yaml")
@@ -223,6 +223,23 @@ def test_mistakes_end_with_status_2(runs, capsys, changes, message):
     assert re.search(message, text), text
     assert text.startswith("tva edit: loading …\ntva: error: ") or text.startswith("tva: error: ")
     assert not Path("out").exists()
+
+
+@pytest.mark.parametrize(
+    ("error", "ended"), [(KeyboardInterrupt, (130, "interrupted")), (Terminated, (143, "terminated"))]
+)
+def test_an_evaluation_that_is_interrupted_says_so(runs, capsys, monkeypatch, error, ended):
+    def interrupted(*_):
+        raise error
+
+    monkeypatch.setattr(LinearNet, "validation_step", interrupted)
+    config, before = write_yaml(Path("edit.yaml"), edit_config(runs, Path("out"))), signal.getsignal(signal.SIGINT)
+    try:
+        status, text = status_and_message(capsys, "edit", "--config", config)
+    finally:
+        signal.signal(signal.SIGINT, before)  # which the Trainer ignores from then on
+    assert (status, text.splitlines()[-1]) == (ended[0], f"tva: {ended[1]}. Evaluations are kept in its log: the same "
+                                               "command continues.")  # fmt: skip
 
 
 def test_a_vector_from_another_base_names_both_and_what_to_do(runs, capsys):

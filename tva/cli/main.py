@@ -184,8 +184,11 @@ def _main(argv: list[str]) -> int:
         words, wide = take_flag(words, "--wide")
         with wide_tables(wide):
             return 0 if _run(command, commands[command], words, as_json) else 1
-    except KeyboardInterrupt as error:
-        ended, status = ("terminated", 143) if isinstance(error, Terminated) else ("interrupted", 130)
+    except (KeyboardInterrupt, SystemExit) as error:
+        cause = error.__context__ if isinstance(error, SystemExit) else error  # a Trainer exits with 1 at Ctrl-C
+        if not isinstance(cause, KeyboardInterrupt):
+            raise
+        ended, status = ("terminated", 143) if isinstance(cause, Terminated) else ("interrupted", 130)
         print(f"tva: {ended}.{RESUMES.get(command, '')}", file=sys.stderr)
         return status
     except Exception as error:
