@@ -180,3 +180,16 @@ def test_as_many_losses_as_are_said_to_be_needed_suffice_and_fewer_do_not():
     for num, shown in ((needed, True), (needed - 1, False)):
         scores = np.quantile(base, (np.arange(num) + 0.5) / num)
         assert clears(scores, scores, 1.05, 0.0, 0.95, above=False) is shown
+
+
+def test_groups_that_are_needed_are_more_than_there_are_where_these_do_not_suffice():
+    sizes, draw = np.array([1] * 130 + [6] * 10), np.random.default_rng(0)
+    groups = np.repeat(draw.permutation(len(sizes)), sizes)
+    base, bound = draw.gamma(16, 0.5, len(groups)), (1.0, 0.4, 0.95, False)
+    needed = needed_examples(base, *bound, groups=groups)
+    assert needed > needed_examples(base, *bound) > len(sizes)
+    for times, shown in ((needed // len(sizes), False), (-(-needed // len(sizes)), True)):
+        more = np.concatenate([groups + len(sizes) * time for time in range(times)])
+        assert clears(np.tile(base, times), np.tile(base, times), *bound, groups=more) is shown
+    few = needed_examples(base, 1.0, 8.0, 0.95, above=False, groups=groups)
+    assert few < len(sizes)

@@ -269,7 +269,14 @@ def allowed_loss(
     return float(losses[low])
 
 
-def needed_examples(base: np.ndarray, slope: float, offset: float, confidence: float, above: bool = True) -> int | None:
+def needed_examples(
+    base: np.ndarray,
+    slope: float,
+    offset: float,
+    confidence: float,
+    above: bool = True,
+    groups: np.ndarray | None = None,
+) -> int | None:
     r"""Return how many examples are needed to show that a bound is met by an edit that changes no score at all.
 
     With fewer, no edit can be shown to meet it unless it improves the metric.
@@ -280,10 +287,11 @@ def needed_examples(base: np.ndarray, slope: float, offset: float, confidence: f
         offset: As for `clears`.
         confidence: One-sided, in (0.5, 1).
         above: As for `slack`.
+        groups: As for `slack`; more of them are taken to be alike.
 
     Returns:
-        The number; None where the base itself does not meet the bound with room to spare, or more than 200,000 are
-        needed.
+        The number, of groups where there are any; None where the base itself does not meet the bound with room to
+        spare, or more than 200,000 are needed.
 
     Example:
         >>> needed_examples(np.ones(100, dtype=bool), slope=0.95, offset=0.0, confidence=0.95)  # 0.95 ** 59 < 0.05
@@ -294,19 +302,32 @@ def needed_examples(base: np.ndarray, slope: float, offset: float, confidence: f
         return None
 
     def shown(count: int) -> bool:
-        if is_binary(base):
+        labels = None
+        if groups is not None:
+            rows, labels = _groups_alike(groups, count)
+            scores = base[rows]
+        elif is_binary(base):
             scores = np.arange(count) < math.floor(mean * count + 1e-9)
         else:
             scores = np.quantile(base.astype(np.float64), (np.arange(count) + 0.5) / count)
-        return clears(scores, scores, slope, offset, confidence, above)
+        return clears(scores, scores, slope, offset, confidence, above, groups=labels)
 
-    high = 1
+    low, high = 0, 1 if groups is None else len(np.unique(groups))
     while not shown(high):
-        high *= 2
+        low, high = high, 2 * high  # the lower is not enough
         if high > MAX_EXAMPLES:
             return None
-    low = high // 2  # not enough
     while high - low > 1:
         middle = (low + high) // 2
         low, high = (low, middle) if shown(middle) else (middle, high)
     return high
+
+
+def _groups_alike(groups: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return the rows of ``count`` groups of the sizes there are, the largest among them, and the group of each row."""
+    _, index, sizes = np.unique(groups, return_inverse=True, return_counts=True)
+    chosen = np.argsort(-sizes, kind="stable")[np.arange(count) * len(sizes) // count]
+    lengths, starts = sizes[chosen], (np.cumsum(sizes) - sizes)[chosen]
+    within = np.arange(lengths.sum()) - np.repeat(np.cumsum(lengths) - lengths, lengths)
+    rows = np.argsort(index, kind="stable")[np.repeat(starts, lengths) + within]
+    return rows, np.repeat(np.arange(count), lengths)

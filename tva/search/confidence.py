@@ -7,7 +7,6 @@ from collections.abc import Callable, Mapping, Sequence
 import numpy as np
 
 from tva.evaluation.bounds import MAX_EXAMPLES, allowed_loss, clears, needed_examples
-from tva.evaluation.intervals import by_group
 from tva.evaluation.result import Evaluation
 from tva.search.candidate import Candidate
 from tva.search.goals import Constraint
@@ -72,13 +71,12 @@ def lacking_power(
         if metric not in evaluation.scores or not constraint.holds_at_base(base):
             continue
         at_base = {constraint.task: evaluation.metrics}
-        scores, count, unit = evaluation.scores[metric], evaluation.num_examples, ""
+        scores, groups = evaluation.scores[metric], evaluation.groups
+        unit = "" if groups is None else f" in {evaluation.num_groups:,} groups"
         test = constraint.slope, constraint.offset, confidence, constraint.above
-        if clears(scores, scores, *test, groups=evaluation.groups):
+        if clears(scores, scores, *test, groups=groups):
             continue
-        if evaluation.groups is not None:
-            scores, unit = by_group(scores, evaluation.groups), f" in {evaluation.num_groups:,} groups"
-        needed = needed_examples(scores, *test)
+        needed = needed_examples(scores, *test, groups=groups)
         how = f"raise val_size of {constraint.task}" if split == "validation" else f"test {constraint.task} on more"
         if constraint.bound(at_base) == at_base[constraint.task][metric]:
             remedy = "the bound leaves no room below the base, so that no number of examples suffices"
@@ -88,9 +86,9 @@ def lacking_power(
             units = " groups" if unit else ""
             remedy = f"{needed:,}{units} are needed even if nothing is lost; {how}, or lower the confidence"
         found.append(
-            f"with {count:,} {split} examples{unit} at {metric} {evaluation.metrics[metric]:.3g} of the base, no "
-            f"coefficient can be shown to keep {constraint.text!r} with {confidence:.4g} confidence unless it gains: "
-            f"{remedy}"
+            f"with {evaluation.num_examples:,} {split} examples{unit} at {metric} {evaluation.metrics[metric]:.3g} of "
+            f"the base, no coefficient can be shown to keep {constraint.text!r} with {confidence:.4g} confidence "
+            f"unless it gains: {remedy}"
         )
     return found
 
@@ -110,8 +108,7 @@ def power_of(constraint: Constraint, base: Evaluation, confidence: float) -> tup
         return None, None
     scores = base.scores[constraint.metric]
     test = constraint.slope, constraint.offset, confidence, constraint.above
-    unit = scores if base.groups is None else by_group(scores, base.groups)
-    return needed_examples(unit, *test), allowed_loss(scores, *test, groups=base.groups)
+    return needed_examples(scores, *test, groups=base.groups), allowed_loss(scores, *test, groups=base.groups)
 
 
 def rising(
