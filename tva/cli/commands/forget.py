@@ -100,7 +100,7 @@ def run(
     edit = {
         "seed_everything": seed,
         "model": _named("tva.models.CausalLM", name=model),
-        "vectors": {name: str(work / f"fit-{name}/last.tv.safetensors") for name in trained},
+        "vectors": {name: str(work / f"fit-{name}/final.tv.safetensors") for name in trained},
         "recipe": "-forget" if contrast is None else "-(forget - contrast)",
         "output": output,
         "rule": "largest",
@@ -164,15 +164,14 @@ def _named(class_path: str, /, **options: Any) -> dict[str, Any]:
 
 
 def _trainer(folder: Path, max_steps: int) -> dict[str, Any]:
-    checkpoint = _named("lightning.pytorch.callbacks.ModelCheckpoint", dirpath=str(folder), filename="last",
-                        enable_version_counter=False)  # fmt: skip
     return {
         "max_steps": max_steps,
         "logger": False,
         "num_sanity_val_steps": 0,
         "enable_model_summary": False,
         "default_root_dir": str(folder),
-        "callbacks": [_named("tva.callbacks.TaskVectorCallback"), checkpoint],
+        "enable_checkpointing": False,
+        "callbacks": [_named("tva.callbacks.TaskVectorCallback", at_train_end=True)],
     }
 
 
