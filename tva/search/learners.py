@@ -175,7 +175,8 @@ class ComponentLearner(CoefficientLearner):
             parts, spans = {}, {}
             for name, delta in deltas.items():
                 if delta.ndim > 1 and delta.numel():
-                    u, values, v = torch.linalg.svd(delta.flatten(1).float(), full_matrices=False)
+                    matrix = delta.flatten(1).to(torch.promote_types(delta.dtype, torch.float32))
+                    u, values, v = torch.linalg.svd(matrix, full_matrices=False)
                     parts |= {f"{name}/U": u, f"{name}/S": values, f"{name}/V": v}
                     spans[name] = total, total + len(values)
                     total += len(values)
@@ -191,7 +192,7 @@ class ComponentLearner(CoefficientLearner):
     def masks(self) -> Tensor:
         """Return 1 for each component that is kept, else 0, with the sigmoid's gradient."""
         soft = self.coefs.sigmoid()
-        return (self.coefs > 0).to(soft.dtype) + soft - soft.detach()
+        return (self.coefs > 0).to(soft.dtype) + (soft - soft.detach())  # 1 + soft - soft would not be 1
 
     def edited(self) -> dict[str, Tensor]:
         """Return the tensors that the vectors move, as functions of the scores."""
