@@ -197,6 +197,16 @@ def test_a_few_large_groups_count_for_few_and_have_no_interval():
     assert slack(right, base, 0.9, 0.95, groups=groups, guard=False) > equal
 
 
+@pytest.mark.parametrize("num", [2, 5, 19])
+def test_fewer_than_20_groups_of_unequal_sizes_have_a_p_value_and_no_interval(num):
+    groups, draw = np.repeat(np.arange(num), np.arange(1, num + 1)), np.random.default_rng(0)
+    base = draw.gamma(4, size=len(groups))
+    found = compare(base + draw.normal(0.5, 1, len(base)), base, groups=groups)
+    assert found.difference > 0
+    assert 0 < found.p_value < 1
+    assert {found.difference_low, found.difference_high, found.ratio_low, found.ratio_high} == {None}
+
+
 @pytest.mark.parametrize(("sizes", "least"), [("lognormal", 0.9), ("uniform", 0.92)])
 def test_intervals_of_unequal_groups_cover(sizes, least):
     generator, inside, given = np.random.default_rng(1), 0, 0

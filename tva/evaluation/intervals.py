@@ -273,10 +273,9 @@ def _without_intervals(found: Comparison) -> Comparison:
 
 def _enclosing(found: Comparison, difference: Ends, ratio: Ends) -> Comparison:
     """Widen a comparison's intervals so that they enclose others, where there are some."""
-    if difference is not None:
-        low, high = found.difference_low, found.difference_high
-        assert low is not None and high is not None  # noqa: PT018
-        found = replace(found, difference_low=min(low, difference[0]), difference_high=max(high, difference[1]))
+    if difference is not None and found.difference_low is not None and found.difference_high is not None:
+        low, high = min(found.difference_low, difference[0]), max(found.difference_high, difference[1])
+        found = replace(found, difference_low=low, difference_high=high)
     if ratio is not None and found.ratio_low is not None and found.ratio_high is not None:
         low, high = min(found.ratio_low, ratio[0]), max(found.ratio_high, ratio[1])
         found = replace(found, ratio_low=low, ratio_high=high)
