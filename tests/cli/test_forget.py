@@ -93,12 +93,15 @@ def test_mistakes_are_named(here, capsys, words, message):
     assert not Path("out-work").exists()
 
 
-def test_too_few_texts_to_keep_are_refused_before_training(here, capsys, monkeypatch):
+def test_too_few_texts_are_refused_before_training(here, capsys, monkeypatch):
     monkeypatch.setattr(forget, "_call", lambda *_: pytest.fail("trained first"))
     Path("few.txt").write_text("\n".join(texts(["good", "fine", "great"], 1, 40)))
     assert run(*["forget", "my-model", "--data", "insults.txt", "--output", "out", "--keep", "few.txt"]) == 2
     message = " ".join(capsys.readouterr().err.split())
     assert "at least 59 different texts to test on are needed, which are 49% of the texts to keep; few.txt" in message
+    assert run(*["forget", "my-model", "--data", "few.txt", "--output", "out", "--keep", "letters.txt"]) == 2
+    message = " ".join(capsys.readouterr().err.split())
+    assert "at least 20 different texts are needed, which are 10% of the texts to forget; few.txt leaves 4" in message
 
 
 @pytest.mark.parametrize(("words", "limits"), [("", ["kl"]), ("--keep letters.txt", ["kl", "loss"]),

@@ -84,6 +84,7 @@ def run(
         for name, texts in sources.items()
         if texts is not None
     }
+    _enough_to_test(files["forget"]["test"], data)
     if keep is None:  # last, for it takes long
         own = write_texts(model, NUM_OWN_TEXTS, block_length, seed)
         files["keep"] = divide(own, text_column, work / "keep", seed, KEPT)
@@ -141,6 +142,18 @@ def _nats(factor: float) -> float:
     if not factor > 0:
         raise ValueError(f"max_perplexity must be a positive multiple of the base's perplexity; found {factor}.")
     return math.log(factor)
+
+
+def _enough_to_test(file: str, source: str) -> None:
+    """Raise if there are too few test texts for an interval of how much worse they are predicted."""
+    from tva.evaluation.intervals import FEWEST
+
+    count = len(Path(file).read_text().splitlines())
+    if count < FEWEST:
+        raise ValueError(
+            f"To test whether the texts are forgotten, at least {FEWEST} different texts are needed, which are "
+            f"{PARTS['test']:.0%} of the texts to forget; {source} leaves {count}. Give more texts with --data."
+        )
 
 
 def _enough(file: str, source: str, max_kl: float, confidence: float) -> None:
