@@ -63,6 +63,7 @@ class Model(ABC):
     num_train, num_val, num_test = 600, 80, 250
     epochs, rate, batch = 2, 1e-4, 32
     matrix = ""  # option of methods on matrices
+    timed = False  # whether the time and memory of merges are measured
     no_gram = ""  # option of regmean, whose other matrices are averaged
 
     def __init__(self, data: str, output: Path, num_tasks: int) -> None:
@@ -429,7 +430,7 @@ class LM(_Texts):
 
     name, title = "lm", "SmolLM2"
     num_train, num_val, num_test = 240, 60, 200
-    epochs, batch, rate = 3, 16, 2e-4
+    epochs, batch, rate, timed = 3, 16, 2e-4, True
     prompts: Mapping[str, tuple[str, Sequence[str]]] = {
         "sentence_polarity": ("sentiment", ("negative", "positive")),
         "ag_news": ("kind of news", ("world", "sports", "business", "science")),

@@ -270,7 +270,7 @@ def measure(seed: int, models: str, num_tasks: int, data: str, output: str) -> d
         mean = statistics.fmean(_normalized(values, row.name))
         print(f"{models} {seed}: {row.name:36} {mean:.3f} at {found[0]:g}{'*' * found[1]} "
               f"{time.perf_counter() - started:.1f} s", flush=True)  # fmt: skip
-    if "cost" not in values:
+    if model.timed and "cost" not in values:
         first = {row.name: recipes(row, model, row.scale or 1.0)[0][0] for row in ROWS if row.name in values["rows"]}
         names = {recipe: name for name, recipe in reversed(first.items())}  # of rows alike, the first
         values["cost"] = {name: cost(recipe, vectors) for recipe, name in names.items()}
@@ -305,13 +305,13 @@ def joined(parts: Mapping[str, Mapping[int, Any]]) -> dict[str, str]:
 
     A † marks a tuned number that some seed chose at the end of those tried. An accuracy is bold if a paired t-test
     over seeds distinguishes it from the sum's, with Holm's correction for all tuned rows of the network; p is of the
-    mean over these networks, with the variance of seeds within each, and so corrected. Milliseconds and MiB are the
-    last network's.
+    mean over these networks, with the variance of seeds within each, and so corrected. Milliseconds and MiB are those
+    of the network that is timed.
     """
     order = sorted(parts, key=lambda part: list(MODELS).index(part.split("-")[1]))
     networks = {MODELS[part.split("-")[1]].title: list(parts[part].values()) for part in order}
-    *_, last = networks.values()
-    rows = {row.name: row for row in ROWS if row.name in last[0]["rows"]}
+    all_runs = [each for found in networks.values() for each in found]
+    rows = {row.name: row for row in ROWS if row.name in all_runs[0]["rows"]}
     tuned = [name for name, row in rows.items() if row.scale and name not in OF_PAIRS]
     changes = {
         name: [[_mean(each, name) - _mean(each, "sum") for each in found] for found in networks.values()]
@@ -333,7 +333,7 @@ def joined(parts: Mapping[str, Mapping[int, Any]]) -> dict[str, str]:
             cells[place] = f"**{cells[place]}**" if within[place].get(name, 1.0) < 0.05 else cells[place]
         p_value = f"{p_values[name]:.2g}" if name in p_values else ""
         of_all = [f"{statistics.fmean(map(statistics.fmean, means)):.3f}", f"{worst:.3f}"]
-        return [name, *of_all, *cells, p_value, *_cost(last, name)]
+        return [name, *of_all, *cells, p_value, *_cost(all_runs, name)]
 
     def table(names: Sequence[str], *more: str) -> str:
         heads = ["method", "mean", "worst task", *networks, *more]
@@ -367,5 +367,5 @@ def _stratified_p(changes: Sequence[Sequence[float]]) -> float:
 
 def _cost(found: Sequence[Mapping[str, Any]], name: str) -> list[str]:
     """Return milliseconds and MiB of a row, the median of seeds."""
-    costs = [each["cost"][name] for each in found if name in each["cost"]]
+    costs = [each["cost"][name] for each in found if name in each.get("cost", {})]
     return [f"{statistics.median(one[place] for one in costs):,.0f}" if costs else "" for place in (0, 1)]

@@ -233,7 +233,7 @@ def test_every_row_is_tuned_alike_and_an_end_is_flagged():
 class TwoLayers(merge_models.Model):
     """A random network on random classes."""
 
-    name, title, epochs, rate, num_train, num_val, num_test = "two", "Two", 2, 1e-2, 64, 20, 30
+    name, title, timed, epochs, rate, num_train, num_val, num_test = "two", "Two", True, 2, 1e-2, 64, 20, 30
     all_tasks = ("a", "b", "c", "d")
 
     def load(self):
