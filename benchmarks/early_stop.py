@@ -53,7 +53,7 @@ def measure(seed: int, models: str, num_tasks: int, data: str, output: str) -> d
         _, name, coef, right = max(tried, key=lambda each: each[0])
         found[way] = {"time": name, "scaling_coef": coef, "ms": min(spent), "right": list(right.values())}
         print(f"{models} {seed}: {way} {found[way]} of {alone['test']}", flush=True)
-    return {"alone": list(alone["test"].values()), "tasks": list(model.tasks), "ways": found}
+    return {"alone": list(alone["test"].values()), "ways": found}
 
 
 def tables(runs: Mapping[int, Any]) -> dict[str, str]:
