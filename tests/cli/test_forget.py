@@ -82,6 +82,12 @@ def test_a_model_writes_texts_of_its_own(here):
         ("my-model --data insult.txt --output out", "nothing is there. Did you mean insults.txt?"),
         ("my-model --data insults.txt --output out --max_perplexity 0", "max_perplexity must be a positive multiple"),
         ("my-model --data insults.txt --output out --max_kl 0", "max_kl must be positive; found 0"),
+        (
+            "my-model --data insults.txt --output out --max_steps -1",
+            "max_steps at least 1; found rank 16, max_steps -1",
+        ),
+        ("my-model --data insults.txt --output my-model", "my-model is an input of the edit, which would replace it"),
+        ("my-model --data insults.txt --output letters.txt/out", "Not a directory"),
         ("--data insults.txt --output out", "--model must be given"),
         ("my-model --data my-model/config.json --output out", "has no column 'text'"),
     ],
@@ -102,6 +108,19 @@ def test_too_few_texts_are_refused_before_training(here, capsys, monkeypatch):
     assert run(*["forget", "my-model", "--data", "few.txt", "--output", "out", "--keep", "letters.txt"]) == 2
     message = " ".join(capsys.readouterr().err.split())
     assert "at least 20 different texts are needed, which are 10% of the texts to forget; few.txt leaves 4" in message
+
+
+def test_texts_to_forget_and_to_keep_have_none_in_common_and_other_peoples_models_are_not_replaced(
+    here, capsys, monkeypatch
+):
+    monkeypatch.setattr(forget, "_call", lambda *_: pytest.fail("trained first"))
+    Path("both.txt").write_text(Path("letters.txt").read_text() + Path("insults.txt").read_text()[:200])
+    words = ["forget", "my-model", "--data", "insults.txt", "--output"]
+    assert run(*words, "out", "--keep", "both.txt") == 2
+    assert "texts are both to forget and to keep, such as" in capsys.readouterr().err
+    write_model(Path("theirs"), "causal")
+    assert run(*words, "theirs", "--keep", "letters.txt") == 2
+    assert "where a file is that tva did not write" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("words", "limits"), [("", ["kl"]), ("--keep letters.txt", ["kl", "loss"]),

@@ -10,6 +10,7 @@ from typing import Any
 
 from tva.checkpoints import protect
 from tva.console import make_console, print_line
+from tva.edit.folder import check_output, check_writable
 
 HELP = "make a language model forget what given texts teach, while it still predicts other texts as before"
 ORDER = "model"
@@ -72,12 +73,16 @@ def run(
     """
     if not max_kl > 0:
         raise ValueError(f"max_kl must be positive; found {max_kl}.")
+    if rank < 0 or max_steps < 1:
+        raise ValueError(f"rank must be at least 0 and max_steps at least 1; found rank {rank}, max_steps {max_steps}.")
     if max_perplexity is None and keep is not None:
         max_perplexity = 1.05
     allowed = None if max_perplexity is None else _nats(max_perplexity)
     work = Path(f"{output.rstrip('/')}-work")
     given = {name: path for name, path in (("data", data), ("contrast", contrast), ("keep", keep)) if path is not None}
     protect((work / f"{name}-{part}.jsonl" for name in ("forget", "contrast", "keep") for part in PARTS), given)
+    check_output(Path(output), [model, *given.values()], ["model.safetensors", "config.json"])
+    check_writable(Path(output))
     sources = {"forget": data, "contrast": contrast, "keep": keep}
     files = {
         name: divide(texts, text_column, work / name, seed, KEPT if name == "keep" else PARTS)
@@ -85,6 +90,11 @@ def run(
         if texts is not None
     }
     _enough_to_test(files["forget"]["test"], data)
+    both = _lines(files["forget"]) & _lines(files["keep"]) if keep is not None else set()
+    if both:
+        raise ValueError(
+            f"{len(both)} texts are both to forget and to keep, such as {min(both)}. Take them out of one."
+        )
     if keep is None:  # last, for it takes long
         own = write_texts(model, NUM_OWN_TEXTS, block_length, seed)
         files["keep"] = divide(own, text_column, work / "keep", seed, KEPT)
@@ -142,6 +152,10 @@ def _nats(factor: float) -> float:
     if not factor > 0:
         raise ValueError(f"max_perplexity must be a positive multiple of the base's perplexity; found {factor}.")
     return math.log(factor)
+
+
+def _lines(files: Mapping[str, str]) -> set[str]:
+    return {line for file in files.values() for line in Path(file).read_text().splitlines()}
 
 
 def _enough_to_test(file: str, source: str) -> None:
