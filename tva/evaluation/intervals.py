@@ -17,6 +17,7 @@ from tva.report.edit_report import Comparison
 
 Ends = tuple[float, float] | None  # of an interval, where there is one
 NUM_RESAMPLES = 4000
+NUM_FLIPS = 20_000  # random signs that `flip_test` tries
 SEED = 0
 FEW = 50  # examples below which a bootstrap of a mean is too short
 FEWEST = 20  # examples, or effective groups, below which no interval of a mean of scores other than 0 and 1 covers
@@ -336,15 +337,12 @@ def _paired_means(edited: np.ndarray, base: np.ndarray, halves: bool = False) ->
     return draws @ cells / len(base)
 
 
-def mean_ratio_interval(
-    pairs: Sequence[tuple[np.ndarray, np.ndarray, np.ndarray | None]], confidence: float = 0.95
-) -> tuple[float, float] | None:
-    """Compute an interval of the mean over tasks of a ratio of two means of the same examples.
+def mean_ratio_interval(pairs: Sequence[tuple[np.ndarray, np.ndarray, np.ndarray | None]]) -> Ends:
+    """Compute a 95 % interval of the mean over tasks of a ratio of two means of the same examples.
 
     Args:
         pairs: For each task the scores of numerator and denominator, one an example in the same order, and their
             groups, or None; see `by_group`. The examples of different tasks are taken to be independent.
-        confidence: Two-sided.
 
     Returns:
         Lower and upper end, by resampling the examples of each task as `compare` does; None where a task has fewer than
@@ -362,7 +360,7 @@ def mean_ratio_interval(
             return None
         order = np.random.default_rng([SEED, place]).permutation(len(means))  # tasks are independent, seeds are alike
         draws.append(means[order, 0] / means[order, 1])
-    level = confidence if few == FEW else widened(confidence, few)
+    level = 0.95 if few == FEW else widened(0.95, few)
     low, high = np.percentile(np.mean(draws, axis=0), [50 * (1 - level), 50 * (1 + level)])
     return float(low), float(high)
 
@@ -380,13 +378,11 @@ def widened(confidence: float, num_examples: float) -> float:
     return float(2 * stats.norm.cdf(t) - 1)
 
 
-def resamples(
-    num_examples: int, num_resamples: int = NUM_RESAMPLES, batch: int = 64, among: int | None = None
-) -> list[np.ndarray]:
-    """Draw examples with replacement, the same rows at every call; arrays of shape (≤ batch, examples)."""
+def resamples(num_examples: int, among: int) -> list[np.ndarray]:
+    """Draw examples among some with replacement, the same rows at every call; arrays of shape (≤ 64, examples)."""
     generator = np.random.default_rng(SEED)
-    sizes = [min(batch, num_resamples - start) for start in range(0, num_resamples, batch)]
-    return [generator.integers(among or num_examples, size=(size, num_examples)) for size in sizes]
+    sizes = [min(64, NUM_RESAMPLES - start) for start in range(0, NUM_RESAMPLES, 64)]
+    return [generator.integers(among, size=(size, num_examples)) for size in sizes]
 
 
 def compare_means(
@@ -407,23 +403,23 @@ def compare_means(
     )
 
 
-def flip_test(differences: np.ndarray, num_flips: int = 20_000) -> np.ndarray:
+def flip_test(differences: np.ndarray) -> np.ndarray:
     """Test whether sums of paired differences are above 0, by flipping signs.
 
     Args:
         differences: For each example how much worse each candidate is than one reference, shape (examples,
             candidates).
-        num_flips: Random signs that are tried; the smallest p-value is 1 / (num_flips + 1).
 
     Returns:
-        One-sided p-values, shape (candidates,): how often signs at random give a sum as large.
+        One-sided p-values, shape (candidates,): how often signs at random give a sum as large; the smallest is
+        1 / (NUM_FLIPS + 1).
 
     Source: Fisher, "The design of experiments", 1935, section 21; with right or wrong it is McNemar's exact test.
     """
     differences = differences[np.abs(differences).sum(axis=1) > 0].astype(np.float32)
     observed = differences.sum(axis=0)
     generator, reached = np.random.default_rng(SEED), np.zeros(differences.shape[1], dtype=np.int64)
-    for _ in range(0, num_flips, 1000):
+    for _ in range(0, NUM_FLIPS, 1000):
         signs = generator.integers(0, 2, size=(1000, len(differences)), dtype=np.int8).astype(np.float32) * 2 - 1
         reached += (signs @ differences >= observed - 1e-6 * np.abs(differences).sum(axis=0)).sum(axis=0)
-    return (reached + 1) / (num_flips + 1)
+    return (reached + 1) / (NUM_FLIPS + 1)
