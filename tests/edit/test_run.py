@@ -244,6 +244,9 @@ def test_the_divergence_from_the_base_is_a_constraint_that_needs_no_labels(vecto
     tried = {e["coefficients"]["scaling_coef"]: e["value"] for e in report.evaluations if e["metric"] == "kl"}
     assert [tried[x] for x in sorted(tried)] == sorted(tried.values()), tried
     assert max(tried.values()) > 0.5
+    again = edit(vectors, subject_to=["other/kl <= 0.5"], rule="largest", maximize="mean(loss)")
+    assert again.search["num_forward"] == 2 * 3 * 200  # of the base, on three tasks of two splits
+    assert again.tasks["other"] == task
 
 
 def test_a_task_that_nothing_names_is_reported_by_accuracy_or_else_by_the_metric_of_the_others():

@@ -186,7 +186,7 @@ class Evaluator:
                 key = (*state.key, task, split, window, seed)
                 if key not in self._known:
                     facts = self._describe(state, task, split, window, seed)
-                    logged = None if base.computed else self.log.get(facts)
+                    logged = self.log.get(facts) if _is_kept(base) else None
                     if logged is None:
                         missing[key] = state
                     else:
@@ -228,7 +228,7 @@ class Evaluator:
         for (key, state), evaluation in zip(states.items(), found, strict=True):
             evaluation = self._known[key] = self._grouped(evaluation, base, window, seed)
             self._note(state.label, dict(state.coefs), task, split, evaluation, window, seed)
-            if not base.computed:
+            if _is_kept(base):
                 self.log.add(self._describe(state, task, split, window, seed), evaluation)
 
     def measure(
@@ -320,6 +320,11 @@ class Evaluator:
             }
             for metric, value in evaluation.metrics.items()
         ]
+
+
+def _is_kept(base: Evaluation) -> bool:
+    """Return whether the log holds all of an evaluation: predictions, of which others are computed, are not in it."""
+    return base.scores.keys() >= set(base.computed)
 
 
 def _chunks(missing: Mapping[tuple[Any, ...], EditState]) -> Iterator[list[tuple[Any, ...]]]:
