@@ -391,3 +391,12 @@ def test_fit_many_makes_the_vectors_that_tva_fit_makes_and_goes_on_where_it_stop
     (tmp_path / "out/blobs/seed=1" / DONE).unlink()  # as if it had been killed at its last checkpoint
     main(["fit-many", "--config", path, "--devices", "cpu"])
     assert "--ckpt_path" in (tmp_path / "out/blobs/seed=1/fit.log").read_text()
+
+
+def test_every_fit_of_the_guide_leaves_a_task_vector():
+    blocks = (ROOT / "docs/howto/fit-many.md").read_text().split("```yaml\n")[1:]
+    found = [yaml.safe_load(block.split("```")[0]) for block in blocks]
+    for shared in [config["shared"] for config in found if "tasks" in config]:
+        (callback,) = shared["trainer"]["callbacks"]
+        assert callback["class_path"] == "tva.callbacks.TaskVectorCallback"
+        assert callback["init_args"] == {"at_train_end": True}
