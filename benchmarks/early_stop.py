@@ -9,6 +9,7 @@ milliseconds of the processor of one merge.
 
 from __future__ import annotations
 
+import itertools
 import os
 import statistics
 import time
@@ -17,7 +18,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.ledger import holm, markdown, over_seeds, with_interval
+from benchmarks.ledger import holm, markdown, plus_minus
 from benchmarks.merge_models import MODELS
 from benchmarks.methods import Merges, Row, setting_of, tune
 
@@ -75,18 +76,19 @@ def tables(runs: Mapping[int, Any]) -> dict[str, str]:
         for way in others
     }
     by_task = [task for way in others for task in zip(*differences[way], strict=True)]
-    shown = iter(zip(by_task, _distinguished(by_task), strict=True))
+    means = (plus_minus(values, "{:+.1f}") for values in by_task)
+    of_tasks = (f"**{mean}**" if bold else mean for mean, bold in zip(means, _distinguished(by_task), strict=True))
     lines = []
     for way in WAYS:
-        accuracy = with_interval([statistics.fmean(normalized(each, way)) for each in found], form="{:.3f}".format)
+        accuracy = plus_minus([statistics.fmean(normalized(each, way)) for each in found], "{:.3f}")
         times = Counter(each["ways"][way]["time"] for each in found).most_common()
         chosen = ", ".join(f"{time} ({count})" for time, count in times if time)
         ratio = statistics.median(each["ways"][first]["ms"] / each["ways"][way]["ms"] for each in found)
         against = ["", "", ""]
         if way != first:
-            points = with_interval([statistics.fmean(one) for one in differences[way]], form="{:+.1f}".format)
-            of_tasks = [_task(*next(shown)) for _ in differences[way][0]]
-            against = [points, ", ".join(of_tasks), f"{ratio:.0f} ×"]
+            points = plus_minus([statistics.fmean(one) for one in differences[way]], "{:+.1f}")
+            tasks = itertools.islice(of_tasks, len(differences[way][0]))
+            against = [points, ", ".join(tasks), f"{ratio:.0f} ×"]
         lines.append([way, accuracy, chosen, *against])
     heads = ["solution", "normalized accuracy", "time (seeds)", "points above Adam", "by task", "times faster"]
     return {"against": markdown(heads, lines)}
@@ -101,10 +103,3 @@ def _distinguished(by_task: Sequence[Sequence[float]]) -> list[bool]:
         float(stats.ttest_1samp(task, 0.0).pvalue) if s else 1.0 for task, s in zip(by_task, spread, strict=True)
     ]
     return [p_value < 0.05 for p_value in holm(p_values)]
-
-
-def _task(values: Sequence[float], shown: bool) -> str:
-    """Return a task's mean difference with half of its 95 % interval."""
-    interval = over_seeds(values)
-    half = f" ± {(interval[1] - interval[0]) / 2:.1f}" if interval else ""
-    return f"**{statistics.fmean(values):+.1f}{half}**" if shown else f"{statistics.fmean(values):+.1f}{half}"

@@ -395,3 +395,14 @@ def with_interval(values: Sequence[float], num_examples: int | None = None, form
         return form(mean)
     low, high = (min(1.0, max(0.0, end)) if num_examples else end for end in found)
     return f"{form(mean)} [{form(low)}, {form(high)}]"
+
+
+def plus_minus(values: Sequence[float], form: str) -> str:
+    """Format a mean over seeds with half the width of its interval.
+
+    Example:
+        >>> plus_minus([0.5, 0.6, 0.7], "{:.2f}"), plus_minus([0.5], "{:.2f}")
+        ('0.60 ± 0.25', '0.50')
+    """
+    mean, found = form.format(statistics.fmean(values)), over_seeds(values)
+    return f"{mean} ± {form.replace('+', '').format((found[1] - found[0]) / 2)}" if found else mean

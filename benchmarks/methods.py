@@ -21,7 +21,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from benchmarks.ledger import holm, markdown, with_interval
+from benchmarks.ledger import holm, markdown, plus_minus
 from benchmarks.merge_models import MODELS, Model
 from tva import TaskVector
 from tva.compose.recipe import Recipe
@@ -327,7 +327,7 @@ def joined(parts: Mapping[str, Mapping[int, Any]]) -> dict[str, str]:
     def line(name: str) -> list[str]:
         means = [[_mean(each, name) for each in found] for found in networks.values()]
         worst = statistics.fmean(min(_normalized(each, name)) for found in networks.values() for each in found)
-        cells = [with_interval(mean, form="{:.3f}".format) for mean in means]
+        cells = [plus_minus(mean, "{:.3f}") for mean in means]
         for place, found in enumerate(networks.values()):
             cells[place] += "†" * any(each["rows"].get(name, [0, 0])[1] for each in found)
             cells[place] = f"**{cells[place]}**" if within[place].get(name, 1.0) < 0.05 else cells[place]
