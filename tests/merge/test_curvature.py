@@ -91,6 +91,35 @@ def test_factors_and_diagonals_are_means_of_products_in_float64(probe):
     assert torch.allclose(found.diagonals["2.weight"].double(), diagonal, rtol=1e-4, atol=1e-7)
 
 
+def test_factors_of_embeddings_and_convolutions_are_means_over_their_positions_in_float64():
+    torch.manual_seed(0)
+    model = nn.ModuleDict({"e": nn.Embedding(7, 4), "c": nn.Conv2d(1, 3, 3, padding=1)})
+
+    def outputs(tokens):
+        return model["c"](model["e"](tokens)[:, None]).tanh().mean(dim=(2, 3))
+
+    examples = [torch.randint(7, (1, 6)) for _ in range(5)]
+    found = {b.kind: b for b in measure_curvature(model, examples, outputs, seed=3).blocks}
+    model.double()
+    expected = dict.fromkeys(("e/a", "e/g", "c/a", "c/g"), 0)
+    generator = torch.Generator().manual_seed(3)
+    for tokens in examples:
+        embedded = model["e"](tokens)  # (1, 6, 4)
+        made = model["c"](embedded[:, None])  # (1, 3, 6, 4)
+        goal = (made.tanh().mean(dim=(2, 3)) * torch.randn(1, 3, generator=generator).double()).sum()
+        below, above = (part.flatten(0, -2) for part in torch.autograd.grad(goal, [embedded, made]))
+        above = above.reshape(3, 24).T
+        patches = F.unfold(embedded.detach()[:, None], 3, padding=1)[0].T  # (24, 9)
+        patches = torch.cat([patches, torch.ones(24, 1).double()], dim=1)
+        expected["e/a"] += torch.bincount(tokens[0], minlength=7) / 6 / 5
+        expected["c/a"] += patches.T @ patches / 24 / 5
+        expected["e/g"] += below.T @ below / 5
+        expected["c/g"] += above.T @ above / 5
+    for key, block in (("e", found["embedding"]), ("c", found["conv"])):
+        torch.testing.assert_close(block.a.double(), expected[f"{key}/a"].double(), rtol=1e-5, atol=1e-7)
+        torch.testing.assert_close(block.g.double(), expected[f"{key}/g"], rtol=1e-5, atol=1e-9)
+
+
 @pytest.mark.parametrize("kind", ["linear", "transposed", "embedding", "conv"])
 def test_the_penalty_is_the_quadratic_form_of_the_kronecker_product(kind):
     generator = torch.Generator().manual_seed(0)
