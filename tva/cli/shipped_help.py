@@ -1,13 +1,13 @@
 """The help of the commands that run a Trainer, printed without importing Lightning, which takes seconds.
 
-``lightning_help.json.gz`` holds their options as the parsers describe them; ``python -m tva.cli.shipped_help`` writes
+``lightning_help.json.xz`` holds their options as the parsers describe them; ``python -m tva.cli.shipped_help`` writes
 it anew. It is used only with the version of Lightning that it was made from.
 """
 
 from __future__ import annotations
 
-import gzip
 import json
+import lzma
 import os
 import re
 import shutil
@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
-FILE = Path(__file__).with_name("lightning_help.json.gz")
+FILE = Path(__file__).with_name("lightning_help.json.xz")
 COMMANDS = ("edit", "fit", "predict", "test", "validate")
 INDENT = 24  # of the explanations, as argparse has it
 
@@ -32,7 +32,7 @@ def shipped() -> dict[str, Any]:
 
 def read() -> dict[str, Any]:
     """Return what the file holds, as `generate` returned it."""
-    stored: dict[str, Any] = json.loads(gzip.decompress(FILE.read_bytes()))
+    stored: dict[str, Any] = json.loads(lzma.decompress(FILE.read_bytes()))
     return stored
 
 
@@ -98,4 +98,4 @@ def _plain(text: str) -> str:
 
 
 if __name__ == "__main__":
-    FILE.write_bytes(gzip.compress(json.dumps(generate()).encode(), mtime=0))
+    FILE.write_bytes(lzma.compress(json.dumps(generate()).encode(), preset=lzma.PRESET_EXTREME | 9))
