@@ -150,7 +150,7 @@ def test_a_damaged_file_is_an_error_that_names_it(files, size):
 
 def test_the_package_is_named_where_it_is_missing(files, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "gguf", None)
-    with pytest.raises(ValueError, match="base.gguf is read through the package gguf, .* pip install gguf"):
+    with pytest.raises(ValueError, match="base.gguf is read by the package gguf, .* pip install 'tva.gguf.'"):
         open_weights(files[0])
 
 

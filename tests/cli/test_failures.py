@@ -14,6 +14,7 @@ from tva.cli.failures import describe
 from tva.cli.main import main
 from tva.console import printable
 from tva.errors import some
+from tva.search.optuna import Optuna
 
 
 def run(capfd, *words):
@@ -129,3 +130,11 @@ def test_text_is_shown_escaped_and_cut():
     assert printable("a\nb", newline="\n") == "a\nb"
     assert printable("x" * 400) == "x" * 299 + "…"
     assert some(["y" * 300]) == f"'{'y' * 100}…{'y' * 99}'"
+
+
+def test_a_package_of_an_extra_that_is_missing_is_named_with_the_extra(monkeypatch):
+    error = ModuleNotFoundError("No module named 'transformers.models'", name="transformers.models")
+    assert describe(error) == ("This needs transformers, which is not installed: pip install 'tva[text]'.", 2)
+    monkeypatch.setattr("tva.search.optuna.find_spec", lambda name: None)
+    with pytest.raises(ValueError, match=r"This search needs optuna: pip install 'tva\[optuna\]'"):
+        Optuna({"a": (0.0, 1.0)})

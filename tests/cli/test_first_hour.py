@@ -151,6 +151,8 @@ def test_mistakes_of_the_first_hour(words, found, capsys):
 def test_choices_are_listed_and_a_shortened_option_has_the_nearest_named(capsys):
     assert "usage: tva init fit|forget|add|analogy|merge [options]" in message(capsys, "init")
     assert "or 'merge'; found 'forgte'. Did you mean 'forget'?" in message(capsys, "init", "forgte")
+    found = message(capsys, "fit", "--model=ClipClassifier", "--model.lora.rank=4")
+    assert "--model.lora.rank: Lora has r, alpha, target_modules, dropout; found '4'." in found
     assert "no option --trainer.device. Did you mean --trainer.devices?" in message(capsys, "fit", "--trainer.device=2")
 
 

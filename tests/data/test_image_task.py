@@ -193,6 +193,10 @@ def test_missing_files_and_variables(parquet, monkeypatch):
         ready("pets/train")  # not asked of the hub, for pets is a folder here
     with pytest.raises(ValueError, match="pets holds no data set that can be read: .* Give a file or folder with"):
         ready("./pets")
+    monkeypatch.setattr("datasets.load_dataset", lambda *_, **__: (_ for _ in ()).throw(ValueError("offline")))
+    with pytest.raises(ValueError, match="pest holds no .* there is no such file or folder here. Did you mean .*pets"):
+        ready("pest")
+    monkeypatch.undo()
     for part in ("train", "test"):
         Path(f"pets/{part}/cat").mkdir(parents=True)
         Image.new("L", (4, 4)).save(f"pets/{part}/cat/1.png")

@@ -91,10 +91,10 @@ def test_the_notes_say_what_the_examples_suffice_for_and_that_the_end_was_chosen
     (constraint,) = report.constraints
     assert constraint.needed > 1
     assert 0 <= constraint.allowed_loss < 0.3
-    power = "a/accuracy >= 0.7 * base is shown with 0.8 confidence on these 200 examples if at most "
+    power = "with these 200 test examples, a/accuracy >= 0.7 * base can be shown at 80% confidence if at most "
     power += f"{constraint.allowed_loss:.3g} of accuracy is lost"
     assert any(note.startswith(power) for note in report.notes)
-    assert f"{constraint.needed} are needed if nothing is lost" in " ".join(report.notes)
+    assert f"If nothing is lost, {constraint.needed} are enough." in " ".join(report.notes)
     shown = shown_on_test(
         SimpleNamespace(options=SimpleNamespace(confidence=None), goal=SimpleNamespace(constraints=[0]))
     )
@@ -120,7 +120,10 @@ def test_a_command_says_before_the_search_what_the_test_data_suffice_for(vectors
     trainer = make_trainer()
     trainer.command = "tva edit"
     monkeypatch.setattr(run, "choose", lambda session: pytest.fail(capsys.readouterr().err))  # nothing was searched yet
-    with pytest.raises(pytest.fail.Exception, match=r"tva: a/accuracy >= 0.7 \* base is shown with 0.8 confidence"):
+    with pytest.raises(
+        pytest.fail.Exception,
+        match=r"tva: with these 200 test examples, a/accuracy >= 0.7 \* base can be shown at 80% confidence",
+    ):
         run.run_edit(trainer, Net(), asked)
 
 

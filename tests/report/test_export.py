@@ -144,3 +144,9 @@ def test_a_report_whose_numbers_are_texts_is_refused_by_name(run_folder, capsys)
         with pytest.raises(SystemExit, match="2"):
             main(["report", "."])
         assert "edit.json is not an edit report" in " ".join(capsys.readouterr().err.split())
+
+
+def test_a_process_forked_from_one_that_drew_refuses_instead_of_hanging(monkeypatch):
+    monkeypatch.setattr("tva.report.render._drew_in", {-1})
+    with pytest.raises(RuntimeError, match="cannot be drawn in a process forked from one that has drawn charts"):
+        draw({}, "chart")

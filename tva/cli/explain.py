@@ -8,7 +8,7 @@ import inspect
 import re
 import textwrap
 from collections.abc import Collection, Iterator
-from typing import Any
+from typing import Any, is_typeddict
 
 from tva.errors import did_you_mean
 
@@ -92,13 +92,15 @@ def _explain_value(key: str, problem: str) -> str | None:
     else:
         value, wanted, causes = problem.rpartition("Got value: ")[2], [], [textwrap.dedent(problem)]
     if inner := re.fullmatch(r"NestedArg\(key='(.*)', val='(.*)'\)", value, re.S):
-        key, value = f"{key}.{inner[1]}", inner[2]
+        key, value = key if key.endswith(f".{inner[1]}") else f"{key}.{inner[1]}", inner[2]
         wanted = [re.sub(_MAPPING + r"\[str, (.*)\]$", r"\1", each) for each in wanted]
     explained = (_explain_cause(key, cause, value, wanted) for cause in causes)
     if explanation := next(filter(None, explained), None):
         return explanation
     if not wanted:
         return None
+    for kind in filter(is_typeddict, map(_load, wanted)):
+        return f"--{key}: {kind.__name__} has {', '.join(kind.__annotations__)}; found {value!r}."
     if any(re.match(_MAPPING + r"(\[|'>|$)", each) for each in wanted):
         return f"--{key} must be names with values, as in --{key}.NAME VALUE; found {value!r}."
     if any(re.match(_LIST + r"(\[|'>|$)", each) for each in wanted):
@@ -158,7 +160,7 @@ def _explain_cause(key: str, cause: str, value: str, wanted: Collection[str]) ->
     if missing := re.match(r"the following arguments are required: (.*)", reason):
         return f"--{key}: {path} must be given {missing[1]}, as in --{key}.{missing[1].split(', ')[0]} VALUE."
     if inner := re.match(r'Parser key "([^"]+)":\s*(.*)', reason, re.S):
-        nested = key if key.endswith(f".{inner[1]}") else f"{key}.{inner[1]}"
+        nested = key if f".{inner[1]}." in f"{key}." else f"{key}.{inner[1]}"
         return _explain_value(nested, inner[2].strip())
     return f"--{key}: {path}: {reason}"
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 WRONG, BUG = 2, 3  # exit status: of something wrong in the input, and of a bug in tva
 HINT = "\n(TVA_DEBUG=1 shows where this comes from.)"
+EXTRAS = {"transformers": "text", "peft": "lora", "optuna": "optuna", "sentence_transformers": "sentence"}  # by package
 NO_MEMORY = r"DefaultCPUAllocator|Cannot allocate memory|can't start new thread|can't allocate memory"
 _ROOTS = [str(Path(__file__).parents[1]), str(Path(__file__).parents[2] / "callbacks")]
 _LIBRARIES = {sys.prefix, sys.base_prefix, str(Path(traceback.__file__).parent)}
@@ -33,6 +34,8 @@ def describe(error: Exception) -> tuple[str, int]:
         found = "" if text == kind else f" ({text})"
         advice = "Free some, raise the limit (ulimit -v), or give --max_memory where the command has it."
         return f"{kind}: the system gave this process no more memory or threads{found}. {advice}{HINT}", WRONG
+    if isinstance(error, ModuleNotFoundError) and (package := (error.name or "").partition(".")[0]) in EXTRAS:
+        return f"This needs {package}, which is not installed: pip install 'tva[{EXTRAS[package]}]'.", WRONG
     if isinstance(error, ValueError | OSError) or _is_deliberate(error, frames, owners):
         return f"{text}{HINT}" if owners[-1:] != ["tva"] else text, WRONG
     inner = next((frame for frame, owner in zip(frames[::-1], owners[::-1], strict=True) if owner == "tva"), None)

@@ -27,8 +27,8 @@ EXAMPLES: dict[str, tuple[int, int]] = {
     "svhn": (73_257, 26_032),
 }
 KNOWN = {
-    "dtd": "Published DTD accuracies of about 98 % for single fine-tuned models come from a copy whose training part "
-    "holds test images; without them it is about 79 % (ViT-B/32) to 84 % (ViT-L/14)."
+    "dtd": "Published DTD accuracies of about 98% for single fine-tuned models come from a copy whose training part "
+    "holds test images; without them it is about 79% (ViT-B/32) to 84% (ViT-L/14)."
 }
 
 

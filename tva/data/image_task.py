@@ -45,7 +45,7 @@ class ImageTask(LabeledTask):
         local: For a preset, a copy of the data to read instead of the hub; takes anything that ``path`` takes.
         cache: Disk space for decoded examples on this machine, such as ``500MiB``; the rest is decoded each time.
         augment: Train on images that the model's ``train_transform`` augments, differently in each epoch (CLIP's: a
-            random crop of 90 to 100 % of the area, as in the paper). They are not cached.
+            random crop of 90 to 100% of the area, as in the paper). They are not cached.
         **options: Options of `tva.data.labeled_task.LabeledTask`.
 
     Raises:

@@ -68,7 +68,8 @@ def load_splits(
         if local.is_dir():
             return _read_folder(local, folder, streaming=False)
         if _is_on_the_hub(path):
-            with _in_words(path), _no_bars_in_pipes():
+            here = "" if local.exists() else f"there is no such file or folder here.{nearby(local)} "
+            with _in_words(path, here), _no_bars_in_pipes():
                 return datasets.load_dataset(path.removeprefix("hf://"), name=config, revision=revision)
         if local.suffix == ".npz" and local.exists():
             return _read_npz(local)
@@ -119,13 +120,13 @@ def _no_bars_in_pipes() -> Iterator[None]:
 
 
 @contextmanager
-def _in_words(path: str) -> Iterator[None]:
+def _in_words(path: str, here: str = "") -> Iterator[None]:
     """Say of which path and what to do where `datasets` finds no data set."""
     try:
         yield
     except (OSError, ValueError) as error:
         raise ValueError(
-            f"{path} holds no data set that can be read: {str(error).rstrip('.!')}. Give a file or folder with "
+            f"{path} holds no data set that can be read: {here}{str(error).rstrip('.!')}. Give a file or folder with "
             f"examples, or a data set on the hub."
         ) from error
 

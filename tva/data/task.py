@@ -28,7 +28,7 @@ class Task(L.LightningDataModule, ABC):
         revision: Revision of a hub data set, so that the data cannot change under you. The commit that was read is in
             a vector's header and in ``edit.json``.
         train_split: Name of the training split.
-        val_split: Name of the validation split. By default min(10 %, 5,000) examples of the training split are held
+        val_split: Name of the validation split. By default min(10%, 5,000) examples of the training split are held
             out, which is the paper's rule.
         val_size: Number of training examples to hold out instead, if there is no ``val_split``.
         test_split: Name of the test split.

@@ -67,11 +67,11 @@ def shown_on_test(session: EditSession) -> list[str]:
             continue
         bound = constraint.bound({constraint.task: base.metrics})
         unit = "examples" if base.groups is None else f"examples in {base.num_groups:,} groups"
-        fewest = f"; {needed:,} are needed if nothing is lost" if needed else ""
+        fewest = f" If nothing is lost, {needed:,} are enough." if needed else ""
         notes.append(
-            f"{constraint.text} is shown with {confidence:.4g} confidence on these {base.num_examples:,} {unit} if at "
-            f"most {allowed:.3g} of {constraint.metric} is lost and nothing gained, where the bound allows "
-            f"{abs(base.metrics[constraint.metric] - bound):.3g}{fewest}."
+            f"with these {base.num_examples:,} test {unit}, {constraint.text} can be shown at {100 * confidence:.4g}% "
+            f"confidence if at most {allowed:.3g} of {constraint.metric} is lost; its bound allows "
+            f"{abs(base.metrics[constraint.metric] - bound):.3g}.{fewest}"
         )
     return notes
 

@@ -96,7 +96,7 @@ class EditOptions:
         allow_other_base: Apply vectors to a base from which they were not taken.
         keep_undo: Also write ``edited.undo.safetensors``, from which ``tva revert`` restores the base bit for bit.
         allow_other_kind: Apply vectors of a linearized model (``tangent: true``) to an ordinary one, or vice versa.
-        allow_shared_examples: Allow more than 5 % of the test examples to be among those on which the coefficient was
+        allow_shared_examples: Allow more than 5% of the test examples to be among those on which the coefficient was
             chosen.
     """
 

@@ -53,7 +53,7 @@ class Jackknife:
         return abs(self.halves - self.value) <= TOLERATED_BIAS * error
 
     def interval(self) -> Ends:
-        r"""Compute the 95 % interval.
+        r"""Compute the 95% interval.
 
         Returns:
             Lower and upper end, on the scale of the logit for a metric in [0, 1], else Student's. None where such an

@@ -99,7 +99,7 @@ def check_shared(
         allowed: Whether any number is accepted.
 
     Raises:
-        ValueError: Validation and test data of a task are the same, or share more than 5 % of the test examples.
+        ValueError: Validation and test data of a task are the same, or share more than 5% of the test examples.
     """
     found: dict[str, int] = {}
     for task in val.keys() & test.keys():

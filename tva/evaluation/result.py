@@ -86,7 +86,7 @@ class Evaluation:
         return self.higher_is_better.get(metric, not metric.endswith(_LOWER_IS_BETTER))
 
     def interval(self, metric: str) -> tuple[float, float] | None:
-        """Return a metric's 95 % interval, where it can be known.
+        """Return a metric's 95% interval, where it can be known.
 
         Wilson's of scores that are right or wrong, a bootstrap of another mean over examples, a jackknife of a metric
         of predictions. None for a metric whose scores by example are not known, whatever its name, and for a metric of
@@ -102,7 +102,7 @@ class Evaluation:
         return None
 
     def quick_interval(self, metric: str) -> tuple[float, float] | None:
-        """Return a 95 % interval that is cheap to compute, for the many points of a curve; None if there is none."""
+        """Return a 95% interval that is cheap to compute, for the many points of a curve; None if there is none."""
         return quick_interval(self.scores[metric], groups=self.groups) if metric in self.scores else None
 
     def compare(self, base: Evaluation, metric: str) -> Comparison | None:

@@ -13,7 +13,7 @@ import numpy
 from tva._torch import Tensor, torch
 
 PASSES = 4  # passes that `OrderStatistics` takes at most; one, or two, are usual
-_WINDOW = 2**18  # keys that are counted each by itself; those of 0.8 to 1.6 % of a value's neighbours on either side
+_WINDOW = 2**18  # keys that are counted each by itself; those of 0.8 to 1.6% of a value's neighbours on either side
 _COARSE = 16  # lower bits that a sample's counts leave out
 _ENOUGH = 2**17  # elements of the first chunk, from which a rank's place is expected
 _SAMPLED = 61  # one element in this many is sampled, in every chunk

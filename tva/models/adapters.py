@@ -55,7 +55,7 @@ def adapt(
         train_only: ``"attention"``, ``"linear"`` (the linear layers, those of attention included) or ``"bias"``, or a
             list of these and of regular expressions that are searched for in the names of the encoder's parameters;
             what none of them names is frozen.
-        lora: Train only low-rank additions, by peft (``pip install tva[lora]``); see `Lora`. ``{}`` takes the
+        lora: Train only low-rank additions, by peft (``pip install 'tva[lora]'``); see `Lora`. ``{}`` takes the
             defaults.
         tangent: Linearize the encoder in its weights; see `tva.models.tangent.linearize`.
         part: Name of the attribute that holds the encoder, or whatever network is to be fine-tuned.
@@ -191,7 +191,7 @@ def add_lora(encoder: nn.Module, options: Lora) -> nn.Module:
     try:
         from peft import LoraConfig, get_peft_model
     except ImportError as error:
-        raise ValueError("lora needs peft: pip install tva[lora].") from error
+        raise ValueError("lora needs peft: pip install 'tva[lora]'.") from error
 
     modules, parameters = _targets(encoder, options.get("target_modules"))
     settings: dict[str, Any] = {"target_parameters": parameters} if parameters else {}

@@ -64,7 +64,7 @@ class ClipClassifier(FrozenHeadClassifier):
 
     @functools.cached_property
     def train_transform(self) -> Callable[[Any], Tensor]:
-        """CLIP's own transform for training, a random crop of 90 to 100 % of the area; `ImageTask` uses it if asked."""
+        """CLIP's own transform for training, a random crop of 90 to 100% of the area; `ImageTask` uses it if asked."""
         import open_clip
 
         settings = getattr(self.encoder, "preprocess_cfg", None)

@@ -32,7 +32,7 @@ class Row:
         row: Label of the number.
         paper: The paper's number, if it reports one.
         ours: Mean over seeds, in the paper's unit.
-        low: Lower end of Student's 95 % interval over seeds; None for one seed.
+        low: Lower end of Student's 95% interval over seeds; None for one seed.
         high: Upper end.
         seeds: One number a seed.
         edits: Number of edits per seed that it is the mean of.

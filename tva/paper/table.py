@@ -12,7 +12,7 @@ from typing import Any
 from tva.checkpoints import check_export, write_export
 from tva.paper.results import Row
 
-HEADINGS = ("experiment", "scale", "number", "paper", "ours", "95 % over seeds", "seeds", "edits", "difference")
+HEADINGS = ("experiment", "scale", "number", "paper", "ours", "95% over seeds", "seeds", "edits", "difference")
 
 
 def cells(row: Row) -> tuple[str, ...]:

@@ -147,7 +147,7 @@ def _curves(
         f"{metric} against {letter}",
         f"On validation data {'; '.join(sentences)}. {word.capitalize()}: {letter} = {coefficient(chosen)}.",
         make_spec(300, layers),
-        ("task", letter, metric, "95 % interval", "examples"),
+        ("task", letter, metric, "95% interval", "examples"),
         [
             (task, f"{at:g}", number(point.value, metric), interval(point, metric), f"{point.num_examples:,}")
             for task, line in lines.items()
@@ -196,7 +196,7 @@ def coefficient_map(content: Content) -> Iterator[Chart]:
         f"{len(tried)} choices of {' and '.join(map(symbol, searched))} were tried on validation data{others}; {task} "
         f"ranges from {number(min(values), metric)} to {number(max(values), metric)}. The ring is the {choice}.",
         make_spec(320, layers),
-        (*map(symbol, searched), metric, "95 % interval"),
+        (*map(symbol, searched), metric, "95% interval"),
         [
             (*(coefficient(p.coefs[name]) for name in searched), number(p.value, metric), interval(p, metric))
             for p in tried

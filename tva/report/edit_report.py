@@ -22,7 +22,7 @@ from tva.report.terminal import print_report
 
 @dataclass(frozen=True)
 class Score:
-    """One number with its 95 % interval, where one is known.
+    """One number with its 95% interval, where one is known.
 
     Attributes:
         value: The metric's value.
@@ -41,10 +41,10 @@ class Comparison:
 
     Attributes:
         difference: Edited minus base.
-        difference_low: Lower end of its 95 % interval; None where none is known that covers.
+        difference_low: Lower end of its 95% interval; None where none is known that covers.
         difference_high: Upper end.
         ratio: Edited divided by base; None where the base is 0.
-        ratio_low: Lower end of its 95 % interval; None where the base is so near 0 that it has none, or none is known.
+        ratio_low: Lower end of its 95% interval; None where the base is so near 0 that it has none, or none is known.
         ratio_high: Upper end, likewise.
         p_value: Two-sided, of "nothing changed": McNemar's exact test where scores are right or wrong, else Student's
             paired t; None where the metric is not a mean of per-example scores.
@@ -76,7 +76,7 @@ class TaskReport:
         revision: Commit of the hub's repository that the data was read from; None of local data.
         num_groups: Groups of examples, where these and not examples are the unit of intervals and tests.
         settings: What the task's numbers depend on besides its examples, such as how texts are sampled.
-        normalized_low: Lower end of the 95 % interval of ``normalized``, where one is known.
+        normalized_low: Lower end of the 95% interval of ``normalized``, where one is known.
         normalized_high: Upper end.
     """
 

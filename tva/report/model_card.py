@@ -167,9 +167,9 @@ def _body(content: Content) -> str:
             "",
             *_table([*heads, *(["normalized"] if normalized else [])], scores),
             "",
-            "In brackets: 95 % intervals. The random vector has the norm of the edit in every tensor."
+            "In brackets: 95% intervals. The random vector has the norm of the edit in every tensor."
             if content["random_seed"] is not None
-            else "In brackets: 95 % intervals.",
+            else "In brackets: 95% intervals.",
             "",
             *(constraints or ["No constraint was set."]),
             "",

@@ -48,7 +48,7 @@ def edit_cell(content: Content) -> str:
         tables=[(["", *table["heads"]], rows)],
         notes=[
             *constraints,
-            f"Numbers are of {split} data, in brackets 95 % intervals. {why}",
+            f"Numbers are of {split} data, in brackets 95% intervals. {why}",
         ],
         charts=[*curves(content), *coefficient_map(content)][:2],
     )

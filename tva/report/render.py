@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -13,11 +14,26 @@ WIDTH = 620  # of a page's charts, in pixels
 VERSION = "6.4"  # of Vega-Lite, as the specifications are written for
 
 
+_drew_in: set[int] = set()  # ids of processes: this one's, and of those that it was forked from
+
+
+def _vl_convert() -> Any:
+    """Return vl-convert, whose JavaScript engine hangs or aborts in a process forked from one that has used it."""
+    import vl_convert
+
+    if _drew_in - {os.getpid()}:
+        raise RuntimeError(
+            "Charts cannot be drawn in a process forked from one that has drawn charts. Start it with "
+            "multiprocessing's method 'spawn', or draw in the first process (tva report RUN afterwards)."
+        )
+    _drew_in.add(os.getpid())
+    return vl_convert
+
+
 @functools.cache
 def library() -> str:
     """Return the JavaScript that draws: Vega-Lite, Vega and vega-embed in one bundle, built once per process."""
-    import vl_convert
-
+    vl_convert = _vl_convert()
     made = f"vega-lite-{VERSION}-vl-convert-{vl_convert.__version__}.js"
     file = cache_folder() / "page" / made
     if not file.exists():
@@ -35,9 +51,7 @@ def draw(spec: Mapping[str, Any], name: str, width: int = WIDTH) -> str:
         name: Keeps the identifiers of several charts in one page apart.
         width: In pixels.
     """
-    import vl_convert
-
-    svg = _shorten(vl_convert.vegalite_to_svg({**spec, "width": width}, vl_version=VERSION))
+    svg = _shorten(_vl_convert().vegalite_to_svg({**spec, "width": width}, vl_version=VERSION))
     return re.sub(r"\b((?:clip|gradient)[\w-]*\d+)\b", rf"{name}-\1", svg)
 
 
@@ -91,13 +105,9 @@ def _hundredths(found: re.Match[str]) -> str:
 
 def draw_png(spec: Mapping[str, Any]) -> bytes:
     """Draw a chart as PNG, for slides and papers, with twice the pixels of `draw`."""
-    import vl_convert
-
-    return vl_convert.vegalite_to_png({**spec, "width": WIDTH}, vl_version=VERSION, scale=2.0)
+    return _vl_convert().vegalite_to_png({**spec, "width": WIDTH}, vl_version=VERSION, scale=2.0)
 
 
 def draw_pdf(spec: Mapping[str, Any]) -> bytes:
     """Draw a chart as PDF, for papers; 72 pixels are an inch."""
-    import vl_convert
-
-    return vl_convert.vegalite_to_pdf({**spec, "width": WIDTH}, vl_version=VERSION)
+    return _vl_convert().vegalite_to_pdf({**spec, "width": WIDTH}, vl_version=VERSION)

@@ -91,7 +91,7 @@ def _dots(
         title,
         text,
         make_spec(len(order) * (15 * len(colors) + 12), layers),
-        (field, "model", metric, "95 % interval"),
+        (field, "model", metric, "95% interval"),
         [(r[field], r["model"], number(r["value"], metric), interval(r, metric)) for r in rows],
     )
 

@@ -18,7 +18,7 @@ class Point:
     Attributes:
         coefs: Coefficient to value.
         value: Of the metric.
-        low: Lower end of its 95 % interval, where one is known.
+        low: Lower end of its 95% interval, where one is known.
         high: Upper end.
         num_examples: Examples it is from.
         is_base: Whether this is the base model itself.
@@ -113,7 +113,7 @@ def number(value: float | None, metric: str = "") -> str:
 
 
 def interval(entry: Mapping[str, Any] | Point, metric: str) -> str:
-    """Format a 95 % interval; empty where none is known."""
+    """Format a 95% interval; empty where none is known."""
     low, high = (entry.low, entry.high) if isinstance(entry, Point) else (entry.get("low"), entry.get("high"))
     return "" if low is None or high is None else f"[{number(low, metric)}, {number(high, metric)}]"
 

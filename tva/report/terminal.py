@@ -20,7 +20,7 @@ BARS = "▁▂▃▄▅▆▇█"
 
 
 def print_report(report: Any, console: Console | None = None, folder: Path | None = None) -> None:
-    """Print one table: each task before and after, with 95 % intervals, the curve of the search, and the verdict.
+    """Print one table: each task before and after, with 95% intervals, the curve of the search, and the verdict.
 
     Args:
         report: A `tva.report.edit_report.EditReport`.
@@ -142,7 +142,7 @@ def _footnote(content: Mapping[str, Any]) -> str:
     spent = f"{search['num_forward']:,} examples evaluated"
     if search["num_reused"]:
         spent += f", {search['num_reused']} evaluations reused from {search['log']}"
-    return f"in brackets: 95 % intervals; examples to choose on / to report on: {'; '.join(sizes)}; {spent}"
+    return f"in brackets: 95% intervals; examples to choose on / to report on: {'; '.join(sizes)}; {spent}"
 
 
 def _verdict(row: Mapping[str, Any]) -> str:

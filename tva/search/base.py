@@ -307,7 +307,7 @@ def choose(
         is_identity: Whether a candidate edits nothing; such a one is never feasible, unless nothing else was tried.
         sequences: Where given, a candidate is feasible only if it and all before it in its sequence hold.
 
-    Source: Ilharco et al., ICLR 2023, section 3: "the largest λ such that the control accuracy is at least 95 % of the
+    Source: Ilharco et al., ICLR 2023, section 3: "the largest λ such that the control accuracy is at least 95% of the
     pre-trained model's"; the other rule is that of Ortiz-Jimenez et al., NeurIPS 2023.
 
     Example:

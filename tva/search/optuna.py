@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import math
 import warnings
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,7 +16,7 @@ Sampler = Literal["tpe", "cmaes", "random"]
 
 
 class Optuna(Search):
-    """Search several coefficients with Optuna's samplers; needs ``pip install tva[optuna]``.
+    """Search several coefficients with Optuna's samplers; needs ``pip install 'tva[optuna]'``.
 
     Processes that are given the same storage and study work on one search: each adds its trials, sees those of the
     others, and stops when all together have finished ``num_trials``; a search that was cut off goes on.
@@ -44,6 +45,8 @@ class Optuna(Search):
         study: str = "tva",
         seed: int = 0,
     ) -> None:
+        if find_spec("optuna") is None:  # before anything is evaluated
+            raise ValueError("This search needs optuna: pip install 'tva[optuna]'.")
         super().__init__(ranges, shared)
         if num_trials < 1:
             raise ValueError(f"num_trials must be 1 or more; found {num_trials}.")
@@ -52,10 +55,7 @@ class Optuna(Search):
 
     def run(self, problem: Problem) -> Choice:
         """Make trials until there are enough, then choose among those of all processes."""
-        try:
-            import optuna
-        except ImportError as error:
-            raise ValueError("This search needs optuna: pip install tva[optuna].") from error
+        import optuna
 
         if problem.rule != "best":
             raise ValueError("Optuna searches the best objective: set rule='best', or use Grid, Bisect or Race.")

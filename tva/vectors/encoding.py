@@ -3,10 +3,10 @@
 ==========================  ======================================================  ====================
 name                        what is kept of a tensor                                part of float32
 ==========================  ======================================================  ====================
-``exact``                   everything                                              100 %
-``bf16``, ``fp16``          every element, rounded                                  50 %
-``int8``                    every element on 255 levels of its row's largest        25 %
-``sign``                    signs, and each row's mean magnitude                    3.1 %
+``exact``                   everything                                              100%
+``bf16``, ``fp16``          every element, rounded                                  50%
+``int8``                    every element on 255 levels of its row's largest        25%
+``sign``                    signs, and each row's mean magnitude                    3.1%
 ``top_k(density=0.1)``      the largest elements and their places                   ``density``
 ``low_rank(rank=16)``       the leading singular triplets, in float16               rank · (1/rows + 1/columns) / 2
 ==========================  ======================================================  ====================

@@ -216,7 +216,7 @@ def _package(path: Path | None = None) -> Any:
         import gguf
     except ImportError as error:
         raise ValueError(
-            f"{path or 'A GGUF file'} is read through the package gguf, which is not installed: pip install gguf."
+            f"{path or 'A GGUF file'} is read by the package gguf, which is not installed: pip install 'tva[gguf]'."
         ) from error
     return gguf
 

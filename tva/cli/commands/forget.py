@@ -47,7 +47,7 @@ def run(
     Args:
         model: Folder of a causal language model of transformers, or its name on the hub.
         data: Texts to forget: a ``.txt`` or ``.txt.gz`` file with one text per line, or a parquet, csv or JSON lines
-            file with a column of texts. They are split at random into training (80 %), validation and test texts.
+            file with a column of texts. They are split at random into training (80%), validation and test texts.
         output: Folder for the edited model, which transformers loads, with its report.
         keep: File of texts that the model must predict as before. Without it, 200 texts that the model generates are
             used.

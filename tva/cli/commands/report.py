@@ -27,7 +27,7 @@ COLUMNS = [
     words("role", lambda row: row[3]["role"]),
     Column("base", _score("base")),
     Column("edited", _score("edited")),
-    Column("95 % interval", lambda row: interval(row[3]["edited"], row[3]["metric"])),
+    Column("95% interval", lambda row: interval(row[3]["edited"], row[3]["metric"])),
 ]
 
 

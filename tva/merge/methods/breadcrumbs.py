@@ -24,8 +24,8 @@ class Breadcrumbs(Method):
     authors' code goes row by row instead: ``rows=True``, which needs whole tensors and no pass.
 
     Args:
-        top: Fraction of outliers to drop, in [0, 1); the paper keeps what is below its quantile 99.3 %.
-        bottom: Fraction of small elements to drop, in [0, 1); the paper's is 85 %. ``top + bottom`` is below 1.
+        top: Fraction of outliers to drop, in [0, 1); the paper keeps what is below its quantile 99.3%.
+        bottom: Fraction of small elements to drop, in [0, 1); the paper's is 85%. ``top + bottom`` is below 1.
         density: Fraction to keep in place of ``bottom``, as in mergekit: ``int(density * n)`` elements, those below the
             ``int(top * n)`` largest, or the smallest of all where there are not as many below. 0: ``bottom`` counts.
         rows: Take both fractions of every row, that is of the last dimension, instead of every tensor.
