@@ -338,7 +338,7 @@ def _paired_means(edited: np.ndarray, base: np.ndarray, halves: bool = False) ->
 
 
 def mean_ratio_interval(pairs: Sequence[tuple[np.ndarray, np.ndarray, np.ndarray | None]]) -> Ends:
-    """Compute a 95 % interval of the mean over tasks of a ratio of two means of the same examples.
+    """Compute a 95% interval of the mean over tasks of a ratio of two means of the same examples.
 
     Args:
         pairs: For each task the scores of numerator and denominator, one an example in the same order, and their
