@@ -74,7 +74,7 @@ def test_forget_reaches_nothing(watched):
     watch, seen = watched
     write_model(Path("model"), "causal")
     for name, verb in (("texts", "was"), ("keep", "is")):
-        lines = [f"the {a} {b} {verb} a {c}" for a in ("good", "bad") for b in "xyz" for c in ("joy", "pity", "loss")]
+        lines = [f"the {a} {b} {verb} a {c}" for a in ("good", "bad") for b in range(34) for c in ("joy", "x", "loss")]
         Path(f"{name}.txt").write_text("\n".join(lines))
     options = ["--rank", "4", "--max_steps", "2", "--block_length", "8", "--keep", "keep.txt", "--confidence", "0.5"]
     run(watch, ["forget", "model", "--data", "texts.txt", "--output", "out", *options])
