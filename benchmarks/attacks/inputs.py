@@ -402,18 +402,7 @@ class Inputs:
                 write_safetensors(folder / file, header, body)
 
         crafted = ["(a|a|aa)+b", "(a+)+$", "(.*)*(.*)*(.*)*y", "((a+)+)+b", "(a|a)*b", "a*a*a*a*a*a*a*a*b", "(x+x+)+y"]
-        crafted += [
-            "(.*a){25}b",
-            "(?:a?){50}a{50}b",
-            ".*.*.*.*.*.*=",
-            "(",
-            "[",
-            "*",
-            "(?P<a>",
-            "a{99999999}",
-            "(?R)",
-            "\\",
-        ]
+        crafted += [*r"(.*a){25}b (?:a?){50}a{50}b .*.*.*.*.*.*= ( [ * (?P<a> a{99999999} (?R)".split(), "\\"]
         crafted += ["(a{0,40}){0,40}b", "(?=(a+)+b)", "(a)(\\1)*b", "(?:(?:a+)+)+b", "[", "(?i)(A+)+b", "(?x) (a +)+ b"]
         for pattern in [*crafted, *(_pattern(Random(f"{number} pattern")) for number in self.times(40))]:
             tuned = "given_tuned.safetensors"
@@ -455,55 +444,11 @@ class Inputs:
 
     def recipes(self) -> Iterator[Input]:
         """Recipes: nonsense of the grammar's words, and very long ones."""
-        words = [
-            "a",
-            "b",
-            "c",
-            "(",
-            ")",
-            "+",
-            "-",
-            "*",
-            "/",
-            "0.5",
-            "1e999",
-            "nan",
-            ",",
-            "ties",
-            "dare(",
-            "mean(",
-            "a.b",
-        ]
-        words += [
-            "density=",
-            "seed=",
-            "0",
-            "2",
-            "[",
-            "]",
-            "{",
-            "}",
-            "'x'",
-            '"',
-            "__class__",
-            "lambda",
-            "**",
-            "//",
-            "%",
-            "@",
-        ]
-        words += [
-            "os.system('touch EXECUTED')",
-            "tsv(",
-            "slerp(",
-            "fisher(",
-            "breadcrumbs(",
-            "None",
-            "=",
-            "\n",
-            ":",
-            "∞",
-        ]
+        words = (
+            "a b c ( ) + - * / 0.5 1e999 nan , ties dare( mean( a.b density= seed= 0 2 [ ] { } 'x' \" __class__".split()
+        )
+        words += [*"lambda ** // % @".split(), f"os.system('touch {MARK}')"]
+        words += [*"tsv( slerp( fisher( breadcrumbs( None =".split(), "\n", ":", "∞"]
         texts = ["(" * 10_000 + "a" + ")" * 10_000, "-" * 100_000 + "a", "+".join(["a"] * 20_000), "a" * 10**6]
         texts += [
             "2*" * 900 + "a",
@@ -615,34 +560,10 @@ _OPCODES = [
     b"s",
     b"u",
 ]
-_OPCODES += [
-    b"t",
-    b"\x85",
-    b"\x86",
-    b"\x87",
-    b"\x8f",
-    b"\x90",
-    b"\x91",
-    b"R",
-    b"b",
-    b"o",
-    b"\x81",
-    b"\x92",
-    b"\x94",
-    b"Q",
-]
-_OPCODES += [
-    b"h\x00",
-    b"q\x00",
-    b"h\x01",
-    b"X\x03\x00\x00\x00abc",
-    b"C\x02ab",
-    b"\x8c\x01w",
-    b"\x97",
-    b"\x98",
-    b"G" + b"\0" * 8,
-]
-_OPCODES += [b"ctorch._utils\n_rebuild_tensor_v2\n", b"ccollections\nOrderedDict\n", b"ctorch\nFloatStorage\n", b"\x93"]
+_OPCODES += [bytes([code]) for code in b"t\x85\x86\x87\x8f\x90\x91Rbo\x81\x92\x94Q"]
+_OPCODES += [b"h\x00", b"q\x00", b"h\x01", b"X\x03\x00\x00\x00abc", b"C\x02ab", b"\x8c\x01w", b"\x97", b"\x98"]
+_OPCODES += [b"G" + b"\0" * 8, b"ctorch._utils\n_rebuild_tensor_v2\n", b"ccollections\nOrderedDict\n"]
+_OPCODES += [b"ctorch\nFloatStorage\n", b"\x93"]
 
 
 def _torch_saved(value: Any) -> bytes:
