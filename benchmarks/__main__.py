@@ -5,8 +5,6 @@ python -m benchmarks tables            # rewrites README.md and docs/results
 python -m benchmarks check             # status 1 if a table is not what the ledger gives; lists what is older
 """
 
-from __future__ import annotations
-
 import argparse
 import shlex
 import sys

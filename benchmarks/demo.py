@@ -3,8 +3,6 @@
 python -m benchmarks run demo --seeds 0 1 2 3 4 [--output runs/demo]
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path

@@ -7,8 +7,6 @@ such are allowed as change no number, name or fingerprint: those of spaces behin
 tva's.
 """
 
-from __future__ import annotations
-
 import collections
 import contextlib
 import io

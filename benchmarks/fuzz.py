@@ -6,8 +6,6 @@
 Each target runs in a process of its own, as the fuzzer ends its process; an input that fails is kept as a file.
 """
 
-from __future__ import annotations
-
 import contextlib
 import json
 import re

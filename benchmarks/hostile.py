@@ -7,8 +7,6 @@ error that names its file, no control characters, nothing executed and nothing l
 eighth input, so that eight in a row try all; the next eight try others. Every input that ends otherwise is printed.
 """
 
-from __future__ import annotations
-
 import collections
 import gc
 import json

@@ -9,8 +9,6 @@ where `tva revert` finds it), the same command (with --resume, where it has that
 nothing hidden may be left after it.
 """
 
-from __future__ import annotations
-
 import collections
 import contextlib
 import io

@@ -6,8 +6,6 @@ There are 200 calls of each command, 10,000 evaluations and 1,000 checkpoints, t
 in which caches fill, the rest may add no open file, no thread, and at most 16 MiB.
 """
 
-from __future__ import annotations
-
 import contextlib
 import gc
 import io

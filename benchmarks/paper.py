@@ -7,8 +7,6 @@ The first runs what is not finished. The second only reads what is, in the outpu
 the commit with which it was run.
 """
 
-from __future__ import annotations
-
 import os
 import platform
 import statistics

@@ -7,8 +7,6 @@ DATA/text/shakespeare.txt.gz the first lines of speeches in its last tenth. Nine
 DATA/text/plays-train.txt.gz, and the rest plays-test.txt.gz.
 """
 
-from __future__ import annotations
-
 import gzip
 import random
 import re

@@ -1,7 +1,5 @@
 """Which weights a vector is of, where a WeightAveraging callback keeps two sets: the raw and the averaged ones."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any, Literal
 

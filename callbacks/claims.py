@@ -1,7 +1,5 @@
 """Reserve the names of vectors about to be written, so that two processes never choose the same one."""
 
-from __future__ import annotations
-
 import contextlib
 import os
 from collections.abc import Iterator

@@ -1,7 +1,5 @@
 """A callback that shows forgetting while it happens: other tasks, evaluated during fit."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any
 

@@ -5,8 +5,6 @@ precision are in stretches on the ranks, and they are what a DeepSpeed checkpoin
 `tva.checkpoints.formats.deepspeed`).
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any
 

@@ -4,8 +4,6 @@ Lightning offers no evaluation inside fit: a second Trainer would move the model
 would log under the fit's names. So the model's validation steps and hooks are called here, with its logging caught.
 """
 
-from __future__ import annotations
-
 import contextlib
 import re
 from collections import Counter

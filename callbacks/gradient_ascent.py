@@ -1,7 +1,5 @@
 """Training with the loss negated, as a setting of a fit."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any
 

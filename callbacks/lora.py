@@ -6,8 +6,6 @@ dense product is taken, as merging the adapter would, or the adapter is kept as 
 Source: Hu et al., "LoRA: low-rank adaptation of large language models", ICLR 2022.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """The tensors of a module under the names that they have in a checkpoint."""
 
-from __future__ import annotations
-
 from collections.abc import Collection, Sequence
 from typing import Any
 

@@ -1,7 +1,5 @@
 """A parameter that is split over ranks by stretches of its elements, and what stands for it in a state dict."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field

@@ -3,8 +3,6 @@
 A remote file is made on this machine first and uploaded whole: object stores show a file when it is complete.
 """
 
-from __future__ import annotations
-
 import contextlib
 import os
 import shutil

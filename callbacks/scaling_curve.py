@@ -1,7 +1,5 @@
 """A callback that plots, when training ends, a metric on validation data at several scaling coefficients."""
 
-from __future__ import annotations
-
 import csv
 import tempfile
 from collections.abc import Sequence

@@ -4,8 +4,6 @@ Only rank 0 reads the base and writes files. The other ranks send it their shard
 and it receives all of them even after it has failed, so that no rank deadlocks.
 """
 
-from __future__ import annotations
-
 import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar

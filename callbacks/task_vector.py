@@ -1,7 +1,5 @@
 """A callback that writes task vectors from an existing Trainer: next to checkpoints, during training, or on request."""
 
-from __future__ import annotations
-
 import os
 import uuid
 import warnings

@@ -1,7 +1,5 @@
 """Write one task vector of a model in training: on rank 0, with what the file and the loggers say about it."""
 
-from __future__ import annotations
-
 import json
 import math
 import os

@@ -1,7 +1,5 @@
 """The demo behind ``make demo``: fine-tune, forget, add and infer a task, offline, with commands a user would type."""
 
-from __future__ import annotations
-
 import argparse
 import logging
 import statistics

@@ -1,7 +1,5 @@
 """Small timm networks with random weights, and images to train them on, in files."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import numpy as np

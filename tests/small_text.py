@@ -1,7 +1,5 @@
 """Tiny transformers models with random weights, and texts that a little training can tell apart."""
 
-from __future__ import annotations
-
 import os
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """The package's own error classes, and the words of their messages."""
 
-from __future__ import annotations
-
 import difflib
 from collections.abc import Iterable
 from pathlib import Path

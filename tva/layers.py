@@ -1,7 +1,5 @@
 """Groups of tensors by their names, and coefficients by group: one for names that match a pattern, or a ramp."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 

@@ -1,7 +1,5 @@
 """Regular expressions of users and files, matched against names from files without backtracking for ever."""
 
-from __future__ import annotations
-
 import functools
 import math
 import re

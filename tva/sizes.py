@@ -1,7 +1,5 @@
 """Sizes of memory as people write them, and what this process takes."""
 
-from __future__ import annotations
-
 import math
 import re
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Sound files of every kind that tva reads, from which the hostile ones are made, and a model to edit."""
 
-from __future__ import annotations
-
 import collections
 import contextlib
 import enum

@@ -1,7 +1,5 @@
 """Hostile inputs of every kind, made from sound files and a seed."""
 
-from __future__ import annotations
-
 import contextlib
 import functools
 import io

@@ -1,7 +1,5 @@
 """Damage bytes, JSON, pickles, objects and text at random, from a seed."""
 
-from __future__ import annotations
-
 import copy
 import io
 import json

@@ -1,7 +1,5 @@
 """Run commands on one input in a fork of this process, within limits, and say how each ended."""
 
-from __future__ import annotations
-
 import contextlib
 import io
 import json

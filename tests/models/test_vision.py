@@ -1,7 +1,5 @@
 """Tests of VisionClassifier: small timm networks with random weights in local files, and one run on real data."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

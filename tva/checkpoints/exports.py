@@ -1,7 +1,5 @@
 """Pages, tables and charts under names that a user gave: they replace only what tva wrote there before."""
 
-from __future__ import annotations
-
 import os
 import re
 import struct

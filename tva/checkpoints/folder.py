@@ -1,7 +1,5 @@
 """What is in a model's folder: the file of its weights, and its configuration."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any

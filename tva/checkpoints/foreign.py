@@ -3,8 +3,6 @@
 Whatever is wrong with such a file is a ValueError that names the file and the field.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import stat

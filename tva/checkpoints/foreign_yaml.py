@@ -1,7 +1,5 @@
 """YAML of unknown origin within limits: aliases can make a gigabyte of a few lines."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Open a checkpoint of any format as one read-only mapping, executing nothing."""
 
-from __future__ import annotations
-
 import difflib
 import importlib
 import os

@@ -1,7 +1,5 @@
 """Refuse outputs that would replace an input or a file that tva did not write, or change how an input is read."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Split a checkpoint into safetensors files, and write one of them."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field

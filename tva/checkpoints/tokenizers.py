@@ -1,7 +1,5 @@
 """The tokenizer beside a model's weights: its files, and which id each token has."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """A model with an adapter on top, written ``MODEL+ADAPTER``, as one checkpoint."""
 
-from __future__ import annotations
-
 import os
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """What goes beside the weights of an edited model: the base's files, made true where layers or vocabulary changed."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Mapping
 from pathlib import Path

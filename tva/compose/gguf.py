@@ -1,7 +1,5 @@
 """Write the edit of a GGUF file as a GGUF file: a copy of the base, in which the moved tensors are written over."""
 
-from __future__ import annotations
-
 import os
 import shutil
 from collections.abc import Iterator, Mapping

@@ -1,7 +1,5 @@
 """Open the inputs of an edit: the base and the vectors, made of slices of the inputs where that is asked for."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 

@@ -4,8 +4,6 @@ The file is foreign: it is read without aliases and tags, and what cannot be don
 one error, each with its line.
 """
 
-from __future__ import annotations
-
 import keyword
 import os
 import re

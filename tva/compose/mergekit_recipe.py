@@ -3,8 +3,6 @@
 Formulas are those of mergekit 0.1.5: https://github.com/arcee-ai/mergekit
 """
 
-from __future__ import annotations
-
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field

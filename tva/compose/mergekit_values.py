@@ -1,7 +1,5 @@
 """Parameters of a mergekit configuration in each tensor, and as tva's coefficients by group."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """What an edit of files would do, from headers only: coefficients by tensor, memory, bytes read and written."""
 
-from __future__ import annotations
-
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 

@@ -1,7 +1,5 @@
 """Models made of layers of other models: ``base[0:16]`` and ``a[8:24]`` one after the other are 32 layers."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path

@@ -5,8 +5,6 @@ task vector or a number: vectors add to vectors, numbers scale vectors, and anyt
 text where it stands.
 """
 
-from __future__ import annotations
-
 import ast
 import dataclasses
 import difflib

@@ -1,7 +1,5 @@
 """Check a copy of a named data set: its splits, columns, classes and sizes, and what training and test share."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path

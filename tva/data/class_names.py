@@ -4,8 +4,6 @@ Source: the prompts published with CLIP (Radford et al., "Learning transferable 
 supervision", 2021), as used in Ilharco et al., ICLR 2023; KMNIST and Fashion-MNIST from their publishers.
 """
 
-from __future__ import annotations
-
 
 def _names(text: str) -> tuple[str, ...]:
     return tuple(" ".join(name.split()) for name in text.split(";"))

@@ -1,7 +1,5 @@
 """Decoded examples that are kept, as bytes in a memory-mapped file that all workers share, within a budget."""
 
-from __future__ import annotations
-
 import os
 import shutil
 import tempfile

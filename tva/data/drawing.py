@@ -3,8 +3,6 @@
 Marks are functions of the plane, so every look is a change of coordinates, then of color.
 """
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """Rows of a table as examples and batches of a model."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """Base class of tasks with one class per example: names of classes and labels."""
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any

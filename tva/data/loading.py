@@ -1,7 +1,5 @@
 """Where data sets come from: files, folders, the hub or this package; the only importer of Hugging Face `datasets`."""
 
-from __future__ import annotations
-
 import functools
 import gzip
 import operator

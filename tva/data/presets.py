@@ -5,8 +5,6 @@ templates that CLIP is asked with. A copy on disk (``local``) takes the hub's pl
 under the entry-point group ``tva.data_sets``: the entry point's name is the preset's, its object a `Preset`.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace

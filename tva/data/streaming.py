@@ -1,7 +1,5 @@
 """Examples read from beginning to end, for sets too large for this disk."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import islice
 from typing import Any

@@ -1,7 +1,5 @@
 """Any table as one task: text or image columns, a label or a target, split by file, column or fraction."""
 
-from __future__ import annotations
-
 import itertools
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence

@@ -1,7 +1,5 @@
 """Base class of all tasks: splits, the held-out part, rows that are kept, limits, and loaders."""
 
-from __future__ import annotations
-
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence

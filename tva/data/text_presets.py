@@ -3,8 +3,6 @@
 They are read from the Hugging Face hub as it has them now: no revision is pinned unless the task names one.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any

@@ -1,7 +1,5 @@
 """A labeled text data set as one task."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from typing import Any
 

@@ -1,7 +1,5 @@
 """The audits that an edit can be asked for, and how relearning trains."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Literal, get_args
 

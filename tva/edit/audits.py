@@ -1,7 +1,5 @@
 """Audits of forgetting: whether what an edit took away comes back, each when it is asked for."""
 
-from __future__ import annotations
-
 import functools
 import itertools
 from collections.abc import Callable, Mapping, Sequence

@@ -1,7 +1,5 @@
 """What an edit is compared with: baselines, each when it is asked for."""
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Callable, Sequence
 from dataclasses import replace

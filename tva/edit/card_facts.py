@@ -1,7 +1,5 @@
 """What a model card says of a model beside the numbers of an edit: read from the model's folder and its base's."""
 
-from __future__ import annotations
-
 import re
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """What explains an edit: diagnostics, each when it is asked for."""
 
-from __future__ import annotations
-
 import itertools
 import math
 from collections.abc import Mapping, Sequence

@@ -1,7 +1,5 @@
 """All pairs, or all subsets, of a sum's vectors as edits of their own, evaluated in shared passes over the data."""
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace

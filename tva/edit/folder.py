@@ -1,7 +1,5 @@
 """The folder of an edit: whose files may be replaced, and how a new edit takes the place of an earlier one."""
 
-from __future__ import annotations
-
 import ctypes
 import errno
 import os

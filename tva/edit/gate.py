@@ -1,7 +1,5 @@
 """The gate: evaluate the chosen edit on test data, and decide whether its weights may be written."""
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Mapping
 from dataclasses import replace

@@ -1,7 +1,5 @@
 """An edit as one run of Lightning's loggers: what was asked, the curve of the search, the table, and the page."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager

@@ -1,7 +1,5 @@
 """Open a base and fine-tuned models for a model in memory, under the names that its weights have there."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import replace
 

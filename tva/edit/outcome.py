@@ -1,7 +1,5 @@
 """An edit that was chosen and evaluated, as baselines, diagnostics and the report use it."""
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field

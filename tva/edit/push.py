@@ -1,7 +1,5 @@
 """Put an edited model on the Hugging Face hub: weights, task vectors and model card in one commit."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass

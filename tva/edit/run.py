@@ -1,7 +1,5 @@
 """One edit from end to end: open it, choose the coefficients, prove it on test data, write it if it holds."""
 
-from __future__ import annotations
-
 import sys
 import warnings
 from dataclasses import replace

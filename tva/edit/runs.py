@@ -1,7 +1,5 @@
 """Finished edits, opened again: rebuild their pages from ``edit.json`` only, and put several side by side."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """What an edit works with: the model with its base's weights, the task vectors, and the evaluator."""
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass

@@ -5,8 +5,6 @@ process adds its stretch of a vector to its stretch of the base, and none holds 
 of whole tensors, such as fingerprints, passes rank 0 chunk by chunk.
 """
 
-from __future__ import annotations
-
 import contextlib
 import copy
 import functools

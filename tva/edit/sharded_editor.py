@@ -1,7 +1,5 @@
 """Sets a sharded model to many states, and checks which edits can be made of one."""
 
-from __future__ import annotations
-
 import functools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence

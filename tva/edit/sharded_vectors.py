@@ -1,7 +1,5 @@
 """Open the base and the task vectors of a sharded model: each process reads its own elements of every tensor."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Mapping
 from dataclasses import replace

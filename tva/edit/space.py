@@ -1,7 +1,5 @@
 """Write a Gradio demo of base beside edited as a folder, which is a Space of the Hugging Face hub."""
 
-from __future__ import annotations
-
 import json
 import os
 import re

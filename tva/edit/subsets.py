@@ -1,7 +1,5 @@
 """Which subsets of a sum's vectors an edit reports, and which edits can."""
 
-from __future__ import annotations
-
 import ast
 import itertools
 from collections.abc import Mapping, Sequence

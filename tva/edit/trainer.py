@@ -1,7 +1,5 @@
 """Lightning's Trainer with one more verb, ``edit``."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Mapping, Sequence
 from json import dumps

@@ -1,7 +1,5 @@
 """Train the model of an edit for a few steps, as baselines and audits do."""
 
-from __future__ import annotations
-
 import contextlib
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any

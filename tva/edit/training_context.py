@@ -1,7 +1,5 @@
 """The inputs that an edit hands to a search that trains coefficients."""
 
-from __future__ import annotations
-
 from tva.edit.diagnostics import recipe_numbers
 from tva.edit.session import EditSession
 from tva.evaluation.result import Evaluation

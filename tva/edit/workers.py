@@ -5,8 +5,6 @@ on the number of workers, and an edit with coefficient 0 must score in them exac
 process.
 """
 
-from __future__ import annotations
-
 import contextlib
 import functools
 import hashlib

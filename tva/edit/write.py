@@ -1,7 +1,5 @@
 """What an edit leaves: its report, and the files of its folder."""
 
-from __future__ import annotations
-
 import contextlib
 import json
 import os

@@ -1,7 +1,5 @@
 """Batches that are read and decoded once: in memory, on the device or memory-mapped from disk, within a budget."""
 
-from __future__ import annotations
-
 import contextlib
 import copy
 import functools

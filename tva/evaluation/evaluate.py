@@ -1,7 +1,5 @@
 """Evaluate one model, or many edits of it at once, on a task through the Trainer, with the scores of every example."""
 
-from __future__ import annotations
-
 import contextlib
 import logging
 import warnings

@@ -1,7 +1,5 @@
 """Examples shared by validation, test and training data, and accuracy below chance."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any
 

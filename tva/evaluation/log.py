@@ -1,7 +1,5 @@
 """The log of all evaluations: JSON lines from which the next run takes results instead of evaluating again."""
 
-from __future__ import annotations
-
 import base64
 import contextlib
 import functools

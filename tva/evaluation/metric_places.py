@@ -1,7 +1,5 @@
 """Find the torchmetrics objects inside a model and replace them temporarily by copies."""
 
-from __future__ import annotations
-
 import contextlib
 from collections.abc import Iterator
 from typing import Any

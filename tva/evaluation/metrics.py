@@ -1,7 +1,5 @@
 """Find a task's metrics and compute them on given examples."""
 
-from __future__ import annotations
-
 import inspect
 import re
 import warnings

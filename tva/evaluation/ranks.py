@@ -1,7 +1,5 @@
 """The processes of one Trainer: which strategies are supported, and how their results are combined."""
 
-from __future__ import annotations
-
 import os
 import socket
 import time

@@ -1,7 +1,5 @@
 """Record what a LightningModule's own steps log, example by example."""
 
-from __future__ import annotations
-
 import contextlib
 import functools
 import re

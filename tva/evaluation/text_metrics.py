@@ -1,7 +1,5 @@
 """Metrics of texts that a model wrote and those wanted: Matthews' correlation, F1 of a label, F1 of words."""
 
-from __future__ import annotations
-
 import functools
 import re
 import string

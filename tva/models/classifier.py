@@ -1,7 +1,5 @@
 """A classifier whose encoder is trained under a head that belongs to the task, not to the weights."""
 
-from __future__ import annotations
-
 import json
 import weakref
 from abc import ABC, abstractmethod

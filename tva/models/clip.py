@@ -1,7 +1,5 @@
 """An open_clip image encoder under a zero-shot head; the only importer of open_clip in models."""
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Callable
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Sample texts from a language model, by draws that do not depend on the batch, and score them."""
 
-from __future__ import annotations
-
 import hashlib
 from collections.abc import Mapping, Sequence
 from typing import Any

@@ -1,7 +1,5 @@
 """Heads made of examples: class means, and a linear probe that is trained before anything else; and a trained one."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Language models of transformers, causal and sequence to sequence, with perplexity and text-to-text metrics."""
 
-from __future__ import annotations
-
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import Any, Literal, get_args

@@ -1,7 +1,5 @@
 """Any network as a LightningModule that an edit can evaluate: predictions are what the network returns for a batch."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Mapping
 from typing import Any

@@ -1,7 +1,5 @@
 """Training options of all models: the paper's optimizer, layer-wise learning rates, and savings of memory or time."""
 
-from __future__ import annotations
-
 import ctypes
 import math
 import os

@@ -1,7 +1,5 @@
 """Write a network as a folder of its library, where there is no folder to take the form of."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

@@ -1,7 +1,5 @@
 """FSDP2 for tva's models: each repeated block is a unit, and what is left of the network is one more."""
 
-from __future__ import annotations
-
 from functools import partial
 
 import lightning as L

@@ -1,7 +1,5 @@
 """A transformers encoder under a head of class descriptions."""
 
-from __future__ import annotations
-
 from typing import Any, Literal
 
 import lightning as L

@@ -1,7 +1,5 @@
 """Models with the head that they were trained with: those of transformers, sentence-transformers and timm."""
 
-from __future__ import annotations
-
 import os
 import re
 from collections.abc import Callable

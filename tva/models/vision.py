@@ -1,7 +1,5 @@
 """A timm backbone under a head of class means; the only importer of timm."""
 
-from __future__ import annotations
-
 import difflib
 import os
 from collections.abc import Callable

@@ -1,7 +1,5 @@
 """Merge configs and fill in their placeholders."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Figures of experiments: curves over the coefficient, pairs, and cosines of vectors, as SVG and PNG."""
 
-from __future__ import annotations
-
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path

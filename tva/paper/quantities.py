@@ -1,7 +1,5 @@
 """Numbers of an ``edit.json`` that tables and effects name, such as ``target.edited`` or ``control.base``."""
 
-from __future__ import annotations
-
 import itertools
 import re
 import statistics

@@ -1,7 +1,5 @@
 """Results of experiments: the paper's numbers, ours with an interval over seeds, and which effects hold."""
 
-from __future__ import annotations
-
 import os
 import platform
 from collections.abc import Iterable, Iterator, Mapping, Sequence

@@ -5,8 +5,6 @@ changes of the setup's variant ``fast``. An *experiment* is a list of edits over
 of a setup, with the numbers of the paper. A *scale* is an experiment on one setup.
 """
 
-from __future__ import annotations
-
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field

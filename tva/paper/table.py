@@ -1,7 +1,5 @@
 """Write the table of results: Markdown, CSV, LaTeX, and all numbers behind it as JSON."""
 
-from __future__ import annotations
-
 import csv
 import io
 import json

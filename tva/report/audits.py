@@ -1,7 +1,5 @@
 """Tables of the audits of an edit: how much of what was forgotten comes back."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any
 

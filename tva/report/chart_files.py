@@ -1,7 +1,5 @@
 """The charts of edits as files of their own, for slides and papers."""
 
-from __future__ import annotations
-
 import html
 from collections.abc import Iterator, Mapping
 from typing import Any, Literal

@@ -1,7 +1,5 @@
 """Charts of the search: each metric against the coefficient, or over two of them."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 

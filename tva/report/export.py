@@ -1,7 +1,5 @@
 """The tables of edits as rows, CSV and LaTeX."""
 
-from __future__ import annotations
-
 import csv
 import io
 from collections.abc import Iterable, Mapping, Sequence

@@ -1,7 +1,5 @@
 """The Pareto front of an edit, targets against controls, from the evaluations of its search."""
 
-from __future__ import annotations
-
 import json
 import os
 from collections.abc import Sequence

@@ -1,7 +1,5 @@
 """The model card beside edited weights: Markdown for people, and the metadata that the Hugging Face hub reads."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Mapping
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Notebook displays of task vectors, comparisons, composed checkpoints and edits: HTML without scripts."""
 
-from __future__ import annotations
-
 import itertools
 import math
 from collections.abc import Mapping, Sequence

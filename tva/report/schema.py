@@ -1,7 +1,5 @@
 """Check JSON against ``edit.schema.json``; only the schema keywords used there are implemented."""
 
-from __future__ import annotations
-
 import functools
 import json
 import re

@@ -1,7 +1,5 @@
 """Charts of results: before and after, of one edit and of several; and matrices of task vectors."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 

@@ -1,7 +1,5 @@
 """What the charts show, read from the contents of an ``edit.json``: which coefficients varied, and what they scored."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """The report of an edit in the terminal: one table, the curves of its search, and the verdict."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Charts of what the targets gain for what a control loses."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterator, Sequence
 from typing import Any

@@ -3,8 +3,6 @@
 A specification is plain JSON, drawn by the library in the page; https://vega.github.io/vega-lite/docs/ documents it.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any

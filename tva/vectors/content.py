@@ -1,7 +1,5 @@
 """Check that a task vector file holds what was written: every tensor's hash, and with them one of its header."""
 
-from __future__ import annotations
-
 import os
 import time
 from dataclasses import dataclass

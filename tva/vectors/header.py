@@ -1,7 +1,5 @@
 """Where a task vector comes from, as a value and as the header of its file."""
 
-from __future__ import annotations
-
 import json
 import os
 import re

@@ -1,7 +1,5 @@
 """Find task vectors in folders."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass

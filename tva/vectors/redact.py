@@ -1,7 +1,5 @@
 """What files that may be published must not hold: secrets in options, and the home folder in paths."""
 
-from __future__ import annotations
-
 import os
 import re
 import shlex

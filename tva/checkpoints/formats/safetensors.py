@@ -3,8 +3,6 @@
 Source: the format is described at https://github.com/huggingface/safetensors#format
 """
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

@@ -3,8 +3,6 @@
 Source: the format is what `SentenceTransformer.save` writes: ``modules.json`` lists the modules and their folders.
 """
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

@@ -1,7 +1,5 @@
 """What a model answers to one input of a user: class probabilities of an image or a text, or a prompt continued."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass

@@ -1,7 +1,5 @@
 """Base beside edited model on one input, in Gradio: what the ``app.py`` that ``tva push --space`` writes opens."""
 
-from __future__ import annotations
-
 import importlib
 import json
 import os

@@ -1,7 +1,5 @@
 """A finished edit opened again: coefficients to metrics, constraints and predictions on cached validation batches."""
 
-from __future__ import annotations
-
 import io
 import threading
 import time

@@ -1,7 +1,5 @@
 """The page of ``tva play``: sliders, and beside them what the edit does, on this machine only."""
 
-from __future__ import annotations
-
 import base64
 from collections.abc import Callable
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """The box of the page in which a text is typed, and the answers of base and edited model beside each other."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any
 

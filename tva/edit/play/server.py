@@ -1,7 +1,5 @@
 """Serve the page of ``tva play`` to this machine."""
 
-from __future__ import annotations
-
 import functools
 import os
 import socket

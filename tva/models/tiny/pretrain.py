@@ -5,8 +5,6 @@ the plain look, and captions name them. A batch holds every noun exactly once, s
 another picture of it.
 """
 
-from __future__ import annotations
-
 import argparse
 import gzip
 import json
