@@ -18,14 +18,7 @@ from tva.callbacks.remote_files import deliver, exists, is_remote, open_anywhere
 from tva.callbacks.sharding import Shards, is_shard, live_state
 
 from tva.arithmetic import check_same
-from tva.checkpoints import (
-    Fingerprint,
-    LazyWeights,
-    TensorHash,
-    canonical_state_dict,
-    fingerprint,
-    open_weights,
-)
+from tva.checkpoints import Fingerprint, LazyWeights, TensorHash, canonical_state_dict, fingerprint, open_weights
 from tva.checkpoints.atomic import hidden_folder, is_alive
 from tva.checkpoints.names import match_state, matched
 from tva.errors import MismatchError, some
@@ -99,12 +92,7 @@ class BaseWeights:
             remove(self.path)
 
     def settle(
-        self,
-        shards: Shards,
-        state: Mapping[str, Tensor],
-        view: LoraView,
-        folder: str,
-        beside: Sequence[str] = (),
+        self, shards: Shards, state: Mapping[str, Tensor], view: LoraView, folder: str, beside: Sequence[str] = ()
     ) -> None:
         """Find the base, or write the present weights as the base; every rank takes part.
 

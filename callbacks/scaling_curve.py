@@ -90,12 +90,7 @@ class ScalingCurve(L.Callback):
 
     @torch.no_grad()
     def _walk(
-        self,
-        trainer: L.Trainer,
-        pl_module: L.LightningModule,
-        ours: TaskVectorCallback,
-        loader: DataLoader,
-        file: Path,
+        self, trainer: L.Trainer, pl_module: L.LightningModule, ours: TaskVectorCallback, loader: DataLoader, file: Path
     ) -> list[dict[str, float]]:
         state = pl_module.state_dict()
         parameters = dict(pl_module.named_parameters(remove_duplicate=False))

@@ -175,12 +175,7 @@ def test_a_data_set_of_an_installed_package(package):
     fit(package, "my_package.halves_of_a_square", "tva.data")
 
 
-FOLDERS = {
-    "median": "merge/methods",
-    "halves": "search",
-    "count": "cli/commands",
-    "arrays": "checkpoints/formats",
-}
+FOLDERS = {"median": "merge/methods", "halves": "search", "count": "cli/commands", "arrays": "checkpoints/formats"}
 INSIDE = """
 import sys
 import tva.search

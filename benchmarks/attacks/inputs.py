@@ -65,14 +65,13 @@ class Inputs:
 
     def as_vector(self, path: str) -> Words:
         match = ["vectors", "match", str(self.good / "edited.safetensors"), path, "--base", self.base]
-        compress = ["compress", path, "--encoding", "int8", "--output", OUT]
         return [
             ["inspect", path],
             self.compose("--vectors.x", path, recipe="ties(x)"),
             ["vectors", "ls", "."],
             ["compare", path, self.vector],
             ["verify", path],
-            compress,
+            ["compress", path, "--encoding", "int8", "--output", OUT],
             match,
         ]
 
@@ -154,12 +153,11 @@ class Inputs:
         many = {f"t{at}": {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]} for at in range(20_000)}
         crafted = {"20,000 tensors": json.dumps(many), "deep": f'{{"a":{DEEP * 20}}}', "list": "[]", "zeros": "\0" * 99}
         for name, text in crafted.items():
-            yield Input(
-                "header",
-                name,
-                lambda folder, rng, text=text: write_safetensors(folder / "given.safetensors", text),
-                self.as_checkpoint("given.safetensors"),
-            )
+
+            def make_crafted(folder: Path, rng: Random, text: str = text) -> None:
+                write_safetensors(folder / "given.safetensors", text)
+
+            yield Input("header", name, make_crafted, self.as_checkpoint("given.safetensors"))
 
     def places(self) -> Iterator[Input]:
         """Pipes, devices, folders and links in the place of every file."""
@@ -217,15 +215,12 @@ class Inputs:
                 yield Input("JSON", f"{file} {number}", make, commands)
         for text in TEXTS:
             if "\0" not in text and text != DEEP:
-                yield Input(
-                    "JSON",
-                    f"latest {text[:20]!r}",
-                    lambda folder, rng, text=text: (
-                        self.copied("zero2", "given", folder),
-                        (folder / "given/latest").write_text(text),
-                    ),
-                    self.as_checkpoint("given")[:2],
-                )
+
+                def make_latest(folder: Path, rng: Random, text: str = text) -> None:
+                    self.copied("zero2", "given", folder)
+                    (folder / "given/latest").write_text(text)
+
+                yield Input("JSON", f"latest {text[:20]!r}", make_latest, self.as_checkpoint("given")[:2])
         job = {"base": "x", "recipe": "x"}
         for number in self.times(60):
 
@@ -346,18 +341,8 @@ class Inputs:
 
     def names(self) -> Iterator[Input]:
         """Tensors with names that mean something to terminals, markup, folders or people."""
-        hostile = [
-            *TEXTS,
-            "../../etc/passwd",
-            "[red]",
-            "[/]",
-            "a.b." * 500,
-            "x" * 60_000,
-            "'; touch x",
-            "=1+1",
-            "\ud800",
-        ]
-        for name in hostile:
+        hostile = [*TEXTS, "../../etc/passwd", "[red]", "[/]", "a.b." * 500, "x" * 60_000, "'; touch x", "=1+1"]
+        for name in [*hostile, "\ud800"]:
 
             def make(folder: Path, rng: Random, name: str = name) -> None:
                 for file, add in (("given.safetensors", 0.0), ("given_tuned.safetensors", 1.0)):
@@ -367,16 +352,9 @@ class Inputs:
 
             words = self.compose("--vectors.x", "given_tuned.safetensors", base="given.safetensors")
             vector = "given.tv.safetensors"
+            extract = ["extract", "--base", "given.safetensors", "--finetuned", "given_tuned.safetensors", "--output"]
             commands = [
-                [
-                    "extract",
-                    "--base",
-                    "given.safetensors",
-                    "--finetuned",
-                    "given_tuned.safetensors",
-                    "--output",
-                    vector,
-                ],
+                [*extract, vector],
                 [*words, "--plan"],
                 words,
                 VERIFY,
@@ -400,19 +378,14 @@ class Inputs:
                 write_safetensors(folder / file, header, body)
 
         crafted = ["(a|a|aa)+b", "(a+)+$", "(.*)*(.*)*(.*)*y", "((a+)+)+b", "(a|a)*b", "a*a*a*a*a*a*a*a*b", "(x+x+)+y"]
-        crafted += [*r"(.*a){25}b (?:a?){50}a{50}b .*.*.*.*.*.*= ( [ * (?P<a> a{99999999} (?R)".split(), "\\"]
+        crafted += ["(.*a){25}b", "(?:a?){50}a{50}b", ".*.*.*.*.*.*=", "(", "[", "*", "(?P<a>", "a{99999999}"]
+        crafted += ["(?R)", "\\"]
         crafted += ["(a{0,40}){0,40}b", "(?=(a+)+b)", "(a)(\\1)*b", "(?:(?:a+)+)+b", "[", "(?i)(A+)+b", "(?x) (a +)+ b"]
         for pattern in [*crafted, *(_pattern(Random(f"{number} pattern")) for number in self.times(40))]:
             tuned = "given_tuned.safetensors"
             words = self.compose("--vectors.x", tuned, base="given.safetensors")
-            coefs = self.compose(
-                "--vectors.x",
-                "given_tuned.safetensors",
-                "--coefs.s",
-                json.dumps({pattern: 1, ".*": 0.5}),
-                base="given.safetensors",
-                recipe="s * x",
-            )
+            groups = json.dumps({pattern: 1, ".*": 0.5})
+            coefs = self.compose("--vectors.x", tuned, "--coefs.s", groups, base="given.safetensors", recipe="s * x")
             recipe = f"tsv(x, x, exclude={pattern!r})"
             commands = {
                 "include": [*words, "--include", pattern],
@@ -422,13 +395,8 @@ class Inputs:
                 "option": self.compose("--vectors.x", tuned, base="given.safetensors", recipe=recipe),
             }
             for option, command in commands.items():
-                yield Input(
-                    "pattern",
-                    f"{option} {pattern[:40]}",
-                    make,
-                    [command],
-                    ("given", option, "coef", "names", "exclude", "against the base"),
-                )
+                named = ("given", option, "coef", "names", "exclude", "against the base")
+                yield Input("pattern", f"{option} {pattern[:40]}", make, [command], named)
 
             def adapter(folder: Path, rng: Random, pattern: str = pattern) -> None:
                 self.copied("lora", "given", folder)
@@ -442,32 +410,14 @@ class Inputs:
 
     def recipes(self) -> Iterator[Input]:
         """Recipes: nonsense of the grammar's words, and very long ones."""
-        words = (
-            "a b c ( ) + - * / 0.5 1e999 nan , ties dare( mean( a.b density= seed= 0 2 [ ] { } 'x' \" __class__".split()
-        )
-        words += [*"lambda ** // % @".split(), f"os.system('touch {MARK}')"]
-        words += [*"tsv( slerp( fisher( breadcrumbs( None =".split(), "\n", ":", "∞"]
+        words = [*"abc()+-*/", "0.5", "1e999", "nan", ",", "ties", "dare(", "mean(", "a.b", "density=", "seed="]
+        words += [*"02[]{}", "'x'", '"', "__class__", "lambda", "**", "//", "%", "@", f"os.system('touch {MARK}')"]
+        words += ["tsv(", "slerp(", "fisher(", "breadcrumbs(", "None", *"=\n:∞"]
         texts = ["(" * 10_000 + "a" + ")" * 10_000, "-" * 100_000 + "a", "+".join(["a"] * 20_000), "a" * 10**6]
-        texts += [
-            "2*" * 900 + "a",
-            "a." + "b." * 50_000 + "c",
-            "9" * 5000 + "*a",
-            "ties(" * 200 + "a" + ")" * 200,
-            "",
-            "\0",
-        ]
-        texts += [
-            "fisher(a, statistics='/dev/zero')",
-            "ties(a, density={[]: 1})",
-            "a if a else a",
-            "a" + "\u0301" * 1000,
-        ]
-        texts += [
-            f"__import__('os').system('touch {MARK}')",
-            "os.system(a)",
-            "subprocess.Popen(a)",
-            "tva.cli.main.main(a)",
-        ]
+        texts += ["2*" * 900 + "a", "a." + "b." * 50_000 + "c", "9" * 5000 + "*a", "ties(" * 200 + "a" + ")" * 200]
+        texts += ["", "\0", "fisher(a, statistics='/dev/zero')", "ties(a, density={[]: 1})", "a if a else a"]
+        texts += ["a" + "\u0301" * 1000, f"__import__('os').system('touch {MARK}')", "os.system(a)"]
+        texts += ["subprocess.Popen(a)", "tva.cli.main.main(a)"]
         for number in self.times(500):
             rng = Random(f"{number} recipe")
             texts.append(" ".join(rng.choices(words, k=rng.randrange(1, 20))))
@@ -485,16 +435,8 @@ class Inputs:
             for text in texts:
                 recipe = "s*a" if "coefs" in option else "a"
                 command = [*self.compose("--vectors.a", self.vector, recipe=recipe), f"--{option}={text}"]
-                named = (
-                    option.split(".")[0].removesuffix("s"),
-                    "recipe",
-                    "vector",
-                    "out",
-                    "given",
-                    "nfinite",
-                    "coefficient",
-                )
-                named += ("the options",)
+                named = ("recipe", "vector", "out", "given", "nfinite", "coefficient", "the options")
+                named += (option.split(".")[0].removesuffix("s"),)
                 yield Input("option", f"{option} {text[:20]!r}", lambda folder, rng: None, [command, VERIFY], named)
 
     def yaml(self) -> Iterator[Input]:
@@ -513,13 +455,8 @@ class Inputs:
         crafted["bytes"] = "base: \x00\x01"
         commands = [[command, "--config", "given.yaml"] for command in ("compose", "edit", "extract", "report")]
         for name, text in crafted.items():
-            yield Input(
-                "YAML",
-                name,
-                _writes("given.yaml", text.encode()),
-                commands,
-                ("given", "base", "vectors", "coefs", "runs"),
-            )
+            named = ("given", "base", "vectors", "coefs", "runs")
+            yield Input("YAML", name, _writes("given.yaml", text.encode()), commands, named)
         for number in self.times(150):
 
             def random(folder: Path, rng: Random) -> None:

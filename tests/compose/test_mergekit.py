@@ -424,10 +424,7 @@ def test_the_command_runs_a_file_and_shows_what_it_becomes(models, capsys):
     ("words", "message"),
     [
         (["--config", "merge.yml", "--output", "out"], "is a mergekit configuration.*give it by --mergekit merge.yml"),
-        (
-            ["--mergekit", "merge.yml", "--output", "out", "--recipe", "a"],
-            "--recipe is set by merge.yml. Leave it out",
-        ),
+        (["--mergekit", "merge.yml", "--output", "out", "--recipe", "a"], "--recipe is set by merge.yml. Leave it out"),
         (["--mergekit", "merge.yml", "--output", "out", "--vectors.a", "a"], "--vectors.a is set by"),
         (["--print_recipe"], "give one by --mergekit FILE"),
         (["--mergekit"], "--mergekit needs a value"),

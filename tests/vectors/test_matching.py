@@ -63,8 +63,7 @@ def test_tied_weights_may_have_one_name_in_the_vector_and_two_in_the_base(files)
     untied["network.lm_head.weight"] = untied["network.lm_head.weight"] + 1
     TaskVector.between(both, untied).save("untied.tv.safetensors")
     with pytest.raises(
-        MismatchError,
-        match=r"untied.tv.safetensors against .* No single prefix .*'network.lm_head.weight'",
+        MismatchError, match=r"untied.tv.safetensors against .* No single prefix .*'network.lm_head.weight'"
     ):
         compose("base.safetensors", {"a": "untied.tv.safetensors"}, "a", "never.safetensors")
 

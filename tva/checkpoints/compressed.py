@@ -46,12 +46,7 @@ def part_specs(encoding: str, shape: torch.Size, size: int = 0) -> dict[str, Spe
     if encoding == "top_k":
         starts = Spec(torch.int64, torch.Size([-(-count // BLOCK) + 1]))
         kept = torch.Size([size])
-        return {
-            "start": starts,
-            "scale": one,
-            "index": Spec(torch.uint16, kept),
-            "values": Spec(torch.float16, kept),
-        }
+        return {"start": starts, "scale": one, "index": Spec(torch.uint16, kept), "values": Spec(torch.float16, kept)}
     return {
         "scale": Spec(torch.float32, torch.Size([size])),
         "left": Spec(torch.float16, torch.Size([rows, size])),

@@ -18,12 +18,7 @@ from tva.checkpoints.foreign import check_form, parse_json
 from tva.checkpoints.lazy import LazyWeights
 
 STATE = r"(?P<target>.+)\.quant_state\.bitsandbytes__(?P<kind>nf4|fp4)"
-FORM = {
-    "blocksize": int,
-    "shape": [int],
-    "nested_blocksize": (int, None),
-    "nested_offset": (float, None),
-}
+FORM = {"blocksize": int, "shape": [int], "nested_blocksize": (int, None), "nested_offset": (float, None)}
 
 
 @dataclass(frozen=True, eq=False)

@@ -18,16 +18,7 @@ from typing import Any, Protocol
 
 from tva._torch import Tensor, load_torch, num_threads, torch, torch_is_loaded
 from tva.arithmetic import add_scaled, is_edited
-from tva.checkpoints import (
-    Elements,
-    Entry,
-    Fingerprint,
-    LazyWeights,
-    NameFilter,
-    Spec,
-    TensorHash,
-    dequantized_entries,
-)
+from tva.checkpoints import Elements, Entry, Fingerprint, LazyWeights, NameFilter, Spec, TensorHash, dequantized_entries
 from tva.checkpoints.lazy import as_real
 from tva.compose.chunks import FUSED_DTYPES, Deltas, NewSpace, OpenedTensor, Space, is_fusible
 from tva.compose.inputs import Slices, open_inputs
@@ -392,14 +383,7 @@ class Composer:
         effect.count(moving, changed, change_square, base_square)
         return part
 
-    def _edit(
-        self,
-        opened: OpenedTensor,
-        base: Tensor,
-        start: int,
-        states: States,
-        effect: GroupEffect,
-    ) -> Tensor:
+    def _edit(self, opened: OpenedTensor, base: Tensor, start: int, states: States, effect: GroupEffect) -> Tensor:
         space, dtype = opened.space, self._output_dtype(opened.name)
         part = space.take(getattr(torch, dtype), len(base))
         deltas, chunk, base = Deltas(opened, start, base), self._chunk(opened, start), opened.widened(base)

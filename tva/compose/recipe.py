@@ -414,11 +414,7 @@ class Recipe(Expression):
         raise AssertionError(f"unchecked node {ast.dump(node)}")
 
     def steps(
-        self,
-        chunk: Chunk,
-        states: States,
-        sources: Mapping[str, str],
-        node: ast.expr | None = None,
+        self, chunk: Chunk, states: States, sources: Mapping[str, str], node: ast.expr | None = None
     ) -> Steps | None:
         """Return the steps that compute the recipe, or a part of it, in one tensor; None if a method has none.
 
@@ -457,12 +453,7 @@ class Recipe(Expression):
         return self._number_in(name, chunk.tensor)
 
     def _observed(
-        self,
-        call: ast.Call,
-        chunk: Chunk,
-        deltas: Mapping[str, Tensor],
-        states: States,
-        sources: Mapping[str, str],
+        self, call: ast.Call, chunk: Chunk, deltas: Mapping[str, Tensor], states: States, sources: Mapping[str, str]
     ) -> Iterable[Tensor | ndarray]:
         """Return what a method observes: one argument after the other in the same memory, where that will do."""
         if self._methods[id(call)].counts and getattr(deltas, "fused", False):
@@ -472,12 +463,7 @@ class Recipe(Expression):
         return self._arguments(call, chunk, deltas, states, sources)[0]
 
     def _arguments(
-        self,
-        call: ast.Call,
-        chunk: Chunk,
-        deltas: Mapping[str, Tensor],
-        states: States,
-        sources: Mapping[str, str],
+        self, call: ast.Call, chunk: Chunk, deltas: Mapping[str, Tensor], states: States, sources: Mapping[str, str]
     ) -> tuple[list[Tensor], Chunk]:
         values = [self._evaluate(argument, chunk, deltas, states, sources)[0] for argument in call.args]
         return values, self._chunk_of(call, chunk, sources)

@@ -187,7 +187,4 @@ class Prompts(Dataset):
 def collate(examples: Sequence[tuple[Tensor, Tensor]]) -> dict[str, Tensor]:
     """Make a batch: ``tokens`` (prompts, length), padded with -1; and ``draws`` (prompts, texts), their numbers."""
     tokens, draws = zip(*examples, strict=True)
-    return {
-        "tokens": pad_sequence(tokens, batch_first=True, padding_value=PADDING),
-        "draws": torch.stack(draws),
-    }
+    return {"tokens": pad_sequence(tokens, batch_first=True, padding_value=PADDING), "draws": torch.stack(draws)}

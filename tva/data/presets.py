@@ -191,13 +191,7 @@ PRESETS: dict[str, Preset] = {
     ),
     "sun397": Preset("tanganke/sun397", 397, lists=_8),
     "svhn": Preset(
-        "ufldl-stanford/svhn",
-        10,
-        _NUMBER,
-        config="cropped_digits",
-        classes=known.DIGITS,
-        label_order=True,
-        lists=_8,
+        "ufldl-stanford/svhn", 10, _NUMBER, config="cropped_digits", classes=known.DIGITS, label_order=True, lists=_8
     ),
     "stl10": Preset("tanganke/stl10", 10, lists=_14),
     "pets": Preset("timm/oxford-iiit-pet", 37, ("a photo of a {}, a type of pet.",), lists=_14),
@@ -211,12 +205,7 @@ PRESETS: dict[str, Preset] = {
     ),
     "cifar100": Preset("uoft-cs/cifar100", 100, _CIFAR, image="img", label="fine_label", lists=_14),
     "pcam": Preset(
-        "1aurent/PatchCamelyon",
-        2,
-        ("this is a photo of {}",),
-        classes=known.PCAM,
-        label_order=True,
-        lists=_14,
+        "1aurent/PatchCamelyon", 2, ("this is a photo of {}",), classes=known.PCAM, label_order=True, lists=_14
     ),
     "fer2013": Preset(
         "clip-benchmark/wds_fer2013",

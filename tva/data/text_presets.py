@@ -103,11 +103,7 @@ TEXT_PRESETS: dict[str, TextPreset] = {
         note="rows are lines",
     ),
     "yelp_polarity": TextPreset(
-        "fancyzhx/yelp_polarity",
-        {"train": 560_000, "test": 38_000},
-        ("text",),
-        "Yelp's own terms",
-        classes=_SENTIMENT,
+        "fancyzhx/yelp_polarity", {"train": 560_000, "test": 38_000}, ("text",), "Yelp's own terms", classes=_SENTIMENT
     ),
     "amazon_polarity": TextPreset(
         "fancyzhx/amazon_polarity",

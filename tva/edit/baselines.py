@@ -115,10 +115,7 @@ def joint_training(outcome: Outcome) -> dict[str, Any]:
     assert joint is not None
     vector = load_vector(joint, model, base, outcome.session.options)
     vector.check_base(base, allow_other_base=outcome.session.options.allow_other_base)
-    check_kinds(
-        {"the joint model": vector.origin.kind, "the model": kind_of(model)},
-        "leave the baseline out",
-    )
+    check_kinds({"the joint model": vector.origin.kind, "the model": kind_of(model)}, "leave the baseline out")
     return {
         "rows": outcome.rows([replace(outcome.moved("joint fine-tuning", vector), statistics="delta")]),
         "reason": f"from {joint}",

@@ -66,10 +66,7 @@ def run_each(outcome: Outcome, each: Each) -> dict[str, Any]:
 
 
 def _normalized(
-    outcome: Outcome,
-    tasks: Sequence[str],
-    found: Mapping[str, Evaluation] | None,
-    finetuned: Mapping[str, Evaluation],
+    outcome: Outcome, tasks: Sequence[str], found: Mapping[str, Evaluation] | None, finetuned: Mapping[str, Evaluation]
 ) -> float | None:
     if found is None:
         return None

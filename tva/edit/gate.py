@@ -90,11 +90,7 @@ def _random_state(editor: Editor, state: EditState, seed: int) -> EditState:
 
 
 def verdict_on(
-    constraint: Constraint,
-    edited: Evaluation,
-    base: Evaluation,
-    chosen_on: Evaluation | None,
-    confidence: float | None,
+    constraint: Constraint, edited: Evaluation, base: Evaluation, chosen_on: Evaluation | None, confidence: float | None
 ) -> ConstraintReport:
     """Return whether a constraint holds, with the confidence that is asked for."""
     after, before = {constraint.task: edited.metrics}, {constraint.task: base.metrics}

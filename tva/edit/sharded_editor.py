@@ -33,10 +33,7 @@ class ShardedEditor(Editor):
     """
 
     def __init__(
-        self,
-        sharded: ShardedModel,
-        datamodules: Mapping[str, L.LightningDataModule],
-        statistics: Statistics = "keep",
+        self, sharded: ShardedModel, datamodules: Mapping[str, L.LightningDataModule], statistics: Statistics = "keep"
     ) -> None:
         self.sharded = sharded
         super().__init__(sharded.trainer, sharded.model, datamodules, statistics)

@@ -37,11 +37,6 @@ def training_context(session: EditSession) -> TrainingContext:
         experts={task: evaluator.vectors[task] for task in options.targets or {} if task in evaluator.vectors},
         buffers=evaluator.buffers,
         evaluate=evaluate,
-        inputs={
-            **evaluator.facts,
-            "recipe": recipe.text,
-            "coefficients": recipe.coefs,
-            "data": evaluator.data(),
-        },
+        inputs={**evaluator.facts, "recipe": recipe.text, "coefficients": recipe.coefs, "data": evaluator.data()},
         kept=None if log is None else log.with_name(log.name + ".learned"),
     )

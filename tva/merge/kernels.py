@@ -447,10 +447,7 @@ def _compare(context, values, at, signed, start, last):
         # magnitudes lose their sign; of signed values the negative are turned, and the others get a bit above them
         turn = builder.and_(builder.ashr(bits, constant(31)), builder.or_(signed, constant(0x80000000)))
         key = builder.xor(bits, builder.or_(turn, builder.and_(signed, constant(0x80000000))))
-        masks = (
-            builder.icmp_unsigned("<", key, start),
-            builder.icmp_unsigned("<=", builder.sub(key, start), last),
-        )
+        masks = (builder.icmp_unsigned("<", key, start), builder.icmp_unsigned("<=", builder.sub(key, start), last))
         return context.make_tuple(builder, signature.return_type, [builder.bitcast(m, mask) for m in masks])
 
     return result(values, types.int64, types.uint32, types.uint32, types.uint32), generate

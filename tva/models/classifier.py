@@ -59,11 +59,7 @@ class FrozenHeadClassifier(FineTuned, ABC):
     logit_scale: float = 20.0  # what the cosines of class means are multiplied by
 
     def __init__(
-        self,
-        head: str | None = None,
-        heads: dict[str, str] | None = None,
-        channels_last: bool = False,
-        **options: Any,
+        self, head: str | None = None, heads: dict[str, str] | None = None, channels_last: bool = False, **options: Any
     ) -> None:
         super().__init__(**options)
         kinds = dict.fromkeys([self.own_head, "means", "probe", "learned"])

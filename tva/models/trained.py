@@ -248,10 +248,7 @@ class _TrainedSeq2SeqLM(_TrainedLM, Seq2SeqLM, TransformersModel):
     __init__ = Seq2SeqLM.__init__
 
 
-_LANGUAGE_MODELS: dict[str, type[L.LightningModule]] = {
-    "causal-lm": _TrainedCausalLM,
-    "seq2seq-lm": _TrainedSeq2SeqLM,
-}
+_LANGUAGE_MODELS: dict[str, type[L.LightningModule]] = {"causal-lm": _TrainedCausalLM, "seq2seq-lm": _TrainedSeq2SeqLM}
 
 
 class TimmModel(TrainedModel):
@@ -268,13 +265,7 @@ class TimmModel(TrainedModel):
         ValueError: timm does not know the network, or it has no weights.
     """
 
-    def __init__(
-        self,
-        name: str,
-        pretrained: bool | str | None = None,
-        edit_head: bool = True,
-        **options: Any,
-    ) -> None:
+    def __init__(self, name: str, pretrained: bool | str | None = None, edit_head: bool = True, **options: Any) -> None:
         super().__init__(**options)
         network, self.image_transform, self.label_names, head = load_timm(name, pretrained)
         self._finish(network, "image-classification", head, edit_head)

@@ -33,8 +33,7 @@ def front(content: Content, target: str, control: str) -> list[tuple[Point, Poin
     at = {id_of(point): point for point in points(content, control)}
     pairs = [(point, at[id_of(point)]) for point in points(content, target) if id_of(point) in at]
     ranked = sorted(
-        pairs,
-        key=lambda pair: (-pair[1].value if keep else pair[1].value, -pair[0].value if up else pair[0].value),
+        pairs, key=lambda pair: (-pair[1].value if keep else pair[1].value, -pair[0].value if up else pair[0].value)
     )
     found: list[tuple[Point, Point]] = []
     for pair in ranked:

@@ -194,15 +194,7 @@ def before_table(content: Content) -> dict[str, Any]:
     ):
         constraints = [{**c, "shown": _constraint(c)} for c in content["constraints"] if c["task"] == task]
         words = {key: entry[key] for key in ("role", "metric", "split")}
-        rows.append(
-            {
-                "task": task,
-                **words,
-                "n": count_of(entry),
-                "cells": shown,
-                "constraints": constraints,
-            }
-        )
+        rows.append({"task": task, **words, "n": count_of(entry), "cells": shown, "constraints": constraints})
     return {"heads": [column.heading for column in columns], "rows": rows, "mean": mean_of(content)}
 
 

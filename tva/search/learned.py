@@ -127,11 +127,7 @@ class Learned(Search):
         what = "components kept or left out" if self.per == "component" else f"one coefficient a {self.per}"
         reason = f"{self.num_steps} steps of {self.loss} on validation data, {what}"
         losses = kept.losses()
-        details = {
-            "coefficients": learner.table(),
-            "loss": losses[:: max(1, len(losses) // 50)],
-            "steps_kept": done,
-        }
+        details = {"coefficients": learner.table(), "loss": losses[:: max(1, len(losses) // 50)], "steps_kept": done}
         return Choice(candidate, choice.feasible, reason if choice.feasible else choice.reason, vector, details)
 
     def _loader(self, datamodule: L.LightningDataModule, trainer: L.Trainer, done: int = 0) -> DataLoader:

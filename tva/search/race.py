@@ -251,11 +251,7 @@ def _fails(
 
 
 def _clears(
-    constraint: Constraint,
-    scored: Mapping[str, Evaluation],
-    base: Mapping[str, Evaluation],
-    level: float,
-    above: bool,
+    constraint: Constraint, scored: Mapping[str, Evaluation], base: Mapping[str, Evaluation], level: float, above: bool
 ) -> bool:
     edited, before = (side[constraint.task].scores[constraint.metric] for side in (scored, base))
     # rare damage is excluded at the end, where a coefficient is chosen, and not wherever one is dropped

@@ -420,12 +420,7 @@ class TaskVector:
             )
 
     def apply_to(
-        self,
-        base: StateDict,
-        scaling_coef: float = 1.0,
-        *,
-        buffers: Buffers = "keep",
-        allow_other_base: bool = False,
+        self, base: StateDict, scaling_coef: float = 1.0, *, buffers: Buffers = "keep", allow_other_base: bool = False
     ) -> dict[str, Tensor]:
         r"""Move ``base`` along this task vector: :math:`\theta = \theta_0 + \lambda \tau`.
 

@@ -112,9 +112,7 @@ COLUMNS = [
     Column("fits", lambda row: _counts(row["fits"]), False, keep=True),
     Column("edits", lambda row: _counts(row["edits"]), False, keep=True),
     Column(
-        "download",
-        lambda row: size_text(sum(row["download_bytes"].values())) if _downloads(row) else "–",
-        keep=True,
+        "download", lambda row: size_text(sum(row["download_bytes"].values())) if _downloads(row) else "–", keep=True
     ),
 ]
 

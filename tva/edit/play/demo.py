@@ -139,11 +139,5 @@ def make_page(folder: str | os.PathLike[str]) -> Any:
     shown = gr.Textbox if demo.input == "prompt" else gr.Label
     outputs = [shown(label="base"), shown(label="edited")]
     return gr.Interface(
-        answer,
-        inputs,
-        outputs,
-        title=demo.title,
-        description=demo.about,
-        flagging_mode="never",
-        api_name="predict",
+        answer, inputs, outputs, title=demo.title, description=demo.about, flagging_mode="never", api_name="predict"
     )
