@@ -11,6 +11,8 @@ writes, with its fsync, against ``safetensors.torch.save_file`` of the same delt
 turn, each from page cache.
 """
 
+from __future__ import annotations
+
 import logging
 import os
 import statistics

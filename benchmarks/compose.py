@@ -10,6 +10,8 @@ inputs are read into it. Peak anonymous memory is polled from /proc every 10 ms.
 same inputs and writing as many bytes as the output takes: the limit.
 """
 
+from __future__ import annotations
+
 import json
 import os
 import statistics

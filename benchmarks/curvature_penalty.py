@@ -10,6 +10,8 @@ the control. What is in the output folder is not done
 again.
 """
 
+from __future__ import annotations
+
 import json
 import os
 from collections.abc import Mapping, Sequence

@@ -7,6 +7,8 @@ such are allowed as change no number, name or fingerprint: those of spaces behin
 tva's.
 """
 
+from __future__ import annotations
+
 import collections
 import contextlib
 import io

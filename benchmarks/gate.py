@@ -7,6 +7,8 @@ tables: one test, and the coefficient that a search chooses among 20. In bracket
 of what is simulated. Seeds are further simulations of the same, so that their counts are added.
 """
 
+from __future__ import annotations
+
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any

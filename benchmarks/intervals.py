@@ -6,6 +6,8 @@ Every kind of interval that tva reports, on scores whose distribution is known. 
 95 % interval of what is simulated. Seeds are further simulations of the same, so that their counts are added.
 """
 
+from __future__ import annotations
+
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any

@@ -7,6 +7,8 @@ tensor in [0, 1] is learned from the inputs of the held-out examples; of these l
 Values are numbers of test examples that are classified rightly.
 """
 
+from __future__ import annotations
+
 import os
 import statistics
 import tempfile

@@ -6,6 +6,8 @@ Each is a new process, in turn. ``fit`` ends at its first training step and ``ed
 of ten parameters. CPU seconds are user and system time.
 """
 
+from __future__ import annotations
+
 import os
 import statistics
 import sys

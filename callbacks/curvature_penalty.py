@@ -1,5 +1,7 @@
 """A callback that keeps fine-tuning from changing what the model says on other tasks, without their examples."""
 
+from __future__ import annotations
+
 import glob
 import os
 from collections.abc import Sequence

@@ -1,6 +1,8 @@
 """A callback that measures, when fitting ends, the statistics for Fisher and RegMean merging and for a curvature
 penalty."""
 
+from __future__ import annotations
+
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager

@@ -3,6 +3,8 @@
 Where such intervals cover, and where there are none, was simulated: docs/results/gate.md.
 """
 
+from __future__ import annotations
+
 import math
 from collections.abc import Callable
 from dataclasses import dataclass

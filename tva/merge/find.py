@@ -1,5 +1,7 @@
 """Find merge methods by name: tva's own, those that installed packages add, and classes by dotted path."""
 
+from __future__ import annotations
+
 import dataclasses
 import importlib
 from typing import Any

@@ -5,6 +5,8 @@ elements, compiled by numba once for each machine. Every step is the float32 ope
 itself, so that the bits are the same (tested); where a step or a dtype is not known here, torch does the work.
 """
 
+from __future__ import annotations
+
 import sys
 import tempfile
 from collections.abc import Iterator

@@ -1,5 +1,7 @@
 """What Fisher and RegMean merging need of a fine-tuned model: Fisher information and Gram matrices of inputs."""
 
+from __future__ import annotations
+
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass

@@ -4,6 +4,8 @@ A recipe, and those merge methods that look at one element of each vector at a t
 the values are the same bits that their torch operations give.
 """
 
+from __future__ import annotations
+
 import operator
 from collections.abc import Sequence
 from functools import lru_cache

@@ -4,6 +4,8 @@ Source: Ortiz-Jimenez et al., "Task arithmetic in the tangent space: improved ed
 2023, https://arxiv.org/abs/2305.12827
 """
 
+from __future__ import annotations
+
 import functools
 import warnings
 from collections.abc import Iterator
