@@ -17,6 +17,8 @@ from tva.checkpoints import protect, write_export
 from tva.compose.apply import compose
 from tva.evaluation.log import EvaluationLog
 
+BASE = "base.safetensors"
+
 KINDS = ["file", "folder", "shards", "torch_distributed", "adapter"]
 WAYS = ["same", "hard link", "link", "inside"]
 
@@ -93,9 +95,9 @@ def test_outputs_are_never_inputs(capsys, command, role, kind, way):
 
 @pytest.mark.parametrize("way", ["same", "hard link", "link"])
 def test_compress_and_revert_never_replace_what_they_read(way):
-    save_weights(state(0), "base.safetensors")
+    save_weights(state(0), BASE)
     TaskVector.between(state(0), state(1)).save("v.tv.safetensors")
-    compose("base.safetensors", {"v": "v.tv.safetensors"}, "v", "edited.safetensors", keep_undo="with_vectors")
+    compose(BASE, {"v": "v.tv.safetensors"}, "v", "edited.safetensors", keep_undo="with_vectors")
     for name in ("v.tv", "edited", "edited.undo"):
         file = Path(f"{name}.safetensors")
         output = place(way, file, file, None, Path())
@@ -108,20 +110,20 @@ def test_compress_and_revert_never_replace_what_they_read(way):
 
 
 def test_an_undo_file_never_takes_the_place_of_an_input(capsys):
-    save_weights(state(0), "base.safetensors")
+    save_weights(state(0), BASE)
     TaskVector.between(state(0), state(1)).save("w.undo.safetensors")
     before = contents(Path())
     words = ["--vectors.v", "w.undo.safetensors", "--recipe", "v", "--output", "w.safetensors", "--keep_undo"]
-    assert run("compose", "--base", "base.safetensors", *words) == 2
+    assert run("compose", "--base", BASE, *words) == 2
     assert "output w.undo.safetensors is what is given as vectors.v" in capsys.readouterr().err
     assert contents(Path()) == before
 
 
 def test_an_edited_model_is_a_base_like_any_other():
     """It was written by tva, and so are edits that are made once more; but it is an input here."""
-    save_weights(state(0), "base.safetensors")
+    save_weights(state(0), BASE)
     save_weights(state(1), "tuned.safetensors")
-    compose("base.safetensors", {"v": "tuned.safetensors"}, "v", "first", max_shard_size="100")
+    compose(BASE, {"v": "tuned.safetensors"}, "v", "first", max_shard_size="100")
     known = fingerprint(open_weights("first"))
     for name in ["model.safetensors", *(path.name for path in Path("first").glob("model-*"))]:
         with pytest.raises(ValueError, match="Give an"):
@@ -141,7 +143,7 @@ def test_a_folder_of_one_file_takes_no_other():
 
 
 OTHERS = {
-    "compose --as lora": ["compose", "--base", "base.safetensors", "--vectors.v", "given", "--recipe", "v",
+    "compose --as lora": ["compose", "--base", BASE, "--vectors.v", "given", "--recipe", "v",
                           "--as", "lora"],
     "extract --rank": ["extract", "--base", "given", "--finetuned", "tuned.safetensors", "--rank", "1"],
     "compose to GGUF": ["compose", "--base", "given", "--vectors.v", "tuned.safetensors", "--recipe", "v",
@@ -157,7 +159,7 @@ OTHERS = {
 @pytest.mark.parametrize("name", OTHERS)
 @pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
 def test_no_other_command_writes_over_a_file_that_it_did_not_make(capsys, name, kind, way):
-    save_weights(state(0), "base.safetensors")
+    save_weights(state(0), BASE)
     save_weights(state(1), "tuned.safetensors")
     path, file, inside = make(kind, Path("given"), state(2))
     if kind == "file":
@@ -174,17 +176,17 @@ def test_no_other_command_writes_over_a_file_that_it_did_not_make(capsys, name, 
 
 @pytest.fixture
 def inputs(tmp_path):
-    save_weights(state(0), "base.safetensors")
+    save_weights(state(0), BASE)
     save_weights(state(1), "tuned.safetensors")
     TaskVector.between(state(0), state(1)).save("v.tv.safetensors")
-    compose("base.safetensors", {"v": "v.tv.safetensors"}, "v", "edited.safetensors", keep_undo=True)
+    compose(BASE, {"v": "v.tv.safetensors"}, "v", "edited.safetensors", keep_undo=True)
     return tmp_path
 
 
-COMPOSE = ["compose", "--base", "base.safetensors", "--vectors.v", "v.tv.safetensors", "--recipe", "v"]
+COMPOSE = ["compose", "--base", BASE, "--vectors.v", "v.tv.safetensors", "--recipe", "v"]
 WRITING = {
     "compose": COMPOSE,
-    "extract": ["extract", "--base", "base.safetensors", "--finetuned", "tuned.safetensors"],
+    "extract": ["extract", "--base", BASE, "--finetuned", "tuned.safetensors"],
     "compress": ["compress", "v.tv.safetensors", "--encoding", "int8"],
     "revert": ["revert", "edited.safetensors"],
 }
@@ -195,7 +197,7 @@ def test_a_file_of_ones_own_under_the_outputs_name_is_never_replaced(inputs, cap
     save_weights(state(2), "model.safetensors")  # as others write
     Path("notes.safetensors").write_text("not even weights")
     TaskVector.between(state(0), state(3)).save("costly.tv.safetensors")
-    compose("base.safetensors", {"v": "v.tv.safetensors"}, "-v", "other.safetensors")
+    compose(BASE, {"v": "v.tv.safetensors"}, "-v", "other.safetensors")
     others = {"model", "notes", "other" if name in ("extract", "compress") else "costly.tv"}
     before = contents(inputs)
     for file in sorted(others):

@@ -22,6 +22,8 @@ from tva.compose.apply import compose
 from tva.compose.recipe import Recipe
 from tva.sizes import anonymous_memory, parse_bytes
 
+OUT, BASE = "out.safetensors", "base.safetensors"
+
 RECIPES = [
     "a",
     "-0.3 * a",
@@ -51,12 +53,12 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 def files(request):
     """A base, two fine-tuned checkpoints of two formats and one task vector file."""
     base = state(0, request.param)
-    save_weights(base, "base.safetensors")
+    save_weights(base, BASE)
     torch.save({"state_dict": state(1, request.param)}, "a.ckpt")
     save_weights(state(2, request.param), "b.safetensors")
     TaskVector.between(base, state(3, request.param)).save("c.tv.safetensors")
     vectors = {"a": "a.ckpt", "b": "b.safetensors", "c": "c.tv.safetensors"}
-    return "base.safetensors", vectors
+    return BASE, vectors
 
 
 def in_memory(base, vectors, recipe, coef):
@@ -76,23 +78,23 @@ CHUNKS = [(dtype, chunk) for dtype in DTYPES for chunk in (19, 100, 2**18) if ch
 def test_the_bytes_are_those_of_the_in_memory_path_whatever_the_chunks(files, monkeypatch, recipe, chunk):
     monkeypatch.setattr(tva.compose.engine, "CHUNK", chunk)
     base, vectors = files
-    report = compose(base, vectors, recipe, "out.safetensors", scaling_coef=0.7)
+    report = compose(base, vectors, recipe, OUT, scaling_coef=0.7)
     expected = fingerprint(in_memory(base, vectors, recipe, 0.7))
-    assert fingerprint(open_weights("out.safetensors")) == expected == report.edited
+    assert fingerprint(open_weights(OUT)) == expected == report.edited
     assert report.base == fingerprint(open_weights(base))
 
 
 def test_coefficient_zero_writes_the_base(files):
     base, vectors = files
-    compose(base, vectors, "ties(a, b)", "out.safetensors", scaling_coef=0)
-    assert fingerprint(open_weights("out.safetensors")) == fingerprint(open_weights(base))
+    compose(base, vectors, "ties(a, b)", OUT, scaling_coef=0)
+    assert fingerprint(open_weights(OUT)) == fingerprint(open_weights(base))
 
 
 @pytest.mark.parametrize("dtype", ["float64", "float32", "bfloat16", "float16"])
 def test_output_dtype_rounds_once_and_leaves_integers(files, dtype):
     base, vectors = files
-    compose(base, vectors, "0.5 * a + 0.25 * b", "out.safetensors", dtype=dtype)
-    edited, weights = open_weights("out.safetensors"), open_weights(base)
+    compose(base, vectors, "0.5 * a + 0.25 * b", OUT, dtype=dtype)
+    edited, weights = open_weights(OUT), open_weights(base)
     a, b = open_weights(vectors["a"]), open_weights(vectors["b"])
     wanted = getattr(torch, dtype)
     for name in ("l.0.w", "scalar", "bias"):
@@ -122,17 +124,17 @@ def test_prefixes_are_matched_and_said_and_the_rest_is_mapped(files):
 
 def test_a_lora_adapter_is_a_vector_like_any_other():
     base = {"q.weight": torch.randn(6, 4, generator=torch.Generator().manual_seed(0)), "q.bias": torch.zeros(6)}
-    save_weights(base, "base.safetensors")
+    save_weights(base, BASE)
     a, b = torch.randn(2, 4), torch.randn(6, 2)
     factors = {"base_model.model.q.lora_A.weight": a, "base_model.model.q.lora_B.weight": b}
     Path("adapter").mkdir()
     save_weights(factors, "adapter/adapter_model.safetensors")
     config = {"peft_type": "LORA", "r": 2, "lora_alpha": 8, "target_modules": ["q"]}
     Path("adapter/adapter_config.json").write_text(json.dumps(config))
-    arguments = ("base.safetensors", {"v": "adapter"}, "-0.5 * v")
-    compose(*arguments, "out.safetensors")
+    arguments = (BASE, {"v": "adapter"}, "-0.5 * v")
+    compose(*arguments, OUT)
     expected = base["q.weight"].double() - 0.5 * 4 * b.double() @ a.double()
-    edited = open_weights("out.safetensors")
+    edited = open_weights(OUT)
     torch.testing.assert_close(edited["q.weight"].double(), expected, rtol=0, atol=2e-6)
     assert torch.equal(edited["q.bias"], base["q.bias"])
 
@@ -140,11 +142,11 @@ def test_a_lora_adapter_is_a_vector_like_any_other():
 def test_the_account_counts_what_rounding_swallowed():
     base = {"x.a.w": torch.ones(100, dtype=torch.bfloat16), "x.b.w": torch.ones(50, dtype=torch.bfloat16)}
     delta = {"x.a.w": torch.cat([torch.full((40,), 1e-4), torch.zeros(30), torch.full((30,), 0.5)])}
-    save_weights(base, "base.safetensors")
+    save_weights(base, BASE)
     vector = TaskVector(delta, untouched={"x.b.w": "frozen"})
     vector.save("v.tv.safetensors")
-    arguments = ("base.safetensors", {"v": "v.tv.safetensors"})
-    report = compose(*arguments, "v", "out.safetensors")
+    arguments = (BASE, {"v": "v.tv.safetensors"})
+    report = compose(*arguments, "v", OUT)
     (effect,) = report.effects.values()
     assert (effect.tensors, effect.changed, effect.elements, effect.vanished) == (1, 1, 70, 40)
     assert effect.relative_change == pytest.approx((30 * 0.25 / 100) ** 0.5)
@@ -170,17 +172,17 @@ def test_what_does_not_fit_is_refused_and_leaves_no_file(files, damage):
     if damage == "base":
         message, error = "was taken from the base .*, and in the base given '.*' is another", MismatchError
         with pytest.raises(error, match=message):
-            compose(vectors["b"], {"c": vectors["c"]}, "c", "out.safetensors")
+            compose(vectors["b"], {"c": vectors["c"]}, "c", OUT)
         compose(vectors["b"], {"c": vectors["c"]}, "c", "allowed.safetensors", allow_other_base=True)
     else:
         with pytest.raises(error, match=message):
-            compose(base, {"b": "other.safetensors"}, "b", "out.safetensors")
+            compose(base, {"b": "other.safetensors"}, "b", OUT)
     assert not [file.name for file in Path().iterdir() if file.name.startswith((".", "out"))]
 
 
 def test_a_full_disk_is_one_error_and_the_run_can_go_on(files, monkeypatch):
     base, vectors = files
-    arguments = (base, vectors, "ties(a, b, c)", "out.safetensors")
+    arguments = (base, vectors, "ties(a, b, c)", OUT)
     whole = compose(*arguments[:3], "whole.safetensors")
     written = []
 
@@ -193,14 +195,14 @@ def test_a_full_disk_is_one_error_and_the_run_can_go_on(files, monkeypatch):
     monkeypatch.setattr(os, "pwrite", full)
     with pytest.raises(OSError, match="No space left on device; the completed part is kept in .*run again with resume"):
         compose(*arguments)
-    assert not Path("out.safetensors").exists()
+    assert not Path(OUT).exists()
     monkeypatch.undo()
     with pytest.raises(ValueError, match="'tva.scaling_coef' differ.*leave out resume"):
         compose(*arguments, scaling_coef=0.5, resume=True)
     report = compose(*arguments, resume=True)
     assert report.resumed > 0
     assert (report.base, report.edited, report.effects) == (whole.base, whole.edited, whole.effects)
-    assert fingerprint(open_weights("out.safetensors")) == whole.edited
+    assert fingerprint(open_weights(OUT)) == whole.edited
     assert not [file.name for file in Path().iterdir() if file.name.startswith(".")]
     monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=100))
     with pytest.raises(OSError, match="are free on its disk. Make room"):
@@ -215,11 +217,11 @@ def test_sizes_are_read_and_too_little_memory_is_refused(files):
             parse_bytes(text)
     base, vectors = files
     with pytest.raises(ValueError, match="max_memory must be .*MiB or more.*; found 1."):
-        compose(base, vectors, "a", "out.safetensors", max_memory="1")
+        compose(base, vectors, "a", OUT, max_memory="1")
     with pytest.raises(ValueError, match=r"must end in \.safetensors, or name a folder"):
         compose(base, vectors, "a", "out.bin")
     with pytest.raises(ValueError, match="dtype must be one of"):
-        compose(base, vectors, "a", "out.safetensors", dtype="int8")
+        compose(base, vectors, "a", OUT, dtype="int8")
 
 
 def test_coefficients_by_group_of_tensors_are_those_of_the_in_memory_path(files):
@@ -228,8 +230,8 @@ def test_coefficients_by_group_of_tensors_are_those_of_the_in_memory_path(files)
     weights = open_weights(base)
     loaded = {"a": TaskVector.between(weights, open_weights(vectors["a"]))}
     expected = Recipe("s * a", loaded, coefs).evaluate(loaded).apply_to(weights)
-    compose(base, vectors, "s * a", "out.safetensors", coefs=coefs)
-    edited = open_weights("out.safetensors")
+    compose(base, vectors, "s * a", OUT, coefs=coefs)
+    edited = open_weights(OUT)
     assert fingerprint(edited) == fingerprint(expected)
     for name, coef in {"l.0.w": 0.2, "l.1.w": 0.6, "bias": -1, "empty": 0.5}.items():
         delta = loaded["a"].deltas[name] if name in loaded["a"].deltas else torch.zeros(0, 3)
@@ -249,9 +251,9 @@ def test_coefficients_by_group_of_tensors_are_those_of_the_in_memory_path(files)
 def test_groups_that_do_not_fit_are_refused(files, groups, message):
     base, vectors = files
     with pytest.raises(ValueError, match=message):
-        compose(base, vectors, "s * a", "out.safetensors", coefs={"s": groups})
+        compose(base, vectors, "s * a", OUT, coefs={"s": groups})
     with pytest.raises(ValueError, match="must be the same in all tensors.*this coefficient is given by group"):
-        compose(base, vectors, "ties(a, density=s)", "out.safetensors", coefs={"s": {".*": 0.5}})
+        compose(base, vectors, "ties(a, density=s)", OUT, coefs={"s": {".*": 0.5}})
 
 
 def test_a_plan_is_made_from_headers_and_writes_nothing():
@@ -344,15 +346,15 @@ def test_tied_weights_are_stored_once_while_every_vector_moves_them_alike(untied
     torch.save({**finetuned, "head.weight": head if untied else finetuned["emb.weight"]}, "a.bin")
     save_weights(finetuned, "b.safetensors")  # as transformers writes it: without the alias
     vectors = {"a": "a.bin", "b": "b.safetensors"}
-    report = compose("base.bin", vectors, "a + b", "out.safetensors")
-    with safe_open("out.safetensors", "pt") as file:
+    report = compose("base.bin", vectors, "a + b", OUT)
+    with safe_open(OUT, "pt") as file:
         assert ("head.weight" in file.keys()) == untied  # noqa: SIM118
-    edited = open_weights("out.safetensors")
+    edited = open_weights(OUT)
     assert fingerprint(edited) == report.edited
     expected = base["emb.weight"] + (head - base["emb.weight"]) + (finetuned["emb.weight"] - base["emb.weight"])
     torch.testing.assert_close(edited["head.weight"], expected)
     # and again: what was written is a base like the one that it came from
-    again = compose("out.safetensors", {"a": vectors["a"]}, "a", "again.safetensors")
+    again = compose(OUT, {"a": vectors["a"]}, "a", "again.safetensors")
     assert set(again.edited.tensors) == {"emb.weight", "head.weight", "w"}
 
 
@@ -360,7 +362,7 @@ def test_tied_weights_are_stored_once_while_every_vector_moves_them_alike(untied
 @pytest.mark.parametrize("files", [torch.bfloat16], ids=["bfloat16"], indirect=True)
 def test_a_killed_run_leaves_no_file_and_goes_on_to_the_same_bytes(files):
     base, vectors = files
-    out = Path("out.safetensors")
+    out = Path(OUT)
     whole = compose(base, vectors, "dare(a) + ties(b, c)", "whole.safetensors")
     code = f"""
 import os, time
@@ -420,16 +422,16 @@ def test_matrix_methods_and_adapters_stream_to_the_in_memory_bytes(files, monkey
     }
     for recipe in ("v", "tsv(v, w)", "iso_c(v, w) + 0.5 * w"):
         expected = fingerprint(Recipe(recipe, loaded).evaluate(loaded).apply_to(open_weights(base)))
-        Path("out.safetensors").unlink(missing_ok=True)
-        assert compose(base, vectors, recipe, "out.safetensors").edited == expected, recipe
+        Path(OUT).unlink(missing_ok=True)
+        assert compose(base, vectors, recipe, OUT).edited == expected, recipe
 
 
 def test_raw_or_averaged_weights_are_taken_as_asked_and_recorded():
     base, raw, averaged = ({"w": torch.full((3,), value)} for value in (0.0, 1.0, 2.0))
-    save_weights(base, "base.safetensors")
+    save_weights(base, BASE)
     stored = {"state_dict": averaged, "current_model_state": raw, "averaging_state": {"n_averaged": torch.tensor(3)}}
     torch.save(stored, "a.ckpt")
-    arguments = ("base.safetensors", {"a": "a.ckpt"}, "a")
+    arguments = (BASE, {"a": "a.ckpt"}, "a")
     for which, expected, taken in (("checkpoint", 2, "averaged"), ("averaged", 2, "averaged"), ("raw", 1, "raw")):
         out = Path(f"{which}.safetensors")
         report = compose(*arguments, str(out), which=which)
@@ -445,7 +447,7 @@ def test_raw_or_averaged_weights_are_taken_as_asked_and_recorded():
 def test_the_memory_measured_stays_within_the_memory_stated():
     generator = torch.Generator().manual_seed(0)
     base = {f"h.{i}.w": torch.randn(3000, 5000, generator=generator) for i in range(3)}
-    save_weights(base, "base.safetensors")
+    save_weights(base, BASE)
     for name in "ab":
         moved = {key: tensor + 0.01 * torch.randn(3000, 5000, generator=generator) for key, tensor in base.items()}
         save_weights(moved, f"{name}.safetensors")

@@ -15,6 +15,8 @@ from tva.compose.revert import revert
 from tva.compose.verify import verify
 from tva.vectors import compare, compress, extract, inspect, match
 
+BASE = "base.safetensors"
+
 SHAPES = {"fno.weight": (5, 3, 7), "fno.bias": (9,), "one": (1,), "scalar": (), "empty": (0, 2), "matrix": (6, 4)}
 RECIPES = [
     "0.5 * (a - 2 * b) / 3",
@@ -51,7 +53,7 @@ def state(seed, start=None):
 def files():
     """A base and two models fine-tuned from it, in the folder to work in."""
     base = state(0)
-    save_weights(base, "base.safetensors")
+    save_weights(base, BASE)
     for seed, name in enumerate("ab", start=1):
         save_weights(state(seed, base), f"{name}.safetensors")
     return {name: f"{name}.safetensors" for name in "ab"}
@@ -64,9 +66,9 @@ def parts(weights):
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_files_hold_what_memory_gives_bit_for_bit(files, recipe):
     vectors = {name: path for name, path in files.items() if name in Recipe(recipe, "ab").vectors}
-    report = compose("base.safetensors", vectors, recipe, "out.safetensors", scaling_coef=0.7)
+    report = compose(BASE, vectors, recipe, "out.safetensors", scaling_coef=0.7)
     assert report.notes == []
-    base, edited = open_weights("base.safetensors"), open_weights("out.safetensors")
+    base, edited = open_weights(BASE), open_weights("out.safetensors")
     taken = {name: TaskVector.between(base, open_weights(path)) for name, path in vectors.items()}
     expected = Recipe(recipe, list(vectors)).evaluate(taken).apply_to(base, 0.7)
     assert {name: x.dtype for name, x in edited.items()} == {name: x.dtype for name, x in base.items()}
@@ -76,19 +78,19 @@ def test_files_hold_what_memory_gives_bit_for_bit(files, recipe):
 
 def test_both_parts_move_as_real_numbers_do(files):
     """The reference: the same model with each complex tensor stored as pairs of real numbers."""
-    for path in ("base.safetensors", *files.values()):
+    for path in (BASE, *files.values()):
         save_weights(parts(open_weights(path)), f"real-{path}")
-    compose("base.safetensors", files, "0.3 * a - b", "out.safetensors")
+    compose(BASE, files, "0.3 * a - b", "out.safetensors")
     compose("real-base.safetensors", {n: f"real-{p}" for n, p in files.items()}, "0.3 * a - b", "real.safetensors")
     assert fingerprint(parts(open_weights("out.safetensors"))) == fingerprint(open_weights("real.safetensors"))
-    base, edited = open_weights("base.safetensors"), open_weights("out.safetensors")
+    base, edited = open_weights(BASE), open_weights("out.safetensors")
     assert all((edited[name] - base[name]).imag.abs().max() > 0.01 for name in ("fno.weight", "fno.bias", "scalar"))
 
 
 def test_vector_files_hold_complex_deltas(files):
     for name, path in files.items():
-        assert extract("base.safetensors", path, f"{name}.tv.safetensors").untouched == {"frozen": 1}  # the empty one
-    taken = TaskVector.between(open_weights("base.safetensors"), open_weights("a.safetensors"))
+        assert extract(BASE, path, f"{name}.tv.safetensors").untouched == {"frozen": 1}  # the empty one
+    taken = TaskVector.between(open_weights(BASE), open_weights("a.safetensors"))
     loaded = TaskVector.load("a.tv.safetensors")
     assert loaded.deltas["fno.weight"].dtype == torch.complex64
     assert fingerprint(loaded.deltas) == fingerprint(taken.deltas)
@@ -97,14 +99,14 @@ def test_vector_files_hold_complex_deltas(files):
     assert float(open_weights("a.tv.safetensors").metadata["tva.norm"]) == pytest.approx(norm, rel=1e-5)
     assert inspect("a.tv.safetensors").whole.norm == pytest.approx(norm, rel=1e-6)
     base = sum(float(x.abs().double().square().sum()) for x in state(0).values()) ** 0.5
-    assert inspect("base.safetensors").whole.norm == pytest.approx(base, rel=1e-6)
+    assert inspect(BASE).whole.norm == pytest.approx(base, rel=1e-6)
     taken.save("saved.tv.safetensors", dtype=torch.bfloat16)
     assert TaskVector.load("saved.tv.safetensors").deltas["scalar"].dtype == torch.complex64
     vectors = {name: f"{name}.tv.safetensors" for name in files}
-    first = compose("base.safetensors", files, "ties(a, b)", "1.safetensors")
-    assert compose("base.safetensors", vectors, "ties(a, b)", "2.safetensors").edited == first.edited
-    compose("base.safetensors", vectors, "0.25 * a", "3.safetensors")
-    assert match("3.safetensors", [vectors["a"]], "base.safetensors").fits[0].coef == pytest.approx(0.25, rel=1e-5)
+    first = compose(BASE, files, "ties(a, b)", "1.safetensors")
+    assert compose(BASE, vectors, "ties(a, b)", "2.safetensors").edited == first.edited
+    compose(BASE, vectors, "0.25 * a", "3.safetensors")
+    assert match("3.safetensors", [vectors["a"]], BASE).fits[0].coef == pytest.approx(0.25, rel=1e-5)
     cosine = taken.cosine(TaskVector.load("b.tv.safetensors"))
     assert compare(list(vectors.values())).whole.cosines[0][1] == pytest.approx(cosine, abs=1e-6)
     with pytest.raises(ValueError, match="is complex, and complex deltas are stored exactly only"):
@@ -113,12 +115,12 @@ def test_vector_files_hold_complex_deltas(files):
 
 def test_an_edit_of_complex_weights_is_taken_back(files):
     for name, path in files.items():
-        extract("base.safetensors", path, f"{name}.tv.safetensors")
+        extract(BASE, path, f"{name}.tv.safetensors")
     vectors = {name: f"{name}.tv.safetensors" for name in files}
-    compose("base.safetensors", vectors, "ties(a, b)", "out.safetensors", keep_undo="with_vectors")
+    compose(BASE, vectors, "ties(a, b)", "out.safetensors", keep_undo="with_vectors")
     revert("out.safetensors", output="back.safetensors")
-    assert fingerprint(open_weights("back.safetensors")) == fingerprint(open_weights("base.safetensors"))
-    compose("base.safetensors", files, "a", "half.safetensors", dtype="bfloat16")
+    assert fingerprint(open_weights("back.safetensors")) == fingerprint(open_weights(BASE))
+    compose(BASE, files, "a", "half.safetensors", dtype="bfloat16")
     edited = open_weights("half.safetensors")
     assert (edited["real"].dtype, edited["scalar"].dtype) == (torch.bfloat16, torch.complex64)
 
@@ -143,10 +145,10 @@ def test_arithmetic_of_complex_vectors_in_memory():
 def test_a_tensor_that_is_complex_on_one_side_only_is_an_error(files):
     tuned = {**open_weights("a.safetensors"), "fno.bias": torch.ones(9)}
     with pytest.raises(MismatchError, match="'fno.bias' is complex in one only"):
-        TaskVector.between(open_weights("base.safetensors"), tuned)
+        TaskVector.between(open_weights(BASE), tuned)
     save_weights(tuned, "odd.safetensors")
     with pytest.raises(MismatchError, match="fno.bias"):
-        compose("base.safetensors", {"a": "odd.safetensors"}, "a", "out.safetensors")
+        compose(BASE, {"a": "odd.safetensors"}, "a", "out.safetensors")
 
 
 class Spectral(L.LightningModule):

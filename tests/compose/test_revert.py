@@ -20,6 +20,8 @@ from tva.compose.revert import revert
 from tva.compose.undo import decode, encode
 from tva.compose.verify import verify
 
+OUT, BASE, UNDO = "out.safetensors", "base.safetensors", "out.undo.safetensors"
+
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 
 
@@ -37,7 +39,7 @@ def state(seed, dtype=torch.float32, spread=1.0):
 
 def make(dtype=torch.float32, spread=0.01):
     base = state(0, dtype)
-    save_weights(base, "base.safetensors", {"format": "pt", "note": "the base's own header"})
+    save_weights(base, BASE, {"format": "pt", "note": "the base's own header"})
     save_weights(state(1, dtype, spread), "a.safetensors")
     for seed, name in ((2, "b"), (3, "c")):
         TaskVector.between(base, state(seed, dtype, spread)).save(f"{name}.tv.safetensors")
@@ -52,8 +54,8 @@ def folder(tmp_path):
 VECTORS = ["--vectors.a", "a.safetensors", "--vectors.b", "b.tv.safetensors", "--vectors.c", "c.tv.safetensors"]
 
 
-def write(recipe="-0.7 * b", *options, output="out.safetensors", keep="true"):
-    words = ["compose", "--base", "base.safetensors", *VECTORS, "--recipe", recipe, "--output", output]
+def write(recipe="-0.7 * b", *options, output=OUT, keep="true"):
+    words = ["compose", "--base", BASE, *VECTORS, "--recipe", recipe, "--output", output]
     assert run(*words, f"--keep_undo={keep}", *options) == 0
 
 
@@ -61,7 +63,11 @@ def files(folder="."):
     return sorted(os.listdir(folder))
 
 
-def assert_base_is_back(path, base="base.safetensors"):
+def undo(edited=OUT, output="again.safetensors", **options):
+    return revert(edited, output=output, **options)
+
+
+def assert_base_is_back(path="again.safetensors", base=BASE):
     assert fingerprint(open_weights(path)) == fingerprint(open_weights(base))
     assert list(open_weights(path)) == list(open_weights(base))
 
@@ -91,14 +97,14 @@ def test_small_edits_take_little():
 
 @pytest.mark.parametrize("keep", ["true", "with_vectors"])
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("output", ["out.safetensors", "out"])
+@pytest.mark.parametrize("output", [OUT, "out"])
 def test_the_base_comes_back_bit_for_bit(capsys, keep, dtype, output):
     make(dtype)
     recipe = "0.8 * ties(b, c, density=0.3) - dare(b, drop=0.5)"
     write(recipe if keep == "with_vectors" else f"{recipe} + a", "--max_shard_size", "5KB", output=output, keep=keep)
-    undo = "out/undo.safetensors" if output == "out" else "out.undo.safetensors"
+    undo = "out/undo.safetensors" if output == "out" else UNDO
     assert f"wrote {undo}: {os.path.getsize(undo):,} bytes" in capsys.readouterr().out
-    assert fingerprint(open_weights(output)) != fingerprint(open_weights("base.safetensors"))
+    assert fingerprint(open_weights(output)) != fingerprint(open_weights(BASE))
     if keep == "true":
         for name in ("base", "a", "b.tv", "c.tv"):
             os.rename(f"{name}.safetensors", f"{name}.gone")
@@ -106,7 +112,7 @@ def test_the_base_comes_back_bit_for_bit(capsys, keep, dtype, output):
     assert run("revert", output, "--output", back, "--max_shard_size", "6KB") == 0
     assert "which is the fingerprint recorded of the base" in capsys.readouterr().out
     if keep == "true":
-        os.rename("base.gone", "base.safetensors")
+        os.rename("base.gone", BASE)
     assert_base_is_back(back)
     assert read_metadata(back)["note"] == "the base's own header"
     assert not [name for name in files() if name.startswith(".")]
@@ -117,34 +123,34 @@ def test_the_base_comes_back_bit_for_bit(capsys, keep, dtype, output):
 def test_the_base_comes_back_from_another_dtype(keep, before, after):
     make(before)
     write("b - 0.5 * c", "--dtype", str(after)[6:], keep=keep)
-    revert("out.safetensors", output="again.safetensors")
-    assert_base_is_back("again.safetensors")
+    undo()
+    assert_base_is_back()
 
 
 def test_coefficient_zero_takes_no_more_than_a_header(folder):
     write("b", "--scaling_coef", "0")
-    assert not open_weights("out.undo.safetensors")
-    revert("out.safetensors", output="again.safetensors")
-    assert_base_is_back("again.safetensors")
+    assert not open_weights(UNDO)
+    undo()
+    assert_base_is_back()
 
 
 def test_with_vectors_it_is_small_and_needs_them(folder, capsys):
     write("-0.7 * b + 0.1 * c")
-    alone = os.path.getsize("out.undo.safetensors") - header_length("out.undo.safetensors")
+    alone = os.path.getsize(UNDO) - header_length(UNDO)
     write("-0.7 * b + 0.1 * c", keep="with_vectors")
-    assert os.path.getsize("out.undo.safetensors") - header_length("out.undo.safetensors") < alone / 5
+    assert os.path.getsize(UNDO) - header_length(UNDO) < alone / 5
     os.mkdir("moved")
     os.rename("b.tv.safetensors", "moved/b.tv.safetensors")
     with pytest.raises(
         FileNotFoundError, match=r"was made from b.tv.safetensors, and nothing is .* give --vectors.b PA"
     ):
-        revert("out.safetensors", output="again.safetensors")
+        undo()
     with pytest.raises(ValueError, match=r"cannot be restored with other vectors: b is .*, and .* was recorded"):
-        revert("out.safetensors", output="again.safetensors", vectors={"b": "c.tv.safetensors"})
-    revert("out.safetensors", output="again.safetensors", vectors={"b": "moved/b.tv.safetensors"})
-    assert_base_is_back("again.safetensors")
+        undo(vectors={"b": "c.tv.safetensors"})
+    undo(vectors={"b": "moved/b.tv.safetensors"})
+    assert_base_is_back()
     with pytest.raises(ValueError, match=r"needs task vector files, and 'a' are fine-tuned checkpoints"):
-        compose("base.safetensors", {"a": "a.safetensors"}, "a", "no.safetensors", keep_undo="with_vectors")
+        compose(BASE, {"a": "a.safetensors"}, "a", "no.safetensors", keep_undo="with_vectors")
     assert "no.safetensors" not in files()
 
 
@@ -163,9 +169,9 @@ def test_tied_weights_come_back_tied(keep, untied):
     TaskVector.between({**base, "head.weight": base["emb.weight"]}, {**tuned, "head.weight": head}).save(
         "a.tv.safetensors"
     )
-    compose("base.bin", {"a": "a.tv.safetensors"}, "0.3 * a", "out.safetensors", keep_undo=keep)
-    revert("out.safetensors", output="again.safetensors")
-    assert_base_is_back("again.safetensors", "base.bin")
+    compose("base.bin", {"a": "a.tv.safetensors"}, "0.3 * a", OUT, keep_undo=keep)
+    undo()
+    assert_base_is_back(base="base.bin")
     assert open_weights("again.safetensors").ties() == {"head.weight": "emb.weight"}
 
 
@@ -174,15 +180,15 @@ def test_a_strided_base_comes_back_in_blocks(monkeypatch):
     base = {"w": torch.randn(40, 30).T, "v": torch.randn(7)}
     torch.save(base, "base.pt")
     save_weights({name: tensor + 0.01 for name, tensor in base.items()}, "a.safetensors")
-    compose("base.pt", {"a": "a.safetensors"}, "a", "out.safetensors", keep_undo=True)
-    assert "w@1152" in open_weights("out.undo.safetensors")
-    revert("out.safetensors", output="again.safetensors")
-    assert_base_is_back("again.safetensors", "base.pt")
+    compose("base.pt", {"a": "a.safetensors"}, "a", OUT, keep_undo=True)
+    assert "w@1152" in open_weights(UNDO)
+    undo()
+    assert_base_is_back(base="base.pt")
 
 
 def test_a_folder_gets_back_the_configuration_of_its_base(folder):
     os.mkdir("base")
-    os.rename("base.safetensors", "base/model.safetensors")
+    os.rename(BASE, "base/model.safetensors")
     config = '{"model_type": "x",\n  "torch_dtype": "float32"}'
     with open("base/config.json", "w") as file:
         file.write(config)
@@ -212,46 +218,46 @@ def test_an_edit_of_an_edit_is_undone_step_by_step(folder):
 
 def test_another_edits_undo_file_is_refused(folder):
     write("b")
-    os.rename("out.undo.safetensors", "other.undo.safetensors")
+    os.rename(UNDO, "other.undo.safetensors")
     write("0.5 * b")
     with pytest.raises(ValueError, match=r"other.undo.safetensors undoes another edit: .* Give the undo file of this"):
-        revert("out.safetensors", output="again.safetensors", undo="other.undo.safetensors")
+        undo(undo="other.undo.safetensors")
     with pytest.raises(ValueError, match="base.safetensors is not an undo file"):
-        revert("out.safetensors", output="again.safetensors", undo="base.safetensors")
+        undo(undo=BASE)
     save_weights({"w": torch.ones(2)}, "plain.safetensors")
     with pytest.raises(ValueError, match=r"is for a checkpoint of other names than .*plain.safetensors: 'bias'"):
-        revert("plain.safetensors", output="again.safetensors", undo="out.undo.safetensors")
+        undo("plain.safetensors", undo=UNDO)
     assert "again.safetensors" not in files()
 
 
 def test_an_edited_file_that_changed_since_is_refused(folder):
     write("b")
-    weights, header = dict(open_weights("out.safetensors")), read_metadata("out.safetensors")
-    save_weights(weights, "out.safetensors")  # written again without its header: nothing is lost
-    revert("out.safetensors", output="again.safetensors")
-    assert_base_is_back("again.safetensors")
+    weights, header = dict(open_weights(OUT)), read_metadata(OUT)
+    save_weights(weights, OUT)  # written again without its header: nothing is lost
+    undo()
+    assert_base_is_back()
     weights["bias"][3] += 0.5
-    save_weights(weights, "out.safetensors", header)
+    save_weights(weights, OUT, header)
     before = files()
     with pytest.raises(ValueError, match=r"out.safetensors was changed after the edit: .* nothing was written"):
-        revert("out.safetensors", output="third.safetensors")
+        undo(output="third.safetensors")
     assert files() == before
 
 
 def test_a_field_of_another_form_in_an_undo_file_is_refused(folder):
     write("b")
-    with safe_open("out.undo.safetensors", "pt") as file:
+    with safe_open(UNDO, "pt") as file:
         tensors, metadata = {name: file.get_tensor(name) for name in file.keys()}, file.metadata()  # noqa: SIM118
     for value in ("[" * 100_000, "1", "null"):
-        save_file(tensors, "out.undo.safetensors", {**metadata, "tva.undo_with_vectors": value})
+        save_file(tensors, UNDO, {**metadata, "tva.undo_with_vectors": value})
         with pytest.raises(ValueError, match=r"out.undo.safetensors.*tva.undo_with_vectors"):
-            revert("out.safetensors", output="again.safetensors")
+            undo()
 
 
 def test_a_damaged_undo_file_is_refused(folder):
     write("b")
-    path, length = "out.undo.safetensors", os.path.getsize("out.undo.safetensors")
-    before, start = files(), header_length("out.undo.safetensors")
+    path, length = UNDO, os.path.getsize(UNDO)
+    before, start = files(), header_length(UNDO)
     with open(path, "rb") as file:
         whole = file.read()
     for position in (start, start + 30, (start + length) // 2, length - 1):
@@ -260,41 +266,41 @@ def test_a_damaged_undo_file_is_refused(folder):
         with open(path, "wb") as file:
             file.write(broken)
         with pytest.raises(ValueError, match=r"out.undo.safetensors is damaged: what it stores of '.*' cannot be read"):
-            revert("out.safetensors", output="again.safetensors")
+            undo()
         assert files() == before
     with open(path, "wb") as file:
         file.write(whole[: length // 2])
     with pytest.raises(ValueError, match=r"out.undo.safetensors is not a safetensors file, or is damaged or cut off"):
-        revert("out.safetensors", output="again.safetensors")
+        undo()
 
 
 def test_a_block_that_is_missing_is_noticed_by_the_fingerprint(folder):
     write("b")
-    blocks = dict(open_weights("out.undo.safetensors"))
+    blocks = dict(open_weights(UNDO))
     del blocks["l.0.w@0"]
-    save_weights(blocks, "out.undo.safetensors", read_metadata("out.undo.safetensors"))
+    save_weights(blocks, UNDO, read_metadata(UNDO))
     with pytest.raises(ValueError, match=r"What was restored is .*, and the base was .*: nothing was written"):
-        revert("out.safetensors", output="again.safetensors")
+        undo()
     assert "again.safetensors" not in files()
 
 
 def test_without_an_undo_file_it_is_said_where_the_base_is(folder, capsys):
     write("b", keep="false")
-    assert files().count("out.undo.safetensors") == 0
-    assert run("revert", "out.safetensors", "--output", "again.safetensors") == 2  # nobody's but the user's now
+    assert files().count(UNDO) == 0
+    assert run("revert", OUT, "--output", "again.safetensors") == 2  # nobody's but the user's now
     text = capsys.readouterr().err
     assert "the base itself is still at base.safetensors, with the recorded fingerprint" in text
     assert "copy it" in text
-    save_weights(dict(open_weights("a.safetensors")), "base.safetensors")
+    save_weights(dict(open_weights("a.safetensors")), BASE)
     with pytest.raises(FileNotFoundError, match=r"at base.safetensors, where it was, is another one, .* --keep_undo"):
-        revert("out.safetensors", output="again.safetensors")
-    os.remove("base.safetensors")
+        undo()
+    os.remove(BASE)
     with pytest.raises(FileNotFoundError, match=r"Give it by --undo if .* base.safetensors, where it was, is nothing"):
-        revert("out.safetensors", output="again.safetensors")
+        undo()
     with pytest.raises(ValueError, match="a.safetensors holds no record of an edit"):
-        revert("a.safetensors", output="again.safetensors")
+        undo("a.safetensors")
     with pytest.raises(FileNotFoundError, match="nothing is there"):
-        revert("nothing.safetensors", output="again.safetensors")
+        undo("nothing.safetensors")
 
 
 # --- whole or not at all
@@ -302,8 +308,8 @@ def test_without_an_undo_file_it_is_said_where_the_base_is(folder, capsys):
 
 @pytest.mark.parametrize("stop", [1, 2])
 def test_an_edit_and_its_undo_file_take_the_place_of_older_ones_together(folder, monkeypatch, stop):
-    compose("base.safetensors", {"c": "c.tv.safetensors"}, "c", "out.safetensors", keep_undo=True)
-    older = Path("out.safetensors").read_bytes()
+    compose(BASE, {"c": "c.tv.safetensors"}, "c", OUT, keep_undo=True)
+    older = Path(OUT).read_bytes()
     replaced = []
 
     def stopped(source, target, replace=os.replace):
@@ -313,36 +319,36 @@ def test_an_edit_and_its_undo_file_take_the_place_of_older_ones_together(folder,
         replace(source, target)
 
     monkeypatch.setattr(os, "replace", stopped)
-    words = ("base.safetensors", {"b": "b.tv.safetensors"}, "b", "out.safetensors")
+    words = (BASE, {"b": "b.tv.safetensors"}, "b", OUT)
     with pytest.raises(OSError, match="the power went"):
         compose(*words, keep_undo=True)
     monkeypatch.undo()
     monkeypatch.chdir(folder)
-    assert replaced == ["out.safetensors", "out.undo.safetensors"][:stop]
-    assert (Path("out.safetensors").read_bytes() == older) == (stop == 1)
-    revert("out.safetensors", output="between.safetensors")  # of whichever edit is there
+    assert replaced == [OUT, UNDO][:stop]
+    assert (Path(OUT).read_bytes() == older) == (stop == 1)
+    undo(output="between.safetensors")  # of whichever edit is there
     assert_base_is_back("between.safetensors")
     assert compose(*words, keep_undo=True, resume=True).resumed == (9 if stop == 1 else 0)
-    revert("out.safetensors", output="again.safetensors")
-    assert_base_is_back("again.safetensors")
+    undo()
+    assert_base_is_back()
     assert not [name for name in files() if name.startswith(".")]
 
 
-@pytest.mark.parametrize("output", ["out.safetensors", "out"])
+@pytest.mark.parametrize("output", [OUT, "out"])
 def test_a_full_disk_leaves_neither(folder, monkeypatch, output):
     def full(self, data, offset):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    words = ("base.safetensors", {"b": "b.tv.safetensors"}, "b", output)
+    words = (BASE, {"b": "b.tv.safetensors"}, "b", output)
     monkeypatch.setattr("tva.compose.undo.UndoFile._write_all", full)
     with pytest.raises(OSError, match="No space left on device; the completed part is kept"):
         compose(*words, keep_undo=True)
-    assert not {"out", "out.safetensors", "out.undo.safetensors", ".out.undo.safetensors.partial"} & set(files())
+    assert not {"out", OUT, UNDO, ".out.undo.safetensors.partial"} & set(files())
     monkeypatch.undo()
     monkeypatch.chdir(folder)
     assert compose(*words, keep_undo=True, resume=True).resumed == 9
     revert(output, output="again.safetensors")
-    assert_base_is_back("again.safetensors")
+    assert_base_is_back()
 
 
 def test_revert_goes_on_where_it_stopped(folder, monkeypatch):
@@ -357,33 +363,33 @@ def test_revert_goes_on_where_it_stopped(folder, monkeypatch):
 
     monkeypatch.setattr(os, "pwrite", full)
     with pytest.raises(OSError, match="run again with resume to continue"):
-        revert("out.safetensors", output="again.safetensors")
+        undo()
     assert "again.safetensors" not in files()
     monkeypatch.undo()
     monkeypatch.chdir(folder)
     for _ in range(2):  # the second time it was whole
-        assert run("revert", "out.safetensors", "--output", "again.safetensors", "--resume") == 0
+        assert run("revert", OUT, "--output", "again.safetensors", "--resume") == 0
         assert not [name for name in files() if name.startswith(".")]
         Path(".again.safetensors.journal").touch()  # as if the run was killed before it removed that
-        assert_base_is_back("again.safetensors")
-    assert run("revert", "out.safetensors", "--output", "again.safetensors") == 2  # nobody's but the user's now
+        assert_base_is_back()
+    assert run("revert", OUT, "--output", "again.safetensors") == 2  # nobody's but the user's now
     Path("again.safetensors").write_bytes(Path("a.safetensors").read_bytes())
-    assert run("revert", "out.safetensors", "--output", "again.safetensors", "--resume") == 2
+    assert run("revert", OUT, "--output", "again.safetensors", "--resume") == 2
 
 
 def test_too_little_memory_is_refused(folder):
     write("b")
     with pytest.raises(ValueError, match="max_memory must be .*MiB or more"):
-        revert("out.safetensors", output="again.safetensors", max_memory="1MiB")
+        undo(max_memory="1MiB")
     with pytest.raises(ValueError, match="max_memory must be .*MiB or more"):
-        compose("base.safetensors", {"b": "b.tv.safetensors"}, "b", "o.safetensors", max_memory="1MiB", keep_undo=True)
+        compose(BASE, {"b": "b.tv.safetensors"}, "b", "o.safetensors", max_memory="1MiB", keep_undo=True)
 
 
 @pytest.mark.slow
 def test_the_memory_measured_stays_within_the_memory_stated():
     generator = torch.Generator().manual_seed(0)
     base = {f"h.{i}.w": torch.randn(2000, 5000, generator=generator) for i in range(2)}
-    save_weights(base, "base.safetensors")
+    save_weights(base, BASE)
     moved = {key: tensor + 0.01 * torch.randn(2000, 5000, generator=generator) for key, tensor in base.items()}
     TaskVector.between(base, moved).save("a.tv.safetensors")
     calls = """
@@ -400,7 +406,7 @@ revert("%s.safetensors", output="%s-again.safetensors", max_memory=memory)
 
 def test_an_edit_by_data_is_undone_too():
     base = LinearNet().state_dict()
-    save_weights(base, "base.safetensors")
+    save_weights(base, BASE)
     save_weights({name: tensor + 0.1 * torch.randn(tensor.shape) for name, tensor in base.items()}, "a.safetensors")
     trainer = {"logger": False, "enable_checkpointing": False, "accelerator": "cpu"}
     config = {
@@ -416,8 +422,8 @@ def test_an_edit_by_data_is_undone_too():
         json.dump(config, file)
     assert run("edit", "--config", "edit.yaml", "--keep_undo", "true") == 0
     assert "edited.undo.safetensors" in files("edited")
-    assert run("verify", "edited", "--base", "base.safetensors") == 0
-    os.remove("base.safetensors")
+    assert run("verify", "edited", "--base", BASE) == 0
+    os.remove(BASE)
     assert run("revert", "edited", "--output", "again.safetensors") == 0
     assert fingerprint(open_weights("again.safetensors")) == fingerprint(base)
     assert run("edit", "--config", "edit.yaml") == 0

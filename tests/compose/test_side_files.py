@@ -12,6 +12,8 @@ from tva.compose.apply import compose
 from tva.compose.revert import revert
 from tva.vectors import extract
 
+TUNED = "tuned.safetensors"
+
 CARRIED = {
     "config.json": json.dumps({"dtype": "float32", "text_config": {"dtype": "float32", "tie_word_embeddings": True}}),
     "source.spm": "a",
@@ -42,7 +44,7 @@ def model():
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text)
     save_weights(weights(0), "model/model.safetensors")
-    save_weights({**weights(1), "n": weights(0)["n"]}, "tuned.safetensors")
+    save_weights({**weights(1), "n": weights(0)["n"]}, TUNED)
     return Path("model")
 
 
@@ -51,7 +53,7 @@ def files(folder):
 
 
 def test_every_file_that_describes_the_model_goes_along(model):
-    report = compose("model", {"v": "tuned.safetensors"}, "v", "out")
+    report = compose("model", {"v": TUNED}, "v", "out")
     assert files(Path("out")) == {*CARRIED, "2_Dense/config.json", "model.safetensors"}
     for name, text in CARRIED.items():
         assert Path(f"out/{name}").read_text() == text
@@ -68,11 +70,11 @@ def test_weights_keep_their_name_and_a_file_beside_a_configuration_is_a_model(mo
     (model / "model.safetensors").rename(model / "diffusion_pytorch_model.safetensors")
     for path in ("optimizer.pt", "2_Dense/pytorch_model.bin"):
         (model / path).unlink()
-    compose(base, {"v": "tuned.safetensors"}, "v", "out", keep_undo=True)
+    compose(base, {"v": TUNED}, "v", "out", keep_undo=True)
     found = files(Path("out"))
     assert {"diffusion_pytorch_model.safetensors", "config.json", "source.spm"} <= found
     assert not any(name.startswith("model.") for name in found)
-    compose(base, {"v": "tuned.safetensors"}, "v", "shards", max_shard_size="100")
+    compose(base, {"v": TUNED}, "v", "shards", max_shard_size="100")
     assert "diffusion_pytorch_model.safetensors.index.json" in files(Path("shards"))
     assert torch.equal(open_weights("shards")["lm_head.weight"], open_weights("out")["lm_head.weight"])
     revert("out", output="back")
@@ -81,14 +83,14 @@ def test_weights_keep_their_name_and_a_file_beside_a_configuration_is_a_model(mo
 
 def test_a_file_by_itself_brings_nothing(model):
     save_weights(weights(0), "base.safetensors")
-    compose("base.safetensors", {"v": "tuned.safetensors"}, "v", "out")
+    compose("base.safetensors", {"v": TUNED}, "v", "out")
     assert files(Path("out")) == {"model.safetensors"}
 
 
 @pytest.mark.parametrize(("shift", "tied"), [(0.0, True), (1.0, False)])
 def test_the_configuration_says_dtype_and_ties_in_every_part(model, shift, tied):
-    save_weights(weights(1, shift), "tuned.safetensors")
-    compose("model", {"v": "tuned.safetensors"}, "v", "out", dtype="bfloat16")
+    save_weights(weights(1, shift), TUNED)
+    compose("model", {"v": TUNED}, "v", "out", dtype="bfloat16")
     config = json.loads(Path("out/config.json").read_text())
     assert config["dtype"] == config["text_config"]["dtype"] == "bfloat16"
     assert config.get("tie_word_embeddings", True) is tied
@@ -96,20 +98,20 @@ def test_the_configuration_says_dtype_and_ties_in_every_part(model, shift, tied)
 
 
 def test_integers_that_differ_are_named_and_equal_ones_are_not(model):
-    save_weights(weights(1), "tuned.safetensors")
-    report = compose("model", {"v": "tuned.safetensors"}, "v", "out.safetensors")
+    save_weights(weights(1), TUNED)
+    report = compose("model", {"v": TUNED}, "v", "out.safetensors")
     (note,) = report.notes
     assert note.startswith("tuned.safetensors: 1 tensors of integers or booleans differ from the base")
     assert note.endswith("are kept: 'n'")
-    save_weights({**weights(1), "n": weights(0)["n"]}, "tuned.safetensors")
-    assert compose("model", {"v": "tuned.safetensors"}, "v", "out.safetensors").notes == []
+    save_weights({**weights(1), "n": weights(0)["n"]}, TUNED)
+    assert compose("model", {"v": TUNED}, "v", "out.safetensors").notes == []
 
 
 def test_a_fine_tuned_model_in_a_narrower_dtype_than_its_base_is_said_to_hold_its_rounding():
     base = {name: torch.randn(6, 5) for name in "ab"} | {"n": torch.tensor(3)}
     save_weights(base, "base.safetensors")
-    save_weights({n: x.bfloat16() if n != "n" else x for n, x in base.items()}, "tuned.safetensors")
-    files = "base.safetensors", "tuned.safetensors"
+    save_weights({n: x.bfloat16() if n != "n" else x for n, x in base.items()}, TUNED)
+    files = "base.safetensors", TUNED
     said = (
         "2 of 3 tensors are stored in bfloat16, and the base's in float32: their deltas hold the rounding to bfloat16"
     )

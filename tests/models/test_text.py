@@ -25,7 +25,7 @@ from tva.models import CausalLM, Seq2SeqLM, TextClassifier
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("models")
-    for kind in ("bert", "causal", "seq2seq"):
+    for kind in KINDS:
         write_model(folder / kind, kind)
     write_reviews(folder)
     write_running_text(folder)
@@ -37,12 +37,29 @@ def own_heads(monkeypatch):
     monkeypatch.setenv("TVA_CACHE", "cache")
 
 
+KINDS = {"bert": TextClassifier, "causal": CausalLM, "seq2seq": Seq2SeqLM}
+
+
+def make(folder, kind, **options):
+    return KINDS[kind](str(folder / kind), **options)
+
+
+def trained(folder, kind, **options):
+    return make(folder, kind, learning_rate=1e-2, warmup_steps=0, **options)
+
+
 def texts(folder, **options):
     return TextTask(str(folder / "reviews-{split}.parquet"), batch_size=16, **options)
 
 
 def prose(folder, **options):
     return LanguageTask(str(folder / "prose-{split}.txt"), **{"block_length": 16, "batch_size": 8, **options})
+
+
+def answers(folder, **options):
+    """Reviews as prompts, to be repeated."""
+    options = {"prompt_column": "text", "target_column": "text", **options}
+    return LanguageTask(str(folder / "reviews-{split}.parquet"), **options)
 
 
 # --- TextClassifier
@@ -65,7 +82,7 @@ def reference_features(folder, texts, pooling="mean"):
 
 @pytest.mark.parametrize("pooling", ["mean", "cls"])
 def test_logits_are_cosines_with_embedded_descriptions_whatever_the_padding(folder, pooling):
-    model = TextClassifier(str(folder / "bert"), pooling=pooling)
+    model = make(folder, "bert", pooling=pooling)
     data = texts(folder, class_descriptions=DESCRIPTIONS, templates=["{}", "it is {}"])
     found = evaluate(make_trainer(), model, data, "test", extra=["f1_score"])
     filled = [[t.format(d) for d in ds for t in data.templates] for ds in (DESCRIPTIONS["negative"], ["a great film"])]
@@ -77,14 +94,14 @@ def test_logits_are_cosines_with_embedded_descriptions_whatever_the_padding(fold
 
 
 def test_class_names_stand_for_descriptions_that_are_not_there(folder):
-    model, data = TextClassifier(str(folder / "bert")), texts(folder, class_names=["bad film", "good film"])
+    model, data = make(folder, "bert"), texts(folder, class_names=["bad film", "good film"])
     evaluate(make_trainer(), model, data, "val")
     expected = 20 * reference_features(folder, ["bad film", "good film"])
     torch.testing.assert_close(model.head, expected, rtol=1e-4, atol=1e-4)
 
 
 def test_only_the_encoder_is_in_the_state_dict_and_the_pooler_stays(folder):
-    model = TextClassifier(str(folder / "bert"), learning_rate=1e-2, warmup_steps=0)
+    model = trained(folder, "bert")
     own = open_weights(folder / "bert")
     assert fingerprint(model.state_dict()) == fingerprint({f"encoder.{name}": own[name] for name in own})
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
@@ -98,12 +115,12 @@ def test_only_the_encoder_is_in_the_state_dict_and_the_pooler_stays(folder):
 
 def test_the_head_of_descriptions_does_not_depend_on_edited_weights(folder, monkeypatch):
     data = texts(folder, class_descriptions=DESCRIPTIONS)
-    fresh = TextClassifier(str(folder / "bert"))
+    fresh = make(folder, "bert")
     evaluate(make_trainer(), fresh, data, "val")
     edited = {name: tensor * -2 for name, tensor in fresh.state_dict().items()}
     save_weights(edited, "edited.safetensors")
     monkeypatch.setenv("TVA_CACHE", "another")
-    model = TextClassifier(str(folder / "bert"), weights="edited.safetensors")
+    model = make(folder, "bert", weights="edited.safetensors")
     evaluate(make_trainer(), model, data, "val")
     assert torch.equal(model.head, fresh.head)
     assert fingerprint(model.state_dict()) == fingerprint(edited)
@@ -112,7 +129,7 @@ def test_the_head_of_descriptions_does_not_depend_on_edited_weights(folder, monk
 def test_texts_in_other_batches_make_the_same_class_means(folder):
     keys, heads = [], []
     for size in (5, 16):
-        model, data = TextClassifier(str(folder / "bert"), head="means"), texts(folder)
+        model, data = make(folder, "bert", head="means"), texts(folder)
         data.batch_size = size
         evaluate(make_trainer(), model, data, "val")
         keys.append(model.head_key(data))
@@ -146,7 +163,7 @@ def test_causal_loss_and_perplexity_are_those_of_the_tokens(folder):
     from transformers import AutoModelForCausalLM
 
     data = prose(folder)
-    found = evaluate(make_trainer(), CausalLM(str(folder / "causal")), data, "test")
+    found = evaluate(make_trainer(), make(folder, "causal"), data, "test")
     tokens = torch.cat([batch["tokens"] for batch in data.test_dataloader()])
     losses, logits = reference_losses(AutoModelForCausalLM.from_pretrained(folder / "causal").eval(), tokens)
     assert found.metrics["loss"] == pytest.approx(float(losses.mean()), rel=1e-5)
@@ -160,11 +177,8 @@ def test_causal_loss_and_perplexity_are_those_of_the_tokens(folder):
 
 def test_prompts_of_different_lengths_change_no_answers_loss(folder):
     def losses(batch_size):
-        data = LanguageTask(
-            str(folder / "reviews-{split}.parquet"), prompt_column="text", target_column="text", batch_size=batch_size
-        )
-        data.block_length = 48
-        return evaluate(make_trainer(), CausalLM(str(folder / "causal")), data, "test")
+        data = answers(folder, batch_size=batch_size, block_length=48)
+        return evaluate(make_trainer(), make(folder, "causal"), data, "test")
 
     alone, together = losses(1), losses(9)
     assert alone.metrics["perplexity"] == pytest.approx(together.metrics["perplexity"], rel=1e-4)
@@ -175,11 +189,8 @@ def test_prompts_of_different_lengths_change_no_answers_loss(folder):
 def test_sequence_to_sequence_loss_is_transformers_own(folder):
     from transformers import AutoModelForSeq2SeqLM
 
-    data = LanguageTask(
-        str(folder / "reviews-{split}.parquet"), prompt_column="text", target_column="text", block_length=32
-    )
-    data.batch_size = 24
-    found = evaluate(make_trainer(), Seq2SeqLM(str(folder / "seq2seq")), data, "test")
+    data = answers(folder, block_length=32, batch_size=24)
+    found = evaluate(make_trainer(), make(folder, "seq2seq"), data, "test")
     (batch,) = data.test_dataloader()
     network = AutoModelForSeq2SeqLM.from_pretrained(folder / "seq2seq").eval()
     mask = (batch["tokens"] >= 0).long()
@@ -192,13 +203,8 @@ def test_sequence_to_sequence_loss_is_transformers_own(folder):
 def test_text_metrics_are_of_what_transformers_generates_one_by_one(folder, kind):
     from torchmetrics.functional.text import bleu_score, rouge_score
 
-    model = {"causal": CausalLM, "seq2seq": Seq2SeqLM}[kind](
-        str(folder / kind), metrics=["exact_match", "rouge1", "bleu"], max_new_tokens=5
-    )
-    data = LanguageTask(
-        str(folder / "reviews-{split}.parquet"), prompt_column="text", target_column="text", block_length=48
-    )
-    data.batch_size = 10
+    model = make(folder, kind, metrics=["exact_match", "rouge1", "bleu"], max_new_tokens=5)
+    data = answers(folder, block_length=48, batch_size=10)
     found = evaluate(make_trainer(), model, data, "test")
     model.eval()
     made = []
@@ -219,7 +225,7 @@ def test_text_metrics_are_of_what_transformers_generates_one_by_one(folder, kind
 
 
 def test_exact_match_is_one_for_a_model_that_says_what_is_wanted(folder, monkeypatch):
-    model = Seq2SeqLM(str(folder / "seq2seq"), metrics=["exact_match", "rougeL", "bleu"])
+    model = make(folder, "seq2seq", metrics=["exact_match", "rougeL", "bleu"])
     batch = {"targets": torch.tensor([[9, 8, 7, 6, -100], [8, 8, 8, 8, 6]])}
     monkeypatch.setattr(model.network, "generate", lambda **_: torch.tensor([[0, 9, 8, 7, 6], [0, 8, 8, 8, 8]]))
     monkeypatch.setattr(model, "prompts", lambda batch: torch.tensor([[8], [8]]))
@@ -228,19 +234,19 @@ def test_exact_match_is_one_for_a_model_that_says_what_is_wanted(folder, monkeyp
 
 
 def test_tied_weights_stay_tied_and_stand_under_both_names(folder):
-    model = CausalLM(str(folder / "causal"), learning_rate=1e-2, warmup_steps=0)
+    model = trained(folder, "causal")
     make_trainer(max_steps=3).fit(model, prose(folder))
     state = model.state_dict()
     embedding, output = state["network.model.embed_tokens.weight"], state["network.lm_head.weight"]
     assert embedding.data_ptr() == output.data_ptr()
     save_weights(state, "tuned.safetensors")
-    again = CausalLM(str(folder / "causal"), weights="tuned.safetensors")
+    again = make(folder, "causal", weights="tuned.safetensors")
     assert fingerprint(again.state_dict()) == fingerprint(state)
 
 
 @pytest.mark.parametrize("kind", ["causal", "seq2seq"])
 def test_training_lowers_the_loss(folder, kind):
-    model = {"causal": CausalLM, "seq2seq": Seq2SeqLM}[kind](str(folder / kind), learning_rate=1e-2, warmup_steps=0)
+    model = trained(folder, kind)
     trainer, data = make_trainer(max_steps=15), prose(folder)
     before = evaluate(trainer, model, data, "test").metrics["perplexity"]
     trainer.fit(model, data)
@@ -249,13 +255,12 @@ def test_training_lowers_the_loss(folder, kind):
 
 @pytest.mark.parametrize("kind", ["causal", "seq2seq", "bert"])
 def test_options_of_speed_and_memory_go_together_for_every_model(folder, kind):
-    make = {"causal": CausalLM, "seq2seq": Seq2SeqLM, "bert": TextClassifier}[kind]
     options = {"layer_decay": 0.9, "gradient_checkpointing": True, "fused": True}
-    model = make(str(folder / kind), learning_rate=1e-2, warmup_steps=0, **options)
+    model = trained(folder, kind, **options)
     callbacks = [EMAWeightAveraging(decay=0.5), TaskVectorCallback(dirpath=Path(), at_train_end=True)]
     data = texts(folder, class_descriptions=DESCRIPTIONS) if kind == "bert" else prose(folder)
     make_trainer(max_steps=4, callbacks=callbacks, precision="bf16-mixed").fit(model, data)
-    vector, plain = TaskVector.load("final.tv.safetensors"), make(str(folder / kind))
+    vector, plain = TaskVector.load("final.tv.safetensors"), make(folder, kind)
     assert vector.names == network_of(plain)[1].state_dict().keys()
     assert 0 < float(vector.norm()) < float("inf")
     plain.load_state_dict(vector.apply_to(plain.state_dict()))
@@ -277,15 +282,14 @@ MODELS = ["causal", "seq2seq", "bert"]
     ],
 )
 def test_every_model_is_adapted_and_its_vector_edits_the_plain_one(folder, kind, options):
-    make = {"causal": CausalLM, "seq2seq": Seq2SeqLM, "bert": TextClassifier}[kind]
-    model = make(str(folder / kind), learning_rate=1e-2, warmup_steps=0, **options)
+    model = trained(folder, kind, **options)
     callbacks = [TaskVectorCallback(dirpath=Path(), at_train_end=True)]
     data = texts(folder, class_descriptions=DESCRIPTIONS) if kind == "bert" else prose(folder)
     make_trainer(max_steps=5, callbacks=callbacks).fit(model, data)
     vector = TaskVector.load("final.tv.safetensors")
     tangent = {"tangent": True} if "tangent" in options else {}
     assert vector.origin.kind == ("tangent" if tangent else None)
-    plain = make(str(folder / kind), **tangent)
+    plain = make(folder, kind, **tangent)
     assert vector.names == network_of(plain)[1].state_dict().keys()
     state = vector.apply_to(plain.state_dict())
     if "tangent" not in options:
@@ -298,7 +302,7 @@ def test_every_model_is_adapted_and_its_vector_edits_the_plain_one(folder, kind,
 
 def test_a_linearized_language_model_generates_nothing(folder):
     with pytest.raises(ValueError, match="linearized network generates none. Leave metrics out"):
-        CausalLM(str(folder / "causal"), metrics=["bleu"], tangent=True)
+        make(folder, "causal", metrics=["bleu"], tangent=True)
 
 
 def fit_on_ranks(world_size, folder, name):
@@ -333,8 +337,7 @@ def test_two_ranks_train_as_one_with_twice_the_batch(folder):
 def test_gradient_checkpointing_changes_no_gradient(folder, kind):
     gradients = []
     for checkpointing in (False, True):
-        make = {"bert": TextClassifier, "causal": CausalLM, "seq2seq": Seq2SeqLM}[kind]
-        model = make(str(folder / kind), gradient_checkpointing=checkpointing)
+        model = make(folder, kind, gradient_checkpointing=checkpointing)
         for module in model.modules():
             if isinstance(module, torch.nn.Dropout):
                 module.p = 0.0
@@ -353,7 +356,7 @@ def test_gradient_checkpointing_changes_no_gradient(folder, kind):
 
 
 def test_bfloat16_mixed_trains_a_float32_encoder(folder):
-    model = TextClassifier(str(folder / "bert"), learning_rate=1e-3)
+    model = make(folder, "bert", learning_rate=1e-3)
     make_trainer(max_steps=2, precision="bf16-mixed").fit(model, texts(folder))
     assert {tensor.dtype for tensor in model.state_dict().values() if tensor.is_floating_point()} == {torch.float32}
 
@@ -364,18 +367,17 @@ def test_bfloat16_mixed_trains_a_float32_encoder(folder):
 def test_without_transformers_the_error_says_what_to_install(folder, monkeypatch):
     monkeypatch.setitem(sys.modules, "transformers", None)
     with pytest.raises(ValueError, match=r"need transformers: pip install 'tva\[text\]'"):
-        TextClassifier(str(folder / "bert"))
+        make(folder, "bert")
 
 
-@pytest.mark.parametrize("make", [TextClassifier, CausalLM])
-def test_the_tokenizer_of_another_model_is_refused(folder, make):
-    own = str(folder / ("bert" if make is TextClassifier else "causal"))
+@pytest.mark.parametrize("kind", ["bert", "causal"])
+def test_the_tokenizer_of_another_model_is_refused(folder, kind):
     make_tokenizer([*WORDS, "more", "words"]).save_pretrained("large")
     with pytest.raises(ValueError, match=r"token ids up to \d+, but .* has embeddings for 21 tokens.*another model"):
-        make(own, tokenizer="large")
+        make(folder, kind, tokenizer="large")
     make_tokenizer(WORDS[::-1]).save_pretrained("other")
     with pytest.raises(ValueError, match=r"other is not that of .*: 14 of 21 tokens have another id"):
-        make(own, tokenizer="other")
+        make(folder, kind, tokenizer="other")
 
 
 def test_a_model_without_a_tokenizer_asks_for_one(folder):
@@ -406,19 +408,19 @@ def test_models_that_are_not_there_or_lack_weights_are_refused(folder, tmp_path,
 
 
 def test_a_head_of_another_width_and_generated_text_without_prompts_are_refused(folder):
-    model = TextClassifier(str(folder / "bert"))
+    model = make(folder, "bert")
     evaluate(make_trainer(), model, texts(folder), "val")
     model.head = torch.zeros(2, 5)
     with pytest.raises(ValueError, match=r"the encoder has 16 features, but the head takes 5"):
         model(torch.tensor([[8, 9]]))
     with pytest.raises(ValueError, match=r"running text has none. Give the data a prompt_column"):
-        evaluate(make_trainer(), CausalLM(str(folder / "causal"), metrics=["bleu"]), prose(folder), "val")
+        evaluate(make_trainer(), make(folder, "causal", metrics=["bleu"]), prose(folder), "val")
     with pytest.raises(ValueError, match="needs targets beside tokens"):
-        Seq2SeqLM(str(folder / "seq2seq"))(torch.tensor([[8]]))
+        make(folder, "seq2seq")(torch.tensor([[8]]))
 
 
 def test_descriptions_must_be_there_for_all_classes_and_templates_have_a_place(folder):
-    model = TextClassifier(str(folder / "bert"))
+    model = make(folder, "bert")
     with pytest.raises(ValueError, match=r"descriptions of all classes or of none; missing: \['b'\]"):
         model.head_key(SimpleNamespace(class_names=["a", "b"], class_descriptions={"a": "good"}))
     with pytest.raises(ValueError, match=r"needs templates that hold {}, found \['x'\]"):
@@ -426,7 +428,7 @@ def test_descriptions_must_be_there_for_all_classes_and_templates_have_a_place(f
 
 
 def test_the_perplexity_of_each_text_is_that_of_its_tokens(folder):
-    model = CausalLM(str(folder / "causal"), metrics=["text_perplexity"])
+    model = make(folder, "causal", metrics=["text_perplexity"])
     found = evaluate(make_trainer(), model, prose(folder, limit_test=32), "test")
     expected = []
     for tokens, _ in prose_blocks(folder, Path(), model, 32):
@@ -446,9 +448,8 @@ def prose_blocks(folder, tmp_path, model, count):
 
 
 def test_labels_that_are_written_are_scored_by_the_metric_that_the_data_name(folder):
-    options = {"prompt_column": "text", "target_column": "label", "metric": ["text_matthews", "text_f1:positive"]}
-    data = LanguageTask(str(folder / "reviews-{split}.parquet"), block_length=32, **options)
-    found = evaluate(make_trainer(), Seq2SeqLM(str(folder / "seq2seq"), max_new_tokens=3), data, "test")
+    data = answers(folder, target_column="label", metric=["text_matthews", "text_f1:positive"], block_length=32)
+    found = evaluate(make_trainer(), make(folder, "seq2seq", max_new_tokens=3), data, "test")
     assert found.metrics["text_matthews"] == 0  # a model with random weights writes no label
     assert found.metrics["text_f1"] == 0
     assert found.higher("text_f1")

@@ -23,6 +23,7 @@ from tva.vectors.compress import compress
 from tva.vectors.encoder import Encoder
 from tva.vectors.encoding import Encoding
 
+DENSE, SMALL, OTHER = "v.tv.safetensors", "c.tv.safetensors", "d.tv.safetensors"
 ENCODINGS = ["bf16", "fp16", "int8", "sign", "top_k(density=0.1)", "top_k(density=1)", "low_rank(rank=5)"]
 
 
@@ -55,7 +56,7 @@ def files(tmp_path):
     for name in ("zero", "empty"):  # as a sum of vectors may hold them
         del vector.untouched[name]
         vector.deltas[name] = deltas()[name]
-    vector.save("v.tv.safetensors")
+    vector.save(DENSE)
     return tmp_path
 
 
@@ -71,6 +72,10 @@ def coded(delta, text):
     listed = json.dumps({"w": [done.encoding.name, list(delta.shape), "0"]})
     stored = {name: InMemory(tensor) for name, tensor in done.tensors.items()}
     return done, encoded.decoded("memory", stored, listed)["w"].read()
+
+
+def pack(output=SMALL, **options):
+    return compress(DENSE, output, **options)
 
 
 # --- each encoding is its formula
@@ -132,22 +137,22 @@ def test_random_projections_come_near_the_decomposition_and_are_the_same_each_ti
 
 @pytest.mark.parametrize("text", ENCODINGS)
 def test_the_error_reported_is_that_of_what_is_read(files, text):
-    report = compress("v.tv.safetensors", "c.tv.safetensors", encoding=text)
-    before, after = open_weights("v.tv.safetensors"), open_weights("c.tv.safetensors")
+    report = pack(encoding=text)
+    before, after = open_weights(DENSE), open_weights(SMALL)
     assert report.whole.error == pytest.approx(error(after, before), rel=1e-9)
     stored = json.loads(after.metadata["tva.encoded"])
     assert float(after.metadata["tva.encoding_error"]) == pytest.approx(report.whole.error, rel=1e-6)
     for name in before:
         own = error({name: after[name]}, {name: before[name]}) if before[name].any() else 0
         assert float(stored[name][2]) == pytest.approx(own, rel=1e-6), name
-    assert report.num_bytes == Path("c.tv.safetensors").stat().st_size
-    assert report.whole.num_bytes == sum(t.nbytes for t in load_file("c.tv.safetensors").values())
+    assert report.num_bytes == Path(SMALL).stat().st_size
+    assert report.whole.num_bytes == sum(t.nbytes for t in load_file(SMALL).values())
 
 
 def test_small_tensors_and_those_without_gain_are_in_bf16(files):
     for rank, matrix in ((2, "low_rank"), (28, "bf16")):  # 28 · (60 + 50) numbers are more than 60 · 50
-        compress("v.tv.safetensors", "c.tv.safetensors", encoding=f"low_rank({rank})")
-        stored = {name: how for name, (how, _, _) in listed(Path("c.tv.safetensors")).items()}
+        pack(encoding=f"low_rank({rank})")
+        stored = {name: how for name, (how, _, _) in listed(Path(SMALL)).items()}
         assert stored["matrix"] == matrix
         assert stored["bias"] == stored["scalar"] == stored["empty"] == stored["bn.running_mean"] == "bf16"
     assert stored["long"] == "bf16"  # three rows: not of smaller rank
@@ -164,8 +169,8 @@ def listed(path):
 def test_a_chunk_is_the_same_bytes_whatever_the_chunk(files, monkeypatch, text):
     monkeypatch.setattr(encoded, "BLOCK", 512)
     monkeypatch.setattr(tva.vectors.encoder, "BLOCK", 512)
-    compress("v.tv.safetensors", "c.tv.safetensors", encoding=text)
-    weights = open_weights("c.tv.safetensors")
+    pack(encoding=text)
+    weights = open_weights(SMALL)
     for name, whole in weights.items():
         assert weights.spec(name) == (whole.dtype, whole.shape)
         flat, count = whole.reshape(-1), whole.numel()
@@ -182,7 +187,7 @@ def test_compose_takes_compressed_vectors_and_gives_the_bytes_of_the_in_memory_p
     paths = {}
     for name, text in (("v", "int8"), ("w", "low_rank(rank=2)")):
         paths[name] = f"{name}.c.tv.safetensors"
-        compress("v.tv.safetensors", paths[name], encoding=text)
+        pack(paths[name], encoding=text)
     base = open_weights("base.safetensors")
     report = compose(str(base.path), paths, recipe, "out.safetensors", scaling_coef=0.7)
     loaded = {name: TaskVector.load(path) for name, path in paths.items()}
@@ -193,12 +198,12 @@ def test_compose_takes_compressed_vectors_and_gives_the_bytes_of_the_in_memory_p
 
 
 def test_the_vector_keeps_all_that_its_header_says(files):
-    compress("v.tv.safetensors", "c.tv.safetensors", encoding="sign")
-    dense, small = TaskVector.load("v.tv.safetensors"), TaskVector.load("c.tv.safetensors")
+    pack(encoding="sign")
+    dense, small = TaskVector.load(DENSE), TaskVector.load(SMALL)
     assert small.origin == dense.origin
     assert (list(small.deltas), list(small.buffers)) == (list(dense.deltas), list(dense.buffers))
     assert small.untouched == dense.untouched
-    before, after = read_metadata("v.tv.safetensors"), read_metadata("c.tv.safetensors")
+    before, after = read_metadata(DENSE), read_metadata(SMALL)
     changed = {"tva.encoding", "tva.norm", CONTENT, HEADER}
     assert {k: after[k] for k in before if k not in changed} == {k: before[k] for k in before if k not in changed}
     assert float(after["tva.norm"]) == pytest.approx(small.norm(), rel=1e-6)
@@ -208,17 +213,17 @@ def test_the_vector_keeps_all_that_its_header_says(files):
 
 @pytest.mark.parametrize("text", ENCODINGS)
 def test_saving_with_an_encoding_and_compressing_the_file_give_the_same_tensors(files, text):
-    vector = TaskVector.load("v.tv.safetensors")
+    vector = TaskVector.load(DENSE)
     vector.save("saved.tv.safetensors", encoding=text)
-    compress("v.tv.safetensors", "c.tv.safetensors", encoding=text)
-    saved, compressed = open_weights("saved.tv.safetensors"), open_weights("c.tv.safetensors")
+    pack(encoding=text)
+    saved, compressed = open_weights("saved.tv.safetensors"), open_weights(SMALL)
     assert fingerprint(saved) == fingerprint(compressed)
-    assert listed(Path("saved.tv.safetensors")) == listed(Path("c.tv.safetensors"))
+    assert listed(Path("saved.tv.safetensors")) == listed(Path(SMALL))
 
 
 def test_any_safetensors_reader_sees_the_parts_as_documented(files):
-    compress("v.tv.safetensors", "c.tv.safetensors", encoding="int8")
-    parts, whole = load_file("c.tv.safetensors"), open_weights("c.tv.safetensors")
+    pack(encoding="int8")
+    parts, whole = load_file(SMALL), open_weights(SMALL)
     by_hand = parts["conv#int8.values"].float() * parts["conv#int8.scale"][:, None, None, None]
     assert torch.equal(by_hand, whole["conv"])
     assert torch.equal(parts["bias"].float(), whole["bias"].float())
@@ -228,11 +233,11 @@ def test_low_rank_counts_its_factors_against_max_memory(monkeypatch):
     monkeypatch.setattr(tva.compose.engine, "anonymous_memory", lambda: 0)
     save_weights({"w": torch.ones(8, 1_000_000)}, "base.safetensors")
     vector = TaskVector({"w": torch.ones(8, 1) @ noise(0, 1, 1_000_000)})
-    vector.save("v.tv.safetensors", encoding="low_rank(rank=2)")
-    paths = "base.safetensors", {"v": "v.tv.safetensors"}
+    vector.save(DENSE, encoding="low_rank(rank=2)")
+    paths = "base.safetensors", {"v": DENSE}
     plan = compose(*paths, "v", "out.safetensors", plan=True)
     assert plan.read_bytes == 8 * 4_000_000 + 2 * (2 * 8 + 2 * 1_000_000 + 2 * 2)  # the base, and what is stored
-    vector.save("v.tv.safetensors", encoding="bf16")
+    vector.save(DENSE, encoding="bf16")
     assert plan.memory_bytes - compose(*paths, "v", "out.safetensors", plan=True).memory_bytes > 2**24
 
 
@@ -241,13 +246,13 @@ def test_low_rank_counts_its_factors_against_max_memory(monkeypatch):
 
 @pytest.mark.parametrize("max_error", [0.0, 0.001, 0.01, 0.3, 0.9])
 def test_max_error_holds_for_each_tensor_and_smaller_files_have_larger_errors(files, max_error):
-    report = compress("v.tv.safetensors", "c.tv.safetensors", max_error=max_error)
-    before, after = open_weights("v.tv.safetensors"), open_weights("c.tv.safetensors")
+    report = pack(max_error=max_error)
+    before, after = open_weights(DENSE), open_weights(SMALL)
     for name in before:
         if before[name].any():
             assert error({name: after[name]}, {name: before[name]}) <= max_error, name
     assert report.largest_error[0] <= max_error
-    parts = load_file("c.tv.safetensors")
+    parts = load_file(SMALL)
     for name in before:  # no encoding that takes less would do
         taken = sum(tensor.nbytes for part, tensor in parts.items() if part.split("#")[0] == name)
         encoder = Encoder(name, before[name])
@@ -259,33 +264,31 @@ def test_a_low_rank_or_sparse_vector_gets_the_encoding_that_fits_it():
     sparse = torch.zeros(100, 100)
     sparse[::10, ::10] = noise(0, 10, 10)
     vector = TaskVector({"sparse": sparse, "lora": noise(1, 200, 4) @ noise(2, 4, 300), "dense": noise(3, 100, 100)})
-    vector.save("v.tv.safetensors")
-    report = compress("v.tv.safetensors", "c.tv.safetensors", max_error=0.01)
+    vector.save(DENSE)
+    report = pack(max_error=0.01)
     assert set(report.shares) == {"top_k(density=0.01)", "low_rank(rank=4)", "int8"}
 
 
 @pytest.mark.parametrize("max_size", ["6%", "20%", "60%", "200%", "60 kB"])
 def test_max_size_holds_for_the_file_and_more_room_means_less_error(files, max_size):
-    source = "v.tv.safetensors"
-    report = compress(source, "c.tv.safetensors", max_size=max_size)
+    report = pack(max_size=max_size)
     limit = 60_000 if "kB" in max_size else float(max_size[:-1]) / 100 * report.float32_bytes
-    assert Path("c.tv.safetensors").stat().st_size <= limit
+    assert Path(SMALL).stat().st_size <= limit
     if max_size == "200%":
         assert report.whole.error == 0
         return
-    more = compress(source, "d.tv.safetensors", max_size=f"{int(limit * 4)}")
+    more = pack(OTHER, max_size=f"{int(limit * 4)}")
     assert more.whole.error < report.whole.error
 
 
 def test_all_is_kept_exactly_as_soon_as_the_file_has_room_for_it(files):
-    source, output = "v.tv.safetensors", Path("c.tv.safetensors")
-    compress(source, str(output), encoding="exact")
-    whole = output.stat().st_size  # the header holds what was asked for, here longer by some letters
+    pack(encoding="exact")
+    whole = Path(SMALL).stat().st_size  # the header holds what was asked for, here longer by some letters
     room = whole + len("max_size=") + len(str(whole)) - len("exact") + 7
-    report = compress(source, str(output), max_size=str(room))
+    report = pack(max_size=str(room))
     assert report.whole.error == 0
     assert {*report.shares} - {"exact"}  # what takes fewer bytes without any error, such as a tensor of zeros
-    assert compress(source, str(output), max_size=str(whole - 9000)).whole.error > 0
+    assert pack(max_size=str(whole - 9000)).whole.error > 0
 
 
 @pytest.mark.parametrize("name", ["matrix", "conv", "long", "zero", "one row of zeros"])
@@ -297,11 +300,11 @@ def test_no_bound_is_above_what_is_read_back(name):
 
 def test_low_rank_of_full_rank_is_no_rival_of_exact():
     vector = TaskVector({"w": noise(1, 3, 30_000)})  # of rank 3, where the singular values leave no error at all
-    vector.save("v.tv.safetensors")
-    report = compress("v.tv.safetensors", "c.tv.safetensors", max_size="101%")
+    vector.save(DENSE)
+    report = pack(max_size="101%")
     assert report.whole.error == 0
-    report = compress("v.tv.safetensors", "c.tv.safetensors", max_size="99%")
-    read = TaskVector.load("c.tv.safetensors")
+    report = pack(max_size="99%")
+    read = TaskVector.load(SMALL)
     assert report.whole.error == pytest.approx(error(read.deltas, vector.deltas), rel=1e-6)
     encoder = Encoder("w", vector.deltas["w"])
     fits = [how for how in encoder.candidates() if how.num_bytes(encoder.spec) < 0.98 * report.float32_bytes]
@@ -310,8 +313,8 @@ def test_low_rank_of_full_rank_is_no_rival_of_exact():
 
 def test_the_greedy_choice_is_near_the_best_of_all_choices():
     vector = TaskVector({"a": noise(0, 30, 30), "b": 10 * noise(1, 40, 20), "c": 3 * noise(2, 25, 4) @ noise(3, 4, 25)})
-    vector.save("v.tv.safetensors")
-    report = compress("v.tv.safetensors", "c.tv.safetensors", max_size="50%")
+    vector.save(DENSE)
+    report = pack(max_size="50%")
     options = []
     for name, delta in vector.deltas.items():
         encoder = Encoder(name, delta)
@@ -330,7 +333,6 @@ def test_the_greedy_choice_is_near_the_best_of_all_choices():
 
 
 def test_mistakes_in_the_command_are_named(files):
-    source, output = "v.tv.safetensors", "c.tv.safetensors"
     for options, message in (
         ({"encoding": "int9"}, "no encoding 'int9'; encodings are exact, bf16.*Did you mean 'int8'"),
         ({"encoding": "int8(rank=3)"}, "int8 takes no parameter"),
@@ -345,29 +347,29 @@ def test_mistakes_in_the_command_are_named(files):
         ({"encoding": "int8", "max_error": 0.1}, "found 'encoding', 'max_error'"),
     ):
         with pytest.raises(ValueError, match=message):
-            compress(source, output, **options)
+            pack(**options)
     with pytest.raises(ValueError, match=r"output must end in \.safetensors"):
-        compress(source, "folder", encoding="int8")
+        pack("folder", encoding="int8")
     with pytest.raises(ValueError, match="is what is given as vector, .*, and would replace it"):
-        compress(source, source, encoding="int8")
+        pack(DENSE, encoding="int8")
     with pytest.raises(ValueError, match="is a checkpoint, not a task vector file"):
-        compress("base.safetensors", output, encoding="int8")
+        compress("base.safetensors", SMALL, encoding="int8")
     with pytest.raises(ValueError, match="Give dtype or encoding, not both"):
-        TaskVector.load(source).save(output, dtype=torch.bfloat16, encoding="int8")
-    assert not Path("c.tv.safetensors").exists()
+        TaskVector.load(DENSE).save(SMALL, dtype=torch.bfloat16, encoding="int8")
+    assert not Path(SMALL).exists()
 
 
 def test_a_compressed_vector_is_not_compressed_again(files):
-    compress("v.tv.safetensors", "c.tv.safetensors", encoding="int8")
+    pack(encoding="int8")
     with pytest.raises(ValueError, match=r"compressed already \(int8\).*Compress the vector that it was made from"):
-        compress("c.tv.safetensors", "d.tv.safetensors", encoding="sign")
-    header = {key: text for key, text in read_metadata("c.tv.safetensors").items() if key != "tva.encoding"}
+        compress(SMALL, OTHER, encoding="sign")
+    header = {key: text for key, text in read_metadata(SMALL).items() if key != "tva.encoding"}
     header = sealed(header, header[CONTENT])
-    save_file(load_file("c.tv.safetensors"), "e.tv.safetensors", header)
+    save_file(load_file(SMALL), "e.tv.safetensors", header)
     with pytest.raises(ValueError, match="e.tv.safetensors is compressed already .unknown"):
-        compress("e.tv.safetensors", "d.tv.safetensors", encoding="sign")
-    TaskVector.load("c.tv.safetensors").save("dense.tv.safetensors")  # the way the message names
-    compress("dense.tv.safetensors", "d.tv.safetensors", encoding="sign")
+        compress("e.tv.safetensors", OTHER, encoding="sign")
+    TaskVector.load(SMALL).save("dense.tv.safetensors")  # the way the message names
+    compress("dense.tv.safetensors", OTHER, encoding="sign")
 
 
 @pytest.mark.parametrize("options", [{"encoding": "int8"}, {"max_error": 0.1}, {"max_size": "20%"}])
@@ -375,24 +377,24 @@ def test_a_compressed_vector_is_not_compressed_again(files):
 def test_a_vector_that_is_not_finite_is_refused_and_nothing_is_written(options, value):
     bad = noise(0, 30, 30)
     bad[3, 4] = value
-    save_weights({"w": bad}, "v.tv.safetensors", {"tva.format": "task_vector/1", "tva.encoding": "dense"})
+    save_weights({"w": bad}, DENSE, {"tva.format": "task_vector/1", "tva.encoding": "dense"})
     with pytest.raises(ValueError, match="must be finite, but the delta of 'w'"):
-        compress("v.tv.safetensors", "c.tv.safetensors", **options)
+        pack(**options)
     with pytest.raises(ValueError, match="must be finite, but the delta of 'w'"):
-        TaskVector({"w": bad}).save("c.tv.safetensors", encoding="int8")
-    assert [file.name for file in Path().iterdir()] == ["v.tv.safetensors"]
+        TaskVector({"w": bad}).save(SMALL, encoding="int8")
+    assert [file.name for file in Path().iterdir()] == [DENSE]
 
 
 def test_a_delta_too_large_for_an_encoding_is_refused():
     vector = TaskVector({"w": torch.full((40, 40), 1e6)})
     with pytest.raises(ValueError, match="'w' does not fit fp16: its largest element is 1e"):
-        vector.save("c.tv.safetensors", encoding="fp16")
-    vector.save("v.tv.safetensors")
-    report = compress("v.tv.safetensors", "c.tv.safetensors", max_size="200%")
+        vector.save(SMALL, encoding="fp16")
+    vector.save(DENSE)
+    report = pack(max_size="200%")
     assert report.whole.error < 1e-6
     huge = TaskVector({"w": torch.full((40, 40), 1e300, dtype=torch.float64)})
     with pytest.raises(ValueError, match="does not fit int8"):
-        huge.save("c.tv.safetensors", encoding="int8")
+        huge.save(SMALL, encoding="int8")
 
 
 def unsealed(path):
@@ -402,63 +404,63 @@ def unsealed(path):
 
 @pytest.mark.parametrize("text", ["int8", "sign", "top_k", "low_rank(rank=2)", "bf16"])
 def test_a_part_that_lacks_or_is_of_another_form_is_named(files, text):
-    compress("v.tv.safetensors", "c.tv.safetensors", encoding=text)
-    parts, metadata = load_file("c.tv.safetensors"), unsealed(Path("c.tv.safetensors"))
+    pack(encoding=text)
+    parts, metadata = load_file(SMALL), unsealed(Path(SMALL))
     of_matrix = [name for name in parts if name.split("#")[0] == "matrix"]
     for name in of_matrix:
-        save_file({n: t for n, t in parts.items() if n != name}, "d.tv.safetensors", metadata)
+        save_file({n: t for n, t in parts.items() if n != name}, OTHER, metadata)
         with pytest.raises(ValueError, match=f"damaged or incomplete: '{name}' is not there"):
-            open_weights("d.tv.safetensors")
+            open_weights(OTHER)
         changed = {**parts, name: torch.zeros(7, 7, 7, dtype=torch.int16)}
-        save_file(changed, "d.tv.safetensors", metadata)
+        save_file(changed, OTHER, metadata)
         with pytest.raises(ValueError, match=f"'{name}' is torch.int16 \\[7, 7, 7\\], not"):
-            TaskVector.load("d.tv.safetensors")
-    save_file({**parts, "stray": torch.zeros(1)}, "d.tv.safetensors", metadata)
+            TaskVector.load(OTHER)
+    save_file({**parts, "stray": torch.zeros(1)}, OTHER, metadata)
     with pytest.raises(ValueError, match="'stray' is listed nowhere"):
-        open_weights("d.tv.safetensors")
+        open_weights(OTHER)
 
 
 def test_damaged_places_of_top_k_and_headers_are_errors(files):
-    compress("v.tv.safetensors", "c.tv.safetensors", encoding="top_k")
-    parts, metadata = load_file("c.tv.safetensors"), unsealed(Path("c.tv.safetensors"))
+    pack(encoding="top_k")
+    parts, metadata = load_file(SMALL), unsealed(Path(SMALL))
     for name, value, message in (
         ("matrix#top_k.start", torch.tensor([0, 10**6]), "'matrix' in .* is damaged: top_k.start"),
         ("matrix#top_k.index", torch.full((300,), 65_000, dtype=torch.uint16), "leads to element 65000 of 3000"),
     ):
-        save_file({**parts, name: value}, "d.tv.safetensors", metadata)
+        save_file({**parts, name: value}, OTHER, metadata)
         with pytest.raises(ValueError, match=message):
-            TaskVector.load("d.tv.safetensors")
+            TaskVector.load(OTHER)
     for change, message in (
         ({"tva.encoded": "{"}, "tva.encoded is not valid JSON"),
         ({"tva.encoded": metadata["tva.encoded"].replace('"top_k"', '"top_q"')}, "encoded as 'top_q'.*Update tva"),
     ):
-        save_file(parts, "d.tv.safetensors", {**metadata, **change})
+        save_file(parts, OTHER, {**metadata, **change})
         with pytest.raises(ValueError, match=message):
-            TaskVector.load("d.tv.safetensors")
+            TaskVector.load(OTHER)
 
 
 def test_names_that_would_collide_are_refused():
     vector = TaskVector({"w": noise(0, 20, 20), "w#int8.scale": noise(1, 20)})
     with pytest.raises(ValueError, match="would be stored as 'w#int8.scale'"):
-        vector.save("c.tv.safetensors", encoding="int8")
-    vector.save("v.tv.safetensors")
+        vector.save(SMALL, encoding="int8")
+    vector.save(DENSE)
     with pytest.raises(ValueError, match="would be stored as 'w#int8.scale'"):
-        compress("v.tv.safetensors", "c.tv.safetensors", encoding="int8")
+        pack(encoding="int8")
 
 
 # --- the command, and the callback
 
 
 def test_the_command_prints_its_table_and_compose_takes_what_it_wrote(files, capsys):
-    main(["compress", "v.tv.safetensors", "--output", "c.tv.safetensors", "--max_error", "0.01"])
+    main(["compress", DENSE, "--output", SMALL, "--max_error", "0.01"])
     out = capsys.readouterr().out
     assert "encoding" in out
     assert "whole" in out
     assert "% of the float32 size" in out
-    main(["compose", "--base", "base.safetensors", "--vectors.v", "c.tv.safetensors",
+    main(["compose", "--base", "base.safetensors", "--vectors.v", SMALL,
           "--recipe=-v", "--output", "out.safetensors"])  # fmt: skip
     with pytest.raises(SystemExit):
-        main(["compress", "v.tv.safetensors", "--output", "c.tv.safetensors"])
+        main(["compress", DENSE, "--output", SMALL])
     assert "Give one of encoding, max_error and max_size" in capsys.readouterr().err
 
 

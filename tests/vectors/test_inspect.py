@@ -25,11 +25,13 @@ from tva.vectors.geometry import cosine_matrix, measure, norms_by_block, readers
 from tva.vectors.inspect import inspect
 from tva.vectors.lazy import short_paths
 
+BASE, VECTOR = "base.safetensors", "a.tv.safetensors"
+
 
 @pytest.fixture
 def files(tmp_path):
     """A base, and fine-tuned checkpoints and vectors of three tasks, in the current folder."""
-    save_weights(state(0), "base.safetensors")
+    save_weights(state(0), BASE)
     for seed, name in enumerate("abc", start=1):
         torch.save({"state_dict": {f"model.{key}": value for key, value in state(seed).items()}}, f"{name}.ckpt")
         TaskVector.between(state(0), state(seed)).save(f"{name}.tv.safetensors")
@@ -58,9 +60,9 @@ def assert_same_file(path, expected):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 def test_extract_writes_bit_for_bit_what_between_and_save_write(monkeypatch, dtype, piece):
     monkeypatch.setattr(tva.vectors.write, "CHUNK", piece)
-    save_weights(state(0, dtype), "base.safetensors")
+    save_weights(state(0, dtype), BASE)
     torch.save({"state_dict": {f"model.{name}": value for name, value in state(1, dtype).items()}}, "a.ckpt")
-    base, output = "base.safetensors", "a.tv.safetensors"
+    base, output = BASE, VECTOR
     done = extract(base, "a.ckpt", output)
     expected = TaskVector.between(
         open_weights(base), state(1, dtype), origin=tva.Origin(task="a", weights="checkpoint")
@@ -75,8 +77,8 @@ def test_extract_writes_bit_for_bit_what_between_and_save_write(monkeypatch, dty
 
 def test_extract_takes_an_adapter_as_fine_tuned_model():
     adapted(Path("lora"), target_modules=["q", "k"])
-    save_weights({name: value.bfloat16() for name, value in net().state_dict().items()}, "base.safetensors")
-    base, output = "base.safetensors", "lora.tv.safetensors"
+    save_weights({name: value.bfloat16() for name, value in net().state_dict().items()}, BASE)
+    base, output = BASE, "lora.tv.safetensors"
     extract(base, "lora", output, task="mine")
     weights = open_weights(base)
     expected = TaskVector.between(weights, open_finetuned("lora", weights))
@@ -88,23 +90,23 @@ def test_extract_takes_an_adapter_as_fine_tuned_model():
 
 def test_extract_refuses_what_makes_no_vector(files):
     with pytest.raises(NoEffectError, match="The two checkpoints are equal: none of their 10 tensors moved"):
-        extract("base.safetensors", "base.safetensors", "x.tv.safetensors")
+        extract(BASE, BASE, "x.tv.safetensors")
     with pytest.raises(ValueError, match=r"must end in \.safetensors, best in \.tv\.safetensors; found 'x\.pt'"):
-        extract("base.safetensors", "a.ckpt", "x.pt")
+        extract(BASE, "a.ckpt", "x.pt")
     with pytest.raises(ValueError, match="finetuned must be a checkpoint, and b.tv.safetensors is a task vector file"):
-        extract("base.safetensors", "b.tv.safetensors", "x.tv.safetensors")
+        extract(BASE, "b.tv.safetensors", "x.tv.safetensors")
     with pytest.raises(ValueError, match="is what is given as base, .*, and would replace it"):
-        extract("base.safetensors", "a.ckpt", "./base.safetensors")
+        extract(BASE, "a.ckpt", "./base.safetensors")
     with pytest.raises(ValueError, match="which='raw': a.ckpt does not hold both raw and averaged weights"):
-        extract("base.safetensors", "a.ckpt", "x.tv.safetensors", which="raw")
+        extract(BASE, "a.ckpt", "x.tv.safetensors", which="raw")
     with pytest.raises(FileNotFoundError, match="nothing is there"):
-        extract("base.safetensors", "missing.ckpt", "x.tv.safetensors")
+        extract(BASE, "missing.ckpt", "x.tv.safetensors")
     save_weights({"other": torch.ones(2)}, "other.safetensors")
     with pytest.raises(MismatchError, match="No single prefix makes the names match.*'other'"):
-        extract("base.safetensors", "other.safetensors", "x.tv.safetensors")
+        extract(BASE, "other.safetensors", "x.tv.safetensors")
     save_weights({**state(1), "one": torch.tensor([math.nan])}, "bad.safetensors")
     with pytest.raises(ValueError, match="the deltas of 'one' hold NaN or infinity"):
-        extract("base.safetensors", "bad.safetensors", "x.tv.safetensors")
+        extract(BASE, "bad.safetensors", "x.tv.safetensors")
     assert not [path for path in files.iterdir() if path.name.startswith((".", "x"))]
 
 
@@ -162,7 +164,7 @@ def test_inspect_tells_header_norms_and_zeros(files):
     found = inspect("v.tv.safetensors", by="tensor")
     assert found.kind == "task vector"
     assert (found.facts["task"], found.facts["step"], found.facts["metrics"]) == ("a", 7, {"acc": 0.5})
-    assert found.facts["base"] == fingerprint(open_weights("base.safetensors")).digest
+    assert found.facts["base"] == fingerprint(open_weights(BASE)).digest
     assert found.facts["encoding"] == "dense"
     assert found.whole.norm == pytest.approx(vector.norm(), rel=1e-12)
     assert found.groups["bias"].norm == pytest.approx(float(vector.deltas["bias"].norm()))
@@ -188,11 +190,11 @@ def test_inspect_refuses_what_is_no_vector_and_no_checkpoint(files):
     Path("notes.txt").write_text("nothing")
     with pytest.raises(ValueError, match="notes.txt is not a checkpoint that tva reads"):
         inspect("notes.txt")
-    Path("cut.tv.safetensors").write_bytes(Path("a.tv.safetensors").read_bytes()[:-10])
+    Path("cut.tv.safetensors").write_bytes(Path(VECTOR).read_bytes()[:-10])
     with pytest.raises(ValueError, match="damaged or cut off"):
         inspect("cut.tv.safetensors")
     with pytest.raises(ValueError, match="by must be one of group, layer, tensor; found 'module'"):
-        inspect("a.tv.safetensors", by="module")
+        inspect(VECTOR, by="module")
 
 
 # --- compare
@@ -202,7 +204,7 @@ def test_compare_gives_the_in_memory_numbers_from_files_and_checkpoints_alike(fi
     vectors = [TaskVector.load(f"{name}.tv.safetensors") for name in "abc"]
     norms, cosines, conflicts = reference(vectors)
     for given, base in (([f"{n}.tv.safetensors" for n in "abc"], None), (["a.ckpt", "b.tv.safetensors", "c.ckpt"], 1)):
-        found = compare(given, "base.safetensors" if base else None, by="layer")
+        found = compare(given, BASE if base else None, by="layer")
         assert list(found.names.values()) == given
         assert found.base == vectors[0].origin.base.digest
         assert found.whole.norms == pytest.approx(norms, rel=1e-12)
@@ -213,10 +215,10 @@ def test_compare_gives_the_in_memory_numbers_from_files_and_checkpoints_alike(fi
 
 
 def test_compare_names_vectors_by_task_or_by_what_differs_in_their_paths(files):
-    assert list(compare(["a.tv.safetensors", "b.tv.safetensors"]).names) == ["a", "b"]
+    assert list(compare([VECTOR, "b.tv.safetensors"]).names) == ["a", "b"]
     for name in "ab":
-        extract("base.safetensors", f"{name}.ckpt", f"{name}.tv.safetensors", task=f"task {name}")
-    assert list(compare(["a.tv.safetensors", "b.tv.safetensors"]).names) == ["task a", "task b"]
+        extract(BASE, f"{name}.ckpt", f"{name}.tv.safetensors", task=f"task {name}")
+    assert list(compare([VECTOR, "b.tv.safetensors"]).names) == ["task a", "task b"]
     assert short_paths(["x/seed=0/last.tv.safetensors", "x/seed=1/last.tv.safetensors"]) == ["seed=0", "seed=1"]
     assert short_paths(["a.ckpt", "a/b.ckpt"]) == ["a.ckpt", "a/b.ckpt"]
 
@@ -226,23 +228,23 @@ def test_compare_refuses_other_bases_architectures_and_single_vectors(files):
     with pytest.raises(
         MismatchError, match="comes from base .* and other.tv.safetensors from base .*: 8 of 10 tensors"
     ):
-        compare(["a.tv.safetensors", "other.tv.safetensors"])
-    assert compare(["a.tv.safetensors", "other.tv.safetensors"], allow_other_base=True).base is None
+        compare([VECTOR, "other.tv.safetensors"])
+    assert compare([VECTOR, "other.tv.safetensors"], allow_other_base=True).base is None
     few = {"x": torch.zeros(2)}
     TaskVector.between(few, {"x": torch.ones(2)}).save("few.tv.safetensors")
     with pytest.raises(MismatchError, match="11 of 11 tensors differ"):
-        compare(["a.tv.safetensors", "few.tv.safetensors"])
+        compare([VECTOR, "few.tv.safetensors"])
     with pytest.raises(MismatchError, match="other.tv.safetensors was taken from the base .* --allow_other_base"):
-        compare(["a.ckpt", "other.tv.safetensors"], base="base.safetensors")
+        compare(["a.ckpt", "other.tv.safetensors"], base=BASE)
     TaskVector({"w": torch.ones(2)}).save("small.tv.safetensors")
     with pytest.raises(
         MismatchError, match="must be of one architecture to be compared, but small.tv.safetensors lacks"
     ):
-        compare(["a.tv.safetensors", "small.tv.safetensors"])
+        compare([VECTOR, "small.tv.safetensors"])
     with pytest.raises(ValueError, match=r"a.ckpt is a checkpoint \(.*\), not a task vector file. Give its base"):
         compare(["a.ckpt", "b.tv.safetensors"])
     with pytest.raises(ValueError, match="Give at least two vectors to compare; got 1"):
-        compare(["a.tv.safetensors"])
+        compare([VECTOR])
 
 
 def test_a_vector_of_another_shape_is_refused():
@@ -252,9 +254,9 @@ def test_a_vector_of_another_shape_is_refused():
 
 
 def test_not_a_number_is_said_and_not_averaged_away(files):
-    bad = TaskVector.load("a.tv.safetensors")
+    bad = TaskVector.load(VECTOR)
     bad.deltas["one"][0] = math.nan
-    header = {key: text for key, text in read_metadata("a.tv.safetensors").items() if key not in (CONTENT, HEADER)}
+    header = {key: text for key, text in read_metadata(VECTOR).items() if key not in (CONTENT, HEADER)}
     save_weights({**bad.deltas, **bad.buffers}, "bad.tv.safetensors", header)
     found = compare(["bad.tv.safetensors", "b.tv.safetensors"])
     assert found.not_finite == ["bad"]

@@ -16,6 +16,8 @@ from tva.compose.revert import revert
 from tva.compose.verify import verify
 from tva.vectors import compare, extract, inspect, match
 
+BASE = "base.safetensors"
+
 EXCLUDE = ["inv_freq", "criterion[.]", "(^|[.])head[.]"]
 
 
@@ -29,7 +31,7 @@ def model(seed, **more):
 def files(tmp_path):
     """A base with an old buffer and a head, and two models without the one, with another head and a loss's weight."""
     base = model(0) | {"model.inv_freq": torch.ones(2), "head.weight": torch.ones(3, 4)}
-    save_weights(base, "base.safetensors")
+    save_weights(base, BASE)
     for seed, name in enumerate("ab", start=1):
         tuned = model(seed) | {"criterion.weight": torch.ones(5), "head.weight": torch.full((7, 4), float(seed))}
         torch.save({"state_dict": {f"net.{key}": value for key, value in tuned.items()}}, f"{name}.ckpt")
@@ -41,7 +43,7 @@ def paths(files, ending="ckpt"):
 
 
 def test_compose_keeps_the_base_where_names_are_left_out_and_verify_and_revert_follow(files):
-    base, output = open_weights("base.safetensors"), "out.safetensors"
+    base, output = open_weights(BASE), "out.safetensors"
     arguments = str(base.path), paths(files), "0.5 * (a + b)", output
     with pytest.raises(MismatchError, match=r"names are not the base's.*leave it out by exclude"):
         compose(*arguments)
@@ -62,15 +64,15 @@ def test_compose_keeps_the_base_where_names_are_left_out_and_verify_and_revert_f
 
 def test_include_takes_part_of_a_model(files):
     output = "out.safetensors"
-    compose("base.safetensors", paths(files), "a", output, include=["[.]q[.]"])
-    base, edited = open_weights("base.safetensors"), open_weights(output)
+    compose(BASE, paths(files), "a", output, include=["[.]q[.]"])
+    base, edited = open_weights(BASE), open_weights(output)
     moved = {name for name in base if not torch.equal(base[name], edited[name])}
     assert moved == {"model.q.weight", "model.q.bias"}
     assert verify(output).holds
 
 
 def test_extract_lists_what_is_left_out_and_the_file_composes_to_the_same_bytes(files):
-    base = "base.safetensors"
+    base = BASE
     for name, path in paths(files).items():
         done = extract(base, path, f"{name}.tv.safetensors", exclude=EXCLUDE)
         assert done.untouched == {"excluded": 2}
@@ -83,7 +85,7 @@ def test_extract_lists_what_is_left_out_and_the_file_composes_to_the_same_bytes(
 
 
 def test_compare_and_match_leave_the_same_names_out(files):
-    base = "base.safetensors"
+    base = BASE
     compared = compare(list(paths(files).values()), base, exclude=EXCLUDE)
     assert compared.elements == sum(tensor.numel() for tensor in model(0).values())
     output = "out.safetensors"
@@ -103,9 +105,9 @@ def test_vector_files_of_other_heads_are_compared_and_applied_without_them(files
     compared = compare(list(vectors.values()), allow_other_base=True, exclude=["^head_"])
     assert compared.elements == sum(tensor.numel() for tensor in model(0).values())
     with pytest.raises(MismatchError, match=r"a.tv.safetensors against .* No single prefix .*'head_a.w'.*exclude="):
-        compose("base.safetensors", vectors, "a + b", "o.safetensors", allow_other_base=True)
+        compose(BASE, vectors, "a + b", "o.safetensors", allow_other_base=True)
     options = {"allow_other_base": True, "exclude": ["^head", "inv_freq"]}
-    compose("base.safetensors", vectors, "a + b", "o.safetensors", **options)
+    compose(BASE, vectors, "a + b", "o.safetensors", **options)
     assert verify("o.safetensors").holds
 
 
@@ -114,8 +116,8 @@ def test_an_adapter_with_a_head_of_its_own_is_applied_without_it():
     file = Path("adapter/adapter_model.safetensors")
     save_file(load_file(file) | {"base_model.model.classifier.bias": torch.ones(2)}, file)
     base = {name: torch.zeros(shape) for name, shape in _shapes(Path("adapter")).items()}
-    save_weights(base, "base.safetensors")
-    arguments = ("base.safetensors", {"a": "adapter"}, "a", "o.safetensors")
+    save_weights(base, BASE)
+    arguments = (BASE, {"a": "adapter"}, "a", "o.safetensors")
     with pytest.raises(MismatchError, match=r"'classifier.bias'.*leave it out by exclude"):
         compose(*arguments)
     report = compose(*arguments, exclude=["^classifier[.]"])
@@ -133,7 +135,7 @@ def _shapes(folder):
 
 
 def test_a_pattern_that_matches_nothing_is_an_error_in_every_command(files, capsys):
-    base, (a, b), out = "base.safetensors", paths(files).values(), "o.safetensors"
+    base, (a, b), out = BASE, paths(files).values(), "o.safetensors"
     exclude = ["--exclude", json.dumps([*EXCLUDE, "typo"])]
     for command in (
         ["compose", "--base", base, "--vectors.a", a, "--recipe", "a", "--output", out],
@@ -144,14 +146,14 @@ def test_a_pattern_that_matches_nothing_is_an_error_in_every_command(files, caps
         with pytest.raises(SystemExit, match="^2$"):
             main([*command, *exclude])
         assert "exclude holds 'typo', which matches no name" in capsys.readouterr().err
-    assert sorted(path.name for path in files.iterdir()) == ["a.ckpt", "b.ckpt", "base.safetensors"]
+    assert sorted(path.name for path in files.iterdir()) == ["a.ckpt", "b.ckpt", BASE]
 
 
 def test_a_pre_trained_base_without_its_task_s_head_is_named_with_what_to_leave_out():
-    save_weights({"embed.w": torch.ones(2), "layer.w": torch.ones(2)}, "base.safetensors")
+    save_weights({"embed.w": torch.ones(2), "layer.w": torch.ones(2)}, BASE)
     tuned = {"bert.embed.w": torch.zeros(2), "bert.layer.w": torch.zeros(2), "classifier.w": torch.ones(3)}
     save_weights(tuned, "tuned.safetensors")
-    arguments = "base.safetensors", "tuned.safetensors", "v.safetensors"
+    arguments = BASE, "tuned.safetensors", "v.safetensors"
     with pytest.raises(
         MismatchError, match=r"all of the base's 2 are there under 'bert.'.*exclude=\['\^classifier"
     ) as e:
@@ -162,10 +164,10 @@ def test_a_pre_trained_base_without_its_task_s_head_is_named_with_what_to_leave_
 
 def test_a_vocabulary_that_has_grown_is_said_as_such(files):
     tuned = model(1) | {"model.embed.weight": torch.ones(7, 4)}
-    save_weights(model(0), "base.safetensors")
+    save_weights(model(0), BASE)
     save_weights(tuned, "tuned.safetensors")
     with pytest.raises(MismatchError, match=r"Only their numbers of rows differ, 6 and 7.*resize_token_embeddings"):
-        extract("base.safetensors", "tuned.safetensors", "v.safetensors")
+        extract(BASE, "tuned.safetensors", "v.safetensors")
 
 
 @pytest.mark.parametrize("side", ["base", "finetuned"])
@@ -181,18 +183,18 @@ def test_a_tied_tensor_stored_once_on_one_side_moves_under_both_names(side, how)
         path = Path(f"{name}.safetensors")
         save_file(tensors, path, {"lm_head.weight": "model.embed.weight"} if alias else None)
     output = "o.safetensors"
-    compose("base.safetensors", {"a": "finetuned.safetensors"}, "0.5 * a", output)
+    compose(BASE, {"a": "finetuned.safetensors"}, "0.5 * a", output)
     edited = open_weights(output)
     expected = both["model.embed.weight"] + 0.5 * (once["model.embed.weight"] - both["model.embed.weight"])
     for name in ("model.embed.weight", "lm_head.weight")[: 2 if side == "base" else 1]:
         torch.testing.assert_close(edited[name], expected)
     assert ("lm_head.weight" in edited) == (side == "base")
     assert verify(output).holds
-    opened = open_finetuned("finetuned.safetensors", open_weights("base.safetensors"))
-    assert opened.keys() == open_weights("base.safetensors").keys()
+    opened = open_finetuned("finetuned.safetensors", open_weights(BASE))
+    assert opened.keys() == open_weights(BASE).keys()
 
 
 def test_what_is_left_out_of_a_file_is_still_listed_by_inspect(files):
     vector = Path("a.tv.safetensors")
-    extract("base.safetensors", paths(files)["a"], str(vector), exclude=EXCLUDE)
+    extract(BASE, paths(files)["a"], str(vector), exclude=EXCLUDE)
     assert {*inspect(str(vector)).untouched["excluded"]} == {"model.inv_freq", "head.weight"}
