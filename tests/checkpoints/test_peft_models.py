@@ -14,6 +14,8 @@ from tva.checkpoints.lora import AdapterTensors, Factors
 from tva.compose.apply import compose
 from tva.errors import NoEffectError
 
+EMBEDDING = "model.embed_tokens.weight"
+
 peft = pytest.importorskip("peft")
 transformers = pytest.importorskip("transformers")
 pytestmark = [
@@ -83,12 +85,12 @@ def test_embeddings_and_heads_saved_with_their_base_weights_are_those_of_peft(ti
 def tied_base(folder, kind):
     """Store both names of a tied base: in one storage, as alias in a header, as copies, or in memory."""
     state = load_file(folder / "base/model.safetensors")
-    both = {**state, "lm_head.weight": state["model.embed_tokens.weight"]}
+    both = {**state, "lm_head.weight": state[EMBEDDING]}
     (folder / "both").mkdir()
     if kind == "bin":
         torch.save(both, folder / "both/pytorch_model.bin")
     elif kind == "alias":
-        save_file(state, folder / "both/model.safetensors", {"lm_head.weight": "model.embed_tokens.weight"})
+        save_file(state, folder / "both/model.safetensors", {"lm_head.weight": EMBEDDING})
     elif kind == "copies":
         save_weights(both, folder / "both/model.safetensors")
     return both if kind == "memory" else open_weights(folder / "both")
@@ -129,7 +131,7 @@ def test_copies_of_a_model_that_is_said_not_to_be_tied_are_moved_apart():
     config = json.loads(Path("base/config.json").read_text())
     Path("both/config.json").write_text(json.dumps({**config, "tie_word_embeddings": False}))
     weights = open_adapter(Path("adapter"), base)
-    assert torch.equal(weights["model.embed_tokens.weight"], base["model.embed_tokens.weight"])
+    assert torch.equal(weights[EMBEDDING], base[EMBEDDING])
     assert not torch.equal(weights["lm_head.weight"], base["lm_head.weight"])
 
 
@@ -171,7 +173,7 @@ def test_a_head_that_the_base_lacks_is_named_with_what_to_do():
 def test_a_vocabulary_that_was_grown_is_named():
     adapt(llama(False), target_modules=["q_proj", "embed_tokens"])
     base = dict(open_weights("base"))
-    base["model.embed_tokens.weight"] = base["model.embed_tokens.weight"][:20]
+    base[EMBEDDING] = base[EMBEDDING][:20]
     with pytest.raises(MismatchError, match="vocabularies have 24 and 20 entries: resize the base's"):
         open_adapter(Path("adapter"), base)
 
@@ -247,4 +249,4 @@ def test_trained_tokens_are_those_of_peft_also_where_the_head_is_tied(tied):
     expected = adapter.merge_and_unload().state_dict()
     weights = open_adapter(Path("adapter"), open_weights("base"))
     check(weights, expected)
-    assert not torch.equal(weights["model.embed_tokens.weight"], open_weights("base")["model.embed_tokens.weight"])
+    assert not torch.equal(weights[EMBEDDING], open_weights("base")[EMBEDDING])

@@ -98,21 +98,12 @@ def test_an_option_on_the_command_line_changes_nothing_else_in_shared(tmp_path, 
     config = write_yaml(tmp_path / "c.yaml", {"tasks": ["a"], "shared": shared, "output": str(tmp_path / "out")})
     seen = []
     monkeypatch.setattr("tva.cli.commands.fit_many.run_fits", lambda fits, executor, redo: seen.extend(fits) or [])
-    main(
-        [
-            "fit-many",
-            "--config",
-            config,
-            "--shared.trainer.max_steps",
-            "9",
-            "--shared.model.init_args.y=[1]",
-            "--jobs=1",
-        ]
-    )
+    words = ["--shared.trainer.max_steps", "9", "--shared.model.init_args.y=[1]", "--jobs=1"]
+    main(["fit-many", "--config", config, *words])
     assert seen[0].config["trainer"] == {
+        **shared["trainer"],
         "max_steps": 9,
-        "accelerator": "cpu",
-        "default_root_dir": str(tmp_path / "out/a/seed=0"),
+        "default_root_dir": f"{tmp_path}/out/a/seed=0",
     }
     assert seen[0].config["model"] == {"class_path": "A", "init_args": {"x": 1, "y": [1]}}
     with pytest.raises(SystemExit):
@@ -375,15 +366,8 @@ def test_fit_many_makes_the_vectors_that_tva_fit_makes_and_goes_on_where_it_stop
     path = write_yaml(tmp_path / "c.yaml", config)
     main(["fit-many", "--config", path, "--devices", "cpu"])
     vector = TaskVector.load(next((tmp_path / "out/blobs/seed=1").rglob("last.tv.safetensors")))
-    main(
-        [
-            "fit",
-            "--config",
-            write_yaml(tmp_path / "one.yaml", fit_config(tmp_path / "one", 1)),
-            "--seed_everything",
-            "1",
-        ]
-    )
+    one = write_yaml(tmp_path / "one.yaml", fit_config(tmp_path / "one", 1))
+    main(["fit", "--config", one, "--seed_everything", "1"])
     assert vector.origin.finetuned == TaskVector.load(tmp_path / "one/last.tv.safetensors").origin.finetuned
     with pytest.raises(SystemExit) as stop:
         main(["fit-many", "--config", path, "--devices", "cpu", "--shared.trainer.max_epochs", "4"])

@@ -19,16 +19,18 @@ from tva.cli.main import main
 from tva.compose.apply import compose
 from tva.compose.recipe import Recipe
 
+BASE, VECTOR = "base.safetensors", "digits.tv.safetensors"
+
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
     """A base, a fine-tuned model and its vector, and files that are none."""
     folder = tmp_path_factory.mktemp("made")
     base = {"layers.0.w": torch.randn(6, 5), "layers.1.w": torch.randn(4)}
-    save_weights(base, folder / "base.safetensors")
+    save_weights(base, folder / BASE)
     finetuned = {name: value + 0.1 for name, value in base.items()}
     save_weights(finetuned, folder / "finetuned.safetensors")
-    TaskVector.between(base, finetuned).save(folder / "digits.tv.safetensors")
+    TaskVector.between(base, finetuned).save(folder / VECTOR)
     broken = {**finetuned, "layers.1.w": torch.full((4,), float("nan"))}
     save_weights(broken, folder / "broken.safetensors")
     save_weights({"layers.0.w": torch.randn(6, 9), "layers.1.w": torch.randn(4)}, folder / "wider.safetensors")
@@ -51,7 +53,7 @@ def run(capsys, *words):
     return small_cli.run(*words), capsys.readouterr().err
 
 
-COMPOSE = ("compose", "--base", "base.safetensors", "--vectors.digits", "digits.tv.safetensors")
+COMPOSE = ("compose", "--base", BASE, "--vectors.digits", VECTOR)
 
 
 def test_a_recipe_and_numbers_may_begin_with_a_minus(place, capsys):
@@ -59,8 +61,8 @@ def test_a_recipe_and_numbers_may_begin_with_a_minus(place, capsys):
         capsys, *COMPOSE, "--recipe", "-digits", "--scaling_coef", "-1e-1", "--output", "out.safetensors"
     )
     assert (status, text) == (0, "")
-    vector = TaskVector.load("digits.tv.safetensors")
-    expected = (-vector).apply_to(open_weights("base.safetensors"), -0.1)
+    vector = TaskVector.load(VECTOR)
+    expected = (-vector).apply_to(open_weights(BASE), -0.1)
     assert torch.equal(open_weights("out.safetensors")["layers.0.w"], expected["layers.0.w"])
 
 
@@ -71,7 +73,7 @@ def test_a_recipe_and_numbers_may_begin_with_a_minus(place, capsys):
         (["digits"], "'digits' is unexpected: every value follows its option"),
         (["--scaling_coef", "many"], "--scaling_coef must be a number; found 'many'."),
         (["--coefs.s", "many"], r"--coefs.s must be float \| Mapping\[.*\]; found 'many'."),
-        (["--vectors", "digits.tv.safetensors"], "--vectors must be names with values, as in --vectors.NAME VALUE"),
+        (["--vectors", VECTOR], "--vectors must be names with values, as in --vectors.NAME VALUE"),
         (["--key_map", "x"], "--key_map must be names with values"),
         (["--keep_undo", "maybe"], "--keep_undo must be true or false or 'with_vectors'; found 'maybe'."),
         (["--recipe"], "--recipe must be followed by a value."),
@@ -86,7 +88,7 @@ def test_a_recipe_and_numbers_may_begin_with_a_minus(place, capsys):
         (["--recipe", "digits", "--vectors.digits", "wider.safetensors"], r"differ: 'layers.0.w \[6, 5\] and \[6, 9"),
         (["--recipe", "digits", "--vectors.digits", "broken.safetensors"], "'layers.1.w' .*: broken.safetensors, the"),
         (["--recipe", "digits", "--scaling_coef", "1e39"], "too large for torch.float32. Give a smaller"),
-        (["--recipe", "digits", "--vectors.digits", "base.safetensors"], "is zero.* read: digits is base.safetensors"),
+        (["--recipe", "digits", "--vectors.digits", BASE], "is zero.* read: digits is base.safetensors"),
         (["--recipe", "digits", "--scaling_coef", "1e-30"], "vanishes in rounding to the output's dtype. Use a larger"),
         (["--recipe", "s * digits"], "If it is a coefficient, give its value: --coefs.s NUMBER"),
         (["--recipe", " + ".join(["digits"] * 4000)], "must not nest hundreds of levels deep"),
@@ -105,7 +107,7 @@ def test_mistakes_say_what_is_wrong_and_what_to_do(place, capsys, words, message
     assert {file.name for file in place.iterdir()} == before, "something was left behind"
 
 
-@pytest.mark.parametrize("output", ["base.safetensors", "digits.tv.safetensors", "./base.safetensors"])
+@pytest.mark.parametrize("output", [BASE, VECTOR, "./base.safetensors"])
 def test_an_input_is_never_overwritten(place, capsys, output):
     before = Path(output).read_bytes()
     status, text = run(capsys, *COMPOSE, "--recipe", "digits", "--output", output)
@@ -115,8 +117,8 @@ def test_an_input_is_never_overwritten(place, capsys, output):
 
 def test_a_folder_may_be_base_and_hold_the_edit_but_keeps_its_weights(place):
     Path("model").mkdir()
-    Path("base.safetensors").rename("model/model.safetensors")
-    vectors = {"digits": "digits.tv.safetensors"}
+    Path(BASE).rename("model/model.safetensors")
+    vectors = {"digits": VECTOR}
     for _ in range(2):  # once more over the first
         compose("model", vectors, "digits", "model/edited.safetensors")
     with pytest.raises(ValueError, match="is what is given as base, model, or a file of it, and would replace it"):
@@ -124,9 +126,7 @@ def test_a_folder_may_be_base_and_hold_the_edit_but_keeps_its_weights(place):
 
 
 def test_statistics_files_and_edits_that_are_reverted_are_inputs_too(place, capsys):
-    save_file(
-        {name: torch.ones_like(value) for name, value in open_weights("base.safetensors").items()}, "f.safetensors"
-    )
+    save_file({name: torch.ones_like(value) for name, value in open_weights(BASE).items()}, "f.safetensors")
     status, text = run(
         capsys, *COMPOSE, "--recipe", "fisher(digits, files=('f.safetensors',))", "--output", "f.safetensors"
     )
@@ -141,14 +141,14 @@ def test_statistics_files_and_edits_that_are_reverted_are_inputs_too(place, caps
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["extract", "base.safetensors", "finetuned.safetensors"], "usage: tva extract --base BASE --fine"),
+        (["extract", BASE, "finetuned.safetensors"], "usage: tva extract --base BASE --fine"),
         (["inspect"], "--path must be given; usage: tva inspect PATH "),
-        (["inspect", "digits.tv.safetensors", "--by", "color"], "--by must be 'group', 'layer' or 'tensor'; found"),
-        (["compare", "digits.tv.safetensors", "digits.tv.safetensors"], "was given more than once. Leave it out"),
-        (["compress", "digits.tv.safetensors", "--outptu", "x"], r"no option --outptu. Did you mean --output\?"),
-        (["extract", "--base", "base.safetensors", "--finetuned", "finetuned.safetensors", "--output",
+        (["inspect", VECTOR, "--by", "color"], "--by must be 'group', 'layer' or 'tensor'; found"),
+        (["compare", VECTOR, VECTOR], "was given more than once. Leave it out"),
+        (["compress", VECTOR, "--outptu", "x"], r"no option --outptu. Did you mean --output\?"),
+        (["extract", "--base", BASE, "--finetuned", "finetuned.safetensors", "--output",
           "base.safetensors/x.tv.safetensors"], "cannot be written: .*Give an output in a folder"),
-        (["extract", "--base", "base.safetensors", "--finetuned", "broken.safetensors", "--output", "x.safetensors"],
+        (["extract", "--base", BASE, "--finetuned", "broken.safetensors", "--output", "x.safetensors"],
          "broken.safetensors against the base base.safetensors: A task vector must be finite"),
         ([*COMPOSE, "--recipe", "digits", "--output", "x.safetensors", f"--scaling_coef={'9' * 400}"],
          "A number among the options is too large"),
@@ -198,7 +198,7 @@ def test_the_caret_of_a_long_recipe_stays_in_sight():
 
 
 def test_a_choice_of_a_list_that_does_not_exist_is_named_with_the_nearest(place, capsys):
-    words = ["--vectors.a", "digits.tv.safetensors", "--recipe", "a", "--baselines", "[rando]"]
+    words = ["--vectors.a", VECTOR, "--recipe", "a", "--baselines", "[rando]"]
     status, text = run(capsys, "edit", *words)
     assert status == 2
     assert re.search(r"--baselines must be a list of .*random.*; found .*rando.* Did you mean 'random'\?", text)
@@ -225,7 +225,7 @@ def test_an_interrupted_command_says_so_in_one_line(place, capsys, monkeypatch, 
         monkeypatch.setattr("tva.compose.apply.Composer.run", interrupted)
     else:
         monkeypatch.setattr(importlib.import_module("tva.vectors.inspect"), "open_weights", interrupted)
-        words = ["inspect", "digits.tv.safetensors"]
+        words = ["inspect", VECTOR]
     status, text = run(capsys, *words)
     assert (status, text.startswith("tva: interrupted.")) == (130, True)
     assert ("the same command with --resume continues" in text) == (command == "compose")
@@ -245,7 +245,7 @@ def test_json_of_an_edit_by_zero_or_of_a_base_of_zeros_is_json(place, capsys):
     def refuse(constant):
         raise AssertionError(f"{constant} is not JSON")
 
-    zeros = {name: torch.zeros_like(value) for name, value in open_weights("base.safetensors").items()}
+    zeros = {name: torch.zeros_like(value) for name, value in open_weights(BASE).items()}
     save_weights(zeros, "zeros.safetensors")
     options = ["--recipe", "digits", "--output", "out.safetensors", "--json"]
     for more, change in ((["--scaling_coef", "0"], 0), (["--base", "zeros.safetensors", "--allow_other_base"], None)):

@@ -77,18 +77,8 @@ def fails(capsys, *words):
 
 
 def test_classes_in_the_current_folder_can_be_named(own):
-    main(
-        [
-            "fit",
-            "--model",
-            "own_project.Net",
-            "--model.width=5",
-            "--data",
-            "small_models.Blobs",
-            "--data.seed=1",
-            *QUICK,
-        ]
-    )
+    words = ["--model", "own_project.Net", "--model.width=5", "--data", "small_models.Blobs", "--data.seed=1"]
+    main(["fit", *words, *QUICK])
     assert sys.path[-1] == str(own)
 
 

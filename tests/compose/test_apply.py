@@ -122,15 +122,22 @@ def test_prefixes_are_matched_and_said_and_the_rest_is_mapped(files):
     assert mapped.edited == plain.edited
 
 
+def write_adapter(factors, alpha):
+    named = {
+        f"base_model.model.{name}.lora_{part}.weight": pair[part == "B"]
+        for name, pair in factors.items()
+        for part in "AB"
+    }
+    save_weights(named, "adapter/adapter_model.safetensors")
+    config = {"peft_type": "LORA", "r": 2, "lora_alpha": alpha, "target_modules": [*factors]}
+    Path("adapter/adapter_config.json").write_text(json.dumps(config))
+
+
 def test_a_lora_adapter_is_a_vector_like_any_other():
     base = {"q.weight": torch.randn(6, 4, generator=torch.Generator().manual_seed(0)), "q.bias": torch.zeros(6)}
     save_weights(base, BASE)
     a, b = torch.randn(2, 4), torch.randn(6, 2)
-    factors = {"base_model.model.q.lora_A.weight": a, "base_model.model.q.lora_B.weight": b}
-    Path("adapter").mkdir()
-    save_weights(factors, "adapter/adapter_model.safetensors")
-    config = {"peft_type": "LORA", "r": 2, "lora_alpha": 8, "target_modules": ["q"]}
-    Path("adapter/adapter_config.json").write_text(json.dumps(config))
+    write_adapter({"q": (a, b)}, alpha=8)
     arguments = (BASE, {"v": "adapter"}, "-0.5 * v")
     compose(*arguments, OUT)
     expected = base["q.weight"].double() - 0.5 * 4 * b.double() @ a.double()
@@ -276,17 +283,10 @@ def test_a_plan_is_made_from_headers_and_writes_nothing():
     arguments = ("base", {"a": "a"}, "-s * a", "out")
     plan = compose(*arguments, coefs={"s": {"layer": [0, 1], ".*": 2}}, scaling_coef=0.5, plan=True)
     elements = width * width * 8 * (layers + 1) + 4
-    assert (plan.num_elements, plan.write_bytes, plan.read_bytes, plan.passes) == (
-        elements,
-        2 * elements,
-        4 * elements,
-        1,
-    )
-    assert [(row.label, len(row.names)) for row in plan.rows] == [
-        ("embed.w", 1),
-        ("h.*.mlp.w", 80),
-        ("head.running_mean", 1),
-    ]
+    assert (plan.num_elements, plan.passes) == (elements, 1)
+    assert (plan.write_bytes, plan.read_bytes) == (2 * elements, 4 * elements)
+    found = {row.label: len(row.names) for row in plan.rows}
+    assert [*found.items()] == [("embed.w", 1), ("h.*.mlp.w", 80), ("head.running_mean", 1)]
     assert plan.rows[0].coefs == [{"a": -1.0}]
     assert [row["a"] for row in plan.rows[1].coefs] == pytest.approx([-0.5 * i / 79 for i in range(80)])
     assert plan.rows[2].coefs == [{}]  # statistics are kept
@@ -402,16 +402,8 @@ compose({base!r}, {vectors!r}, "dare(a) + ties(b, c)", {str(out)!r})
 def test_matrix_methods_and_adapters_stream_to_the_in_memory_bytes(files, monkeypatch, chunk):
     monkeypatch.setattr(tva.compose.engine, "CHUNK", chunk)
     base, vectors = files
-    Path("adapter").mkdir()
-    factors = {"l.0.w": (torch.randn(2, 30), torch.randn(40, 2)), "l.1.w": (torch.randn(2, 40), torch.randn(25, 2))}
-    named = {
-        f"base_model.model.{n[:-2]}.lora_{p}.weight": t
-        for n, ab in factors.items()
-        for p, t in zip("AB", ab, strict=True)
-    }
-    save_weights(named, "adapter/adapter_model.safetensors")
-    config = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "target_modules": ["l.0", "l.1"]}
-    Path("adapter/adapter_config.json").write_text(json.dumps(config))
+    factors = {"l.0": (torch.randn(2, 30), torch.randn(40, 2)), "l.1": (torch.randn(2, 40), torch.randn(25, 2))}
+    write_adapter(factors, alpha=4)
     weights = open_weights(base)
     renamed = {n.replace("l.0.w", "l.0.weight").replace("l.1.w", "l.1.weight"): t for n, t in weights.items()}
     save_weights(renamed, "named.safetensors")

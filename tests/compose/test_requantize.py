@@ -148,22 +148,9 @@ def test_what_cannot_be_written_is_refused(scheme, options, message):
 def test_requantize_needs_a_quantized_base(capsys):
     save_weights({"l.weight": torch.ones(2, 2)}, "base.safetensors")
     save_weights({"l.weight": torch.zeros(2, 2)}, "tuned.safetensors")
-    paths = [f"{name}.safetensors" for name in ("base", "tuned", "out")]
+    words = ["--base", "base.safetensors", "--vectors.a", "tuned.safetensors", "--recipe", "a", "--output"]
     with pytest.raises(SystemExit):
-        main(
-            [
-                "compose",
-                "--base",
-                paths[0],
-                "--vectors.a",
-                paths[1],
-                "--recipe",
-                "a",
-                "--output",
-                paths[2],
-                "--requantize",
-            ]
-        )
+        main(["compose", *words, "out.safetensors", "--requantize"])
     assert "requantize needs a quantized base" in capsys.readouterr().err
 
 

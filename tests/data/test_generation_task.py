@@ -232,19 +232,8 @@ def test_the_edit_of_the_page_is_chosen_by_what_the_model_writes(folder):
         text = text.replace(old, str(new))
     text = text.replace("block_length: 128", "block_length: 16, limit_val: 20, limit_test: 20")
     Path("edit.yaml").write_text(text)
-    main(
-        [
-            "edit",
-            "--config",
-            "edit.yaml",
-            "--search",
-            "tva.search.Grid",
-            "--search.num",
-            "3",
-            "--trainer.accelerator",
-            "cpu",
-        ]
-    )
+    search = ["--search", "tva.search.Grid", "--search.num", "3"]
+    main(["edit", "--config", "edit.yaml", *search, "--trainer.accelerator", "cpu"])
     content = json.loads(Path("edited/edit.json").read_text())
     entry = content["tasks"]["written"]
     assert entry["metric"] == "rate"

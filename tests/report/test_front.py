@@ -18,17 +18,8 @@ def content_of(values, maximize=None, target_up=True, control_up=True):
     entries = []
     for coef, pair in enumerate(values):
         for task, value in zip(("t", "c"), pair, strict=True):
-            entries.append(
-                {
-                    "model": "edited" if coef else "base",
-                    "coefficients": {"scaling_coef": float(coef)},
-                    "task": task,
-                    "split": "val",
-                    "metric": "m",
-                    "num_examples": 10,
-                    "value": value,
-                }
-            )
+            entry = {"model": "edited" if coef else "base", "coefficients": {"scaling_coef": float(coef)}, "task": task}
+            entries.append(entry | {"split": "val", "metric": "m", "num_examples": 10, "value": value})
     task = {"metric": "m", "base": {"value": 0.5}, "edited": {"value": 0.4}}
     return {
         "tasks": {

@@ -77,10 +77,14 @@ def test_a_comparison_shows_every_cosine(vectors):
     assert repr(many).endswith(" …)")
 
 
-def test_a_composed_checkpoint_shows_the_change_by_group():
+def compose_two_layers(**options):
     save_weights({"h.0.w": torch.ones(4), "h.1.w": torch.ones(4)}, "base.safetensors")
     save_weights({"h.0.w": torch.full((4,), 2.0), "h.1.w": torch.ones(4)}, "a.safetensors")
-    done = compose("base.safetensors", {"a": "a.safetensors"}, "a", "edited.safetensors")
+    return compose("base.safetensors", {"a": "a.safetensors"}, "a", "edited.safetensors", **options)
+
+
+def test_a_composed_checkpoint_shows_the_change_by_group():
+    done = compose_two_layers()
     cell = done._repr_html_()
     check_cell(cell, 10_000)
     assert "Checkpoint edited.safetensors" in words(cell)
@@ -95,16 +99,14 @@ def test_an_inspection_and_a_plan_show_the_rows_of_the_terminal(vectors):
     check_cell(cell, 10_000)
     assert f"net.0 {found.groups['net.0'].tensors} {found.groups['net.0'].elements:,}" in words(cell)
     assert f"norm {found.whole.norm:.4g}" in repr(found)
-    save_weights({"h.0.w": torch.ones(4), "h.1.w": torch.ones(4)}, "base.safetensors")
-    save_weights({"h.0.w": torch.full((4,), 2.0), "h.1.w": torch.ones(4)}, "a.safetensors")
-    plan = compose("base.safetensors", {"a": "a.safetensors"}, "a", "edited.safetensors", scaling_coef=0.5, plan=True)
+    plan = compose_two_layers(scaling_coef=0.5, plan=True)
     cell = plan._repr_html_()
     check_cell(cell, 10_000)
     assert "Plan base + 0.5 · (a)" in words(cell)
     assert "tensors number a shape dtype h.*.w 2 0.5 [4] float32" in words(cell)
     assert "8 parameters; would read 64 B in 1 pass, write 32 B," in plan.summary()
     assert "Nothing was written." in words(cell)
-    compose("base.safetensors", {"a": "a.safetensors"}, "a", "edited.safetensors")
+    compose_two_layers()
     assert all(text and "= ," not in text for text in inspect("edited.safetensors").fact_texts().values())
 
 

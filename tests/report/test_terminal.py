@@ -113,15 +113,8 @@ def test_an_edit_without_a_constraint_is_not_said_to_hold(report):
 
 def test_the_curve_is_a_line_of_bars_with_the_choice_below():
     def entry(coef, task, value):
-        return {
-            "model": "edited",
-            "coefficients": {"scaling_coef": coef},
-            "task": task,
-            "split": "val",
-            "metric": "accuracy",
-            "num_examples": 10,
-            "value": value,
-        }
+        made = {"model": "edited", "coefficients": {"scaling_coef": coef}, "task": task, "split": "val"}
+        return made | {"metric": "accuracy", "num_examples": 10, "value": value}
 
     values = {"a": [0.0, 0.5, 1.0], "long": [1.0, 1.0, 0.0]}
     content = {

@@ -37,18 +37,15 @@ def test_a_mapped_base_takes_chunks_only_and_one_of_another_layout_is_counted_wh
     with pytest.raises(ValueError, match="decomposing the largest matrix, 'm.weight', takes 30 MiB"):
         extract("base.safetensors", "tuned.safetensors", "lora", rank=1, max_memory=limit(20))
     assert not Path("lora").exists()
+    words = [
+        "extract",
+        "--base",
+        "base.safetensors",
+        "--finetuned",
+        "tuned.safetensors",
+        "--output",
+        "d.tv.safetensors",
+    ]
     with pytest.raises(SystemExit):
-        main(
-            [
-                "extract",
-                "--base",
-                "base.safetensors",
-                "--finetuned",
-                "tuned.safetensors",
-                "--output",
-                "d.tv.safetensors",
-                "--max_memory",
-                "1MiB",
-            ]
-        )
+        main([*words, "--max_memory", "1MiB"])
     assert "max_memory must be" in capsys.readouterr().err
