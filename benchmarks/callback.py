@@ -178,12 +178,12 @@ def tables(runs: Mapping[int, Mapping[str, Any]]) -> dict[str, str]:
         [
             f"the same with it: inside its hooks, for the base and {max(1, steps // 200)} of its vectors, 13 MB each",
             f"{_range(inside)} s",
-            f"{_range([100 * ratio for ratio in _ratios(inside, without)])} %",
+            f"{_range([100 * ratio for ratio in _ratios(inside, without)])}%",
         ],
         [
             "the same with it: added in all, pair by pair",
             f"{_range(extra)} s",
-            f"{_range([100 * ratio for ratio in _ratios(extra, without)])} %",
+            f"{_range([100 * ratio for ratio in _ratios(extra, without)])}%",
         ],
     ]
     return {"cost": markdown(["what", "seconds", "vector ÷ file, or share of the fit"], rows)}

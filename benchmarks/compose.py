@@ -214,7 +214,7 @@ def tables(runs: Mapping[int, Mapping[str, Any]]) -> dict[str, str]:
     for job, shown in SHOWN.items():
         ours, theirs = ([run[job][tool][0] for run in found] for tool in ("tva", "mergekit"))
         peaks = [" / ".join(f"{max(run[job][tool][1] for run in found):.2f}" for tool in ("tva", "mergekit"))]
-        equal = f"{100 * min(run[job]['equal'] for run in found):.2f} %"
+        equal = f"{100 * min(run[job]['equal'] for run in found):.2f}%"
         rows.append([shown, _range(ours), _range(theirs), _ratio(theirs, ours), *peaks, equal])
     copies, sums = [run["copy_s"] for run in found], [run["sum"]["tva"][0] for run in found]
     kept, back = ([run["undo"][key] for run in found] for key in ("kept_s", "revert_s"))
@@ -222,7 +222,7 @@ def tables(runs: Mapping[int, Mapping[str, Any]]) -> dict[str, str]:
     undone = [
         ["the sum with `--keep_undo`", _range(kept), f"{_ratio(kept, sums)} the sum without"],
         ["`tva revert` of it", _range(back), f"{_ratio(back, sums)} the sum"],
-        ["size of the undo file", "", f"{_range([100 * run['undo']['share'] for run in found])} % of the output"],
+        ["size of the undo file", "", f"{_range([100 * run['undo']['share'] for run in found])}% of the output"],
     ]
     sizes = [
         [f"`{encoding}`", *(_size(run) for run in _kinds(found, encoding))]
@@ -244,7 +244,7 @@ def _kinds(found: list[Mapping[str, Any]], encoding: str) -> list[list[list[floa
 
 def _size(values: list[list[float]]) -> str:
     size, error = (statistics.median(column) for column in zip(*values, strict=True))
-    return f"{100 * size:.1f} %, error {error:.2g}"
+    return f"{100 * size:.1f}%, error {error:.2g}"
 
 
 def _ratio(above: list[float], below: list[float]) -> str:

@@ -77,7 +77,7 @@ def _reached(report: Mapping[str, Any]) -> dict[str, Any]:
 ANALOGY = "**analogy** `analogy(solid_a, solid_b, sketch_a)`"
 ROWS = (  # edit, what is shown of it, task, what is shown of that
     ("forget", "**forget** `-digits`", "digits", "digits (target)"),
-    ("forget", "", "objects", "objects (control: keep ≥ 95 % of base)"),
+    ("forget", "", "objects", "objects (control: keep ≥ 95% of base)"),
     ("add", "**add** `digits + letters + textures`", "digits", "digits"),
     ("add", "", "letters", "letters"),
     ("add", "", "textures", "textures"),
@@ -126,4 +126,4 @@ def _cell(entries: Sequence[Mapping[str, Any]], label: str) -> str:
     if not values:
         return ""
     text = with_interval(values, entries[0]["n"], lambda value: f"{100 * value:.1f}")
-    return text.replace(" [", " % [") if " [" in text else f"{text} %"
+    return text.replace(" [", "% [") if " [" in text else f"{text}%"

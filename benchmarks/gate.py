@@ -2,8 +2,8 @@
 
     python -m benchmarks run gate --seeds 0 [--runs 600] [--searches 150]
 
-Every edit is exactly at its bound, or a little beyond, so that at 95 % confidence at most 5 % may pass. There are two
-tables: one test, and the coefficient that a search chooses among 20. In brackets is Clopper and Pearson's 95 % interval
+Every edit is exactly at its bound, or a little beyond, so that at 95% confidence at most 5% may pass. There are two
+tables: one test, and the coefficient that a search chooses among 20. In brackets is Clopper and Pearson's 95% interval
 of what is simulated. Seeds are further simulations of the same, so that their counts are added.
 """
 
@@ -31,7 +31,7 @@ Pair = tuple[np.ndarray, np.ndarray]  # scores of the edited model and of the ba
 def share(count: float, runs: int) -> str:
     """Format a share with its exact interval."""
     found = stats.binomtest(int(count), runs).proportion_ci(0.95, method="exact")
-    return f"{100 * count / runs:.1f} % [{100 * found.low:.1f}, {100 * found.high:.1f}]"
+    return f"{100 * count / runs:.1f}% [{100 * found.low:.1f}, {100 * found.high:.1f}]"
 
 
 def measure(seed: int, runs: int, searches: int) -> dict[str, Any]:
@@ -99,18 +99,18 @@ def losses(spread: float, damage: Callable[..., np.ndarray]) -> Callable[[np.ran
 
 
 RIGHT = {
-    "right 90 %, 95 % kept": answers(0.9, 0.95, 0.0),
-    "right 50 %, 95 % kept": answers(0.5, 0.95, 0.0),
-    "right 28 %, 95 % kept": answers(0.28, 0.95, 0.0),
-    "right 100 %, 95 % kept": answers(1.0, 0.95, 0.0),
-    "right 99 %, 95 % kept, half of the others gained": answers(0.99, 0.95, 0.5),
-    "right 60 %, 90 % kept, 10 % of the others gained": answers(0.6, 0.9, 0.1),
+    "right 90%, 95% kept": answers(0.9, 0.95, 0.0),
+    "right 50%, 95% kept": answers(0.5, 0.95, 0.0),
+    "right 28%, 95% kept": answers(0.28, 0.95, 0.0),
+    "right 100%, 95% kept": answers(1.0, 0.95, 0.0),
+    "right 99%, 95% kept, half of the others gained": answers(0.99, 0.95, 0.5),
+    "right 60%, 90% kept, 10% of the others gained": answers(0.6, 0.9, 0.1),
 }
 LOSSES = {
     "loss, normal damage to all": losses(0.3, lambda g, b: 1.05 * b + g.normal(0, 0.1, len(b))),
-    "loss, 10 % of examples + 0.5": losses(0.3, lambda g, b: b + 0.5 * (g.random(len(b)) < 0.1)),
-    "loss, 2 % of examples + 2.5": losses(0.1, lambda g, b: b + 2.5 * (g.random(len(b)) < 0.02)),
-    "loss, 0.5 % of examples + 10 (beyond the guard)": losses(0.1, lambda g, b: b + 10 * (g.random(len(b)) < 0.005)),
+    "loss, 10% of examples + 0.5": losses(0.3, lambda g, b: b + 0.5 * (g.random(len(b)) < 0.1)),
+    "loss, 2% of examples + 2.5": losses(0.1, lambda g, b: b + 2.5 * (g.random(len(b)) < 0.02)),
+    "loss, 0.5% of examples + 10 (beyond the guard)": losses(0.1, lambda g, b: b + 10 * (g.random(len(b)) < 0.005)),
     "loss, log-normal factors": losses(1.0, lambda g, b: 1.05 * b * g.lognormal(-0.125, 0.5, len(b))),
     "loss, nothing changed (this one may pass)": losses(0.5, lambda g, b: b + g.normal(0, 0.05, len(b))),
 }
@@ -153,7 +153,7 @@ class Curve:
         return Evaluation({"accuracy": float(scores.mean()), "size": coef}, len(scores), {"accuracy": scores})
 
     def problem(self, rule: Any) -> Problem:
-        """Make the choice of a coefficient that keeps 95 % of the base with 95 % confidence."""
+        """Make the choice of a coefficient that keeps 95% of the base with 95% confidence."""
         base = Evaluation({"accuracy": float(self.base.mean()), "size": 0.0}, self.num, {"accuracy": self.base})
         objective = Objective.parse("control/size", maximize=True, targets=[], tasks=["control"])
         keep = Constraint.parse("control/accuracy >= 0.95 * base", ["control"])

@@ -3,7 +3,7 @@
     python -m benchmarks run intervals --seeds 0 1 2 [--runs 100]
 
 Every kind of interval that tva reports, on scores whose distribution is known. In brackets is Clopper and Pearson's
-95 % interval of what is simulated. Seeds are further simulations of the same, so that their counts are added.
+95% interval of what is simulated. Seeds are further simulations of the same, so that their counts are added.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ def _cell(counts: Sequence[int]) -> str:
     num, given, covered = map(int, counts)
     if given < num / 10:
         return "none" if not given else f"none in {num - given} of {num}"
-    return share(covered, given) + (f", none in {100 * (1 - given / num):.0f} %" if given < num else "")
+    return share(covered, given) + (f", none in {100 * (1 - given / num):.0f}%" if given < num else "")
 
 
 Groups = tuple[np.ndarray, np.ndarray, np.ndarray]  # scores of the edited model and of the base, and groups
@@ -66,7 +66,7 @@ def right(generator: np.random.Generator, count: int, share: float = 0.8) -> np.
 
 
 def pair(generator: np.random.Generator, count: int) -> tuple[np.ndarray, np.ndarray]:
-    """Draw answers of an edited model that keeps 90 % of those that another, right in 80 %, has, and gains a tenth."""
+    """Draw answers of an edited model that keeps 90% of those that another, right in 80%, has, and gains a tenth."""
     other = right(generator, count)
     return np.where(other > 0, right(generator, count, 0.9), right(generator, count, 0.1)), other
 
@@ -112,8 +112,8 @@ def pareto(generator: np.random.Generator, count: int) -> np.ndarray:
 
 PAIR = (", difference from the base", ", share of the base")
 KINDS: tuple[tuple[str, dict[str, float], Callable[[np.random.Generator, int], Sequence[Ends]]], ...] = (
-    ("accuracy, 80 % right", {"": 0.8}, lambda g, n: [mean_interval(right(g, n))]),
-    ("accuracy, 97 % right", {"": 0.97}, lambda g, n: [mean_interval(right(g, n, 0.97))]),
+    ("accuracy, 80% right", {"": 0.8}, lambda g, n: [mean_interval(right(g, n))]),
+    ("accuracy, 97% right", {"": 0.97}, lambda g, n: [mean_interval(right(g, n, 0.97))]),
     ("accuracy", dict(zip(PAIR, (-0.06, 0.925), strict=True)), lambda g, n: both(compare(*pair(g, n)))),
     (
         "normalized accuracy, mean of three tasks",

@@ -10,7 +10,7 @@ A benchmark is a module of this folder that has
   ``NAME-VALUE-…``, and ``joined(parts)`` makes the tables of all whose names fit a pattern, such as ``NAME-*-8``.
 
 In README.md and docs/results a table stands between ``<!-- ledger: NAME/TABLE -->`` and ``<!-- end -->``. In every one
-``[a, b]`` is a 95 % interval and ``(a–b)`` the lowest and highest value.
+``[a, b]`` is a 95% interval and ``(a–b)`` the lowest and highest value.
 """
 
 from __future__ import annotations
@@ -339,7 +339,7 @@ def markdown(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def over_seeds(values: Sequence[float], num_examples: int | None = None) -> tuple[float, float] | None:
-    r"""Compute the 95 % interval of the mean over seeds.
+    r"""Compute the 95% interval of the mean over seeds.
 
     Args:
         values: One a seed; of a share of ``num_examples`` test examples, in [0, 1].
@@ -366,7 +366,7 @@ def over_seeds(values: Sequence[float], num_examples: int | None = None) -> tupl
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
-    """Correct p-values of several tests so that one is below 5 % by chance in at most 5 % of such tables.
+    """Correct p-values of several tests so that one is below 5% by chance in at most 5% of such tables.
 
     Source: Holm, "A simple sequentially rejective multiple test procedure", Scandinavian Journal of Statistics 1979.
 

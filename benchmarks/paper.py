@@ -169,7 +169,7 @@ def compared(runs: Mapping[int, Mapping[str, Any]], experiment: str, scale: str 
             low, _ = student_interval(np.array(values), 0.9)
             ours = f"by {statistics.fmean(values):.3f}, at least {low:.3f}".replace("-", "−")
             rows[key] = [f"*{entry['effect']}*", "", ours, "shown" if low > 0 else "not shown", ""]
-    heads = ["number", f"paper ({column})" if column else "paper", "ours", "95 % over seeds", "difference"]
+    heads = ["number", f"paper ({column})" if column else "paper", "ours", "95% over seeds", "difference"]
     return markdown(heads, list(rows.values()))
 
 

@@ -107,11 +107,11 @@ def run(*arguments: object) -> bool:
 
 
 def print_summary(reports: Mapping[str, Sequence[Mapping[str, Any]]], seeds: Sequence[int]) -> None:
-    """Print the test scores of each edit, their mean and 95 % interval over seeds."""
+    """Print the test scores of each edit, their mean and 95% interval over seeds."""
     console = make_console()
     table = Table(box=None, header_style="bold", pad_edge=False, title_justify="left")
     table.title = (
-        f"accuracy on test data, {'seed' if len(seeds) == 1 else 'mean and 95 % interval (Student) over seeds'} "
+        f"accuracy on test data, {'seed' if len(seeds) == 1 else 'mean and 95% interval (Student) over seeds'} "
     )
     table.title += ", ".join(map(str, seeds))
     for heading in ("edit", "task", "role"):
@@ -137,7 +137,7 @@ _LABELS = ("base", "finetuned", "edited", "random")
 
 
 def spread(values: Sequence[float]) -> str:
-    """Format fractions as a percentage, with the 95 % interval over seeds if they differ.
+    """Format fractions as a percentage, with the 95% interval over seeds if they differ.
 
     Example:
         >>> spread([0.5]), spread([0.5, 0.52, 0.54]), spread([])

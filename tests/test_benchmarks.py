@@ -355,7 +355,7 @@ def test_an_interval_over_seeds_covers_where_all_seeds_share_their_test_examples
         right = hard + shift[:, None] + 0.5 * generator.normal(size=(5, 100)) < 0.8416 * (1 + 0.3**2 + 0.5**2) ** 0.5
         low, high = ledger.over_seeds([float(mean) for mean in right.mean(axis=1)], 100)
         covered += low <= true <= high
-    assert covered / runs > 0.94  # 89 % without the variance of the examples
+    assert covered / runs > 0.94  # 89% without the variance of the examples
     assert ledger.over_seeds([0.5, 0.5, 0.5], 100) == pytest.approx((0.402, 0.598), abs=1e-3)  # that of examples only
     assert ledger.over_seeds([1.0, 2.0, 3.0]) == pytest.approx((-0.484, 4.484), abs=1e-3)
 

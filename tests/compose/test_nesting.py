@@ -137,7 +137,7 @@ def num_kept(density, count):
 
 
 def breadcrumbs(vector):
-    """Zero the 85 % smallest and the 0.7 % largest magnitudes of each tensor."""
+    """Zero the 85% smallest and the 0.7% largest magnitudes of each tensor."""
     out = {}
     for key, x in vector.items():
         ordered, count = numpy.sort(abs(x).ravel()), x.size

@@ -221,7 +221,7 @@ def test_intervals_of_unequal_groups_cover(sizes, least):
         given += found is not None
         inside += found is not None and found[0] <= 0 <= found[1]
     assert given > 300
-    assert inside / given >= least  # 94 to 95 % of 2,500 runs
+    assert inside / given >= least  # 94 to 95% of 2,500 runs
 
 
 @pytest.mark.parametrize("column", [None, "article"])

@@ -177,7 +177,7 @@ def test_the_interval_of_a_mean_covers_it_19_times_in_20_with_few_examples_too(d
     least = 0.95 - 3 * (0.05 * 0.95 / runs) ** 0.5
     assert differences / runs >= least
     assert ratios / runs >= least
-    # a bootstrap of 20 exponential scores covers 91 %
+    # a bootstrap of 20 exponential scores covers 91%
     assert covered / runs >= (least if draw == "normal" else 0.90)
 
 
@@ -191,7 +191,7 @@ def test_no_interval_is_read_off_a_metrics_name():
 
 
 def test_few_scores_other_than_right_and_wrong_have_no_interval_for_none_would_cover():
-    """Intervals of exponential scores covered 88 % at 5 examples and 94 % at 20."""
+    """Intervals of exponential scores covered 88% at 5 examples and 94% at 20."""
     draw = np.random.default_rng(0)
     few, enough = draw.exponential(size=19), draw.exponential(size=20)
     assert mean_interval(few) is quick_interval(few) is None

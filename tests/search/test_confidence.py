@@ -80,7 +80,7 @@ def test_so_does_the_choice_of_every_other_search(search):
 
 def test_a_grid_keeps_its_power_where_a_larger_edit_does_more_damage():
     chosen = [Grid().run(Curve(lambda c: 1 - 0.06 * c, seed, 2000).problem()).scaling_coef for seed in range(20)]
-    assert np.mean(chosen) > 0.5  # 0.8 is the largest that keeps 95 %
+    assert np.mean(chosen) > 0.5  # 0.8 is the largest that keeps 95%
 
 
 def test_candidates_are_tested_outward_from_no_edit_one_sequence_for_each_direction():

@@ -22,7 +22,7 @@ def at(coef):
     return Candidate.of(scaling_coef=coef)
 
 
-# the target is lowest at 0.4; the control falls below 95 % of 0.8 after 0.6, and comes back at 1.0
+# the target is lowest at 0.4; the control falls below 95% of 0.8 after 0.6, and comes back at 1.0
 TRIED = {
     at(0.0): scores(0.9, 0.80),
     at(0.2): scores(0.5, 0.80),
