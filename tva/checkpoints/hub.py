@@ -215,7 +215,8 @@ def _place(repository: str, revision: str | None) -> str:
 
 
 def _offline(repository: str, revision: str | None, name: str = "a file of weights") -> str:
+    words = f"hf download {repository}" + (f" --revision {revision}" if revision else "")
     return (
         f"{_place(repository, revision)} cannot be reached, and {name} is not in the local cache. Connect to the "
-        f"network, or fetch it where there is one: hf download {repository}."
+        f"network, or fetch it where there is one: {words}"
     )
