@@ -321,7 +321,10 @@ def code_of(commit: str, name: str) -> str | None:
 
 
 class _WithoutWords(ast.NodeTransformer):
-    """Removes docstrings, and what is raised but for its class."""
+    """Removes docstrings, imports from the future, and what is raised but for its class."""
+
+    def visit_ImportFrom(self, node: ast.ImportFrom) -> ast.ImportFrom | None:
+        return None if node.module == "__future__" else node
 
     def visit_Expr(self, node: ast.Expr) -> ast.Expr | None:
         return None if isinstance(node.value, ast.Constant) else node

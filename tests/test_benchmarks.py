@@ -140,7 +140,7 @@ def test_tables_are_rewritten_between_their_markers(small, tmp_path):
 def test_results_are_older_where_code_that_they_depend_on_has_changed_and_not_its_words(small, tmp_path, monkeypatch):
     ledger.run("small", [0], {}, "python", tmp_path)
     texts = {
-        "abc:a.py": 'def f():\n    """Say."""\n    raise ValueError("no")  # why\n',
+        "abc:a.py": 'from __future__ import annotations\ndef f():\n    """Say."""\n    raise ValueError("no")  # why\n',
         "HEAD:a.py": 'def f():\n    """Return."""\n    raise ValueError(\n        f"found {1}"\n    )\n',
         "abc:b.py": "x = 1\n",
         "HEAD:b.py": "x = 2\n",
