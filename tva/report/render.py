@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import functools
+import json
 import os
 import re
+import subprocess
+import sys
 from collections.abc import Mapping
 from typing import Any
 
@@ -17,27 +20,38 @@ VERSION = "6.4"  # of Vega-Lite, as the specifications are written for
 _drew_in: set[int] = set()  # ids of processes: this one's, and of those that it was forked from
 
 
-def _vl_convert() -> Any:
-    """Return vl-convert, whose JavaScript engine hangs or aborts in a process forked from one that has used it."""
+_ELSEWHERE = """import json, sys, vl_convert
+function, arguments, options = json.load(sys.stdin)
+made = getattr(vl_convert, function)(*arguments, **options)
+sys.stdout.buffer.write(made if isinstance(made, bytes) else made.encode())"""
+
+
+def _convert(function: str, *arguments: Any, **options: Any) -> bytes:
+    """Call a function of vl-convert; text is returned in UTF-8.
+
+    Its JavaScript engine hangs or aborts in a process forked from one that has used it, where it runs in a new process.
+    """
     import vl_convert
 
     if _drew_in - {os.getpid()}:
-        raise RuntimeError(
-            "Charts cannot be drawn in a process forked from one that has drawn charts. Start it with "
-            "multiprocessing's method 'spawn', or draw in the first process (tva report RUN afterwards)."
-        )
+        called = json.dumps([function, arguments, options]).encode()
+        return subprocess.run(
+            [sys.executable, "-c", _ELSEWHERE], input=called, stdout=subprocess.PIPE, check=True
+        ).stdout
     _drew_in.add(os.getpid())
-    return vl_convert
+    made: str | bytes = getattr(vl_convert, function)(*arguments, **options)
+    return made if isinstance(made, bytes) else made.encode()
 
 
 @functools.cache
 def library() -> str:
     """Return the JavaScript that draws: Vega-Lite, Vega and vega-embed in one bundle, built once per process."""
-    vl_convert = _vl_convert()
+    import vl_convert
+
     made = f"vega-lite-{VERSION}-vl-convert-{vl_convert.__version__}.js"
     file = cache_folder() / "page" / made
     if not file.exists():
-        code = vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed;", VERSION)
+        code = _convert("javascript_bundle", "window.vegaEmbed = vegaEmbed;", VERSION).decode()
         with atomic_path(file) as temporary:
             temporary.write_text(code.replace("</script", r"<\/script"), encoding="utf-8")
     return file.read_text(encoding="utf-8")
@@ -51,7 +65,7 @@ def draw(spec: Mapping[str, Any], name: str, width: int = WIDTH) -> str:
         name: Keeps the identifiers of several charts in one page apart.
         width: In pixels.
     """
-    svg = _shorten(_vl_convert().vegalite_to_svg({**spec, "width": width}, vl_version=VERSION))
+    svg = _shorten(_convert("vegalite_to_svg", {**spec, "width": width}, vl_version=VERSION).decode())
     return re.sub(r"\b((?:clip|gradient)[\w-]*\d+)\b", rf"{name}-\1", svg)
 
 
@@ -105,9 +119,9 @@ def _hundredths(found: re.Match[str]) -> str:
 
 def draw_png(spec: Mapping[str, Any]) -> bytes:
     """Draw a chart as PNG, for slides and papers, with twice the pixels of `draw`."""
-    return _vl_convert().vegalite_to_png({**spec, "width": WIDTH}, vl_version=VERSION, scale=2.0)
+    return _convert("vegalite_to_png", {**spec, "width": WIDTH}, vl_version=VERSION, scale=2.0)
 
 
 def draw_pdf(spec: Mapping[str, Any]) -> bytes:
     """Draw a chart as PDF, for papers; 72 pixels are an inch."""
-    return _vl_convert().vegalite_to_pdf({**spec, "width": WIDTH}, vl_version=VERSION)
+    return _convert("vegalite_to_pdf", {**spec, "width": WIDTH}, vl_version=VERSION)
