@@ -42,6 +42,9 @@ class TaskVectorCallback(L.Callback):
     partial file is left. Any callback with a method ``on_vector_saved(trainer, pl_module, saved)`` is called with every
     saved vector, on every rank.
 
+    Attributes:
+        failures: What was not written or pushed in the last fit; ``tva fit`` then ends with status 1.
+
     Args:
         base: Checkpoint of the base model, in any format that `tva.open_weights` reads, with the keys of the
             LightningModule's state dict. By default the weights from which fitting starts.
@@ -123,6 +126,7 @@ class TaskVectorCallback(L.Callback):
         self.push_to = push_to
         self._base = BaseWeights(base)
         self._writer = VectorWriter(include, exclude, dtypes[dtype], task, weights, lora, log_geometry, encoding)
+        self.failures: list[str] = []
         self._step = 0  # of the last trajectory vector
         self._previous: tuple[BaseWeights, int] | None = None  # the weights at that step
         self._unwrap: Callable[[], None] | None = None
@@ -319,9 +323,9 @@ class TaskVectorCallback(L.Callback):
             count, last = len(self._writer.written), list(self._writer.written)[-1]
             many = f", the last of {count}" if count > 1 else ""
             rank_zero_info(f"Task vector: {last}{many}, against the base {self._base.path}")
-        failures, self._writer.failures = self._writer.failures, []
-        if failures and trainer.is_global_zero:
-            warnings.warn(f"{len(failures)} operations failed during fit: {some(failures)}", stacklevel=2)
+        self.failures, self._writer.failures = self._writer.failures, []
+        if self.failures and trainer.is_global_zero:
+            warnings.warn(f"{len(self.failures)} operations failed during fit: {some(self.failures)}", stacklevel=2)
 
     # --- when: along the way, at the end, on request
 

@@ -207,7 +207,6 @@ class VectorWriter:
                 f"The checkpoint of {job.path} holds {some(unknown)}, which the model does not: the vector has the "
                 f"model's own weights under the model's names."
             )
-            self.failures.append(message)
             warnings.warn(message, stacklevel=2)
         self.unknown |= bool(unknown)
         return {name: state[name] for name in state if name in own} | {name: own[name] for name in absent}

@@ -184,6 +184,19 @@ def test_a_logger_without_a_folder_leaves_the_config_in_the_run(own):
     assert yaml.safe_load(Path("run/config.yaml").read_text())["model"]["class_path"] == "own_project.Net"
 
 
+@pytest.mark.filterwarnings("ignore")
+def test_a_fit_whose_vector_cannot_be_written_has_failed(own, capsys):
+    words = ["fit", "--model", "small_models.LinearNet", "--data", "small_models.Blobs", "--data.seed=1", *QUICK]
+    words += ["--trainer.callbacks=TaskVectorCallback", "--trainer.callbacks.at_train_end=true"]
+    words += ["--trainer.callbacks.dirpath=run"]
+    main(words)
+    (vector,) = Path("run").glob("*.tv.safetensors")
+    vector.unlink()
+    with pytest.raises(SystemExit, match="1"):
+        main([*words, "--model.learning_rate=1e30"])
+    assert not list(Path("run").glob("*.tv.safetensors"))
+
+
 def run_script(path, monkeypatch, *words):
     monkeypatch.setattr(sys, "argv", [str(path), *map(str, words)])
     try:

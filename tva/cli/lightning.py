@@ -20,7 +20,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 import tva.callbacks  # these three so that their classes can be named without a module path
 import tva.data
-import tva.models  # noqa: F401
+import tva.models
 from tva.cli.arguments import replaced_argv
 from tva.cli.configs import check_configs
 from tva.cli.explain import explain
@@ -245,7 +245,7 @@ def make_parser(command: str) -> Any:
 
 
 def run_lightning(command: str, words: Sequence[str], as_json: bool = False, about: str | None = None) -> bool:
-    """Run a subcommand of LightningCLI; return True, unless it ends the process.
+    """Run a subcommand of LightningCLI; return whether a fit wrote all task vectors, if it does not end the process.
 
     Args:
         command: Such as ``"fit"``.
@@ -264,7 +264,8 @@ def run_lightning(command: str, words: Sequence[str], as_json: bool = False, abo
             trainer = _make(_CommandLine, command, about).trainer
         if aside and trainer.is_global_zero:
             print_json(trainer.describe_fit())
-    return True
+    vectors = [callback for callback in trainer.callbacks if isinstance(callback, tva.callbacks.TaskVectorCallback)]
+    return not any(callback.failures for callback in vectors)
 
 
 def _make(kind: type[_CommandLine], command: str, about: str | None = None) -> Any:
