@@ -201,11 +201,11 @@ def size_text(num_bytes: float) -> str:
     """Write a size for people.
 
     Example:
-        >>> size_text(47848), size_text(3.33e6)
-        ('47.8 kB', '3.33 MB')
+        >>> size_text(47848), size_text(3.33e6), size_text(1.2e13)
+        ('47.8 kB', '3.33 MB', '12 TB')
     """
-    for unit in ("B", "kB", "MB"):
+    for unit in ("B", "kB", "MB", "GB"):
         if num_bytes < 999.5:
             return f"{num_bytes:.3g} {unit}"
         num_bytes /= 1000
-    return f"{num_bytes:.3g} GB"
+    return f"{num_bytes:.3g} TB"

@@ -172,5 +172,5 @@ def test_a_plan_of_a_trillion_parameters_says_what_each_node_does(capsys):
     assert plan["first_read_bytes"] == 0
     main([*words, "--recipe", 'ties(a, b, trim="model")'])
     shown = " ".join(capsys.readouterr().out.split())
-    assert "first one process reads 12000.00 GB; then 16 nodes compute 400 shards: each at most 25, reading" in shown
+    assert "first one process reads 12 TB; then 16 nodes compute 400 shards: each at most 25, reading" in shown
     assert not Path("out").exists()

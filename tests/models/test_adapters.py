@@ -273,7 +273,7 @@ def test_lora_that_finds_nothing_or_contradicts_is_refused(monkeypatch):
     with pytest.raises(ValueError, match="lora and train_only exclude each other"):
         ClipClassifier(lora={}, train_only="bias")
     monkeypatch.setitem(sys.modules, "peft", None)
-    with pytest.raises(ValueError, match=r"lora needs peft: pip install tva\[lora\]"):
+    with pytest.raises(ValueError, match=r"lora needs peft: pip install 'tva\[lora\]'"):
         ClipClassifier(lora={})
 
 
