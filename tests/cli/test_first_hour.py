@@ -118,6 +118,10 @@ def test_a_line_is_named_by_what_a_message_quotes_if_no_other_line_holds_it():
     words = ["--config", "a.yaml"]
     assert with_place("The constraint 'a/b >= 0.9 * base' is", words).startswith("a.yaml, line 3: The constraint")
     assert with_place("confidence must be in [0.5, 1)", words).startswith("a.yaml, line 1: confidence must")
+    for given in (["--confidence=7"], ["--confidence", "7"]):  # what the command line says stands in no file
+        assert with_place("confidence must be in [0.5, 1)", [*words, *given]) == "confidence must be in [0.5, 1)"
+    message = "The constraint 'a/b >= 0.9 * base' is"
+    assert with_place(message, [*words, "--subject_to", "a/b >= 0.9 * base"]) == message
     for message in ("The task 'acc' is", "a 'b' is", "Nothing is quoted"):
         assert with_place(message, words) == message
 

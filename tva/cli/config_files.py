@@ -150,7 +150,7 @@ def with_place(message: str, words: Sequence[str]) -> str:
     """
     found = re.match(r"--([\w.]+)", message)
     if found is None:
-        return _where_quoted(message, config_files(words))
+        return _where_quoted(message, words)
     if any(re.fullmatch(rf"{re.escape(found[0])}\+?(=.*)?", word, re.S) for word in words):
         return message
     for file in config_files(words):
@@ -166,13 +166,17 @@ def with_place(message: str, words: Sequence[str]) -> str:
                 break
         if line is not None:
             return f"{file}, line {line}: {message}"
-    return _where_quoted(message, config_files(words))
+    return _where_quoted(message, words)
 
 
-def _where_quoted(message: str, files: Sequence[Path]) -> str:
-    """Return a message with the line that holds what it quotes or names first, if just one line does."""
-    found = re.match(r"[^']*?'([^']{3,})'|(\w+) must be ", message)
+def _where_quoted(message: str, words: Sequence[str]) -> str:
+    """Return a message with the line that holds what it quotes or names first, if just one does, and no word does."""
+    option, found = re.match(r"(\w+) must be ", message), re.match(r"[^']*?'([^']{3,})'|(\w+) must be ", message)
     quoted = re.compile(rf"(?<!\w){re.escape(found[1] or f'{found[2]}:')}(?!\w)") if found else None
+    for word in words:
+        if (quoted and quoted.search(word)) or (option and word.partition("=")[0] == f"--{option[1]}"):
+            return message
+    files = config_files(words)
     texts = [(file, file.read_text(encoding="utf-8").split("\n")) for file in files if file.is_file()]
     places = [(file, at) for file, lines in texts for at, line in enumerate(lines, 1) if quoted and quoted.search(line)]
     return f"{places[0][0]}, line {places[0][1]}: {message}" if len(places) == 1 else message
