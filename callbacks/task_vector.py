@@ -38,12 +38,9 @@ class TaskVectorCallback(L.Callback):
     is written once, as ``base-FINGERPRINT.safetensors`` in the checkpoint folder, when fitting starts; its path is
     stored in the checkpoint, so that vectors are still relative to the original base after resuming (if the folder has
     moved, the base is found next to the checkpoint). When ModelCheckpoint drops a checkpoint, its vector is removed
-    too. Training continues after a full disk or weights that became NaN: a warning says what was not written, and no
-    partial file is left. Any callback with a method ``on_vector_saved(trainer, pl_module, saved)`` is called with every
-    saved vector, on every rank.
-
-    Attributes:
-        failures: What was not written or pushed in the last fit; ``tva fit`` then ends with status 1.
+    too. Training continues after a full disk or weights that became NaN: a warning and the attribute ``failures`` say
+    what was not written (`tva fit` then ends with status 1), and no partial file is left. Any callback with a method
+    ``on_vector_saved(trainer, pl_module, saved)`` is called with every saved vector, on every rank.
 
     Args:
         base: Checkpoint of the base model, in any format that `tva.open_weights` reads, with the keys of the
