@@ -25,7 +25,7 @@ def _unit(spec: Spec, encoding: Encoding) -> int | None:
 
 
 def _held(spec: Spec, encoding: Encoding, elements: int) -> int:
-    each = spec.itemsize + HELD.get(encoding.name, 12)
+    each = spec.itemsize + HELD.get(encoding.name, 20)
     return each * elements + MEASURED * min(elements, CHUNK)
 
 
