@@ -1,3 +1,3 @@
-"""The version: the one place where it stands."""
+"""The version of tva, defined only here."""
 
 __version__ = "0.1.0"

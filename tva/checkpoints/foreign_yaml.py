@@ -15,14 +15,14 @@ DIGITS = 300  # of a number; a float has at most 309
 
 
 class LimitError(yaml.YAMLError):
-    """A text is valid YAML and is not read."""
+    """Valid YAML that exceeds the limits."""
 
 
 TAG = "tag:yaml.org,2002:"
 
 
 def _check_tag(event: yaml.Event) -> None:
-    """Refuse a tag that is not of what it stands before: libraries raise anything at all on it."""
+    """Refuse a tag that does not fit its value: libraries raise arbitrary errors on it."""
     tag = getattr(event, "tag", None)
     if tag in (None, "!", f"{TAG}str", f"{TAG}map", f"{TAG}seq"):
         return
@@ -32,7 +32,7 @@ def _check_tag(event: yaml.Event) -> None:
 
 
 def check_yaml(text: str) -> None:
-    """Refuse YAML that is deep, that aliases blow up or make contain itself, or that has a number of endless digits.
+    """Refuse YAML that nests deeply, that aliases expand or make recursive, or whose numbers have too many digits.
 
     Raises:
         yaml.YAMLError: It is refused, or is not YAML.

@@ -32,7 +32,7 @@ KNOWN = {
 
 @dataclass(frozen=True)
 class DataCheck:
-    """What a check of a copy found.
+    """Result of checking a copy.
 
     Attributes:
         name: The preset's name.

@@ -383,7 +383,7 @@ class Goal:
 
     @functools.cached_property
     def metrics(self) -> dict[str, list[str]]:
-        """By task the metrics that objective and constraints name, the one that is reported first."""
+        """Metrics by task that the objective and the constraints name; the reported one comes first."""
         found: dict[str, list[str]] = {}
         terms: Sequence[tuple[str, str]] = self.objective.terms if self.objective else ()
         named = [(task, metric.removeprefix(NORMALIZED)) for task, metric in terms]

@@ -1,8 +1,8 @@
 """An edit of a model that is sharded over the processes of a Trainer: each sets its own elements of every weight.
 
 Under FSDP and FSDP2 a process holds a stretch of every flattened weight. An edit is a sum element by element, so each
-process adds its stretch of a vector to its stretch of the base, and none holds a whole model or a whole vector. What is
-of whole tensors, such as fingerprints, passes rank 0 chunk by chunk.
+process adds its stretch of a vector to its stretch of the base, and none holds a whole model or a whole vector. Work
+on whole tensors, such as fingerprints, passes through rank 0 chunk by chunk.
 """
 
 import contextlib
@@ -35,13 +35,13 @@ from tva.evaluation.ranks import is_sharded
 
 @dataclass(frozen=True)
 class Slot:
-    """Where this process has its stretch of one weight.
+    """This process's stretch of one weight.
 
     Attributes:
         owner: The module that holds the parameter or buffer.
         attribute: Its name there.
         spec: Dtype and shape of the whole weight.
-        start: First of its flattened elements that is here.
+        start: Index of the first flattened element that is held here.
         stop: One past the last.
     """
 
@@ -58,7 +58,7 @@ class Slot:
 
     @property
     def place(self) -> tuple[int, str]:
-        """What is equal for tied weights."""
+        """A key that tied weights share."""
         return id(getattr(self.owner, self.attribute)), self.attribute
 
 
@@ -68,12 +68,12 @@ class ShardedModel:
     Args:
         trainer: The Trainer.
         model: The model; it is set up, built and sharded as for a validation.
-        datamodule: Which it is set up for.
+        datamodule: The data module that it is set up for.
 
     Attributes:
         root: What the strategy runs: the model, or what wraps it.
-        slots: By name of a weight where this process has its part.
-        layouts: By name each process with how many elements it has, in order.
+        slots: This process's part of each weight, by name.
+        layouts: By name, the processes in order and how many elements each holds.
     """
 
     def __init__(self, trainer: L.Trainer, model: L.LightningModule, datamodule: L.LightningDataModule) -> None:

@@ -125,7 +125,7 @@ class TrainedHead(nn.Module):
 
 
 class HeldHead(nn.Module):
-    """Where a frozen head moves between devices with a model, in no state dict.
+    """Holds a frozen head that moves between devices with a model, but is in no state dict.
 
     A module of its own, so that it can be a model's last: Lightning's WeightAveraging pairs the buffers of the model
     with those of a copy from before the head was there, by their order.

@@ -220,7 +220,7 @@ class TransformersModel(TrainedModel):
 
 
 class _TrainedLM(L.LightningModule):
-    """What a language model has when it is made as a `TransformersModel`."""
+    """A language model that is made as a `TransformersModel`."""
 
     network: nn.Module
 

@@ -33,7 +33,7 @@ class Candidate:
 
     @property
     def size(self) -> float:
-        """How far it is from no edit: the sum of absolute values."""
+        """Distance from no edit: the sum of absolute values."""
         return sum(abs(value) for _, value in self.coefs)
 
     def __str__(self) -> str:

@@ -61,7 +61,7 @@ class CoefficientLearner(L.LightningModule):
     Args:
         context: The model, the base and the vectors.
         options: Loss, granularity and optimizer.
-        signs: By task whether its loss is made small (1) or large (-1).
+        signs: By task whether its loss is minimized (1) or maximized (-1).
     """
 
     def __init__(self, context: TrainingContext, options: Any, signs: Mapping[str, float]) -> None:

@@ -47,7 +47,7 @@ def readers_of(vector: TaskVector) -> dict[str, TensorReader]:
 
 @dataclass
 class Sums:
-    """What is known of k vectors over some tensors; a tensor that a vector does not move is zero in it.
+    """Sums over some tensors of k vectors; a tensor that a vector does not move is zero in it.
 
     Attributes:
         dots: Inner products, float64 [k, k].

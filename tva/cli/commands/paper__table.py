@@ -19,7 +19,7 @@ ORDER = "names…"
 
 @dataclass(frozen=True)
 class Tables:
-    """What is known of the experiments.
+    """Results of the experiments.
 
     Attributes:
         rows: Numbers.
