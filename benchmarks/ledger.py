@@ -222,6 +222,8 @@ def load(name: str, data: Path = DATA) -> dict[str, Any]:
 
 def rendered(name: str, data: Path = DATA) -> dict[str, str]:
     """Return the tables of a benchmark by name, and as ``made`` how its values were measured."""
+    if name == "ledger":
+        return {"entries": ", ".join(f"[{file.stem}](data/{file.name})" for file in sorted(data.glob("*.json")))}
     parts = sorted(file.stem for file in data.glob(f"{name}.json")) if "*" in name else [name]
     entries = {part: load(part, data) for part in parts}
     runs = {part: {int(seed): found for seed, found in entry["seeds"].items()} for part, entry in entries.items()}
